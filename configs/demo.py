@@ -1,0 +1,32 @@
+"""The whole way in minutes on two CPU cores: a synthetic cohort, small encoders, MedFuse beside the LSTM.
+
+Command: python -m medfuse_jax.main --config=configs/demo.py
+"""
+
+from ml_collections import ConfigDict
+
+from medfuse_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    config = config_lib.default()
+    config.name = "demo"
+    config.task = "pheno"
+    config.method = "medfuse"
+    config.data.synthetic_stays = 2000
+    config.data.max_buckets = 2
+    config.film.resize_px = 64
+    config.film.crop_px = 56
+    config.model.ehr_hidden = 64
+    config.model.fusion_hidden = 128
+    config.model.resnet_stage_sizes = (1, 1, 1, 1)
+    config.model.resnet_width = 16
+    config.batch_size = 64
+    config.num_epochs = 10
+    config.learning_rate = 1e-3
+
+    config.pretrain.ehr = ConfigDict({"method": "uni_ehr", "learning_rate": 2e-3})
+    config.pretrain.ehr.num_epochs = config.get_ref("num_epochs")
+    config.pretrain.cxr = ConfigDict({"task": "radiology", "method": "uni_cxr", "learning_rate": 2e-3})
+    config.pretrain.cxr.num_epochs = config.get_ref("num_epochs")
+    return config

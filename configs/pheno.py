@@ -1,0 +1,24 @@
+"""MedFuse (PT) on phenotyping: Table 2, row "MedFuse (PT)" of Hayat et al. 2022.
+
+Command: python -m medfuse_jax.main --config=configs/pheno.py --config.data.dir=DIR
+Paper: AUROC 0.756 (0.729, 0.782), AUPRC 0.466 (0.420, 0.515) on the paired test stays.
+Learning rates: Table A1; that of the film encoder's pre-training is not published.
+"""
+
+from ml_collections import ConfigDict
+
+from medfuse_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    config = config_lib.default()
+    config.name = "pheno"
+    config.task = "pheno"
+    config.method = "medfuse"
+    config.learning_rate = 7.347e-5
+
+    config.pretrain.ehr = ConfigDict({"method": "uni_ehr", "learning_rate": 5.399e-4})
+    config.pretrain.ehr.num_epochs = config.get_ref("num_epochs")
+    config.pretrain.cxr = ConfigDict({"task": "radiology", "method": "uni_cxr", "learning_rate": 1e-4})
+    config.pretrain.cxr.num_epochs = config.get_ref("num_epochs")
+    return config

@@ -1,0 +1,146 @@
+"""Which ICU stays count, who died, and who is in which split."""
+
+import hashlib
+from pathlib import Path
+
+import polars as pl
+
+from data_prep import tables
+from medfuse_jax import tasks
+from medfuse_jax.errors import UserError
+
+MIN_AGE_YEARS = 18
+SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest trains (paper, section 4.1.2)
+
+
+def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
+    """The stays that count, sorted by `stay_id`, and how many each filter left.
+
+    Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender,
+    admission_type, first_careunit, died (in this admission). UserError where none is left.
+    """
+    flow = []
+
+    def count(what: str, frame: pl.DataFrame) -> pl.DataFrame:
+        flow.append({"filter": what, "stays": len(frame)})
+        return frame
+
+    stays = raw["icustays"].read(*tables.MIMIC_IV["icustays"][1])
+    stays = count("rows of icustays", stays).with_columns(
+        tables.integer("subject_id"),
+        tables.integer("hadm_id"),
+        tables.integer("stay_id"),
+        tables.time("intime"),
+        tables.time("outtime"),
+        los_h=tables.number("los") * 24.0,
+    )
+    stays = count("not given twice", stays.unique("stay_id", keep="first", maintain_order=True))
+    usable = pl.col("los_h", "intime", "outtime", "subject_id", "hadm_id", "stay_id").is_not_null()
+    stays = count("with ids, times and a length of stay", stays.filter(pl.all_horizontal(usable), pl.col("los_h") > 0))
+    stays = count("no transfer between units", stays.filter(pl.col("first_careunit") == pl.col("last_careunit")))
+    # Counted after transfers are removed, as the benchmark does (extract_subjects of arXiv 1703.07771).
+    stays = count("one such stay in the admission", stays.filter(pl.len().over("hadm_id") == 1))
+    stays = count("with a patient and an admission", _join_people(stays, raw))
+    stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
+    if stays.is_empty():
+        lost = next(step["filter"] for step in flow if not step["stays"])
+        raise UserError(f"{raw['icustays'].path}: no stay is left after the filter {lost!r}; are the tables complete?")
+    return stays.sort("stay_id").select(
+        "stay_id",
+        "subject_id",
+        "hadm_id",
+        "intime",
+        "outtime",
+        "los_h",
+        "age",
+        "gender",
+        "admission_type",
+        "first_careunit",
+        "died",
+    ), flow
+
+
+def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
+    """subject_id, age (anchor age, years), gender, dod (a date at 00:00) of every patient."""
+    patients = raw["patients"].read(*tables.MIMIC_IV["patients"][1])
+    return (
+        patients.select(
+            tables.integer("subject_id"),
+            age=tables.number("anchor_age").cast(pl.Float32),
+            gender=pl.col("gender").fill_null(""),
+            dod=pl.col("dod").str.slice(0, 10).str.to_datetime("%Y-%m-%d", strict=False),
+        )
+        .drop_nulls("subject_id")
+        .unique("subject_id", keep="first", maintain_order=True)
+    )
+
+
+def _join_people(stays: pl.DataFrame, raw: dict[str, tables.Table]) -> pl.DataFrame:
+    admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1])
+    admissions = admissions.select(
+        tables.integer("hadm_id"),
+        tables.time("admittime"),
+        tables.time("dischtime"),
+        tables.time("deathtime"),
+        pl.col("admission_type").fill_null(""),
+    ).unique("hadm_id", keep="first", maintain_order=True)
+
+    def inside(column: str) -> pl.Expr:
+        return pl.col(column).is_between("admittime", "dischtime").fill_null(False)
+
+    joined = stays.join(admissions, on="hadm_id").join(read_patients(raw), on="subject_id")
+    return joined.with_columns(died=inside("deathtime") | inside("dod"))
+
+
+def assign_splits(
+    subjects: pl.Series, val_ids: str | Path | None = None, test_ids: str | Path | None = None, seed: int = 0
+) -> dict[int, str]:
+    """subject_id -> 'train', 'val' or 'test': by the lists where given, else by a seeded hash."""
+    subjects = sorted(set(subjects.to_list()))
+    if (val_ids is None) != (test_ids is None):
+        raise UserError("--val_ids and --test_ids go together: give both or neither")
+    if val_ids is None:
+        return {subject: _hashed_split(subject, seed) for subject in subjects}
+    val, test = read_id_list(val_ids), read_id_list(test_ids)
+    if both := val & test:
+        raise UserError(f"subject {min(both)} is in both {val_ids} and {test_ids}: a patient belongs to one split")
+    named = dict.fromkeys(subjects, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
+    if not any(named[subject] != "train" for subject in subjects):
+        raise UserError(f"{val_ids} and {test_ids} name no patient of the cohort: are they lists of subject_id?")
+    return named
+
+
+def _hashed_split(subject_id: int, seed: int) -> str:
+    digest = hashlib.sha256(f"{seed}:{subject_id}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < SPLIT_SHARES["test"]:
+        return "test"
+    return "val" if place < SPLIT_SHARES["test"] + SPLIT_SHARES["val"] else "train"
+
+
+def read_id_list(path: str | Path) -> set[int]:
+    """The patients a list names: rows `subject_id` or `subject_id,0/1` (1: in the split), a header allowed."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the list {path} cannot be read ({error})") from None
+    members = set()
+    for row, line in enumerate(lines, start=1):
+        cells = [cell.strip() for cell in line.split(",")]
+        if not any(cells) or (row == 1 and cells[0] == "subject_id"):
+            continue
+        if not cells[0].isdigit() or len(cells) > 2 or cells[1:] not in ([], ["0"], ["1"]):
+            raise UserError(f"{path} row {row} is {line!r}; a row is subject_id or subject_id,0/1")
+        if cells[1:] != ["0"]:
+            members.add(int(cells[0]))
+    return members
+
+
+def mortality_labels(stays: pl.DataFrame):
+    """int8 [N, 1]: died in this admission."""
+    return stays.select(pl.col("died").cast(pl.Int8)).to_numpy()
+
+
+def window_h(task: tasks.Task, pheno_window_h: float | None) -> float | None:
+    """Hours from `intime` that a task's inputs may come from; None for the whole stay."""
+    return pheno_window_h if task.name == "pheno" else task.window_h

@@ -1,0 +1,185 @@
+"""The films: what is known of each, its 14 labels, and its pixels as one grey 256 x 256 square.
+
+Shape key: N films, H W pixels, K 14 labels.
+"""
+
+import json
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from data_prep import progress, stages, tables
+from medfuse_jax import tasks
+from medfuse_jax.errors import UserError
+
+VERSION = 1  # raise it when the same file gives other pixels
+CHUNK_FILMS = 1024  # 64 MiB: one file of the cache, and what a stopped build loses at most
+MAX_UNREADABLE = 0.01
+
+
+def read_films(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
+    """Every film with a usable metadata row, sorted by dicom_id, and what was left out.
+
+    Columns: dicom_id, subject_id, study_id, view, time, path (below the MIMIC-CXR folder).
+    """
+    metadata = raw["metadata"].read(*tables.MIMIC_CXR["metadata"])
+    # StudyTime is HHMMSS.fff written as a float: 3042.1 is 00:30:42.
+    clock = pl.col("StudyTime").str.strip_chars().str.split(".").list.first().str.zfill(6)
+    films = metadata.select(
+        pl.col("dicom_id").str.strip_chars(),
+        tables.integer("subject_id"),
+        tables.integer("study_id"),
+        view=pl.col("ViewPosition").fill_null(""),
+        time=(pl.col("StudyDate").str.strip_chars() + clock).str.to_datetime("%Y%m%d%H%M%S", strict=False),
+    )
+    counts = {"rows of metadata": len(films)}
+    films = films.drop_nulls(["dicom_id", "subject_id", "study_id"]).unique(
+        "dicom_id", keep="first", maintain_order=True
+    )
+    counts["films with ids"] = len(films)
+    counts["films without a valid time (never paired)"] = films["time"].null_count()
+    if films.is_empty():
+        raise UserError(f"{raw['metadata'].path} names no film; is it whole?")
+    if "split" in raw:
+        _note_without_metadata(raw, films, counts)
+    subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
+    path = pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
+    return films.with_columns(path=path).sort("dicom_id"), counts
+
+
+def _note_without_metadata(raw: dict[str, tables.Table], films: pl.DataFrame, counts: dict) -> None:
+    listed = raw["split"].read("dicom_id").select(pl.col("dicom_id").str.strip_chars()).drop_nulls().unique()
+    lost = listed.join(films, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
+    counts["films without a metadata row"] = len(lost)
+    counts["dicom_ids without a metadata row"] = lost[:100]
+    if lost:
+        progress.say(
+            f"warning: {len(lost)} film(s) of {raw['split'].path} have no row in {raw['metadata'].path} and are left "
+            f"out, the first is {lost[0]}: download that table again if it should be whole"
+        )
+
+
+def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
+    """study_id and the 14 labels (int8): 1 where positive; blank, 0 and -1 (uncertain) are 0."""
+    table = raw["chexpert"]
+    for label in tasks.RADIOLOGY_LABELS:
+        if label not in table.columns:
+            raise UserError(f"{table.path} has no column {label!r}; download it again, it holds all 14 CheXpert labels")
+    rows = table.read("study_id", *tasks.RADIOLOGY_LABELS)
+    positive = [
+        (tables.number(name) == 1).fill_null(False).cast(pl.Int8).alias(name) for name in tasks.RADIOLOGY_LABELS
+    ]
+    rows = rows.select(tables.integer("study_id"), *positive)
+    return rows.drop_nulls("study_id").unique("study_id", keep="first", maintain_order=True)
+
+
+def decode(path: Path, film_shape: str) -> np.ndarray:
+    """One film as uint8 [256, 256]; OSError where it cannot be read.
+
+    The JPEG is decoded at the smallest of its own scales (1/8 to 1) that still has 256 px on both
+    sides, which is several times faster than decoding it whole, then resized.
+    film_shape: 'squash' makes both sides 256 px, as the paper says, and stretches the film by its
+        aspect ratio. 'crop' keeps the ratio: the shorter side to 256 px, then the centre square, of
+        which the released test transform (resize 256, centre crop 224) sees every pixel it ever saw.
+    """
+    size = tasks.FILM_SIZE_PX
+    try:
+        with Image.open(path) as image:
+            image.draft("L", (size, size))
+            image = image.convert("L")
+    except (SyntaxError, ValueError, IndexError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise OSError(f"not a readable image ({type(error).__name__})") from None
+    box = None
+    if film_shape == "crop":
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+class FilmStore:
+    """Decoded films by dicom_id, kept in a folder in chunks, so that no film is decoded twice.
+
+    `unreadable` lists what could not be read (dicom_id -> signature). Which chunk a film is in and
+    its bytes depend on the films asked for alone, not on the number of workers.
+    """
+
+    def __init__(self, folder: Path, root: Path, film_shape: str, workers: int):
+        self.unreadable: dict[str, list[int] | None] = {}
+        self._folder, self._root, self._film_shape, self._workers = folder, root, film_shape, workers
+        self._place: dict[str, tuple[Path, int]] = {}
+        self._asked = 0
+        folder.mkdir(exist_ok=True)
+
+    def __getitem__(self, dicom_id: str) -> np.ndarray:
+        path, row = self._place[dicom_id]
+        return np.load(path, mmap_mode="r")[row]
+
+    def __contains__(self, dicom_id: str) -> bool:
+        return dicom_id in self._place
+
+    def add(self, films: Iterable[tuple[str, str]]) -> None:
+        """Decodes films (dicom_id, path); UserError where more than 1 % of all asked for are unreadable."""
+        films = sorted(films)
+        self._asked += len(films)
+        chunks = [films[i : i + CHUNK_FILMS] for i in range(0, len(films), CHUNK_FILMS)]
+        with ThreadPoolExecutor(self._workers) as pool:
+            for chunk in progress.bar(chunks, "films", "chunks"):
+                self._add_chunk(chunk, pool)
+                self._check_unreadable()
+
+    def forget_others(self) -> None:
+        """Removes the chunks of earlier builds that this one did not use."""
+        used = {path for path, _ in self._place.values()}
+        for path in self._folder.glob("*.npy"):
+            if path not in used:
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink()
+
+    def _add_chunk(self, films: list[tuple[str, str]], pool: ThreadPoolExecutor) -> None:
+        signed = [(dicom_id, path, signature(self._root / path)) for dicom_id, path in films]
+        path = self._folder / f"{stages.key(films=signed, shape=self._film_shape, version=VERSION)}.npy"
+        if not path.exists():
+            decoded = list(pool.map(self._try_decode, [film_path for _, film_path in films]))
+            readable = [dicom_id for (dicom_id, _), image in zip(films, decoded, strict=True) if image is not None]
+            images = [image for image in decoded if image is not None]
+            path.with_suffix(".json").write_text(json.dumps(readable))
+            temporary = path.with_suffix(".partial")
+            with open(temporary, "wb") as file:
+                np.save(
+                    file,
+                    np.stack(images) if images else np.zeros((0, tasks.FILM_SIZE_PX, tasks.FILM_SIZE_PX), np.uint8),
+                )
+            temporary.rename(path)
+        readable = json.loads(path.with_suffix(".json").read_text())
+        self._place |= {dicom_id: (path, row) for row, dicom_id in enumerate(readable)}
+        self.unreadable |= {dicom_id: sign for dicom_id, _, sign in signed if dicom_id not in self._place}
+
+    def _try_decode(self, path: str) -> np.ndarray | None:
+        try:
+            return decode(self._root / path, self._film_shape)
+        except OSError:
+            return None
+
+    def _check_unreadable(self) -> None:
+        bad = sorted(self.unreadable)
+        if len(bad) > MAX_UNREADABLE * self._asked:
+            raise UserError(
+                f"{len(bad)} of {self._asked} films under {self._root / 'files'} cannot be read, more than 1 %, the "
+                f"first is {bad[0]}.jpg: download them (again), then run the same command"
+            )
+
+
+def signature(path: Path) -> list[int] | None:
+    """Size and time of change of a file, None where it is missing."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]

@@ -1,0 +1,144 @@
+"""A task's dataset put together: which record has which arrays, film and labels, and what is said of it."""
+
+import datetime
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import polars as pl
+
+from data_prep import cxr, progress
+from data_prep.discretize import Arrays
+from data_prep.events import EPSILON_H
+from medfuse_jax import tasks
+
+STAY_TEXT = ("gender", "admission_type", "first_careunit")
+NO_FILM = np.zeros((0, tasks.FILM_SIZE_PX, tasks.FILM_SIZE_PX), np.uint8)
+NO_STEPS = np.zeros((0, len(tasks.CHANNELS)), np.float32)
+
+
+def stay_dataset(
+    stays: pl.DataFrame,
+    splits: list[str],
+    arrays: Arrays,
+    label_NK: np.ndarray,
+    pairs: pl.DataFrame,
+    store: cxr.FilmStore | None,
+) -> tuple[dict, dict]:
+    """Index and record generators, by split, of a task whose records are stays.
+
+    stays, splits, label_NK: in the cohort's order. pairs: stay_id, dicom_id of the paired stays.
+    """
+    film_of = dict(pairs.select("stay_id", "dicom_id").iter_rows())
+    static = stays.select("stay_id", "subject_id", "age", *STAY_TEXT).to_dicts()
+    split_N = np.array(splits)[arrays.row]
+    index, records_of = {}, {}
+    for split in tasks.SPLITS:
+        picked = np.flatnonzero(split_N == split)
+        rows = arrays.row[picked]
+        stay_id = np.array([static[row]["stay_id"] for row in rows], np.int64)
+        index[split] = {
+            "stay_id": stay_id,
+            "subject_id": np.array([static[row]["subject_id"] for row in rows], np.int64),
+            "length": arrays.length[picked].astype(np.int32),
+            "has_cxr": np.array([stay in film_of for stay in stay_id.tolist()], bool),
+            "age": np.array([static[row]["age"] for row in rows], np.float32),
+            "label": label_NK[rows],
+        }
+        records_of[split] = _stay_records(picked, static, arrays, label_NK, film_of, store, split)
+    return index, records_of
+
+
+def _stay_records(picked, static, arrays, label_NK, film_of, store, split) -> Callable[[], Iterator[dict]]:
+    def make() -> Iterator[dict]:
+        for i in progress.bar(picked.tolist(), f"shards of {split}", "stays"):
+            row = int(arrays.row[i])
+            dicom_id = film_of.get(static[row]["stay_id"], "")
+            yield {
+                **static[row],
+                "ehr": arrays.of(i),
+                "label": label_NK[row],
+                "has_cxr": bool(dicom_id),
+                "dicom_id": dicom_id,
+                "image": store[dicom_id][None] if dicom_id else NO_FILM,
+            }
+
+    return make
+
+
+def film_dataset(
+    films: pl.DataFrame, splits: list[str], patients: pl.DataFrame, store: cxr.FilmStore
+) -> tuple[dict, dict]:
+    """Index and record generators, by split, of a task whose records are films.
+
+    films: dicom_id, subject_id and the 14 labels, sorted by dicom_id; splits in its order.
+    patients: subject_id, age, gender; a patient who is not in it has age NaN and gender ''.
+    """
+    films = films.join(
+        patients.select("subject_id", "age", "gender"), on="subject_id", how="left", maintain_order="left"
+    )
+    films = films.with_columns(pl.col("age").fill_null(math.nan), pl.col("gender").fill_null(""))
+    label_NK = films.select(tasks.RADIOLOGY_LABELS).to_numpy().astype(np.int8)
+    static = films.select("dicom_id", "subject_id", "age", "gender").to_dicts()
+    index, records_of = {}, {}
+    for split in tasks.SPLITS:
+        picked = np.flatnonzero(np.array(splits) == split)
+        index[split] = {
+            "stay_id": np.full(len(picked), -1, np.int64),
+            "subject_id": films["subject_id"].to_numpy()[picked],
+            "length": np.zeros(len(picked), np.int32),
+            "has_cxr": np.ones(len(picked), bool),
+            "age": films["age"].to_numpy()[picked].astype(np.float32),
+            "label": label_NK[picked],
+        }
+        records_of[split] = _film_records(picked, static, label_NK, store, split)
+    return index, records_of
+
+
+def _film_records(picked, static, label_NK, store, split) -> Callable[[], Iterator[dict]]:
+    no_stay = {"stay_id": -1, "ehr": NO_STEPS, "has_cxr": True, "admission_type": "", "first_careunit": ""}
+
+    def make() -> Iterator[dict]:
+        for i in progress.bar(picked.tolist(), f"shards of {split}", "films"):
+            yield {**no_stay, **static[i], "label": label_NK[i], "image": store[static[i]["dicom_id"]][None]}
+
+    return make
+
+
+def split_counts(index: dict[str, dict], labels: tuple[str, ...]) -> dict[str, dict]:
+    """Per split: records, paired ones, patients, steps, and positives of each label."""
+    return {
+        split: {
+            "records": len(fields["stay_id"]),
+            "paired": int(fields["has_cxr"].sum()),
+            "patients": len(np.unique(fields["subject_id"])),
+            "steps": int(fields["length"].sum()),
+            "positives": {name: int(n) for name, n in zip(labels, fields["label"].sum(0, dtype=np.int64), strict=True)},
+        }
+        for split, fields in index.items()
+    }
+
+
+def check_times(stays: pl.DataFrame, arrays: Arrays, pairs: pl.DataFrame, window_h: float | None) -> dict:
+    """No event and no film is later than its record may see: the numbers checked, for the manifest.
+
+    stays: the cohort. pairs: stay_id, film_time. Fails (it can only be our mistake) on any violation.
+    """
+    seen = stays[arrays.row].with_columns(last_event_h=pl.Series(arrays.last_event_s / 3600.0))
+    end_h = pl.col("los_h") if window_h is None else pl.min_horizontal("los_h", pl.lit(window_h))
+    late_events = seen.filter(~pl.col("last_event_h").is_between(0, end_h + EPSILON_H))
+    films = pairs.join(stays, on="stay_id").with_columns(film=pl.col("film_time") - pl.col("intime"))
+    film_end = pl.col("outtime") - pl.col("intime")
+    if window_h is not None:
+        film_end = pl.min_horizontal(film_end, datetime.timedelta(hours=window_h))
+    late_films = films.filter(~pl.col("film").is_between(datetime.timedelta(0), film_end))
+    assert late_events.is_empty() and late_films.is_empty(), (late_events["stay_id"], late_films["stay_id"])
+    return {"stays": len(seen), "films": len(films), "later_than_allowed": len(late_events) + len(late_films)}
+
+
+def check_patients_stay_put(index: dict[str, dict]) -> None:
+    """No patient is in two splits, of this task."""
+    seen: dict[int, str] = {}
+    for split, fields in index.items():
+        for subject in np.unique(fields["subject_id"]).tolist():
+            assert seen.setdefault(subject, split) == split, f"subject {subject} is in {seen[subject]} and {split}"

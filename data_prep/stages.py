@@ -1,0 +1,83 @@
+"""Stages that are done once: each writes to a temporary folder that is renamed when whole.
+
+A finished stage is recognised by a key, the hash of its inputs and options, which is part of
+its folder's name; so a stopped build leaves nothing that looks finished, and goes on when run again.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from medfuse_jax.errors import UserError
+
+HIDDEN = ".stages"
+
+
+def key(**parts: object) -> str:
+    """A hash of anything JSON can hold."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def private(out: Path) -> Iterator[Path]:
+    """Makes `out` and its stage folder, for the owner alone, and keeps a second build out of it."""
+    before = os.umask(0o077)
+    try:
+        with _locked(out) as folder:
+            yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # What was whole before the disk filled up stays whole.
+        raise UserError(f"no space left under --out={out}: free some and run the same command again") from None
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[Path]:
+    folder = out / HIDDEN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError:
+        raise UserError(f"another build is writing to --out={out}: wait for it, or give another folder") from None
+    finally:
+        os.close(lock)
+
+
+def run(folder: Path, name: str, stage_key: str, write: Callable[[Path], None]) -> Path:
+    """The folder `<folder>/<name>-<key>`, written by `write(temporary folder)` unless it is there already."""
+    done = folder / f"{name}-{stage_key}"
+    if done.is_dir():
+        return done
+    temporary = folder / f"{name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    for old in folder.glob(f"{name}-*"):
+        shutil.rmtree(old)
+    temporary.rename(done)
+    return done
+
+
+def put_in_place(new: Path, target: Path) -> None:
+    """Renames a whole folder to `target`, taking the place of an older one."""
+    old = new.with_name(f"{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

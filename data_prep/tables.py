@@ -1,0 +1,165 @@
+"""Finding and reading the raw tables, in any published layout, with one clear line for what is wrong.
+
+MIMIC-IV 1.0 keeps `patients` and `admissions` in `core/`, later versions in `hosp/`; every table
+may be `.csv` or `.csv.gz`. All columns are read as text: what a row holds is judged where it is used.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+
+from medfuse_jax.errors import UserError
+
+# Table -> the folders it may be in, and the columns that must be there.
+MIMIC_IV = {
+    "patients": (("hosp", "core"), ("subject_id", "gender", "anchor_age", "dod")),
+    "admissions": (
+        ("hosp", "core"),
+        ("subject_id", "hadm_id", "admittime", "dischtime", "deathtime", "admission_type"),
+    ),
+    "diagnoses_icd": (("hosp",), ("hadm_id", "icd_code", "icd_version")),
+    "icustays": (
+        ("icu",),
+        ("subject_id", "hadm_id", "stay_id", "first_careunit", "last_careunit", "intime", "outtime", "los"),
+    ),
+    "chartevents": (("icu",), ("hadm_id", "stay_id", "charttime", "itemid", "value")),
+    "labevents": (("hosp",), ("hadm_id", "charttime", "itemid", "value", "valuenum")),
+}
+MIMIC_CXR = {
+    "metadata": ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime"),
+    "chexpert": ("study_id",),
+    "split": ("dicom_id",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One raw table: its file, and the name it goes by in messages and the manifest."""
+
+    path: Path
+    name: str
+    columns: tuple[str, ...]
+
+    def scan(self, *columns: str) -> pl.LazyFrame:
+        """Reads `columns` lazily, as text. Collect it inside `reading(path)`."""
+        return _scan(self.path).select(columns)
+
+    def read(self, *columns: str) -> pl.DataFrame:
+        """Reads `columns` as text; UserError where the file is damaged."""
+        with reading(self.path):
+            return self.scan(*columns).collect(engine="streaming")
+
+    def fingerprint(self) -> dict:
+        """What tells this file from another: name, size and time of change."""
+        stat = self.path.stat()
+        return {"file": self.name, "size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _scan(path: Path) -> pl.LazyFrame:
+    return pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while `path` is read into a UserError that quotes nothing of its content."""
+    try:
+        yield
+    except pl.exceptions.NoDataError:
+        raise UserError(f"{path} is empty; download it again") from None
+    except PermissionError:
+        raise UserError(f"{path} may not be read; change its permissions") from None
+    except (OSError, pl.exceptions.ComputeError, pl.exceptions.SchemaError) as error:
+        what = "it ends too early" if "unexpected end" in str(error) else "it is not a whole CSV file"
+        raise UserError(f"{path} cannot be read: {what}; download it again and compare its SHA-256 sum") from None
+
+
+def _open(path: Path, root: Path, required: tuple[str, ...]) -> Table:
+    with reading(path):
+        present = tuple(_scan(path).collect_schema().names())
+    missing = [column for column in required if column not in present]
+    if missing:
+        raise UserError(
+            f"{path} has no column {missing[0]!r} (it has: {', '.join(present[:20])}); "
+            "is it the right table, downloaded whole?"
+        )
+    return Table(path, str(path.relative_to(root)), present)
+
+
+def _folder(root: str | Path, flag: str) -> Path:
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"--{flag}={root} is not a folder")
+    return root
+
+
+def mimic_iv(root: str | Path) -> dict[str, Table]:
+    """The MIMIC-IV tables under `root`; UserError names the table or column that is not there."""
+    root = _folder(root, "mimic_iv")
+    found = {}
+    for name, (folders, required) in MIMIC_IV.items():
+        candidates = [root / folder / f"{name}{end}" for folder in folders for end in (".csv.gz", ".csv")]
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            raise UserError(
+                f"{root} holds no {folders[0]}/{name}.csv.gz (or .csv): give --mimic_iv the folder with icu/ and "
+                "hosp/, with every table of MIMIC-IV downloaded"
+            )
+        found[name] = _open(path, root, required)
+    return found
+
+
+def mimic_iv_version(tables: dict[str, Table]) -> str:
+    """The MIMIC-IV version, as far as the files tell it."""
+    if tables["patients"].name.startswith("core"):
+        return "1.0"
+    if "admit_provider_id" not in tables["admissions"].columns:
+        return "2.0"
+    patients = tables["patients"]
+    if "anchor_year_group" in patients.columns:
+        groups = patients.read("anchor_year_group")["anchor_year_group"]
+        if groups.str.starts_with("2020").any():
+            return "3.0 or later"
+    return "2.1 or 2.2"
+
+
+def mimic_cxr(root: str | Path) -> dict[str, Table]:
+    """The MIMIC-CXR-JPG tables under `root`: 'metadata' and 'chexpert', and 'split' where there is one."""
+    root = _folder(root, "mimic_cxr")
+    found = {}
+    for name, required in MIMIC_CXR.items():
+        paths = sorted(p for p in root.glob(f"mimic-cxr-*-{name}.csv*") if p.name.endswith((".csv", ".csv.gz")))
+        if paths:
+            found[name] = _open(paths[-1], root, required)
+        elif name != "split":
+            raise UserError(
+                f"{root} holds no mimic-cxr-2.0.0-{name}.csv.gz (or .csv): give --mimic_cxr the MIMIC-CXR-JPG folder "
+                "with its tables and files/"
+            )
+    return found
+
+
+def mimic_cxr_version(tables: dict[str, Table]) -> str:
+    """The MIMIC-CXR-JPG version, by its file names (2.1.0 adds a labelled test set to 2.0.0's tables)."""
+    root = tables["metadata"].path.parent
+    if any(root.glob("mimic-cxr-2.1.0-*")):
+        return "2.1.0"
+    return tables["metadata"].path.name.removeprefix("mimic-cxr-").split("-")[0]
+
+
+def integer(column: str) -> pl.Expr:
+    """A text column as int64, null where it is no whole number."""
+    return pl.col(column).str.strip_chars().cast(pl.Int64, strict=False)
+
+
+def number(column: str) -> pl.Expr:
+    """A text column as a finite float64, null where it is none."""
+    value = pl.col(column).str.strip_chars().cast(pl.Float64, strict=False)
+    return pl.when(value.is_finite()).then(value)
+
+
+def time(column: str) -> pl.Expr:
+    """A text column 'YYYY-MM-DD HH:MM:SS' as a datetime, null where it is none."""
+    return pl.col(column).str.slice(0, 19).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False)

@@ -1,0 +1,95 @@
+"""Films on the device: from raw uint8 to the network's input, inside the jitted step.
+
+Shapes: P films, S stored pixels a side, R resized, C cropped.
+
+One bilinear sampling does flip, rotation, scale, translation and crop at once, so a film is
+read once. Differs from MedFuse (datasets/cxr_dataset.py): its affine takes the nearest pixel.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class FilmOptions:
+    """How films are resized, augmented and cropped.
+
+    resize_px: side after resizing; crop_px: side of the network's input.
+    crop: 'center' (as the released code) or 'random' (as the paper says), in training.
+    rotation_deg, translation (part of the side): drawn from plus or minus that;
+    scale: drawn between the two; flip: horizontally, with probability a half.
+    """
+
+    resize_px: int = 256
+    crop_px: int = 224
+    crop: str = "center"
+    flip: bool = True
+    rotation_deg: float = 45.0
+    scale: tuple[float, float] = (0.85, 1.15)
+    translation: float = 0.15
+
+
+def prepare(image_PSS: jax.Array, options: FilmOptions) -> jax.Array:
+    """Films for evaluation: resize, centre crop. uint8 [P, S, S] -> float32 [P, C, C, 2].
+
+    The two channels are grey in 0..1 and one: the model folds ImageNet's mean and deviation
+    over three equal channels into its stem, which is exact at the borders too.
+    """
+    grey_PRR = _resize(image_PSS, options.resize_px)
+    start = (options.resize_px - options.crop_px) // 2
+    window = slice(start, start + options.crop_px)
+    return _with_ones(grey_PRR[:, window, window])
+
+
+def prepare_augmented(key: jax.Array, film_id_P: jax.Array, image_PSS: jax.Array, options: FilmOptions) -> jax.Array:
+    """Films for training: each drawn from its own key, fold_in(key, film_id).
+
+    So a film is augmented alike however the batch is laid out over devices.
+    uint8 [P, S, S] -> float32 [P, C, C, 2], black (0) outside the film.
+    """
+    grey_PRR = _resize(image_PSS, options.resize_px)
+
+    def one(film_id, grey_RR):
+        return _sample(grey_RR, *_draw_affine(jax.random.fold_in(key, film_id), options), options.crop_px)
+
+    return _with_ones(jax.vmap(one)(film_id_P, grey_PRR))
+
+
+def _resize(image_PSS: jax.Array, size_px: int) -> jax.Array:
+    grey_PSS = image_PSS.astype(jnp.float32) / 255.0
+    if grey_PSS.shape[1] == size_px:
+        return grey_PSS
+    return jax.image.resize(grey_PSS, (grey_PSS.shape[0], size_px, size_px), "linear", antialias=True)
+
+
+def _draw_affine(key: jax.Array, options: FilmOptions) -> tuple[jax.Array, jax.Array]:
+    """(matrix [2, 2], offset [2]) that take a crop pixel (y, x from the crop's centre) to the film."""
+    # One draw for all: every random call compiles its own copy of the generator, half a second each on CPU.
+    u_7 = jax.random.uniform(key, (7,))
+    angle = jnp.deg2rad(options.rotation_deg) * (2 * u_7[0] - 1)
+    scale = options.scale[0] + (options.scale[1] - options.scale[0]) * u_7[1]
+    shift = options.translation * options.resize_px * (2 * u_7[2:4] - 1)
+    mirror = jnp.where(options.flip & (u_7[4] < 0.5), -1.0, 1.0)
+    slack = (options.resize_px - options.crop_px) / 2
+    crop = slack * (2 * u_7[5:] - 1) * (options.crop == "random")
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # film = mirror . rotate(-angle) / scale . (crop - shift): the inverse of moving the film
+    inverse = jnp.array([[cos, sin], [-sin, cos]]) / scale
+    inverse = inverse * jnp.stack([jnp.ones(2), jnp.full(2, mirror)])
+    return inverse, inverse @ (crop - shift)
+
+
+def _sample(grey_RR: jax.Array, matrix: jax.Array, offset: jax.Array, crop_px: int) -> jax.Array:
+    size = grey_RR.shape[0]
+    from_centre = jnp.arange(crop_px) - (crop_px - 1) / 2
+    y_CC, x_CC = jnp.meshgrid(from_centre, from_centre, indexing="ij")
+    centre = (size - 1) / 2
+    film_y = matrix[0, 0] * y_CC + matrix[0, 1] * x_CC + offset[0] + centre
+    film_x = matrix[1, 0] * y_CC + matrix[1, 1] * x_CC + offset[1] + centre
+    return jax.scipy.ndimage.map_coordinates(grey_RR, [film_y, film_x], order=1, mode="constant", cval=0.0)
+
+
+def _with_ones(grey_PCC: jax.Array) -> jax.Array:
+    return jnp.stack([grey_PCC, jnp.ones_like(grey_PCC)], -1)

@@ -1,0 +1,201 @@
+"""The fields of an experiment, their defaults and their limits.
+
+`configs/*.py` start from `default()` and change what makes the experiment. A field that is
+not here cannot be set, and `validate` refuses a wrong value before any work is done.
+"""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from medfuse_jax import augment, tasks
+from medfuse_jax.errors import UserError, check_choice
+
+# Per stage of pre-training, only what differs from the fusion run is given.
+_STAGE_NAMES = ("ehr", "cxr")
+
+
+def default() -> ConfigDict:
+    """Every field with its default: the paper's values (Hayat et al. 2022, 4.4 and A.1)."""
+    config = ConfigDict()
+    config.name = "experiment"
+    config.task = "pheno"
+    config.method = "medfuse"
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.dir = ""  # '': a synthetic cohort, built once and kept in the user's cache folder
+    config.data.synthetic_stays = 1000
+    config.data.train_stays = "partial"  # 'partial': all stays; 'paired': those with a film
+    config.data.val_stays = "partial"  # the validation stays that select the model
+    config.data.ehr_only_ratio = 1.0  # part of the EHR-only stays drawn each epoch (OPTIMAL: 0.2 / 0.1)
+    config.data.statistics = "train"  # or a JSON file with 'mean' and 'std', 76 numbers each
+    config.data.max_buckets = 4  # padded lengths, each a compilation
+
+    config.film = ConfigDict()
+    for field in dataclasses.fields(augment.FilmOptions):
+        config.film[field.name] = field.default
+
+    config.model = ConfigDict()
+    config.model.ehr_hidden = 256
+    config.model.fusion_hidden = 512
+    config.model.dropout = 0.3
+    config.model.resnet_stage_sizes = (3, 4, 6, 3)
+    config.model.resnet_width = 64
+    config.model.batch_norm = "batch"  # 'frozen': keep the pre-trained running statistics
+
+    config.batch_size = 16
+    config.films_per_batch = 0  # 0: the share of paired stays
+    config.num_epochs = 50
+    config.learning_rate = 1e-4
+    config.beta2 = 0.999  # the released code has 0.9
+    config.early_stop_epochs = 15  # without a better validation AUROC
+    config.plateau_epochs = 10  # without a better validation loss, then the rate is halved
+    config.checkpoint_every_steps = 0  # 0: at the end of each epoch only
+
+    config.precision = "auto"  # 'bfloat16' on accelerators, 'float32' on CPU
+    config.parallel = "pmap"  # or 'jit' with shardings: the same numbers
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 64
+    config.eval.num_bootstrap = 1000
+
+    config.pretrain = ConfigDict()  # 'ehr', 'cxr': what differs from the fields above
+    config.init = ConfigDict()
+    config.init.ehr = ""  # workdir of a finished run whose encoder to start from
+    config.init.cxr = ""
+    return config
+
+
+def stage(config: ConfigDict, name: str) -> ConfigDict:
+    """The whole config of one pre-training stage."""
+    derived = config.copy_and_resolve_references()
+    changes = derived.pretrain[name]
+    derived.pretrain = ConfigDict()
+    derived.update(changes)
+    derived.name = f"{config.name}_pretrain_{name}"
+    return derived
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for the first field that is unknown, of the wrong type or out of its range."""
+    _check_fields(config, default(), "config")
+    check_choice("config.task", config.task, tasks.TASKS)
+    from medfuse_jax.models import methods  # late: importing flax takes a second that --help need not pay
+
+    check_choice("config.method", config.method, methods.METHODS)
+    check_choice("config.data.train_stays", config.data.train_stays, ("partial", "paired"))
+    check_choice("config.data.val_stays", config.data.val_stays, ("partial", "paired"))
+    check_choice("config.film.crop", config.film.crop, ("center", "random"))
+    check_choice("config.model.batch_norm", config.model.batch_norm, ("batch", "frozen"))
+    check_choice("config.precision", config.precision, ("auto", "float32", "bfloat16"))
+    check_choice("config.parallel", config.parallel, ("pmap", "jit"))
+    _check_range("config.batch_size", config.batch_size, 1)
+    _check_range("config.films_per_batch", config.films_per_batch, 0, config.batch_size)
+    _check_range("config.num_epochs", config.num_epochs, 1)
+    _check_range("config.learning_rate", config.learning_rate, 0.0, 1.0)
+    _check_range("config.beta2", config.beta2, 0.0, 0.999999)
+    _check_range("config.early_stop_epochs", config.early_stop_epochs, 1)
+    _check_range("config.plateau_epochs", config.plateau_epochs, 1)
+    _check_range("config.checkpoint_every_steps", config.checkpoint_every_steps, 0)
+    _check_range("config.data.synthetic_stays", config.data.synthetic_stays, 50)
+    _check_range("config.data.ehr_only_ratio", config.data.ehr_only_ratio, 0.0, 1.0)
+    _check_range("config.data.max_buckets", config.data.max_buckets, 1, 32)
+    _check_range("config.film.resize_px", config.film.resize_px, 32, 1024)
+    _check_range("config.film.crop_px", config.film.crop_px, 32, config.film.resize_px)
+    _check_range("config.model.dropout", config.model.dropout, 0.0, 0.99)
+    _check_range("config.model.ehr_hidden", config.model.ehr_hidden, 1)
+    _check_range("config.model.fusion_hidden", config.model.fusion_hidden, 1)
+    _check_range("config.model.resnet_width", config.model.resnet_width, 1)
+    if len(config.model.resnet_stage_sizes) != 4 or min(config.model.resnet_stage_sizes) < 1:
+        raise UserError(f"config.model.resnet_stage_sizes is {config.model.resnet_stage_sizes}; give four numbers >= 1")
+    _check_range("config.eval.batch_size", config.eval.batch_size, 1)
+    _check_range("config.eval.num_bootstrap", config.eval.num_bootstrap, 1)
+    for name in config.pretrain:
+        check_choice("config.pretrain stage", name, _STAGE_NAMES)
+        try:
+            validate(stage(config, name))
+        except UserError as error:
+            raise UserError(f"in config.pretrain.{name}: {error}") from None
+
+
+def check_devices(config: ConfigDict, num_devices: int) -> None:
+    """Raises UserError where batches do not divide over the devices."""
+    for field, size in (("config.batch_size", config.batch_size), ("config.eval.batch_size", config.eval.batch_size)):
+        if size % num_devices:
+            near = max(1, round(size / num_devices)) * num_devices
+            raise UserError(f"{field} is {size}, not a multiple of the {num_devices} devices; {near} would do")
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes the resolved config as JSON."""
+    path.write_text(json.dumps(config.copy_and_resolve_references().to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def load(path: Path) -> ConfigDict:
+    """Reads what `save` wrote; UserError where it is missing or not a config."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not the workdir of a run") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); start the run anew in another --workdir") from None
+    config = ConfigDict(_lists_to_tuples(content))
+    validate(config)
+    return config
+
+
+def difference(a: ConfigDict, b: ConfigDict) -> str:
+    """'field: value in a, value in b' for the first field in which two configs differ, '' where none does."""
+    flat_a, flat_b = (_flat(json.loads(json.dumps(c.copy_and_resolve_references().to_dict()))) for c in (a, b))
+    for field in sorted(flat_a.keys() | flat_b.keys()):
+        if flat_a.get(field) != flat_b.get(field):
+            return f"config.{field} is {flat_a.get(field)} there and {flat_b.get(field)} here"
+    return ""
+
+
+def _flat(content: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in content.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def _lists_to_tuples(value):
+    if isinstance(value, dict):
+        return {k: _lists_to_tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_fields(config: ConfigDict, allowed: ConfigDict, where: str) -> None:
+    for key in config:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, list(allowed), n=1, cutoff=0.5)
+            hint = f" Did you mean {where}.{near[0]}?" if near else f" There are: {', '.join(sorted(allowed))}."
+            raise UserError(f"{where}.{key} is not a field of a config.{hint}")
+        if key == "pretrain":
+            for name in config.pretrain:
+                if isinstance(config.pretrain[name], ConfigDict) and name in _STAGE_NAMES:
+                    _check_fields(config.pretrain[name], allowed, f"{where}.pretrain.{name}")
+        elif isinstance(allowed[key], ConfigDict):
+            if not isinstance(config[key], ConfigDict):
+                raise UserError(f"{where}.{key} is {config[key]!r}; it must hold the fields {', '.join(allowed[key])}")
+            _check_fields(config[key], allowed[key], f"{where}.{key}")
+        elif not _same_kind(config[key], allowed[key]):
+            kind = type(allowed[key]).__name__
+            raise UserError(f"{where}.{key} is {config[key]!r}, a {type(config[key]).__name__}; it must be a {kind}")
+
+
+def _same_kind(value, example) -> bool:
+    if isinstance(example, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(example)
+
+
+def _check_range(field: str, value: float, low: float, high: float = float("inf")) -> None:
+    if not low <= value <= high:
+        limits = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+        raise UserError(f"{field} is {value}; it must be {limits}")

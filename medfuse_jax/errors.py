@@ -1,0 +1,82 @@
+"""One clear line for what a user can cause, and a traceback only for what we did wrong."""
+
+import difflib
+import runpy
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from absl import app, flags, logging
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message says what, where and what to do."""
+
+
+def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises UserError naming `what`, the value, the choices and the nearest of them."""
+    allowed = list(allowed)
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{what} is {value!r}; it must be one of {', '.join(map(str, allowed))}.{hint}")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a command's `main(argv)` under absl; a UserError ends it with one line and status 1."""
+
+    def guarded(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax and TFDS say much that no user needs
+        try:
+            main(argv)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command goes on where this one was")
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; what is wrong with it is one line, whoever finds it.
+
+    absl raises flags.Error; ml_collections, for a field of --config, whatever setting it raises.
+    """
+    if problem := _config_problem(argv):
+        sys.exit(f"error: {problem}")
+    try:
+        left = flags.FLAGS(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if len(left) > 1:
+        sys.exit(f"error: unknown argument {left[1]!r}: every option starts with --; see --help")
+    return left
+
+
+def _config_problem(argv: list[str]) -> str:
+    """What is wrong with --config=FILE or the name of a --config.field=value, '' where nothing is."""
+    options = [a.removeprefix("--").partition("=") for a in argv[1:] if a.startswith("--config")]
+    path = next((value for name, _, value in options if name == "config"), "")
+    if not path:
+        return ""  # a flag that is required says so itself
+    if not Path(path).is_file():
+        there = [str(p) for p in sorted(Path(path).parent.glob("*.py"))]
+        near = difflib.get_close_matches(path, there, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(there) or 'none in that folder'}."
+        return f"--config={path} is not a file. {hint}"
+    for name, _, _ in options:
+        node, parts = runpy.run_path(path)["get_config"](), name.split(".")
+        for depth, part in enumerate(parts[1:], start=1):
+            if not hasattr(node, "keys") or part not in node:
+                return _no_such_field(parts, depth, list(node) if hasattr(node, "keys") else [])
+            node = node[part]
+    return ""
+
+
+def _no_such_field(parts: list[str], depth: int, there: list[str]) -> str:
+    parent = ".".join(parts[:depth])
+    near = difflib.get_close_matches(parts[depth], there, n=1, cutoff=0.5)
+    hint = f"Did you mean --{parent}.{near[0]}?" if near else f"{parent} has: {', '.join(sorted(there)) or 'no fields'}."
+    return f"--{'.'.join(parts)} is not a field. {hint}"

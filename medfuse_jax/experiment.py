@@ -1,0 +1,148 @@
+"""A config made real: the dataset opened, the model built, the devices chosen."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from medfuse_jax import augment, checkpoints, input_pipeline, optim, parallel, tasks
+from medfuse_jax import config as config_lib
+from medfuse_jax import plan as plan_lib
+from medfuse_jax import step as step_lib
+from medfuse_jax.errors import UserError
+from medfuse_jax.models import methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What training and evaluation both need of a run."""
+
+    config: ConfigDict
+    dataset: input_pipeline.Dataset
+    options: step_lib.StepOptions
+    devices: list[jax.Device]
+
+    def selects(self, split: str) -> np.ndarray:
+        """Which records of train or val the run uses, by config.data.<split>_stays; bool [N]."""
+        include_N = self.dataset.usable(split)
+        if self.config.data[f"{split}_stays"] == "paired":
+            include_N = include_N & self.dataset.index[split]["has_cxr"]
+        return include_N
+
+    def train_plan(self, epoch: int) -> plan_lib.Plan:
+        """The training batches of one epoch."""
+        return plan_lib.train_plan(
+            self.dataset.lengths("train"),
+            self.dataset.paired("train"),
+            self.selects("train"),
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            buckets=self.dataset.buckets,
+            num_films=self.config.films_per_batch or None,
+            ehr_only_ratio=self.config.data.ehr_only_ratio,
+        )
+
+    def fresh_state(self) -> step_lib.TrainState:
+        """A newly initialised state, from the config's seed."""
+        # rbg: jax's default generator is compiled anew for every parameter, half a minute for a ResNet on CPU.
+        init_key = jax.random.key(self.config.seed, impl="rbg")
+        return step_lib.create_state(self.options, init_key, self._smallest_batch(), self.config.learning_rate)
+
+    def abstract_state(self) -> step_lib.TrainState:
+        """The shapes and types of a state, without computing one."""
+        return jax.eval_shape(self.fresh_state)
+
+    def _smallest_batch(self) -> dict:
+        size = tasks.FILM_SIZE_PX
+        batch = {"valid": jnp.ones(1, bool)}
+        if self.dataset.use_ehr:
+            batch |= {"ehr": jnp.zeros((1, 1, len(tasks.CHANNELS))), "length": jnp.ones(1, jnp.int32)}
+        if self.dataset.use_film:
+            batch |= {"image": jnp.zeros((1, size, size), jnp.uint8), "film_row": jnp.zeros(1, jnp.int32)}
+        return batch
+
+
+def open_experiment(config: ConfigDict) -> Experiment:
+    """Opens what a validated config names; UserError where data or devices do not fit it."""
+    method, _ = methods.METHODS[config.method]
+    dataset = input_pipeline.open_dataset(
+        config.data.dir,
+        config.task,
+        use_ehr=method.uses_ehr,
+        use_film=method.uses_film,
+        statistics=config.data.statistics,
+        max_buckets=config.data.max_buckets,
+    )
+    if method.uses_ehr and dataset.task.films_only:
+        raise UserError(f"the method {config.method!r} reads EHR, and the task {config.task!r} has none: use 'uni_cxr'")
+    on = parallel.devices()
+    config_lib.check_devices(config, len(on))
+    options = step_lib.StepOptions(
+        model=methods.build(
+            config.method,
+            len(dataset.labels),
+            ehr_hidden=config.model.ehr_hidden,
+            fusion_hidden=config.model.fusion_hidden,
+            dropout=config.model.dropout,
+            resnet_stage_sizes=tuple(config.model.resnet_stage_sizes),
+            resnet_width=config.model.resnet_width,
+            frozen_stats=config.model.batch_norm == "frozen",
+            dtype=_compute_dtype(config.precision),
+        ),
+        optimizer=optim.adam(config.beta2),
+        film=augment.FilmOptions(**config.film.to_dict()),
+        mean_F=tuple(dataset.mean_F.tolist()),
+        std_F=tuple(dataset.std_F.tolist()),
+    )
+    return Experiment(config, dataset, options, on)
+
+
+def start_from_encoders(state: step_lib.TrainState, encoder_dirs: dict[str, Path]) -> step_lib.TrainState:
+    """The state with encoders taken from finished runs. encoder_dirs: 'ehr' and 'cxr' -> workdir."""
+    params, batch_stats = dict(state.params), dict(state.batch_stats)
+    for name, workdir in encoder_dirs.items():
+        module = f"{name}_encoder"
+        if module not in params:
+            raise UserError(f"config.init.{name}={workdir}: this run's method has no {module}")
+        trained = checkpoints.restore_best(
+            workdir, open_experiment(config_lib.load(workdir / "config.json")).abstract_state()
+        )
+        if module not in trained.params:
+            raise UserError(f"config.init.{name}={workdir}: that run's method has no {module}")
+        shapes, trained_shapes = (jax.tree.map(jnp.shape, tree[module]) for tree in (params, trained.params))
+        if shapes != trained_shapes:
+            raise UserError(f"config.init.{name}={workdir}: its {module} has other sizes than config.model here")
+        params[module] = trained.params[module]
+        if module in batch_stats:
+            batch_stats[module] = trained.batch_stats[module]
+    return state.replace(params=params, batch_stats=batch_stats)
+
+
+def num_params(state: step_lib.TrainState) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for compiled programs and the synthetic cohort, readable by the user alone."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medfuse_jax"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache folder {folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from None
+    return folder
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs: a second start of the same model skips the compiler."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+
+
+def _compute_dtype(precision: str):
+    if precision == "auto":  # bfloat16 gains nothing on CPU
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)

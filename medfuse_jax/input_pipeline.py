@@ -1,0 +1,188 @@
+"""From shards to batches: records are read by threads, in the order of a plan.
+
+A batch is a dict of arrays, each with a leading device axis D:
+
+    ehr        float32 [D, B, T, 76]  as recorded (not standardised), zero beyond `length`
+    length     int32   [D, B]
+    label      float32 [D, B, K]
+    valid      bool    [D, B]         False: a padded row, no stay
+    row_id     int32   [D, B]         the row's number in the whole batch, whatever D is
+    record     int32   [D, B]         the record's number in its split, -1 in a padded row
+    image      uint8   [D, P, 256, 256]
+    film_row   int32   [D, P]         the row a film belongs to; B: an empty film slot
+
+`ehr`/`length` are left out for film-only tasks, `image`/`film_row` where there are no film slots.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain.python as grain
+import numpy as np
+
+from medfuse_jax import plan as plan_lib
+from medfuse_jax import records, tasks
+from medfuse_jax.errors import UserError
+
+# Two threads and a buffer of 16 beat grain's defaults and worker processes on two cores.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One task's shards, opened: what a run needs to know of them before it reads a record.
+
+    use_ehr, use_film: whether the method reads that modality; what it does not read is
+    neither decoded into a batch nor sent to the device.
+    buckets: padded lengths shared by all splits.
+    """
+
+    task: tasks.Task
+    labels: tuple[str, ...]
+    splits: dict[str, records.Split]
+    index: dict[str, dict[str, np.ndarray]]
+    manifest: dict
+    mean_F: np.ndarray
+    std_F: np.ndarray
+    use_ehr: bool
+    use_film: bool
+    buckets: tuple[int, ...]
+
+    def paired(self, split: str) -> np.ndarray:
+        """Which records of `split` come with a film that the method uses, bool [N]."""
+        return self.index[split]["has_cxr"] & self.use_film
+
+    def usable(self, split: str) -> np.ndarray:
+        """Which records the method can score: all, or those with a film if it reads nothing else; bool [N]."""
+        return self.index[split]["has_cxr"] | self.use_ehr
+
+    def lengths(self, split: str) -> np.ndarray:
+        """Time steps of each record that the method reads, int [N]."""
+        length_N = self.index[split]["length"]
+        return length_N if self.use_ehr else np.zeros_like(length_N)
+
+
+def open_dataset(
+    data_dir: str | Path,
+    task: str,
+    *,
+    use_ehr: bool = True,
+    use_film: bool = True,
+    statistics: str = "train",
+    max_buckets: int = 4,
+) -> Dataset:
+    """Opens a task's shards; UserError if they are not there, damaged or of no use to the method.
+
+    statistics: 'train' (the train split's mean and deviation, from the manifest), or the path
+    of a JSON file {"mean": [76], "std": [76]}.
+    """
+    manifest = records.manifest(data_dir, task)
+    index = {split: records.index(data_dir, task, split) for split in tasks.SPLITS}
+    if not len(index["train"]["stay_id"]):
+        raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")
+    use_ehr = use_ehr and not tasks.TASKS[task].films_only
+    if not use_ehr and not any(part["has_cxr"].any() for part in index.values()):
+        raise UserError(
+            f"{records.task_dir(data_dir, task)} holds no films, and the method reads nothing else: "
+            "build with --mimic_cxr, or choose a method that reads EHR"
+        )
+    mean_F, std_F = _statistics(manifest, statistics)
+    length_N = np.concatenate([index[s]["length"] for s in tasks.SPLITS])
+    return Dataset(
+        task=tasks.TASKS[task],
+        labels=tuple(manifest["labels"]),
+        splits={split: records.open_split(data_dir, task, split) for split in tasks.SPLITS},
+        index=index,
+        manifest=manifest,
+        mean_F=mean_F,
+        std_F=std_F,
+        use_ehr=use_ehr,
+        use_film=use_film,
+        buckets=plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,),
+    )
+
+
+def batches(dataset: Dataset, split: str, plan: plan_lib.Plan, *, num_devices: int = 1, start: int = 0) -> Iterator:
+    """The plan's batches from step `start` on, read ahead by threads."""
+    if start >= len(plan):
+        return iter(())
+    source = _Batches(dataset, split, plan, num_devices)
+    return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(READ_OPTIONS))
+
+
+class _Batches:
+    """A random-access source whose i-th element is the plan's i-th batch."""
+
+    def __init__(self, dataset: Dataset, split: str, plan: plan_lib.Plan, num_devices: int):
+        self._dataset, self._split, self._plan, self._num_devices = dataset, split, plan, num_devices
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        rows_DB, film_row_DP = plan_lib.deal(self._plan, step, self._num_devices)
+        return collate(self._dataset, self._split, rows_DB, film_row_DP, int(self._plan.steps_S[step]))
+
+
+def collate(
+    dataset: Dataset, split: str, rows_DB: np.ndarray, film_row_DP: np.ndarray, num_steps: int
+) -> dict[str, np.ndarray]:
+    """Reads the records of one batch and lays them out (see the top of the module)."""
+    part = dataset.index[split]
+    valid_DB = rows_DB != plan_lib.PADDING
+    safe_DB = np.where(valid_DB, rows_DB, 0)
+    batch = {
+        "label": (part["label"][safe_DB] * valid_DB[..., None]).astype(np.float32),
+        "valid": valid_DB,
+        "row_id": np.arange(rows_DB.size, dtype=np.int32).reshape(rows_DB.shape),
+        "record": rows_DB.astype(np.int32),
+    }
+    devices, rows = rows_DB.shape
+    if dataset.use_ehr:
+        batch["length"] = np.where(valid_DB, part["length"][safe_DB], 0).astype(np.int32)
+        batch["ehr"] = np.zeros((devices, rows, num_steps, len(tasks.CHANNELS)), np.float32)
+    if film_row_DP.shape[1]:
+        size = tasks.FILM_SIZE_PX
+        batch["film_row"] = film_row_DP.astype(np.int32)
+        batch["image"] = np.zeros((*film_row_DP.shape, size, size), np.uint8)
+    wants_film = np.zeros((devices, rows), bool)
+    for device, slot in np.argwhere(film_row_DP < rows):
+        wants_film[device, film_row_DP[device, slot]] = True
+    for device, row in np.argwhere(valid_DB if dataset.use_ehr else wants_film):
+        record = dataset.splits[split][rows_DB[device, row]]
+        _check_against_index(record, part, rows_DB[device, row], split)
+        if dataset.use_ehr:
+            batch["ehr"][device, row, : len(record["ehr"])] = record["ehr"]
+        if wants_film[device, row]:
+            slot = int(np.flatnonzero(film_row_DP[device] == row)[0])
+            batch["image"][device, slot] = record["image"]
+    return batch
+
+
+def _check_against_index(record: dict, part: dict[str, np.ndarray], i: int, split: str) -> None:
+    if record["stay_id"] != part["stay_id"][i] or len(record["ehr"]) != part["length"][i]:
+        raise UserError(
+            f"record {i} of the {split} split is stay {record['stay_id']} with {len(record['ehr'])} steps, its index "
+            f"says stay {part['stay_id'][i]} with {part['length'][i]}: the folder mixes two builds; build it again"
+        )
+
+
+def _statistics(manifest: dict, statistics: str) -> tuple[np.ndarray, np.ndarray]:
+    if statistics == "train":
+        mean, std, where = manifest["train_mean"], manifest["train_std"], "manifest.json"
+    else:
+        where = statistics
+        try:
+            content = json.loads(Path(statistics).read_text())
+            mean, std = content["mean"], content["std"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"config.data.statistics={statistics}: not 'train', nor a JSON file with 'mean' and 'std' ({error!r})"
+            ) from None
+    mean_F, std_F = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    channels = len(tasks.CHANNELS)
+    if mean_F.shape != (channels,) or std_F.shape != (channels,) or not (std_F > 0).all():
+        raise UserError(f"{where}: mean and std must be {channels} numbers each, every std above 0")
+    return mean_F, std_F

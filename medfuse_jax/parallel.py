@@ -1,0 +1,76 @@
+"""Running the steps on all local devices: under pmap (the default), or jit with shardings.
+
+Both take the batches of `input_pipeline`, with a leading device axis D, and keep parameters
+replicated without one. Both give the same numbers.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medfuse_jax import step as step_lib
+
+_AXIS = "device"
+
+
+def devices(num_devices: int | None = None) -> list[jax.Device]:
+    return jax.local_devices()[:num_devices]
+
+
+def compile_train(options: step_lib.StepOptions, mode: str, on: list[jax.Device]) -> Callable:
+    """(state, batch, key) -> (state, metrics). The old state's memory is reused: do not read it again."""
+    if mode == "pmap":
+        step = functools.partial(step_lib.train_step, options, axis=_AXIS)
+        return jax.pmap(step, _AXIS, in_axes=(None, 0, None), out_axes=None, devices=on, donate_argnums=0)
+    step = functools.partial(step_lib.train_step, options)
+    return jax.jit(lambda state, batch, key: step(state, merge(batch), key), donate_argnums=0)
+
+
+def compile_eval(options: step_lib.StepOptions, mode: str, on: list[jax.Device]) -> Callable:
+    """(state, batch) -> (scores [D, B, K], loss of each row [D, B])."""
+    step = functools.partial(step_lib.eval_step, options)
+    if mode == "pmap":
+        return jax.pmap(step, _AXIS, in_axes=(None, 0), devices=on)
+
+    def over_merged(state, batch):
+        outputs = step(state, merge(batch))
+        return jax.tree.map(lambda x: x.reshape(*batch["valid"].shape, *x.shape[1:]), outputs)
+
+    return jax.jit(over_merged)
+
+
+def merge(batch: dict) -> dict:
+    """Folds the device axis of a batch into its rows: [D, B, ...] -> [D * B, ...]."""
+    num_devices, rows = batch["valid"].shape
+    merged = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
+    if "film_row" in batch:
+        # An empty film slot names the row after the device's last: it becomes the one after all.
+        first_D1 = rows * jnp.arange(num_devices)[:, None]
+        film_row_DP = jnp.where(batch["film_row"] < rows, batch["film_row"] + first_D1, num_devices * rows)
+        merged["film_row"] = film_row_DP.reshape(-1)
+    return merged
+
+
+def replicate(tree, on: list[jax.Device]):
+    """Puts a copy of every leaf on every device."""
+    return jax.device_put(tree, NamedSharding(_mesh(on), PartitionSpec()))
+
+
+def prefetch(batches: Iterable[dict], on: list[jax.Device], depth: int = 2) -> Iterator[dict]:
+    """Sends `depth` batches to the devices ahead of use, each device its own part."""
+    sharding = NamedSharding(_mesh(on), PartitionSpec(_AXIS))
+    waiting = deque()
+    for batch in batches:
+        waiting.append(jax.device_put(batch, sharding))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _mesh(on: list[jax.Device]) -> Mesh:
+    return Mesh(np.asarray(on), (_AXIS,))

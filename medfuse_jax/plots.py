@@ -1,0 +1,281 @@
+"""The report's charts, as inline SVG that takes its colours and its fonts from the page.
+
+Shape suffixes: N samples, K labels, G grid points. matplotlib draws in stand-in colours, which
+become the page's CSS variables (`--ink`, `--muted`, `--rule`, `--paper`, `--run0` ...), so a
+chart follows the page from light to dark. Never imports jax.
+"""
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+NUM_COLORS = 7
+_INK, _MUTED, _RULE, _PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _PAPER: "--paper"}
+_VARIABLES |= {f"#0c000{i}": f"--run{i}" for i in range(NUM_COLORS)}
+
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: the page's font, and readers of screens can read it
+    "svg.hashsalt": "medfuse_jax",
+    "text.parse_math": False,  # names come from folders, where a $ is a $
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+_WIDTH_PX, _LOW_PX, _HIGH_PX = 380, 250, 340  # near the size they are shown at, so that text keeps its size
+_GRID_G = np.linspace(0, 1, 201)
+
+
+def loss_curves(
+    train: dict[int, float], val: dict[int, float], chosen_epoch: int | None, color: int, chosen_label: str = "chosen"
+) -> str:
+    """Training and validation loss by epoch, the chosen epoch marked."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _epoch_axes(chosen_epoch, right=0.83)
+        ends = []
+        for values, name, line_color in ((train, "training", _MUTED), (val, "validation", _run_color(color))):
+            if values:
+                _by_epoch(axes, values, line_color)
+                ends.append((list(values.values())[-1], name, line_color))
+        _label_ends(axes, ends)
+        _name_chosen(axes, chosen_epoch, chosen_label)
+        return _svg(figure, "Training and validation loss by epoch")
+
+
+def auroc_curve(val: dict[int, float], chosen_epoch: int | None, color: int, chosen_label: str = "chosen") -> str:
+    """Validation AUROC by epoch, the chosen epoch marked with its value."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _epoch_axes(chosen_epoch, right=0.96)
+        _by_epoch(axes, val, _run_color(color))
+        if chosen_epoch in val:
+            axes.plot([chosen_epoch], [val[chosen_epoch]], "o", color=_run_color(color), markersize=6)
+            # Above the curve's top there is nothing that the number could hide.
+            axes.set_ymargin(0.16)
+            is_late = chosen_epoch > (min(val) + max(val)) / 2
+            axes.annotate(
+                f"{val[chosen_epoch]:.3f}",
+                (chosen_epoch, val[chosen_epoch]),
+                xytext=(-6 if is_late else 6, 7),
+                textcoords="offset points",
+                ha="right" if is_late else "left",
+                color=_run_color(color),
+                weight="bold",
+            )
+        _name_chosen(axes, chosen_epoch, chosen_label)
+        return _svg(figure, "Validation AUROC by epoch")
+
+
+def roc(labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) -> str:
+    """ROC curves: a thin grey line a label, and their mean (for one label, that label's curve)."""
+    return _curve_chart(_roc_G, labels_NK, scores_NK, color, "ROC")
+
+
+def precision_recall(labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) -> str:
+    """Precision by recall: a thin grey line a label, and their mean (for one label, that label's curve)."""
+    return _curve_chart(_precision_G, labels_NK, scores_NK, color, "PR")
+
+
+def overlay(kind: str, runs: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) -> str:
+    """The mean curves of several runs. kind: 'ROC' or 'PR'; runs: (name, color, labels [N, K], scores [N, K])."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _unit_axes(kind)
+        curve = {"ROC": _roc_G, "PR": _precision_G}[kind]
+        for _, color, labels_NK, scores_NK in runs:
+            curves_KG = _curves(curve, labels_NK, scores_NK)
+            if curves_KG:
+                axes.plot(*_mean(kind, curves_KG), color=_run_color(color))
+        _key(axes, kind, [(name, _run_color(color)) for name, color, _, _ in runs])
+        return _svg(figure, f"{kind} curves, mean over labels, of {', '.join(name for name, *_ in runs)}")
+
+
+def interval(
+    axis: tuple[float, float],
+    value: float,
+    bounds: tuple[float | None, float | None],
+    color: int,
+    beside: Sequence[tuple[float, int]] = (),
+    reference: float | None = None,
+) -> str:
+    """A table cell's bar on an axis (low, high): a value's dot with its bounds.
+
+    beside: (value, color) of others, as small dots. reference: a dashed line where it is inside the axis.
+    """
+    width_px, height_px, edge_px = 132, 16, 6
+    low, high = axis
+
+    def x(position):
+        share = min(max((position - low) / (high - low), 0), 1) if high > low else 0.5
+        return f"{edge_px + (width_px - 2 * edge_px) * share:.1f}"
+
+    parts = []
+    if reference is not None and low <= reference <= high:
+        parts.append(f'<path d="M{x(reference)} 0V{height_px}" stroke="var(--muted)" stroke-dasharray="2 2"/>')
+    css = f"var(--run{color % NUM_COLORS})"
+    if None not in bounds:
+        parts.append(f'<path d="M{x(bounds[0])} 8H{x(bounds[1])}" stroke="{css}" stroke-width="2" opacity=".5"/>')
+    for other, other_color in beside:
+        parts.append(f'<circle cx="{x(other)}" cy="8" r="2.5" fill="var(--run{other_color % NUM_COLORS})"/>')
+    parts.append(f'<circle cx="{x(value)}" cy="8" r="3.5" fill="{css}"/>')
+    size = f'width="{width_px}" height="{height_px}" viewBox="0 0 {width_px} {height_px}"'
+    return f'<svg class="interval" {size} aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def _run_color(color: int) -> str:
+    return f"#0c000{color % NUM_COLORS}"
+
+
+def _figure(height_px: int) -> Figure:
+    return Figure(figsize=(_WIDTH_PX / 72, height_px / 72))  # an SVG's unit is 1/72 inch
+
+
+def _epoch_axes(chosen_epoch: int | None, right: float) -> tuple[Figure, Axes]:
+    figure = _figure(_LOW_PX)
+    axes = figure.add_axes((0.13, 0.16, right - 0.13, 0.75))
+    axes.grid(axis="x", visible=False)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
+    axes.yaxis.get_major_locator().set_params(nbins=5)
+    axes.set_xlabel("epoch")
+    if chosen_epoch is not None:
+        axes.axvline(chosen_epoch, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    return figure, axes
+
+
+def _name_chosen(axes: Axes, chosen_epoch: int | None, text: str) -> None:
+    """Writes over the chosen epoch's line, turned inwards at the chart's sides. Last: the x axis is known then."""
+    if chosen_epoch is not None:
+        low, high = axes.get_xlim()
+        share = (chosen_epoch - low) / (high - low)
+        side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
+        place = {"transform": axes.get_xaxis_transform(), "ha": side, "va": "bottom"}
+        axes.text(chosen_epoch, 1.02, f"{text}: epoch {chosen_epoch}", color=_MUTED, fontsize=9.5, **place)
+
+
+def _by_epoch(axes: Axes, values: dict[int, float], color: str) -> None:
+    few = len(values) <= 3  # a line of one point is not seen
+    axes.plot(list(values), list(values.values()), color=color, marker="o" if few else None, markersize=4)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Names lines at their right ends, moved apart where they would touch. ends: (y, name, color)."""
+    low, high = axes.get_ylim()
+    last = -np.inf
+    for y, name, color in sorted(ends):
+        last = max((y - low) / (high - low), last + 0.08)
+        axes.text(1.02, last, name, transform=axes.transAxes, color=color, va="center", fontsize=9.5)
+
+
+def _unit_axes(kind: str) -> tuple[Figure, Axes]:
+    figure = _figure(_HIGH_PX)
+    axes = figure.add_axes((0.13, 0.13, 0.83, 0.83))
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+    if kind == "ROC":
+        axes.set(xlabel="1 − specificity", ylabel="sensitivity")
+        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    else:
+        axes.set(xlabel="recall (sensitivity)", ylabel="precision")
+    return figure, axes
+
+
+def _curve_chart(curve, labels_NK: np.ndarray, scores_NK: np.ndarray, color: int, kind: str) -> str:
+    with mpl.rc_context(_STYLE):
+        figure, axes = _unit_axes(kind)
+        curves_KG = _curves(curve, labels_NK, scores_NK)
+        several = labels_NK.shape[1] > 1
+        if several:
+            for curve_G in curves_KG:
+                axes.plot(*_closed(kind, curve_G), color=_MUTED, linewidth=0.7, alpha=0.45)
+        if curves_KG:
+            axes.plot(*_mean(kind, curves_KG), color=_run_color(color), linewidth=2.4)
+        names = [("mean of the labels", _run_color(color)), ("each label", _MUTED)] if several else []
+        _key(axes, kind, names)
+        return _svg(figure, f"{kind} curves of {len(curves_KG)} labels" if several else f"{kind} curve")
+
+
+def _curves(curve, labels_NK: np.ndarray, scores_NK: np.ndarray) -> list[np.ndarray]:
+    """The curve of every label that has both classes, on the grid."""
+    pairs = zip(np.asarray(labels_NK).T, np.asarray(scores_NK).T, strict=True)
+    return [curve(label_N, score_N) for label_N, score_N in pairs if 0 < label_N.sum() < len(label_N)]
+
+
+def _roc_G(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
+    fpr, tpr, _ = roc_curve(label_N, score_N)
+    return np.interp(_GRID_G, fpr, tpr)  # at a jump: its upper end
+
+
+def _precision_G(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
+    """Precision where the recall is first reached: the steps whose area is the average precision."""
+    precision, recall, _ = precision_recall_curve(label_N, score_N)
+    precision, recall = precision[::-1], recall[::-1]
+    return precision[np.searchsorted(recall, np.maximum(_GRID_G, 1e-12), side="left")]
+
+
+def _mean(kind: str, curves_KG: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return _closed(kind, np.mean(curves_KG, axis=0))
+
+
+def _closed(kind: str, curve_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a curve; a ROC curve starts in the corner."""
+    return (np.append(0, _GRID_G), np.append(0, curve_G)) if kind == "ROC" else (_GRID_G, curve_G)
+
+
+def _key(axes: Axes, kind: str, names: list[tuple[str, str]]) -> None:
+    """Coloured names in the corner that such curves leave empty: ROC bottom right, PR top right."""
+    top = 0.06 + 0.065 * (len(names) - 1) if kind == "ROC" else 0.95
+    for i, (name, color) in enumerate(names):
+        axes.text(
+            0.98,
+            top - 0.065 * i,
+            name,
+            transform=axes.transAxes,
+            ha="right",
+            va="center",
+            color=color,
+            weight="bold" if color != _MUTED else "normal",
+            bbox={"facecolor": _PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
+        )
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """The figure as an inline <svg> with the page's colours and font, and no ids that could meet another's."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # The style would be the whole page's.
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
+    width, height = figure.get_size_inches() * 72
+    opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(description)}">'
+    text = re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
+    # Hundredths of a pixel are enough; numbers that are text stay whole.
+    text = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), text)
+    text = re.sub(r"font-family: [^;]*; ", "", text).replace("xlink:href", "href")
+    text = re.sub(r"\s*\n\s*", " ", text)
+    for stand_in, variable in _VARIABLES.items():
+        text = text.replace(stand_in, f"var({variable})")
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
+    prefix = "c" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = re.sub(r' id="([\w.:-]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
+    return re.sub(r'(url\(|href=")#([\w-]+)', rf"\1#{prefix}\2", text).strip()

@@ -1,0 +1,152 @@
+"""The record format: what a shard holds, how it is described, how it is read.
+
+On disk, one folder a task, written by `data_prep` and renamed into place when whole:
+
+    <data_dir>/<task>/dataset_info.json, features.json   (TFDS)
+    <data_dir>/<task>/<task>-<split>.array_record-*      one record a stay, or a film
+    <data_dir>/<task>/index_<split>.npz                  length, pairing, ids and labels, in record order
+    <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
+
+The index is what batch plans are made from, so no record is read to plan an epoch.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medfuse_jax import tasks
+from medfuse_jax.errors import UserError, check_choice
+
+FORMAT_VERSION = "1.0.0"
+INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", "label")
+
+
+def features(num_labels: int):
+    """The TFDS features of one record with `num_labels` labels.
+
+    A missing film is an image of shape [0, 256, 256]; a film without a stay has ehr [0, 76].
+    `Encoding.BYTES` because it is ten times faster to read than TFDS' default.
+    """
+    import tensorflow_datasets as tfds  # 2 s to import: only builders and readers pay
+
+    def tensor(shape, dtype):
+        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+
+    size = tasks.FILM_SIZE_PX
+    return tfds.features.FeaturesDict(
+        {
+            "stay_id": np.int64,  # -1 for a film without a stay
+            "subject_id": np.int64,
+            "ehr": tensor((None, len(tasks.CHANNELS)), np.float32),  # not standardised
+            "label": tensor((num_labels,), np.int8),
+            "has_cxr": np.bool_,
+            "dicom_id": tfds.features.Text(),
+            "image": tensor((None, size, size), np.uint8),
+            "age": np.float32,  # years
+            "gender": tfds.features.Text(),
+            "admission_type": tfds.features.Text(),
+            "first_careunit": tfds.features.Text(),
+        }
+    )
+
+
+def task_dir(data_dir: str | Path, task: str) -> Path:
+    """The folder of one task's dataset; UserError where there is none."""
+    check_choice("task", task, tasks.TASKS)
+    folder = Path(data_dir) / task
+    if folder.is_dir():
+        return folder
+    if not Path(data_dir).is_dir():
+        raise UserError(f"no data folder {data_dir}: build one with `python -m data_prep.build --out={data_dir} ...`")
+    present = sorted(p.name for p in Path(data_dir).iterdir() if p.is_dir() and p.name in tasks.TASKS)
+    raise UserError(
+        f"{data_dir} holds no dataset for the task {task!r} (it holds: {', '.join(present) or 'none'}); "
+        f"build it with `python -m data_prep.build --tasks={task} ...`"
+    )
+
+
+def manifest(data_dir: str | Path, task: str) -> dict:
+    """What is known of a dataset: 'channels', 'labels', 'train_mean', 'train_std' and more.
+
+    'train_mean' and 'train_std' are lists of 76, over every time step of the train split;
+    0 and 1 for the channels that are not continuous.
+    """
+    path = task_dir(data_dir, task) / "manifest.json"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the folder is not a finished build; run data_prep.build again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run data_prep.build again") from None
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {content.get('format_version')}, this version reads {FORMAT_VERSION}: "
+            "run data_prep.build again"
+        )
+    if content.get("task") != task:
+        raise UserError(f"{path} describes the task {content.get('task')!r}, not {task!r}: the folder was renamed")
+    return content
+
+
+def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
+    """The index of one split, each field in record order.
+
+    stay_id int64 [N], subject_id int64 [N], length int32 [N] (time steps),
+    has_cxr bool [N], age float32 [N] (years, nan where unknown), label int8 [N, K].
+    """
+    check_choice("split", split, tasks.SPLITS)
+    manifest(data_dir, task)
+    path = task_dir(data_dir, task) / f"index_{split}.npz"
+    try:
+        with np.load(path) as stored:
+            return {field: stored[field] for field in INDEX_FIELDS}
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run data_prep.build again") from None
+
+
+class Split(Sequence):
+    """The records of one split, read on demand: len(), [i], iteration."""
+
+    def __init__(self, source, name: str):
+        self._source = source
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> dict:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self._name} has {len(self)} records, asked for {i}")
+        try:
+            record = self._source[i % len(self)]
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"record {i} of {self._name} is damaged ({error}); run data_prep.build again") from None
+        text = {k: v.decode() for k, v in record.items() if isinstance(v, bytes)}
+        image = record["image"][0] if len(record["image"]) else None
+        return {**record, **text, "image": image}
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[i] for i in range(len(self)))
+
+
+def open_split(data_dir: str | Path, task: str, split: str) -> Split:
+    """Opens one split for random access.
+
+    Each record is a dict with at least stay_id int, ehr float32 [T, 76] (not standardised),
+    label int8 [K], has_cxr bool, dicom_id str or '', image uint8 [256, 256] or None.
+    """
+    import tensorflow_datasets as tfds
+
+    check_choice("split", split, tasks.SPLITS)
+    manifest(data_dir, task)
+    folder = task_dir(data_dir, task)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        if split not in builder.info.splits or not builder.info.splits[split].num_examples:
+            return Split((), f"{folder} {split}")
+        source = builder.as_data_source(split)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{folder} cannot be opened ({error}); run data_prep.build again") from None
+    return Split(source, f"{folder} {split}")

@@ -1,0 +1,95 @@
+"""Tables and charts of finished and unfinished runs: `python -m medfuse_jax.report --runs=DIR --out=DIR`.
+
+Reads workdirs (workdirs.py), writes one self-contained index.html (report_page.py), and prints
+the table. A run is shown as far as it went. Never imports jax: reports are made where no
+accelerator is.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from medfuse_jax import errors, workdirs
+from medfuse_jax.errors import UserError
+from medfuse_jax.workdirs import METHOD_NAMES, SUBSETS, TASK_NAMES, number, pair, section
+
+
+def text_table(results: list[dict]) -> str:
+    """Results (the content of result.json each) as lines of at most 100 columns, methods beside one another."""
+    blocks = []
+    for task in dict.fromkeys(str(result.get("task")) for result in results):
+        group = [result for result in results if str(result.get("task")) == task]
+        synthetic = any(section(result, "data").get("synthetic") for result in group)
+        title = f"{TASK_NAMES.get(task, task)}, {group[0].get('split', 'test')} split"
+        rows = [("method", "stays", "", "AUROC [95 % bounds]", "AUPRC [95 % bounds]")]
+        for subset in SUBSETS:
+            for result in group:
+                rows += _result_rows(result, subset)
+        differences = [row for result in group for row in _difference_rows(result)]
+        if differences:
+            rows += [("difference, paired bootstrap", "", "", "", ""), *differences]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}  {e:<{widths[4]}}".rstrip()
+            for a, b, c, d, e in rows
+        ]
+        notice = ["synthetic patients: says nothing about real ones"] if synthetic else []
+        blocks.append("\n".join([title, *notice, *lines]))
+    return "\n\n".join(blocks)
+
+
+def make(runs_dir: str | Path, out_dir: str | Path) -> str:
+    """Writes `<out_dir>/index.html` of the runs at and below `runs_dir`; returns the text table and the page's path."""
+    from medfuse_jax import report_page  # late: matplotlib takes a second, and `text_table` needs none
+
+    runs = workdirs.find_runs(Path(runs_dir))
+    path = Path(out_dir) / "index.html"
+    content = report_page.page(runs)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".html.tmp")
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"--out={out_dir} cannot be written ({error.strerror}): give another folder") from None
+    table = text_table([run.result for run in runs if run.result])
+    problems = "\n".join(f"warning: {problem}" for run in runs for problem in run.problems)
+    return "\n\n".join(part for part in (table, problems, f"report: {path}") if part)
+
+
+def _result_rows(result: dict, subset: str) -> list[tuple[str, ...]]:
+    scores = result["subsets"].get(subset)
+    if not scores:
+        return []
+    method = _short(METHOD_NAMES.get(result.get("method"), str(result.get("method"))))
+    values = (_bracketed(scores, name) for name in ("auroc_macro", "auprc_macro"))
+    return [(method, subset, str(scores.get("num_samples", "")), *values)]
+
+
+def _difference_rows(result: dict) -> list[tuple[str, ...]]:
+    method = METHOD_NAMES.get(result.get("method"), str(result.get("method")))
+    rows = []
+    for scores in result.get("comparisons") or []:
+        against = METHOD_NAMES.get(scores.get("against"), str(scores.get("against")))
+        values = (_bracketed(scores, name, sign=True) for name in ("auroc_macro", "auprc_macro"))
+        rows.append((_short(f"{method} − {against}"), str(scores.get("subset")), "", *values))
+    return rows
+
+
+def _bracketed(scores: dict, name: str, sign: bool = False) -> str:
+    low, high = pair(scores.get(f"{name}_ci"))
+    return f"{number(scores.get(name), 3, sign)} [{number(low, 3, sign)}, {number(high, 3, sign)}]"
+
+
+def _short(text: str, width: int = 32) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def main(argv: list[str]) -> None:
+    print(make(flags.FLAGS.runs, flags.FLAGS.out))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("runs", None, "A workdir, or a folder that holds workdirs.", required=True)
+    flags.DEFINE_string("out", None, "Folder that index.html is written to.", required=True)
+    errors.run(main)

@@ -1,0 +1,77 @@
+"""What a run writes down as it goes: metrics.jsonl, TensorBoard events, and a progress bar.
+
+On a terminal there is one bar a run; elsewhere a plain line an epoch.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """One run's record. Lines of steps after `resume_step` (a kill came before their checkpoint) are dropped."""
+
+    def __init__(self, workdir: Path, name: str, num_steps: int, resume_step: int = 0):
+        self._name = name
+        self._path = workdir / "metrics.jsonl"
+        _drop_after(self._path, resume_step)
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._bar = tqdm(
+            total=num_steps,
+            initial=resume_step,
+            desc=name,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left{postfix}",
+        )
+        self._start_s = time.perf_counter()
+        self._shown = {}
+
+    def step(self, **shown: str) -> None:
+        """Moves the bar on by one step, and changes what is written beside it."""
+        self.show(**shown)
+        self._bar.update()
+
+    def show(self, **shown: str) -> None:
+        """Changes what is written beside the bar."""
+        self._shown |= shown
+        self._bar.set_postfix_str("  ".join(f"{k} {v}" for k, v in self._shown.items()), refresh=False)
+
+    def write(self, phase: str, epoch: int, step: int, **values: float) -> None:
+        """Adds one line to metrics.jsonl and the same values to TensorBoard."""
+        line = {"phase": phase, "epoch": epoch, "step": step, **values}
+        line["time_s"] = round(time.perf_counter() - self._start_s, 3)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._tensorboard.add_scalar(f"{phase}/{key}", value, step)
+
+    def line(self, text: str) -> None:
+        """A plain log line, where there is no bar."""
+        if self._bar.disable:
+            print(f"{self._name}: {text}", flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps the whole lines up to `step` (a kill can leave half a line)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept))

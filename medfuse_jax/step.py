@@ -1,0 +1,122 @@
+"""The training and evaluation steps, written once.
+
+Pure functions of (state, batch, key): with `axis=None` they run on one device or, under jit
+with shardings, on many; with an axis name they run under pmap, where every sum over the
+batch is a sum over the devices too. Batches are described in `input_pipeline`.
+"""
+
+import dataclasses
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from medfuse_jax import augment, losses, optim
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes, plus the learning rate that the epoch loop sets."""
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    learning_rate: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What a step is compiled for. mean_F and std_F standardise the EHR channels."""
+
+    model: flax.linen.Module
+    optimizer: optax.GradientTransformation
+    film: augment.FilmOptions
+    mean_F: tuple[float, ...]
+    std_F: tuple[float, ...]
+
+
+def create_state(options: StepOptions, key: jax.Array, batch: dict, learning_rate: float) -> TrainState:
+    """A fresh state for the shapes of `batch` (one device's part of one)."""
+
+    def init(key):
+        inputs = model_inputs(options, batch, key=None)
+        variables = options.model.init({"params": key}, **inputs, train=False)
+        return variables["params"], variables.get("batch_stats", {})
+
+    params, batch_stats = jax.jit(init)(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=options.optimizer.init(params),
+        learning_rate=jnp.asarray(learning_rate, jnp.float32),
+    )
+
+
+def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> dict:
+    """Standardises the series and prepares the films; augments them where a key is given."""
+    num_rows = batch["valid"].shape[0]
+    inputs = {"length": batch.get("length", jnp.zeros(num_rows, jnp.int32))}
+    if "ehr" in batch:
+        inputs["ehr"] = (batch["ehr"] - jnp.asarray(options.mean_F)) / jnp.asarray(options.std_F)
+    if "image" in batch:
+        film_row_P = batch["film_row"]
+        if key is None:
+            image = augment.prepare(batch["image"], options.film)
+        else:
+            film_id_P = batch["row_id"][jnp.minimum(film_row_P, num_rows - 1)]
+            image = augment.prepare_augmented(key, film_id_P, batch["image"], options.film)
+        inputs |= {"image": image, "film_row": film_row_P, "film_mask": film_row_P < num_rows}
+    return inputs
+
+
+def train_step(
+    options: StepOptions, state: TrainState, batch: dict, key: jax.Array, axis: str | None = None
+) -> tuple[TrainState, dict]:
+    """One update. Returns the new state and {'loss', 'grad_norm'} of the whole batch.
+
+    key is the run's: the step's own keys are folded from it by step number, and each row's
+    by its row_id, so a resumed run and any layout over devices draw the same numbers.
+    """
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    inputs = model_inputs(options, batch, augment_key)
+    num_valid = _sum_over(jnp.sum(batch["valid"]), axis)
+
+    def loss_fn(params):
+        outputs, updated = options.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            **inputs,
+            train=True,
+            dropout_rows=batch["row_id"],
+            axis_name=axis,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        loss = losses.mean_bce(outputs["logits"], batch["label"], batch["valid"], num_valid)
+        return loss, updated.get("batch_stats", state.batch_stats)
+
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    loss, grads = _sum_over((loss, grads), axis)
+    direction, opt_state = options.optimizer.update(grads, state.opt_state, state.params)
+    state = state.replace(
+        step=state.step + 1,
+        params=optim.descend(state.params, direction, state.learning_rate),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+
+def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """(scores [B, K] in 0..1, summed loss of each row [B], 0 in padded rows), without augmentation."""
+    inputs = model_inputs(options, batch, key=None)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits_BK = options.model.apply(variables, **inputs, train=False)["logits"]
+    loss_B = optax.sigmoid_binary_cross_entropy(logits_BK, batch["label"]).mean(-1)
+    return jax.nn.sigmoid(logits_BK), jnp.where(batch["valid"], loss_B, 0.0)
+
+
+def _sum_over(tree, axis: str | None):
+    return tree if axis is None else jax.lax.psum(tree, axis)

@@ -1,0 +1,194 @@
+"""What is measured and what is predicted: variables, channels, labels, tasks.
+
+The one place both sides of the shards agree on. Sources: the 17 variables, their
+classes and the values assumed before a first observation are those of the
+benchmark of Harutyunyan et al. 2019 (arXiv 1703.07771) in the edition the released
+MedFuse reads; the 25 phenotypes and their types are Table 4 of Hayat et al. 2022;
+the radiology labels are CheXpert's 14 (Irvin et al. 2019).
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable:
+    """One clinical variable.
+
+    classes: the text classes in one-hot order, or () for a continuous variable.
+    default: the value assumed before the first observation (text for a class).
+    unit: of a continuous variable's values.
+    """
+
+    name: str
+    default: float | str
+    classes: tuple[str, ...] = ()
+    unit: str = ""
+
+
+# Two spellings of one class keep two slots (and "Glascow" its spelling): released
+# checkpoints were trained on exactly these channels.
+VARIABLES = (
+    Variable("Capillary refill rate", "0.0", ("0.0", "1.0")),
+    Variable("Diastolic blood pressure", 59.0, unit="mmHg"),
+    Variable("Fraction inspired oxygen", 0.21, unit="fraction"),
+    Variable(
+        "Glascow coma scale eye opening",
+        "4 Spontaneously",
+        (
+            "To Pain",
+            "3 To speech",
+            "1 No Response",
+            "4 Spontaneously",
+            "None",
+            "To Speech",
+            "Spontaneously",
+            "2 To pain",
+        ),
+    ),
+    Variable(
+        "Glascow coma scale motor response",
+        "6 Obeys Commands",
+        (
+            "1 No Response",
+            "3 Abnorm flexion",
+            "Abnormal extension",
+            "No response",
+            "4 Flex-withdraws",
+            "Localizes Pain",
+            "Flex-withdraws",
+            "Obeys Commands",
+            "Abnormal Flexion",
+            "6 Obeys Commands",
+            "5 Localizes Pain",
+            "2 Abnorm extensn",
+        ),
+    ),
+    Variable(
+        "Glascow coma scale total",
+        "15",
+        ("11", "10", "13", "12", "15", "14", "3", "5", "4", "7", "6", "9", "8"),
+    ),
+    Variable(
+        "Glascow coma scale verbal response",
+        "5 Oriented",
+        (
+            "1 No Response",
+            "No Response",
+            "Confused",
+            "Inappropriate Words",
+            "Oriented",
+            "No Response-ETT",
+            "5 Oriented",
+            "Incomprehensible sounds",
+            "1.0 ET/Trach",
+            "4 Confused",
+            "2 Incomp sounds",
+            "3 Inapprop words",
+        ),
+    ),
+    Variable("Glucose", 128.0, unit="mg/dL"),
+    Variable("Heart Rate", 86.0, unit="1/min"),
+    Variable("Height", 170.0, unit="cm"),
+    Variable("Mean blood pressure", 77.0, unit="mmHg"),
+    Variable("Oxygen saturation", 98.0, unit="%"),
+    Variable("Respiratory rate", 19.0, unit="1/min"),
+    Variable("Systolic blood pressure", 118.0, unit="mmHg"),
+    Variable("Temperature", 36.6, unit="C"),
+    Variable("Weight", 81.0, unit="kg"),
+    Variable("pH", 7.4),
+)
+
+
+def _value_channels() -> tuple[str, ...]:
+    names = []
+    for variable in VARIABLES:
+        if variable.classes:
+            names += [f"{variable.name}->{c}" for c in variable.classes]
+        else:
+            names.append(variable.name)
+    return tuple(names)
+
+
+VALUE_CHANNELS = _value_channels()  # 59: 12 continuous and 47 one-hot
+CHANNELS = VALUE_CHANNELS + tuple(f"mask->{v.name}" for v in VARIABLES)  # 76
+CONTINUOUS_CHANNELS = tuple(CHANNELS.index(v.name) for v in VARIABLES if not v.classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phenotype:
+    """One phenotype label: a CCS single-level category (AHRQ HCUP) and its type."""
+
+    ccs: int
+    kind: str  # 'acute' | 'mixed' | 'chronic'
+    name: str
+
+
+PHENOTYPES = (
+    Phenotype(157, "acute", "Acute and unspecified renal failure"),
+    Phenotype(109, "acute", "Acute cerebrovascular disease"),
+    Phenotype(100, "acute", "Acute myocardial infarction"),
+    Phenotype(106, "mixed", "Cardiac dysrhythmias"),
+    Phenotype(158, "chronic", "Chronic kidney disease"),
+    Phenotype(127, "chronic", "Chronic obstructive pulmonary disease and bronchiectasis"),
+    Phenotype(238, "acute", "Complications of surgical procedures or medical care"),
+    Phenotype(105, "mixed", "Conduction disorders"),
+    Phenotype(108, "mixed", "Congestive heart failure; nonhypertensive"),
+    Phenotype(101, "chronic", "Coronary atherosclerosis and other heart disease"),
+    Phenotype(50, "mixed", "Diabetes mellitus with complications"),
+    Phenotype(49, "chronic", "Diabetes mellitus without complication"),
+    Phenotype(53, "chronic", "Disorders of lipid metabolism"),
+    Phenotype(98, "chronic", "Essential hypertension"),
+    Phenotype(55, "acute", "Fluid and electrolyte disorders"),
+    Phenotype(153, "acute", "Gastrointestinal hemorrhage"),
+    Phenotype(99, "chronic", "Hypertension with complications and secondary hypertension"),
+    Phenotype(151, "mixed", "Other liver diseases"),
+    Phenotype(133, "acute", "Other lower respiratory disease"),
+    Phenotype(134, "acute", "Other upper respiratory disease"),
+    Phenotype(130, "acute", "Pleurisy; pneumothorax; pulmonary collapse"),
+    Phenotype(122, "acute", "Pneumonia (except that caused by tuberculosis or sexually transmitted disease)"),
+    Phenotype(131, "acute", "Respiratory failure; insufficiency; arrest (adult)"),
+    Phenotype(2, "acute", "Septicemia (except in labor)"),
+    Phenotype(249, "acute", "Shock"),
+)
+
+RADIOLOGY_LABELS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Enlarged Cardiomediastinum",
+    "Fracture",
+    "Lung Lesion",
+    "Lung Opacity",
+    "No Finding",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Pneumonia",
+    "Pneumothorax",
+    "Support Devices",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One prediction task, and one dataset on disk.
+
+    labels: names of the K binary labels, in order.
+    window_h: hours of the stay that may be seen, or None for the whole stay.
+    films_only: records are films (no ICU stay, ehr of length 0).
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    window_h: float | None = None
+    films_only: bool = False
+
+
+TASKS = {
+    "pheno": Task("pheno", tuple(p.name for p in PHENOTYPES)),
+    "mortality": Task("mortality", ("In-hospital mortality",), window_h=48.0),
+    "radiology": Task("radiology", RADIOLOGY_LABELS, films_only=True),
+}
+
+SPLITS = ("train", "val", "test")
+FILM_SIZE_PX = 256  # films are stored square, one grey uint8 channel

@@ -1,0 +1,100 @@
+"""The training loop of one run, read from top to bottom."""
+
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from medfuse_jax import checkpoints, evaluate, input_pipeline, metrics, optim, parallel
+from medfuse_jax import experiment as experiment_lib
+from medfuse_jax.errors import UserError
+from medfuse_jax.runlog import RunLog
+
+
+def train(config: ConfigDict, workdir: Path, encoder_dirs: dict[str, Path] | None = None) -> None:
+    """Trains one run to its end, or goes on where a stopped one was.
+
+    Leaves metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the
+    latest) in the workdir. encoder_dirs: 'ehr' and 'cxr' -> finished runs to start from.
+    Raises UserError where data, devices or encoders do not fit, or the loss stops being finite.
+    """
+    run = experiment_lib.open_experiment(config)
+    manager = checkpoints.open_manager(workdir)
+    resumed = checkpoints.restore_latest(manager, run.abstract_state())
+    if resumed:
+        state, progress = resumed
+    else:
+        state = experiment_lib.start_from_encoders(run.fresh_state(), encoder_dirs or {})
+        progress = optim.Progress(learning_rate=config.learning_rate)
+    if _finished(progress, config):
+        manager.close()
+        return
+
+    state = parallel.replicate(state, run.devices)
+    train_fn = parallel.compile_train(run.options, config.parallel, run.devices)
+    eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
+    key = jax.random.key(config.seed)
+    # Every epoch has as many steps: its batches hold another draw of the same numbers of stays.
+    steps_per_epoch = len(run.train_plan(epoch=1))
+    step = int(state.step)
+    log = RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)
+
+    while not _finished(progress, config):
+        epoch = step // steps_per_epoch + 1
+        plan = run.train_plan(epoch)
+        batches = input_pipeline.batches(
+            run.dataset, "train", plan, num_devices=len(run.devices), start=step % steps_per_epoch
+        )
+        losses, samples, start_s = [], 0, time.perf_counter()
+        for batch in parallel.prefetch(batches, run.devices):
+            state, step_metrics = train_fn(state, batch, key)
+            step += 1
+            if losses:  # of the step before, while this one runs
+                _check_finite(losses[-1], step - 1, config)
+            losses.append(step_metrics["loss"])
+            samples += plan.batch_size
+            rate = samples / (time.perf_counter() - start_s)
+            log.step(loss=f"{float(losses[max(0, len(losses) - 2)]):.3f}", rate=f"{rate:.0f} stays/s")
+            if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0 and step % steps_per_epoch:
+                checkpoints.save(manager, state, progress, val_auroc=-1.0)
+        _check_finite(losses[-1], step, config)
+        train_loss, seconds = float(np.mean(jax.device_get(losses))), time.perf_counter() - start_s
+        log.write(
+            "train",
+            epoch,
+            step,
+            train_loss=train_loss,
+            lr=progress.learning_rate,
+            samples_per_s=round(samples / seconds, 2),
+        )
+
+        predictions = evaluate.predict(run, eval_fn, state, "val", run.selects("val"))
+        val_auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
+        is_best = progress.update(epoch, predictions.loss, val_auroc, config.plateau_epochs)
+        state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
+        log.write("val", epoch, step, val_loss=predictions.loss, val_auroc=val_auroc)
+        # A validation set without an AUROC (nan) still needs one checkpoint to call the best.
+        checkpoints.save(manager, state, progress, -0.5 if math.isnan(val_auroc) else val_auroc)
+        log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{val_auroc:.3f}")
+        log.line(
+            f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
+            f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {samples / seconds:.1f} stays/s"
+        )
+    manager.wait_until_finished()
+    manager.close()
+    log.close()
+
+
+def _finished(progress: optim.Progress, config: ConfigDict) -> bool:
+    return progress.epoch >= config.num_epochs or progress.should_stop(config.early_stop_epochs)
+
+
+def _check_finite(loss: jax.Array, step: int, config: ConfigDict) -> None:
+    if not np.isfinite(loss):
+        raise UserError(
+            f"{config.name}: the loss of step {step} is {float(loss)}; try a lower config.learning_rate "
+            f"(now {config.learning_rate}) or config.precision=float32"
+        )

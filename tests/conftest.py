@@ -1,0 +1,56 @@
+"""Shared fixtures. Two CPU devices are simulated, so that every step is tested on more than one."""
+
+import os
+
+# Before jax starts. NPROC: several CPU devices on two cores can otherwise abort at an all-reduce.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_flags():
+    """grain reads absl flags, which outside a command nobody has parsed."""
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real input that MEDFUSE_TEST_DATA names (MIMIC-IV demo, films, parity values)."""
+    folder = os.environ.get("MEDFUSE_TEST_DATA", "")
+    if not folder:
+        pytest.skip("MEDFUSE_TEST_DATA is not set: no real data to test on")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """The shards of a small synthetic cohort, built once a test process."""
+    from data_prep import build, synthetic
+
+    root = tmp_path_factory.mktemp("cohort")
+    synthetic.write(root / "raw", num_stays=150, seed=1)
+    build.build(root / "raw" / "mimic-iv", root / "raw" / "mimic-cxr", root / "shards")
+    return root / "shards"
+
+
+@pytest.fixture
+def tiny_config(shards):
+    """A config whose model trains in seconds on the small cohort."""
+    from medfuse_jax import config as config_lib
+
+    config = config_lib.default()
+    config.data.dir = str(shards)
+    config.data.max_buckets = 1
+    config.film.resize_px, config.film.crop_px = 32, 32
+    config.model.ehr_hidden, config.model.fusion_hidden = 8, 8
+    config.model.resnet_stage_sizes, config.model.resnet_width = (1, 1, 1, 1), 4
+    config.num_epochs = 2
+    config.batch_size = 32
+    config.eval.num_bootstrap = 20
+    return config

@@ -1,0 +1,129 @@
+"""Workdirs with made-up values, for tests of what reads them: `python tests/example_runs.py DIR` writes them.
+
+A tiny simulated problem: labels depend on a hidden state, of which "EHR" sees one part and a
+"film" another. Nothing is trained, and no number stands for any model.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from medfuse_jax import metrics, tasks
+
+PROVENANCE = "made up by tests/example_runs.py"
+
+
+def simulate(task: str, num_stays: int, seed: int = 0) -> dict:
+    """Labels [N, K], the two parts of what is seen of them [N, K], has_cxr [N] and age [N]."""
+    rng = np.random.default_rng(seed)
+    num_labels = len(tasks.TASKS[task].labels)
+    prevalence = rng.uniform(0.06, 0.45, num_labels)
+    labels = rng.random((num_stays, num_labels)) < prevalence
+    ehr = labels * rng.uniform(0.5, 1.5, num_labels) + rng.normal(size=labels.shape)
+    film = labels * rng.uniform(0.2, 1.3, num_labels) + rng.normal(size=labels.shape)
+    has_cxr = np.ones(num_stays, bool) if tasks.TASKS[task].films_only else rng.random(num_stays) < 0.4
+    return {"labels": labels, "ehr": ehr, "film": film, "has_cxr": has_cxr, "age": rng.uniform(18, 90, num_stays)}
+
+
+def scores_of(method: str, data: dict) -> np.ndarray:
+    """Probabilities [N, K] as float32."""
+    film = np.where(data["has_cxr"][:, None], data["film"], 0)
+    weight = {"early": 0.3, "joint": 0.5, "medfuse": 0.8}
+    logits = {"uni_ehr": data["ehr"], "uni_cxr": film}.get(method, data["ehr"] + weight.get(method, 0.4) * film)
+    return (1 / (1 + np.exp(1.5 - logits))).astype(np.float32)
+
+
+def write_config(workdir: Path, task: str, method: str, **changes) -> None:
+    """config.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    config = {"name": f"made_up_{task}", "task": task, "method": method, "seed": 0, "num_epochs": 20}
+    config |= {"learning_rate": 1e-3, "batch_size": 16, "data": {"dir": "made_up_shards", "synthetic": True}} | changes
+    (workdir / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
+    """metrics.jsonl with curves of the usual shape; returns the best epoch."""
+    rng = np.random.default_rng(seed)
+    epoch = np.arange(1, num_epochs + 1)
+    train_loss = 0.42 + 0.2 * np.exp(-epoch / 3) - 0.004 * epoch + rng.normal(0, 0.002, num_epochs)
+    val_loss = (
+        0.46 + 0.15 * np.exp(-epoch / 3) + 0.0006 * np.maximum(0, epoch - 9) ** 2 + rng.normal(0, 0.003, num_epochs)
+    )
+    val_auroc = 0.74 - 0.2 * np.exp(-epoch / 3) - 0.0008 * np.maximum(0, epoch - 11) ** 2
+    val_auroc += rng.normal(0, 0.003, num_epochs)
+    with (workdir / "metrics.jsonl").open("w") as file:
+        for i, e in enumerate(epoch.tolist()):
+            at = {"epoch": e, "step": 100 * e}
+            train = {"train_loss": train_loss[i], "lr": 1e-3, "samples_per_s": 55.0, "time_s": 30.0 * e}
+            val = {"val_loss": val_loss[i], "val_auroc": val_auroc[i], "val_auprc": val_auroc[i] - 0.3}
+            for line in ({"phase": "train", **at, **train}, {"phase": "val", **at, **val}):
+                file.write(json.dumps(line) + "\n")
+    return int(epoch[val_auroc.argmax()])
+
+
+def write_evaluation(
+    workdir: Path, task: str, method: str, data: dict, best_epoch: int, against: tuple[str, ...] = (), num_bootstrap=100
+) -> None:
+    """predictions_test.npz and result.json."""
+    labels, has_cxr = data["labels"], data["has_cxr"]
+    scores = scores_of(method, data)
+    np.savez(
+        workdir / "predictions_test.npz",
+        stay_id=np.arange(len(labels)),
+        scores=scores,
+        labels=labels.astype(np.int8),
+        has_cxr=has_cxr,
+        age=data["age"].astype(np.float32),
+    )
+    masks = {"all": np.ones_like(has_cxr)} | ({} if has_cxr.all() else {"paired": has_cxr, "unpaired": ~has_cxr})
+    comparisons = [
+        {"against": other, "subset": name}
+        | metrics.compare(labels[mask], scores_of(other, data)[mask], scores[mask], num_bootstrap)
+        for other in against
+        for name, mask in masks.items()
+    ]
+    result = {
+        "name": f"made_up_{task}",
+        "task": task,
+        "method": method,
+        "split": "test",
+        "seed": 0,
+        "num_params": 1_234_567,
+        "best_epoch": best_epoch,
+        "selected_by": "AUROC of the partial validation stays",
+        "data": {"dir": "made_up_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
+        "labels": list(tasks.TASKS[task].labels),
+        "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},
+        "comparisons": comparisons,
+        "environment": {"made by": PROVENANCE, "packages": {"jax": "0.10.2", "flax": "0.12.0"}},
+    }
+    (workdir / "result.json").write_text(json.dumps(metrics.to_json(result), indent=1))
+
+
+def write_run(workdir: Path, task: str, method: str, data: dict, against: tuple[str, ...] = (), seed: int = 0) -> None:
+    """One whole workdir."""
+    write_config(workdir, task, method)
+    write_evaluation(workdir, task, method, data, write_training(workdir, seed=seed), against)
+
+
+def write_fusion(workdir: Path, task: str = "pheno", num_stays: int = 400) -> None:
+    """A MedFuse run with both its pre-training runs."""
+    data = simulate(task, num_stays)
+    write_run(workdir / "pretrain_ehr", task, "uni_ehr", data, seed=1)
+    write_run(workdir / "pretrain_cxr", "radiology", "uni_cxr", simulate("radiology", num_stays // 2), seed=2)
+    write_run(workdir, task, "medfuse", data, against=("uni_ehr",))
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    write_fusion(root / "pheno")
+    write_fusion(root / "mortality", "mortality", num_stays=1500)
+    sweep_data = simulate("pheno", 300, seed=3)
+    for method in ("uni_ehr", "early", "joint", "medfuse"):
+        write_run(root / "several" / method, "pheno", method, sweep_data, seed=len(method))
+    write_config(root / "unfinished", "pheno", "medfuse")
+    write_training(root / "unfinished", num_epochs=7)
+    with (root / "unfinished" / "metrics.jsonl").open("a") as log:
+        log.write('{"phase": "train", "epo')

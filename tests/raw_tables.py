@@ -1,0 +1,139 @@
+"""Tiny made-up raw trees for the data_prep tests: a row given by hand, everything else filled in."""
+
+import csv
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medfuse_jax import tasks
+
+START = "2150-01-01 00:00:00"
+
+HEADERS = {
+    "patients": "subject_id,gender,anchor_age,anchor_year,anchor_year_group,dod",
+    "admissions": "subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,admit_provider_id,race",
+    "icustays": "subject_id,hadm_id,stay_id,first_careunit,last_careunit,intime,outtime,los",
+    "chartevents": "subject_id,hadm_id,stay_id,caregiver_id,charttime,storetime,itemid,value,valuenum,valueuom,warning",
+    "labevents": "labevent_id,subject_id,hadm_id,itemid,charttime,storetime,value,valuenum,valueuom,comments",
+    "diagnoses_icd": "subject_id,hadm_id,seq_num,icd_code,icd_version",
+}
+
+
+def write_table(path: Path, header: str, rows: list[dict], gz: bool = True) -> None:
+    """A CSV of `rows` (column -> value, missing ones blank); `.gz` is added to the name where asked."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header.split(","), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if gz:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    else:
+        path.write_text(text.getvalue())
+
+
+def stay(n: int, **changes) -> dict:
+    """The n-th stay: its patient, admission and ICU stay in one dict (3 days from START, aged 60)."""
+    return {
+        "subject_id": 10_000_000 + n,
+        "hadm_id": 20_000_000 + n,
+        "stay_id": 30_000_000 + n,
+        "first_careunit": "MICU",
+        "last_careunit": "MICU",
+        "intime": START,
+        "outtime": "2150-01-04 00:00:00",
+        "los": "3.0",
+        "gender": "F",
+        "anchor_age": 60,
+        "anchor_year_group": "2011 - 2013",
+        "admittime": "2149-12-31 00:00:00",
+        "dischtime": "2150-01-05 00:00:00",
+        "admission_type": "URGENT",
+    } | changes
+
+
+def chart(n: int, hour: float, itemid: int, value, **changes) -> dict:
+    """A chart row of the n-th stay, `hour` after START."""
+    ids = {key: stay(n)[key] for key in ("subject_id", "hadm_id", "stay_id")}
+    return ids | {"charttime": at(hour), "itemid": itemid, "value": value, "valuenum": value} | changes
+
+
+def lab(n: int, hour: float, itemid: int, value, **changes) -> dict:
+    """A laboratory row of the n-th admission, `hour` after START."""
+    ids = {key: stay(n)[key] for key in ("subject_id", "hadm_id")}
+    return ids | {"charttime": at(hour), "itemid": itemid, "value": value, "valuenum": value} | changes
+
+
+def at(hour: float) -> str:
+    """START plus hours, as the tables write times."""
+    moment = np.datetime64("2150-01-01T00:00:00") + np.timedelta64(round(hour * 3600), "s")
+    return str(moment).replace("T", " ")
+
+
+def write_mimic_iv(root: Path, stays: list[dict], charts=(), labs=(), codes=(), layout: str = "hosp", gz: bool = True):
+    """A MIMIC-IV tree; codes: (n, icd_code, icd_version). layout 'core' is that of 1.0. Returns `root`."""
+
+    def once(table: str, key: str) -> list[dict]:
+        columns = HEADERS[table].split(",")
+        rows = {row[key]: {c: row[c] for c in columns if c in row} for row in stays}
+        return list(rows.values())
+
+    headers = dict(HEADERS)
+    if layout == "core":
+        headers["admissions"] = "subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,ethnicity"
+    diagnoses = [
+        {"subject_id": stay(n)["subject_id"], "hadm_id": stay(n)["hadm_id"], "icd_code": code, "icd_version": version}
+        for n, code, version in codes
+    ]
+    columns = headers["admissions"].split(",")
+    admissions = [{c: v for c, v in row.items() if c in columns} for row in once("admissions", "hadm_id")]
+    write_table(root / layout / "patients.csv", headers["patients"], once("patients", "subject_id"), gz)
+    write_table(root / layout / "admissions.csv", headers["admissions"], admissions, gz)
+    write_table(root / "icu" / "icustays.csv", headers["icustays"], once("icustays", "stay_id"), gz)
+    write_table(root / "icu" / "chartevents.csv", headers["chartevents"], list(charts), gz)
+    write_table(root / "hosp" / "labevents.csv", headers["labevents"], list(labs), gz)
+    write_table(root / "hosp" / "diagnoses_icd.csv", headers["diagnoses_icd"], diagnoses, gz)
+    return root
+
+
+def film(n: int, hour: float, view: str = "AP", k: int = 0, **changes) -> dict:
+    """The k-th film of the n-th patient, `hour` after START; keys that are labels set that label."""
+    date, clock = at(hour).split(" ")
+    return {
+        "dicom_id": f"film-{n:04d}-{k:02d}",
+        "subject_id": 10_000_000 + n,
+        "study_id": 50_000_000 + 100 * n + k,
+        "ViewPosition": view,
+        "StudyDate": date.replace("-", ""),
+        "StudyTime": f"{int(clock.replace(':', ''))}.5",  # a float: leading zeros are lost
+    } | changes
+
+
+def film_path(row: dict) -> str:
+    """Where MIMIC-CXR-JPG keeps a film."""
+    subject = str(row["subject_id"])
+    return f"files/p{subject[:2]}/p{subject}/s{row['study_id']}/{row['dicom_id']}.jpg"
+
+
+def write_mimic_cxr(root: Path, films: list[dict], size=(80, 64), version: str = "2.0.0", gz: bool = True) -> Path:
+    """A MIMIC-CXR-JPG tree with one small noise JPEG (width, height) a film. Returns `root`."""
+    header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
+    only = [{c: row[c] for c in header.split(",")} for row in films]
+    write_table(root / f"mimic-cxr-{version}-metadata.csv", header, only, gz)
+    split = [{c: row[c] for c in ("dicom_id", "study_id", "subject_id")} | {"split": "train"} for row in films]
+    write_table(root / f"mimic-cxr-{version}-split.csv", "dicom_id,study_id,subject_id,split", split, gz)
+    labels = {
+        row["study_id"]: {k: row[k] for k in ("subject_id", "study_id", *tasks.RADIOLOGY_LABELS) if k in row}
+        for row in films
+    }
+    header = "subject_id,study_id," + ",".join(tasks.RADIOLOGY_LABELS)
+    write_table(root / f"mimic-cxr-{version}-chexpert.csv", header, list(labels.values()), gz)
+    for seed, row in enumerate(films):
+        path = root / film_path(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8), np.uint8)
+        Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(path, quality=90)
+    return root

@@ -1,0 +1,152 @@
+"""Which stays count, who died, who is in which split, and what a broken table says."""
+
+import gzip
+
+import polars as pl
+import pytest
+from raw_tables import START, stay, write_mimic_iv
+
+from data_prep import cohort, tables
+from medfuse_jax import tasks
+from medfuse_jax.errors import UserError
+
+STAYS = [
+    stay(1),
+    stay(2, last_careunit="SICU"),  # a transfer
+    stay(3),
+    stay(4, hadm_id=20_000_003),  # two stays in one admission
+    stay(5, anchor_age=17),
+    stay(6, anchor_age=18),
+    stay(7, los=""),
+    stay(8, intime="yesterday"),
+    # Two stays in one admission, one of them a transfer: the other counts, as in the benchmark.
+    stay(9),
+    stay(10, hadm_id=20_000_009, subject_id=10_000_009, last_careunit="SICU"),
+]
+
+
+def _read(root, rows=None, **layout):
+    raw = tables.mimic_iv(write_mimic_iv(root, STAYS if rows is None else rows, **layout))
+    return raw, *cohort.read_stays(raw)
+
+
+def test_the_filters_keep_and_count_the_right_stays(tmp_path):
+    _, stays, flow = _read(tmp_path)
+    assert stays["stay_id"].to_list() == [30_000_001, 30_000_006, 30_000_009]
+    assert [step["stays"] for step in flow] == [10, 10, 8, 6, 4, 4, 3]
+    first = stays.row(0, named=True)
+    assert (first["los_h"], first["age"], first["gender"], first["first_careunit"]) == (72.0, 60.0, "F", "MICU")
+    assert str(first["intime"]) == START
+
+
+def test_a_stay_without_its_patient_or_admission_and_a_row_given_twice_are_left_out(tmp_path):
+    root = write_mimic_iv(tmp_path, [stay(1), stay(2), stay(3)])
+    for table, lost in (("hosp/patients", "10000002"), ("hosp/admissions", "20000003")):
+        path = tmp_path / f"{table}.csv.gz"
+        lines = [line for line in gzip.decompress(path.read_bytes()).decode().splitlines() if lost not in line]
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    path = tmp_path / "icu/icustays.csv.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) * 2))  # a second header row among them
+    stays, flow = cohort.read_stays(tables.mimic_iv(root))
+    assert stays["stay_id"].to_list() == [30_000_001]
+    assert [step["stays"] for step in flow][:3] == [7, 4, 3]
+
+
+@pytest.mark.parametrize("layout", ["hosp", "core"])
+@pytest.mark.parametrize("gz", [True, False])
+def test_every_layout_gives_the_same_cohort(tmp_path, layout, gz):
+    raw, stays, _ = _read(tmp_path / "a", layout=layout, gz=gz)
+    _, usual, _ = _read(tmp_path / "b")
+    assert stays.equals(usual)
+    assert tables.mimic_iv_version(raw) == {"core": "1.0", "hosp": "2.1 or 2.2"}[layout]
+
+
+def test_version_3_is_told_by_its_patients(tmp_path):
+    raw, _, _ = _read(tmp_path, [stay(1, anchor_year_group="2020 - 2022")])
+    assert tables.mimic_iv_version(raw) == "3.0 or later"
+
+
+@pytest.mark.parametrize(
+    ("changes", "died"),
+    [
+        ({}, 0),
+        ({"deathtime": "2150-01-03 10:00:00"}, 1),
+        ({"deathtime": "2150-01-05 00:00:00"}, 1),  # at discharge
+        ({"deathtime": "2150-01-06 00:00:00"}, 0),
+        ({"dod": "2150-01-04"}, 1),
+        ({"dod": "2150-02-04"}, 0),
+        ({"dod": "2149-12-30"}, 0),
+    ],
+)
+def test_mortality_is_death_inside_the_admission(tmp_path, changes, died):
+    _, stays, _ = _read(tmp_path, [stay(1, **changes)])
+    assert cohort.mortality_labels(stays).tolist() == [[died]]
+
+
+def test_hashed_splits_are_stable_seeded_and_70_10_20():
+    subjects = pl.Series(range(10_000_000, 10_020_000))
+    splits = cohort.assign_splits(subjects)
+    shares = {name: list(splits.values()).count(name) / len(subjects) for name in tasks.SPLITS}
+    assert shares == pytest.approx({"train": 0.7, "val": 0.1, "test": 0.2}, abs=0.01)
+    # Golden: a change here moves patients between splits of data already built.
+    assert [splits[10_000_000 + n] for n in range(8)] == GOLDEN_SPLITS
+    other = cohort.assign_splits(subjects, seed=1)
+    assert 0.4 < sum(other[s] == splits[s] for s in subjects) / len(subjects) < 0.7
+
+
+GOLDEN_SPLITS = ["test", "val", "train", "test", "train", "train", "test", "train"]
+
+
+@pytest.mark.parametrize("text", ["1,1\n2,0\n3,1\n", "subject_id,in\n1,1\n2,0\n3,1\n", "1\n3\n", "subject_id\n1\n\n3"])
+def test_id_lists_come_in_every_form(tmp_path, text):
+    (tmp_path / "ids.csv").write_text(text)
+    assert cohort.read_id_list(tmp_path / "ids.csv") == {1, 3}
+
+
+def test_lists_decide_and_the_rest_trains(tmp_path):
+    (tmp_path / "val.csv").write_text("1,1\n2,0\n9,1\n")
+    (tmp_path / "test.csv").write_text("2,1\n")
+    splits = cohort.assign_splits(pl.Series([1, 2, 3]), tmp_path / "val.csv", tmp_path / "test.csv")
+    assert splits == {1: "val", 2: "test", 3: "train", 9: "val"}
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "message"),
+    [
+        ("1\n", None, "go together"),
+        ("1\n", "1\n", "subject 1 is in both"),
+        ("1\nx\n", "2\n", "row 2 is 'x'"),
+        ("1,2\n", "2\n", "row 1 is '1,2'"),
+        ("7\n", "8\n", "name no patient"),
+    ],
+)
+def test_bad_lists_are_refused(tmp_path, val, test, message):
+    (tmp_path / "val.csv").write_text(val)
+    if test is not None:
+        (tmp_path / "test.csv").write_text(test)
+    with pytest.raises(UserError, match=message):
+        cohort.assign_splits(pl.Series([1, 2]), tmp_path / "val.csv", None if test is None else tmp_path / "test.csv")
+
+
+def test_a_broken_table_is_named(tmp_path):
+    root = write_mimic_iv(tmp_path, [stay(1)], gz=False)
+    (root / "icu/icustays.csv").rename(root / "gone")
+    with pytest.raises(UserError, match=r"holds no icu/icustays\.csv\.gz"):
+        tables.mimic_iv(root)
+    (root / "icu/icustays.csv").write_text("subject_id,hadm_id\n1,2\n")
+    with pytest.raises(UserError, match=r"icustays\.csv has no column 'stay_id'"):
+        tables.mimic_iv(root)
+    (root / "icu/icustays.csv").rename(root / "gone")
+    (root / "icu/icustays.csv.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"icustays\.csv\.gz is empty"):
+        tables.mimic_iv(root)
+    (root / "icu/icustays.csv.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(UserError, match=r"icustays\.csv\.gz is empty"):
+        tables.mimic_iv(root)
+    with pytest.raises(UserError, match="is not a folder"):
+        tables.mimic_iv(root / "nowhere")
+
+
+def test_no_stay_left_names_the_filter(tmp_path):
+    with pytest.raises(UserError, match="18 years or older"):
+        _read(tmp_path, [stay(1, anchor_age=3)])

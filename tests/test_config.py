@@ -1,0 +1,113 @@
+"""Configs: every file in configs/ is valid; a wrong field, type or value is one line with the nearest right name."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medfuse_jax import config as config_lib
+from medfuse_jax.errors import UserError
+
+_ROOT = Path(__file__).parent.parent
+_CONFIGS = sorted((_ROOT / "configs").glob("*.py"))
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", _CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_valid_and_named_after_its_file(path):
+    config = _load(path).get_config()
+    config_lib.validate(config)
+    assert config.name == path.stem
+
+
+@pytest.mark.parametrize("path", _CONFIGS, ids=lambda p: p.stem)
+def test_every_config_gives_a_command_that_names_it(path):
+    assert f"python -m medfuse_jax.main --config=configs/{path.name}" in _load(path).__doc__
+
+
+@pytest.mark.parametrize("path", _CONFIGS, ids=lambda p: p.stem)
+def test_a_saved_config_is_read_back_the_same(path, tmp_path):
+    config = _load(path).get_config()
+    config_lib.save(config, tmp_path / "config.json")
+    loaded = config_lib.load(tmp_path / "config.json")
+    assert config_lib.difference(config, loaded) == ""
+    loaded.learning_rate *= 2
+    assert config_lib.difference(config, loaded).startswith("config.learning_rate is")
+
+
+def test_num_epochs_reaches_the_pretraining_stages():
+    config = _load(_ROOT / "configs" / "pheno.py").get_config()
+    config.num_epochs = 3
+    assert [config_lib.stage(config, name).num_epochs for name in ("ehr", "cxr")] == [3, 3]
+    config.pretrain.ehr.num_epochs = 5
+    assert config_lib.stage(config, "ehr").num_epochs == 5 and config.num_epochs in (3, 5)
+
+
+def test_a_stage_keeps_what_it_does_not_change():
+    config = _load(_ROOT / "configs" / "pheno.py").get_config()
+    stage = config_lib.stage(config, "cxr")
+    assert (stage.task, stage.method, stage.batch_size) == ("radiology", "uni_cxr", config.batch_size)
+    assert not stage.pretrain
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("task", "phenotype", "Did you mean 'pheno'?"),
+        ("method", "medfuze", "Did you mean 'medfuse'?"),
+        ("parallel", "pmapp", "Did you mean 'pmap'?"),
+        ("batch_size", 0, "config.batch_size is 0; it must be at least 1"),
+        ("learning_rate", -1.0, "config.learning_rate is -1.0; it must be between 0.0 and 1.0"),
+        ("films_per_batch", 17, "config.films_per_batch is 17; it must be between 0 and 16"),
+        ("data.ehr_only_ratio", 1.5, "between 0.0 and 1.0"),
+        ("film.crop_px", 300, "between 32 and 256"),
+        ("model.resnet_stage_sizes", (1, 2), "give four numbers"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(field, value, said):
+    config = config_lib.default()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=re.escape(said)):
+        config_lib.validate(config)
+
+
+def test_a_field_too_many_is_refused_with_the_nearest_name():
+    config = config_lib.default()
+    config.pretrain.ehr = {"learning_rat": 1.0}
+    with pytest.raises(UserError, match=r"pretrain\.ehr\.learning_rat is not.*Did you mean config\.pretrain\.ehr\.learning_rate\?"):
+        config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--config=configs/phenotype.py", "pheno.py"),
+        ("--config.learning_rat=1", "learning_rate"),
+        ("--config.learning_rate=fast", "learning_rate"),
+        ("--config.method=medfuze", "medfuse"),
+        ("--workdirr=x", "workdir"),
+        ("leftover", "leftover"),
+    ],
+)
+def test_a_wrong_flag_ends_the_command_in_one_line(argument, said):
+    config = [] if argument.startswith("--config=") else ["--config=configs/pheno.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "medfuse_jax.main", *config, argument], cwd=_ROOT, capture_output=True, text=True
+    )
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ") and said in lines[0]
+
+
+def test_no_config_at_all_says_which_there_are():
+    done = subprocess.run([sys.executable, "-m", "medfuse_jax.main"], cwd=_ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "--config" in done.stderr

@@ -1,0 +1,170 @@
+"""Films: times, labels, pixels, and what happens to those that cannot be read."""
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+from raw_tables import film, film_path, write_mimic_cxr, write_table
+
+from data_prep import cxr, tables
+from medfuse_jax import tasks
+from medfuse_jax.errors import UserError
+
+
+def _raw(root, films, **options):
+    return tables.mimic_cxr(write_mimic_cxr(root, films, **options))
+
+
+def test_times_are_padded_floats_and_paths_those_of_the_release(tmp_path):
+    films = [film(1, 0.5 + 42 / 3600), film(2, 15), film(3, 1, StudyTime="246060.0"), film(4, 1, StudyDate="")]
+    found, counts = cxr.read_films(_raw(tmp_path, films))
+    assert found["time"].cast(pl.String).to_list()[:2] == ["2150-01-01 00:30:42.000000", "2150-01-01 15:00:00.000000"]
+    assert found["time"].to_list()[2:] == [None, None]
+    assert counts["films without a valid time (never paired)"] == 2
+    assert found["path"].to_list() == [film_path(row) for row in films]
+    assert all((tmp_path / path).is_file() for path in found["path"])
+
+
+@pytest.mark.parametrize(("version", "gz"), [("2.0.0", True), ("2.1.0", False)])
+def test_both_versions_are_found(tmp_path, version, gz):
+    raw = _raw(tmp_path, [film(1, 1)], version=version, gz=gz)
+    assert tables.mimic_cxr_version(raw) == version and len(cxr.read_films(raw)[0]) == 1
+
+
+def test_only_a_positive_label_is_one(tmp_path):
+    row = film(1, 1, Edema="1.0", Fracture="0.0", Pneumonia="-1.0", **{"No Finding": "1"})
+    labels = cxr.read_labels(_raw(tmp_path, [row]))
+    positive = {name for name in tasks.RADIOLOGY_LABELS if labels[name][0]}
+    assert positive == {"Edema", "No Finding"} and labels.columns == ["study_id", *tasks.RADIOLOGY_LABELS]
+
+
+def test_a_table_without_a_label_or_metadata_is_named(tmp_path):
+    _raw(tmp_path, [film(1, 1)], gz=False)
+    path = tmp_path / "mimic-cxr-2.0.0-chexpert.csv"
+    path.write_text(path.read_text().replace("Edema", "Oedema"))
+    with pytest.raises(UserError, match=r"chexpert\.csv has no column 'Edema'"):
+        cxr.read_labels(tables.mimic_cxr(tmp_path))
+    (tmp_path / "mimic-cxr-2.0.0-metadata.csv").unlink()
+    with pytest.raises(UserError, match=r"holds no mimic-cxr-2\.0\.0-metadata\.csv\.gz"):
+        tables.mimic_cxr(tmp_path)
+
+
+def test_a_film_without_a_metadata_row_is_named_and_counted(tmp_path, capsys):
+    films = [film(1, 1), film(2, 1)]
+    raw = _raw(tmp_path, films, gz=False)
+    header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
+    write_table(
+        tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [{c: films[0][c] for c in header.split(",")}], gz=False
+    )
+    found, counts = cxr.read_films(raw)
+    assert found["dicom_id"].to_list() == ["film-0001-00"]
+    assert counts["films without a metadata row"] == 1
+    assert counts["dicom_ids without a metadata row"] == ["film-0002-00"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "film-0002-00" in line and "metadata.csv" in line
+
+
+def _image(path, width, height, column=None, row=None):
+    """A black film with a white stripe, 32 px wide, that ends at `column`, or at `row`."""
+    pixels = np.zeros((height, width), np.uint8)
+    if column is not None:
+        pixels[:, column - 32 : column] = 255
+    if row is not None:
+        pixels[row - 32 : row] = 255
+    Image.fromarray(pixels).save(path, quality=95)
+    return path
+
+
+def test_squash_keeps_every_part_and_crop_keeps_the_ratio(tmp_path):
+    wide = _image(tmp_path / "wide.jpg", 1024, 512, column=32)  # at the left edge
+    squashed, cropped = cxr.decode(wide, "squash"), cxr.decode(wide, "crop")
+    assert squashed.shape == cropped.shape == (256, 256) and squashed.dtype == np.uint8
+    assert (squashed[:, :7] > 200).all() and not (squashed[:, 10:] > 50).any()
+    assert not (cropped > 50).any()
+    centre = _image(tmp_path / "centre.jpg", 1024, 512, column=528)
+    assert (cxr.decode(centre, "squash") > 128).sum(1).tolist() == [8] * 256
+    assert (cxr.decode(centre, "crop") > 128).sum(1).tolist() == [16] * 256
+    tall = _image(tmp_path / "tall.jpg", 512, 1024, row=528)
+    assert (cxr.decode(tall, "crop") > 128).sum(0).tolist() == [16] * 256
+
+
+def test_reduced_decoding_is_close_to_a_whole_decode(tmp_path):
+    y, x = np.mgrid[:1000, :1200] / 1000
+    smooth = (127 + 100 * np.sin(9 * x + 5 * y)).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "a.jpg", quality=95)
+    with Image.open(tmp_path / "a.jpg") as image:
+        whole = np.asarray(image.convert("L").resize((256, 256), Image.Resampling.BILINEAR)).astype(int)
+    difference = np.abs(cxr.decode(tmp_path / "a.jpg", "squash") - whole)
+    assert difference.max() <= 6
+    assert np.abs(cxr.decode(tmp_path / "a.jpg", "crop") - whole).max() > 20  # the tolerance tells another geometry
+
+
+def test_colour_and_small_films_are_read(tmp_path):
+    Image.new("RGB", (50, 60), (200, 200, 200)).save(tmp_path / "rgb.jpg")
+    assert np.abs(cxr.decode(tmp_path / "rgb.jpg", "crop").astype(int) - 200).max() <= 2
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0" + b"\x00" * 40, "truncated"])
+def test_an_unreadable_film_is_an_oserror(tmp_path, content):
+    path = tmp_path / "a.jpg"
+    if content == "truncated":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)).save(path)
+        content = path.read_bytes()[:5000]
+    path.write_bytes(content)
+    with pytest.raises(OSError):
+        cxr.decode(path, "crop")
+    with pytest.raises(OSError):
+        cxr.decode(tmp_path / "missing.jpg", "crop")
+
+
+def _store(root, folder, workers=2):
+    return cxr.FilmStore(folder, root, "crop", workers)
+
+
+def _jobs(films):
+    return [(row["dicom_id"], film_path(row)) for row in films]
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(cxr, "CHUNK_FILMS", 7)
+    films = [film(n, 1) for n in range(20)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    kept = {}
+    for workers in (1, 3):
+        store = _store(root, tmp_path / f"w{workers}", workers)
+        store.add(_jobs(films[::-1] if workers == 3 else films))
+        kept[workers] = {p.name: p.read_bytes() for p in (tmp_path / f"w{workers}").iterdir()}
+        for row in films:
+            np.testing.assert_array_equal(store[row["dicom_id"]], cxr.decode(root / film_path(row), "crop"))
+    assert kept[1] == kept[3] and len(kept[1]) == 6
+
+
+def test_a_film_is_decoded_once_unless_its_file_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cxr, "CHUNK_FILMS", 5)
+    films = [film(n, 1) for n in range(10)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    _store(root, tmp_path / "films").add(_jobs(films))
+    decoded = []
+    monkeypatch.setattr(cxr, "decode", lambda path, shape: decoded.append(path.stem) or np.zeros((256, 256), np.uint8))
+    _store(root, tmp_path / "films").add(_jobs(films))
+    assert decoded == []
+    _image(root / film_path(films[7]), 40, 40)
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films))
+    assert sorted(decoded) == [f"film-{n:04d}-00" for n in range(5, 10)]
+    store.forget_others()
+    assert len(list((tmp_path / "films").glob("*.npy"))) == 2
+
+
+def test_one_percent_may_be_unreadable_and_no_more(tmp_path):
+    films = [film(n, 1) for n in range(200)]
+    root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16))
+    (root / film_path(films[3])).write_bytes(b"broken")
+    (root / film_path(films[150])).unlink()
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films))
+    assert sorted(store.unreadable) == ["film-0003-00", "film-0150-00"] and store.unreadable["film-0150-00"] is None
+    assert "film-0003-00" not in store and "film-0004-00" in store
+    (root / film_path(films[4])).write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"3 of 200 films .* more than 1 %, the first is film-0003-00\.jpg"):
+        _store(root, tmp_path / "films").add(_jobs(films))

@@ -1,0 +1,169 @@
+"""Batches: what the plan says, as recorded, the same from any step and for any number of devices."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from medfuse_jax import input_pipeline, plan, records
+from medfuse_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def dataset(shards):
+    return input_pipeline.open_dataset(shards, "pheno")
+
+
+def _plan(dataset, **changes):
+    arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": dataset.buckets} | changes
+    return plan.train_plan(
+        dataset.lengths("train"), dataset.paired("train"), dataset.usable("train"), **arguments
+    )
+
+
+def test_a_batch_holds_the_records_of_its_plan(dataset):
+    the_plan = _plan(dataset)
+    for step, batch in zip(range(3), input_pipeline.batches(dataset, "train", the_plan)):
+        assert batch["ehr"].shape == (1, 16, the_plan.steps_S[step], 76)
+        films = dict(zip(batch["film_row"][0], batch["image"][0]))
+        for row in range(16):
+            number = batch["record"][0, row]
+            if number == plan.PADDING:
+                assert not batch["valid"][0, row] and batch["length"][0, row] == 0
+                continue
+            record, length = dataset.splits["train"][int(number)], batch["length"][0, row]
+            np.testing.assert_array_equal(batch["ehr"][0, row, :length], record["ehr"])
+            assert not batch["ehr"][0, row, length:].any()
+            np.testing.assert_array_equal(batch["label"][0, row], record["label"])
+            assert (row in films) == record["has_cxr"]
+            if record["has_cxr"]:
+                np.testing.assert_array_equal(films[row], record["image"])
+
+
+def test_batches_go_on_from_any_step(dataset):
+    the_plan = _plan(dataset)
+    all_records = [b["record"] for b in input_pipeline.batches(dataset, "train", the_plan)]
+    from_third = [b["record"] for b in input_pipeline.batches(dataset, "train", the_plan, start=3)]
+    assert len(all_records) == len(the_plan) > 3
+    np.testing.assert_array_equal(all_records[3:], from_third)
+    assert list(input_pipeline.batches(dataset, "train", the_plan, start=len(the_plan))) == []
+
+
+def test_two_devices_get_the_same_stays_and_films_as_one(dataset):
+    the_plan = _plan(dataset)
+    one, two = (next(input_pipeline.batches(dataset, "train", the_plan, num_devices=d)) for d in (1, 2))
+    assert sorted(one["record"].reshape(-1)) == sorted(two["record"].reshape(-1))
+
+    def films(batch):
+        rows = batch["record"].shape[1]
+        return {
+            int(batch["record"][d, row]): batch["image"][d, slot].sum()
+            for d, slot in np.ndindex(batch["film_row"].shape)
+            if (row := batch["film_row"][d, slot]) < rows
+        }
+
+    assert films(one) == films(two) and films(one)
+
+
+def test_what_a_method_does_not_read_is_not_in_its_batches(shards):
+    ehr_only = input_pipeline.open_dataset(shards, "pheno", use_film=False)
+    assert not {"image", "film_row"} & next(input_pipeline.batches(ehr_only, "train", _plan(ehr_only))).keys()
+    films = input_pipeline.open_dataset(shards, "radiology")
+    batch = next(input_pipeline.batches(films, "train", _plan(films)))
+    assert not {"ehr", "length"} & batch.keys() and batch["image"].shape == (1, 16, 256, 256)
+
+
+def test_the_index_says_what_the_records_say(shards):
+    for task in ("pheno", "mortality", "radiology"):
+        for split in ("train", "val", "test"):
+            index, stored = records.index(shards, task, split), records.open_split(shards, task, split)
+            assert len(stored) == len(index["stay_id"])
+            for i, record in enumerate(stored):
+                assert record["stay_id"] == index["stay_id"][i] and len(record["ehr"]) == index["length"][i]
+                assert record["has_cxr"] == index["has_cxr"][i] == (record["image"] is not None) == bool(record["dicom_id"])
+                np.testing.assert_array_equal(record["label"], index["label"][i])
+
+
+def test_the_train_statistics_are_those_of_the_train_steps(shards):
+    manifest, stays = records.manifest(shards, "pheno"), records.open_split(shards, "pheno", "train")
+    steps = np.concatenate([record["ehr"] for record in stays]).astype(np.float64)
+    continuous = [i for i, name in enumerate(manifest["channels"]) if "->" not in name]
+    assert len(continuous) == 12
+    np.testing.assert_allclose(np.array(manifest["train_mean"])[continuous], steps[:, continuous].mean(0), rtol=1e-4)
+    np.testing.assert_allclose(np.array(manifest["train_std"])[continuous], steps[:, continuous].std(0), rtol=1e-3)
+
+
+def _copy(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda d: (d / "pheno" / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda d: (d / "pheno" / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda d: _edit_manifest(d, format_version="0.1.0"), "has format 0.1.0, this version reads 1.0.0"),
+        (lambda d: _edit_manifest(d, task="mortality"), "describes the task 'mortality', not 'pheno'"),
+        (lambda d: (d / "pheno" / "index_val.npz").write_bytes(b"PK"), "index_val.npz cannot be read"),
+        (lambda d: shutil.rmtree(d / "pheno"), "holds no dataset for the task 'pheno' (it holds: mortality, radiology)"),
+        (lambda d: (d / "pheno" / "dataset_info.json").unlink(), "cannot be opened"),
+        (lambda d: shutil.rmtree(d), "no data folder"),
+    ],
+)
+def test_a_damaged_folder_is_named_in_one_line(shards, tmp_path, damage, said):
+    folder = _copy(shards, tmp_path)
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        input_pipeline.open_dataset(folder, "pheno")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _edit_manifest(folder, **changes):
+    path = folder / "pheno" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_truncated_shard_is_named(shards, tmp_path):
+    folder = _copy(shards, tmp_path)
+    shard = next((folder / "pheno").glob("*train*array_record*"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"pheno"):
+        opened = input_pipeline.open_dataset(folder, "pheno")
+        for record in opened.splits["train"]:
+            assert record["ehr"].shape[1] == 76
+
+
+def test_shards_of_two_builds_mixed_are_noticed(shards, tmp_path):
+    folder = _copy(shards, tmp_path)
+    path = folder / "pheno" / "index_train.npz"
+    with np.load(path) as stored:
+        fields = dict(stored)
+    fields["stay_id"] = np.roll(fields["stay_id"], 1)
+    np.savez(path, **fields)
+    mixed = input_pipeline.open_dataset(folder, "pheno")
+    with pytest.raises(UserError, match="mixes two builds"):
+        next(input_pipeline.batches(mixed, "train", _plan(mixed)))
+
+
+def test_statistics_from_a_file(shards, tmp_path):
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps({"mean": [1.0] * 76, "std": [2.0] * 76}))
+    assert input_pipeline.open_dataset(shards, "pheno", statistics=str(path)).mean_F.tolist() == [1.0] * 76
+    path.write_text(json.dumps({"mean": [1.0] * 76, "std": [0.0] * 76}))
+    with pytest.raises(UserError, match="every std above 0"):
+        input_pipeline.open_dataset(shards, "pheno", statistics=str(path))
+    with pytest.raises(UserError, match="not 'train'"):
+        input_pipeline.open_dataset(shards, "pheno", statistics="trian")
+
+
+def test_a_method_of_films_alone_needs_films(shards, tmp_path):
+    folder = _copy(shards, tmp_path)
+    for split in ("train", "val", "test"):
+        path = folder / "pheno" / f"index_{split}.npz"
+        with np.load(path) as stored:
+            fields = dict(stored)
+        np.savez(path, **fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})
+    with pytest.raises(UserError, match="holds no films"):
+        input_pipeline.open_dataset(folder, "pheno", use_ehr=False)

@@ -1,0 +1,262 @@
+"""metrics: equal to scikit-learn, point by point and resample by resample; bounds; errors."""
+
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from medfuse_jax import metrics, ranking
+from medfuse_jax.errors import UserError
+
+TOLERANCE = 1e-6
+CELL = np.arange(20).reshape(10, 2)  # numbers the cells of a problem(10, 2)
+
+
+def problem(num_samples, num_labels, seed=0, decimals=None, dtype=np.float32):
+    """Labels and scores with some signal; rounding to `decimals` makes ties."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((num_samples, num_labels)) < rng.uniform(0.1, 0.5, num_labels)).astype(np.int8)
+    scores = 1 / (1 + np.exp(1 - labels - rng.normal(size=labels.shape)))
+    return labels, (scores if decimals is None else scores.round(decimals)).astype(dtype)
+
+
+def sklearn_scores(labels, scores):
+    """[2, K]: AUROC and average precision by scikit-learn, nan for a label of one class."""
+    columns = [(y, s) if 0 < y.sum() < len(y) else None for y, s in zip(labels.T, scores.T, strict=True)]
+    functions = (roc_auc_score, average_precision_score)
+    return np.array([[np.nan if c is None else f(*c) for c in columns] for f in functions])
+
+
+def sklearn_bootstrap(labels, scores, rows_RN):
+    """[R, 2, K]: the plain loop that `metrics` replaces."""
+    return np.stack([sklearn_scores(labels[rows], scores[rows]) for rows in rows_RN])
+
+
+def bootstrap(labels, scores, num_bootstrap, seed=0):
+    """[R, 2, K], as `sklearn_bootstrap`."""
+    (boot,) = metrics._bootstrap(labels.astype(bool), [scores], num_bootstrap, seed)
+    return np.stack([boot["auroc"], boot["auprc"]], axis=1)
+
+
+@pytest.mark.parametrize("decimals", [None, 2, 1, 0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_point_values_equal_sklearn(decimals, dtype):
+    labels, scores = problem(301, 4, decimals=decimals, dtype=dtype)
+    got = np.stack([metrics.auroc(labels, scores), metrics.auprc(labels, scores)])
+    np.testing.assert_allclose(got, sklearn_scores(labels, scores), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scores", [[1, 2, 3, 4], [4, 3, 2, 1], [5, 5, 5, 5], [1, 2, 2, 3], [-0.0, 0.0, 0.0, -1.0]])
+def test_point_values_of_small_cases_equal_sklearn(scores):
+    labels, scores = np.array([[0, 1, 0, 1]]).T, np.array([scores]).T
+    got = np.stack([metrics.auroc(labels, scores), metrics.auprc(labels, scores)])
+    np.testing.assert_allclose(got, sklearn_scores(labels, scores), rtol=0, atol=1e-12)
+
+
+def test_float64_scores_that_float32_would_tie_stay_apart():
+    labels, scores = np.array([[0], [1]]), np.array([[0.5], [0.5 + 1e-12]])
+    assert metrics.auroc(labels, scores)[0] == 1.0
+    assert metrics.auroc(labels, scores.astype(np.float32))[0] == 0.5
+    np.testing.assert_array_equal(metrics.evaluate(labels, scores, 40)["auroc_ci"], [[1.0, 1.0]])
+
+
+@pytest.mark.parametrize("num_samples", [5, 128, 129, 700])
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_every_resample_equals_sklearn(num_samples, decimals):
+    labels, scores = problem(num_samples, 3, decimals=decimals)
+    expected = sklearn_bootstrap(labels, scores, metrics.resample_indices(num_samples, 40, seed=7))
+    np.testing.assert_allclose(bootstrap(labels, scores, 40, seed=7), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_tolerance_sees_broken_ties(monkeypatch):
+    labels, scores = problem(700, 3, decimals=1)
+    expected = sklearn_bootstrap(labels, scores, metrics.resample_indices(700, 40, seed=7))
+    ranked = ranking.ranked
+    monkeypatch.setattr(ranking, "ranked", lambda *a: (*ranked(*a)[:2], np.ones_like(a[0])))
+    assert np.abs(bootstrap(labels, scores, 40, seed=7) - expected).max() > 1000 * TOLERANCE
+
+
+def test_sums_stay_exact_where_the_number_of_pairs_passes_int32_and_plain_sums_fail(monkeypatch):
+    labels, scores = problem(100_000, 1)
+    labels[:] = np.random.default_rng(1).random(labels.shape) < 0.5
+    expected = sklearn_bootstrap(labels, scores, metrics.resample_indices(100_000, 2, seed=0))
+    assert labels.sum() * (1 - labels).sum() > 2**31
+    np.testing.assert_allclose(bootstrap(labels, scores, 2), expected, rtol=0, atol=TOLERANCE / 4)
+    monkeypatch.setattr(metrics, "_kahan", lambda total, term: (total[0] + term, total[1]))
+    monkeypatch.setattr(metrics, "_BLOCK", 8)
+    metrics._walk.clear_cache()
+    plain = np.abs(bootstrap(labels, scores, 2) - expected).max()
+    metrics._walk.clear_cache()
+    assert plain > TOLERANCE
+
+
+def test_bounds_are_percentiles_of_the_sklearn_loop():
+    labels, scores = problem(200, 3)
+    got = metrics.evaluate(labels, scores, num_bootstrap=40, seed=3)
+    boot = sklearn_bootstrap(labels, scores, metrics.resample_indices(200, 40, seed=3))
+    for i, name in enumerate(("auroc", "auprc")):
+        per_label = np.percentile(boot[:, i], [2.5, 97.5], axis=0).T
+        macro = np.percentile(boot[:, i].mean(1), [2.5, 97.5])
+        np.testing.assert_allclose(got[f"{name}_ci"], per_label, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(got[f"{name}_macro_ci"], macro, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(got[f"{name}_macro_ci_released"], per_label.mean(0), rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(got[f"{name}_macro"], sklearn_scores(labels, scores)[i].mean(), rtol=0, atol=1e-12)
+        # labels err apart from one another, so their mean errs less than they do: the two bounds are not the same
+        assert np.ptp(got[f"{name}_macro_ci"]) < 0.8 * np.ptp(got[f"{name}_macro_ci_released"])
+
+
+def test_chunks_change_nothing(monkeypatch):
+    labels, scores = problem(200, 3)
+    whole = metrics.evaluate(labels, scores, num_bootstrap=40)
+    monkeypatch.setattr(metrics, "_COUNTS_BYTES", 1024 * 16)
+    sizes = [counts.shape for counts in metrics._counts(200, 40, 0)]
+    assert sizes == [(1024, 14), (1024, 14), (1024, 12)]
+    np.testing.assert_equal(metrics.evaluate(labels, scores, num_bootstrap=40), whole)
+
+
+def test_resamples_are_seeded_uniform_and_do_not_depend_on_their_number():
+    rows = metrics.resample_indices(50, 400, seed=1)
+    assert rows.shape == (400, 50) and rows.min() == 0 and rows.max() == 49
+    np.testing.assert_array_equal(rows[:10], metrics.resample_indices(50, 10, seed=1))
+    assert not np.array_equal(rows[:10], metrics.resample_indices(50, 10, seed=2))
+    drawn = np.bincount(rows.ravel())  # 400 expected, deviation 20
+    assert abs(drawn - 400).max() < 5 * 20
+    # with replacement: a resample holds 1 - 1/e of the samples
+    assert abs(np.mean([len(set(r)) for r in rows]) / 50 - 0.6358) < 0.01
+    counts = np.concatenate(list(metrics._counts(50, 10, 1)), axis=1)
+    np.testing.assert_array_equal(counts[:50].T, [np.bincount(r, minlength=50) for r in rows[:10]])
+    assert not counts[50:].any()
+
+
+def test_a_label_with_one_class_is_nan_and_left_out_of_the_macro():
+    labels, scores = problem(60, 3)
+    labels[:, 0], labels[:, 2] = 0, 1
+    got = metrics.evaluate(labels, scores, num_bootstrap=40)
+    for name in ("auroc", "auprc"):
+        np.testing.assert_array_equal(np.isnan(got[name]), [True, False, True])
+        np.testing.assert_array_equal(np.isnan(got[f"{name}_ci"]), [[True] * 2, [False] * 2, [True] * 2])
+        assert got[f"{name}_macro"] == got[name][1]
+        np.testing.assert_array_equal(got[f"{name}_macro_ci"], got[f"{name}_ci"][1])
+        np.testing.assert_array_equal(got[f"{name}_macro_ci_released"], got[f"{name}_ci"][1])
+    np.testing.assert_array_equal(got["num_bootstrap_used"], [0, 40, 0])
+    np.testing.assert_array_equal(got["num_positive"], [0, labels[:, 1].sum(), 60])
+
+
+def test_resamples_that_lose_a_class_are_left_out_and_counted():
+    labels, scores = problem(40, 3)
+    labels[:, 0] = 0
+    labels[:2, 0] = 1  # two positives: a resample has none with probability 0.13
+    boot = sklearn_bootstrap(labels, scores, metrics.resample_indices(40, 40, seed=0))
+    got = metrics.evaluate(labels, scores, num_bootstrap=40, seed=0)
+    used = np.isfinite(boot[:, 0, 0])
+    assert 0 < (~used).sum() < 40
+    np.testing.assert_array_equal(got["num_bootstrap_used"], [used.sum(), 40, 40])
+    np.testing.assert_allclose(got["auroc_ci"][0], np.nanpercentile(boot[:, 0, 0], [2.5, 97.5]), atol=TOLERANCE)
+    macro = np.percentile(np.nanmean(boot[:, 0], axis=1), [2.5, 97.5])
+    np.testing.assert_allclose(got["auroc_macro_ci"], macro, atol=TOLERANCE)
+
+
+def test_one_sample_and_a_run_of_equal_scores_do_not_break():
+    one = metrics.evaluate(np.ones((1, 1)), np.ones((1, 1)), num_bootstrap=40)
+    assert np.isnan(one["auroc_macro"]) and np.isnan(one["auroc_macro_ci"]).all()
+    labels, _ = problem(300, 1)
+    tied = metrics.evaluate(labels, np.zeros(labels.shape), num_bootstrap=40)
+    np.testing.assert_array_equal(tied["auroc_ci"], [[0.5, 0.5]])
+
+
+def test_compare_is_paired():
+    labels, a = problem(300, 3)
+    _, b = problem(300, 3, seed=1)
+    b = (0.8 * a + 0.2 * b).astype(np.float32)
+    got = metrics.compare(labels, a, b, num_bootstrap=40, seed=5)
+    rows = metrics.resample_indices(300, 40, seed=5)
+    difference = (sklearn_bootstrap(labels, b, rows) - sklearn_bootstrap(labels, a, rows)).mean(2)
+    point = (sklearn_scores(labels, b) - sklearn_scores(labels, a)).mean(1)
+    for i, name in enumerate(("auroc_macro", "auprc_macro")):
+        np.testing.assert_allclose(got[name], point[i], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(got[f"{name}_ci"], np.percentile(difference[:, i], [2.5, 97.5]), atol=TOLERANCE)
+    unpaired = np.ptp(metrics.evaluate(labels, a, 40)["auroc_macro_ci"])
+    assert np.ptp(got["auroc_macro_ci"]) < unpaired  # what pairing is for
+    back = metrics.compare(labels, b, a, num_bootstrap=40, seed=5)
+    assert back["auroc_macro"] == -got["auroc_macro"]
+    np.testing.assert_allclose(back["auroc_macro_ci"], -got["auroc_macro_ci"][::-1], atol=1e-12)
+    same = metrics.compare(labels, a, a, num_bootstrap=40)
+    assert same["auroc_macro"] == 0 and not same["auprc_macro_ci"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y, s: (y[:-1], s), r"labels have shape \(9, 2\) and scores \(10, 2\)"),
+        (lambda y, s: (y[:, 0], s[:, 0]), r"labels have shape \(10,\).*must be \[samples, labels\]"),
+        (lambda y, s: (y[:0], s[:0]), "no samples"),
+        (lambda y, s: (np.where(CELL == 7, 2, y), s), "row 3, label 1 is 2"),
+        (lambda y, s: (np.where(CELL == 7, np.nan, y), s), "row 3, label 1 is nan"),
+        (lambda y, s: (y, np.where(CELL == 5, np.nan, s)), "row 2, label 1 is nan .1 such of 20"),
+        (lambda y, s: (y, np.where(CELL > 5, np.inf, s)), "row 3, label 0 is inf .14 such"),
+    ],
+)
+def test_bad_input_is_one_clear_line(change, message):
+    labels, scores = change(*problem(10, 2))
+    for call in (metrics.evaluate, metrics.auroc, metrics.auprc):
+        with pytest.raises(UserError, match=message) as error:
+            call(labels, scores)
+        assert "\n" not in str(error.value)
+
+
+def test_bad_input_of_compare_names_the_model():
+    labels, scores = problem(10, 2)
+    with pytest.raises(UserError, match=r"scores_b \(10, 1\)"):
+        metrics.compare(labels, scores, scores[:, :1])
+    with pytest.raises(UserError, match="num_bootstrap is 0"):
+        metrics.compare(labels, scores, scores, num_bootstrap=0)
+
+
+def test_json_round_trip():
+    labels, scores = problem(60, 2)
+    labels[:, 0] = 0
+    got = metrics.evaluate(labels, scores, num_bootstrap=40)
+    back = json.loads(json.dumps(metrics.to_json(got), allow_nan=False))
+    assert back["auroc"][0] is None and back["auroc_ci"][0] == [None, None]
+    assert back["auroc"][1] == got["auroc"][1] and back["auroc_macro_ci"] == list(got["auroc_macro_ci"])
+    assert set(back) == set(got)
+
+
+def test_sizes_between_two_powers_of_two_compile_once():
+    labels, scores = problem(2000, 3)
+    metrics.evaluate(labels[:1100], scores[:1100], num_bootstrap=40)
+    before = metrics._walk._cache_size()
+    for num_samples in (1500, 2000):
+        metrics.evaluate(labels[:num_samples], scores[:num_samples], num_bootstrap=40)
+    assert metrics._walk._cache_size() == before
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_accelerators_without_a_call_back_to_the_host(platform):
+    shapes = [jax.ShapeDtypeStruct((256, 3), dtype) for dtype in (np.int32, bool, bool)]
+    counts = jax.ShapeDtypeStruct((256, 8), np.uint8)
+    walk = jax.export.export(metrics._walk, platforms=[platform])(counts, *shapes, 2).mlir_module()
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 120))
+    draw = jax.export.export(metrics._draw_counts, platforms=[platform])(keys, 200, num_rows=256).mlir_module()
+    for module in (walk, draw):
+        assert "stablehlo.while" in module and "callback" not in module
+
+
+@pytest.mark.slow
+def test_bounds_of_a_full_test_split_are_100_times_faster_than_the_sklearn_loop():
+    labels, scores = problem(11_914, 25)
+    rows = metrics.resample_indices(len(labels), 3, seed=0)
+    metrics.evaluate(labels, scores)  # compiles
+    ours_s, sklearn_s = [], []
+    for _ in range(5):  # the best of each, in turn: other work on the machine only slows
+        start = time.perf_counter()
+        metrics.evaluate(labels, scores, num_bootstrap=1000)
+        ours_s.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        expected = sklearn_bootstrap(labels, scores, rows)
+        sklearn_s.append((time.perf_counter() - start) / 3 * 1000)
+    np.testing.assert_allclose(bootstrap(labels, scores, 3), expected, rtol=0, atol=TOLERANCE)
+    assert min(ours_s) <= 5 and min(sklearn_s) / min(ours_s) >= 100, f"ours {ours_s} s, scikit-learn {sklearn_s} s"

@@ -1,0 +1,129 @@
+"""Codes to labels by both routes."""
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from raw_tables import stay, write_mimic_iv
+
+from data_prep import phenotypes, tables
+from medfuse_jax import tasks
+from medfuse_jax.errors import UserError
+
+NAME_OF = {phenotype.ccs: phenotype.name for phenotype in tasks.PHENOTYPES}
+ROUTE = phenotypes.gem_route()
+
+
+def _positive(code, version):
+    return {ccs for ccs in ROUTE(code, version) or () if ccs in NAME_OF}
+
+
+@pytest.mark.parametrize(
+    ("code", "version", "expected"),
+    [
+        ("4019", 9, {98}),
+        ("41401", 9, {101}),
+        ("0389", 9, {2}),
+        ("I10", 10, {98}),  # two of its three readings are essential, one malignant hypertension
+        ("I2510", 10, {101}),  # its last reading alone is 'other heart disease'
+        ("R7881", 10, {2}),  # its first reading is a newborn's bacteremia
+        ("R6521", 10, {2, 249}),  # a combination: both hold
+        ("E1140", 10, {50}),
+        ("J9601", 10, {131}),  # the next seven: common, and missing in the released table
+        ("E1122", 10, {50}),
+        ("I480", 10, {106}),
+        ("J90", 10, {130}),
+        ("J9811", 10, {130}),
+        ("R571", 10, {249}),
+        ("E780", 10, {53}),
+        ("E7800", 10, {53}),  # newer than the GEMs: as E78.0
+        ("I4820", 10, {106}),
+        ("I4811", 10, {106}),
+        ("N179", 10, {157}),
+        ("Z9999", 10, set()),
+    ],
+)
+def test_known_codes(code, version, expected):
+    assert _positive(code, version) == expected
+
+
+def test_the_version_is_respected():
+    # E81.xx is a metabolic ICD-10 chapter, E810-E819 are ICD-9 traffic accidents; '4019' exists in ICD-9 only.
+    assert ROUTE("E8300", 9) != ROUTE("E8300", 10)
+    assert _positive("4019", 10) == set() and _positive("I10", 9) == set()
+    assert ROUTE("I10", 11) is None
+
+
+def _labels(tmp_path, codes, table=None, num_stays=3):
+    stays = [stay(n) for n in range(num_stays)]
+    raw = tables.mimic_iv(write_mimic_iv(tmp_path / "raw", stays, codes=codes))
+    frame = pl.DataFrame({"hadm_id": [s["hadm_id"] for s in stays]})
+    label_NK, counts = phenotypes.labels(raw, frame, table)
+    return [{tasks.PHENOTYPES[k].ccs for k in np.flatnonzero(row)} for row in label_NK], label_NK, counts
+
+
+def test_labels_belong_to_their_admission_in_the_order_of_the_tasks(tmp_path):
+    codes = [(0, "4019", 9), (0, "I2510", 10), (0, "4019", 9), (2, " I10. ", 10), (2, "XYZ", 10), (2, "4019", 10)]
+    found, label_NK, counts = _labels(tmp_path, codes)
+    assert found == [{98, 101}, set(), {98}]
+    assert label_NK.dtype == np.int8 and label_NK.shape == (3, 25)
+    assert label_NK[0].tolist() == [int(p.ccs in (98, 101)) for p in tasks.PHENOTYPES]
+    assert counts == {
+        "route": "gem",
+        "distinct_codes": {"ICD-9": 1, "ICD-10": 4},
+        "distinct_codes_unmapped": {"ICD-10": 2},
+        "stays_without_a_code": 1,
+    }
+
+
+def _table(**changes):
+    table = {p.name: {"id": p.ccs, "type": p.kind, "use_in_benchmark": True, "codes": []} for p in tasks.PHENOTYPES}
+    table["Shock"]["codes"] = ["R571", 78551]
+    return table | changes
+
+
+def test_a_table_alone_decides(tmp_path):
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump(_table()))
+    found, _, counts = _labels(tmp_path, [(0, "4019", 9), (0, "R571", 10), (1, "78551", 9)], path)
+    assert found == [{249}, {249}, set()] and counts["route"] == "table"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not a YAML file"),
+        ("- 1", "has no entry with id 157"),
+        (yaml.safe_dump({k: v for k, v in _table().items() if k != "Shock"}), "has no entry with id 249"),
+        (yaml.safe_dump(_table(Shock={"id": 249})), "'Shock' needs an id"),
+    ],
+)
+def test_a_bad_table_is_refused(tmp_path, text, message):
+    (tmp_path / "table.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        phenotypes.read_table(tmp_path / "table.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        phenotypes.read_table(tmp_path / "nothing.yaml")
+
+
+def test_on_the_demo_icd9_labels_are_the_released_ones_and_icd10_adds_what_is_missing(real_data):
+    """112 stays; the disagreements are those docs/phenotypes.md counts."""
+    from data_prep import cohort
+
+    raw = tables.mimic_iv(real_data / "mimic-iv-demo-2.2")
+    stays, _ = cohort.read_stays(raw)
+    ours, _ = phenotypes.labels(raw, stays, None)
+    released, _ = phenotypes.labels(raw, stays, real_data / "released/icd_9_10_definitions_2.yaml")
+    versions = raw["diagnoses_icd"].read("hadm_id", "icd_version").with_columns(tables.integer("hadm_id")).unique()
+    ninth = stays.join(versions.filter(pl.col("icd_version") == "9"), on="hadm_id", how="left", maintain_order="left")
+    is_ninth = ninth["icd_version"].is_not_null().to_numpy()
+    assert is_ninth.sum() == 68
+    np.testing.assert_array_equal(ours[is_ninth], released[is_ninth])
+    assert (
+        int((ours > released).sum()),
+        int((ours < released).sum()),
+        int((ours == released).all(1).sum()),
+    ) == EXPECTED
+
+
+EXPECTED = (42, 0, 87)  # labels more and fewer than the released ones, stays with all 25 equal

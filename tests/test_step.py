@@ -1,0 +1,120 @@
+"""The step: alike under pmap, jit with shardings and on one device; deaf to padding; golden numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from medfuse_jax import augment, optim, parallel
+from medfuse_jax import step as step_lib
+from medfuse_jax.models import methods
+
+_D, _B, _T, _P, _K = 2, 4, 9, 2, 3
+
+
+def _batch(seed=0):
+    """Two devices of four rows: films for rows 0 and 2, and 1; one padded row, one empty film slot."""
+    rng = np.random.default_rng(seed)
+    return {
+        "label": (rng.random((_D, _B, _K)) < 0.4).astype(np.float32),
+        "valid": np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool),
+        "row_id": np.arange(8, dtype=np.int32).reshape(_D, _B),
+        "length": np.array([[9, 3, 5, 2], [4, 6, 1, 0]], np.int32),
+        "ehr": rng.normal(size=(_D, _B, _T, 76)).astype(np.float32),
+        "image": rng.integers(0, 256, (_D, _P, 64, 64), np.uint8),
+        "film_row": np.array([[0, 2], [1, _B]], np.int32),
+    }
+
+
+def _options(optimizer=None, **model_options):
+    sizes = {"ehr_hidden": 8, "fusion_hidden": 8, "resnet_stage_sizes": (1, 1, 1, 1), "resnet_width": 4}
+    return step_lib.StepOptions(
+        model=methods.build("medfuse", _K, **(sizes | model_options)),
+        # Plain gradients: Adam would hide a gradient that is n times too large.
+        optimizer=optimizer or optax.identity(),
+        film=augment.FilmOptions(resize_px=64, crop_px=56),
+        mean_F=(0.5,) * 76,
+        std_F=(2.0,) * 76,
+    )
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    batch = {name: x[0, :1] for name, x in _batch().items()} | {"film_row": np.zeros(1, np.int32)}
+    return step_lib.create_state(_options(), jax.random.key(0, impl="rbg"), batch, learning_rate=0.5)
+
+
+def _run(options, state, mode, num_devices, batch, steps=2):
+    if num_devices == 1:
+        batch = {name: np.asarray(x)[None] for name, x in parallel.merge(batch).items()}
+    on = parallel.devices(num_devices)
+    state = parallel.replicate(jax.tree.map(jnp.copy, state), on)
+    train_fn, eval_fn = (make(options, mode, on) for make in (parallel.compile_train, parallel.compile_eval))
+    for sent in parallel.prefetch([batch] * steps, on):
+        state, metrics = train_fn(state, sent, jax.random.key(1))
+    scores, loss = eval_fn(state, next(parallel.prefetch([batch], on)))
+    outputs = {"params": state.params, "stats": state.batch_stats, "metrics": metrics}
+    outputs |= {"scores": scores.reshape(8, _K), "loss": loss.reshape(8)}
+    return jax.tree.map(np.asarray, outputs)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(fresh):
+    return _run(_options(), fresh, "jit", 1, _batch())
+
+
+@pytest.mark.parametrize("mode", ["pmap", "jit"])
+def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
+    """With augmentation, dropout and batch statistics in it: SGD on raw gradients, two steps."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), _run(_options(), fresh, mode, 2, _batch()), on_one_device
+    )
+
+
+def test_the_tolerance_would_show_a_gradient_twice_too_large(fresh, on_one_device):
+    doubled = _run(_options(optax.scale(2.0)), fresh, "jit", 1, _batch())
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), doubled["params"], on_one_device["params"])
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_what_stands_in_padding_changes_no_number(fresh, on_one_device):
+    batch = _batch()
+    batch["ehr"][1, 3] = np.nan  # the padded row
+    batch["ehr"][0, 1, 3:] = np.nan  # beyond a stay's length
+    batch["image"][1, 1] = 255  # the empty film slot
+    batch["label"][1, 3] = 1
+    out = _run(_options(), fresh, "jit", 1, batch)
+    jax.tree.map(np.testing.assert_array_equal, out["params"], on_one_device["params"])
+    np.testing.assert_array_equal(out["scores"][:7], on_one_device["scores"][:7])
+    assert out["loss"][7] == 0
+
+
+def test_a_film_changes_only_its_own_row_in_evaluation(fresh):
+    batch, other = _batch(), _batch()
+    other["image"][0, 1] = 255 - other["image"][0, 1]
+    eval_fn = jax.jit(lambda b: step_lib.eval_step(_options(), fresh, parallel.merge(b))[0])
+    changed = np.abs(np.asarray(eval_fn(batch)) - np.asarray(eval_fn(other))).max(1) > 0
+    np.testing.assert_array_equal(np.flatnonzero(changed), [2])
+
+
+def test_the_learning_rate_is_an_argument_not_a_constant(fresh):
+    step = jax.jit(lambda s, b, k: step_lib.train_step(_options(), s, b, k))
+    batch, key = parallel.merge(_batch()), jax.random.key(1)
+    half = step(fresh.replace(learning_rate=jnp.float32(0.25)), batch, key)[0]
+    full = step(fresh, batch, key)[0]
+    assert step._cache_size() == 1
+    jax.tree.map(
+        lambda p, h, f: np.testing.assert_allclose(2 * (h - p), f - p, atol=1e-6), fresh.params, half.params, full.params
+    )
+
+
+def test_adam_lowers_the_loss_of_a_batch(fresh):
+    options = _options(optim.adam(0.999), dropout=0.0)
+    state = fresh.replace(opt_state=options.optimizer.init(fresh.params), learning_rate=jnp.float32(1e-2))
+    step = jax.jit(lambda s, b, k: step_lib.train_step(options, s, b, k))
+    batch, losses = parallel.merge(_batch()), []
+    for _ in range(150):
+        state, metrics = step(state, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]

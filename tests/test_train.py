@@ -1,0 +1,159 @@
+"""Training: learns, goes on after a stop as if there was none, starts from encoders, refuses what cannot work."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from medfuse_jax import checkpoints, evaluate, experiment, train
+from medfuse_jax import config as config_lib
+from medfuse_jax.errors import UserError
+
+
+def _train(config, workdir, **kwargs):
+    workdir.mkdir(exist_ok=True)
+    config_lib.save(config, workdir / "config.json")
+    train.train(config, workdir, **kwargs)
+    return workdir
+
+
+def _lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _latest(config, workdir):
+    abstract = experiment.open_experiment(config).abstract_state()
+    return checkpoints.restore_latest(checkpoints.open_manager(workdir), abstract)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch):
+    """Stopped within the second epoch: the same numbers as an undisturbed run, each line written once."""
+    tiny_config.checkpoint_every_steps = 2
+    whole = _train(tiny_config, tmp_path / "whole")
+    save, saves = checkpoints.save, []
+
+    def stop_within_the_second_epoch(*args, **kwargs):
+        save(*args, **kwargs)
+        saves.append(args)
+        if len(saves) == 3:
+            args[0].wait_until_finished()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save", stop_within_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        _train(tiny_config, tmp_path / "stopped")
+    monkeypatch.setattr(checkpoints, "save", save)
+    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "tra')  # a kill can leave half a line
+    stopped = _train(tiny_config, tmp_path / "stopped")
+
+    (state_a, progress_a), (state_b, progress_b) = _latest(tiny_config, whole), _latest(tiny_config, stopped)
+    assert int(state_a.step) == int(state_b.step) > 4
+    jax.tree.map(np.testing.assert_array_equal, state_a.params, state_b.params)
+    assert progress_a == progress_b
+    keep = ("phase", "epoch", "step", "val_loss", "val_auroc", "lr")
+    rows_a, rows_b = ([{k: line.get(k) for k in keep} for line in _lines(d)] for d in (whole, stopped))
+    assert rows_a == rows_b and len(rows_a) == 4
+
+
+def test_a_finished_run_is_left_alone(tiny_config, tmp_path):
+    tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
+    _train(tiny_config, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    train.train(tiny_config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
+    pretrained = tiny_config.copy_and_resolve_references()
+    pretrained.method, pretrained.num_epochs, pretrained.seed = "uni_ehr", 1, 7
+    _train(pretrained, tmp_path / "ehr")
+    best = checkpoints.restore_best(tmp_path / "ehr", experiment.open_experiment(pretrained).abstract_state())
+    fresh = experiment.open_experiment(tiny_config).fresh_state()
+    started = experiment.start_from_encoders(fresh, {"ehr": tmp_path / "ehr"})
+    jax.tree.map(np.testing.assert_array_equal, started.params["ehr_encoder"], best.params["ehr_encoder"])
+    jax.tree.map(np.testing.assert_array_equal, started.params["cxr_encoder"], fresh.params["cxr_encoder"])
+    kernel = lambda state: np.asarray(state.params["ehr_encoder"]["layer0"]["input_kernel"])  # noqa: E731
+    assert np.abs(kernel(started) - kernel(fresh)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "said"),
+    [
+        ({"method": "uni_cxr", "task": "radiology"}, "ehr", "this run's method has no ehr_encoder"),
+        ({"model.ehr_hidden": 16}, "ehr", "other sizes"),
+        ({}, "cxr", "that run's method has no cxr_encoder"),
+    ],
+)
+def test_an_encoder_that_does_not_fit_is_refused(tiny_config, tmp_path, changes, name, said):
+    pretrained = tiny_config.copy_and_resolve_references()
+    pretrained.method, pretrained.num_epochs = "uni_ehr", 1
+    _train(pretrained, tmp_path / "ehr")
+    tiny_config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=said):
+        experiment.start_from_encoders(
+            experiment.open_experiment(tiny_config).fresh_state(), {name: tmp_path / "ehr"}
+        )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path, monkeypatch):
+    tiny_config.method, tiny_config.learning_rate = "uni_ehr", 1.0
+    fresh_state = experiment.Experiment.fresh_state
+
+    def broken(self):
+        return jax.tree.map(lambda x: x * np.nan if x.ndim == 2 else x, fresh_state(self))
+
+    monkeypatch.setattr(experiment.Experiment, "fresh_state", broken)
+    with pytest.raises(UserError, match=r"the loss of step \d+ is nan; try a lower config.learning_rate"):
+        _train(tiny_config, tmp_path)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tiny_config):
+    tiny_config.batch_size = 15
+    with pytest.raises(UserError, match="config.batch_size is 15, not a multiple of the 2 devices"):
+        experiment.open_experiment(tiny_config)
+
+
+def test_the_whole_evaluation_scores_every_test_stay_once(tiny_config, tmp_path):
+    tiny_config.num_epochs = 1
+    result = evaluate.evaluate(_train(tiny_config, tmp_path))
+    index = experiment.open_experiment(tiny_config).dataset.index["test"]
+    with np.load(tmp_path / "predictions_test.npz") as stored:
+        np.testing.assert_array_equal(stored["stay_id"], index["stay_id"])
+        np.testing.assert_array_equal(stored["labels"], index["label"])
+        assert np.isfinite(stored["scores"]).all() and stored["scores"].std() > 0
+    subsets = {name: part["num_samples"] for name, part in result["subsets"].items()}
+    paired = int(index["has_cxr"].sum())
+    assert subsets == {"all": len(index["stay_id"]), "paired": paired, "unpaired": len(index["stay_id"]) - paired}
+    assert json.loads((tmp_path / "result.json").read_text())["num_params"] == result["num_params"] > 1000
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(tiny_config, tmp_path):
+    tiny_config.num_epochs = 1
+    _train(tiny_config, tmp_path)
+    scores = []
+    for batch_size in (4, 64):
+        tiny_config.eval.batch_size = batch_size
+        config_lib.save(tiny_config, tmp_path / "config.json")
+        evaluate.evaluate(tmp_path)
+        with np.load(tmp_path / "predictions_test.npz") as stored:
+            scores.append(stored["scores"])
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+
+
+def test_a_workdir_without_a_run_is_named(tmp_path, tiny_config):
+    with pytest.raises(UserError, match="config.json is missing"):
+        evaluate.evaluate(tmp_path)
+    config_lib.save(tiny_config, tmp_path / "config.json")
+    with pytest.raises(UserError, match="holds no trained model"):
+        evaluate.evaluate(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, tiny_config):
+    tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
+    _train(tiny_config, tmp_path)
+    tiny_config.model.ehr_hidden = 16
+    config_lib.save(tiny_config, tmp_path / "config.json")
+    with pytest.raises(UserError, match="does not fit this run's model"):
+        evaluate.evaluate(tmp_path)

@@ -1,0 +1,110 @@
+"""workdirs: what is there is read, what is half there is read as far as it goes."""
+
+import json
+import re
+
+import example_runs
+import numpy as np
+import pytest
+
+from medfuse_jax import workdirs
+from medfuse_jax.errors import UserError
+
+
+def unfinished(folder, num_epochs=3):
+    example_runs.write_config(folder, "pheno", "medfuse")
+    example_runs.write_training(folder, num_epochs)
+    return folder
+
+
+def test_a_run_that_trains_is_read_as_far_as_it_goes(tmp_path):
+    folder = unfinished(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "train", "epo')
+    run = workdirs.read_run(folder)
+    assert list(run.train) == list(run.val) == [1, 2, 3] and not run.problems
+    assert run.result is None and run.predictions is None and run.finished is None
+    assert run.chosen_epoch == 3 and run.task == "pheno" and len(run.label_names) == 25 and run.is_synthetic
+
+
+def test_what_is_damaged_is_said_and_left_out(tmp_path):
+    folder = unfinished(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], "damaged", *lines[1:], "[1]"]))
+    (folder / "config.json").write_text("{")
+    (folder / "result.json").write_text('{"subsets": {"all": {"auroc": [0.5]}}, "labels": ["a"], "comparisons": []}')
+    (folder / "predictions_test.npz").write_bytes(b"PK\x03\x04 damaged")
+    run = workdirs.read_run(folder)
+    assert list(run.train) == [1, 2, 3] and run.config == {} and run.result is None and run.predictions is None
+    said = "\n".join(run.problems)
+    for part in (
+        "config.json cannot be read",
+        "result.json is not",
+        "line 2 is damaged",
+        "predictions_test.npz cannot",
+    ):
+        assert part in said
+    assert len(run.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"scores": np.ones((3, 2)), "labels": np.ones((3, 1))}, r"scores \(3, 2\)"),
+        ({"scores": np.full((3, 2), np.nan), "labels": np.ones((3, 2))}, "row 0, label 0 is nan"),
+        ({"scores": np.ones((3, 2)), "labels": np.full((3, 2), 2)}, "row 0, label 0 is 2"),
+        ({"scores": np.ones((3, 2))}, "labels is not a file"),
+    ],
+)
+def test_predictions_that_make_no_curve_are_left_out(tmp_path, arrays, message):
+    np.savez(tmp_path / "predictions_test.npz", **arrays)
+    run = workdirs.read_run(tmp_path)
+    assert run.predictions is None
+    assert re.search(message, run.problems[0]) and len(run.problems) == 1
+
+
+def test_nan_in_a_log_is_no_point(tmp_path):
+    lines = [{"phase": "val", "epoch": e, "step": e, "val_auroc": v} for e, v in enumerate((0.5, float("nan"), None))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = workdirs.read_run(tmp_path)
+    assert workdirs.series(run.val, "val_auroc") == {0: 0.5} and not run.problems
+
+
+def test_an_epoch_written_twice_counts_once(tmp_path):
+    folder = unfinished(tmp_path / "run", 2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "train", "epoch": 2, "step": 9, "train_loss": 0.25}\n')
+    assert workdirs.series(workdirs.read_run(folder).train, "train_loss")[2] == 0.25
+
+
+def test_runs_are_found_at_any_depth_prepared_first_and_named_apart(tmp_path):
+    for name in ("b", "a/deep", "a/deep/pretrain_ehr", "b/checkpoints/old", "b/report"):
+        unfinished(tmp_path / name, 1)
+    (tmp_path / "empty").mkdir()
+    runs = workdirs.find_runs(tmp_path)
+    assert [run.folder.relative_to(tmp_path).as_posix() for run in runs] == ["a/deep/pretrain_ehr", "a/deep", "b"]
+    assert [run.name for run in runs] == ["MedFuse (a/deep/pretrain_ehr)", "MedFuse (a/deep)", "MedFuse (b)"]
+    assert [run.color for run in runs] == [2, 0, 1] and [run.is_pretraining for run in runs] == [True, False, False]
+
+
+def test_a_folder_without_runs_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"no run in .*result\.json or a metrics\.jsonl"):
+        workdirs.find_runs(tmp_path)
+    with pytest.raises(UserError, match="is not a folder"):
+        workdirs.find_runs(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(("manifest", "expected"), [({"synthetic": True}, True), ({"source": "MIMIC-IV 2.2"}, False)])
+def test_the_manifest_says_whether_patients_are_synthetic(tmp_path, manifest, expected):
+    example_runs.write_config(tmp_path, "pheno", "medfuse", data={"dir": str(tmp_path / "shards")})
+    (tmp_path / "shards" / "pheno").mkdir(parents=True)
+    (tmp_path / "shards" / "pheno" / "manifest.json").write_text(json.dumps(manifest))
+    assert workdirs.read_run(tmp_path).is_synthetic is expected
+
+
+def test_numbers_as_tables_show_them():
+    assert workdirs.number(0.12345) == "0.123" and workdirs.number(np.float32(0.5), 1) == "0.5"
+    assert workdirs.number(-0.01, sign=True) == "−0.010" and workdirs.number(0.01, sign=True) == "+0.010"
+    assert workdirs.number(11914, 0) == "11,914"
+    assert [workdirs.number(x) for x in (None, float("nan"), "x")] == ["–"] * 3
+    assert workdirs.pair(None) == (None, None) and workdirs.pair(np.array([0.1, 0.2])) == (0.1, 0.2)
