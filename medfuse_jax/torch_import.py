@@ -186,7 +186,9 @@ def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **o
     return model, traverse_util.unflatten_dict(flat)
 
 
-def unused(state_dict: Mapping[str, np.ndarray], method: str, stage_sizes: Iterable[int] = RESNET34_STAGES) -> list[str]:
+def unused(
+    state_dict: Mapping[str, np.ndarray], method: str, stage_sizes: Iterable[int] = RESNET34_STAGES
+) -> list[str]:
     """The entries of a released checkpoint that a method does not read, in the checkpoint's order."""
     used = {name for row in table(method, stage_sizes) for name in row.names}
     return [name for name in state_dict if name not in used]

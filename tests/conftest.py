@@ -4,7 +4,8 @@ import os
 
 # Before jax starts. NPROC: several CPU devices on two cores can otherwise abort at an all-reduce.
 os.environ.setdefault("NPROC", "16")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Optimisation level 0: the models are tiny, and compiling them is what tests wait for.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path

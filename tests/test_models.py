@@ -228,6 +228,16 @@ def test_without_stays_no_ehr_code_is_traced(method):
         assert len(kernels) == (method in _WITH_EHR) and not any(id(v) in used for v in kernels)
 
 
+@pytest.mark.parametrize("method", ["medfuse", "mmtm3", "daft3"])
+def test_bfloat16_compute_gives_float32_outputs_near_the_exact_ones(method):
+    variables, _, evaluate = _functions(method)
+    rounded_model = tiny_model(method, dtype=jnp.bfloat16)
+    exact, rounded = evaluate(variables, batch()), fast_jit(rounded_model.apply)(variables, **batch())
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype(jnp.float32)}
+    deviation = np.abs(exact["logits"] - rounded["logits"]).max()
+    assert 1e-6 < deviation < 0.05 * np.abs(exact["logits"]).max()
+
+
 def test_medfuse_of_one_modality_is_a_shorter_sequence():
     variables, _, evaluate = _functions("medfuse")
     both = batch(film_rows=(0, 1, 2))
@@ -291,9 +301,9 @@ def test_initial_variables_differ_by_seed_only():
 
 
 def test_a_wrong_method_option_or_label_count_is_named():
-    with pytest.raises(UserError, match="'medfuze'.*Did you mean 'medfuse'"):
+    with pytest.raises(UserError, match=r"'medfuze'.*Did you mean 'medfuse'"):
         methods.build("medfuze", 3)
-    with pytest.raises(UserError, match="'resnet_widht'.*Did you mean 'resnet_width'"):
+    with pytest.raises(UserError, match=r"'resnet_widht'.*Did you mean 'resnet_width'"):
         methods.build("medfuse", 3, resnet_widht=3)
     with pytest.raises(UserError, match="num_labels is 0"):
         methods.build("medfuse", 0)

@@ -1,5 +1,7 @@
 """Released weights: the table of names, what is refused, files, and parity with the released models."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -12,6 +14,7 @@ from model_cases import (
     random_variables,
     reference_module,
     reference_outputs,
+    reference_shapes,
     reference_state_dict,
 )
 
@@ -113,7 +116,10 @@ _NAN = np.full((8, 32), np.nan, np.float32)
     [
         (_without("projection.weight"), r"lacks projection\.weight, which medfuse needs"),
         (_with("projektion.weight", np.zeros(3)), r"holds projektion\.weight, which no released model has"),
-        (_with("projection.weight", np.zeros((8, 31))), r"projection\.weight has shape \[8, 31\]; \[8, 32\] was expected"),
+        (
+            _with("projection.weight", np.zeros((8, 31))),
+            r"projection\.weight has shape \[8, 31\]; \[8, 32\] was expected",
+        ),
         (_with("projection.weight", np.zeros((32, 8))), r"projection\.weight has shape \[32, 8\]; \[8, 32\]"),
         (_with("projection.weight", _NAN), r"projection\.weight holds 256 values that are not finite"),
         (_with("lstm_fused_cls.0.weight", np.zeros((25, 8))), r"the checkpoint has 25 labels \(lstm_fused_cls.*not 3"),
@@ -127,9 +133,11 @@ def test_a_wrong_checkpoint_is_named_in_one_line(change, message):
 
 
 def test_a_checkpoint_of_another_method_says_which():
-    with pytest.raises(UserError, match=r"lacks .*fused_cls.* which joint needs; it has all that uni_cxr, medfuse need$"):
+    with pytest.raises(
+        UserError, match=r"lacks .*fused_cls.* which joint needs; it has all that uni_cxr, medfuse need$"
+    ):
         _load_tiny(_tiny_state_dict("medfuse") | _tiny_state_dict("uni_cxr"), "joint")
-    with pytest.raises(UserError, match="method is 'medfusion'.*Did you mean 'medfuse'"):
+    with pytest.raises(UserError, match=r"method is 'medfusion'.*Did you mean 'medfuse'"):
         _load_tiny(_tiny_state_dict(), "medfusion")
 
 
@@ -222,14 +230,18 @@ def test_a_tiny_resnet_equals_torchs():
 _NORM_PARTS = ("running_mean", "running_var", "weight", "bias")
 
 
+@functools.cache
+def _apply(model):
+    return fast_jit(lambda variables, **batch: model.apply(variables, **batch, train=False))
+
+
 def _outputs(real_data, case: str) -> dict:
     method, num_labels, all_paired = _CASES[case]
     model, variables = torch_import.load(reference_state_dict(real_data, case), method, num_labels)
     equal_lengths = method[:4] in ("mmtm", "daft")
     ehr, length, image, paired, _ = reference_module(real_data).inputs(seed=100, full=equal_lengths)
     has_cxr = np.ones_like(paired) if all_paired else paired
-    run = fast_jit(lambda v: model.apply(v, ehr=ehr, length=length, image=image, has_cxr=has_cxr, train=False))
-    outputs = run(variables)
+    outputs = _apply(model)(variables, ehr=ehr, length=length, image=image, has_cxr=has_cxr)
     return {**outputs, "probs": jax.nn.sigmoid(outputs["logits"])}
 
 
@@ -248,7 +260,7 @@ def test_outputs_equal_the_released_models(real_data, case):
 
 @pytest.mark.parametrize("case", _CASES)
 def test_released_checkpoints_hold_what_is_needed_and_the_rest_is_listed(real_data, case):
-    state_dict = reference_state_dict(real_data, case)
+    state_dict = reference_shapes(real_data, case)  # their names are what counts here
     method, _, _ = _CASES[case]
     needed = {name for row in torch_import.table(method) for name in row.names}
     unused = torch_import.unused(state_dict, method)
@@ -285,7 +297,11 @@ def _another_epsilon(monkeypatch):
 )
 def test_parity_notices_a_planted_error(real_data, monkeypatch, case, plant):
     plant(monkeypatch)
-    assert max(_worst(real_data, case).values()) > 5 * TOLERANCE
+    _apply.cache_clear()
+    try:
+        assert max(_worst(real_data, case).values()) > 5 * TOLERANCE
+    finally:
+        _apply.cache_clear()
 
 
 def test_one_paired_training_step_equals_the_released_models(real_data):
@@ -294,19 +310,18 @@ def test_one_paired_training_step_equals_the_released_models(real_data):
     model, variables = torch_import.load(state_dict, "medfuse", 25, dropout=0.0)
     ehr, length, image, _, labels = reference_module(real_data).inputs(seed=100)
 
-    @fast_jit
-    def step(params):
-        def loss(params):
-            outputs, updated = model.apply(
-                {**variables, "params": params}, ehr=ehr, length=length, image=image, train=True, mutable=["batch_stats"]
-            )
-            return optax.sigmoid_binary_cross_entropy(outputs["logits"], labels).mean(), updated["batch_stats"]
+    def loss(params, train=True):
+        outputs, updated = model.apply(
+            {**variables, "params": params}, ehr=ehr, length=length, image=image, train=train, mutable=["batch_stats"]
+        )
+        return optax.sigmoid_binary_cross_entropy(outputs["logits"], labels).mean(), updated["batch_stats"]
 
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    (loss, stats), gradients = step(variables["params"])
+    # Not fast_jit: without vectorised sums the gradients of the first stage's biases are off by 5e-4.
+    (value, stats), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     released = reference_outputs(real_data, "train_paired")
-    np.testing.assert_allclose(loss, released["loss"], rtol=1e-3)
+    np.testing.assert_allclose(value, released["loss"], rtol=1e-3)
+    by_running_statistics, _ = fast_jit(lambda params: loss(params, train=False))(variables["params"])
+    assert abs(by_running_statistics / released["loss"] - 1) > 5e-3
     stem = stats["cxr_encoder"]["stem_norm"]
     np.testing.assert_allclose(stem["mean"], released["bn1_running_mean"], atol=1e-5)
     np.testing.assert_allclose(stem["var"], released["bn1_running_var"], rtol=1e-4)
@@ -316,5 +331,4 @@ def test_one_paired_training_step_equals_the_released_models(real_data):
     norms = {name.removeprefix("gradnorm/"): x for name, x in released.items() if name.startswith("gradnorm/")}
     assert set(norms) == {name for name, path in rows.items() if path[0] == "params"}
     ours = {name: np.linalg.norm(np.ravel(flat[rows[name]])) for name in norms}
-    print("LOSS", loss, released["loss"], max(abs(ours[n]/norms[n]-1) for n in norms))
     np.testing.assert_allclose([ours[n] for n in norms], [norms[n] for n in norms], rtol=1e-3)

@@ -34,8 +34,8 @@ class Films:
     def from_rows(self, x_BE: jax.Array) -> jax.Array:
         """Row values to their films [P, E]; an empty slot gets zeros."""
         if self.row_P is None:
-            return jnp.where(self.valid_P[:, None], x_BE, 0)
-        return x_BE.at[self.row_P].get(mode="fill", fill_value=0)
+            return jnp.where(self.valid_P[:, None], x_BE, jnp.zeros_like(x_BE))
+        return jnp.asarray(x_BE).at[self.row_P].get(mode="fill", fill_value=0)
 
     def present_rows(self) -> jax.Array:
         """bool [B]: which rows have a film."""

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models.chunked_lstm import chunked_lstm
+
 _GATES = 4
 
 
@@ -17,17 +19,21 @@ def lstm(weights: dict, x_BTF: jax.Array, length_B: jax.Array, dtype=jnp.float32
     """An LSTM over series of which only the first `length` steps count.
 
     weights: input_kernel [F, G], recurrent_kernel [D, G], bias [G], float32. dtype: of the
-    products; the state is float32. Returns the hidden states [B, T, D], frozen after the last
-    step, and the last one [B, D]: zeros for a length of 0. What stands in the padding, NaN
+    products; the state is float32. Returns the hidden states [B, T, D], zeros past a series'
+    end, and the last one [B, D]: zeros for a length of 0. What stands in the padding, NaN
     included, reaches neither outputs nor gradients.
     """
-    return masked_lstm(weights, x_BTF, valid_steps(length_B, x_BTF.shape[1]), dtype)
+    kernels = (weights["input_kernel"], weights["recurrent_kernel"], weights["bias"])
+    if x_BTF.shape[1] == 0:
+        return jnp.zeros((*x_BTF.shape[:2], len(kernels[1]))), jnp.zeros((x_BTF.shape[0], len(kernels[1])))
+    return chunked_lstm(*kernels, x_BTF, length_B, jnp.dtype(dtype))
 
 
-def masked_lstm(
-    weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.float32
-) -> tuple[jax.Array, jax.Array]:
-    """`lstm` for steps that count in any pattern: an invalid step leaves the state as it was."""
+def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
+    """The plain scan, for steps that count in any pattern: an invalid step leaves the state as it was.
+
+    Returns the hidden states [B, T, D], after an invalid step those before it, and the last one.
+    """
     clean_BTF = jnp.where(valid_BT[..., None], x_BTF, 0).astype(dtype)
     # The input product of all steps at once, time first: the scan then only has the recurrent one.
     gates_TBG = jnp.einsum("btf,fg->tbg", clean_BTF, weights["input_kernel"].astype(dtype))

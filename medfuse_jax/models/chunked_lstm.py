@@ -1,0 +1,154 @@
+"""The recurrence as it is trained: in chunks of steps, and only as many as the longest series needs.
+
+Shapes: B batch, T time, C steps a chunk, F input channel, D LSTM width, G = 4 D gates (i, f, g, o).
+
+What it saves beside the plain scan (`lstm.masked_lstm`, which it is tested against):
+- the loop's trip count is the batch's longest length, not T: padding to a bucket costs memory, not time,
+  so a few buckets (compilations) serve stays of any length;
+- the input product of a chunk is one matrix product, and so are the gradients of both kernels, which
+  autodiff of a scan would add up step by step.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_STEPS = 16
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def chunked_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
+    """Hidden states [B, T, D] (zeros past a series' end) and the last one [B, D] (zeros for a length of 0).
+
+    Kernels and bias float32; x any float; length int [B]. dtype: of the products, which add up in
+    float32 as the state does. What x holds past a series' end, NaN included, reaches nothing.
+    """
+    return _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype)[0]
+
+
+def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
+    x_TBF, valid_TB = _by_chunks(x_BTF, length_B, dtype)
+    num_steps, num_rows, _ = x_TBF.shape
+    width = recurrent_kernel_DG.shape[0]
+    input_FG, recurrent_DG = input_kernel_FG.astype(dtype), recurrent_kernel_DG.astype(dtype)
+
+    def step(state, inputs):
+        hidden_BD, cell_BD = state
+        product_BG, valid_B = inputs
+        act_BG = _activate(product_BG + _dot(hidden_BD.astype(dtype), recurrent_DG))
+        i_BD, f_BD, g_BD, o_BD = jnp.split(act_BG, 4, axis=-1)
+        next_cell_BD = f_BD * cell_BD + i_BD * g_BD
+        hidden_BD = jnp.where(valid_B[:, None], o_BD * jnp.tanh(next_cell_BD), hidden_BD)
+        cell_BD = jnp.where(valid_B[:, None], next_cell_BD, cell_BD)
+        return (hidden_BD, cell_BD), (hidden_BD, cell_BD, act_BG)
+
+    def chunk(k, carry):
+        state, hidden_TBD, cell_TBD, act_TBG = carry
+        start = k * CHUNK_STEPS
+        x_CBF, valid_CB = _at(x_TBF, start), _at(valid_TB, start)
+        product_CBG = _dot(x_CBF, input_FG) + bias_G
+        state, (hidden_CBD, cell_CBD, act_CBG) = jax.lax.scan(step, state, (product_CBG, valid_CB))
+        # One row later: row t holds the state before step t, which is what the backward pass asks for.
+        hidden_TBD = _put(hidden_TBD, hidden_CBD, start + 1)
+        cell_TBD = _put(cell_TBD, cell_CBD, start + 1)
+        return state, hidden_TBD, cell_TBD, _put(act_TBG, act_CBG.astype(dtype), start)
+
+    zeros_BD = jnp.zeros((num_rows, width), jnp.float32)
+    zeros_TBD = jnp.zeros((num_steps + 1, num_rows, width), jnp.float32)
+    carry = ((zeros_BD, zeros_BD), zeros_TBD, zeros_TBD, jnp.zeros((num_steps, num_rows, 4 * width), dtype))
+    num_chunks = _num_chunks(length_B)
+    (last_BD, _), hidden_TBD, cell_TBD, act_TBG = jax.lax.fori_loop(0, num_chunks, chunk, carry)
+    output_TBD = jnp.where(valid_TB[..., None], hidden_TBD[1:], 0)[: x_BTF.shape[1]]
+    saved = (input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, num_chunks, hidden_TBD, cell_TBD, act_TBG)
+    return (output_TBD.swapaxes(0, 1), last_BD.astype(jnp.float32)), saved
+
+
+def _forward_saving(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
+    outputs, saved = _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype)
+    return outputs, (saved, jnp.zeros((0, x_BTF.shape[1]), x_BTF.dtype))  # carries x's type and T
+
+
+def _backward(dtype, residuals, cotangents):
+    saved, like_0T = residuals
+    input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, num_chunks, hidden_TBD, cell_TBD, act_TBG = saved
+    d_output_BTD, d_last_BD = cotangents
+    num_steps, num_rows, _ = x_TBF.shape
+    input_GF, recurrent_GD = input_kernel_FG.T.astype(dtype), recurrent_kernel_DG.T.astype(dtype)
+    d_output_TBD = jnp.zeros((num_steps, num_rows, d_last_BD.shape[-1]), jnp.float32)
+    d_output_TBD = d_output_TBD.at[: like_0T.shape[1]].set(d_output_BTD.swapaxes(0, 1).astype(jnp.float32))
+
+    def step(state, inputs):
+        d_hidden_BD, d_cell_BD = state
+        d_output_BD, valid_B, act_BG, cell_before_BD, cell_BD = inputs
+        valid_B1 = valid_B[:, None]
+        i_BD, f_BD, g_BD, o_BD = jnp.split(act_BG.astype(jnp.float32), 4, axis=-1)
+        tanh_BD = jnp.tanh(cell_BD)
+        d_hidden_BD = d_hidden_BD + jnp.where(valid_B1, d_output_BD, 0)
+        d_new_cell_BD = d_cell_BD + d_hidden_BD * o_BD * (1 - tanh_BD**2)
+        d_i_BD = d_new_cell_BD * g_BD * i_BD * (1 - i_BD)
+        d_f_BD = d_new_cell_BD * cell_before_BD * f_BD * (1 - f_BD)
+        d_g_BD = d_new_cell_BD * i_BD * (1 - g_BD**2)
+        d_o_BD = d_hidden_BD * tanh_BD * o_BD * (1 - o_BD)
+        d_gates_BG = jnp.where(valid_B1, jnp.concatenate([d_i_BD, d_f_BD, d_g_BD, d_o_BD], axis=-1), 0).astype(dtype)
+        d_before_BD = _dot(d_gates_BG, recurrent_GD)
+        d_hidden_BD = jnp.where(valid_B1, d_before_BD, d_hidden_BD)
+        d_cell_BD = jnp.where(valid_B1, d_new_cell_BD * f_BD, d_cell_BD)
+        return (d_hidden_BD, d_cell_BD), d_gates_BG
+
+    def chunk(done, carry):
+        state, d_input_FG, d_recurrent_DG, d_bias_G, d_x_TBF = carry
+        start = (num_chunks - 1 - done) * CHUNK_STEPS
+        cells = (_at(cell_TBD, start), _at(cell_TBD, start + 1))
+        inputs = (_at(d_output_TBD, start), _at(valid_TB, start), _at(act_TBG, start), *cells)
+        state, d_gates_CBG = jax.lax.scan(step, state, inputs, reverse=True)
+        d_input_FG += _outer(_at(x_TBF, start), d_gates_CBG)
+        d_recurrent_DG += _outer(_at(hidden_TBD, start).astype(dtype), d_gates_CBG)
+        d_bias_G += d_gates_CBG.astype(jnp.float32).sum((0, 1))
+        d_x_TBF = _put(d_x_TBF, _dot(d_gates_CBG, input_GF), start)
+        return state, d_input_FG, d_recurrent_DG, d_bias_G, d_x_TBF
+
+    zeros_of = functools.partial(jnp.zeros, dtype=jnp.float32)
+    state = (d_last_BD.astype(jnp.float32), zeros_of(d_last_BD.shape))
+    carry = (state, zeros_of(input_kernel_FG.shape), zeros_of(recurrent_kernel_DG.shape))
+    carry += (zeros_of(recurrent_kernel_DG.shape[1]), zeros_of(x_TBF.shape))
+    _, d_input_FG, d_recurrent_DG, d_bias_G, d_x_TBF = jax.lax.fori_loop(0, num_chunks, chunk, carry)
+    d_x_BTF = d_x_TBF[: like_0T.shape[1]].swapaxes(0, 1).astype(like_0T.dtype)
+    return d_input_FG, d_recurrent_DG, d_bias_G, d_x_BTF, None
+
+
+chunked_lstm.defvjp(_forward_saving, _backward)
+
+
+def _by_chunks(x_BTF, length_B, dtype):
+    """Time first, padded to whole chunks, cleared past each series' end; and which steps are valid."""
+    num_steps = -(-x_BTF.shape[1] // CHUNK_STEPS) * CHUNK_STEPS
+    valid_TB = jnp.arange(num_steps)[:, None] < length_B
+    x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, num_steps - x_BTF.shape[1]), (0, 0), (0, 0)))
+    return jnp.where(valid_TB[..., None], x_TBF, 0).astype(dtype), valid_TB
+
+
+def _num_chunks(length_B) -> jax.Array:
+    return (jnp.max(length_B) + CHUNK_STEPS - 1) // CHUNK_STEPS
+
+
+def _activate(gates_BG):
+    i_BD, f_BD, g_BD, o_BD = jnp.split(gates_BG, 4, axis=-1)
+    parts = (jax.nn.sigmoid(i_BD), jax.nn.sigmoid(f_BD), jnp.tanh(g_BD), jax.nn.sigmoid(o_BD))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _dot(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _outer(a_CBX, b_CBY):
+    return jnp.einsum("cbx,cby->xy", a_CBX, b_CBY, preferred_element_type=jnp.float32)
+
+
+def _at(x_T, start):
+    return jax.lax.dynamic_slice_in_dim(x_T, start, CHUNK_STEPS)
+
+
+def _put(x_T, chunk_C, start):
+    return jax.lax.dynamic_update_slice_in_dim(x_T, chunk_C, start, axis=0)
