@@ -14,18 +14,18 @@ def get_config() -> ConfigDict:
     config.task = "pheno"
     config.method = "medfuse"
     config.data.synthetic_stays = 2000
-    config.data.max_buckets = 2
+    config.data.max_buckets = 1
     config.film.resize_px = 64
     config.film.crop_px = 56
     config.model.ehr_hidden = 64
     config.model.fusion_hidden = 128
     config.model.resnet_stage_sizes = (1, 1, 1, 1)
     config.model.resnet_width = 16
-    config.batch_size = 64
-    config.num_epochs = 10
-    config.learning_rate = 1e-3
+    config.batch_size = 16
+    config.num_epochs = 5
+    config.learning_rate = 2e-3
 
-    config.pretrain.ehr = ConfigDict({"method": "uni_ehr", "learning_rate": 2e-3})
+    config.pretrain.ehr = ConfigDict({"method": "uni_ehr", "learning_rate": 4e-3})
     config.pretrain.ehr.num_epochs = config.get_ref("num_epochs")
     config.pretrain.cxr = ConfigDict({"task": "radiology", "method": "uni_cxr", "learning_rate": 2e-3})
     config.pretrain.cxr.num_epochs = config.get_ref("num_epochs")

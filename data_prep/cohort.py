@@ -17,7 +17,8 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     """The stays that count, sorted by `stay_id`, and how many each filter left.
 
     Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender,
-    admission_type, first_careunit, died (in this admission). UserError where none is left.
+    admission_type, first_careunit, died (in this admission), death_h (hours from intime to a death in this
+    admission, null where none or no hour is known). UserError where none is left.
     """
     flow = []
 
@@ -36,7 +37,10 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     )
     stays = count("not given twice", stays.unique("stay_id", keep="first", maintain_order=True))
     usable = pl.col("los_h", "intime", "outtime", "subject_id", "hadm_id", "stay_id").is_not_null()
-    stays = count("with ids, times and a length of stay", stays.filter(pl.all_horizontal(usable), pl.col("los_h") > 0))
+    stays = count(
+        "with ids, times and a length of stay",
+        stays.filter(pl.all_horizontal(usable), pl.col("los_h") > 0, pl.col("outtime") > pl.col("intime")),
+    )
     stays = count("no transfer between units", stays.filter(pl.col("first_careunit") == pl.col("last_careunit")))
     # Counted after transfers are removed, as the benchmark does (extract_subjects of arXiv 1703.07771).
     stays = count("one such stay in the admission", stays.filter(pl.len().over("hadm_id") == 1))
@@ -57,6 +61,7 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
         "admission_type",
         "first_careunit",
         "died",
+        "death_h",
     ), flow
 
 
@@ -89,7 +94,10 @@ def _join_people(stays: pl.DataFrame, raw: dict[str, tables.Table]) -> pl.DataFr
         return pl.col(column).is_between("admittime", "dischtime").fill_null(False)
 
     joined = stays.join(admissions, on="hadm_id").join(read_patients(raw), on="subject_id")
-    return joined.with_columns(died=inside("deathtime") | inside("dod"))
+    death_h = (pl.col("deathtime") - pl.col("intime")).dt.total_seconds() / 3600.0
+    return joined.with_columns(
+        died=inside("deathtime") | inside("dod"), death_h=pl.when(inside("deathtime")).then(death_h)
+    )
 
 
 def assign_splits(

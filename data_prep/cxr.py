@@ -4,8 +4,10 @@ Shape key: N films, H W pixels, K 14 labels.
 """
 
 import json
+import os
 import struct
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,6 +105,46 @@ def decode(path: Path, film_shape: str) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
+def chunks(films: Iterable[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Films (dicom_id, path) in the groups that share a file of the cache."""
+    films = sorted(films)
+    return [films[i : i + CHUNK_FILMS] for i in range(0, len(films), CHUNK_FILMS)]
+
+
+def write_chunk(
+    folder: Path, root: Path, film_shape: str, films: list[tuple[str, str]], map_films: Callable = map
+) -> tuple[Path, list]:
+    """Decodes one chunk of films to a file of the cache, unless it is there; the file, and the films' signatures.
+
+    map_films: maps a function over the films, in order. Two processes may write the same chunk at once.
+    """
+    signed = [(dicom_id, path, signature(root / path)) for dicom_id, path in films]
+    path = folder / f"{stages.key(films=signed, shape=film_shape, version=VERSION)}.npy"
+    if path.exists():
+        return path, signed
+
+    def try_decode(film_path: str) -> np.ndarray | None:
+        try:
+            return decode(root / film_path, film_shape)
+        except OSError:
+            return None
+
+    decoded = list(map_films(try_decode, [film_path for _, film_path in films]))
+    readable = [dicom_id for (dicom_id, _), image in zip(films, decoded, strict=True) if image is not None]
+    images = [image for image in decoded if image is not None]
+    pixels = np.stack(images) if images else np.zeros((0, tasks.FILM_SIZE_PX, tasks.FILM_SIZE_PX), np.uint8)
+    mark = f".{os.getpid()}-{threading.get_ident()}.partial"
+    for target, write in (
+        (path.with_suffix(".json"), lambda file: file.write(json.dumps(readable).encode())),
+        (path, lambda file: np.save(file, pixels)),  # last: it is what says that the chunk is whole
+    ):
+        temporary = target.with_name(target.name + mark)
+        with open(temporary, "wb") as file:
+            write(file)
+        temporary.rename(target)
+    return path, signed
+
+
 class FilmStore:
     """Decoded films by dicom_id, kept in a folder in chunks, so that no film is decoded twice.
 
@@ -128,44 +170,26 @@ class FilmStore:
         """Decodes films (dicom_id, path); UserError where more than 1 % of all asked for are unreadable."""
         films = sorted(films)
         self._asked += len(films)
-        chunks = [films[i : i + CHUNK_FILMS] for i in range(0, len(films), CHUNK_FILMS)]
         with ThreadPoolExecutor(self._workers) as pool:
-            for chunk in progress.bar(chunks, "films", "chunks"):
+            for chunk in progress.bar(chunks(films), "films", "chunks"):
                 self._add_chunk(chunk, pool)
                 self._check_unreadable()
 
     def forget_others(self) -> None:
         """Removes the chunks of earlier builds that this one did not use."""
         used = {path for path, _ in self._place.values()}
+        for path in self._folder.glob("*.partial"):
+            path.unlink()
         for path in self._folder.glob("*.npy"):
             if path not in used:
                 path.with_suffix(".json").unlink(missing_ok=True)
                 path.unlink()
 
     def _add_chunk(self, films: list[tuple[str, str]], pool: ThreadPoolExecutor) -> None:
-        signed = [(dicom_id, path, signature(self._root / path)) for dicom_id, path in films]
-        path = self._folder / f"{stages.key(films=signed, shape=self._film_shape, version=VERSION)}.npy"
-        if not path.exists():
-            decoded = list(pool.map(self._try_decode, [film_path for _, film_path in films]))
-            readable = [dicom_id for (dicom_id, _), image in zip(films, decoded, strict=True) if image is not None]
-            images = [image for image in decoded if image is not None]
-            path.with_suffix(".json").write_text(json.dumps(readable))
-            temporary = path.with_suffix(".partial")
-            with open(temporary, "wb") as file:
-                np.save(
-                    file,
-                    np.stack(images) if images else np.zeros((0, tasks.FILM_SIZE_PX, tasks.FILM_SIZE_PX), np.uint8),
-                )
-            temporary.rename(path)
+        path, signed = write_chunk(self._folder, self._root, self._film_shape, films, pool.map)
         readable = json.loads(path.with_suffix(".json").read_text())
         self._place |= {dicom_id: (path, row) for row, dicom_id in enumerate(readable)}
         self.unreadable |= {dicom_id: sign for dicom_id, _, sign in signed if dicom_id not in self._place}
-
-    def _try_decode(self, path: str) -> np.ndarray | None:
-        try:
-            return decode(self._root / path, self._film_shape)
-        except OSError:
-            return None
 
     def _check_unreadable(self) -> None:
         bad = sorted(self.unreadable)

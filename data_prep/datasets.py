@@ -1,6 +1,5 @@
 """A task's dataset put together: which record has which arrays, film and labels, and what is said of it."""
 
-import datetime
 import math
 from collections.abc import Callable, Iterator
 
@@ -9,7 +8,7 @@ import polars as pl
 
 from data_prep import cxr, progress
 from data_prep.discretize import Arrays
-from data_prep.events import EPSILON_H
+from data_prep.steps import Predictions
 from medfuse_jax import tasks
 
 STAY_TEXT = ("gender", "admission_type", "first_careunit")
@@ -66,6 +65,63 @@ def _stay_records(picked, static, arrays, label_NK, film_of, store, split) -> Ca
     return make
 
 
+def step_dataset(
+    stays: pl.DataFrame,
+    splits: list[str],
+    arrays: Arrays,
+    found: Predictions,
+    pairs: pl.DataFrame,
+    store: cxr.FilmStore | None,
+) -> tuple[dict, dict]:
+    """Index and record generators, by split, of a task whose labels are per step.
+
+    stays, splits: in the cohort's order. pairs: stay_id, dicom_id, film_time of every film of a stay, by time.
+    """
+    timed = pairs.join(stays.select("stay_id", "intime"), on="stay_id", maintain_order="left").with_columns(
+        film_time_h=(pl.col("film_time") - pl.col("intime")).dt.total_milliseconds() / 3.6e6
+    )
+    films_of: dict[int, list] = {}
+    for stay_id, dicom_id, film_time_h in timed.select("stay_id", "dicom_id", "film_time_h").iter_rows():
+        films_of.setdefault(stay_id, []).append((dicom_id, film_time_h))
+    static = stays.select("stay_id", "subject_id", "age", "los_h", *STAY_TEXT).to_dicts()
+    split_N = np.array(splits)[arrays.row[found.place_N]]
+    any_NK = found.any_label()
+    index, records_of = {}, {}
+    for split in tasks.SPLITS:
+        picked = np.flatnonzero(split_N == split)
+        rows = [static[row] for row in arrays.row[found.place_N[picked]]]
+        index[split] = {
+            "stay_id": np.array([row["stay_id"] for row in rows], np.int64),
+            "subject_id": np.array([row["subject_id"] for row in rows], np.int64),
+            "length": arrays.length[found.place_N[picked]].astype(np.int32),
+            "has_cxr": np.array([row["stay_id"] in films_of for row in rows], bool),
+            "age": np.array([row["age"] for row in rows], np.float32),
+            "label": any_NK[picked],
+        }
+        records_of[split] = _step_records(picked, static, arrays, found, films_of, store, split)
+    return index, records_of
+
+
+def _step_records(picked, static, arrays, found, films_of, store, split) -> Callable[[], Iterator[dict]]:
+    def make() -> Iterator[dict]:
+        for i in progress.bar(picked.tolist(), f"shards of {split}", "stays"):
+            place = int(found.place_N[i])
+            row = static[int(arrays.row[place])]
+            films = films_of.get(row["stay_id"], [])
+            yield {
+                **row,
+                "ehr": arrays.of(place),
+                "label": found.labels[i],
+                "label_time_h": found.times[i],
+                "has_cxr": bool(films),
+                "dicom_id": " ".join(dicom_id for dicom_id, _ in films),
+                "film_time_h": np.array([time_h for _, time_h in films], np.float32),
+                "image": np.stack([store[dicom_id] for dicom_id, _ in films]) if films else NO_FILM,
+            }
+
+    return make
+
+
 def film_dataset(
     films: pl.DataFrame, splits: list[str], patients: pl.DataFrame, store: cxr.FilmStore
 ) -> tuple[dict, dict]:
@@ -117,23 +173,6 @@ def split_counts(index: dict[str, dict], labels: tuple[str, ...]) -> dict[str, d
         }
         for split, fields in index.items()
     }
-
-
-def check_times(stays: pl.DataFrame, arrays: Arrays, pairs: pl.DataFrame, window_h: float | None) -> dict:
-    """No event and no film is later than its record may see: the numbers checked, for the manifest.
-
-    stays: the cohort. pairs: stay_id, film_time. Fails (it can only be our mistake) on any violation.
-    """
-    seen = stays[arrays.row].with_columns(last_event_h=pl.Series(arrays.last_event_s / 3600.0))
-    end_h = pl.col("los_h") if window_h is None else pl.min_horizontal("los_h", pl.lit(window_h))
-    late_events = seen.filter(~pl.col("last_event_h").is_between(0, end_h + EPSILON_H))
-    films = pairs.join(stays, on="stay_id").with_columns(film=pl.col("film_time") - pl.col("intime"))
-    film_end = pl.col("outtime") - pl.col("intime")
-    if window_h is not None:
-        film_end = pl.min_horizontal(film_end, datetime.timedelta(hours=window_h))
-    late_films = films.filter(~pl.col("film").is_between(datetime.timedelta(0), film_end))
-    assert late_events.is_empty() and late_films.is_empty(), (late_events["stay_id"], late_films["stay_id"])
-    return {"stays": len(seen), "films": len(films), "later_than_allowed": len(late_events) + len(late_films)}
 
 
 def check_patients_stay_put(index: dict[str, dict]) -> None:

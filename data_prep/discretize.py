@@ -7,6 +7,7 @@ Shape key: S stays, T steps of one stay, R steps of all stays together, V 17 var
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -114,15 +115,15 @@ def write_arrays(
 ) -> None:
     """Writes a task's arrays, a file `ehr_<bucket>.npy` [R, 76] a bucket, and `index.npz`.
 
-    index.npz: row (of the cohort), bucket, start (first step in the bucket's file), length, and
-    last_event_s, of the stays that are long enough and have an event; counts of those left out.
+    index.npz: row (of the cohort), bucket, start (first step in the bucket's file), length, last_event_s
+    and first_step (the first with an observation), of the stays that are long enough and have an event.
     """
     los_h = stays["los_h"].to_numpy()
     window = window_h(task, rules.pheno_window_h)
     period_h = los_h if window is None else np.minimum(los_h, window)
     # A fixed window that is the task's own needs stays at least that long; a profile's cut does not.
     long_enough = los_h > (task.window_h or 0.0) - EPSILON_H
-    index = {name: [] for name in ("row", "bucket", "start", "length", "last_event_s")}
+    index = {name: [] for name in ("row", "bucket", "start", "length", "last_event_s", "first_step")}
     buckets = range(events.num_buckets(len(stays)))
     for bucket in progress.bar(buckets, f"arrays of {task.name}", "buckets"):
         found = events.read_bucket(events_dir, bucket)
@@ -133,21 +134,31 @@ def write_arrays(
         resolved = resolve_same_time(found, rules)
         ehr_RF, length_S, last_S = discretize(resolved, first, period_h[rows], timestep_h)
         kept_S = long_enough[rows] & (last_S >= 0)
-        np.save(folder / f"ehr_{bucket:05d}.npy", ehr_RF[np.repeat(kept_S, length_S)])
+        ehr_RF = ehr_RF[np.repeat(kept_S, length_S)]
+        np.save(folder / f"ehr_{bucket:05d}.npy", ehr_RF)
         kept_length = length_S[kept_S]
         index["row"].append(first + np.flatnonzero(kept_S))
         index["bucket"].append(np.full(len(kept_length), bucket))
         index["start"].append(np.cumsum(kept_length) - kept_length)
         index["length"].append(kept_length)
         index["last_event_s"].append(last_S[kept_S])
+        index["first_step"].append(_first_observed(ehr_RF, kept_length))
     joined = {name: np.concatenate(parts or [np.zeros(0)]).astype(np.int64) for name, parts in index.items()}
     num_long_enough = int(long_enough.sum())
     np.savez(folder / "index.npz", num_long_enough=num_long_enough, **joined)
 
 
+def _first_observed(ehr_RF: np.ndarray, length_S: np.ndarray) -> np.ndarray:
+    """int64 [S]: the first step of each stay in which anything was observed."""
+    start_S = np.cumsum(length_S) - length_S
+    observed_R = (ehr_RF[:, len(tasks.VALUE_CHANNELS) :] > 0).any(1)
+    row_R = np.where(observed_R, np.arange(len(ehr_RF)), len(ehr_RF))
+    return np.minimum.reduceat(row_R, start_S) - start_S if len(start_S) else start_S
+
+
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """A task's arrays as `write_arrays` left them: row, length and last_event_s [N], and `of(i)`."""
+    """A task's arrays as `write_arrays` left them: row, length, last_event_s, first_step [N], and `of(i)`."""
 
     folder: Path
     row: np.ndarray
@@ -155,6 +166,7 @@ class Arrays:
     start: np.ndarray
     length: np.ndarray
     last_event_s: np.ndarray
+    first_step: np.ndarray
     num_long_enough: int
 
     @classmethod
@@ -171,3 +183,9 @@ class Arrays:
         # Opened anew for each stay, so that what was read does not stay mapped in memory.
         bucket = np.load(self.folder / f"ehr_{self.bucket[i]:05d}.npy", mmap_mode="r")
         return np.asarray(bucket[self.start[i] : self.start[i] + self.length[i]])
+
+    def buckets(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ehr [R, 76], first row of each of its stays) of one bucket after another."""
+        for bucket in np.unique(self.bucket).tolist():
+            stored = np.load(self.folder / f"ehr_{bucket:05d}.npy", mmap_mode="r")
+            yield stored, self.start[self.bucket == bucket]

@@ -20,7 +20,7 @@ from data_prep.cleaning import VARIABLE
 from data_prep.profiles import Rules
 from medfuse_jax import tasks
 
-VERSION = 1  # raise it when the same input gives other events
+VERSION = 2  # raise it when the same input gives other events
 STAYS_PER_BUCKET = 1024
 ROWS_AT_ONCE = 200_000
 ROWS_PER_WRITE = 1_000_000
@@ -156,6 +156,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         tables.integer("hadm_id"),
         tables.integer("stay_id"),
         tables.time("charttime"),
+        no_stay_id=tables.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
         variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
         itemid=pl.col("itemid").cast(pl.Int32),
         text=pl.col("value").str.strip_chars(),
@@ -165,6 +166,8 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
     fate = (
         pl.when(pl.col("stay").is_null())
         .then(pl.lit("no stay of the cohort"))
+        .when(pl.col("no_stay_id"))
+        .then(pl.lit("no valid stay_id"))
         .when(pl.col("stay_id") != pl.col("own_stay_id"))  # a row without a stay_id is its admission's
         .then(pl.lit("another stay"))
         .when(seconds.is_null())

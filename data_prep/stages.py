@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import polars as pl
+
 from medfuse_jax.errors import UserError
 
 HIDDEN = ".stages"
@@ -32,13 +34,21 @@ def private(out: Path) -> Iterator[Path]:
     try:
         with _locked(out) as folder:
             yield folder
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, UserError) or not _is_full(error):
             raise
         # What was whole before the disk filled up stays whole.
         raise UserError(f"no space left under --out={out}: free some and run the same command again") from None
     finally:
         os.umask(before)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a write failed for want of space; only some of the writers (numpy's does not) pass the errno on."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    said = ("No space left", "quota exceeded", "File too large", " requested and ")
+    return any(text in str(error) for text in said)
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def _studies_of_stays(rng, stays: pl.DataFrame, film_latents_NE, film_fraction: 
     add(standing, within(standing, 0, los_h[standing]), "PA", own_state=True)
     outside = order[rng.random(num_kept) < 0.12]
     days = rng.uniform(0.5, 60, len(outside)) * 24
-    before = rng.random(len(outside)) < 0.5
+    before = (rng.random(len(outside)) < 0.5) | stays["died"].to_numpy()[outside]
     add(outside, np.where(before, -days, los_h[outside] + days), "AP", own_state=False)
     return frames
 
@@ -93,7 +93,9 @@ def _studies_without_stay(rng, taken: np.ndarray, num_films: int) -> pl.DataFram
     return _studies(ids[person], latents, view[:num], np.full(num, -1), hours)
 
 
-def plan(rng: np.random.Generator, stays: pl.DataFrame, film_latents_NE, film_fraction: float, num_films: int):
+def plan(
+    rng: np.random.Generator, stays: pl.DataFrame, film_latents_NE, film_fraction: float, num_films: int
+) -> pl.DataFrame:
     """All films: ids, view, row of the stay (-1: none), hours since its intime, time, and latents as `film_*`.
 
     At least one film of a patient without a stay is added, and as many as make `num_films` in all.
@@ -176,11 +178,12 @@ def write_films(folder: Path, planned: pl.DataFrame, seed: int, workers: int) ->
     paths = planned.select(
         pl.format("files/p{}/p{}/s{}/{}.jpg", pl.col("subject_id") // 1_000_000, "subject_id", "study_id", "dicom_id")
     ).to_series()
+    views = planned["view"].to_list()
 
     def write_one(i: int) -> None:
         path = folder / paths[i]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(films.jpeg(films.draw(latents[i], planned["view"][i], (seed, 3, i))))
+        path.write_bytes(films.jpeg(films.draw(latents[i], views[i], (seed, 3, i))))
 
     with ThreadPoolExecutor(workers) as pool:  # numpy and the JPEG encoder let go of the interpreter's lock
         for _ in progress.bar(pool.map(write_one, range(len(paths))), "drawing films", "films", len(paths)):

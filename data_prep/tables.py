@@ -6,6 +6,7 @@ may be `.csv` or `.csv.gz`. All columns are read as text: what a row holds is ju
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,17 +113,30 @@ def mimic_iv(root: str | Path) -> dict[str, Table]:
 
 
 def mimic_iv_version(tables: dict[str, Table]) -> str:
-    """The MIMIC-IV version, as far as the files tell it."""
+    """The MIMIC-IV version: that of the folder's name as downloaded where the files agree, else what they tell."""
+    candidates = _possible_versions(tables)
+    patients = tables["patients"]
+    # PhysioNet's folders: mimiciv/3.1 (wget) and mimic-iv-3.1 (zip); the demo's: mimic-iv-demo-2.2.
+    names = "/".join(patients.path.resolve().parts[-6:])
+    named = re.findall(r"mimic-?iv(?:-clinical-database)?(-demo)?[-/](\d\.\d)(?=/)", names)
+    if named and named[-1][1] in candidates:
+        demo, version = named[-1]
+        return f"{version} (demo)" if demo else version
+    return " or ".join(candidates)
+
+
+def _possible_versions(tables: dict[str, Table]) -> list[str]:
+    """By layout: 1.0 has core/, 2.1 adds the admitting provider, 3.0 the patients of 2020 to 2022."""
     if tables["patients"].name.startswith("core"):
-        return "1.0"
+        return ["1.0"]
     if "admit_provider_id" not in tables["admissions"].columns:
-        return "2.0"
+        return ["2.0"]
     patients = tables["patients"]
     if "anchor_year_group" in patients.columns:
         groups = patients.read("anchor_year_group")["anchor_year_group"]
         if groups.str.starts_with("2020").any():
-            return "3.0 or later"
-    return "2.1 or 2.2"
+            return ["3.0", "3.1"]
+    return ["2.1", "2.2"]
 
 
 def mimic_cxr(root: str | Path) -> dict[str, Table]:

@@ -4,7 +4,9 @@ A checkpoint is a TrainState and its optim.Progress, under the step's number. A 
 save leaves only a temporary folder, which orbax ignores and cleans up.
 """
 
+import contextlib
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -12,6 +14,8 @@ import orbax.checkpoint as ocp
 
 from medfuse_jax import optim
 from medfuse_jax.errors import UserError
+
+NOT_VALIDATED = -1.0  # as the AUROC of a checkpoint within an epoch: below any
 
 
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
@@ -24,11 +28,15 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
         ]
     )
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_auroc, best_mode="max")
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_names=("state", "progress"))
+    return ocp.CheckpointManager(
+        (workdir / "checkpoints").absolute(), options=options, item_names=("state", "progress")
+    )
 
 
 def save(manager: ocp.CheckpointManager, state, progress: optim.Progress, val_auroc: float) -> None:
-    """Saves in the background. val_auroc: of this very state; -1 where it was not validated."""
+    """Saves in the background. val_auroc: of this very state, or NOT_VALIDATED; nan beats the latter alone."""
+    if math.isnan(val_auroc):  # a validation set without an AUROC still needs one checkpoint to call the best
+        val_auroc = NOT_VALIDATED / 2
     manager.save(
         int(state.step),
         args=ocp.args.Composite(
@@ -52,11 +60,11 @@ def restore_best(workdir: Path, state):
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: {workdir} holds no trained model; run medfuse_jax.main first")
-    manager = open_manager(workdir)
-    step = manager.best_step()
-    if step is None:
-        raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main with --workdir={workdir} first")
-    return _restore(manager, step, state)[0]
+    with contextlib.closing(open_manager(workdir)) as manager:
+        step = manager.best_step()
+        if step is None:
+            raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main with --workdir={workdir} first")
+        return _restore(manager, step, state)[0]
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[object, optim.Progress]:

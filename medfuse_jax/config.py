@@ -84,6 +84,11 @@ def validate(config: ConfigDict) -> None:
     """Raises UserError for the first field that is unknown, of the wrong type or out of its range."""
     _check_fields(config, default(), "config")
     check_choice("config.task", config.task, tasks.TASKS)
+    if config.task not in tasks.TRAINABLE_TASKS:
+        raise UserError(
+            f"config.task is {config.task!r}, whose labels are per step: its data can be built and read, but not "
+            f"trained on yet; choose one of {', '.join(tasks.TRAINABLE_TASKS)}"
+        )
     from medfuse_jax.models import methods  # late: importing flax takes a second that --help need not pay
 
     check_choice("config.method", config.method, methods.METHODS)

@@ -78,5 +78,7 @@ def _config_problem(argv: list[str]) -> str:
 def _no_such_field(parts: list[str], depth: int, there: list[str]) -> str:
     parent = ".".join(parts[:depth])
     near = difflib.get_close_matches(parts[depth], there, n=1, cutoff=0.5)
-    hint = f"Did you mean --{parent}.{near[0]}?" if near else f"{parent} has: {', '.join(sorted(there)) or 'no fields'}."
+    hint = (
+        f"Did you mean --{parent}.{near[0]}?" if near else f"{parent} has: {', '.join(sorted(there)) or 'no fields'}."
+    )
     return f"--{'.'.join(parts)} is not a field. {hint}"

@@ -96,9 +96,8 @@ def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0
 
 def resample_indices(num_samples: int, num_bootstrap: int, seed: int) -> np.ndarray:
     """The resamples that `evaluate` and `compare` use: sample numbers int32 [R, N]."""
-    keys_R = _keys(num_bootstrap, seed)
-    draw = functools.partial(_draw, num_samples=num_samples, num_rows=_padded(num_samples))
-    return np.asarray(jax.lax.map(draw, keys_R))[:, :num_samples]
+    rows_RN = _draw_all(_keys(num_bootstrap, seed), num_samples, num_rows=_padded(num_samples))
+    return np.asarray(rows_RN)[:, :num_samples]
 
 
 def to_json(result):
@@ -128,6 +127,12 @@ def _keys(num_bootstrap: int, seed: int) -> jax.Array:
 def _draw(key: jax.Array, num_samples, num_rows: int) -> jax.Array:
     """One resample: `num_samples` sample numbers, then padding that nothing reads; int32 [num_rows]."""
     return jax.random.randint(key, (num_rows,), 0, num_samples, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def _draw_all(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
+    """The resamples of some keys, int32 [R, num_rows]."""
+    return jax.lax.map(lambda key: _draw(key, num_samples, num_rows), keys_R)
 
 
 @functools.partial(jax.jit, static_argnames="num_rows")

@@ -133,7 +133,10 @@ def eval_plans(
     Two plans, so that a batch either has a film in every row or runs no film code at all.
     """
     plans = []
-    for records, films in ((np.flatnonzero(include_N & paired_N), True), (np.flatnonzero(include_N & ~paired_N), False)):
+    for records, films in (
+        (np.flatnonzero(include_N & paired_N), True),
+        (np.flatnonzero(include_N & ~paired_N), False),
+    ):
         if not len(records):
             continue
         records = records[np.argsort(length_N[records], kind="stable")]

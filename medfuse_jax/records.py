@@ -8,6 +8,12 @@ On disk, one folder a task, written by `data_prep` and renamed into place when w
     <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
 
 The index is what batch plans are made from, so no record is read to plan an epoch.
+
+A task whose labels are per step (tasks.Task.per_step) has one record a stay too, not one a prediction: its
+`label` is [H, K], a row for each of H prediction times, `label_time_h` [H] (hours since the stay began). At
+label_time_h[i] a model may read the first floor(label_time_h[i] / timestep_h) steps of `ehr`, which hold nothing
+later, and of the stay's P films those with film_time_h <= label_time_h[i]. The index's `label` is 1 where it
+is at any prediction time.
 """
 
 import json
@@ -23,8 +29,8 @@ FORMAT_VERSION = "1.0.0"
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", "label")
 
 
-def features(num_labels: int):
-    """The TFDS features of one record with `num_labels` labels.
+def features(num_labels: int, per_step: bool = False):
+    """The TFDS features of one record with `num_labels` labels, of the whole stay or per step.
 
     A missing film is an image of shape [0, 256, 256]; a film without a stay has ehr [0, 76].
     `Encoding.BYTES` because it is ten times faster to read than TFDS' default.
@@ -35,6 +41,12 @@ def features(num_labels: int):
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
     size = tasks.FILM_SIZE_PX
+    timed = {
+        "label": tensor((None, num_labels), np.int8),
+        "label_time_h": tensor((None,), np.float32),
+        "film_time_h": tensor((None,), np.float32),
+        "los_h": np.float32,  # what length_of_stay is to predict, less label_time_h: no input
+    }
     return tfds.features.FeaturesDict(
         {
             "stay_id": np.int64,  # -1 for a film without a stay
@@ -49,6 +61,7 @@ def features(num_labels: int):
             "admission_type": tfds.features.Text(),
             "first_careunit": tfds.features.Text(),
         }
+        | (timed if per_step else {})
     )
 
 
@@ -124,6 +137,8 @@ class Split(Sequence):
         except (RuntimeError, ValueError) as error:
             raise UserError(f"record {i} of {self._name} is damaged ({error}); run data_prep.build again") from None
         text = {k: v.decode() for k, v in record.items() if isinstance(v, bytes)}
+        if "film_time_h" in record:  # per step: every film of the stay, in order of time; no one of them is the film
+            return {**record, **text, "images": record["image"], "image": None}
         image = record["image"][0] if len(record["image"]) else None
         return {**record, **text, "image": image}
 
@@ -136,6 +151,8 @@ def open_split(data_dir: str | Path, task: str, split: str) -> Split:
 
     Each record is a dict with at least stay_id int, ehr float32 [T, 76] (not standardised),
     label int8 [K], has_cxr bool, dicom_id str or '', image uint8 [256, 256] or None.
+    Where labels are per step: label int8 [H, K], label_time_h float32 [H], images uint8 [P, 256, 256],
+    film_time_h float32 [P], dicom_id the P names with a space between, image None, los_h float.
     """
     import tensorflow_datasets as tfds
 

@@ -23,6 +23,7 @@ def results(task: str, runs: list[Run]) -> str:
         return ""
     axis = _axis([x for *_, s in rows for x in (s.get("auroc_macro"), *pair(s.get("auroc_macro_ci")))])
     several = any(len(s.get("auroc") or []) > 1 for *_, s in rows)
+    mixed = len({run.is_pretraining for run in finished}) > 1
     mean = "Mean " if several else ""
     head = _th("Method", "text") + _th("Films" if films_only(task) else "Stays") + _score_heads(axis, mean)
     released_head = _th("Method", "text") + _score_heads(None, mean)
@@ -33,7 +34,7 @@ def results(task: str, runs: list[Run]) -> str:
             body += f'<tr class="group">{group.format(7)}</tr>'
             released += f'<tr class="group">{group.format(5)}</tr>'
             last = name
-        opening = f"<tr{'' if run.is_pretraining else ' class=main'}>{_run_head(run, run.name)}"
+        opening = f"<tr{' class=main' if mixed and not run.is_pretraining else ''}>{_run_head(run, run.name)}"
         values = [scores.get(key) for key in ("auroc_macro", "auroc_macro_ci", "auprc_macro", "auprc_macro_ci")]
         count = f'<td class="num">{number(scores.get("num_samples"), 0)}</td>'
         body += f"{opening}{count}{_score_cells(*values, axis, run.color)}</tr>"

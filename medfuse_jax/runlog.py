@@ -33,9 +33,8 @@ class RunLog:
         self._start_s = time.perf_counter()
         self._shown = {}
 
-    def step(self, **shown: str) -> None:
-        """Moves the bar on by one step, and changes what is written beside it."""
-        self.show(**shown)
+    def step(self) -> None:
+        """Moves the bar on by one step."""
         self._bar.update()
 
     def show(self, **shown: str) -> None:

@@ -1,5 +1,6 @@
 """The training loop of one run, read from top to bottom."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -22,17 +23,19 @@ def train(config: ConfigDict, workdir: Path, encoder_dirs: dict[str, Path] | Non
     Raises UserError where data, devices or encoders do not fit, or the loss stops being finite.
     """
     run = experiment_lib.open_experiment(config)
-    manager = checkpoints.open_manager(workdir)
-    resumed = checkpoints.restore_latest(manager, run.abstract_state())
-    if resumed:
-        state, progress = resumed
-    else:
-        state = experiment_lib.start_from_encoders(run.fresh_state(), encoder_dirs or {})
-        progress = optim.Progress(learning_rate=config.learning_rate)
-    if _finished(progress, config):
-        manager.close()
-        return
+    with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
+        resumed = checkpoints.restore_latest(manager, run.abstract_state())
+        if resumed:
+            state, progress = resumed
+        else:
+            state = experiment_lib.start_from_encoders(run.fresh_state(), encoder_dirs or {})
+            progress = optim.Progress(learning_rate=config.learning_rate)
+        if not _finished(progress, config):
+            _loop(run, workdir, manager, state, progress)
 
+
+def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progress: optim.Progress) -> None:
+    config = run.config
     state = parallel.replicate(state, run.devices)
     train_fn = parallel.compile_train(run.options, config.parallel, run.devices)
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
@@ -40,61 +43,58 @@ def train(config: ConfigDict, workdir: Path, encoder_dirs: dict[str, Path] | Non
     # Every epoch has as many steps: its batches hold another draw of the same numbers of stays.
     steps_per_epoch = len(run.train_plan(epoch=1))
     step = int(state.step)
-    log = RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)
 
-    while not _finished(progress, config):
-        epoch = step // steps_per_epoch + 1
-        plan = run.train_plan(epoch)
-        batches = input_pipeline.batches(
-            run.dataset, "train", plan, num_devices=len(run.devices), start=step % steps_per_epoch
-        )
-        losses, samples, start_s = [], 0, time.perf_counter()
-        for batch in parallel.prefetch(batches, run.devices):
-            state, step_metrics = train_fn(state, batch, key)
-            step += 1
-            if losses:  # of the step before, while this one runs
-                _check_finite(losses[-1], step - 1, config)
-            losses.append(step_metrics["loss"])
-            samples += plan.batch_size
-            rate = samples / (time.perf_counter() - start_s)
-            log.step(loss=f"{float(losses[max(0, len(losses) - 2)]):.3f}", rate=f"{rate:.0f} stays/s")
-            if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0 and step % steps_per_epoch:
-                checkpoints.save(manager, state, progress, val_auroc=-1.0)
-        _check_finite(losses[-1], step, config)
-        train_loss, seconds = float(np.mean(jax.device_get(losses))), time.perf_counter() - start_s
-        log.write(
-            "train",
-            epoch,
-            step,
-            train_loss=train_loss,
-            lr=progress.learning_rate,
-            samples_per_s=round(samples / seconds, 2),
-        )
+    with contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log:
+        while not _finished(progress, config):
+            epoch = step // steps_per_epoch + 1
+            plan = run.train_plan(epoch)
+            batches = input_pipeline.batches(
+                run.dataset, "train", plan, num_devices=len(run.devices), start=step % steps_per_epoch
+            )
+            losses, samples, start_s = [], 0, time.perf_counter()
+            for batch in parallel.prefetch(batches, run.devices):
+                state, step_metrics = train_fn(state, batch, key)
+                losses.append(step_metrics["loss"])
+                step += 1
+                samples += plan.batch_size
+                if len(losses) > 1:  # of the step before, while this one runs
+                    loss = _check_finite(losses[-2], step - 1, config)
+                    log.show(loss=f"{loss:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.0f} stays/s")
+                log.step()
+                if (
+                    config.checkpoint_every_steps
+                    and step % config.checkpoint_every_steps == 0
+                    and step % steps_per_epoch
+                ):
+                    checkpoints.save(manager, state, progress, val_auroc=checkpoints.NOT_VALIDATED)
+            _check_finite(losses[-1], step, config)
+            train_loss = float(np.mean(jax.device_get(losses)))
+            rate = round(samples / (time.perf_counter() - start_s), 2)
+            log.write("train", epoch, step, train_loss=train_loss, lr=progress.learning_rate, samples_per_s=rate)
 
-        predictions = evaluate.predict(run, eval_fn, state, "val", run.selects("val"))
-        val_auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
-        is_best = progress.update(epoch, predictions.loss, val_auroc, config.plateau_epochs)
-        state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
-        log.write("val", epoch, step, val_loss=predictions.loss, val_auroc=val_auroc)
-        # A validation set without an AUROC (nan) still needs one checkpoint to call the best.
-        checkpoints.save(manager, state, progress, -0.5 if math.isnan(val_auroc) else val_auroc)
-        log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{val_auroc:.3f}")
-        log.line(
-            f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
-            f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {samples / seconds:.1f} stays/s"
-        )
-    manager.wait_until_finished()
-    manager.close()
-    log.close()
+            predictions = evaluate.predict(run, eval_fn, state, "val", run.selects("val"))
+            val_auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
+            is_best = progress.update(epoch, predictions.loss, val_auroc, config.plateau_epochs)
+            state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
+            log.write("val", epoch, step, val_loss=predictions.loss, val_auroc=val_auroc)
+            checkpoints.save(manager, state, progress, val_auroc)
+            log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{val_auroc:.3f}")
+            log.line(
+                f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
+                f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {rate:.1f} stays/s"
+            )
+        manager.wait_until_finished()
 
 
 def _finished(progress: optim.Progress, config: ConfigDict) -> bool:
     return progress.epoch >= config.num_epochs or progress.should_stop(config.early_stop_epochs)
 
 
-def _check_finite(loss: jax.Array, step: int, config: ConfigDict) -> None:
-    if not np.isfinite(loss):
+def _check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:
+    loss = float(loss)
+    if not math.isfinite(loss):
         raise UserError(
-            f"{config.name}: the loss of step {step} is {float(loss)}; try a lower config.learning_rate "
+            f"{config.name}: the loss of step {step} is {loss}; try a lower config.learning_rate "
             f"(now {config.learning_rate}) or config.precision=float32"
         )
+    return loss

@@ -32,12 +32,18 @@ METHOD_NAMES = {
     "daft4": "DAFT, layer 4",
     "unified": "Unified",
 }
-TASK_NAMES = {"pheno": "Phenotyping", "mortality": "In-hospital mortality", "radiology": "Radiology findings"}
+TASK_NAMES = {
+    "pheno": "Phenotyping",
+    "mortality": "In-hospital mortality",
+    "radiology": "Radiology findings",
+    "decompensation": "Decompensation",
+    "length_of_stay": "Length of stay",
+}
 SUBSETS = ("all", "paired", "unpaired")
 _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Run:
     """What is known of one run; None or empty where it has not come to it.
 

@@ -64,7 +64,7 @@ def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
 
 
 def write_evaluation(
-    workdir: Path, task: str, method: str, data: dict, best_epoch: int, against: tuple[str, ...] = (), num_bootstrap=100
+    workdir: Path, task: str, method: str, data: dict, best_epoch: int, against: tuple[str, ...] = (), num_bootstrap=40
 ) -> None:
     """predictions_test.npz and result.json."""
     labels, has_cxr = data["labels"], data["has_cxr"]

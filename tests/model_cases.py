@@ -23,9 +23,9 @@ TINIER = {**TINY, "resnet_stage_sizes": (1, 1)}
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def tiny_model(method: str):
+def tiny_model(method: str, **options):
     stage = {"stage": 1} if "stage" in methods.METHODS[method][1] else {}
-    return methods.build(method, NUM_LABELS, **TINIER, **stage)
+    return methods.build(method, NUM_LABELS, **TINIER, **stage, **options)
 
 
 @functools.cache
@@ -79,10 +79,15 @@ def reference_module(root: Path):
     return module
 
 
+def reference_shapes(root: Path, case: str) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a released checkpoint."""
+    all_shapes = json.loads((root / "parity" / "state_dict_shapes.json").read_text())
+    return {name: tuple(shape) for name, shape in all_shapes[case].items()}
+
+
 def reference_state_dict(root: Path, case: str, seed: int = 0) -> dict[str, np.ndarray]:
     weight = reference_module(root).weight
-    all_shapes = json.loads((root / "parity" / "state_dict_shapes.json").read_text())
-    return {name: weight(name, tuple(shape), seed) for name, shape in all_shapes[case].items()}
+    return {name: weight(name, shape, seed) for name, shape in reference_shapes(root, case).items()}
 
 
 def reference_outputs(root: Path, case: str) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from absl import flags
 from raw_tables import at, chart, film, film_path, lab, stay, write_mimic_cxr, write_mimic_iv
 
-from data_prep import build, cxr, discretize, pairing, profiles, stages
+from data_prep import build, cxr, discretize, pairing, pipeline, profiles, stages
 from medfuse_jax import records, tasks
 from medfuse_jax.errors import UserError
 
@@ -71,7 +72,7 @@ def _all(out, task):
 
 
 def test_records_index_and_manifest_agree(built):
-    for task in tasks.TASKS:
+    for task in build.DEFAULT_TASKS:
         manifest = records.manifest(built, task)
         assert manifest["channels"] == list(tasks.CHANNELS) and manifest["labels"] == list(tasks.TASKS[task].labels)
         for split, rows in _all(built, task).items():
@@ -122,7 +123,9 @@ def test_films_go_where_their_patient_is(built, tree):
             n, k = int(row["dicom_id"][5:9]), int(row["dicom_id"][10:])
             np.testing.assert_array_equal(row["image"], cxr.decode(tree[1] / film_path(film(n, 0, k=k)), "squash"))
             assert np.isnan(row["age"]) == (n == 99)
-    subjects = [{r["subject_id"] for task in tasks.TASKS for r in _all(built, task)[split]} for split in tasks.SPLITS]
+    subjects = [
+        {r["subject_id"] for task in build.DEFAULT_TASKS for r in _all(built, task)[split]} for split in tasks.SPLITS
+    ]
     assert not (subjects[0] & subjects[1] or subjects[0] & subjects[2] or subjects[1] & subjects[2])
 
 
@@ -139,7 +142,7 @@ def _files(out):
     return {
         str(p.relative_to(out)): p.read_bytes()
         for p in sorted(out.rglob("*"))
-        if p.is_file() and p.relative_to(out).parts[0] in tasks.TASKS
+        if p.is_file() and p.relative_to(out).parts[0] in (*tasks.TASKS, "audit.html", "audit.json")
     }
 
 
@@ -154,7 +157,7 @@ def test_the_same_command_again_does_nothing_and_other_options_build_anew(
     tree, lists, built, tmp_path, capsys, monkeypatch
 ):
     before = {p: p.stat().st_mtime_ns for p in built.rglob("*")}
-    monkeypatch.setattr(build, "_make", lambda *a: pytest.fail("a finished task was made again"))
+    monkeypatch.setattr(pipeline, "make", lambda *a: pytest.fail("a finished task was made again"))
     build.build(*tree, built, timestep_h=1, **lists)
     assert {p: p.stat().st_mtime_ns for p in built.rglob("*")} == before
     assert capsys.readouterr().err.count("is there already") == 3
@@ -162,12 +165,12 @@ def test_the_same_command_again_does_nothing_and_other_options_build_anew(
     build.build(*tree, tmp_path, timestep_h=2, tasks=["mortality"], **lists)
     assert {len(r["ehr"]) for r in records.open_split(tmp_path, "mortality", "train")} == {24}
     capsys.readouterr()
-    monkeypatch.setattr(build.events, "extract", lambda *a: pytest.fail("events do not depend on the step"))
+    monkeypatch.setattr(pipeline.events, "extract", lambda *a: pytest.fail("events do not depend on the step"))
     build.build(*tree, tmp_path, timestep_h=1, tasks=["mortality"], **lists)
     said = capsys.readouterr().err
     assert "mortality" in said and "is made anew" in said
     assert {k: v for k, v in _files(built).items() if k.startswith("mortality/") and "manifest" not in k} == {
-        k: v for k, v in _files(tmp_path).items() if "manifest" not in k
+        k: v for k, v in _files(tmp_path).items() if k.startswith("mortality/") and "manifest" not in k
     }
 
 
@@ -217,11 +220,17 @@ def test_killed_at_any_time_it_goes_on_and_gives_the_same_bytes(tree, lists, bui
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
-        for task in tasks.TASKS:  # what is there is whole
+        for task in build.DEFAULT_TASKS:  # what is there is whole
             if (tmp_path / task).exists():
                 assert {k: v for k, v in _files(tmp_path).items() if k.startswith(task)} == {
                     k: v for k, v in _files(built).items() if k.startswith(task)
                 }
+    rng = random.Random(0)
+    for _ in range(4):  # and at times that nothing has to do with
+        process = subprocess.Popen(_command(tree, tmp_path, lists), cwd=ROOT, stderr=subprocess.PIPE)
+        time.sleep(rng.uniform(0.2, 3.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     assert killed >= 3
     done = subprocess.run(_command(tree, tmp_path, lists), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -238,7 +247,7 @@ def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tree, tmp_path, m
     with pytest.raises(UserError, match=r"no space left under --out"):
         build.build(*tree, tmp_path, tasks=["pheno"])
     assert [p.name for p in tmp_path.iterdir()] == [".stages"]
-    assert not list(tmp_path.glob(".stages/arrays-pheno-*"))
+    assert not list(tmp_path.glob(".stages/arrays-whole-*"))
 
 
 def test_two_builds_do_not_share_a_folder(tree, tmp_path):
@@ -364,7 +373,7 @@ def test_counts_of_the_real_demo(real_data, tmp_path):
     tree = (real_data / "mimic-iv-demo-2.2", real_data / "mimic-cxr-fixture")
     build.build(*tree, tmp_path / "out", profile="released", timestep_h=1, **lists)
     totals = {}
-    for task in tasks.TASKS:
+    for task in build.DEFAULT_TASKS:
         index = {split: records.index(tmp_path / "out", task, split) for split in tasks.SPLITS}
         totals[task] = (
             sum(len(i["stay_id"]) for i in index.values()),
@@ -380,6 +389,6 @@ def test_the_synthetic_cohort_builds(tmp_path):
 
     synthetic.write(tmp_path / "raw", 40, 0)
     build.build(tmp_path / "raw/mimic-iv", tmp_path / "raw/mimic-cxr", tmp_path / "out")
-    for task in tasks.TASKS:
+    for task in build.DEFAULT_TASKS:
         assert sum(len(records.open_split(tmp_path / "out", task, split)) for split in tasks.SPLITS) >= 10
     assert os.listdir(tmp_path / "out/.stages/films")

@@ -53,7 +53,9 @@ _FAST, _PLAIN = _loss(lstm.lstm), _loss(_plain)
 )
 def test_outputs_and_gradients_are_those_of_the_plain_scan(num_steps, lengths):
     case = _case(num_steps, lengths)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=_TOLERANCE, rtol=_TOLERANCE), _FAST(*case), _PLAIN(*case))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=_TOLERANCE, rtol=_TOLERANCE), _FAST(*case), _PLAIN(*case)
+    )
 
 
 def test_the_tolerance_would_show_a_step_too_few():
@@ -75,6 +77,13 @@ def test_a_longer_bucket_changes_nothing():
     np.testing.assert_array_equal(last_BD, longer_last_BD)
     np.testing.assert_array_equal(hidden_BTD, longer_BTD[:, :20])
     assert not np.any(longer_BTD[:, 20:])
+
+
+def test_a_length_beyond_the_series_is_its_end():
+    weights, x_BTF, _ = _case(5, [5, 5])
+    jax.tree.map(
+        np.testing.assert_array_equal, _FAST(weights, x_BTF, np.array([9, 5])), _FAST(weights, x_BTF, np.array([5, 5]))
+    )
 
 
 def test_several_trials_at_once_are_the_trials_one_by_one():

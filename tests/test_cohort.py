@@ -63,7 +63,7 @@ def test_every_layout_gives_the_same_cohort(tmp_path, layout, gz):
 
 def test_version_3_is_told_by_its_patients(tmp_path):
     raw, _, _ = _read(tmp_path, [stay(1, anchor_year_group="2020 - 2022")])
-    assert tables.mimic_iv_version(raw) == "3.0 or later"
+    assert tables.mimic_iv_version(raw) == "3.0 or 3.1"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def test_a_wrong_value_is_refused_by_name(field, value, said):
 def test_a_field_too_many_is_refused_with_the_nearest_name():
     config = config_lib.default()
     config.pretrain.ehr = {"learning_rat": 1.0}
-    with pytest.raises(UserError, match=r"pretrain\.ehr\.learning_rat is not.*Did you mean config\.pretrain\.ehr\.learning_rate\?"):
+    with pytest.raises(
+        UserError, match=r"pretrain\.ehr\.learning_rat is not.*Did you mean config\.pretrain\.ehr\.learning_rate\?"
+    ):
         config_lib.validate(config)
 
 

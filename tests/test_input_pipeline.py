@@ -17,9 +17,7 @@ def dataset(shards):
 
 def _plan(dataset, **changes):
     arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": dataset.buckets} | changes
-    return plan.train_plan(
-        dataset.lengths("train"), dataset.paired("train"), dataset.usable("train"), **arguments
-    )
+    return plan.train_plan(dataset.lengths("train"), dataset.paired("train"), dataset.usable("train"), **arguments)
 
 
 def test_a_batch_holds_the_records_of_its_plan(dataset):
@@ -81,7 +79,12 @@ def test_the_index_says_what_the_records_say(shards):
             assert len(stored) == len(index["stay_id"])
             for i, record in enumerate(stored):
                 assert record["stay_id"] == index["stay_id"][i] and len(record["ehr"]) == index["length"][i]
-                assert record["has_cxr"] == index["has_cxr"][i] == (record["image"] is not None) == bool(record["dicom_id"])
+                assert (
+                    record["has_cxr"]
+                    == index["has_cxr"][i]
+                    == (record["image"] is not None)
+                    == bool(record["dicom_id"])
+                )
                 np.testing.assert_array_equal(record["label"], index["label"][i])
 
 
@@ -107,7 +110,10 @@ def _copy(shards, tmp_path):
         (lambda d: _edit_manifest(d, format_version="0.1.0"), "has format 0.1.0, this version reads 1.0.0"),
         (lambda d: _edit_manifest(d, task="mortality"), "describes the task 'mortality', not 'pheno'"),
         (lambda d: (d / "pheno" / "index_val.npz").write_bytes(b"PK"), "index_val.npz cannot be read"),
-        (lambda d: shutil.rmtree(d / "pheno"), "holds no dataset for the task 'pheno' (it holds: mortality, radiology)"),
+        (
+            lambda d: shutil.rmtree(d / "pheno"),
+            "holds no dataset for the task 'pheno' (it holds: mortality, radiology)",
+        ),
         (lambda d: (d / "pheno" / "dataset_info.json").unlink(), "cannot be opened"),
         (lambda d: shutil.rmtree(d), "no data folder"),
     ],

@@ -68,12 +68,21 @@ def test_labels_belong_to_their_admission_in_the_order_of_the_tasks(tmp_path):
     assert found == [{98, 101}, set(), {98}]
     assert label_NK.dtype == np.int8 and label_NK.shape == (3, 25)
     assert label_NK[0].tolist() == [int(p.ccs in (98, 101)) for p in tasks.PHENOTYPES]
+    against = counts.pop("against")
     assert counts == {
         "route": "gem",
         "distinct_codes": {"ICD-9": 1, "ICD-10": 4},
         "distinct_codes_unmapped": {"ICD-10": 2},
+        "unmapped": [["4019", 10, 1], ["XYZ", 10, 1]],
         "stays_without_a_code": 1,
     }
+    other = against["gem, last row"]  # which takes I25.10 for 104, none of the 25
+    assert other["codes"] == [["I2510", 10, 1, [101], []]]
+    assert (other["stays"], other["stays_with_all_labels_equal"]) == (3, 2)
+    assert {label: n for label, n in other["only_here"].items() if n} == {
+        "Coronary atherosclerosis and other heart disease": 1
+    }
+    assert not any(other["only_there"].values())
 
 
 def _table(**changes):
@@ -87,6 +96,7 @@ def test_a_table_alone_decides(tmp_path):
     path.write_text(yaml.safe_dump(_table()))
     found, _, counts = _labels(tmp_path, [(0, "4019", 9), (0, "R571", 10), (1, "78551", 9)], path)
     assert found == [{249}, {249}, set()] and counts["route"] == "table"
+    assert ["4019", 9, 1, [], [98]] in counts["against"]["gem"]["codes"]
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,7 @@ def test_buckets_are_the_best_of_all_choices():
         return sum(min(e for e in edges if e >= n) for n in lengths)
 
     distinct = np.unique(lengths)
-    best = min(
-        cost((a, b, 50)) for a in distinct for b in distinct if a < b < 50
-    )
+    best = min(cost((a, b, 50)) for a in distinct for b in distinct if a < b < 50)
     chosen = plan_lib.buckets(lengths, 3)
     assert len(chosen) == 3 and chosen[-1] == 50
     assert cost(chosen) == best
@@ -112,9 +110,7 @@ def test_dealing_keeps_every_row_and_film_on_its_device(devices):
         rows_DB, film_row_DP = plan_lib.deal(plan, step, devices)
         expected = np.concatenate([plan.paired_SP[step], plan.unpaired_SU[step]])
         np.testing.assert_array_equal(np.sort(rows_DB.reshape(-1)), np.sort(expected))
-        with_film = [
-            rows_DB[d, row] for d in range(devices) for row in film_row_DP[d] if row < rows_DB.shape[1]
-        ]
+        with_film = [rows_DB[d, row] for d in range(devices) for row in film_row_DP[d] if row < rows_DB.shape[1]]
         assert sorted(with_film) == sorted(r for r in plan.paired_SP[step] if r != plan_lib.PADDING)
         assert film_row_DP.shape[1] == -(-plan.films_per_batch // devices)
 

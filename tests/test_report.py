@@ -114,8 +114,8 @@ def test_the_page_says_what_and_on_whom(pheno_page):
         assert part in text
 
 
-def test_real_patients_are_not_called_synthetic(pheno, tmp_path):
-    shutil.copytree(pheno, tmp_path / "run")
+def test_real_patients_are_not_called_synthetic(mortality, tmp_path):
+    shutil.copytree(mortality, tmp_path / "run")
     for path in [*tmp_path.rglob("config.json"), *tmp_path.rglob("result.json")]:
         path.write_text(path.read_text().replace('"synthetic": true', '"synthetic": false'))
     assert "Synthetic patients" not in make(tmp_path / "run", tmp_path / "out")
@@ -144,7 +144,7 @@ def test_mortality_has_age_groups_with_bounds(mortality, tmp_path):
     np.testing.assert_allclose([low, high], expected, atol=0.02)  # other resamples
     counts = [int(rows[name][1].split(" / ")[1]) for name in ("18 to 39", "40 to 59", "60 to 79", "80 and over")]
     assert sum(counts) == len(stored["age"])
-    assert "Bounds averaged over labels" not in page  # one label: the same bounds
+    assert "released code" not in report_tables.results("mortality", [workdirs.read_run(mortality)])  # one label
 
 
 def test_text_from_files_is_escaped(tmp_path):
@@ -156,8 +156,8 @@ def test_text_from_files_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["result.json", "metrics.jsonl", "predictions_test.npz", "config.json"])
-def test_a_run_is_shown_as_far_as_it_went(pheno, tmp_path, missing):
-    shutil.copytree(pheno, tmp_path / "run")
+def test_a_run_is_shown_as_far_as_it_went(mortality, tmp_path, missing):
+    shutil.copytree(mortality, tmp_path / "run")
     (tmp_path / "run" / missing).unlink()
     page = Page(make(tmp_path / "run", tmp_path / "out"))
     assert "MedFuse" in " ".join(page.text)
@@ -190,9 +190,9 @@ def test_nan_results_are_dashes(pheno, tmp_path):
     assert "– [–, –]" in report.text_table([result])
 
 
-def test_several_runs_stand_in_one_table(pheno, tmp_path):
+def test_several_runs_stand_in_one_table(mortality, tmp_path):
     for name in ("one", "two"):
-        shutil.copytree(pheno / "pretrain_ehr", tmp_path / "runs" / name)
+        shutil.copytree(mortality / "pretrain_ehr", tmp_path / "runs" / name)
     page = Page(make(tmp_path / "runs", tmp_path / "out"))
     rows = [row[0] for row in page.rows]
     assert rows.count("EHR only (LSTM) (one)") == rows.count("EHR only (LSTM) (two)") > 0

@@ -68,7 +68,9 @@ def on_one_device(fresh):
 def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
     """With augmentation, dropout and batch statistics in it: SGD on raw gradients, two steps."""
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), _run(_options(), fresh, mode, 2, _batch()), on_one_device
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
+        _run(_options(), fresh, mode, 2, _batch()),
+        on_one_device,
     )
 
 
@@ -105,7 +107,10 @@ def test_the_learning_rate_is_an_argument_not_a_constant(fresh):
     full = step(fresh, batch, key)[0]
     assert step._cache_size() == 1
     jax.tree.map(
-        lambda p, h, f: np.testing.assert_allclose(2 * (h - p), f - p, atol=1e-6), fresh.params, half.params, full.params
+        lambda p, h, f: np.testing.assert_allclose(2 * (h - p), f - p, atol=1e-6),
+        fresh.params,
+        half.params,
+        full.params,
     )
 
 

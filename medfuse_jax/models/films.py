@@ -3,7 +3,7 @@
 Shapes: B rows, P films, H W pixels, C channels, E any feature.
 
 Only films that are there go through the image encoder: P images, not B. Differs from MedFuse
-(trainers/fusion_trainer.py), which runs a zero image for every stay without a film.
+(datasets/fusion.py), which makes a zero image for every stay without a film.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ class Mmtm(nn.Module):
     """Gates a film's channels and a stay's hidden units, both from both.
 
     Where one of the two is missing the other passes as it is. Differs from MedFuse
-    (models/fusion.py): the stay is averaged over its valid steps, not over the padding too;
+    (models/fusion_mmtm.py): the stay is averaged over its valid steps, not over the padding too;
     and from the paper: gates are sigmoid(x), as released, not 2 * sigmoid(x).
     """
 

@@ -1,0 +1,194 @@
+"""How fast and how large: raw rows to discretised arrays, and films, on input that this command makes itself.
+
+    python -m data_prep.benchmark --out=DIR [--copies=200] [--mimic_iv=DIR] [--mimic_cxr=DIR] [--json=FILE]
+
+The input is a MIMIC-IV tree (--mimic_iv, for example the demo; without it the synthetic cohort) repeated
+--copies times with new ids, in `<out>/raw-<copies>`, and one an eighth as large. Each size is built in a process of its
+own, so that its peak memory is its own. Prints one line of JSON a measurement.
+"""
+
+import gzip
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from absl import flags
+from PIL import Image
+
+from data_prep import cohort, cxr, discretize, events, profiles, progress, tables
+from medfuse_jax import errors, tasks
+from medfuse_jax.errors import UserError
+
+IDS = ("subject_id", "hadm_id", "stay_id")
+ID_STEP = 100_000_000  # added a copy: above every id of MIMIC
+MOST_COPIES = 1_000_000
+SMALLER = 8
+MEMBER_BYTES = 64 << 20
+FILM_PX = (2544, 3056)
+
+
+def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
+    """Writes the tables of `source` `copies` times, each time with other ids, as one .csv.gz a table."""
+    for table in source.values():
+        target = out / f"{table.name.removesuffix('.gz')}.gz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        frame = pl.read_csv(table.path, infer_schema=False)
+        partial = target.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            text = io.BytesIO()
+            for copy in range(copies):
+                shifted = frame.with_columns(_new_id(name, copy) for name in IDS if name in frame.columns)
+                shifted.write_csv(text, include_header=copy == 0, quote_style="necessary")
+                if text.tell() > MEMBER_BYTES or copy == copies - 1:
+                    # Members one after the other are one gzip file; level 6 is what PhysioNet's files have.
+                    file.write(gzip.compress(text.getvalue(), 6, mtime=0))
+                    text = io.BytesIO()
+        partial.rename(target)
+
+
+def _new_id(name: str, copy: int) -> pl.Expr:
+    old = pl.col(name).str.strip_chars().cast(pl.Int64)
+    # As in MIMIC, the order of stay_id is not that of the rows, so that rows of one place go to every bucket of stays.
+    new = old * MOST_COPIES + copy if name == "stay_id" else old + copy * ID_STEP
+    return new.cast(pl.String)
+
+
+def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
+    """Times the path from the raw tables to phenotyping's arrays of 2 h steps; the tables are read once before."""
+    raw = tables.mimic_iv(root)
+    rows = sum(raw[name].scan(raw[name].columns[0]).select(pl.len()).collect(engine="streaming").item() for name in BIG)
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "events").mkdir(parents=True)
+    (work / "arrays").mkdir()
+    start = time.perf_counter()
+    stays, _ = cohort.read_stays(raw)
+    events.extract(raw, stays, profiles.rules(profile), work / "events")
+    extracted = time.perf_counter()
+    rules = profiles.rules(profile)
+    discretize.write_arrays(work / "arrays", work / "events", stays, rules, tasks.TASKS["pheno"], 2.0)
+    end = time.perf_counter()
+    stays_made = len(discretize.Arrays.open(work / "arrays").row)
+    shutil.rmtree(work)
+    return {
+        "what": "events to arrays",
+        "raw_rows": rows,
+        "stays": stays_made,
+        "seconds": round(end - start, 2),
+        "seconds_extraction": round(extracted - start, 2),
+        "rows_per_s": round(rows / (end - start)),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+BIG = ("chartevents", "labevents")
+
+
+def zcat(root: Path) -> dict:
+    """How long the shell needs to unpack and count the same files."""
+    raw = tables.mimic_iv(root)
+    start = time.perf_counter()
+    for name in BIG:
+        subprocess.run(f"zcat '{raw[name].path}' | wc -l", shell=True, check=True, capture_output=True)
+    return {"what": "zcat FILE | wc -l", "seconds": round(time.perf_counter() - start, 2)}
+
+
+def films(root: Path, work: Path, most: int = 24) -> list[dict]:
+    """Films a second on one core: ours, and PIL decoding the whole film before the same resize.
+
+    On the films as they are, and enlarged to FILM_PX, the size of MIMIC-CXR's own.
+    """
+    raw = tables.mimic_cxr(root)
+    paths = [root / path for path in cxr.read_films(raw)[0]["path"] if (root / path).is_file()][:most]
+    if not paths:
+        raise UserError(f"--mimic_cxr={root} holds no film under files/")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    enlarged = [work / path.name for path in paths]
+    for path, target in zip(paths, enlarged, strict=True):
+        with Image.open(path) as image:
+            image.convert("L").resize(FILM_PX, Image.Resampling.BICUBIC).save(target, quality=95)
+    results = _decode_both("as they are", paths) + _decode_both("x".join(map(str, FILM_PX)) + " px", enlarged)
+    shutil.rmtree(work)
+    return results
+
+
+def _decode_both(which: str, paths: list[Path]) -> list[dict]:
+    size = (tasks.FILM_SIZE_PX, tasks.FILM_SIZE_PX)
+
+    def whole(path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR))
+
+    results = []
+    for name, decode in (("data_prep", lambda p: cxr.decode(p, "squash")), ("PIL, whole film", whole)):
+        decode(paths[0])
+        start = time.process_time()
+        for path in paths:
+            decode(path)
+        rate = len(paths) / (time.process_time() - start)
+        results.append({"what": f"films, {which}, {name}", "films": len(paths), "films_per_s_core": round(rate, 1)})
+    return results
+
+
+def _source(mimic_iv: str | None, out: Path) -> dict[str, tables.Table]:
+    if mimic_iv:
+        return tables.mimic_iv(mimic_iv)
+    from data_prep import synthetic
+
+    if not (out / "synthetic" / "mimic-iv").is_dir():
+        synthetic.write(out / "synthetic", num_stays=200, seed=0)
+    return tables.mimic_iv(out / "synthetic" / "mimic-iv")
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("out", None, "Where the input it makes and its work go.")
+    flags.DEFINE_integer("copies", 200, "How often the tables are repeated, at the larger size.", lower_bound=SMALLER)
+    flags.DEFINE_string("mimic_iv", None, "The MIMIC-IV tree to repeat; default: the synthetic cohort.")
+    flags.DEFINE_string("mimic_cxr", None, "A MIMIC-CXR-JPG tree to decode films of; default: the synthetic one.")
+    flags.DEFINE_string("json", None, "A file to append the measurements to.")
+    flags.DEFINE_string("one", None, "Of use to the command itself: measure one tree and end.")
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    values = flags.FLAGS
+    if not values.out:
+        raise UserError("--out=DIR is missing")
+    out = Path(values.out)
+    if values.one:
+        print(json.dumps(events_to_arrays(Path(values.one), out)))
+        return
+    source = _source(values.mimic_iv, out)
+    results = []
+    for copies in (values.copies // SMALLER, values.copies):
+        root = out / f"raw-{copies}"
+        if not (root / "whole").exists():
+            progress.say(f"making {root}")
+            repeat(source, root, copies)
+            (root / "whole").touch()
+        command = [sys.executable, "-m", "data_prep.benchmark", f"--out={out / 'work'}", f"--one={root}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        results += [json.loads(done.stdout) | {"copies": copies}, zcat(root) | {"copies": copies}]
+    films_of = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
+    if films_of:
+        results += films(Path(films_of), out / "films")
+    lines = "".join(json.dumps(result) + "\n" for result in results)
+    print(lines, end="")
+    if values.json:
+        with open(values.json, "a") as file:
+            file.write(lines)
+
+
+if __name__ == "__main__":
+    define_flags()
+    errors.run(main)

@@ -1,0 +1,232 @@
+"""The stages of a build, from raw tables to shards; build.py is the command and decides what is left to do."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from data_prep import cohort, cxr, datasets, describe, discretize, events, pairing, profiles, progress, stages, tables
+from data_prep import phenotypes as icd
+from data_prep import steps as step_tasks
+from medfuse_jax import records
+from medfuse_jax.errors import UserError
+from medfuse_jax.tasks import CHANNELS, SPLITS, TASKS, Task
+
+ARRAYS_VERSION = 2  # raise it when the same events give other arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The raw tables, and the rules they are read by."""
+
+    mimic_iv: dict[str, tables.Table]
+    mimic_cxr: dict[str, tables.Table]  # empty without films
+    cxr_root: Path | None
+    rules: profiles.Rules
+    options: dict
+    phenotypes: Path | None
+    workers: int
+
+    def fingerprint(self) -> dict:
+        """Versions and files, for the manifest."""
+        source = {
+            "mimic_iv": tables.mimic_iv_version(self.mimic_iv),
+            "mimic_iv_files": [table.fingerprint() for table in self.mimic_iv.values()],
+        }
+        if self.mimic_cxr:
+            source["mimic_cxr"] = tables.mimic_cxr_version(self.mimic_cxr)
+            source["mimic_cxr_files"] = [table.fingerprint() for table in self.mimic_cxr.values()]
+        return source
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """The stays that count, their splits and phenotype labels."""
+
+    stays: pl.DataFrame
+    flow: list[dict]
+    split_of: dict[int, str]
+    pheno_label_NK: np.ndarray
+    icd_counts: dict
+
+    def splits(self, frame: pl.DataFrame) -> list[str]:
+        """The split of each row; a patient without a stay of the cohort trains, unless a list names him."""
+        return [self.split_of.get(subject, "train") for subject in frame["subject_id"]]
+
+
+def make(out: Path, hidden: Path, source: Source, fingerprint: dict, val_ids, test_ids, keys: dict[str, str]) -> None:
+    """Runs the stages that the tasks of `keys` (name -> key of its inputs and options) need."""
+    films = cxr.read_films(source.mimic_cxr) if source.mimic_cxr else None
+    people = _read_cohort(source, val_ids, test_ids)
+    stay_tasks = [TASKS[name] for name in keys if not TASKS[name].films_only]
+    arrays, events_dir = {}, None
+    if stay_tasks:
+        events_dir = _events_stage(hidden, source, people)
+        arrays = {task.name: _arrays_stage(hidden, source, people, task, events_dir) for task in stay_tasks}
+    store, labelled, pairs = None, None, {name: _no_pairs() for name in arrays}
+    if films:
+        store = cxr.FilmStore(hidden / "films", source.cxr_root, source.rules.film_shape, source.workers)
+        if "radiology" in keys:
+            labelled = films[0].join(cxr.read_labels(source.mimic_cxr), on="study_id", maintain_order="left")
+            store.add(labelled.select("dicom_id", "path").iter_rows())
+        pairs = _pair_readable(source, people, arrays, films[0], store)
+        if store.unreadable:
+            progress.say(
+                f"warning: {len(store.unreadable)} film(s) cannot be read and are left out; the manifests list them"
+            )
+    for name, key in keys.items():
+        task = TASKS[name]
+        if task.films_only:
+            index, records_of, extra = _film_task(source, people, labelled, store)
+        else:
+            index, records_of, extra = _stay_task(source, people, task, arrays[name], pairs[name], store)
+            extra["event_rows"] = events.read_counts(events_dir)
+        if films:
+            extra["films"] = films[1] | extra.get("films", {})
+        manifest = _manifest(source, fingerprint, task, key, index, extra, store)
+        manifest["train_mean"], manifest["train_std"] = _statistics(people, arrays.get(name))
+        _shards_stage(out, hidden, task, key, index, records_of, manifest)
+    if store:
+        store.forget_others()
+    for left in hidden.glob("arrays-*"):
+        shutil.rmtree(left)
+
+
+def _film_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: cxr.FilmStore) -> tuple:
+    """Index, record generators and counts of a task whose records are films."""
+    readable = labelled.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
+    patients = cohort.read_patients(source.mimic_iv)
+    index, records_of = datasets.film_dataset(readable, people.splits(readable), patients, store)
+    return index, records_of, {"films": {"films with labels": len(labelled), "films readable": len(readable)}}
+
+
+def _stay_task(source: Source, people: Cohort, task: Task, arrays: discretize.Arrays, pairs: pl.DataFrame, store):
+    """Index, record generators and counts of a task whose records are stays."""
+    splits = people.splits(people.stays)
+    flow = [*people.flow]
+    if task.window_h:
+        flow.append({"filter": f"{task.window_h:g} h or longer", "stays": arrays.num_long_enough})
+    flow.append({"filter": "with an event in the time seen", "stays": len(arrays.row)})
+    counts = {"cohort": flow}
+    if task.per_step:
+        found, more = step_tasks.predictions(task, people.stays, arrays, source.options["timestep_h"])
+        flow += more
+        kept = people.stays[arrays.row[found.place_N]]["stay_id"].implode()
+        pairs = pairs.filter(pl.col("stay_id").is_in(kept))
+        index, records_of = datasets.step_dataset(people.stays, splits, arrays, found, pairs, store)
+        counts["predictions"] = step_tasks.counts(found, np.array(splits)[arrays.row[found.place_N]], task.labels)
+    else:
+        label_NK = people.pheno_label_NK if task.name == "pheno" else cohort.mortality_labels(people.stays)
+        index, records_of = datasets.stay_dataset(people.stays, splits, arrays, label_NK, pairs, store)
+    counts["variables"] = describe.variables(arrays)
+    counts["length_h"] = describe.histogram(arrays.length * source.options["timestep_h"], describe.LENGTH_EDGES_H)
+    window_h = cohort.window_h(task, source.rules.pheno_window_h)
+    counts["time_check"] = describe.check_times(people.stays, arrays, pairs, window_h)
+    if task.name == "pheno":
+        counts["diagnosis_codes"] = people.icd_counts
+    return index, records_of, counts
+
+
+def _read_cohort(source: Source, val_ids, test_ids) -> Cohort:
+    stays, flow = cohort.read_stays(source.mimic_iv)
+    split_of = cohort.assign_splits(stays["subject_id"], val_ids, test_ids, source.options["seed"])
+    label_NK, icd_counts = icd.labels(source.mimic_iv, stays, source.phenotypes)
+    progress.say("cohort: " + ", ".join(f"{step['stays']:,} {step['filter']}" for step in flow))
+    return Cohort(stays, flow, split_of, label_NK, icd_counts)
+
+
+def _events_stage(hidden: Path, source: Source, people: Cohort) -> Path:
+    files = [table.fingerprint() for table in source.mimic_iv.values()]
+    key = stages.key(files=files, rules=dataclasses.asdict(source.rules), version=events.VERSION)
+    folder = stages.run(
+        hidden, "events", key, lambda folder: events.extract(source.mimic_iv, people.stays, source.rules, folder)
+    )
+    counts = {reason: sum(by_variable.values()) for reason, by_variable in events.read_counts(folder).items()}
+    progress.say("events: " + ", ".join(f"{rows:,} {reason}" for reason, rows in sorted(counts.items())))
+    return folder
+
+
+def _arrays_stage(hidden: Path, source: Source, people: Cohort, task: Task, events_dir: Path) -> discretize.Arrays:
+    window_h = cohort.window_h(task, source.rules.pheno_window_h)
+    # Tasks that see the same part of the same stays share their arrays.
+    name = "whole" if window_h is None else f"{'first' if task.window_h is None else 'full'}{window_h:g}h"
+    key = stages.key(events=events_dir.name, name=name, step=source.options["timestep_h"], version=ARRAYS_VERSION)
+
+    def write(folder: Path) -> None:
+        discretize.write_arrays(folder, events_dir, people.stays, source.rules, task, source.options["timestep_h"])
+
+    arrays = discretize.Arrays.open(stages.run(hidden, f"arrays-{name}", key, write))
+    if not len(arrays.row):
+        raise UserError(
+            f"no stay has an event that the task {task.name!r} can use: are chartevents and labevents whole?"
+        )
+    return arrays
+
+
+def _no_pairs() -> pl.DataFrame:
+    return pl.DataFrame(schema={"stay_id": pl.Int64, "dicom_id": pl.String, "film_time": pl.Datetime("us")})
+
+
+def _pair_readable(source: Source, people: Cohort, arrays: dict, films: pl.DataFrame, store: cxr.FilmStore) -> dict:
+    """Each task's pairs; a film that turns out unreadable is as if it were not there."""
+    path_of = dict(films.select("dicom_id", "path").iter_rows())
+    while True:
+        readable = films.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
+        pairs = {
+            name: (pairing.within if TASKS[name].per_step else pairing.pair)(
+                people.stays[task_arrays.row], readable, cohort.window_h(TASKS[name], source.rules.pheno_window_h)
+            )
+            for name, task_arrays in arrays.items()
+        }
+        wanted = {dicom_id for frame in pairs.values() for dicom_id in frame["dicom_id"]}
+        missing = [(dicom_id, path_of[dicom_id]) for dicom_id in wanted if dicom_id not in store]
+        if not missing:
+            return pairs
+        store.add(missing)
+
+
+def _statistics(people: Cohort, arrays: discretize.Arrays | None) -> tuple[list[float], list[float]]:
+    from data_prep import shards  # imports TFDS (2 s): not for what ends before
+
+    if arrays is None:
+        return shards.train_statistics(iter(()))
+    splits = people.splits(people.stays)
+    train = [i for i, row in enumerate(arrays.row.tolist()) if splits[row] == "train"]
+    return shards.train_statistics(arrays.of(i) for i in train)
+
+
+def _manifest(source: Source, fingerprint: dict, task: Task, key: str, index: dict, extra: dict, store) -> dict:
+    return {
+        "format_version": records.FORMAT_VERSION,
+        "facts_version": describe.VERSION,
+        "task": task.name,
+        "key": key,
+        "profile": source.options["profile"],
+        "timestep_h": source.options["timestep_h"],
+        "options": source.options,
+        "rules": profiles.describe(source.options["profile"]),
+        "phenotype_table_given": source.phenotypes is not None,
+        "source": fingerprint,
+        "channels": list(CHANNELS),
+        "labels": list(task.labels),
+        "counts": {"splits": datasets.split_counts(index, task.labels), **extra},
+        "skipped_films": dict(sorted(store.unreadable.items())) if store else {},
+    }
+
+
+def _shards_stage(out: Path, hidden: Path, task: Task, key: str, index: dict, records_of: dict, manifest: dict) -> None:
+    from data_prep import shards
+
+    datasets.check_patients_stay_put(index)
+    total = sum(len(fields["stay_id"]) for fields in index.values())
+    if not total:
+        raise UserError(f"the task {task.name!r} has no record: are its tables whole?")
+    whole = stages.run(
+        hidden, f"shards-{task.name}", key, lambda folder: shards.write(folder, task, index, records_of, manifest)
+    )
+    stages.put_in_place(whole, out / task.name)
+    sizes = "/".join(str(len(index[split]["stay_id"])) for split in SPLITS)
+    paired = "/".join(str(int(index[split]["has_cxr"].sum())) for split in SPLITS)
+    progress.say(f"{task.name}: {total:,} records (train/val/test {sizes}), with a film {paired}, in {out / task.name}")

@@ -1,0 +1,62 @@
+"""Counts of people that may be shown: none below 10, and none that can be worked out from the others.
+
+A count of 0 to 9 is shown as '<10'. Of counts that add up to a number that is known, one hidden alone could
+be had by subtraction, so the next smallest are hidden too, as '≥10', until what is hidden is 10 or more together.
+"""
+
+SMALLEST = 10
+FEW, ENOUGH = f"<{SMALLEST}", f"≥{SMALLEST}"
+
+
+def cells(counts: dict[str, int]) -> dict[str, int | str]:
+    """Counts of groups that share nobody and have a known sum, as they may be shown."""
+    ordered = sorted(counts, key=lambda name: (counts[name], name))
+    hidden = [name for name in ordered if counts[name] < SMALLEST]
+    for name in ordered[len(hidden) :]:
+        if not hidden or sum(counts[h] for h in hidden) >= SMALLEST:
+            break
+        hidden.append(name)
+    shown = {}
+    for name, count in counts.items():
+        shown[name] = count if name not in hidden else FEW if count < SMALLEST else ENOUGH
+    return shown
+
+
+def part(count: int, whole: int) -> int | str:
+    """A count of some of `whole`, whose number is known, as it may be shown."""
+    if count < SMALLEST:
+        return FEW
+    return count if whole - count >= SMALLEST else f"≥{whole - SMALLEST + 1}"
+
+
+def share(count: int, whole: int) -> float | None:
+    """The share `count` is of `whole`, None where the count may not be shown."""
+    return round(count / whole, 4) if whole and isinstance(part(count, whole), int) else None
+
+
+def flow(steps: list[dict]) -> list[dict]:
+    """Filters and how many stays each left; those that removed 1 to 9 are shown together with their neighbours.
+
+    steps: {'filter', 'stays'} in order. Returns {'filter', 'stays', 'removed'} (removed None: before the first);
+    what is left below 10 ends it as '<10'.
+    """
+    shown: list[dict] = []
+    waiting: list[str] = []  # filters that removed too few to be seen alone, even together
+    for step in steps:
+        waiting.append(step["filter"])
+        removed = shown[-1]["stays"] - step["stays"] if shown else None
+        if removed is None or removed == 0 or removed >= SMALLEST:
+            shown.append({"filter": "; ".join(waiting), "stays": step["stays"], "removed": removed})
+            waiting = []
+    while waiting:  # the last ones: with those before them
+        last = shown.pop()
+        waiting.insert(0, last["filter"])
+        removed = shown[-1]["stays"] - steps[-1]["stays"] if shown else None
+        if removed is None or removed >= SMALLEST:
+            shown.append({"filter": "; ".join(waiting), "stays": steps[-1]["stays"], "removed": removed})
+            waiting = []
+    few = next((i for i, step in enumerate(shown) if step["stays"] < SMALLEST), None)
+    if few is None:
+        return shown
+    last = shown[few]
+    return [*shown[:few], last | {"stays": FEW, "removed": ENOUGH if last["removed"] else last["removed"]}]

@@ -1,0 +1,166 @@
+"""Rows that cannot be right: dropped and counted, or without effect; never silently wrong."""
+
+import gzip
+import itertools
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from raw_tables import chart, film, stay, write_mimic_cxr, write_mimic_iv
+
+from data_prep import build, pipeline
+from medfuse_jax import records, tasks
+
+HEART_RATE = 220045
+ROOT = Path(__file__).parent.parent
+
+
+def _charts(stays=(0, 1)):
+    return [chart(n, h, HEART_RATE, str(60 + n + h)) for n in stays for h in (1, 2, 3)]
+
+
+def _build(tmp_path, stays, charts, films=None):
+    iv = write_mimic_iv(tmp_path / "iv", stays, charts, codes=[(0, "4019", 9)])
+    cxr = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16)) if films else None
+    build.build(iv, cxr, tmp_path / "out", tasks=["pheno"])
+    rows = [r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "pheno", s)]
+    return {r["stay_id"] - 30_000_000: r for r in rows}, records.manifest(tmp_path / "out", "pheno")["counts"]
+
+
+def _equal(found, wanted):
+    assert sorted(found) == sorted(wanted)
+    for n, record in wanted.items():
+        np.testing.assert_array_equal(found[n]["ehr"], record["ehr"])
+
+
+@pytest.fixture
+def wanted(tmp_path):
+    return _build(tmp_path / "clean", [stay(0), stay(1)], _charts())[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fate"),
+    [
+        ({"charttime": "2150-13-45 99:00:00"}, "no valid time"),
+        ({"charttime": ""}, "no valid time"),
+        ({"charttime": "yesterday"}, "no valid time"),
+        ({"charttime": "1850-01-01 00:00:00"}, "before or after the stay"),
+        ({"charttime": "9999-01-01 00:00:00"}, "before or after the stay"),
+        ({"value": "inf", "valuenum": "inf"}, "no valid value"),
+        ({"value": "nan", "valuenum": ""}, "no valid value"),
+        ({"value": "1e999", "valuenum": "1e999"}, "no valid value"),
+        ({"value": "sixty", "valuenum": ""}, "no valid value"),
+        ({"value": "-5", "valuenum": "-5"}, "impossible value"),
+        ({"value": "99999", "valuenum": "99999"}, "impossible value"),
+        ({"hadm_id": "12x"}, "no stay of the cohort"),
+        ({"hadm_id": ""}, "no stay of the cohort"),
+        ({"hadm_id": "99999999999999999999"}, "no stay of the cohort"),
+        ({"stay_id": "30000001"}, "another stay"),
+    ],
+)
+def test_a_row_of_events_that_cannot_be_right_is_counted_and_left_out(tmp_path, wanted, changes, fate):
+    bad = chart(0, 5, HEART_RATE, "70") | changes
+    found, counts = _build(tmp_path, [stay(0), stay(1)], [*_charts(), bad])
+    _equal(found, wanted)
+    assert counts["event_rows"][fate] == {"Heart Rate": 1}
+    assert counts["event_rows"]["kept"]["Heart Rate"] == 6
+
+
+def test_a_stay_id_that_is_no_number_is_not_taken_for_the_admissions(tmp_path, wanted):
+    found, counts = _build(
+        tmp_path, [stay(0), stay(1)], [*_charts(), chart(0, 5, HEART_RATE, "70", stay_id="3000000x")]
+    )
+    _equal(found, wanted)
+    assert counts["event_rows"]["no valid stay_id"] == {"Heart Rate": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost_at"),
+    [
+        ({"intime": "2150-02-31 00:00:00"}, "with ids, times and a length of stay"),
+        ({"los": "-1"}, "with ids, times and a length of stay"),
+        ({"los": "inf"}, "with ids, times and a length of stay"),
+        ({"hadm_id": "x"}, "with ids, times and a length of stay"),
+        ({"outtime": "2149-12-31 12:00:00"}, "with ids, times and a length of stay"),
+        ({"anchor_age": "old"}, "18 years or older"),
+    ],
+)
+def test_a_stay_that_cannot_be_right_is_counted_and_left_out(tmp_path, wanted, changes, lost_at):
+    found, counts = _build(tmp_path, [stay(0), stay(1), stay(2, **changes)], _charts((0, 1, 2)))
+    _equal(found, wanted)
+    flow = counts["cohort"]
+    lost = [b["filter"] for a, b in itertools.pairwise(flow) if b["stays"] < a["stays"]]
+    assert lost == [lost_at]
+
+
+def test_a_stay_without_events_and_a_patient_without_an_admission(tmp_path, wanted):
+    stays = [stay(0), stay(1), stay(2), stay(3)]
+    iv = write_mimic_iv(tmp_path / "iv", stays, _charts((0, 1, 3)), codes=[(0, "4019", 9)])
+    path = iv / "hosp/admissions.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)
+    path.write_bytes(gzip.compress("".join(line for line in lines if "20000003" not in line).encode()))
+    build.build(iv, None, tmp_path / "out", tasks=["pheno"])
+    rows = [r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "pheno", s)]
+    _equal({r["stay_id"] - 30_000_000: r for r in rows}, wanted)
+    flow = {step["filter"]: step["stays"] for step in records.manifest(tmp_path / "out", "pheno")["counts"]["cohort"]}
+    assert flow["with a patient and an admission"] == 3 and flow["with an event in the time seen"] == 2
+
+
+def test_rows_given_twice_change_nothing(tmp_path, wanted):
+    films = [film(0, 3)]
+    found, counts = _build(tmp_path, [stay(0), stay(1), stay(1)], _charts() + _charts(), films + films)
+    _equal(found, wanted)
+    assert found[0]["dicom_id"] == "film-0000-00"
+    assert (counts["films"]["rows of metadata"], counts["films"]["films with ids"]) == (2, 1)
+    icustays = tmp_path / "iv/icu/icustays.csv.gz"
+    text = gzip.decompress(icustays.read_bytes()).decode()
+    icustays.write_bytes(gzip.compress((text + text.splitlines(keepends=True)[-1]).encode()))
+    build.build(tmp_path / "iv", None, tmp_path / "again", tasks=["pheno"])
+    flow = records.manifest(tmp_path / "again", "pheno")["counts"]["cohort"]
+    assert [step["stays"] for step in flow[:2]] == [3, 2]
+
+
+@pytest.mark.parametrize("ends", ["\r\n", "mixed"])
+def test_line_ends_do_not_matter(tmp_path, wanted, ends):
+    iv = write_mimic_iv(tmp_path / "iv", [stay(0), stay(1)], _charts(), codes=[(0, "4019", 9)])
+    for path in iv.rglob("*.csv.gz"):
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        text = "".join(f"{line}{chr(13) if ends != 'mixed' or i % 2 else ''}\n" for i, line in enumerate(lines))
+        path.write_bytes(gzip.compress(text.encode()))
+    build.build(iv, None, tmp_path / "out", tasks=["pheno"])
+    rows = [r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "pheno", s)]
+    _equal({r["stay_id"] - 30_000_000: r for r in rows}, wanted)
+    for record in rows:
+        assert record["label"].tolist() == wanted[record["stay_id"] - 30_000_000]["label"].tolist()
+
+
+def test_a_disk_that_fills_up_is_said_and_the_build_goes_on_after_it(tmp_path, wanted):
+    """A limit on the size of files stands in for the disk: a real error of the real writers."""
+    iv = write_mimic_iv(tmp_path / "iv", [stay(0), stay(1)], _charts(), codes=[(0, "4019", 9)])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data_prep.build", f"--mimic_iv={iv}", f"--out={out}", "--tasks=pheno"]
+
+    def small_files():
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: no space left under --out={out}")
+    assert not (out / "pheno").exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [r for s in tasks.SPLITS for r in records.open_split(out, "pheno", s)]
+    _equal({r["stay_id"] - 30_000_000: r for r in rows}, wanted)
+
+
+def test_a_time_check_that_fails_stops_the_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.describe, "EPSILON_H", -200.0)
+    with pytest.raises(AssertionError, match="later than they may be"):
+        _build(tmp_path, [stay(0)], _charts((0,)))
+    assert not (tmp_path / "out/pheno").exists()

@@ -1,0 +1,86 @@
+"""Every published layout of MIMIC-IV and MIMIC-CXR-JPG, plain or gzipped, gives the same records."""
+
+import numpy as np
+import pytest
+from raw_tables import chart, film, lab, stay, write_mimic_cxr, write_mimic_iv
+
+from data_prep import build, tables
+from medfuse_jax import records, tasks
+
+# version -> folder of patients and admissions, latest anchor years, has admit_provider_id, what is said without a name.
+VERSIONS = {
+    "1.0": ("core", "2014 - 2016", False, "1.0"),
+    "2.0": ("hosp", "2014 - 2016", False, "2.0"),
+    "2.2": ("hosp", "2017 - 2019", True, "2.1 or 2.2"),
+    "3.0": ("hosp", "2020 - 2022", True, "3.0 or 3.1"),
+    "3.1": ("hosp", "2020 - 2022", True, "3.0 or 3.1"),
+}
+
+
+def _iv(root, version, gz):
+    layout, years, has_provider, _ = VERSIONS[version]
+    stays = [stay(n, anchor_year_group=years) for n in range(6)]
+    charts = [chart(n, h, 220045, str(60 + n)) for n in range(6) for h in (1, 30)]
+    codes = [(n, "4019", 9) if n % 2 else (n, "I10", 10) for n in range(6)]
+    write_mimic_iv(root, stays, charts, [lab(0, 2, 50931, "110")], codes, layout=layout, gz=gz)
+    if layout == "hosp" and not has_provider:
+        path = root / "hosp" / ("admissions.csv.gz" if gz else "admissions.csv")
+        _drop_column(path, "admit_provider_id", gz)
+    return root
+
+
+def _drop_column(path, name, gz):
+    import polars as pl
+
+    frame = pl.read_csv(path, infer_schema=False).drop(name)
+    if not gz:
+        frame.write_csv(path)
+        return
+    import gzip
+
+    path.write_bytes(gzip.compress(frame.write_csv().encode()))
+
+
+@pytest.mark.parametrize("gz", [True, False])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_version_gives_the_same_records(tmp_path, version, gz):
+    root = _iv(tmp_path / "physionet.org/files/mimiciv" / version, version, gz)
+    build.build(root, None, tmp_path / "out", tasks=["pheno", "mortality"])
+    manifest = records.manifest(tmp_path / "out", "pheno")
+    assert manifest["source"]["mimic_iv"] == version
+    found = {r["stay_id"]: r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "pheno", s)}
+    assert sorted(found) == [30_000_000 + n for n in range(6)]
+    hypertension = [p.ccs for p in tasks.PHENOTYPES].index(98)
+    for n in range(6):
+        record = found[30_000_000 + n]
+        assert record["label"][hypertension] == 1 and record["label"].sum() == 1
+        np.testing.assert_array_equal(record["ehr"][0, tasks.CHANNELS.index("Heart Rate")], 60 + n)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_version_is_that_of_the_folder_where_the_files_agree(tmp_path, version):
+    unnamed = VERSIONS[version][3]
+    assert tables.mimic_iv_version(tables.mimic_iv(_iv(tmp_path / "raw", version, False))) == unnamed
+    as_zip = _iv(tmp_path / f"mimic-iv-{version}", version, False)
+    assert tables.mimic_iv_version(tables.mimic_iv(as_zip)) == version
+    other = "1.0" if version != "1.0" else "2.2"
+    misnamed = _iv(tmp_path / f"mimic-iv-{other}", version, False)
+    assert tables.mimic_iv_version(tables.mimic_iv(misnamed)) == unnamed
+
+
+def test_the_demo_is_called_one(real_data):
+    found = tables.mimic_iv(real_data / "mimic-iv-demo-2.2")
+    assert tables.mimic_iv_version(found) == "2.2 (demo)"
+
+
+@pytest.mark.parametrize("gz", [True, False])
+@pytest.mark.parametrize("version", ["2.0.0", "2.1.0"])
+def test_each_cxr_version(tmp_path, version, gz):
+    films = [film(n, 5, Edema="1.0") for n in range(6)]
+    root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16), version="2.0.0", gz=gz)
+    if version == "2.1.0":  # its new table beside the old ones
+        (root / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text("study_id,Edema\n1,1.0\n")
+    build.build(_iv(tmp_path / "iv", "2.2", gz), root, tmp_path / "out", tasks=["pheno", "radiology"])
+    assert records.manifest(tmp_path / "out", "radiology")["source"]["mimic_cxr"] == version
+    rows = [r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "radiology", s)]
+    assert len(rows) == 6 and all(r["label"][tasks.RADIOLOGY_LABELS.index("Edema")] for r in rows)
