@@ -7,7 +7,20 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_prep import cohort, cxr, datasets, describe, discretize, events, pairing, profiles, progress, stages, tables
+from data_prep import (
+    cohort,
+    cxr,
+    datasets,
+    describe,
+    discretize,
+    events,
+    pairing,
+    profiles,
+    progress,
+    stages,
+    synthetic,
+    tables,
+)
 from data_prep import phenotypes as icd
 from data_prep import steps as step_tasks
 from medfuse_jax import records
@@ -28,6 +41,11 @@ class Source:
     options: dict
     phenotypes: Path | None
     workers: int
+
+    def is_synthetic(self) -> bool:
+        """Whether the tables lie in a tree that data_prep.synthetic wrote, beside its report."""
+        table = next(iter(self.mimic_iv.values()))
+        return (table.path.parents[2] / synthetic.REPORT).is_file()
 
     def fingerprint(self) -> dict:
         """Versions and files, for the manifest."""
@@ -209,6 +227,7 @@ def _manifest(source: Source, fingerprint: dict, task: Task, key: str, index: di
         "rules": profiles.describe(source.options["profile"]),
         "phenotype_table_given": source.phenotypes is not None,
         "source": fingerprint,
+        "synthetic": source.is_synthetic(),
         "channels": list(CHANNELS),
         "labels": list(task.labels),
         "counts": {"splits": datasets.split_counts(index, task.labels), **extra},

@@ -29,6 +29,7 @@ def default() -> ConfigDict:
     config.data = ConfigDict()
     config.data.dir = ""  # '': a synthetic cohort, built once and kept in the user's cache folder
     config.data.synthetic_stays = 1000
+    config.data.synthetic_film_fraction = 0.19  # of the stays; MIMIC's share
     config.data.train_stays = "partial"  # 'partial': all stays; 'paired': those with a film
     config.data.val_stays = "partial"  # the validation stays that select the model
     config.data.ehr_only_ratio = 1.0  # part of the EHR-only stays drawn each epoch (OPTIMAL: 0.2 / 0.1)
@@ -107,6 +108,7 @@ def validate(config: ConfigDict) -> None:
     _check_range("config.plateau_epochs", config.plateau_epochs, 1)
     _check_range("config.checkpoint_every_steps", config.checkpoint_every_steps, 0)
     _check_range("config.data.synthetic_stays", config.data.synthetic_stays, 50)
+    _check_range("config.data.synthetic_film_fraction", config.data.synthetic_film_fraction, 0.05, 1.0)
     _check_range("config.data.ehr_only_ratio", config.data.ehr_only_ratio, 0.0, 1.0)
     _check_range("config.data.max_buckets", config.data.max_buckets, 1, 32)
     _check_range("config.film.resize_px", config.film.resize_px, 32, 1024)

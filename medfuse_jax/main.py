@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     config_lib.validate(config)
     experiment.use_compilation_cache()
     if not config.data.dir:
-        config.data.dir = str(_synthetic_shards(config.data.synthetic_stays, experiment.cache_dir()))
+        config.data.dir = str(_synthetic_shards(config.data, experiment.cache_dir()))
     stages = {name: config_lib.stage(config, name) for name in config.pretrain}
     for staged in (*stages.values(), config):
         experiment.open_experiment(staged)  # what is missing is said now, not after hours of pre-training
@@ -60,15 +60,16 @@ def _default_workdir(config: ConfigDict) -> str:
     return f"runs/{config.name}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
-def _synthetic_shards(num_stays: int, cache_dir: Path) -> Path:
+def _synthetic_shards(options: ConfigDict, cache_dir: Path) -> Path:
     """The shards of a synthetic cohort, built on first use."""
     from data_prep import build, synthetic  # the one place where medfuse_jax calls data_prep
 
-    root = cache_dir / f"synthetic_{num_stays}"
-    print(f"no --config.data.dir given: using a synthetic cohort of {num_stays} stays, kept in {root}", flush=True)
+    stays, film_fraction = options.synthetic_stays, options.synthetic_film_fraction
+    root = cache_dir / f"synthetic_{stays}_{film_fraction:g}"
+    print(f"no --config.data.dir given: using a synthetic cohort of {stays} stays, kept in {root}", flush=True)
     raw, shards = root / "raw", root / "shards"
     if not (root / "complete").exists():
-        synthetic.write(raw, num_stays=num_stays, seed=0)
+        synthetic.write(raw, num_stays=stays, seed=0, film_fraction=film_fraction)
         build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards)
         (root / "complete").touch()
     return shards

@@ -8,6 +8,7 @@ Shapes: N records, S steps (batches), B rows a batch, P films a batch, D devices
 """
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -183,7 +184,7 @@ def _spread(records: np.ndarray, num_steps: int, slots: int) -> np.ndarray:
     """[num_steps, slots] record numbers, the empty slots spread evenly over the batches."""
     table = np.full((num_steps, slots), PADDING)
     ends = np.linspace(0, len(records), num_steps + 1).round().astype(int)
-    for step, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
+    for step, (start, end) in enumerate(itertools.pairwise(ends)):
         table[step, : end - start] = records[start:end]
     return table
 

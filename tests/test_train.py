@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path, m
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tiny_config):
     tiny_config.batch_size = 15
-    with pytest.raises(UserError, match="config.batch_size is 15, not a multiple of the 2 devices"):
+    with pytest.raises(UserError, match=r"config\.batch_size is 15, not a multiple of the 2 devices"):
         experiment.open_experiment(tiny_config)
 
 
@@ -141,7 +141,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tiny_config, tmp_path):
 
 
 def test_a_workdir_without_a_run_is_named(tmp_path, tiny_config):
-    with pytest.raises(UserError, match="config.json is missing"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         evaluate.evaluate(tmp_path)
     config_lib.save(tiny_config, tmp_path / "config.json")
     with pytest.raises(UserError, match="holds no trained model"):
