@@ -1,6 +1,9 @@
 """The whole way in minutes on two CPU cores: a synthetic cohort, small encoders, MedFuse beside the LSTM.
 
 Command: python -m medfuse_jax.main --config=configs/demo.py
+Hardware and time: 2 CPU cores, under 2 minutes. Result to expect (seed 0, 2026-11-22, one run), macro AUROC
+[95 % CI] on 305 synthetic test stays: LSTM 0.659 [0.638, 0.678], MedFuse 0.691 [0.667, 0.713]; difference on the
+144 with a film +0.048 [+0.016, +0.081].
 """
 
 from ml_collections import ConfigDict
@@ -18,13 +21,15 @@ def get_config() -> ConfigDict:
     config.data.max_buckets = 1
     config.film.resize_px = 64
     config.film.crop_px = 56
+    config.film.rotation_deg = 10.0  # milder than the paper's 45: minutes are few
+    config.film.translation = 0.05
     config.model.ehr_hidden = 64
     config.model.fusion_hidden = 128
     config.model.resnet_stage_sizes = (1, 1, 1, 1)
     config.model.resnet_width = 16
     config.batch_size = 16
-    config.num_epochs = 8
-    config.learning_rate = 2e-3
+    config.num_epochs = 10
+    config.learning_rate = 3e-3
 
     config.pretrain.ehr = ConfigDict({"method": "uni_ehr", "learning_rate": 4e-3})
     config.pretrain.ehr.num_epochs = 6
