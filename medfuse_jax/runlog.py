@@ -28,7 +28,7 @@ class RunLog:
             unit="step",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left{postfix}",
+            bar_format="{desc} {percentage:3.0f}% |{bar:10}| {elapsed}, {remaining} left{postfix}",
         )
         self._start_s = time.perf_counter()
         self._shown = {}

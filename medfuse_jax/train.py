@@ -59,7 +59,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 samples += plan.batch_size
                 if len(losses) > 1:  # of the step before, while this one runs
                     loss = _check_finite(losses[-2], step - 1, config)
-                    log.show(loss=f"{loss:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.0f} stays/s")
+                    log.show(loss=f"{loss:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.0f}/s")
                 log.step()
                 if (
                     config.checkpoint_every_steps

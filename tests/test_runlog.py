@@ -1,0 +1,40 @@
+"""What a run writes down: whole lines, none twice after a resume, the same values for TensorBoard."""
+
+import json
+
+from medfuse_jax.runlog import RunLog
+
+
+def _lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_hold_phase_epoch_step_and_values(tmp_path):
+    log = RunLog(tmp_path, "run", num_steps=10)
+    log.write("train", 1, 5, train_loss=0.5)
+    log.write("val", 1, 5, val_loss=0.4, val_auroc=0.7)
+    log.close()
+    first, second = _lines(tmp_path)
+    assert (first["phase"], first["epoch"], first["step"], first["train_loss"]) == ("train", 1, 5, 0.5)
+    assert second["val_auroc"] == 0.7 and second["time_s"] >= first["time_s"]
+    assert any(path.stat().st_size > 0 for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_a_resumed_log_drops_what_came_after_its_checkpoint_and_a_half_line(tmp_path):
+    log = RunLog(tmp_path, "run", num_steps=10)
+    for step in (5, 10):
+        log.write("train", step // 5, step, train_loss=1 / step)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "va')
+    log = RunLog(tmp_path, "run", num_steps=10, resume_step=5)
+    log.write("train", 2, 10, train_loss=0.25)
+    log.close()
+    assert [(line["step"], line["train_loss"]) for line in _lines(tmp_path)] == [(5, 0.2), (10, 0.25)]
+
+
+def test_a_plain_line_is_printed_where_there_is_no_terminal(tmp_path, capsys):
+    log = RunLog(tmp_path, "run", num_steps=10)
+    log.line("epoch 1/2")
+    log.close()
+    assert capsys.readouterr().out == "run: epoch 1/2\n"
