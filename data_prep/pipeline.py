@@ -45,7 +45,7 @@ class Source:
     def is_synthetic(self) -> bool:
         """Whether the tables lie in a tree that data_prep.synthetic wrote, beside its report."""
         table = next(iter(self.mimic_iv.values()))
-        return (table.path.parents[2] / synthetic.REPORT).is_file()
+        return (table.path.resolve().parents[2] / synthetic.REPORT).is_file()
 
     def fingerprint(self) -> dict:
         """Versions and files, for the manifest."""
