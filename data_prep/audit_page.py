@@ -1,11 +1,9 @@
 """The audit as one HTML page: nothing loaded from elsewhere, no script, and no date, so that a build gives it again."""
 
-import itertools
-import re
 from html import escape
 
 from data_prep import audit_plots, audit_style, privacy
-from medfuse_jax import tasks
+from medfuse_jax import tasks, webpage
 
 NAMES = {
     "pheno": "Phenotyping",
@@ -22,20 +20,7 @@ def page(audit: dict) -> str:
     for name, content in audit["tasks"].items():
         parts.append(f'<section id="{name}"><h2>{NAMES[name]}</h2>{_task(name, content, audit)}</section>')
     parts += [_events(audit), _sources(audit), _footer()]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><title>Data audit</title>'
-        f"<style>{audit_style.CSS}</style></head>\n<body><main>{_number_charts(''.join(parts))}</main></body></html>\n"
-    )
-
-
-def _number_charts(content: str) -> str:
-    """Makes the ids of each chart its own."""
-    count = itertools.count()
-    return re.sub(
-        "<svg.*?</svg>", lambda svg: svg[0].replace(audit_plots.CHART, f"c{next(count)}-"), content, flags=re.DOTALL
-    )
+    return webpage.document("Data audit", "".join(parts), audit_style.CSS)
 
 
 def number(value) -> str:
@@ -59,7 +44,7 @@ def table(head: list[str], rows: list[list[str]], text_columns: tuple[int, ...] 
 
     top = "".join(f"<th{attributes(i)}>{cell}</th>" for i, cell in enumerate(head))
     body = "".join(
-        f"<tr><th scope=row>{row[0]}</th>"
+        f'<tr><th scope="row">{row[0]}</th>'
         + "".join(
             cell if cell.startswith("<td") else f"<td{attributes(i)}>{cell}</td>"
             for i, cell in enumerate(row[1:], start=1)

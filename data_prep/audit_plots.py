@@ -1,38 +1,13 @@
-"""The audit's charts, as inline SVG that takes its colours and font from the page."""
-
-import html
-import io
-import re
+"""The audit's charts, as inline SVG."""
 
 import matplotlib as mpl
-from matplotlib.figure import Figure
 
 from data_prep import privacy
+from medfuse_jax.webpage import CHART_STYLE, INK, MUTED, RULE, new_figure, run_color, svg
 
-# Stand-in colours that become the page's CSS variables, so that a chart follows it from light to dark.
-_INK, _MUTED, _RULE, _OURS, _PAPERS = "#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005"
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _OURS: "--ours", _PAPERS: "--papers"}
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: the page's font, and readers of screens can read it
-    "svg.hashsalt": "medfuse",
-    "text.parse_math": False,
-    "font.size": 10.5,
-    "text.color": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-}
+_STYLE = CHART_STYLE | {"ytick.color": INK}
+_OURS, _PAPERS = run_color(0), run_color(1)
 _WIDTH_PX = 400
-CHART = "@chart@"  # begins every id; the page puts the chart's number there
 
 
 def prevalence(labels: list[str], ours: list[float | None], paper: list[float | None]) -> str:
@@ -42,7 +17,7 @@ def prevalence(labels: list[str], ours: list[float | None], paper: list[float | 
         figure, axes = _axes(24 * len(labels) + 50, left=0.47, bottom_px=40)
         for row, k in enumerate(order):
             if paper[k] is not None and ours[k] is not None:
-                axes.plot([paper[k], ours[k]], [row, row], color=_RULE, linewidth=2.5, zorder=1)
+                axes.plot([paper[k], ours[k]], [row, row], color=RULE, linewidth=2.5, zorder=1)
             if paper[k] is not None:
                 axes.plot(paper[k], row, "o", markersize=7, markerfacecolor="none", color=_PAPERS, markeredgewidth=1.6)
             if ours[k] is not None:
@@ -51,7 +26,7 @@ def prevalence(labels: list[str], ours: list[float | None], paper: list[float | 
         axes.set(ylim=(-0.7, len(order) - 0.3), xlabel="share of positives among the training stays")
         axes.set_xlim(left=0)
         axes.grid(axis="x")
-        return _svg(figure, "Share of positives by label, ours and the paper's")
+        return svg(figure, "Share of positives by label, ours and the paper's")
 
 
 def observed(names: list[str], shares: list[float | None]) -> str:
@@ -63,12 +38,12 @@ def observed(names: list[str], shares: list[float | None]) -> str:
         axes.barh(range(len(order)), values, color=_OURS, height=0.62)
         for row, i in enumerate(order):
             text = "too few to show" if shares[i] is None else f"{shares[i]:.0%}" if shares[i] >= 0.01 else "under 1%"
-            axes.text((shares[i] or 0.0) + 0.015, row, text, va="center", color=_MUTED, fontsize=9.5)
+            axes.text((shares[i] or 0.0) + 0.015, row, text, va="center", color=MUTED, fontsize=9.5)
         axes.set_yticks(range(len(order)), [_short(names[i]) for i in order])
         axes.set(xlim=(0, 1.12), ylim=(-0.7, len(order) - 0.3), xlabel="share of steps with an observation")
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
         axes.grid(axis="x")
-        return _svg(figure, "Share of time steps in which each variable was observed")
+        return svg(figure, "Share of time steps in which each variable was observed")
 
 
 def bars(counts: dict[str, int | str], what: str, unit: str) -> str:
@@ -85,7 +60,7 @@ def bars(counts: dict[str, int | str], what: str, unit: str) -> str:
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="center",
-                color=_MUTED,
+                color=MUTED,
                 fontsize=9,
             )
         names = [f"{name}+" if name.endswith("-") else name for name in (n.replace("-", "–") for n in counts)]
@@ -95,7 +70,7 @@ def bars(counts: dict[str, int | str], what: str, unit: str) -> str:
         axes.set(xlabel=unit, ylabel=what, ylim=(0, max([*shown, privacy.SMALLEST]) * 1.12))
         axes.yaxis.get_major_locator().set_params(nbins=4, integer=True)
         axes.grid(axis="y")
-        return _svg(figure, f"{what} by {unit}: " + ", ".join(f"{k}: {v}" for k, v in counts.items()))
+        return svg(figure, f"{what} by {unit}: " + ", ".join(f"{k}: {v}" for k, v in counts.items()))
 
 
 def _short(name: str, longest: int = 34) -> str:
@@ -104,26 +79,6 @@ def _short(name: str, longest: int = 34) -> str:
 
 
 def _axes(height_px: int, left: float, bottom_px: int):
-    figure = Figure(figsize=(_WIDTH_PX / 72, height_px / 72))  # an SVG's unit is 1/72 inch
+    figure = new_figure(_WIDTH_PX, height_px)
     bottom = bottom_px / height_px
     return figure, figure.add_axes((left, bottom, 0.97 - left, 0.98 - bottom - 8 / height_px))
-
-
-def _svg(figure: Figure, description: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # A <style> would be the whole page's.
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
-    width, height = figure.get_size_inches() * 72
-    opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(description)}">'
-    text = re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
-    text = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), text)
-    text = re.sub(r"font-family: [^;]*; ", "", re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text))
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, f"var({variable})")
-    text = re.sub(r"\s*\n\s*", " ", text.replace("xlink:href", "href"))
-    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
-    text = re.sub(r' id="([\w.:-]+)"', lambda m: f' id="{CHART}{m[1]}"' if m[1] in used else "", text)
-    return re.sub(r'(url\(|href=")#([\w-]+)', rf"\1#{CHART}\2", text).strip()

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from medfuse_jax import checkpoints, errors, input_pipeline, metrics, parallel, records, report, tasks
+from medfuse_jax import checkpoints, errors, input_pipeline, metrics, parallel, records, tasks
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax.report import text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +190,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir)
     experiment_lib.use_compilation_cache()
     result = evaluate(workdir, flags.FLAGS.split)
-    print(report.text_table([result]))
+    print(text.table([result]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from medfuse_jax.errors import UserError
 
 
 def main(argv: list[str]) -> None:
-    from medfuse_jax import evaluate, experiment, report, train  # late: a wrong flag is refused before jax starts
+    from medfuse_jax import evaluate, experiment, train  # late: a wrong flag is refused before jax starts
+    from medfuse_jax.report import page
 
     config = flags.FLAGS.config
     config_lib.validate(config)
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
         evaluate.evaluate(encoder_dirs[name])
     train.train(config, workdir, encoder_dirs)
     evaluate.evaluate(workdir)
-    print(report.make(workdir, workdir / "report"))
+    print(page.write(workdir, workdir / "report"))
 
 
 def _claim(workdir: Path, config: ConfigDict) -> None:

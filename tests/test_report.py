@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medfuse_jax import report, report_tables, tasks, workdirs
+from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
+from medfuse_jax.report import page, tables, text, workdirs
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,12 @@ def mortality(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pheno_page(pheno, tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("out")
-    report.make(pheno, out)
+    page.write(pheno, out)
     return (out / "index.html").read_text()
 
 
 def make(runs: Path, out: Path) -> str:
-    report.make(runs, out)
+    page.write(runs, out)
     return (out / "index.html").read_text()
 
 
@@ -144,7 +145,7 @@ def test_mortality_has_age_groups_with_bounds(mortality, tmp_path):
     np.testing.assert_allclose([low, high], expected, atol=0.02)  # other resamples
     counts = [int(rows[name][1].split(" / ")[1]) for name in ("18 to 39", "40 to 59", "60 to 79", "80 and over")]
     assert sum(counts) == len(stored["age"])
-    assert "released code" not in report_tables.results("mortality", [workdirs.read_run(mortality)])  # one label
+    assert "released code" not in tables.results("mortality", [workdirs.read_run(mortality)])  # one label
 
 
 def test_text_from_files_is_escaped(tmp_path):
@@ -169,10 +170,10 @@ def test_a_run_of_one_epoch_and_damaged_files_is_shown(tmp_path):
     example_runs.write_config(tmp_path / "run", "pheno", "medfuse")
     example_runs.write_training(tmp_path / "run", 1)
     (tmp_path / "run" / "result.json").write_text('{"subsets": ')
-    text = report.make(tmp_path / "run", tmp_path / "out")
-    assert "warning: " in text and "result.json cannot be read" in text
-    page = " ".join(Page((tmp_path / "out" / "index.html").read_text()).text)
-    assert "Not everything could be read" in page and "1 epoch of at most 20 trained" in page
+    printed = page.write(tmp_path / "run", tmp_path / "out")
+    assert "warning: " in printed and "result.json cannot be read" in printed
+    shown = " ".join(Page((tmp_path / "out" / "index.html").read_text()).text)
+    assert "Not everything could be read" in shown and "1 epoch of at most 20 trained" in shown
 
 
 def test_nan_results_are_dashes(pheno, tmp_path):
@@ -187,7 +188,7 @@ def test_nan_results_are_dashes(pheno, tmp_path):
     page = Page(make(tmp_path / "run", tmp_path / "out"))
     row = next(row for row in page.rows if row[0] == tasks.TASKS["pheno"].labels[0])
     assert row[3:] == ["–", "–", "", "–", "–"]
-    assert "– [–, –]" in report.text_table([result])
+    assert "– [–, –]" in text.table([result])
 
 
 def test_several_runs_stand_in_one_table(mortality, tmp_path):
@@ -202,8 +203,8 @@ def test_the_text_table_fits_and_holds_the_results(pheno, mortality):
     folders = (pheno / "pretrain_ehr", pheno, mortality)
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     results[1]["method"] = "a_method_with_a_name_that_is_far_too_long_for_a_terminal"
-    text = report.text_table(results)
-    lines = text.splitlines()
+    printed = text.table(results)
+    lines = printed.splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[:2] == ["Phenotyping, test split", "synthetic patients: says nothing about real ones"]
     scores = results[0]["subsets"]["all"]
@@ -217,19 +218,19 @@ def test_the_text_table_fits_and_holds_the_results(pheno, mortality):
 def test_the_text_table_takes_a_result_before_it_is_json():
     data = example_runs.simulate("mortality", 60)
     scores = example_runs.metrics.evaluate(data["labels"], example_runs.scores_of("medfuse", data), 40)
-    text = report.text_table([{"task": "mortality", "method": "medfuse", "subsets": {"all": scores}}])
-    assert f"{scores['auroc_macro']:.3f} [{scores['auroc_macro_ci'][0]:.3f}" in text and "synthetic" not in text
+    printed = text.table([{"task": "mortality", "method": "medfuse", "subsets": {"all": scores}}])
+    assert f"{scores['auroc_macro']:.3f} [{scores['auroc_macro_ci'][0]:.3f}" in printed and "synthetic" not in printed
 
 
 def test_errors_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="no run in"):
-        report.make(tmp_path, tmp_path / "out")
+        page.write(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     example_runs.write_config(tmp_path / "run", "pheno", "medfuse")
     example_runs.write_training(tmp_path / "run", 1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out=.*file cannot be written \(File exists\)"):
-        report.make(tmp_path / "run", tmp_path / "file")
+        page.write(tmp_path / "run", tmp_path / "file")
 
 
 def test_the_command_runs_without_jax(mortality, tmp_path):
@@ -238,7 +239,7 @@ def test_the_command_runs_without_jax(mortality, tmp_path):
         "import sys, runpy; sys.modules.update(dict.fromkeys(('jax', 'jaxlib', 'flax', 'tensorflow'), None)); "
         "runpy.run_module('medfuse_jax.report', run_name='__main__', alter_sys=True)"
     )
-    root = Path(report.__file__).parents[1]
+    root = Path(tasks.__file__).parents[1]
     arguments = (f"--runs={mortality}", f"--out={tmp_path / 'out'}")
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -254,4 +255,4 @@ def test_every_method_of_the_paper_has_a_name():
         workdirs.METHOD_NAMES
     )
     assert set(workdirs.TASK_NAMES) == set(tasks.TASKS)
-    assert report_tables.subset_title("all", "radiology") == "All test films"
+    assert tables.subset_title("all", "radiology") == "All test films"

@@ -7,8 +7,8 @@ import example_runs
 import numpy as np
 import pytest
 
-from medfuse_jax import workdirs
 from medfuse_jax.errors import UserError
+from medfuse_jax.report import workdirs
 
 
 def unfinished(folder, num_epochs=3):

@@ -1,16 +1,36 @@
 """The report as one HTML page: text, tables and charts of some runs. Never imports jax.
 
-What comes from a file is escaped on its way in. Nothing is loaded from elsewhere, and there is no script.
+A run is shown as far as it went. What comes from a file is escaped on its way in.
 """
 
 import datetime
 import json
 from html import escape
+from pathlib import Path
 
-from medfuse_jax import plots, report_style, report_tables
-from medfuse_jax.workdirs import METHOD_NAMES, TASK_NAMES, Run, number, pair, section, series
+from medfuse_jax import webpage
+from medfuse_jax.errors import UserError
+from medfuse_jax.report import plots, style, tables, text, workdirs
+from medfuse_jax.report.workdirs import METHOD_NAMES, TASK_NAMES, Run, number, pair, section, series
 
 _MAX_TOGETHER = 5  # runs in a chart of several
+
+
+def write(runs_dir: str | Path, out_dir: str | Path) -> str:
+    """Writes `<out_dir>/index.html` of the runs at and below `runs_dir`; returns the text table and the page's path."""
+    runs = workdirs.find_runs(Path(runs_dir))
+    path = Path(out_dir) / "index.html"
+    content = page(runs)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".html.tmp")
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"--out={out_dir} cannot be written ({error.strerror}): give another folder") from None
+    table = text.table([run.result for run in runs if run.result])
+    problems = "\n".join(f"warning: {problem}" for run in runs for problem in run.problems)
+    return "\n\n".join(part for part in (table, problems, f"report: {path}") if part)
 
 
 def page(runs: list[Run]) -> str:
@@ -22,12 +42,7 @@ def page(runs: list[Run]) -> str:
         parts.append(_task_section(task, group, len(by_task) > 1))
     parts += [f"<section><h2>Each run</h2>{''.join(_run_section(run, runs) for run in _in_order(runs))}</section>"]
     parts.append(_footer())
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
-        f"<style>{report_style.CSS}</style></head>\n<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return webpage.document(title, "".join(parts), style.CSS)
 
 
 # Order and words
@@ -93,7 +108,7 @@ def _lead(runs: list[Run]) -> str:
     mean = "The mean AUROC" if len(main.label_names) > 1 else "The AUROC"
     text = (
         f"{mean} of {main.name} on {number(scores.get('num_samples'), 0)} "
-        f"{report_tables.subset_title('all', main.task)[4:]} is {number(scores.get('auroc_macro'))} "
+        f"{tables.subset_title('all', main.task)[4:]} is {number(scores.get('auroc_macro'))} "
         f"(95 % bounds {number(low)} to {number(high)})."
     )
     for other in main.result.get("comparisons") or []:
@@ -124,7 +139,7 @@ def _problems(runs: list[Run]) -> str:
 
 def _task_section(task: str, runs: list[Run], titled: bool) -> str:
     heading = f"Results: {TASK_NAMES.get(task, task)}" if titled else "Results"
-    content = report_tables.results(task, runs) + report_tables.differences(runs) + _overlays(runs)
+    content = tables.results(task, runs) + tables.differences(runs) + _overlays(runs)
     return f"<section><h2>{escape(heading)}</h2>{content}</section>" if content else ""
 
 
@@ -158,9 +173,9 @@ def _run_section(run: Run, runs: list[Run]) -> str:
     value = f"AUROC {number(scores.get('auroc_macro'))}" if scores else _progress(run)
     what = f"{TASK_NAMES.get(run.task, run.task)}, {'pre-training' if run.is_pretraining else 'main run'}"
     return (
-        f'<details class="run"{is_open}><summary>{report_tables.dot(run)}<strong>{escape(run.name)}</strong>'
+        f'<details class="run"{is_open}><summary>{tables.dot(run)}<strong>{escape(run.name)}</strong>'
         f'<span class="soft">{escape(what)}</span><span class="soft">{escape(value)}</span></summary>'
-        f"{_run_charts(run)}{report_tables.labels(run, runs)}{report_tables.ages(run)}{_provenance(run)}</details>"
+        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.ages(run)}{_provenance(run)}</details>"
     )
 
 
@@ -201,7 +216,7 @@ def _provenance(run: Run) -> str:
     config = json.dumps(run.config, indent=2, sort_keys=True)
     return (
         '<details class="made"><summary>What made it</summary>'
-        f"{report_tables.plain(facts)}<h4>config.json</h4><pre tabindex=0>{escape(config)}</pre></details>"
+        f"{tables.plain(facts)}<h4>config.json</h4><pre tabindex=0>{escape(config)}</pre></details>"
     )
 
 

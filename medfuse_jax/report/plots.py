@@ -1,14 +1,8 @@
-"""The report's charts, as inline SVG that takes its colours and its fonts from the page.
+"""The report's charts, as inline SVG. Never imports jax.
 
-Shape suffixes: N samples, K labels, G grid points. matplotlib draws in stand-in colours, which
-become the page's CSS variables (`--ink`, `--muted`, `--rule`, `--paper`, `--run0` ...), so a
-chart follows the page from light to dark. Never imports jax.
+Shape suffixes: N samples, K labels, G grid points.
 """
 
-import hashlib
-import html
-import io
-import re
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -17,34 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-NUM_COLORS = 7
-_INK, _MUTED, _RULE, _PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _PAPER: "--paper"}
-_VARIABLES |= {f"#0c000{i}": f"--run{i}" for i in range(NUM_COLORS)}
+from medfuse_jax.webpage import CHART_STYLE, MUTED, NUM_COLORS, PAPER, new_figure, run_color, svg
 
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: the page's font, and readers of screens can read it
-    "svg.hashsalt": "medfuse_jax",
-    "text.parse_math": False,  # names come from folders, where a $ is a $
-    "font.family": "sans-serif",
-    "font.size": 10.5,
-    "text.color": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
+_STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _LOW_PX, _HIGH_PX = 380, 250, 340  # near the size they are shown at, so that text keeps its size
 _GRID_G = np.linspace(0, 1, 201)
 
@@ -56,22 +25,22 @@ def loss_curves(
     with mpl.rc_context(_STYLE):
         figure, axes = _epoch_axes(chosen_epoch, right=0.83)
         ends = []
-        for values, name, line_color in ((train, "training", _MUTED), (val, "validation", _run_color(color))):
+        for values, name, line_color in ((train, "training", MUTED), (val, "validation", run_color(color))):
             if values:
                 _by_epoch(axes, values, line_color)
                 ends.append((list(values.values())[-1], name, line_color))
         _label_ends(axes, ends)
         _name_chosen(axes, chosen_epoch, chosen_label)
-        return _svg(figure, "Training and validation loss by epoch")
+        return svg(figure, "Training and validation loss by epoch")
 
 
 def auroc_curve(val: dict[int, float], chosen_epoch: int | None, color: int, chosen_label: str = "chosen") -> str:
     """Validation AUROC by epoch, the chosen epoch marked with its value."""
     with mpl.rc_context(_STYLE):
         figure, axes = _epoch_axes(chosen_epoch, right=0.96)
-        _by_epoch(axes, val, _run_color(color))
+        _by_epoch(axes, val, run_color(color))
         if chosen_epoch in val:
-            axes.plot([chosen_epoch], [val[chosen_epoch]], "o", color=_run_color(color), markersize=6)
+            axes.plot([chosen_epoch], [val[chosen_epoch]], "o", color=run_color(color), markersize=6)
             # Above the curve's top there is nothing that the number could hide.
             axes.set_ymargin(0.16)
             is_late = chosen_epoch > (min(val) + max(val)) / 2
@@ -81,11 +50,11 @@ def auroc_curve(val: dict[int, float], chosen_epoch: int | None, color: int, cho
                 xytext=(-6 if is_late else 6, 7),
                 textcoords="offset points",
                 ha="right" if is_late else "left",
-                color=_run_color(color),
+                color=run_color(color),
                 weight="bold",
             )
         _name_chosen(axes, chosen_epoch, chosen_label)
-        return _svg(figure, "Validation AUROC by epoch")
+        return svg(figure, "Validation AUROC by epoch")
 
 
 def roc(labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) -> str:
@@ -106,9 +75,9 @@ def overlay(kind: str, runs: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) 
         for _, color, labels_NK, scores_NK in runs:
             curves_KG = _curves(curve, labels_NK, scores_NK)
             if curves_KG:
-                axes.plot(*_mean(kind, curves_KG), color=_run_color(color))
-        _key(axes, kind, [(name, _run_color(color)) for name, color, _, _ in runs])
-        return _svg(figure, f"{kind} curves, mean over labels, of {', '.join(name for name, *_ in runs)}")
+                axes.plot(*_mean(kind, curves_KG), color=run_color(color))
+        _key(axes, kind, [(name, run_color(color)) for name, color, _, _ in runs])
+        return svg(figure, f"{kind} curves, mean over labels, of {', '.join(name for name, *_ in runs)}")
 
 
 def interval(
@@ -143,23 +112,15 @@ def interval(
     return f'<svg class="interval" {size} aria-hidden="true">{"".join(parts)}</svg>'
 
 
-def _run_color(color: int) -> str:
-    return f"#0c000{color % NUM_COLORS}"
-
-
-def _figure(height_px: int) -> Figure:
-    return Figure(figsize=(_WIDTH_PX / 72, height_px / 72))  # an SVG's unit is 1/72 inch
-
-
 def _epoch_axes(chosen_epoch: int | None, right: float) -> tuple[Figure, Axes]:
-    figure = _figure(_LOW_PX)
+    figure = new_figure(_WIDTH_PX, _LOW_PX)
     axes = figure.add_axes((0.13, 0.16, right - 0.13, 0.75))
     axes.grid(axis="x", visible=False)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
     axes.yaxis.get_major_locator().set_params(nbins=5)
     axes.set_xlabel("epoch")
     if chosen_epoch is not None:
-        axes.axvline(chosen_epoch, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+        axes.axvline(chosen_epoch, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     return figure, axes
 
 
@@ -170,7 +131,7 @@ def _name_chosen(axes: Axes, chosen_epoch: int | None, text: str) -> None:
         share = (chosen_epoch - low) / (high - low)
         side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
         place = {"transform": axes.get_xaxis_transform(), "ha": side, "va": "bottom"}
-        axes.text(chosen_epoch, 1.02, f"{text}: epoch {chosen_epoch}", color=_MUTED, fontsize=9.5, **place)
+        axes.text(chosen_epoch, 1.02, f"{text}: epoch {chosen_epoch}", color=MUTED, fontsize=9.5, **place)
 
 
 def _by_epoch(axes: Axes, values: dict[int, float], color: str) -> None:
@@ -188,12 +149,12 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def _unit_axes(kind: str) -> tuple[Figure, Axes]:
-    figure = _figure(_HIGH_PX)
+    figure = new_figure(_WIDTH_PX, _HIGH_PX)
     axes = figure.add_axes((0.13, 0.13, 0.83, 0.83))
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
     if kind == "ROC":
         axes.set(xlabel="1 − specificity", ylabel="sensitivity")
-        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     else:
         axes.set(xlabel="recall (sensitivity)", ylabel="precision")
     return figure, axes
@@ -206,12 +167,12 @@ def _curve_chart(curve, labels_NK: np.ndarray, scores_NK: np.ndarray, color: int
         several = labels_NK.shape[1] > 1
         if several:
             for curve_G in curves_KG:
-                axes.plot(*_closed(kind, curve_G), color=_MUTED, linewidth=0.7, alpha=0.45)
+                axes.plot(*_closed(kind, curve_G), color=MUTED, linewidth=0.7, alpha=0.45)
         if curves_KG:
-            axes.plot(*_mean(kind, curves_KG), color=_run_color(color), linewidth=2.4)
-        names = [("mean of the labels", _run_color(color)), ("each label", _MUTED)] if several else []
+            axes.plot(*_mean(kind, curves_KG), color=run_color(color), linewidth=2.4)
+        names = [("mean of the labels", run_color(color)), ("each label", MUTED)] if several else []
         _key(axes, kind, names)
-        return _svg(figure, f"{kind} curves of {len(curves_KG)} labels" if several else f"{kind} curve")
+        return svg(figure, f"{kind} curves of {len(curves_KG)} labels" if several else f"{kind} curve")
 
 
 def _curves(curve, labels_NK: np.ndarray, scores_NK: np.ndarray) -> list[np.ndarray]:
@@ -253,29 +214,6 @@ def _key(axes: Axes, kind: str, names: list[tuple[str, str]]) -> None:
             ha="right",
             va="center",
             color=color,
-            weight="bold" if color != _MUTED else "normal",
-            bbox={"facecolor": _PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
+            weight="bold" if color != MUTED else "normal",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
         )
-
-
-def _svg(figure: Figure, description: str) -> str:
-    """The figure as an inline <svg> with the page's colours and font, and no ids that could meet another's."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # The style would be the whole page's.
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
-    width, height = figure.get_size_inches() * 72
-    opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(description)}">'
-    text = re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
-    # Hundredths of a pixel are enough; numbers that are text stay whole.
-    text = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), text)
-    text = re.sub(r"font-family: [^;]*; ", "", text).replace("xlink:href", "href")
-    text = re.sub(r"\s*\n\s*", " ", text)
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, f"var({variable})")
-    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
-    prefix = "c" + hashlib.sha256(text.encode()).hexdigest()[:8]
-    text = re.sub(r' id="([\w.:-]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
-    return re.sub(r'(url\(|href=")#([\w-]+)', rf"\1#{prefix}\2", text).strip()

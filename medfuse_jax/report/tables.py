@@ -4,8 +4,9 @@ from html import escape
 
 import numpy as np
 
-from medfuse_jax import plots, ranking, tasks
-from medfuse_jax.workdirs import METHOD_NAMES, SUBSETS, Run, number, pair, section
+from medfuse_jax import ranking, tasks
+from medfuse_jax.report import plots
+from medfuse_jax.report.workdirs import METHOD_NAMES, SUBSETS, Run, number, pair, section
 
 _SUBSET_TITLES = {"all": "All test stays", "paired": "Test stays with a film", "unpaired": "Test stays without a film"}
 _AGE_GROUPS = ((18, 40), (40, 60), (60, 80), (80, np.inf))  # years, low <= age < high; paper, Table 5

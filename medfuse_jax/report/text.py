@@ -1,20 +1,9 @@
-"""Tables and charts of finished and unfinished runs: `python -m medfuse_jax.report --runs=DIR --out=DIR`.
+"""Results as a table for the terminal. Needs neither jax nor matplotlib."""
 
-Reads workdirs (workdirs.py), writes one self-contained index.html (report_page.py), and prints
-the table. A run is shown as far as it went. Never imports jax: reports are made where no
-accelerator is.
-"""
-
-from pathlib import Path
-
-from absl import flags
-
-from medfuse_jax import errors, workdirs
-from medfuse_jax.errors import UserError
-from medfuse_jax.workdirs import METHOD_NAMES, SUBSETS, TASK_NAMES, number, pair, section
+from medfuse_jax.report.workdirs import METHOD_NAMES, SUBSETS, TASK_NAMES, number, pair, section
 
 
-def text_table(results: list[dict]) -> str:
+def table(results: list[dict]) -> str:
     """Results (the content of result.json each) as lines of at most 100 columns, methods beside one another."""
     blocks = []
     for task in dict.fromkeys(str(result.get("task")) for result in results):
@@ -36,25 +25,6 @@ def text_table(results: list[dict]) -> str:
         notice = ["synthetic patients: says nothing about real ones"] if synthetic else []
         blocks.append("\n".join([title, *notice, *lines]))
     return "\n\n".join(blocks)
-
-
-def make(runs_dir: str | Path, out_dir: str | Path) -> str:
-    """Writes `<out_dir>/index.html` of the runs at and below `runs_dir`; returns the text table and the page's path."""
-    from medfuse_jax import report_page  # late: matplotlib takes a second, and `text_table` needs none
-
-    runs = workdirs.find_runs(Path(runs_dir))
-    path = Path(out_dir) / "index.html"
-    content = report_page.page(runs)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".html.tmp")
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"--out={out_dir} cannot be written ({error.strerror}): give another folder") from None
-    table = text_table([run.result for run in runs if run.result])
-    problems = "\n".join(f"warning: {problem}" for run in runs for problem in run.problems)
-    return "\n\n".join(part for part in (table, problems, f"report: {path}") if part)
 
 
 def _result_rows(result: dict, subset: str) -> list[tuple[str, ...]]:
@@ -83,13 +53,3 @@ def _bracketed(scores: dict, name: str, sign: bool = False) -> str:
 
 def _short(text: str, width: int = 32) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def main(argv: list[str]) -> None:
-    print(make(flags.FLAGS.runs, flags.FLAGS.out))
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("runs", None, "A workdir, or a folder that holds workdirs.", required=True)
-    flags.DEFINE_string("out", None, "Folder that index.html is written to.", required=True)
-    errors.run(main)

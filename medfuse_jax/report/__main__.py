@@ -1,0 +1,20 @@
+"""Tables and charts of finished and unfinished runs: `python -m medfuse_jax.report --runs=DIR --out=DIR`.
+
+Reads workdirs (workdirs.py), writes one self-contained index.html (page.py), and prints the table (text.py).
+Nothing here imports jax: reports are made where no accelerator is.
+"""
+
+from absl import flags
+
+from medfuse_jax import errors
+from medfuse_jax.report import page
+
+
+def main(argv: list[str]) -> None:
+    print(page.write(flags.FLAGS.runs, flags.FLAGS.out))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("runs", None, "A workdir, or a folder that holds workdirs.", required=True)
+    flags.DEFINE_string("out", None, "Folder that index.html is written to.", required=True)
+    errors.run(main)

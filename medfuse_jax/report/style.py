@@ -1,0 +1,37 @@
+"""The report's own rules, after those that all our pages share (webpage.py)."""
+
+CSS = """
+.dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; flex: none; }
+.key span { margin-left: 0.75rem; white-space: nowrap; }
+
+table { width: 100%; }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+th, td { padding: 0.4rem 0.5rem; text-align: left; }
+th:first-child, td:first-child { padding-left: 0; }
+tbody .group th { font-weight: 600; padding-top: 1.1rem; }
+tbody:first-of-type .group th { padding-top: 0.7rem; }
+tr.main > th, tr.main .strong { font-weight: 650; }
+tbody .named { padding-left: 17px; text-indent: -17px; }
+.num { text-align: right; }
+.wrap { white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }
+.bar { padding-top: 0; padding-bottom: 0; width: 148px; }
+thead .bar { padding-bottom: 0.4rem; }
+.axis { display: flex; justify-content: space-between; width: 132px; }
+.interval { vertical-align: -3px; }
+.plain th { color: var(--muted); width: 12rem; }
+.charts { margin: 1.5rem 0 0; }
+
+details.run { border-top: 1px solid var(--rule); padding: 0.25rem 0 1rem; }
+details.run > summary { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.9rem; padding: 0.6rem 0; }
+details.run > summary .dot { margin-right: -6px; }
+summary::marker { color: var(--muted); }
+details.run > summary::before { content: "+"; width: 0.7rem; color: var(--muted); }
+details.run[open] > summary::before { content: "−"; }
+details.made { margin-top: 1.25rem; font-size: 0.875rem; }
+details.made > summary { color: var(--muted); }
+pre { background: var(--wash); padding: 0.9rem; overflow-x: auto; font-size: 0.8125rem; line-height: 1.45; margin: 0; }
+@media (max-width: 40rem) {
+  tbody th[scope="row"] { max-width: 42vw; white-space: normal; min-width: 8rem; padding-right: 0.75rem; }
+}
+@media print { details { break-inside: avoid; } }
+"""

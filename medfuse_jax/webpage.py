@@ -1,0 +1,153 @@
+"""What our HTML pages share: the frame, the look, and charts that take their colours from the page.
+
+One column, light and dark, from 390 px wide on. A page is one file: nothing is loaded from elsewhere, and there is
+no script. matplotlib draws in stand-in colours, which become the page's CSS variables. Never imports jax.
+"""
+
+import html
+import io
+import itertools
+import re
+
+from matplotlib.figure import Figure
+
+_CHART = "chart-"  # begins every id within a chart; `document` numbers the charts
+NUM_COLORS = 7  # --run0 ... --run6
+INK, MUTED, RULE, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
+
+CHART_STYLE = {
+    "svg.fonttype": "none",  # text stays text: the page's font, and readers of screens can read it
+    "svg.hashsalt": "medfuse_jax",
+    "text.parse_math": False,  # names come from folders, where a $ is a $
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+_CSS = """
+:root {
+  --paper: #fdfdfc; --ink: #1a1d21; --muted: #626b76; --rule: #e4e6e9; --wash: #f4f5f6; --notice: #a15c00;
+  --run0: #0069ab; --run1: #cc5500; --run2: #00875f; --run3: #b0508a; --run4: #a87900; --run5: #3d9bd6; --run6: #55606b;
+  color-scheme: light dark;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #15181b; --ink: #e8eaec; --muted: #98a2ad; --rule: #2c3238; --wash: #1d2125; --notice: #f0b257;
+    --run0: #56b0ea; --run1: #ff9055; --run2: #35c79c; --run3: #e79cc8; --run4: #e8b53a; --run5: #9bd3f7;
+    --run6: #c3cad1;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5; font-size: 16px;
+  font-family: Inter, ui-sans-serif, system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main { max-width: 64rem; margin: 0 auto; padding: clamp(1.25rem, 4vw, 3.5rem) clamp(1rem, 4vw, 2rem) 4rem; }
+h1 { font-size: clamp(1.6rem, 4vw, 2.25rem); line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 0.75rem; }
+h2 { font-size: 1.35rem; letter-spacing: -0.01em; margin: 3rem 0 0.75rem; }
+h3 { font-size: 1rem; margin: 2rem 0 0.5rem; }
+h4 { font-size: 0.9375rem; margin: 2rem 0 0.5rem; }
+h1, h2, h3, h4 { text-wrap: balance; font-weight: 650; }
+.lead { font-size: 1.125rem; max-width: 42rem; margin: 0 0 1.25rem; text-wrap: pretty; }
+.note { color: var(--muted); font-size: 0.8125rem; max-width: 46rem; margin: 0.6rem 0 0; }
+.soft { color: var(--muted); }
+.notice {
+  border-left: 3px solid var(--notice); background: var(--wash); padding: 0.65rem 0.9rem; margin: 0 0 1.25rem;
+  font-size: 0.9375rem; max-width: 46rem; overflow-wrap: anywhere;
+}
+.notice strong { color: var(--notice); }
+.notice ul { margin: 0.25rem 0 0; padding-left: 1.1rem; }
+.facts { display: flex; flex-wrap: wrap; gap: 0.5rem 2.25rem; margin: 0 0 0.5rem; font-size: 0.875rem; }
+.facts dt { color: var(--muted); }
+.facts dd { margin: 0; overflow-wrap: anywhere; }
+
+/* A shadow at the side where a table goes on. */
+.scroll {
+  overflow-x: auto; overscroll-behavior-x: contain; background-repeat: no-repeat;
+  background-image: linear-gradient(to left, var(--paper) 40%, transparent),
+    linear-gradient(to left, color-mix(in srgb, var(--ink) 11%, transparent), transparent);
+  background-size: 40px 100%, 14px 100%; background-position: right; background-attachment: local, scroll;
+}
+.scroll:focus-visible, summary:focus-visible, pre:focus-visible { outline: 2px solid var(--run0); outline-offset: 2px; }
+table { border-collapse: separate; border-spacing: 0; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
+th, td { vertical-align: baseline; white-space: nowrap; font-weight: 400; }
+th:first-child, td:first-child { padding-left: 0; }
+thead th { color: var(--muted); font-size: 0.8125rem; border-bottom: 1px solid var(--muted); vertical-align: bottom; }
+tbody tr + tr > *, tbody + tbody tr > * { border-top: 1px solid var(--rule); }
+
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.75rem 2.5rem; }
+.chart { margin: 0; min-width: 0; }
+.chart figcaption { font-size: 0.875rem; font-weight: 600; margin-bottom: 0.35rem; }
+.chart svg { display: block; width: 100%; max-width: 30rem; height: auto; font-family: inherit; }
+.chart svg * { stroke-linejoin: round; }
+summary { cursor: pointer; }
+footer { color: var(--muted); font-size: 0.8125rem; margin-top: 3rem; padding-top: 1rem; }
+footer { border-top: 1px solid var(--rule); }
+@media (max-width: 40rem) {
+  thead th:first-child, tbody th[scope="row"] { position: sticky; left: 0; background: var(--paper); z-index: 1; }
+}
+@media print { .scroll { overflow: visible; } }
+"""
+
+
+def document(title: str, body: str, css: str = "") -> str:
+    """A whole page. title: text; body: HTML; css: rules of this page alone."""
+    count = itertools.count()
+    # Two charts may be the same: each gets ids of its own.
+    body = re.sub("<svg.*?</svg>", lambda m: m[0].replace(_CHART, f"c{next(count)}-"), body, flags=re.DOTALL)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title>'
+        f"<style>{_CSS}{css}</style></head>\n<body><main>{body}</main></body></html>\n"
+    )
+
+
+def run_color(color: int) -> str:
+    """The stand-in for --run0, --run1 ..., in turn."""
+    return f"#0c000{color % NUM_COLORS}"
+
+
+_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"}
+_VARIABLES |= {run_color(i): f"--run{i}" for i in range(NUM_COLORS)}
+
+
+def new_figure(width_px: int, height_px: int) -> Figure:
+    return Figure(figsize=(width_px / 72, height_px / 72))  # an SVG's unit is 1/72 inch
+
+
+def svg(figure: Figure, description: str) -> str:
+    """The figure as an inline <svg> with the page's colours and font, and no ids but those it refers to."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # A <style> would be the whole page's.
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
+    width, height = figure.get_size_inches() * 72
+    opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(description)}">'
+    text = re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
+    # Hundredths of a pixel are enough; numbers that are text stay whole.
+    text = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), text)
+    text = re.sub(r"font-family: [^;]*; ", "", text).replace("xlink:href", "href")
+    text = re.sub(r"\s*\n\s*", " ", text)
+    for stand_in, variable in _VARIABLES.items():
+        text = text.replace(stand_in, f"var({variable})")
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
+    text = re.sub(r' id="([\w.:-]+)"', lambda m: f' id="{_CHART}{m[1]}"' if m[1] in used else "", text)
+    return re.sub(r'(url\(|href=")#([\w-]+)', rf"\1#{_CHART}\2", text).strip()
