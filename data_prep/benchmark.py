@@ -1,10 +1,12 @@
 """How fast and how large: raw rows to discretised arrays, and films, on input that this command makes itself.
 
-    python -m data_prep.benchmark --out=DIR [--copies=200] [--mimic_iv=DIR] [--mimic_cxr=DIR] [--json=FILE]
+    python -m data_prep.benchmark --out=DIR [--copies=200] [--repeats=1] [--mimic_iv=DIR] [--mimic_cxr=DIR]
+        [--json=FILE]
 
 The input is a MIMIC-IV tree (--mimic_iv, for example the demo; without it the synthetic cohort) repeated
---copies times with new ids, in `<out>/raw-<copies>`, and one an eighth as large. Each size is built in a process of its
-own, so that its peak memory is its own. Prints one line of JSON a measurement.
+--copies times with new ids, in `<out>/raw-<copies>`, and one an eighth as large. Each measurement is a process of its
+own, so that its peak memory is its own; --repeats of them take turns with `zcat`. Prints one line of JSON a
+measurement. On a machine that does other things too, `cpu_seconds` and `load` say how far to trust `seconds`.
 """
 
 import gzip
@@ -68,13 +70,13 @@ def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
     shutil.rmtree(work, ignore_errors=True)
     (work / "events").mkdir(parents=True)
     (work / "arrays").mkdir()
-    start = time.perf_counter()
+    start, cpu_before_s = time.perf_counter(), time.process_time()
     stays, _ = cohort.read_stays(raw)
     events.extract(raw, stays, profiles.rules(profile), work / "events")
     extracted = time.perf_counter()
     rules = profiles.rules(profile)
     discretize.write_arrays(work / "arrays", work / "events", stays, rules, tasks.TASKS["pheno"], 2.0)
-    end = time.perf_counter()
+    end, cpu_s = time.perf_counter(), time.process_time() - cpu_before_s
     stays_made = len(discretize.Arrays.open(work / "arrays").row)
     shutil.rmtree(work)
     return {
@@ -83,9 +85,11 @@ def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
         "stays": stays_made,
         "seconds": round(end - start, 2),
         "seconds_extraction": round(extracted - start, 2),
+        "cpu_seconds": round(cpu_s, 2),
         "rows_per_s": round(rows / (end - start)),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
@@ -153,6 +157,7 @@ def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("out", None, "Where the input it makes and its work go.")
     flags.DEFINE_integer("copies", 200, "How often the tables are repeated, at the larger size.", lower_bound=SMALLER)
+    flags.DEFINE_integer("repeats", 1, "How often each is measured, in turns.", lower_bound=1)
     flags.DEFINE_string("mimic_iv", None, "The MIMIC-IV tree to repeat; default: the synthetic cohort.")
     flags.DEFINE_string("mimic_cxr", None, "A MIMIC-CXR-JPG tree to decode films of; default: the synthetic one.")
     flags.DEFINE_string("json", None, "A file to append the measurements to.")
@@ -177,8 +182,9 @@ def main(argv: list[str]) -> None:
             repeat(source, root, copies)
             (root / "whole").touch()
         command = [sys.executable, "-m", "data_prep.benchmark", f"--out={out / 'work'}", f"--one={root}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results += [json.loads(done.stdout) | {"copies": copies}, zcat(root) | {"copies": copies}]
+        for _ in range(values.repeats):
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results += [json.loads(done.stdout) | {"copies": copies}, zcat(root) | {"copies": copies}]
     films_of = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
     if films_of:
         results += films(Path(films_of), out / "films")
