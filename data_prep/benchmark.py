@@ -169,6 +169,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if not values.out:
         raise UserError("--out=DIR is missing")
+    os.umask(0o077)  # what it repeats may be the real thing
     out = Path(values.out)
     if values.one:
         print(json.dumps(events_to_arrays(Path(values.one), out)))

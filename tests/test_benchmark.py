@@ -107,6 +107,7 @@ def test_the_command_prints_a_line_a_measurement(tree, films, tmp_path):
         (w, c) for c in (2, 16) for _ in range(2) for w in both
     ]
     assert [row["raw_rows"] for row in rows[:8:2]] == [copies * (CHARTS + LABS) for copies in (2, 2, 16, 16)]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "out").rglob("*"))
     assert len(rows) == 12 and (tmp_path / "a").read_text() == done.stdout
 
 
