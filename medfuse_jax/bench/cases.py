@@ -104,7 +104,7 @@ _TINY = {
     "num_batches": 2,
     "resize_px": 32,
     "crop_px": 32,
-    "sizes": (("ehr_hidden", 8), ("fusion_hidden", 8), ("resnet_stage_sizes", (1, 1, 1, 1)), ("resnet_width", 4)),
+    "sizes": (("ehr_hidden", 8), ("fusion_hidden", 8), ("resnet_stage_sizes", (1, 1)), ("resnet_width", 4)),
 }
 
 

@@ -4,6 +4,7 @@ Each time is that of a process of its own: `python -m medfuse_jax.bench.first_st
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -64,7 +65,7 @@ def _first_step(case: Case) -> dict[str, float]:
     step = parallel.compile_train(options, case.parallel, on)
     jax.block_until_ready(step(state, next(parallel.prefetch(batches, on)), jax.random.key(0)))
     marks.append(("compile and step", time.perf_counter()))
-    return {name: end - start for (_, start), (name, end) in zip(marks, marks[1:])}
+    return {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
 
 
 if __name__ == "__main__":

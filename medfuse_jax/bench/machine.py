@@ -44,7 +44,7 @@ def moment() -> dict:
 @functools.cache
 def matrix_flops_per_s(precision: str) -> float:
     """Products of large square matrices on the first device, FLOP/s: the best of five."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32), jnp.dtype(precision))
     multiply = jax.jit(lambda a, b: a @ b)
     multiply(a, a).block_until_ready()
