@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models.max_pool import max_pool
+
 BATCH_NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.9  # torch calls this 0.1
 
@@ -166,7 +168,7 @@ class ResNet(nn.Module):
         """Films to the input of stage 1, a quarter of their size."""
         x_PHWC = self.stem_conv(image_PHWC.astype(self.dtype))
         x_PHWC = nn.relu(self.stem_norm(x_PHWC, train and not self.frozen_stats, valid_P, axis_name))
-        return nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
+        return max_pool(x_PHWC)
 
     def stage(self, i: int, x_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
         """Stage i = 1..4."""
