@@ -90,14 +90,14 @@ def test_a_wrong_argument_is_one_line(arguments, said):
 
 @pytest.fixture(scope="module")
 def step_rows():
-    case = dataclasses.replace(_TINY["step"], max_buckets=2, num_batches=3, repeats=2)
+    case = dataclasses.replace(_TINY["step"], max_buckets=2, num_batches=6, repeats=2)
     return case, step_case.measure(case)
 
 
 def test_a_record_of_the_step_adds_up(step_rows):
     case, (row,) = step_rows
     plan = cohort.train_plan(case, cohort.dataset(case))
-    sampled = cohort.sample(plan, cohort.dataset(case).lengths("train"), 3)
+    sampled = cohort.sample(plan, cohort.dataset(case).lengths("train"), 6)
     assert row["samples_per_repeat"] == (sampled.paired_SP >= 0).sum() + (sampled.unpaired_SU >= 0).sum()
     assert row["films_per_repeat"] == (sampled.paired_SP >= 0).sum()
     assert row["samples_per_s"] == pytest.approx(row["samples_per_repeat"] / row["seconds"], rel=1e-3)
