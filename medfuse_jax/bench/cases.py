@@ -87,13 +87,13 @@ def _h200() -> list[Case]:
         Case(kind="lstm", batch_size=256, **bf16 | {"precision": "float32", "max_buckets": 4}),
         Case(kind="lstm", batch_size=16, **bf16 | {"precision": "float32", "max_buckets": 4}),
         Case(kind="bootstrap", num_stays=11_914),
-        Case(kind="first_step", precision="bfloat16"),
         Case(batch_size=256, **bf16),
         Case(batch_size=16, film_share=1.0, **bf16 | {"num_batches": 16}),
         Case(kind="lstm", batch_size=256, **bf16 | {"max_buckets": 4}),
         Case(method="uni_ehr", batch_size=256, **bf16, peers=("torch_tuned",)),
         Case(method="mmtm3", batch_size=256, **bf16, peers=("torch_tuned",)),
         Case(method="daft3", batch_size=256, **bf16, peers=("torch_tuned",)),
+        Case(kind="first_step", precision="bfloat16"),
     ]
 
 

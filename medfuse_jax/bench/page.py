@@ -42,7 +42,8 @@ records in `results/`, one folder a machine and day.
 
 Contenders take turns within every repeat. Series have phenotyping's lengths (log-normal, median 60 h); time is the
 median, with the least and the most of the repeats behind it; a ratio is the median over repeats, with the least, the
-most, and that of both sides' best repeats, which a busy machine disturbs least. Padded: the share of the steps run that belong to no stay.
+most, and that of both sides' best repeats, which a busy machine disturbs least. Padded: the share of the steps run that
+belong to no stay.
 """
 
 
