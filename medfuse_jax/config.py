@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from medfuse_jax import augment, tasks
+from medfuse_jax import augment, files, tasks
 from medfuse_jax.errors import UserError, check_choice
 
 # Per stage of pre-training, only what differs from the fusion run is given.
@@ -82,8 +82,9 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for the first field that is unknown, of the wrong type or out of its range."""
+    """Raises UserError for the first field that is unknown, missing, of the wrong type or out of its range."""
     _check_fields(config, default(), "config")
+    _check_complete(config, default(), "config")
     check_choice("config.task", config.task, tasks.TASKS)
     if config.task not in tasks.TRAINABLE_TASKS:
         raise UserError(
@@ -99,6 +100,7 @@ def validate(config: ConfigDict) -> None:
     check_choice("config.model.batch_norm", config.model.batch_norm, ("batch", "frozen"))
     check_choice("config.precision", config.precision, ("auto", "float32", "bfloat16"))
     check_choice("config.parallel", config.parallel, ("pmap", "jit"))
+    _check_range("config.seed", config.seed, 0, 2**32 - 1)
     _check_range("config.batch_size", config.batch_size, 1)
     _check_range("config.films_per_batch", config.films_per_batch, 0, config.batch_size)
     _check_range("config.num_epochs", config.num_epochs, 1)
@@ -113,6 +115,10 @@ def validate(config: ConfigDict) -> None:
     _check_range("config.data.max_buckets", config.data.max_buckets, 1, 32)
     _check_range("config.film.resize_px", config.film.resize_px, 32, 1024)
     _check_range("config.film.crop_px", config.film.crop_px, 32, config.film.resize_px)
+    _check_range("config.film.rotation_deg", config.film.rotation_deg, 0.0, 180.0)
+    _check_range("config.film.translation", config.film.translation, 0.0, 1.0)
+    if len(config.film.scale) != 2 or not 0.1 <= config.film.scale[0] <= config.film.scale[1] <= 10:
+        raise UserError(f"config.film.scale is {config.film.scale}; give the least and the most, between 0.1 and 10")
     _check_range("config.model.dropout", config.model.dropout, 0.0, 0.99)
     _check_range("config.model.ehr_hidden", config.model.ehr_hidden, 1)
     _check_range("config.model.fusion_hidden", config.model.fusion_hidden, 1)
@@ -139,7 +145,8 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 def save(config: ConfigDict, path: Path) -> None:
     """Writes the resolved config as JSON."""
-    path.write_text(json.dumps(config.copy_and_resolve_references().to_dict(), indent=2, sort_keys=True) + "\n")
+    content = config.copy_and_resolve_references().to_dict()
+    files.write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def load(path: Path) -> ConfigDict:
@@ -148,10 +155,15 @@ def load(path: Path) -> ConfigDict:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not the workdir of a run") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); start the run anew in another --workdir") from None
-    config = ConfigDict(_lists_to_tuples(content))
-    validate(config)
+    try:
+        if not isinstance(content, dict):
+            raise UserError("it holds no fields")
+        config = ConfigDict(_lists_to_tuples(content))
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path} is of another version or was edited: {error}") from None
     return config
 
 
@@ -194,6 +206,14 @@ def _check_fields(config: ConfigDict, allowed: ConfigDict, where: str) -> None:
         elif not _same_kind(config[key], allowed[key]):
             kind = type(allowed[key]).__name__
             raise UserError(f"{where}.{key} is {config[key]!r}, a {type(config[key]).__name__}; it must be a {kind}")
+
+
+def _check_complete(config: ConfigDict, wanted: ConfigDict, where: str) -> None:
+    for key in wanted:
+        if key not in config:
+            raise UserError(f"{where}.{key} is missing")
+        if isinstance(wanted[key], ConfigDict):
+            _check_complete(config[key], wanted[key], f"{where}.{key}")
 
 
 def _same_kind(value, example) -> bool:

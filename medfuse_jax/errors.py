@@ -66,8 +66,18 @@ def _config_problem(argv: list[str]) -> str:
         near = difflib.get_close_matches(path, there, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(there) or 'none in that folder'}."
         return f"--config={path} is not a file. {hint}"
+    if Path(path).suffix != ".py":
+        return f"--config={path} is not a Python file such as configs/pheno.py"
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as error:  # the file is the user's own, and may fail in any way
+        place = error.__traceback__
+        while place.tb_next:
+            place = place.tb_next
+        where = getattr(error, "lineno", None) or place.tb_lineno
+        return f"--config={path} cannot be used (line {where}: {type(error).__name__}: {error})"
     for name, _, _ in options:
-        node, parts = runpy.run_path(path)["get_config"](), name.split(".")
+        node, parts = config, name.split(".")
         for depth, part in enumerate(parts[1:], start=1):
             if not hasattr(node, "keys") or part not in node:
                 return _no_such_field(parts, depth, list(node) if hasattr(node, "keys") else [])

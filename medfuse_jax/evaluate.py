@@ -6,6 +6,7 @@ Shapes: N scored records, K labels, D devices, B rows a device.
 import dataclasses
 import json
 import platform
+import zipfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +15,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from medfuse_jax import checkpoints, errors, input_pipeline, metrics, parallel, records, tasks
+from medfuse_jax import checkpoints, errors, files, input_pipeline, metrics, parallel, records, tasks
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
+from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.report import text
 
@@ -82,8 +84,8 @@ def evaluate(workdir: Path, split: str = "test") -> dict:
     (for test; result_<split>.json else), and returns the result.
     """
     check_choice("--split", split, tasks.SPLITS)
-    config = config_lib.load(workdir / "config.json")
-    run = experiment_lib.open_experiment(config)
+    run = workdir_lib.open_run(workdir)
+    config = run.config
     state = checkpoints.restore_best(workdir, run.abstract_state())
     best_epoch = int(state.step) // len(run.train_plan(epoch=1))
     state = parallel.replicate(state, run.devices)
@@ -91,14 +93,15 @@ def evaluate(workdir: Path, split: str = "test") -> dict:
     predictions = predict(run, eval_fn, state, split, run.dataset.usable(split))
 
     part = {name: values[predictions.record_N] for name, values in run.dataset.index[split].items()}
-    np.savez(
-        workdir / f"predictions_{split}.npz",
-        stay_id=part["stay_id"],
-        scores=predictions.score_NK,
-        labels=predictions.label_NK,
-        has_cxr=part["has_cxr"],
-        age=part["age"],
-    )
+    with files.written_whole(workdir / f"predictions_{split}.npz") as unfinished:
+        np.savez(
+            unfinished,
+            stay_id=part["stay_id"],
+            scores=predictions.score_NK,
+            labels=predictions.label_NK,
+            has_cxr=part["has_cxr"],
+            age=part["age"],
+        )
     result = {
         "name": config.name,
         "task": config.task,
@@ -116,7 +119,7 @@ def evaluate(workdir: Path, split: str = "test") -> dict:
         "environment": _environment(run.devices),
     }
     path = workdir / ("result.json" if split == "test" else f"result_{split}.json")
-    path.write_text(json.dumps(metrics.to_json(result), indent=1) + "\n")
+    files.write_text(path, json.dumps(metrics.to_json(result), indent=1) + "\n")
     return result
 
 
@@ -136,9 +139,13 @@ def _comparisons(config, workdir: Path, split: str, stay_id_N, has_cxr_N, predic
         path = workdir / f"pretrain_{stage}" / f"predictions_{split}.npz"
         if not path.exists() or config_lib.stage(config, stage).task != config.task:
             continue
-        with np.load(path) as other:
-            assert np.array_equal(other["stay_id"], stay_id_N), "both runs score the same shards"
-            other_NK = other["scores"]
+        try:
+            with np.load(path) as other:
+                other_id_N, other_NK = other["stay_id"], other["scores"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"{path} cannot be read ({error}): run medfuse_jax.evaluate there again") from None
+        if not np.array_equal(other_id_N, stay_id_N):
+            raise UserError(f"{path} scores other stays than {workdir}: run medfuse_jax.evaluate there again")
         for name, include_N in _masks(has_cxr_N).items():
             difference = metrics.compare(
                 predictions.label_NK[include_N],

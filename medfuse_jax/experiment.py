@@ -33,6 +33,10 @@ class Experiment:
             include_N = include_N & self.dataset.index[split]["has_cxr"]
         return include_N
 
+    def has_encoder(self, name: str) -> bool:
+        """Whether the method has an encoder for 'ehr' or 'cxr'."""
+        return {"ehr": self.options.model.uses_ehr, "cxr": self.options.model.uses_film}[name]
+
     def train_plan(self, epoch: int) -> plan_lib.Plan:
         """The training batches of one epoch."""
         return plan_lib.train_plan(
@@ -99,24 +103,61 @@ def open_experiment(config: ConfigDict) -> Experiment:
         mean_F=tuple(dataset.mean_F.tolist()),
         std_F=tuple(dataset.std_F.tolist()),
     )
-    return Experiment(config, dataset, options, on)
+    run = Experiment(config, dataset, options, on)
+    _check_batches(run)
+    return run
 
 
-def start_from_encoders(state: step_lib.TrainState, encoder_dirs: dict[str, Path]) -> step_lib.TrainState:
-    """The state with encoders taken from finished runs. encoder_dirs: 'ehr' and 'cxr' -> workdir."""
-    params, batch_stats = dict(state.params), dict(state.batch_stats)
-    for name, workdir in encoder_dirs.items():
-        module = f"{name}_encoder"
-        if module not in params:
-            raise UserError(f"config.init.{name}={workdir}: this run's method has no {module}")
-        trained = checkpoints.restore_best(
-            workdir, open_experiment(config_lib.load(workdir / "config.json")).abstract_state()
+def _check_batches(run: Experiment) -> None:
+    """Raises UserError where the records do not fill batches of the config's form."""
+    config = run.config
+    for split in ("train", "val"):
+        if not run.selects(split).any():
+            raise UserError(
+                f"the {split} split of {config.data.dir}/{config.task} has no record that the run uses "
+                f"(config.data.{split}_stays={config.data[f'{split}_stays']}, method {config.method})"
+            )
+    include_N, paired_N = run.selects("train"), run.dataset.paired("train")
+    if (include_N & paired_N).any() and (include_N & ~paired_N).any():
+        if config.batch_size < 2:
+            raise UserError("config.batch_size is 1; stays with and without a film need a batch of at least 2")
+        if config.films_per_batch == config.batch_size:
+            raise UserError(
+                f"config.films_per_batch is {config.films_per_batch}, the whole batch, which leaves no row for the "
+                "stays without a film: choose fewer, or config.data.train_stays=paired"
+            )
+
+
+def check_encoder(run: Experiment, name: str, source: Experiment) -> None:
+    """Raises UserError where an encoder of `source` ('ehr' or 'cxr') cannot start the run, or must not.
+
+    It must not where it was trained on patients whom the run is validated or tested on.
+    """
+    module, method = f"{name}_encoder", run.config.method
+    what = f"the {name} encoder of {source.config.name} (task {source.config.task}, method {source.config.method})"
+    for side in (run, source):
+        if not side.has_encoder(name):
+            raise UserError(f"{what} cannot start {method}: the method {side.config.method} has no {module}")
+    ours, theirs = (jax.tree.map(jnp.shape, side.abstract_state().params[module]) for side in (run, source))
+    if ours != theirs:
+        raise UserError(f"{what} has other sizes than config.model here")
+    held_out = np.concatenate([run.dataset.index[split]["subject_id"] for split in ("val", "test")])
+    seen = source.dataset.index["train"]["subject_id"][source.selects("train")]
+    if leaked := len(np.intersect1d(held_out, seen)):
+        raise UserError(
+            f"{what} was trained on {leaked} patients of the val and test splits of {run.config.data.dir}/"
+            f"{run.config.task}: build both tasks with the same --seed, or the same --val_ids and --test_ids"
         )
-        if module not in trained.params:
-            raise UserError(f"config.init.{name}={workdir}: that run's method has no {module}")
-        shapes, trained_shapes = (jax.tree.map(jnp.shape, tree[module]) for tree in (params, trained.params))
-        if shapes != trained_shapes:
-            raise UserError(f"config.init.{name}={workdir}: its {module} has other sizes than config.model here")
+
+
+def start_from_encoders(
+    state: step_lib.TrainState, encoders: dict[str, tuple[Path, Experiment]]
+) -> step_lib.TrainState:
+    """The state with encoders of finished runs that passed check_encoder: 'ehr', 'cxr' -> (workdir, run)."""
+    params, batch_stats = dict(state.params), dict(state.batch_stats)
+    for name, (workdir, source) in encoders.items():
+        module = f"{name}_encoder"
+        trained = checkpoints.restore_best(workdir, source.abstract_state())
         params[module] = trained.params[module]
         if module in batch_stats:
             batch_stats[module] = trained.batch_stats[module]

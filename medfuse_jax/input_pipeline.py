@@ -36,6 +36,7 @@ class Dataset:
     use_ehr, use_film: whether the method reads that modality; what it does not read is
     neither decoded into a batch nor sent to the device.
     buckets: padded lengths shared by all splits.
+    digest: of the shards' content.
     """
 
     task: tasks.Task
@@ -48,6 +49,7 @@ class Dataset:
     use_ehr: bool
     use_film: bool
     buckets: tuple[int, ...]
+    digest: str
 
     def paired(self, split: str) -> np.ndarray:
         """Which records of `split` come with a film that the method uses, bool [N]."""
@@ -87,12 +89,20 @@ def open_dataset(
             f"{records.task_dir(data_dir, task)} holds no films, and the method reads nothing else: "
             "build with --mimic_cxr, or choose a method that reads EHR"
         )
+    splits = {split: records.open_split(data_dir, task, split) for split in tasks.SPLITS}
+    for split, part in splits.items():
+        if len(part) != len(index[split]["stay_id"]):
+            raise UserError(
+                f"{records.task_dir(data_dir, task)} holds {len(part)} {split} records, its index "
+                f"{len(index[split]['stay_id'])}: the folder mixes two builds; build it again"
+            )
     mean_F, std_F = _statistics(manifest, statistics)
     length_N = np.concatenate([index[s]["length"] for s in tasks.SPLITS])
     return Dataset(
         task=tasks.TASKS[task],
         labels=tuple(manifest["labels"]),
-        splits={split: records.open_split(data_dir, task, split) for split in tasks.SPLITS},
+        splits=splits,
+        digest=records.digest(data_dir, task),
         index=index,
         manifest=manifest,
         mean_F=mean_F,

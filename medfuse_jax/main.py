@@ -12,11 +12,10 @@ from ml_collections import ConfigDict, config_flags
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import errors
-from medfuse_jax.errors import UserError
 
 
 def main(argv: list[str]) -> None:
-    from medfuse_jax import evaluate, experiment, train  # late: a wrong flag is refused before jax starts
+    from medfuse_jax import evaluate, experiment, train, workdir  # late: a wrong flag is refused before jax starts
     from medfuse_jax.report import page
 
     config = flags.FLAGS.config
@@ -24,35 +23,29 @@ def main(argv: list[str]) -> None:
     experiment.use_compilation_cache()
     if not config.data.dir:
         config.data.dir = str(_synthetic_shards(config.data, experiment.cache_dir()))
-    stages = {name: config_lib.stage(config, name) for name in config.pretrain}
-    for staged in (*stages.values(), config):
-        experiment.open_experiment(staged)  # what is missing is said now, not after hours of pre-training
-    workdir = Path(flags.FLAGS.workdir or _default_workdir(config))
-    _claim(workdir, config)
+    folder = Path(flags.FLAGS.workdir or _default_workdir(config))
 
-    encoder_dirs = {name: Path(path) for name, path in config.init.items() if path}
-    for name, staged in stages.items():
-        encoder_dirs[name] = workdir / f"pretrain_{name}"
-        _claim(encoder_dirs[name], staged)
-        train.train(staged, encoder_dirs[name])
-        evaluate.evaluate(encoder_dirs[name])
-    train.train(config, workdir, encoder_dirs)
-    evaluate.evaluate(workdir)
-    print(page.write(workdir, workdir / "report"))
+    # What is missing is said now, not after hours of pre-training.
+    run = experiment.open_experiment(config)
+    given = {name: (Path(path), workdir.open_run(Path(path))) for name, path in config.init.items() if path}
+    stages = {
+        name: (folder / f"pretrain_{name}", experiment.open_experiment(config_lib.stage(config, name)))
+        for name in config.pretrain
+        if name not in given and run.has_encoder(name)
+    }
+    encoders = given | stages
+    for name, (_, source) in encoders.items():
+        experiment.check_encoder(run, name, source)
 
-
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the workdir this config's, or refuses one that is another's."""
-    path = workdir / "config.json"
-    if path.exists():
-        if difference := config_lib.difference(config_lib.load(path), config):
-            raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir")
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        config_lib.save(config, path)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
+    with workdir.locked(folder):
+        workdir.claim(folder, run)
+        for stage_folder, staged in stages.values():
+            workdir.claim(stage_folder, staged)
+            train.train(staged, stage_folder)
+            evaluate.evaluate(stage_folder)
+        train.train(run, folder, encoders)
+        evaluate.evaluate(folder)
+    print(page.write(folder, folder / "report"))
 
 
 def _default_workdir(config: ConfigDict) -> str:
@@ -66,13 +59,12 @@ def _synthetic_shards(options: ConfigDict, cache_dir: Path) -> Path:
     from data_prep import build, synthetic  # the one place where medfuse_jax calls data_prep
 
     stays, film_fraction = options.synthetic_stays, options.synthetic_film_fraction
-    root = cache_dir / f"synthetic_{stays}_{film_fraction:g}"
+    root = cache_dir / f"synthetic_{synthetic.VERSION}_{stays}_{film_fraction:g}"
     print(f"no --config.data.dir given: using a synthetic cohort of {stays} stays, kept in {root}", flush=True)
     raw, shards = root / "raw", root / "shards"
-    if not (root / "complete").exists():
-        synthetic.write(raw, num_stays=stays, seed=0, film_fraction=film_fraction)
-        build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards)
-        (root / "complete").touch()
+    # Both leave alone what is there already; the build makes anew what an older version of this package left.
+    synthetic.write(raw, num_stays=stays, seed=0, film_fraction=film_fraction)
+    build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards)
     return shards
 
 

@@ -92,7 +92,8 @@ def train_plan(
     length_N: time steps of each record; paired_N: which records' films are used;
     include_N: which records take part at all.
     num_films: P, or None for the share of paired stays. A P above that share repeats
-    no stay: it makes more batches with fewer EHR-only stays each.
+    no stay: it makes more batches with fewer EHR-only stays each. Where all stays are paired,
+    or none is, there is nothing to choose.
     ehr_only_ratio: the part of the EHR-only stays to take, drawn anew each epoch
     without replacement (the paper's OPTIMAL: 0.2 phenotyping, 0.1 mortality).
     window: batches among which stays are sorted by length, so that little is padded.
@@ -103,7 +104,7 @@ def train_plan(
     paired = rng.permutation(np.flatnonzero(include_N & paired_N))
     unpaired = rng.permutation(np.flatnonzero(include_N & ~paired_N))
     unpaired = unpaired[: round(ehr_only_ratio * len(unpaired))]
-    if num_films is None:
+    if num_films is None or not len(paired) or not len(unpaired):
         num_films = films_per_batch(len(paired), len(paired) + len(unpaired), batch_size)
     num_steps = max(
         math.ceil(len(paired) / num_films) if num_films else 0,

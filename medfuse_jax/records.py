@@ -16,16 +16,18 @@ later, and of the stay's P films those with film_time_h <= label_time_h[i]. The 
 is at any prediction time.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from medfuse_jax import tasks
+from medfuse_jax import files, tasks
 from medfuse_jax.errors import UserError, check_choice
 
-FORMAT_VERSION = "1.0.0"
+FORMAT_VERSION = "1.1.0"
+MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", "label")
 
 
@@ -93,6 +95,8 @@ def manifest(data_dir: str | Path, task: str) -> dict:
         raise UserError(f"{path} is missing: the folder is not a finished build; run data_prep.build again") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); run data_prep.build again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no fields; run data_prep.build again")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format {content.get('format_version')}, this version reads {FORMAT_VERSION}: "
@@ -100,6 +104,8 @@ def manifest(data_dir: str | Path, task: str) -> dict:
         )
     if content.get("task") != task:
         raise UserError(f"{path} describes the task {content.get('task')!r}, not {task!r}: the folder was renamed")
+    if missing := [field for field in MANIFEST_FIELDS if field not in content]:
+        raise UserError(f"{path} lacks {', '.join(missing)}; run data_prep.build again")
     return content
 
 
@@ -110,13 +116,20 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     has_cxr bool [N], age float32 [N] (years, nan where unknown), label int8 [N, K].
     """
     check_choice("split", split, tasks.SPLITS)
-    manifest(data_dir, task)
+    expected = manifest(data_dir, task)["files"]
     path = task_dir(data_dir, task) / f"index_{split}.npz"
     try:
+        if files.sha256(path) != expected.get(path.name):
+            raise UserError(f"{path} is not the file that its manifest describes; run data_prep.build again")
         with np.load(path) as stored:
             return {field: stored[field] for field in INDEX_FIELDS}
-    except (OSError, KeyError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); run data_prep.build again") from None
+
+
+def digest(data_dir: str | Path, task: str) -> str:
+    """A hash of the whole dataset's content: two builds with the same digest hold the same bytes."""
+    return hashlib.sha256(json.dumps(manifest(data_dir, task)["files"], sort_keys=True).encode()).hexdigest()
 
 
 class Split(Sequence):
@@ -155,6 +168,8 @@ def open_split(data_dir: str | Path, task: str, split: str) -> Split:
     film_time_h float32 [P], dicom_id the P names with a space between, image None, los_h float.
     """
     import tensorflow_datasets as tfds
+    from google.protobuf import json_format
+    from google.protobuf.message import DecodeError
 
     check_choice("split", split, tasks.SPLITS)
     manifest(data_dir, task)
@@ -164,6 +179,6 @@ def open_split(data_dir: str | Path, task: str, split: str) -> Split:
         if split not in builder.info.splits or not builder.info.splits[split].num_examples:
             return Split((), f"{folder} {split}")
         source = builder.as_data_source(split)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, DecodeError, json_format.Error) as error:
         raise UserError(f"{folder} cannot be opened ({error}); run data_prep.build again") from None
     return Split(source, f"{folder} {split}")

@@ -15,22 +15,25 @@ from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
 
 
-def train(config: ConfigDict, workdir: Path, encoder_dirs: dict[str, Path] | None = None) -> None:
+def train(
+    run: experiment_lib.Experiment,
+    workdir: Path,
+    encoders: dict[str, tuple[Path, experiment_lib.Experiment]] | None = None,
+) -> None:
     """Trains one run to its end, or goes on where a stopped one was.
 
     Leaves metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the
-    latest) in the workdir. encoder_dirs: 'ehr' and 'cxr' -> finished runs to start from.
-    Raises UserError where data, devices or encoders do not fit, or the loss stops being finite.
+    latest) in the workdir. encoders: 'ehr' and 'cxr' -> the finished run to start from.
+    Raises UserError where a checkpoint cannot be read or the loss stops being finite.
     """
-    run = experiment_lib.open_experiment(config)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         resumed = checkpoints.restore_latest(manager, run.abstract_state())
         if resumed:
             state, progress = resumed
         else:
-            state = experiment_lib.start_from_encoders(run.fresh_state(), encoder_dirs or {})
-            progress = optim.Progress(learning_rate=config.learning_rate)
-        if not _finished(progress, config):
+            state = experiment_lib.start_from_encoders(run.fresh_state(), encoders or {})
+            progress = optim.Progress(learning_rate=run.config.learning_rate)
+        if not _finished(progress, run.config):
             _loop(run, workdir, manager, state, progress)
 
 
@@ -66,7 +69,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                     and step % config.checkpoint_every_steps == 0
                     and step % steps_per_epoch
                 ):
-                    checkpoints.save(manager, state, progress, val_auroc=checkpoints.NOT_VALIDATED)
+                    checkpoints.save(manager, state, progress, is_best=False)
             _check_finite(losses[-1], step, config)
             train_loss = float(np.mean(jax.device_get(losses)))
             rate = round(samples / (time.perf_counter() - start_s), 2)
@@ -77,7 +80,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
             is_best = progress.update(epoch, predictions.loss, val_auroc, config.plateau_epochs)
             state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
             log.write("val", epoch, step, val_loss=predictions.loss, val_auroc=val_auroc)
-            checkpoints.save(manager, state, progress, val_auroc)
+            checkpoints.save(manager, state, progress, is_best)
             log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{val_auroc:.3f}")
             log.line(
                 f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "

@@ -71,6 +71,10 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("data.ehr_only_ratio", 1.5, "between 0.0 and 1.0"),
         ("film.crop_px", 300, "between 32 and 256"),
         ("model.resnet_stage_sizes", (1, 2), "give four numbers"),
+        ("seed", -1, "config.seed is -1; it must be between 0"),
+        ("film.scale", (1.0,), "config.film.scale is (1.0,); give the least and the most"),
+        ("film.scale", (0.0, 0.0), "config.film.scale is (0.0, 0.0); give the least and the most"),
+        ("film.translation", -5.0, "config.film.translation is -5.0"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field, value, said):
@@ -78,6 +82,21 @@ def test_a_wrong_value_is_refused_by_name(field, value, said):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=re.escape(said)):
         config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "is of another version or was edited: config.batch_size is missing"),
+        ("[]", "it holds no fields"),
+        ('{"name": ', "cannot be read"),
+    ],
+)
+def test_a_config_that_is_not_whole_is_refused(tmp_path, content, said):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        config_lib.load(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_field_too_many_is_refused_with_the_nearest_name():
@@ -98,6 +117,7 @@ def test_a_field_too_many_is_refused_with_the_nearest_name():
         ("--config.method=medfuze", "medfuse"),
         ("--workdirr=x", "workdir"),
         ("leftover", "leftover"),
+        ("--config=README.md", "README.md is not a Python file"),
     ],
 )
 def test_a_wrong_flag_ends_the_command_in_one_line(argument, said):

@@ -7,7 +7,7 @@ import pytest
 
 _ROOT = Path(__file__).parent.parent
 # Definitions, and the look of a page.
-_SHARED = {"medfuse_jax", *(f"medfuse_jax.{name}" for name in ("tasks", "records", "errors", "webpage"))}
+_SHARED = {"medfuse_jax", *(f"medfuse_jax.{name}" for name in ("tasks", "records", "errors", "files", "webpage"))}
 
 
 def _module_name(path: Path) -> str:

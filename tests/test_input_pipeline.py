@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from medfuse_jax import input_pipeline, plan, records
+from medfuse_jax import files, input_pipeline, plan, records
 from medfuse_jax.errors import UserError
 
 
@@ -107,9 +107,16 @@ def _copy(shards, tmp_path):
     [
         (lambda d: (d / "pheno" / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda d: (d / "pheno" / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-        (lambda d: _edit_manifest(d, format_version="0.1.0"), "has format 0.1.0, this version reads 1.0.0"),
+        (lambda d: _edit_manifest(d, format_version="0.1.0"), "has format 0.1.0, this version reads 1.1.0"),
         (lambda d: _edit_manifest(d, task="mortality"), "describes the task 'mortality', not 'pheno'"),
-        (lambda d: (d / "pheno" / "index_val.npz").write_bytes(b"PK"), "index_val.npz cannot be read"),
+        (lambda d: (d / "pheno" / "manifest.json").write_text("[]"), "manifest.json holds no fields"),
+        (lambda d: _edit_manifest(d, train_mean=None), "manifest.json lacks train_mean"),
+        (lambda d: _cut(d / "pheno" / "index_val.npz"), "index_val.npz is not the file that its manifest describes"),
+        (lambda d: _flip(d / "pheno" / "index_val.npz"), "index_val.npz is not the file that its manifest describes"),
+        (lambda d: (d / "pheno" / "index_val.npz").unlink(), "index_val.npz cannot be read"),
+        (lambda d: _cut(d / "pheno" / "dataset_info.json"), "cannot be opened"),
+        (lambda d: _cut(d / "pheno" / "features.json"), "cannot be opened"),
+        (lambda d: _rewrite_index(d, "train", lambda f: {k: v[:-5] for k, v in f.items()}), "mixes two builds"),
         (
             lambda d: shutil.rmtree(d / "pheno"),
             "holds no dataset for the task 'pheno' (it holds: mortality, radiology)",
@@ -128,7 +135,28 @@ def test_a_damaged_folder_is_named_in_one_line(shards, tmp_path, damage, said):
 
 def _edit_manifest(folder, **changes):
     path = folder / "pheno" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({field: value for field, value in content.items() if value is not None}))
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _rewrite_index(folder, split, change):
+    """Changes an index in a way that its hash does not show."""
+    path = folder / "pheno" / f"index_{split}.npz"
+    with np.load(path) as stored:
+        fields = dict(stored)
+    np.savez(path, **change(fields))
+    hashes = json.loads((folder / "pheno" / "manifest.json").read_text())["files"]
+    _edit_manifest(folder, files=hashes | {path.name: files.sha256(path)})
 
 
 def test_a_truncated_shard_is_named(shards, tmp_path):
@@ -143,11 +171,7 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
 
 def test_shards_of_two_builds_mixed_are_noticed(shards, tmp_path):
     folder = _copy(shards, tmp_path)
-    path = folder / "pheno" / "index_train.npz"
-    with np.load(path) as stored:
-        fields = dict(stored)
-    fields["stay_id"] = np.roll(fields["stay_id"], 1)
-    np.savez(path, **fields)
+    _rewrite_index(folder, "train", lambda fields: fields | {"stay_id": np.roll(fields["stay_id"], 1)})
     mixed = input_pipeline.open_dataset(folder, "pheno")
     with pytest.raises(UserError, match="mixes two builds"):
         next(input_pipeline.batches(mixed, "train", _plan(mixed)))
@@ -167,9 +191,6 @@ def test_statistics_from_a_file(shards, tmp_path):
 def test_a_method_of_films_alone_needs_films(shards, tmp_path):
     folder = _copy(shards, tmp_path)
     for split in ("train", "val", "test"):
-        path = folder / "pheno" / f"index_{split}.npz"
-        with np.load(path) as stored:
-            fields = dict(stored)
-        np.savez(path, **fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})
+        _rewrite_index(folder, split, lambda fields: fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})
     with pytest.raises(UserError, match="holds no films"):
         input_pipeline.open_dataset(folder, "pheno", use_ehr=False)

@@ -26,6 +26,15 @@ def test_an_epoch_has_every_stay_once():
     np.testing.assert_array_equal(_records(_train()), np.arange(_N))
 
 
+def test_films_per_batch_leaves_no_row_empty_where_all_stays_are_of_a_kind():
+    for paired in (np.zeros(_N, bool), _ALL):
+        plan = plan_lib.train_plan(
+            _LENGTHS, paired, _ALL, batch_size=16, num_films=8, seed=0, epoch=1, buckets=_BUCKETS
+        )
+        assert plan.films_per_batch == 16 * paired[0] and len(plan) == -(-_N // 16)
+        np.testing.assert_array_equal(_records(plan), np.arange(_N))
+
+
 def test_film_slots_hold_paired_stays_only():
     plan = _train()
     assert _PAIRED[plan.paired_SP[plan.paired_SP != plan_lib.PADDING]].all()

@@ -8,13 +8,14 @@ import pytest
 
 from medfuse_jax import checkpoints, evaluate, experiment, train
 from medfuse_jax import config as config_lib
+from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 
 
 def _train(config, workdir, **kwargs):
-    workdir.mkdir(exist_ok=True)
-    config_lib.save(config, workdir / "config.json")
-    train.train(config, workdir, **kwargs)
+    run = experiment.open_experiment(config)
+    workdir_lib.claim(workdir, run)
+    train.train(run, workdir, **kwargs)
     return workdir
 
 
@@ -61,7 +62,7 @@ def test_a_finished_run_is_left_alone(tiny_config, tmp_path):
     tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
     _train(tiny_config, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    train.train(tiny_config, tmp_path)
+    _train(tiny_config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -69,9 +70,10 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
     pretrained = tiny_config.copy_and_resolve_references()
     pretrained.method, pretrained.num_epochs, pretrained.seed = "uni_ehr", 1, 7
     _train(pretrained, tmp_path / "ehr")
-    best = checkpoints.restore_best(tmp_path / "ehr", experiment.open_experiment(pretrained).abstract_state())
+    source = workdir_lib.open_run(tmp_path / "ehr")
+    best = checkpoints.restore_best(tmp_path / "ehr", source.abstract_state())
     fresh = experiment.open_experiment(tiny_config).fresh_state()
-    started = experiment.start_from_encoders(fresh, {"ehr": tmp_path / "ehr"})
+    started = experiment.start_from_encoders(fresh, {"ehr": (tmp_path / "ehr", source)})
     jax.tree.map(np.testing.assert_array_equal, started.params["ehr_encoder"], best.params["ehr_encoder"])
     jax.tree.map(np.testing.assert_array_equal, started.params["cxr_encoder"], fresh.params["cxr_encoder"])
     kernel = lambda state: np.asarray(state.params["ehr_encoder"]["layer0"]["input_kernel"])  # noqa: E731
@@ -81,18 +83,27 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "name", "said"),
     [
-        ({"method": "uni_cxr", "task": "radiology"}, "ehr", "this run's method has no ehr_encoder"),
-        ({"model.ehr_hidden": 16}, "ehr", "other sizes"),
-        ({}, "cxr", "that run's method has no cxr_encoder"),
+        ({"method": "uni_cxr", "task": "radiology"}, "ehr", "the method uni_cxr has no ehr_encoder"),
+        ({"model.ehr_hidden": 16}, "ehr", "has other sizes than config.model"),
+        ({}, "cxr", "the method uni_ehr has no cxr_encoder"),
     ],
 )
-def test_an_encoder_that_does_not_fit_is_refused(tiny_config, tmp_path, changes, name, said):
+def test_an_encoder_that_does_not_fit_is_refused(tiny_config, changes, name, said):
     pretrained = tiny_config.copy_and_resolve_references()
-    pretrained.method, pretrained.num_epochs = "uni_ehr", 1
-    _train(pretrained, tmp_path / "ehr")
+    pretrained.method = "uni_ehr"
     tiny_config.update_from_flattened_dict(changes)
+    run, source = (experiment.open_experiment(config) for config in (tiny_config, pretrained))
     with pytest.raises(UserError, match=said):
-        experiment.start_from_encoders(experiment.open_experiment(tiny_config).fresh_state(), {name: tmp_path / "ehr"})
+        experiment.check_encoder(run, name, source)
+
+
+def test_an_encoder_that_has_seen_the_test_patients_is_refused(tiny_config):
+    run, source = (experiment.open_experiment(tiny_config) for _ in range(2))
+    experiment.check_encoder(run, "ehr", source)
+    seen = source.dataset.index["train"]["subject_id"]
+    seen[:2] = run.dataset.index["test"]["subject_id"][0], run.dataset.index["val"]["subject_id"][0]
+    with pytest.raises(UserError, match="was trained on 2 patients of the val and test splits"):
+        experiment.check_encoder(run, "ehr", source)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path, monkeypatch):
@@ -143,7 +154,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tiny_config, tmp_path):
 def test_a_workdir_without_a_run_is_named(tmp_path, tiny_config):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         evaluate.evaluate(tmp_path)
-    config_lib.save(tiny_config, tmp_path / "config.json")
+    workdir_lib.claim(tmp_path, experiment.open_experiment(tiny_config))
     with pytest.raises(UserError, match="holds no trained model"):
         evaluate.evaluate(tmp_path)
 

@@ -8,7 +8,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from medfuse_jax import webpage
+from medfuse_jax import files, webpage
 from medfuse_jax.errors import UserError
 from medfuse_jax.report import plots, style, tables, text, workdirs
 from medfuse_jax.report.workdirs import METHOD_NAMES, TASK_NAMES, Run, number, pair, section, series
@@ -23,9 +23,7 @@ def write(runs_dir: str | Path, out_dir: str | Path) -> str:
     content = page(runs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".html.tmp")
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(path)
+        files.write_text(path, content)
     except OSError as error:
         raise UserError(f"--out={out_dir} cannot be written ({error.strerror}): give another folder") from None
     table = text.table([run.result for run in runs if run.result])

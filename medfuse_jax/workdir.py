@@ -1,0 +1,64 @@
+"""The folder of one run: claimed by one config and one set of shards, written by one process at a time."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from medfuse_jax import config as config_lib
+from medfuse_jax import experiment, files
+from medfuse_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes the folder and keeps a second process out of it; the lock goes with the process, however it ends."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {workdir}: wait for it, or give another --workdir") from None
+    finally:
+        os.close(lock)
+
+
+def claim(workdir: Path, run: experiment.Experiment) -> None:
+    """Makes the workdir this run's, or refuses one that is another's: of another config, or of other shards."""
+    if (workdir / "config.json").exists():
+        if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config):
+            raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir")
+        _check_data(workdir, run)
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_text(workdir / "data.json", json.dumps({"digest": run.dataset.digest}) + "\n")
+        config_lib.save(run.config, workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
+
+
+def open_run(workdir: Path) -> experiment.Experiment:
+    """The run that claimed the workdir; UserError where its config or its shards are not what they were."""
+    run = experiment.open_experiment(config_lib.load(workdir / "config.json"))
+    _check_data(workdir, run)
+    return run
+
+
+def _check_data(workdir: Path, run: experiment.Experiment) -> None:
+    path = workdir / "data.json"
+    try:
+        digest = json.loads(path.read_text())["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): start the run anew in another --workdir") from None
+    if digest != run.dataset.digest:
+        raise UserError(
+            f"{run.config.data.dir}/{run.config.task} is no longer the build that {workdir} was trained on, so its "
+            "test stays may have been trained on: put the shards back, or start anew in another --workdir"
+        )

@@ -1,0 +1,88 @@
+"""main: stages in order, and on from where they were; what cannot work is refused before any of it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from ml_collections import ConfigDict
+
+from medfuse_jax import main, train
+from medfuse_jax.errors import UserError
+
+
+@pytest.fixture
+def fusion_config(tiny_config):
+    tiny_config.num_epochs = 1
+    tiny_config.pretrain.ehr = ConfigDict({"method": "uni_ehr"})
+    tiny_config.pretrain.cxr = ConfigDict({"method": "uni_cxr", "task": "radiology"})
+    return tiny_config
+
+
+@pytest.fixture
+def run_main(monkeypatch):
+    def run(config, folder):
+        given = SimpleNamespace(config=config.copy_and_resolve_references(), workdir=str(folder))
+        monkeypatch.setattr(main, "flags", SimpleNamespace(FLAGS=given))
+        main.main([])
+
+    return run
+
+
+def test_a_stopped_command_goes_on_and_ends_in_results_and_a_report(
+    fusion_config, run_main, tmp_path, monkeypatch, capsys
+):
+    folder, trained, train_one = tmp_path / "run", [], train.train
+
+    def stop_at_the_second(run, workdir, encoders=None):
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        trained.append(workdir.name)
+        train_one(run, workdir, encoders)
+
+    monkeypatch.setattr(train, "train", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(fusion_config, folder)
+    monkeypatch.setattr(train, "train", train_one)
+    assert trained == ["pretrain_cxr"] and not (folder / "result.json").exists()
+    before = (folder / "pretrain_cxr" / "metrics.jsonl").read_bytes()
+    run_main(fusion_config, folder)
+    assert (folder / "pretrain_cxr" / "metrics.jsonl").read_bytes() == before
+    methods = {
+        name: json.loads((folder / name / "result.json").read_text())["method"]
+        for name in (".", "pretrain_ehr", "pretrain_cxr")
+    }
+    assert methods == {".": "medfuse", "pretrain_ehr": "uni_ehr", "pretrain_cxr": "uni_cxr"}
+    printed = capsys.readouterr().out
+    assert "MedFuse − EHR only (LSTM)" in printed and (folder / "report" / "index.html").exists()
+
+    # A finished encoder that is given takes the place of its pre-training.
+    fusion_config.init.cxr = str(folder / "pretrain_cxr")
+    run_main(fusion_config, tmp_path / "given")
+    assert (tmp_path / "given" / "pretrain_ehr").exists() and not (tmp_path / "given" / "pretrain_cxr").exists()
+    with pytest.raises(UserError, match="holds another run"):
+        run_main(fusion_config, folder)
+
+
+def test_a_stage_whose_encoder_the_method_lacks_is_left_out(fusion_config, run_main, tmp_path):
+    fusion_config.method = "uni_ehr"
+    run_main(fusion_config, tmp_path / "run")
+    assert (tmp_path / "run" / "pretrain_ehr" / "result.json").exists()
+    assert not (tmp_path / "run" / "pretrain_cxr").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"init.cxr": "nowhere"}, "nowhere/config.json is missing"),
+        ({"method": "uni_cxr", "task": "pheno", "init.ehr": "nowhere"}, "nowhere/config.json is missing"),
+        ({"data.dir": "nowhere"}, "no data folder nowhere"),
+        ({"batch_size": 3}, "not a multiple of the 2 devices"),
+        ({"films_per_batch": 32}, "which leaves no row for the stays without a film"),
+        ({"learning_rate": 2.0}, "config.learning_rate is 2.0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(fusion_config, run_main, tmp_path, changes, said):
+    fusion_config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=said):
+        run_main(fusion_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

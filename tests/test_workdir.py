@@ -1,0 +1,62 @@
+"""workdir: one config, one set of shards, one process at a time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from medfuse_jax import experiment, workdir
+from medfuse_jax.errors import UserError
+
+
+@pytest.fixture
+def run(tiny_config):
+    tiny_config.method = "uni_ehr"
+    return experiment.open_experiment(tiny_config)
+
+
+def test_a_claimed_workdir_is_opened_again_as_the_same_run(run, tmp_path):
+    workdir.claim(tmp_path / "run", run)
+    workdir.claim(tmp_path / "run", run)
+    assert workdir.open_run(tmp_path / "run").dataset.digest == run.dataset.digest
+
+
+def test_another_config_is_refused(run, tmp_path):
+    workdir.claim(tmp_path, run)
+    run.config.learning_rate *= 2
+    with pytest.raises(UserError, match=r"holds another run \(config.learning_rate is .* there and .* here\)"):
+        workdir.claim(tmp_path, run)
+
+
+@pytest.mark.parametrize("use", [lambda path, run: workdir.claim(path, run), lambda path, run: workdir.open_run(path)])
+def test_other_shards_in_the_same_place_are_refused(run, tmp_path, use):
+    workdir.claim(tmp_path, run)
+    (tmp_path / "data.json").write_text(json.dumps({"digest": "of an older build"}))
+    with pytest.raises(UserError, match=r"is no longer the build that .* was trained on"):
+        use(tmp_path, run)
+    (tmp_path / "data.json").unlink()
+    with pytest.raises(UserError, match=r"data\.json cannot be read"):
+        use(tmp_path, run)
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
+    hold = (
+        "import sys, pathlib, medfuse_jax.workdir as w\n"
+        "with w.locked(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ) as holder:
+        assert holder.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match="another process is at work in"), workdir.locked(tmp_path / "run"):
+            pass
+        holder.kill()
+    with workdir.locked(tmp_path / "run"):
+        pass
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--workdir=.*file cannot be written"), workdir.locked(tmp_path / "file"):
+        pass
