@@ -50,9 +50,21 @@ def gather(out: Path) -> dict:
             continue
         manifests[name] = manifest
     audit = {"tasks": {}, "patients": _patients(out, manifests), "not_audited": left_out}
+    stays_of: dict[str, set[int]] = {}
     for name, manifest in manifests.items():
         index = {split: records.index(out, name, split) for split in tasks.SPLITS}
-        audit["tasks"][name] = _task(name, manifest, index)
+        found = _task(name, manifest, index)  # its checks run whether it is shown or not
+        if not tasks.TASKS[name].films_only:
+            stays = set().union(*(fields["stay_id"].tolist() for fields in index.values()))
+            near = next((other for other in stays_of if 0 < len(stays ^ stays_of[other]) < privacy.SMALLEST), None)
+            if near:
+                left_out[name] = (
+                    f"its stays are those of {near} but for fewer than {privacy.SMALLEST}, whom the difference of the "
+                    "two would describe; build it into a folder of its own to see it"
+                )
+                continue
+            stays_of[name] = stays
+        audit["tasks"][name] = found
     return audit
 
 

@@ -294,7 +294,8 @@ def _sources(audit: dict) -> str:
 def _footer() -> str:
     return (
         f"<footer>Counts below {privacy.SMALLEST} are shown as {escape(privacy.FEW)}. Where one of them could be had "
-        f"by subtraction, the next smallest of its group is hidden as {privacy.ENOUGH}. No patient, stay or film is "
+        f"by subtraction, the next smallest of its group is hidden as {privacy.ENOUGH}. This does not hold between "
+        "tables of two tasks, which share stays: give one task's away. No patient, stay or film is "
         "named. The paper is Hayat et al. 2022 (MedFuse), on MIMIC-IV 1.0 and MIMIC-CXR 2.0.0: its Table 4 and "
         "Figure 1.</footer>"
     )

@@ -1,10 +1,12 @@
 """How fast and how large: raw rows to discretised arrays, and films, on input that this command makes itself.
 
-    python -m data_prep.benchmark --out=DIR [--copies=200] [--mimic_iv=DIR] [--mimic_cxr=DIR] [--json=FILE]
+    python -m data_prep.benchmark --out=DIR [--copies=200] [--repeats=1] [--mimic_iv=DIR] [--mimic_cxr=DIR]
+        [--json=FILE]
 
 The input is a MIMIC-IV tree (--mimic_iv, for example the demo; without it the synthetic cohort) repeated
---copies times with new ids, in `<out>/raw-<copies>`, and one an eighth as large. Each size is built in a process of its
-own, so that its peak memory is its own. Prints one line of JSON a measurement.
+--copies times with new ids, in `<out>/raw-<copies>`, and one an eighth as large. Each measurement is a process of its
+own, so that its peak memory is its own; --repeats of them take turns with `zcat`. Prints one line of JSON a
+measurement. On a machine that does other things too, `cpu_seconds` and `load` say how far to trust `seconds`.
 """
 
 import gzip
@@ -13,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +36,7 @@ MOST_COPIES = 1_000_000
 SMALLER = 8
 MEMBER_BYTES = 64 << 20
 FILM_PX = (2544, 3056)
+FILM_ROUNDS = 5
 
 
 def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
@@ -68,13 +72,13 @@ def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
     shutil.rmtree(work, ignore_errors=True)
     (work / "events").mkdir(parents=True)
     (work / "arrays").mkdir()
-    start = time.perf_counter()
+    start, cpu_before_s = time.perf_counter(), time.process_time()
     stays, _ = cohort.read_stays(raw)
     events.extract(raw, stays, profiles.rules(profile), work / "events")
     extracted = time.perf_counter()
     rules = profiles.rules(profile)
     discretize.write_arrays(work / "arrays", work / "events", stays, rules, tasks.TASKS["pheno"], 2.0)
-    end = time.perf_counter()
+    end, cpu_s = time.perf_counter(), time.process_time() - cpu_before_s
     stays_made = len(discretize.Arrays.open(work / "arrays").row)
     shutil.rmtree(work)
     return {
@@ -83,9 +87,11 @@ def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
         "stays": stays_made,
         "seconds": round(end - start, 2),
         "seconds_extraction": round(extracted - start, 2),
+        "cpu_seconds": round(cpu_s, 2),
         "rows_per_s": round(rows / (end - start)),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
@@ -102,7 +108,7 @@ def zcat(root: Path) -> dict:
 
 
 def films(root: Path, work: Path, most: int = 24) -> list[dict]:
-    """Films a second on one core: ours, and PIL decoding the whole film before the same resize.
+    """Films a second on one core, the median of rounds in turns: ours, and PIL decoding the whole film first.
 
     On the films as they are, and enlarged to FILM_PX, the size of MIMIC-CXR's own.
     """
@@ -128,15 +134,19 @@ def _decode_both(which: str, paths: list[Path]) -> list[dict]:
         with Image.open(path) as image:
             return np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR))
 
-    results = []
-    for name, decode in (("data_prep", lambda p: cxr.decode(p, "squash")), ("PIL, whole film", whole)):
-        decode(paths[0])
-        start = time.process_time()
-        for path in paths:
-            decode(path)
-        rate = len(paths) / (time.process_time() - start)
-        results.append({"what": f"films, {which}, {name}", "films": len(paths), "films_per_s_core": round(rate, 1)})
-    return results
+    decoders = {"data_prep": lambda path: cxr.decode(path, "squash"), "PIL, whole film": whole}
+    rates: dict[str, list[float]] = {name: [] for name in decoders}
+    for _ in range(FILM_ROUNDS):
+        for name, decode in decoders.items():
+            decode(paths[0])
+            start = time.process_time()
+            for path in paths:
+                decode(path)
+            rates[name].append(len(paths) / (time.process_time() - start))
+    return [
+        {"what": f"films, {which}, {name}", "films": len(paths), "films_per_s_core": round(statistics.median(found), 1)}
+        for name, found in rates.items()
+    ]
 
 
 def _source(mimic_iv: str | None, out: Path) -> dict[str, tables.Table]:
@@ -153,6 +163,7 @@ def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("out", None, "Where the input it makes and its work go.")
     flags.DEFINE_integer("copies", 200, "How often the tables are repeated, at the larger size.", lower_bound=SMALLER)
+    flags.DEFINE_integer("repeats", 1, "How often each is measured, in turns.", lower_bound=1)
     flags.DEFINE_string("mimic_iv", None, "The MIMIC-IV tree to repeat; default: the synthetic cohort.")
     flags.DEFINE_string("mimic_cxr", None, "A MIMIC-CXR-JPG tree to decode films of; default: the synthetic one.")
     flags.DEFINE_string("json", None, "A file to append the measurements to.")
@@ -164,6 +175,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if not values.out:
         raise UserError("--out=DIR is missing")
+    os.umask(0o077)  # what it repeats may be the real thing
     out = Path(values.out)
     if values.one:
         print(json.dumps(events_to_arrays(Path(values.one), out)))
@@ -177,8 +189,9 @@ def main(argv: list[str]) -> None:
             repeat(source, root, copies)
             (root / "whole").touch()
         command = [sys.executable, "-m", "data_prep.benchmark", f"--out={out / 'work'}", f"--one={root}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results += [json.loads(done.stdout) | {"copies": copies}, zcat(root) | {"copies": copies}]
+        for _ in range(values.repeats):
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results += [json.loads(done.stdout) | {"copies": copies}, zcat(root) | {"copies": copies}]
     films_of = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
     if films_of:
         results += films(Path(films_of), out / "films")

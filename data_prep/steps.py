@@ -16,7 +16,7 @@ from data_prep.discretize import Arrays
 from data_prep.events import EPSILON_H
 from medfuse_jax import tasks
 
-AFTER_H = 4
+AFTER_H = 4  # exclusive, as `shortest_length` in the benchmark's scripts (docs/data.md)
 HORIZON_H = 24.0
 VERSION = 1  # raise it when the same arrays give other labels
 

@@ -144,6 +144,7 @@ def test_the_page_shows_each_part(built):
         "0 violations",
         "<svg",
         "&lt;10",
+        "does not hold between tables of two tasks",
     ):
         assert wanted in page, wanted
     ids = re.findall(r' id="([^"]+)"', page)
@@ -166,6 +167,22 @@ def test_a_patient_in_two_splits_fails(built, monkeypatch):
     monkeypatch.setattr(records, "index", leaking)
     with pytest.raises(AssertionError, match="in two splits"):
         audit.gather(built)
+
+
+@pytest.mark.parametrize(("fewer", "shown"), [(0, True), (1, False), (9, False), (10, True)])
+def test_a_task_of_nearly_the_same_stays_is_left_out(built, monkeypatch, fewer, shown):
+    index = records.index
+
+    def without_some(out, name, split):
+        fields = index(out, name, split)
+        lost = fewer if (name, split) == ("length_of_stay", "train") else 0
+        return {field: values[lost:] for field, values in fields.items()}
+
+    monkeypatch.setattr(records, "index", without_some)
+    found = audit.gather(built)
+    assert ("length_of_stay" in found["tasks"]) == shown and {"pheno", "mortality"} <= set(found["tasks"])
+    if not shown:
+        assert "those of pheno but for fewer than 10" in found["not_audited"]["length_of_stay"]
 
 
 def test_a_dataset_of_another_version_is_named_and_left_out(built, monkeypatch):

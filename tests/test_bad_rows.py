@@ -3,18 +3,20 @@
 import gzip
 import itertools
 import resource
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_tables import chart, film, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import at, chart, film, lab, stay, write_mimic_cxr, write_mimic_iv
 
-from data_prep import build, pipeline
+from data_prep import build, cohort, phenotypes, pipeline, tables
 from medfuse_jax import records, tasks
 
-HEART_RATE = 220045
+HEART_RATE, GLUCOSE = 220045, 50931
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,64 +38,57 @@ def _equal(found, wanted):
         np.testing.assert_array_equal(found[n]["ehr"], record["ehr"])
 
 
-@pytest.fixture
-def wanted(tmp_path):
-    return _build(tmp_path / "clean", [stay(0), stay(1)], _charts())[0]
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory):
+    """The records of two stays whose tables are whole."""
+    return _build(tmp_path_factory.mktemp("wanted"), [stay(0), stay(1)], _charts())[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "fate"),
-    [
-        ({"charttime": "2150-13-45 99:00:00"}, "no valid time"),
-        ({"charttime": ""}, "no valid time"),
-        ({"charttime": "yesterday"}, "no valid time"),
-        ({"charttime": "1850-01-01 00:00:00"}, "before or after the stay"),
-        ({"charttime": "9999-01-01 00:00:00"}, "before or after the stay"),
-        ({"value": "inf", "valuenum": "inf"}, "no valid value"),
-        ({"value": "nan", "valuenum": ""}, "no valid value"),
-        ({"value": "1e999", "valuenum": "1e999"}, "no valid value"),
-        ({"value": "sixty", "valuenum": ""}, "no valid value"),
-        ({"value": "-5", "valuenum": "-5"}, "impossible value"),
-        ({"value": "99999", "valuenum": "99999"}, "impossible value"),
-        ({"hadm_id": "12x"}, "no stay of the cohort"),
-        ({"hadm_id": ""}, "no stay of the cohort"),
-        ({"hadm_id": "99999999999999999999"}, "no stay of the cohort"),
-        ({"stay_id": "30000001"}, "another stay"),
-    ],
-)
-def test_a_row_of_events_that_cannot_be_right_is_counted_and_left_out(tmp_path, wanted, changes, fate):
-    bad = chart(0, 5, HEART_RATE, "70") | changes
-    found, counts = _build(tmp_path, [stay(0), stay(1)], [*_charts(), bad])
+BAD_EVENTS = [
+    ({"charttime": "2150-13-45 99:00:00"}, "no valid time"),
+    ({"charttime": ""}, "no valid time"),
+    ({"charttime": "yesterday"}, "no valid time"),
+    ({"charttime": "1850-01-01 00:00:00"}, "before or after the stay"),
+    ({"charttime": "9999-01-01 00:00:00"}, "before or after the stay"),
+    ({"value": "inf", "valuenum": "inf"}, "no valid value"),
+    ({"value": "nan", "valuenum": ""}, "no valid value"),
+    ({"value": "1e999", "valuenum": "1e999"}, "no valid value"),
+    ({"value": "sixty", "valuenum": ""}, "no valid value"),
+    ({"value": "-5", "valuenum": "-5"}, "impossible value"),
+    ({"value": "99999", "valuenum": "99999"}, "impossible value"),
+    ({"hadm_id": "12x"}, "no stay of the cohort"),
+    ({"hadm_id": ""}, "no stay of the cohort"),
+    ({"hadm_id": "99999999999999999999"}, "no stay of the cohort"),
+    ({"stay_id": "30000001"}, "another stay"),
+    ({"stay_id": "3000000x"}, "no valid stay_id"),  # not taken for a row of the admission without a stay
+]
+
+
+def test_rows_of_events_that_cannot_be_right_are_counted_and_left_out(tmp_path, wanted):
+    # Each at an hour of its own, and a value unlike the others, so that none could hide behind another.
+    bad = [chart(0, 5 + i, HEART_RATE, str(100 + i)) | changes for i, (changes, _) in enumerate(BAD_EVENTS)]
+    found, counts = _build(tmp_path, [stay(0), stay(1)], [*_charts(), *bad])
     _equal(found, wanted)
-    assert counts["event_rows"][fate] == {"Heart Rate": 1}
-    assert counts["event_rows"]["kept"]["Heart Rate"] == 6
+    fates = {reason: rows["Heart Rate"] for reason, rows in counts["event_rows"].items()}
+    assert fates == Counter(fate for _, fate in BAD_EVENTS) + Counter(kept=6)
 
 
-def test_a_stay_id_that_is_no_number_is_not_taken_for_the_admissions(tmp_path, wanted):
-    found, counts = _build(
-        tmp_path, [stay(0), stay(1)], [*_charts(), chart(0, 5, HEART_RATE, "70", stay_id="3000000x")]
-    )
+BAD_STAYS = [
+    ({"intime": "2150-02-31 00:00:00"}, "with ids, times and a length of stay"),
+    ({"los": "-1"}, "with ids, times and a length of stay"),
+    ({"los": "inf"}, "with ids, times and a length of stay"),
+    ({"hadm_id": "x"}, "with ids, times and a length of stay"),
+    ({"outtime": "2149-12-31 12:00:00"}, "with ids, times and a length of stay"),
+    ({"anchor_age": "old"}, "18 years or older"),
+]
+
+
+def test_stays_that_cannot_be_right_are_counted_and_left_out(tmp_path, wanted):
+    bad = [stay(2 + i, **changes) for i, (changes, _) in enumerate(BAD_STAYS)]
+    found, counts = _build(tmp_path, [stay(0), stay(1), *bad], _charts(range(2 + len(bad))))
     _equal(found, wanted)
-    assert counts["event_rows"]["no valid stay_id"] == {"Heart Rate": 1}
-
-
-@pytest.mark.parametrize(
-    ("changes", "lost_at"),
-    [
-        ({"intime": "2150-02-31 00:00:00"}, "with ids, times and a length of stay"),
-        ({"los": "-1"}, "with ids, times and a length of stay"),
-        ({"los": "inf"}, "with ids, times and a length of stay"),
-        ({"hadm_id": "x"}, "with ids, times and a length of stay"),
-        ({"outtime": "2149-12-31 12:00:00"}, "with ids, times and a length of stay"),
-        ({"anchor_age": "old"}, "18 years or older"),
-    ],
-)
-def test_a_stay_that_cannot_be_right_is_counted_and_left_out(tmp_path, wanted, changes, lost_at):
-    found, counts = _build(tmp_path, [stay(0), stay(1), stay(2, **changes)], _charts((0, 1, 2)))
-    _equal(found, wanted)
-    flow = counts["cohort"]
-    lost = [b["filter"] for a, b in itertools.pairwise(flow) if b["stays"] < a["stays"]]
-    assert lost == [lost_at]
+    lost = {b["filter"]: a["stays"] - b["stays"] for a, b in itertools.pairwise(counts["cohort"])}
+    assert {name: stays for name, stays in lost.items() if stays} == Counter(name for _, name in BAD_STAYS)
 
 
 def test_a_stay_without_events_and_a_patient_without_an_admission(tmp_path, wanted):
@@ -123,18 +118,88 @@ def test_rows_given_twice_change_nothing(tmp_path, wanted):
     assert [step["stays"] for step in flow[:2]] == [3, 2]
 
 
-@pytest.mark.parametrize("ends", ["\r\n", "mixed"])
-def test_line_ends_do_not_matter(tmp_path, wanted, ends):
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """A MIMIC-IV and a MIMIC-CXR of two stays with a film each, and the shards of them."""
+    root = tmp_path_factory.mktemp("clean")
+    iv = write_mimic_iv(root / "iv", [stay(0), stay(1)], _charts(), [lab(0, 2, GLUCOSE, "110")], [(0, "4019", 9)])
+    films = [film(0, 3, **{"Support Devices": "1.0"}), film(1, 4, Edema="1.0")]
+    cxr = write_mimic_cxr(root / "cxr", films, size=(16, 16))
+    return iv, cxr, _shards(iv, cxr, root / "out")
+
+
+def _shards(iv, cxr, out):
+    """The bytes of a build's records and indexes (a manifest names the sizes of the raw files, too)."""
+    build.build(iv, cxr, out, tasks=["pheno", "radiology"])
+    files = sorted(p for task in ("pheno", "radiology") for p in (out / task).iterdir())
+    return {p.name: p.read_bytes() for p in files if ".array_record" in p.name or p.suffix == ".npz"}
+
+
+def _rewritten(tree, root, change):
+    """A copy of a tree, the lines of its tables replaced by what `change` makes of them."""
+    shutil.copytree(tree, root)
+    for path in root.rglob("*.csv.gz"):
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)
+        path.write_bytes(gzip.compress("".join(change(lines)).encode()))
+    return root
+
+
+def _carriage_returns(lines):
+    return [line.replace("\n", "\r\n") for line in lines]
+
+
+def _mixed_ends_and_a_byte_order_mark(lines):
+    return ["\ufeff" + lines[0], *(line.replace("\n", "\r\n") if i % 2 else line for i, line in enumerate(lines[1:]))]
+
+
+def _each_row_twice_and_no_last_end(lines):
+    return [lines[0], *(line for line in lines[1:-1] for _ in range(2)), lines[-1], lines[-1].rstrip("\n")]
+
+
+def _all_rows_twice_from_a_header_that_ends_otherwise(lines):
+    return [lines[0].replace("\n", "\r\n"), *lines[1:], *lines[1:]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _carriage_returns,
+        _mixed_ends_and_a_byte_order_mark,
+        _each_row_twice_and_no_last_end,
+        _all_rows_twice_from_a_header_that_ends_otherwise,
+    ],
+)
+def test_line_ends_and_rows_given_twice_change_no_byte(clean, tmp_path, change):
+    iv, cxr = (_rewritten(tree, tmp_path / tree.name, change) for tree in clean[:2])
+    assert _shards(iv, cxr, tmp_path / "out") == clean[2]
+
+
+def test_the_comparison_of_bytes_tells_another_value(clean, tmp_path):
+    iv = _rewritten(clean[0], tmp_path / "iv", lambda lines: [line.replace(",110,", ",111,") for line in lines])
+    assert _shards(iv, clean[1], tmp_path / "out") != clean[2]
+
+
+def test_a_death_without_a_valid_time_is_none(tmp_path):
+    broken = [{"deathtime": "2150-99-01 00:00:00"}, {"deathtime": "?", "dod": "never"}, {"deathtime": at(60)}]
+    iv = write_mimic_iv(tmp_path / "iv", [stay(n, **changes) for n, changes in enumerate(broken)], _charts((0, 1, 2)))
+    stays, _ = cohort.read_stays(tables.mimic_iv(iv))
+    assert stays["died"].to_list() == [False, False, True] and stays["death_h"].to_list() == [None, None, 60]
+
+
+def test_a_diagnosis_that_cannot_be_right_labels_nobody(tmp_path):
+    codes = [(0, "4019", 9), (1, "4019", ""), (2, "4019", "x"), (3, "", 9), (4, "NOSUCH", 9), (0, "4019", 9)]
+    stays = [stay(n) for n in range(5)]
+    raw = tables.mimic_iv(write_mimic_iv(tmp_path / "iv", stays, _charts(), codes=codes))
+    label_NK, _ = phenotypes.labels(raw, cohort.read_stays(raw)[0], None)
+    assert label_NK.sum(1).tolist() == [1, 0, 0, 0, 0]
+
+
+def test_the_folder_may_be_the_one_we_are_in(tmp_path, wanted, monkeypatch):
     iv = write_mimic_iv(tmp_path / "iv", [stay(0), stay(1)], _charts(), codes=[(0, "4019", 9)])
-    for path in iv.rglob("*.csv.gz"):
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-        text = "".join(f"{line}{chr(13) if ends != 'mixed' or i % 2 else ''}\n" for i, line in enumerate(lines))
-        path.write_bytes(gzip.compress(text.encode()))
-    build.build(iv, None, tmp_path / "out", tasks=["pheno"])
+    monkeypatch.chdir(iv)
+    build.build(".", None, tmp_path / "out", tasks=["pheno"])
     rows = [r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "pheno", s)]
     _equal({r["stay_id"] - 30_000_000: r for r in rows}, wanted)
-    for record in rows:
-        assert record["label"].tolist() == wanted[record["stay_id"] - 30_000_000]["label"].tolist()
 
 
 def test_a_disk_that_fills_up_is_said_and_the_build_goes_on_after_it(tmp_path, wanted):

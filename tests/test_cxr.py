@@ -25,6 +25,32 @@ def test_times_are_padded_floats_and_paths_those_of_the_release(tmp_path):
     assert all((tmp_path / path).is_file() for path in found["path"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "with_ids", "without_time"),
+    [
+        ({"subject_id": "1000000x"}, 1, 0),
+        ({"dicom_id": ""}, 1, 0),
+        ({"study_id": ""}, 1, 0),
+        ({"study_id": "99999999999999999999"}, 1, 0),
+        ({"StudyTime": "noon"}, 2, 1),
+        ({"StudyDate": "21501345"}, 2, 1),
+    ],
+)
+def test_a_row_that_cannot_be_right_is_counted(tmp_path, changes, with_ids, without_time):
+    write_table(
+        tmp_path / "mimic-cxr-2.0.0-chexpert.csv", "subject_id,study_id," + ",".join(tasks.RADIOLOGY_LABELS), []
+    )
+    header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
+    write_table(tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [film(1, 1), film(2, 1) | changes])
+    found, counts = cxr.read_films(tables.mimic_cxr(tmp_path))
+    assert counts == {
+        "rows of metadata": 2,
+        "films with ids": with_ids,
+        "films without a valid time (never paired)": without_time,
+    }
+    assert found["time"].drop_nulls().len() == 1 and found["dicom_id"][0] == "film-0001-00"
+
+
 @pytest.mark.parametrize(("version", "gz"), [("2.0.0", True), ("2.1.0", False)])
 def test_both_versions_are_found(tmp_path, version, gz):
     raw = _raw(tmp_path, [film(1, 1)], version=version, gz=gz)

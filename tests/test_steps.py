@@ -14,9 +14,9 @@ HEART_RATE = 220045
 @pytest.fixture(scope="module", params=[1, 2])
 def built(tmp_path_factory, request):
     """Stay 0 lasts 40.5 h; 1 dies at 30.25 h of 32; 2 dies in the hospital later; 3 is short; 4 starts late;
-    5 dies at an hour that nobody wrote down; 6 stays 20 days."""
+    5 dies at an hour that nobody wrote down; 6 stays 20 days; 7 starts at hour 10 sharp."""
     root = tmp_path_factory.mktemp("steps")
-    los_h = [40.5, 32, 50, 4.5, 30, 30, 480]
+    los_h = [40.5, 32, 50, 4.5, 30, 30, 480, 30]
     changes = [{} for _ in los_h]
     changes[1] = {"deathtime": at(30.25)}
     changes[2] = {"deathtime": at(60)}
@@ -24,7 +24,7 @@ def built(tmp_path_factory, request):
     stays, charts = [], []
     for n, hours in enumerate(los_h):
         stays.append(stay(n, outtime=at(hours), dischtime=at(hours + 48), los=str(hours / 24), **changes[n]))
-        first = 10.5 if n == 4 else 0.5
+        first = {4: 10.5, 7: 10}.get(n, 0.5)
         charts += [chart(n, h, HEART_RATE, "70") for h in np.arange(first, min(hours, 60), 1)]
     films = [film(0, 3), film(0, 12.5, k=1), film(0, 20, "PA", k=2), film(0, 41, k=3)]
     iv, cxr = write_mimic_iv(root / "iv", stays, charts), write_mimic_cxr(root / "cxr", films, size=(16, 16))
@@ -38,12 +38,13 @@ def _records(built, task):
 
 def test_prediction_times_are_the_whole_hours_after_the_fourth(built):
     found = _records(built, "length_of_stay")
-    assert sorted(found) == [0, 1, 2, 4, 5, 6]  # stay 3 has no whole hour after the fourth
+    assert sorted(found) == [0, 1, 2, 4, 5, 6, 7]  # stay 3 has no whole hour after the fourth
     assert found[0]["label_time_h"].tolist() == list(range(5, 41))
     # The first observation at 10.5 h is in the step that ends at 11 h, or at 12 h.
     assert found[4]["label_time_h"].tolist() == list(range(11 if built[1] == 1 else 12, 31))
+    assert found[7]["label_time_h"][0] == 10  # the step that ends there holds it
     dying = _records(built, "decompensation")
-    assert sorted(dying) == [0, 1, 2, 4, 6]  # of stay 5 no hour of death is known
+    assert sorted(dying) == [0, 1, 2, 4, 6, 7]  # of stay 5 no hour of death is known
     assert dying[1]["label_time_h"].tolist() == list(range(5, 31))
 
 
