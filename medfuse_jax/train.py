@@ -73,7 +73,16 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
             _check_finite(losses[-1], step, config)
             train_loss = float(np.mean(jax.device_get(losses)))
             rate = round(samples / (time.perf_counter() - start_s), 2)
-            log.write("train", epoch, step, train_loss=train_loss, lr=progress.learning_rate, samples_per_s=rate)
+            # num_steps: fewer than an epoch's where a stopped run went on within it.
+            log.write(
+                "train",
+                epoch,
+                step,
+                train_loss=train_loss,
+                lr=progress.learning_rate,
+                samples_per_s=rate,
+                num_steps=len(losses),
+            )
 
             predictions = evaluate.predict(run, eval_fn, state, "val", run.selects("val"))
             val_auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
