@@ -40,6 +40,7 @@ def dataset(case: Case) -> input_pipeline.Dataset:
         use_ehr=method.uses_ehr,
         use_film=method.uses_film,
         buckets=plan_lib.buckets(length_N, case.max_buckets) if method.uses_ehr else (0,),
+        digest="",  # there are no shards
     )
 
 
