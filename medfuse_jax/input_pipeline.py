@@ -19,7 +19,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import grain.python as grain
 import numpy as np
 
 from medfuse_jax import plan as plan_lib
@@ -27,7 +26,7 @@ from medfuse_jax import records, tasks
 from medfuse_jax.errors import UserError
 
 # Two threads and a buffer of 16 beat grain's defaults and worker processes on two cores.
-READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+READ_OPTIONS = {"num_threads": 2, "prefetch_buffer_size": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +115,12 @@ def open_dataset(
 
 def batches(dataset: Dataset, split: str, plan: plan_lib.Plan, *, num_devices: int = 1, start: int = 0) -> Iterator:
     """The plan's batches from step `start` on, read ahead by threads."""
+    import grain.python as grain  # late: batches can be laid out without it, as the benchmark does
+
     if start >= len(plan):
         return iter(())
     source = _Batches(dataset, split, plan, num_devices)
-    return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(READ_OPTIONS))
+    return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(grain.ReadOptions(**READ_OPTIONS)))
 
 
 class _Batches:

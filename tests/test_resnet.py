@@ -120,6 +120,63 @@ def test_without_a_film_the_running_statistics_are_used_and_kept():
     np.testing.assert_allclose(out, resnet.BatchNorm().apply(variables, x_PHWC), atol=1e-6)
 
 
+_VALID = {"all": [True] * 5, "some": [True, False, True, True, False], "none": [False] * 5}
+
+
+def _norm_loss(norm, x_PHWC, params):
+    weight = np.cos(np.arange(x_PHWC.size)).reshape(x_PHWC.shape)
+    return jnp.sum(jnp.sin(norm(x_PHWC, params)) * weight)
+
+
+def _plain_norm(x_PHWC, params, valid_P, stats):
+    """Batch normalisation whose gradient autodiff makes."""
+    valid = np.asarray(valid_P)
+    mean_C, var_C = stats["mean"], stats["var"]
+    if valid.any():
+        mean_C, var_C = x_PHWC[valid].mean((0, 1, 2)), x_PHWC[valid].var((0, 1, 2))
+    return (x_PHWC - mean_C) / jnp.sqrt(var_C + resnet.BATCH_NORM_EPSILON) * params["scale"] + params["bias"]
+
+
+@pytest.mark.parametrize("which", _VALID)
+def test_the_gradient_that_is_written_out_is_autodiffs(which):
+    x_PHWC, variables = _norm_case()
+    params, stats, valid_P = variables["params"], variables["batch_stats"], np.array(_VALID[which])
+
+    def ours(x_PHWC, params, valid_P=valid_P):
+        variables = {"params": params, "batch_stats": stats}
+        return resnet.BatchNorm().apply(variables, x_PHWC, True, valid_P, mutable=["batch_stats"])[0]
+
+    expected = jax.grad(lambda *a: _norm_loss(lambda x, p: _plain_norm(x, p, valid_P, stats), *a), (0, 1))(
+        x_PHWC, params
+    )
+    got = jax.grad(lambda *a: _norm_loss(ours, *a), (0, 1))(x_PHWC, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=TOLERANCE), got, expected)
+    other = jax.grad(lambda *a: _norm_loss(lambda x, p: ours(x, p, ~valid_P), *a), (0, 1))(x_PHWC, params)
+    assert np.abs(other[0] - expected[0]).max() > 100 * TOLERANCE, "other statistics would show"
+
+
+def test_the_gradient_over_an_axis_is_that_of_the_whole_batch():
+    x_PHWC, variables = _norm_case(num_films=4)
+    params, valid_P = variables["params"], np.array([True, False, True, True])
+
+    def loss(params, x_PHWC, valid_P, weight, axis_name=None):
+        variables_ = {**variables, "params": params}
+        y = resnet.BatchNorm().apply(variables_, x_PHWC, True, valid_P, axis_name, mutable=["batch_stats"])[0]
+        return jnp.sum(jnp.sin(y) * weight)
+
+    weight = np.cos(np.arange(x_PHWC.size)).reshape(x_PHWC.shape)
+    whole = jax.grad(loss, (0, 1))(params, x_PHWC, valid_P, weight)
+
+    def part(x_PHWC, valid_P, weight):
+        d_params, d_x_PHWC = jax.grad(loss, (0, 1))(params, x_PHWC, valid_P, weight, "device")
+        return jax.lax.psum(d_params, "device"), d_x_PHWC
+
+    halves = (x.reshape(2, 2, *x.shape[1:]) for x in (x_PHWC, valid_P, weight))
+    d_params, d_x = jax.vmap(part, axis_name="device")(*halves)
+    np.testing.assert_allclose(d_x.reshape(x_PHWC.shape), whole[1], atol=TOLERANCE, rtol=TOLERANCE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, atol=1e-4, rtol=TOLERANCE), d_params, whole[0])
+
+
 def test_variance_survives_a_large_mean():
     x_PHWC, variables = _norm_case()
     _, stats = _train_norm(variables, x_PHWC + np.float32(30_000))

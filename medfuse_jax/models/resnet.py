@@ -5,9 +5,13 @@ Shapes: P films, H W pixels, C channels, E film features (8 * width).
 Every padding is explicit: torch pads (3, 3) and (1, 1), which `SAME` is not at stride 2.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from medfuse_jax.models.max_pool import max_pool
 
 BATCH_NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.9  # torch calls this 0.1
@@ -68,7 +72,7 @@ class StemConv(nn.Module):
         return _conv(image_PHWC, kernel, stride=2, padding=3)
 
 
-def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array | None, axis_name: str | None):
+def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array, axis_name: str | None):
     """Mean [C], biased variance [C] and count of the valid films' pixels, over all devices of the axis.
 
     Centred squares, in float32: the difference of two large sums would lose the variance.
@@ -78,8 +82,8 @@ def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array | None, axis_name: str
         return values if axis_name is None else jax.lax.psum(values, axis_name)
 
     x_PHWC = x_PHWC.astype(jnp.float32)
-    num_films, height, width, _ = x_PHWC.shape
-    valid_P111 = jnp.ones((num_films, 1, 1, 1), bool) if valid_P is None else valid_P[:, None, None, None]
+    _, height, width, _ = x_PHWC.shape
+    valid_P111 = valid_P[:, None, None, None]
     count = total(jnp.sum(valid_P111) * (height * width)).astype(jnp.float32)
     divisor = jnp.maximum(count, 1)
     mean_C = total(jnp.sum(jnp.where(valid_P111, x_PHWC, 0), axis=(0, 1, 2))) / divisor
@@ -106,16 +110,59 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         running_var = self.variable("batch_stats", "var", jnp.ones, features)
         mean_C, var_C = running_mean.value, running_var.value
-        if train and not self.is_initializing():
-            batch_mean_C, batch_var_C, count = _masked_moments(x_PHWC, valid_P, axis_name)
+        if not train or self.is_initializing():
+            return _normalised(x_PHWC, mean_C, var_C, scale_C, bias_C)
+        if valid_P is None:
+            valid_P = jnp.ones(x_PHWC.shape[0], bool)
+        y_PHWC, moments = _batch_normalised(axis_name, x_PHWC, scale_C, bias_C, valid_P, mean_C, var_C)
+        if self.is_mutable_collection("batch_stats"):
+            batch_mean_C, batch_var_C, count = jax.lax.stop_gradient(moments)
             unbiased_C = batch_var_C * count / jnp.maximum(count - 1, 1)
-            if self.is_mutable_collection("batch_stats"):
-                running_mean.value = jnp.where(count > 0, _updated(mean_C, batch_mean_C), mean_C)
-                running_var.value = jnp.where(count > 0, _updated(var_C, unbiased_C), var_C)
-            mean_C = jnp.where(count > 0, batch_mean_C, mean_C)
-            var_C = jnp.where(count > 0, batch_var_C, var_C)
-        normal_PHWC = (x_PHWC.astype(jnp.float32) - mean_C) * (jax.lax.rsqrt(var_C + BATCH_NORM_EPSILON) * scale_C)
-        return (normal_PHWC + bias_C).astype(x_PHWC.dtype)
+            running_mean.value = jnp.where(count > 0, _updated(mean_C, batch_mean_C), mean_C)
+            running_var.value = jnp.where(count > 0, _updated(var_C, unbiased_C), var_C)
+        return y_PHWC
+
+
+def _normalised(x_PHWC, mean_C, var_C, scale_C, bias_C) -> jax.Array:
+    normal_PHWC = (x_PHWC.astype(jnp.float32) - mean_C) * (jax.lax.rsqrt(var_C + BATCH_NORM_EPSILON) * scale_C)
+    return (normal_PHWC + bias_C).astype(x_PHWC.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _batch_normalised(axis_name, x_PHWC, scale_C, bias_C, valid_P, running_mean_C, running_var_C):
+    """(x normalised by its own valid films, their moments); by the running statistics where there is none.
+
+    The gradient is written out: autodiff passes over the films twice as often. None goes through the moments.
+    """
+    return _batch_normalised_saving(axis_name, x_PHWC, scale_C, bias_C, valid_P, running_mean_C, running_var_C)[0]
+
+
+def _batch_normalised_saving(axis_name, x_PHWC, scale_C, bias_C, valid_P, running_mean_C, running_var_C):
+    moments = _masked_moments(x_PHWC, valid_P, axis_name)
+    count = moments[2]
+    mean_C = jnp.where(count > 0, moments[0], running_mean_C)
+    var_C = jnp.where(count > 0, moments[1], running_var_C)
+    y_PHWC = _normalised(x_PHWC, mean_C, var_C, scale_C, bias_C)
+    return (y_PHWC, moments), (x_PHWC, scale_C, valid_P, mean_C, var_C, count)
+
+
+def _batch_normalised_backward(axis_name, saved, cotangents):
+    x_PHWC, scale_C, valid_P, mean_C, var_C, count = saved
+    d_y_PHWC = cotangents[0].astype(jnp.float32)
+    inverse_C = jax.lax.rsqrt(var_C + BATCH_NORM_EPSILON)
+    centred_PHWC = x_PHWC.astype(jnp.float32) - mean_C
+    d_bias_C = jnp.sum(d_y_PHWC, axis=(0, 1, 2))
+    d_scale_C = jnp.sum(d_y_PHWC * centred_PHWC, axis=(0, 1, 2)) * inverse_C
+    # Every film is normalised by the moments, so all add to their gradient; only the valid ones made them.
+    sums = (d_bias_C, d_scale_C) if axis_name is None else jax.lax.psum((d_bias_C, d_scale_C), axis_name)
+    mean_part_C, var_part_C = (total_C / jnp.maximum(count, 1) for total_C in sums)
+    through_moments_PHWC = mean_part_C + centred_PHWC * (inverse_C * var_part_C)
+    d_x_PHWC = d_y_PHWC - jnp.where(valid_P[:, None, None, None], through_moments_PHWC, 0)
+    d_x_PHWC = (d_x_PHWC * (inverse_C * scale_C)).astype(x_PHWC.dtype)
+    return d_x_PHWC, d_scale_C, d_bias_C, None, None, None
+
+
+_batch_normalised.defvjp(_batch_normalised_saving, _batch_normalised_backward)
 
 
 def _updated(running_C: jax.Array, batch_C: jax.Array) -> jax.Array:
@@ -166,7 +213,7 @@ class ResNet(nn.Module):
         """Films to the input of stage 1, a quarter of their size."""
         x_PHWC = self.stem_conv(image_PHWC.astype(self.dtype))
         x_PHWC = nn.relu(self.stem_norm(x_PHWC, train and not self.frozen_stats, valid_P, axis_name))
-        return nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
+        return max_pool(x_PHWC)
 
     def stage(self, i: int, x_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
         """Stage i = 1..4."""

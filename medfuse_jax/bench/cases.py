@@ -1,0 +1,148 @@
+"""What is measured: the fields of a case, and the presets.
+
+A case is a set of contenders that take turns on the same batches, so that what else the machine does
+falls on all of them, and their ratios mean something.
+"""
+
+import dataclasses
+
+from medfuse_jax.errors import check_choice
+
+KINDS = ("step", "feed", "lstm", "bootstrap", "first_step")
+PEERS = ("torch_released", "torch_tuned")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One case.
+
+    kind: 'step' is the training step on batches that lie on the device (compute only); 'feed' the
+    same beside reading alone and beside both, end to end; 'lstm' the EHR encoder's recurrence alone;
+    'bootstrap' the metrics' bounds; 'first_step' the time from an empty process to the first update.
+    film_share: of the stays; it fixes the batch's film slots P. num_batches: batches a repeat, taken at
+    equal quantiles of their length. placement: 'stream', threads that read and send batches ahead.
+    parallel: 'pmap' or 'jit'. peers: which torch variants take part, where torch is there.
+    sizes: fields of `methods.Model` that differ from the paper's.
+    """
+
+    kind: str = "step"
+    method: str = "medfuse"
+    batch_size: int = 16
+    film_share: float = 0.19
+    precision: str = "float32"
+    placement: str = "stream"
+    parallel: str = "pmap"
+    num_devices: int = 1
+    timestep_h: float = 2.0
+    max_buckets: int = 4
+    num_stays: int = 42_628  # phenotyping's train split (Hayat et al. 2022, Table 1)
+    num_batches: int = 4
+    warm_up: int = 1  # passes over the batches before the first that counts, compilation included
+    repeats: int = 5
+    resize_px: int = 256
+    crop_px: int = 224
+    peers: tuple[str, ...] = PEERS
+    sizes: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Short and unique within a preset."""
+        if self.kind == "bootstrap":
+            return f"bootstrap N={self.num_stays}"
+        parts = [self.kind, self.method, f"B={self.batch_size}"]
+        if self.method != "uni_ehr" and self.kind != "lstm":
+            parts.append(f"{self.film_share:.0%} paired")
+        parts += [f"{self.timestep_h:g} h", self.precision]
+        if self.kind == "feed":
+            parts.append(self.placement)
+        if self.num_devices > 1:
+            parts.append(f"{self.num_devices} devices")
+        if self.parallel != "pmap":
+            parts.append(self.parallel)
+        return " ".join(parts)
+
+
+def _cpu() -> list[Case]:
+    """The targets of a CPU, the headline first: about eight minutes on two cores."""
+    return [
+        Case(max_buckets=2, num_batches=3),
+        Case(film_share=1.0, max_buckets=1, num_batches=1),
+        Case(kind="bootstrap", num_stays=11_914),
+        Case(kind="lstm", num_batches=6),
+        Case(kind="first_step", max_buckets=1),
+        Case(kind="feed", max_buckets=1, num_batches=4),
+        Case(kind="lstm", timestep_h=1.0, num_batches=6),
+        Case(method="uni_ehr", max_buckets=2),
+    ]
+
+
+def _h200() -> list[Case]:
+    """One large GPU, the headline first: what the time budget leaves out is said."""
+    bf16 = {"precision": "bfloat16", "max_buckets": 1, "num_batches": 8, "repeats": 7, "warm_up": 2}
+    return [
+        Case(batch_size=256, film_share=1.0, **bf16),
+        Case(batch_size=16, **bf16 | {"num_batches": 16}),
+        Case(method="uni_cxr", batch_size=256, film_share=1.0, **bf16, peers=("torch_tuned",)),
+        Case(kind="feed", batch_size=256, **bf16 | {"num_batches": 32}),
+        Case(kind="lstm", batch_size=256, **bf16 | {"precision": "float32", "max_buckets": 4}),
+        Case(kind="lstm", batch_size=16, **bf16 | {"precision": "float32", "max_buckets": 4}),
+        Case(kind="bootstrap", num_stays=11_914),
+        Case(batch_size=256, **bf16),
+        Case(batch_size=16, film_share=1.0, **bf16 | {"num_batches": 16}),
+        Case(kind="lstm", batch_size=256, **bf16 | {"max_buckets": 4}),
+        Case(method="uni_ehr", batch_size=256, **bf16, peers=("torch_tuned",)),
+        Case(method="mmtm3", batch_size=256, **bf16, peers=("torch_tuned",)),
+        Case(method="daft3", batch_size=256, **bf16, peers=("torch_tuned",)),
+        Case(kind="first_step", precision="bfloat16"),
+    ]
+
+
+_TINY = {
+    "num_stays": 300,
+    "batch_size": 4,
+    "film_share": 0.5,
+    "timestep_h": 4.0,
+    "max_buckets": 1,
+    "num_batches": 2,
+    "resize_px": 32,
+    "crop_px": 32,
+    "sizes": (("ehr_hidden", 8), ("fusion_hidden", 8), ("resnet_stage_sizes", (1, 1)), ("resnet_width", 4)),
+}
+
+
+def _tiny() -> list[Case]:
+    """Every kind of case in seconds: for tests, its numbers mean nothing."""
+    kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step")]
+    return [*kinds, Case(kind="bootstrap", num_stays=50, repeats=5)]
+
+
+def _devices() -> list[Case]:
+    """The same batch over 1, 2 and 8 devices, both ways; a case with more devices than there are is left out."""
+    return [
+        Case(batch_size=64, film_share=0.25, num_devices=n, parallel=mode, max_buckets=1, num_batches=2, peers=())
+        for n in (1, 2, 8)
+        for mode in ("pmap", "jit")
+    ]
+
+
+def _methods() -> list[Case]:
+    """The training step of every method of the paper, in its own batch of 16."""
+    names = ("uni_ehr", "uni_cxr", "joint", "medfuse", "mmtm3", "mmtm4", "daft3", "daft4")
+    return [Case(method=name, max_buckets=1, num_batches=2, peers=("torch_released",)) for name in names]
+
+
+# name -> (its cases, seconds after which no further case is started; None: all are run)
+PRESETS = {
+    "cpu": (_cpu, 480.0),
+    "h200": (_h200, 400.0),
+    "devices": (_devices, None),
+    "methods": (_methods, None),
+    "tiny": (_tiny, None),
+}
+
+
+def preset(name: str) -> tuple[list[Case], float | None]:
+    """(cases, budget in seconds) of a preset; UserError for an unknown one."""
+    check_choice("--preset", name, PRESETS)
+    make, budget_s = PRESETS[name]
+    return make(), budget_s

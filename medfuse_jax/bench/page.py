@@ -1,0 +1,173 @@
+"""Makes BENCHMARKS.md of the records under results/: `python -m medfuse_jax.bench.page`.
+
+`results/<date>_<name>/*.json` hold what `python -m medfuse_jax.bench --json=FILE` wrote, a record a line. Every
+number on the page is one of theirs.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from medfuse_jax import errors
+from medfuse_jax.bench import table
+from medfuse_jax.errors import UserError
+
+# What is aimed at: the platform, the beginning of the case's name, the contender, its time over ours at least.
+TARGETS = (
+    ("cpu", "step medfuse B=16 19% paired", "torch_released", 3.0),
+    ("cpu", "step medfuse B=16 100% paired", "torch_released", 0.8),
+    ("cpu", "bootstrap N=11914", "sklearn_loop", 100.0),
+    ("gpu", "step medfuse B=256 100% paired", "torch_tuned", 1.5),
+    ("gpu", "step medfuse B=16 19% paired", "torch_released", 6.0),
+    ("gpu", "lstm medfuse B=256", "torch_tuned", 1.0),
+    ("gpu", "bootstrap N=11914", "sklearn_loop", 100.0),
+)
+
+_HEAD = """# Benchmarks
+
+How fast the training step, its input, the recurrence and the metrics' bounds are, beside the same models in plain
+PyTorch on the same machine and the same batches. **A ratio says how many times longer the other takes**; absolute
+numbers belong to the machine they were taken on. This page is made by `python -m medfuse_jax.bench.page` from the
+records in `results/`, one folder a machine and day.
+
+- `ours`: the training step as a run does it (augmentation included), on batches that lie on the device.
+- `torch_released`: the same model as the released code runs it: float32, NCHW, packed series, and a zero image
+  through the ResNet for every stay without a film. Its films come augmented: it is timed without.
+- `torch_tuned`: channels_last, padded series (cuDNN on a GPU), TF32, fused Adam, only the films there are; on a GPU
+  `torch.compile`, and autocast where the case says bfloat16. Also timed without augmentation.
+- `end_to_end`, `input`: the same batches read and sent as in a run; reading alone.
+- `plain_scan`: the recurrence as one scan over the bucket. `sklearn_loop`: roc_auc_score and average_precision_score
+  label by label, one resample timed and multiplied by 1000.
+
+Contenders take turns within every repeat. Series have phenotyping's lengths (log-normal, median 60 h); time is the
+median, with the least and the most of the repeats behind it; a ratio is the median over repeats, with the least, the
+most, and that of both sides' best repeats, which a busy machine disturbs least. Padded: the share of the steps run that
+belong to no stay.
+"""
+
+
+def render(results: Path) -> str:
+    """The page. UserError for a file that is not a record file."""
+    folders = sorted((p for p in results.iterdir() if p.is_dir()), reverse=True) if results.is_dir() else []
+    parts = [_HEAD]
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            parts.append(_section(folder.name, path))
+    return "\n".join(parts)
+
+
+def read(path: Path) -> list[dict]:
+    """The records of one file."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            row["case"], row["contender"], row["seconds"], row["environment"]["commit"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a record of medfuse_jax.bench ({error!r}); write it with --json"
+            ) from None
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no record; write it with `python -m medfuse_jax.bench --json={path}`")
+    return rows
+
+
+def _section(title: str, path: Path) -> str:
+    rows = read(path)
+    parts = [f"## {title}: {path.stem}\n", _about(rows)]
+    if targets := _targets(rows):
+        parts.append(
+            _markdown(("case", "against", "aimed at", "measured (least-most; of the best repeats)", ""), targets)
+        )
+    header = ("case", "contender", "time a repeat", "samples/s", "films/s", "time over ours", "remarks")
+    parts.append(_markdown(header, [_cells(row) for row in rows]))
+    return "\n".join(parts)
+
+
+def _about(rows: list[dict]) -> str:
+    """The machine, the software and the command."""
+    environment, loads = rows[0]["environment"], [row["environment"]["load_average"] for row in rows]
+    versions = [f"{p} {environment[p]}" for p in ("python", "jax", "flax", "numpy")]
+    versions += sorted({f"torch {row['environment']['torch']}" for row in rows if "torch" in row["environment"]})
+    commands = "\n".join(sorted({row["command"] for row in rows}))
+    commits = ", ".join(sorted({row["environment"]["commit"] for row in rows}))
+    return (
+        f"{environment['device']} ({environment['num_local_devices']} devices), {environment['cpu']}, "
+        f"{environment['cores']} cores; {', '.join(versions)}; code at {commits}. "
+        f"Load average before the cases: {min(loads):g} to {max(loads):g}.\n\n"
+        f"Repeat it with\n\n```\n{commands}\n```\n\n"
+        "and one case of it with `--only=` and the beginning of its name.\n"
+    )
+
+
+def _targets(rows: list[dict]) -> list[tuple[str, ...]]:
+    out = []
+    for platform, case, contender, least in TARGETS:
+        for row in rows:
+            here = row["environment"]["platform"] == platform
+            if here and row["case"].startswith(case) and row["contender"] == contender:
+                over = row["time_over_ours"]
+                reached = "reached" if over["median"] >= least else "**missed**"
+                out.append((row["case"], contender, f"{least:g} x", _over(over), reached))
+    return out
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+    spread = f"{table.seconds(row['seconds_min'])} to {table.seconds(row['seconds_max'])}"
+    return (
+        row["case"],
+        row["contender"],
+        f"{table.seconds(row['seconds'])} ({spread})",
+        f"{row['samples_per_s']:.1f}" if "samples_per_s" in row else "",
+        f"{row['films_per_s_device']:.1f}" if row.get("films_per_s_device") else "",
+        _over(row["time_over_ours"]) if "time_over_ours" in row else "",
+        "; ".join(_remarks(row)),
+    )
+
+
+def _remarks(row: dict) -> list[str]:
+    out = []
+    if "share_of_matrix_rate" in row:
+        rate, best = row["tflop_per_s_device"], row["matrix_tflop_per_s"]
+        out.append(f"{rate:.3g} TFLOP/s, {row['share_of_matrix_rate']:.0%} of {best:.3g} of a matrix product")
+    if "padded_share_run" in row:
+        out.append(f"padded {row['padded_share_run']:.1%} (buckets: {row['padded_share_bucket']:.1%})")
+    if "compilations" in row:
+        out.append(f"{row['compilations']} compilations, {row['compile_s']:.1f} s")
+    if "step_memory_gb" in row:
+        out.append(f"{row['step_memory_gb']:.2f} GB")
+    if "cold_s" in row:
+        phases = ", ".join(f"{name} {s:.1f} s" for name, s in row["warm_phases_s"].items())
+        out.append(f"warm cache; cold {row['cold_s']:.1f} s; warm: {phases}")
+    if "scaled_from_resamples" in row:
+        out.append("scaled from 1 resample a repeat")
+    return out
+
+
+def _over(over: dict) -> str:
+    return f"{over['median']:.2f} ({over['min']:.2f}-{over['max']:.2f}; best {over['of_best']:.2f})"
+
+
+def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    results = Path(flags.FLAGS.results)
+    if not results.is_dir():
+        raise UserError(f"--results={results} is not a folder; there should be one folder a machine and day in it")
+    text = render(results)
+    try:
+        Path(flags.FLAGS.out).write_text(text)
+    except OSError as error:
+        raise UserError(f"--out={flags.FLAGS.out} cannot be written ({error.strerror})") from None
+    print(f"{flags.FLAGS.out}: {text.count(chr(10))} lines")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("results", "results", "The folder of the records.")
+    flags.DEFINE_string("out", "BENCHMARKS.md", "The page to write.")
+    errors.run(main)
