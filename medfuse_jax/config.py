@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from medfuse_jax import augment, files, tasks
+from medfuse_jax import augment, files, losses, tasks
 from medfuse_jax.errors import UserError, check_choice
 
 # Per stage of pre-training, only what differs from the fusion run is given.
@@ -33,6 +33,7 @@ def default() -> ConfigDict:
     config.data.train_stays = "partial"  # 'partial': all stays; 'paired': those with a film
     config.data.val_stays = "partial"  # the validation stays that select the model
     config.data.ehr_only_ratio = 1.0  # part of the EHR-only stays drawn each epoch (OPTIMAL: 0.2 / 0.1)
+    config.data.film_task = "radiology"  # whose films and labels train unified's classifier of films
     config.data.statistics = "train"  # or a JSON file with 'mean' and 'std', 76 numbers each
     config.data.max_buckets = 4  # padded lengths, each a compilation
 
@@ -47,6 +48,11 @@ def default() -> ConfigDict:
     config.model.resnet_stage_sizes = (3, 4, 6, 3)
     config.model.resnet_width = 64
     config.model.batch_norm = "batch"  # 'frozen': keep the pre-trained running statistics
+    config.model.missing_film = ""  # early, joint: 'zeros' or 'learnt' (a vector); '': as the method's name says
+
+    config.loss = ConfigDict()  # weights of the losses beside the main one, in mmtm and unified
+    for field in dataclasses.fields(losses.Weights):
+        config.loss[field.name] = field.default
 
     config.batch_size = 16
     config.films_per_batch = 0  # 0: the share of paired stays
@@ -64,6 +70,7 @@ def default() -> ConfigDict:
     config.eval.batch_size = 64
     config.eval.num_bootstrap = 1000
 
+    config.encoders = "pretrained"  # 'random': without the stages of config.pretrain (the paper's RI)
     config.pretrain = ConfigDict()  # 'ehr', 'cxr': what differs from the fields above
     config.init = ConfigDict()
     config.init.ehr = ""  # workdir of a finished run whose encoder to start from
@@ -71,11 +78,21 @@ def default() -> ConfigDict:
     return config
 
 
+def stages(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The pre-training stages, by the encoder they train ('ehr', 'cxr'): none that would be the run itself.
+
+    None at all where the encoders start at random.
+    """
+    staged = {name: stage(config, name) for name in config.pretrain if config.encoders == "pretrained"}
+    return {name: s for name, s in staged.items() if (s.method, s.task) != (config.method, config.task)}
+
+
 def stage(config: ConfigDict, name: str) -> ConfigDict:
     """The whole config of one pre-training stage."""
     derived = config.copy_and_resolve_references()
     changes = derived.pretrain[name]
     derived.pretrain = ConfigDict()
+    derived.model.missing_film = ""  # the fusion's, not an encoder's
     derived.update(changes)
     derived.name = f"{config.name}_pretrain_{name}"
     return derived
@@ -96,6 +113,16 @@ def validate(config: ConfigDict) -> None:
     check_choice("config.method", config.method, methods.METHODS)
     check_choice("config.data.train_stays", config.data.train_stays, ("partial", "paired"))
     check_choice("config.data.val_stays", config.data.val_stays, ("partial", "paired"))
+    check_choice(
+        "config.data.film_task", config.data.film_task, [t for t, task in tasks.TASKS.items() if task.films_only]
+    )
+    check_choice("config.encoders", config.encoders, ("pretrained", "random"))
+    check_choice("config.model.missing_film", config.model.missing_film, ("", "zeros", "learnt"))
+    if config.model.missing_film and not hasattr(methods.METHODS[config.method][0], "missing"):
+        raise UserError(
+            f"config.model.missing_film is {config.model.missing_film!r}, and the method {config.method!r} puts "
+            "nothing in a missing film's place: leave it out, or take early or joint"
+        )
     check_choice("config.film.crop", config.film.crop, ("center", "random"))
     check_choice("config.model.batch_norm", config.model.batch_norm, ("batch", "frozen"))
     check_choice("config.precision", config.precision, ("auto", "float32", "bfloat16"))
@@ -119,6 +146,8 @@ def validate(config: ConfigDict) -> None:
     _check_range("config.film.translation", config.film.translation, 0.0, 1.0)
     if len(config.film.scale) != 2 or not 0.1 <= config.film.scale[0] <= config.film.scale[1] <= 10:
         raise UserError(f"config.film.scale is {config.film.scale}; give the least and the most, between 0.1 and 10")
+    for name, weight in config.loss.items():
+        _check_range(f"config.loss.{name}", weight, 0.0, 1e6)
     _check_range("config.model.dropout", config.model.dropout, 0.0, 0.99)
     _check_range("config.model.ehr_hidden", config.model.ehr_hidden, 1)
     _check_range("config.model.fusion_hidden", config.model.fusion_hidden, 1)

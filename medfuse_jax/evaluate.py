@@ -77,35 +77,34 @@ def _store(record_DB, score_DBK, loss_DB, score_NK: np.ndarray, loss_N: np.ndarr
     loss_N[record_R[real_R]] = np.asarray(loss_DB).reshape(-1)[real_R]
 
 
-def evaluate(workdir: Path, split: str = "test") -> dict:
+def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
     """Evaluates a run's best checkpoint on one split.
 
-    Writes predictions_<split>.npz (stay_id, scores, labels, has_cxr, age) and result.json
+    Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age) and result.json
     (for test; result_<split>.json else), and returns the result.
+    head: one of the model's classifiers beside the main one, such as 'ehr_only'; the stays it can
+    score, in predictions_<split>_<head>.npz and result_<split>_<head>.json.
     """
     check_choice("--split", split, tasks.SPLITS)
     run = workdir_lib.open_run(workdir)
     config = run.config
     state = checkpoints.restore_best(workdir, run.abstract_state())
     best_epoch = int(state.step) // len(run.train_plan(epoch=1))
+    include_N = run.dataset.usable(split)
+    if head:
+        run, include_N = _for_head(run, head, split)
     state = parallel.replicate(state, run.devices)
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
-    predictions = predict(run, eval_fn, state, split, run.dataset.usable(split))
+    predictions = predict(run, eval_fn, state, split, include_N)
 
     part = {name: values[predictions.record_N] for name, values in run.dataset.index[split].items()}
-    with files.written_whole(workdir / f"predictions_{split}.npz") as unfinished:
-        np.savez(
-            unfinished,
-            stay_id=part["stay_id"],
-            scores=predictions.score_NK,
-            labels=predictions.label_NK,
-            has_cxr=part["has_cxr"],
-            age=part["age"],
-        )
+    scored = {"stay_id": part["stay_id"], "scores": predictions.score_NK, "labels": predictions.label_NK}
+    scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
     result = {
         "name": config.name,
         "task": config.task,
         "method": config.method,
+        **({"head": head} if head else {}),
         "split": split,
         "seed": config.seed,
         "num_params": experiment_lib.num_params(state),
@@ -114,56 +113,99 @@ def evaluate(workdir: Path, split: str = "test") -> dict:
         "data": _describe_data(config),
         "labels": list(run.dataset.labels),
         "loss": predictions.loss,
-        "subsets": _subsets(config, part["has_cxr"], predictions),
-        "comparisons": _comparisons(config, workdir, split, part["stay_id"], part["has_cxr"], predictions),
-        "environment": _environment(run.devices),
+        "subsets": subsets(scored, config.eval.num_bootstrap, config.seed),
+        "comparisons": _against_pretraining(config, workdir, split, scored),
+        "environment": environment(run.devices),
     }
-    path = workdir / ("result.json" if split == "test" else f"result_{split}.json")
-    files.write_text(path, json.dumps(metrics.to_json(result), indent=1) + "\n")
+    save(workdir, scored, result)
     return result
 
 
-def _subsets(config, has_cxr_N: np.ndarray, predictions: Predictions) -> dict:
-    subsets = {}
-    for name, include_N in _masks(has_cxr_N).items():
-        label_NK, score_NK = predictions.label_NK[include_N], predictions.score_NK[include_N]
-        subsets[name] = metrics.evaluate(label_NK, score_NK, config.eval.num_bootstrap, config.seed)
-        subsets[name]["num_samples"] = int(include_N.sum())
-    return subsets
+def _for_head(run: experiment_lib.Experiment, head: str, split: str) -> tuple[experiment_lib.Experiment, np.ndarray]:
+    """The run with another classifier of its model scored, and which records that can score."""
+    heads = {h.logits.removesuffix("_logits"): h for h in run.options.model.heads if h.label == "label"}
+    heads.pop("logits", None)
+    if not heads:
+        raise UserError(f"--head={head}: the method {run.config.method!r} has one classifier; leave --head out")
+    check_choice("--head", head, heads)
+    options = dataclasses.replace(run.options, head=heads[head].logits)
+    dataset = dataclasses.replace(run.dataset, needs=heads[head].needs)
+    return dataclasses.replace(run, options=options, dataset=dataset), dataset.usable(split)
 
 
-def _comparisons(config, workdir: Path, split: str, stay_id_N, has_cxr_N, predictions: Predictions) -> list[dict]:
-    """This run against the pre-training run of the same task, on the same stays and resamples."""
+def save(workdir: Path, scored: dict, result: dict) -> None:
+    """Writes the predictions and the result of one split (and head) to the workdir, under their names."""
+    split, head = result["split"], result.get("head", "")
+    with files.written_whole(predictions_path(workdir, split, head)) as unfinished:
+        np.savez(unfinished, **scored)
+    files.write_text(result_path(workdir, split, head), json.dumps(metrics.to_json(result), indent=1) + "\n")
+
+
+def predictions_path(workdir: Path, split: str, head: str = "") -> Path:
+    return workdir / f"predictions_{_part_name(split, head)}.npz"
+
+
+def result_path(workdir: Path, split: str, head: str = "") -> Path:
+    return workdir / ("result.json" if (split, head) == ("test", "") else f"result_{_part_name(split, head)}.json")
+
+
+def _part_name(split: str, head: str) -> str:
+    return f"{split}_{head}" if head else split
+
+
+def subsets(scored: dict, num_bootstrap: int, seed: int) -> dict:
+    """Metrics with bounds of all that is scored, and of its parts by modality."""
+    results = {}
+    for name, include_N in _masks(scored).items():
+        label_NK, score_NK = scored["labels"][include_N], scored["scores"][include_N]
+        results[name] = metrics.evaluate(label_NK, score_NK, num_bootstrap, seed)
+        results[name]["num_samples"] = int(include_N.sum())
+    return results
+
+
+def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: int) -> list[dict]:
+    """Differences to another run on the stays that both score, the same resamples. against: what it is called."""
+    _, mine, theirs = np.intersect1d(scored["stay_id"], other["stay_id"], assume_unique=True, return_indices=True)
+    if not len(mine):
+        return []
+    order = np.argsort(mine)  # the order of the records: that of the bounds beside these
+    mine, theirs = mine[order], theirs[order]
+    common = {name: values[mine] for name, values in scored.items()}
+    other_NK = other["scores"][theirs]
     comparisons = []
-    for stage in config.pretrain:
-        path = workdir / f"pretrain_{stage}" / f"predictions_{split}.npz"
-        if not path.exists() or config_lib.stage(config, stage).task != config.task:
-            continue
-        try:
-            with np.load(path) as other:
-                other_id_N, other_NK = other["stay_id"], other["scores"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({error}): run medfuse_jax.evaluate there again") from None
-        if not np.array_equal(other_id_N, stay_id_N):
-            raise UserError(f"{path} scores other stays than {workdir}: run medfuse_jax.evaluate there again")
-        for name, include_N in _masks(has_cxr_N).items():
-            difference = metrics.compare(
-                predictions.label_NK[include_N],
-                other_NK[include_N],
-                predictions.score_NK[include_N],
-                config.eval.num_bootstrap,
-                config.seed,
-            )
-            comparisons.append({"against": config_lib.stage(config, stage).method, "subset": name, **difference})
+    for name, include_N in _masks(common).items():
+        label_NK, score_NK = common["labels"][include_N], common["scores"][include_N]
+        difference = metrics.compare(label_NK, other_NK[include_N], score_NK, num_bootstrap, seed)
+        comparisons.append({"against": against, "subset": name, **difference})
     return comparisons
 
 
-def _masks(has_cxr_N: np.ndarray) -> dict[str, np.ndarray]:
+def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> list[dict]:
+    """This run against the pre-training run of the same task."""
+    comparisons = []
+    for stage in config.pretrain:
+        staged = config_lib.stage(config, stage)
+        path = predictions_path(workdir / f"pretrain_{stage}", split)
+        if not path.exists() or staged.task != config.task:
+            continue
+        try:
+            with np.load(path) as stored:
+                other = {"stay_id": stored["stay_id"], "scores": stored["scores"]}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"{path} cannot be read ({error}): run medfuse_jax.evaluate there again") from None
+        comparisons += compare(scored, other, staged.method, config.eval.num_bootstrap, config.seed)
+    return comparisons
+
+
+def _masks(scored: dict) -> dict[str, np.ndarray]:
     """The subsets that a result is given for, those that hold any record."""
+    has_cxr_N, has_ehr_N = scored["has_cxr"], scored["has_ehr"]
     masks = {"all": np.ones_like(has_cxr_N)}
-    if has_cxr_N.any() and not has_cxr_N.all():
-        masks |= {"paired": has_cxr_N, "unpaired": ~has_cxr_N}
-    return masks
+    if not has_ehr_N.any():
+        return masks
+    parts = {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "film_only": has_cxr_N & ~has_ehr_N}
+    parts = {name: mask for name, mask in parts.items() if mask.any()}
+    return masks | (parts if len(parts) > 1 else {})
 
 
 def _describe_data(config) -> dict:
@@ -176,7 +218,7 @@ def _describe_data(config) -> dict:
     }
 
 
-def _environment(on: list[jax.Device]) -> dict:
+def environment(on: list[jax.Device]) -> dict:
     packages = ("medfuse_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "devices": f"{len(on)} x {on[0].device_kind}",
@@ -196,11 +238,12 @@ def _version(package: str) -> str:
 def main(argv: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir)
     experiment_lib.use_compilation_cache()
-    result = evaluate(workdir, flags.FLAGS.split)
+    result = evaluate(workdir, flags.FLAGS.split, flags.FLAGS.head)
     print(text.table([result]))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
     flags.DEFINE_string("split", "test", "train, val or test.")
+    flags.DEFINE_string("head", "", "Another classifier of the model, such as ehr_only; by default the main one.")
     errors.run(main)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import augment, checkpoints, input_pipeline, optim, parallel, tasks
+from medfuse_jax import augment, checkpoints, input_pipeline, losses, optim, parallel, tasks
 from medfuse_jax import config as config_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
@@ -30,26 +30,31 @@ class Experiment:
         """Which records of train or val the run uses, by config.data.<split>_stays; bool [N]."""
         include_N = self.dataset.usable(split)
         if self.config.data[f"{split}_stays"] == "paired":
-            include_N = include_N & self.dataset.index[split]["has_cxr"]
+            has_stay_N = (self.dataset.index[split]["length"] > 0) | self.dataset.task.films_only
+            include_N = include_N & self.dataset.index[split]["has_cxr"] & has_stay_N
         return include_N
 
     def has_encoder(self, name: str) -> bool:
         """Whether the method has an encoder for 'ehr' or 'cxr'."""
         return {"ehr": self.options.model.uses_ehr, "cxr": self.options.model.uses_film}[name]
 
-    def train_plan(self, epoch: int) -> plan_lib.Plan:
-        """The training batches of one epoch."""
-        return plan_lib.train_plan(
+    def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Turns:
+        """The training batches of one epoch, those of films with their own labels in turn with the stays'."""
+        drawn = {"batch_size": self.config.batch_size, "seed": self.config.seed, "epoch": epoch}
+        stays = plan_lib.train_plan(
             self.dataset.lengths("train"),
             self.dataset.paired("train"),
             self.selects("train"),
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            epoch=epoch,
             buckets=self.dataset.buckets,
             num_films=self.config.films_per_batch or None,
             ehr_only_ratio=self.config.data.ehr_only_ratio,
+            **drawn,
         )
+        films = self.dataset.films
+        if films is None:
+            return stays
+        of_films = (films.lengths("train"), films.paired("train"), films.usable("train"))
+        return plan_lib.take_turns(stays, plan_lib.train_plan(*of_films, buckets=films.buckets, **drawn))
 
     def fresh_state(self) -> step_lib.TrainState:
         """A newly initialised state, from the config's seed."""
@@ -79,11 +84,18 @@ def open_experiment(config: ConfigDict) -> Experiment:
         config.task,
         use_ehr=method.uses_ehr,
         use_film=method.uses_film,
+        needs=method.needs,
         statistics=config.data.statistics,
         max_buckets=config.data.max_buckets,
     )
+    film_heads = [head for head in method.heads if head.label == input_pipeline.FILM_LABEL]
+    if any(config.loss[head.weight] for head in film_heads):
+        dataset = input_pipeline.with_films(dataset, config.data.dir, config.data.film_task)
     if method.uses_ehr and dataset.task.films_only:
         raise UserError(f"the method {config.method!r} reads EHR, and the task {config.task!r} has none: use 'uni_cxr'")
+    own = {"num_film_labels": len(tasks.TASKS[config.data.film_task].labels)} if film_heads else {}
+    if config.model.missing_film:
+        own["missing"] = config.model.missing_film
     on = parallel.devices()
     config_lib.check_devices(config, len(on))
     options = step_lib.StepOptions(
@@ -97,11 +109,13 @@ def open_experiment(config: ConfigDict) -> Experiment:
             resnet_width=config.model.resnet_width,
             frozen_stats=config.model.batch_norm == "frozen",
             dtype=_compute_dtype(config.precision),
+            **own,
         ),
         optimizer=optim.adam(config.beta2),
         film=augment.FilmOptions(**config.film.to_dict()),
         mean_F=tuple(dataset.mean_F.tolist()),
         std_F=tuple(dataset.std_F.tolist()),
+        weights=losses.Weights(**config.loss.to_dict()),
     )
     run = Experiment(config, dataset, options, on)
     _check_batches(run)
@@ -117,6 +131,9 @@ def _check_batches(run: Experiment) -> None:
                 f"the {split} split of {config.data.dir}/{config.task} has no record that the run uses "
                 f"(config.data.{split}_stays={config.data[f'{split}_stays']}, method {config.method})"
             )
+    if run.dataset.films:
+        what = f"the classifier of films (config.data.film_task={config.data.film_task})"
+        _check_unseen(run, what, run.dataset.films.index["train"]["subject_id"])
     include_N, paired_N = run.selects("train"), run.dataset.paired("train")
     if (include_N & paired_N).any() and (include_N & ~paired_N).any():
         if config.batch_size < 2:
@@ -139,11 +156,19 @@ def check_encoder(run: Experiment, name: str, source: Experiment) -> None:
         if not side.has_encoder(name):
             raise UserError(f"{what} cannot start {method}: the method {side.config.method} has no {module}")
     ours, theirs = (jax.tree.map(jnp.shape, side.abstract_state().params[module]) for side in (run, source))
-    if ours != theirs:
+    # daft3's film encoder is a whole one's but for the last stage; stages themselves are taken whole.
+    our_stages, their_stages = ({part.partition("_")[0] for part in parts} for parts in (ours, theirs))
+    if lacking := sorted(our_stages - their_stages):
+        raise UserError(f"{what} cannot start {method}: its {module} has no {lacking[0]}")
+    if ours != {part: shapes for part, shapes in theirs.items() if part.partition("_")[0] in our_stages}:
         raise UserError(f"{what} has other sizes than config.model here")
+    _check_unseen(run, what, source.dataset.index["train"]["subject_id"][source.selects("train")])
+
+
+def _check_unseen(run: Experiment, what: str, seen_N: np.ndarray) -> None:
+    """Raises UserError where `what` was trained on patients whom the run is validated or tested on."""
     held_out = np.concatenate([run.dataset.index[split]["subject_id"] for split in ("val", "test")])
-    seen = source.dataset.index["train"]["subject_id"][source.selects("train")]
-    if leaked := len(np.intersect1d(held_out, seen)):
+    if leaked := len(np.intersect1d(held_out, seen_N)):
         raise UserError(
             f"{what} was trained on {leaked} patients of the val and test splits of {run.config.data.dir}/"
             f"{run.config.task}: build both tasks with the same --seed, or the same --val_ids and --test_ids"
@@ -158,9 +183,9 @@ def start_from_encoders(
     for name, (workdir, source) in encoders.items():
         module = f"{name}_encoder"
         trained = checkpoints.restore_best(workdir, source.abstract_state())
-        params[module] = trained.params[module]
+        params[module] = {part: trained.params[module][part] for part in params[module]}
         if module in batch_stats:
-            batch_stats[module] = trained.batch_stats[module]
+            batch_stats[module] = {part: trained.batch_stats[module][part] for part in batch_stats[module]}
     return state.replace(params=params, batch_stats=batch_stats)
 
 

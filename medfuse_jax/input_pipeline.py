@@ -12,6 +12,7 @@ A batch is a dict of arrays, each with a leading device axis D:
     film_row   int32   [D, P]         the row a film belongs to; B: an empty film slot
 
 `ehr`/`length` are left out for film-only tasks, `image`/`film_row` where there are no film slots.
+In a batch of `Dataset.films` the labels are named `film_label`.
 """
 
 import dataclasses
@@ -29,14 +30,20 @@ from medfuse_jax.errors import UserError
 READ_OPTIONS = {"num_threads": 2, "prefetch_buffer_size": 16}
 
 
+FILM_LABEL = "film_label"
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """One task's shards, opened: what a run needs to know of them before it reads a record.
 
     use_ehr, use_film: whether the method reads that modality; what it does not read is
     neither decoded into a batch nor sent to the device.
+    needs: the modalities, 'ehr' and 'cxr', without which it has no prediction.
     buckets: padded lengths shared by all splits.
     digest: of the shards' content.
+    label_field: what the labels are called in a batch.
+    films: the films with labels of their own that take turns with the stays in training, or None.
     """
 
     task: tasks.Task
@@ -50,14 +57,21 @@ class Dataset:
     use_film: bool
     buckets: tuple[int, ...]
     digest: str
+    needs: tuple[str, ...] = ()
+    label_field: str = "label"
+    films: "Dataset | None" = None
 
     def paired(self, split: str) -> np.ndarray:
         """Which records of `split` come with a film that the method uses, bool [N]."""
         return self.index[split]["has_cxr"] & self.use_film
 
     def usable(self, split: str) -> np.ndarray:
-        """Which records the method can score: all, or those with a film if it reads nothing else; bool [N]."""
-        return self.index[split]["has_cxr"] | self.use_ehr
+        """Which records the method can score: those with something it reads and all it needs; bool [N]."""
+        has_N = {"ehr": self.lengths(split) > 0, "cxr": self.paired(split)}
+        usable_N = has_N["ehr"] | has_N["cxr"]
+        for modality in self.needs:
+            usable_N = usable_N & has_N[modality]
+        return usable_N
 
     def lengths(self, split: str) -> np.ndarray:
         """Time steps of each record that the method reads, int [N]."""
@@ -71,6 +85,7 @@ def open_dataset(
     *,
     use_ehr: bool = True,
     use_film: bool = True,
+    needs: tuple[str, ...] = (),
     statistics: str = "train",
     max_buckets: int = 4,
 ) -> Dataset:
@@ -110,16 +125,28 @@ def open_dataset(
         use_ehr=use_ehr,
         use_film=use_film,
         buckets=plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,),
+        needs=needs,
     )
 
 
-def batches(dataset: Dataset, split: str, plan: plan_lib.Plan, *, num_devices: int = 1, start: int = 0) -> Iterator:
+def with_films(dataset: Dataset, data_dir: str | Path, film_task: str) -> Dataset:
+    """The same dataset beside the films of a film-only task; UserError where that is not built."""
+    films = open_dataset(data_dir, film_task, use_ehr=False)
+    return dataclasses.replace(dataset, films=dataclasses.replace(films, label_field=FILM_LABEL))
+
+
+def batches(
+    dataset: Dataset, split: str, plan: plan_lib.Plan | plan_lib.Turns, *, num_devices: int = 1, start: int = 0
+) -> Iterator:
     """The plan's batches from step `start` on, read ahead by threads."""
     import grain.python as grain  # late: batches can be laid out without it, as the benchmark does
 
     if start >= len(plan):
         return iter(())
-    source = _Batches(dataset, split, plan, num_devices)
+    if isinstance(plan, plan_lib.Turns):
+        source = _InTurn(dataset, split, plan, num_devices)
+    else:
+        source = _Batches(dataset, split, plan, num_devices)
     return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(grain.ReadOptions(**READ_OPTIONS)))
 
 
@@ -137,6 +164,24 @@ class _Batches:
         return collate(self._dataset, self._split, rows_DB, film_row_DP, int(self._plan.steps_S[step]))
 
 
+class _InTurn:
+    """A random-access source of the batches of stays and of films, in the order of `Turns`."""
+
+    def __init__(self, dataset: Dataset, split: str, turns: plan_lib.Turns, num_devices: int):
+        self._turns = turns
+        self._sources = {
+            "stays": _Batches(dataset, split, turns.stays, num_devices),
+            "films": _Batches(dataset.films, split, turns.films, num_devices),
+        }
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        name, i = self._turns.at(step)
+        return self._sources[name][i]
+
+
 def collate(
     dataset: Dataset, split: str, rows_DB: np.ndarray, film_row_DP: np.ndarray, num_steps: int
 ) -> dict[str, np.ndarray]:
@@ -145,7 +190,7 @@ def collate(
     valid_DB = rows_DB != plan_lib.PADDING
     safe_DB = np.where(valid_DB, rows_DB, 0)
     batch = {
-        "label": (part["label"][safe_DB] * valid_DB[..., None]).astype(np.float32),
+        dataset.label_field: (part["label"][safe_DB] * valid_DB[..., None]).astype(np.float32),
         "valid": valid_DB,
         "row_id": np.arange(rows_DB.size, dtype=np.int32).reshape(rows_DB.shape),
         "record": rows_DB.astype(np.int32),

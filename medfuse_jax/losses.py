@@ -1,8 +1,72 @@
-"""Losses. Shapes: B rows of the batch, K labels."""
+"""Losses: which classifiers a batch trains, on which rows. Shapes: B rows of the batch, P films, K labels."""
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One of a model's classifiers, as the loss sees it.
+
+    logits: its name among the model's outputs. needs: the modalities, 'ehr' and 'cxr', that a row
+    must have to train it. label: the batch's field with its labels; a batch without that field does
+    not train it. weight: the field of `Weights` it is multiplied by, '' for 1.
+    """
+
+    logits: str = "logits"
+    needs: tuple[str, ...] = ()
+    label: str = "label"
+    weight: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What multiplies the losses beside the main one, in the methods that have them (config.loss).
+
+    ehr_only, cxr_only: of the classifiers of one modality. align: of the alignment loss, 0 as the
+    released code has it.
+    """
+
+    ehr_only: float = 1.0
+    cxr_only: float = 1.0
+    align: float = 0.0
+
+
+def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weights, total: Callable) -> jax.Array:
+    """The weighted sum of the losses of the heads that the batch has labels for, and of the alignment loss.
+
+    Each is a mean over the rows of the whole batch that train it, 0 where there is none.
+    total: sums over devices, so that their objectives, and the gradients, add up to the batch's.
+    """
+    present = present_rows(batch)
+    loss = jnp.zeros(())
+    for head in heads:
+        if head.label in batch:
+            trains_B = batch["valid"]
+            for modality in head.needs:
+                trains_B = trains_B & present[modality]
+            weight = getattr(weights, head.weight) if head.weight else 1.0
+            num_rows = total(jnp.sum(trains_B))
+            loss += weight * mean_bce(outputs[head.logits], batch[head.label], trains_B, num_rows)
+    if weights.align and "align_loss_rows" in outputs:
+        has_both_B = batch["valid"] & present["ehr"] & present["cxr"]
+        align_B = jnp.where(has_both_B, outputs["align_loss_rows"], 0.0)
+        loss += weights.align * jnp.sum(align_B) / jnp.maximum(total(jnp.sum(has_both_B)), 1)
+    return loss
+
+
+def present_rows(batch: dict) -> dict[str, jax.Array]:
+    """{'ehr', 'cxr': bool [B]}: which rows have a stay, and which a film."""
+    num_rows = batch["valid"].shape[0]
+    has_ehr_B = batch["length"] > 0 if "length" in batch else jnp.zeros(num_rows, bool)
+    has_cxr_B = jnp.zeros(num_rows, bool)
+    if "film_row" in batch:  # an empty slot names the row after the last, which is dropped
+        has_cxr_B = has_cxr_B.at[batch["film_row"]].set(True, mode="drop")
+    return {"ehr": has_ehr_B, "cxr": has_cxr_B}
 
 
 def mean_bce(logits_BK: jax.Array, label_BK: jax.Array, valid_B: jax.Array, num_valid: jax.Array) -> jax.Array:

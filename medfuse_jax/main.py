@@ -29,8 +29,8 @@ def main(argv: list[str]) -> None:
     run = experiment.open_experiment(config)
     given = {name: (Path(path), workdir.open_run(Path(path))) for name, path in config.init.items() if path}
     stages = {
-        name: (folder / f"pretrain_{name}", experiment.open_experiment(config_lib.stage(config, name)))
-        for name in config.pretrain
+        name: (folder / f"pretrain_{name}", experiment.open_experiment(staged))
+        for name, staged in config_lib.stages(config).items()
         if name not in given and run.has_encoder(name)
     }
     encoders = given | stages

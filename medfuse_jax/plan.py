@@ -41,6 +41,34 @@ class Plan:
         return self.paired_SP.shape[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """An epoch of batches from two datasets, stays' and films' in turn, spread evenly over it."""
+
+    stays: Plan
+    films: Plan
+
+    def __len__(self) -> int:
+        return len(self.stays) + len(self.films)
+
+    @property
+    def batch_size(self) -> int:
+        return self.stays.batch_size
+
+    def at(self, step: int) -> tuple[str, int]:
+        """('stays' or 'films', the number of that plan's batch)."""
+        before = step * len(self.films) // len(self)
+        if (step + 1) * len(self.films) // len(self) > before:
+            return "films", before
+        return "stays", step - before
+
+
+def take_turns(stays: Plan, films: Plan) -> Turns:
+    """A batch of films after each of stays; of a longer plan of films as many, another part each epoch."""
+    first = slice(len(stays))
+    return Turns(stays, Plan(films.paired_SP[first], films.unpaired_SU[first], films.steps_S[first]))
+
+
 def films_per_batch(num_paired: int, num_stays: int, batch_size: int) -> int:
     """The number P of film slots a batch gets: its share of paired stays, at least one if there is any."""
     if num_paired == 0:

@@ -6,6 +6,7 @@ batch is a sum over the devices too. Batches are described in `input_pipeline`.
 """
 
 import dataclasses
+import functools
 
 import flax
 import jax
@@ -28,13 +29,19 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What a step is compiled for. mean_F and std_F standardise the EHR channels."""
+    """What a step is compiled for.
+
+    mean_F and std_F standardise the EHR channels. weights: of the losses beside the main one.
+    head: the model's output that is scored.
+    """
 
     model: flax.linen.Module
     optimizer: optax.GradientTransformation
     film: augment.FilmOptions
     mean_F: tuple[float, ...]
     std_F: tuple[float, ...]
+    weights: losses.Weights = dataclasses.field(default_factory=losses.Weights)
+    head: str = "logits"
 
 
 def create_state(options: StepOptions, key: jax.Array, batch: dict, learning_rate: float) -> TrainState:
@@ -82,7 +89,6 @@ def train_step(
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     inputs = model_inputs(options, batch, augment_key)
-    num_valid = _sum_over(jnp.sum(batch["valid"]), axis)
 
     def loss_fn(params):
         outputs, updated = options.model.apply(
@@ -94,7 +100,8 @@ def train_step(
             mutable=["batch_stats"],
             rngs={"dropout": dropout_key},
         )
-        loss = losses.mean_bce(outputs["logits"], batch["label"], batch["valid"], num_valid)
+        total = functools.partial(_sum_over, axis=axis)
+        loss = losses.objective(options.model.heads, outputs, batch, options.weights, total)
         return loss, updated.get("batch_stats", state.batch_stats)
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -110,10 +117,10 @@ def train_step(
 
 
 def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """(scores [B, K] in 0..1, summed loss of each row [B], 0 in padded rows), without augmentation."""
+    """(scores [B, K] in 0..1, mean loss of each row [B], 0 in padded rows) of options.head, without augmentation."""
     inputs = model_inputs(options, batch, key=None)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits_BK = options.model.apply(variables, **inputs, train=False)["logits"]
+    logits_BK = options.model.apply(variables, **inputs, train=False)[options.head]
     loss_B = optax.sigmoid_binary_cross_entropy(logits_BK, batch["label"]).mean(-1)
     return jax.nn.sigmoid(logits_BK), jnp.where(batch["valid"], loss_B, 0.0)
 

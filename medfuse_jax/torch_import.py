@@ -144,6 +144,11 @@ _TABLES: dict[str, Callable[[tuple[int, ...]], list[Row]]] = {
     "early": _concat,
     "joint": _concat,
     "joint_zeros": _concat,
+    "unified": lambda stages: (
+        _concat(stages)
+        + _linear_rows("ehr_model.dense_layer", "ehr_classifier")
+        + _linear_rows("cxr_model.classifier.0", "cxr_classifier")
+    ),
     "joint_learnable": lambda stages: _concat(stages) + _MISSING_TOKEN,
     "mmtm3": lambda stages: _mmtm(stages, 3),
     "mmtm4": lambda stages: _mmtm(stages, 4),

@@ -74,6 +74,7 @@ def write_evaluation(
         stay_id=np.arange(len(labels)),
         scores=scores,
         labels=labels.astype(np.int8),
+        has_ehr=np.full(len(labels), not tasks.TASKS[task].films_only),
         has_cxr=has_cxr,
         age=data["age"].astype(np.float32),
     )

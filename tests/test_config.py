@@ -52,6 +52,22 @@ def test_num_epochs_reaches_the_pretraining_stages():
     assert config_lib.stage(config, "ehr").num_epochs == 5 and config.num_epochs in (3, 5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({}, ["ehr", "cxr"]),
+        ({"encoders": "random"}, []),
+        ({"method": "early"}, ["ehr", "cxr"]),
+        ({"method": "uni_ehr"}, ["cxr"]),  # which main leaves out: the method has no film encoder
+        ({"method": "uni_cxr"}, ["ehr", "cxr"]),  # from the radiology labels to the task's
+    ],
+)
+def test_stages_are_those_that_are_not_the_run_itself(changes, stages):
+    config = _load(_ROOT / "configs" / "pheno.py").get_config()
+    config.update(changes)
+    assert sorted(config_lib.stages(config)) == sorted(stages)
+
+
 def test_a_stage_keeps_what_it_does_not_change():
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     stage = config_lib.stage(config, "cxr")
@@ -75,6 +91,11 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("film.scale", (1.0,), "config.film.scale is (1.0,); give the least and the most"),
         ("film.scale", (0.0, 0.0), "config.film.scale is (0.0, 0.0); give the least and the most"),
         ("film.translation", -5.0, "config.film.translation is -5.0"),
+        ("model.missing_film", "learned", "Did you mean 'learnt'?"),
+        ("model.missing_film", "zeros", "the method 'medfuse' puts nothing in a missing film's place"),
+        ("encoders", "pretraind", "Did you mean 'pretrained'?"),
+        ("data.film_task", "pheno", "config.data.film_task is 'pheno'; it must be one of radiology"),
+        ("loss.align", -1.0, "config.loss.align is -1.0; it must be between"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field, value, said):

@@ -72,6 +72,27 @@ def test_what_a_method_does_not_read_is_not_in_its_batches(shards):
     assert not {"ehr", "length"} & batch.keys() and batch["image"].shape == (1, 16, 256, 256)
 
 
+def test_batches_of_films_with_their_own_labels_take_turns(dataset, shards):
+    with_films = input_pipeline.with_films(dataset, shards, "radiology")
+    films = with_films.films
+    of_films = (films.lengths("train"), films.paired("train"), films.usable("train"))
+    film_plan = plan.train_plan(*of_films, batch_size=16, seed=0, epoch=1, buckets=films.buckets)
+    turns = plan.take_turns(_plan(dataset), film_plan)
+    both = list(input_pipeline.batches(with_films, "train", turns))
+    assert len(both) == len(turns)
+    assert [("label" in b, "film_label" in b) for b in both[:2]] in (
+        [(True, False), (False, True)],
+        [(True, False), (True, False)],
+    )
+    of_films = next(b for b in both if "film_label" in b)
+    assert not {"ehr", "length"} & of_films.keys() and of_films["film_label"].shape == (1, 16, 14)
+    record = films.splits["train"][int(of_films["record"][0, 0])]
+    np.testing.assert_array_equal(of_films["film_label"][0, 0], record["label"])
+    again = list(input_pipeline.batches(with_films, "train", turns, start=3))
+    for a, b in zip(both[3:], again, strict=True):
+        np.testing.assert_array_equal(a["record"], b["record"])
+
+
 def test_the_index_says_what_the_records_say(shards):
     for task in ("pheno", "mortality", "radiology"):
         for split in ("train", "val", "test"):

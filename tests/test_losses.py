@@ -1,7 +1,9 @@
-"""The loss against its definition, and over two devices against one."""
+"""The losses against their definition: which head which rows train, and over two devices as over one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from medfuse_jax import losses
 
@@ -37,3 +39,77 @@ def test_the_parts_of_two_devices_add_up():
 
 def test_a_batch_of_padding_alone_has_loss_zero():
     assert float(losses.mean_bce(_LOGITS, _LABELS, np.zeros(6, bool), 0)) == 0.0
+
+
+_HEADS = (
+    losses.Head("joint", needs=("cxr",)),
+    losses.Head("ehr_only", needs=("ehr",), weight="ehr_only"),
+    losses.Head("cxr_only", needs=("cxr",), weight="cxr_only", label="film_label"),
+)
+_OUTPUTS = {
+    name: jnp.asarray(_RNG.normal(size=(6, k)).astype(np.float32)) for name, k in (("joint", 4), ("ehr_only", 4))
+}
+_OUTPUTS["cxr_only"] = jnp.asarray(_RNG.normal(size=(6, 3)).astype(np.float32))
+_OUTPUTS["align_loss_rows"] = jnp.arange(1.0, 7.0)
+_FILM_LABELS = (_RNG.random((6, 3)) < 0.5).astype(np.float32)
+# rows: both; EHR; film; both; EHR; padded. The last film slot is empty.
+_STAYS = {
+    "valid": np.array([1, 1, 1, 1, 1, 0], bool),
+    "length": np.array([3, 5, 0, 1, 2, 0]),
+    "film_row": np.array([3, 0, 2, 6]),
+    "label": _LABELS,
+}
+_FILMS = {"valid": np.ones(6, bool), "film_row": np.arange(6), "film_label": _FILM_LABELS}
+
+
+def _objective(batch, weights=losses.Weights(), outputs=_OUTPUTS):  # noqa: B008
+    return losses.objective(_HEADS, outputs, batch, weights, total=lambda x: x)
+
+
+def _bce(name, labels, rows):
+    return _plain(np.asarray(_OUTPUTS[name])[rows], labels[rows])
+
+
+def test_each_head_learns_from_the_rows_that_have_what_it_needs():
+    weights = losses.Weights(ehr_only=0.5)
+    expected = _bce("joint", _LABELS, [0, 2, 3]) + 0.5 * _bce("ehr_only", _LABELS, [0, 1, 3, 4])
+    np.testing.assert_allclose(_objective(_STAYS, weights), expected, rtol=1e-6)
+    everywhere = _bce("joint", _LABELS, [0, 1, 2, 3, 4]) + 0.5 * _bce("ehr_only", _LABELS, [0, 1, 2, 3, 4])
+    assert abs(everywhere - expected) > 1e-3
+
+
+def test_a_batch_of_films_with_their_own_labels_trains_the_film_head_alone():
+    np.testing.assert_allclose(_objective(_FILMS), _bce("cxr_only", _FILM_LABELS, slice(None)), rtol=1e-6)
+    gradient = jax.grad(lambda outputs: _objective(_FILMS, outputs=outputs))(_OUTPUTS)
+    assert not np.any(gradient["joint"]) and not np.any(gradient["ehr_only"]) and np.all(gradient["cxr_only"])
+
+
+def test_the_alignment_loss_is_the_mean_over_the_rows_that_have_both():
+    weights = losses.Weights(align=0.1)
+    added = _objective(_STAYS, weights) - _objective(_STAYS)
+    np.testing.assert_allclose(added, 0.1 * (1 + 4) / 2, rtol=1e-4)
+
+
+def test_the_objectives_of_two_devices_add_up():
+    weights = losses.Weights(align=0.3)
+    # rows 0-2 with the film of row 0; rows 3-5 with that of row 3; each device counts its rows from 0
+    batch = {name: _STAYS[name].reshape(2, 3, *_STAYS[name].shape[1:]) for name in ("valid", "length", "label")}
+    batch["film_row"] = np.array([[0, 3], [0, 3]])
+    outputs = {name: x.reshape(2, 3, *x.shape[1:]) for name, x in _OUTPUTS.items()}
+
+    def of_device(total):
+        def objective(batch, outputs):
+            return losses.objective(_HEADS, outputs, batch, weights, total)
+
+        return jax.vmap(objective, axis_name="device")(batch, outputs)
+
+    whole = float(_objective({**_STAYS, "film_row": np.array([3, 0, 6, 6])}, weights))
+    np.testing.assert_allclose(of_device(lambda x: jax.lax.psum(x, "device")).sum(), whole, rtol=1e-6)
+    assert abs(of_device(lambda x: x).sum() - whole) > 1e-3  # each a mean of its own: too large
+
+
+def test_no_row_with_what_a_head_needs_gives_no_loss_and_no_gradient():
+    batch = {**_STAYS, "film_row": np.full(4, 6), "length": np.zeros(6, int)}
+    assert float(_objective(batch, losses.Weights(align=1.0))) == pytest.approx(0.0, abs=0)
+    gradient = jax.grad(lambda outputs: _objective(batch, losses.Weights(align=1.0), outputs))(_OUTPUTS)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))

@@ -15,7 +15,7 @@ from medfuse_jax.models import methods
 
 # One of each model: early and joint are joint_zeros, of which joint_learnable is the harder case, and
 # the two stages differ in a number only.
-_DISTINCT = ("uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "mmtm3", "daft3")
+_DISTINCT = ("uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "unified", "mmtm3", "daft3")
 _WITH_FILM = _DISTINCT[1:]
 _WITH_EHR = tuple(m for m in _DISTINCT if m != "uni_cxr")
 
@@ -29,6 +29,7 @@ _PARAMETERS = {
     "joint_zeros": 22_295_129,
     "joint_learnable": 22_295_385,
     "medfuse": 23_870_041,
+    "unified": 22_308_736,
     "mmtm3": 22_590_347,
     "mmtm4": 22_918_411,
     "daft3": 9_081_945,
@@ -288,6 +289,33 @@ def test_early_fusion_trains_the_head_alone():
     assert _largest({name: gradients[name] for name in ("ehr_encoder", "cxr_encoder")}) == 0
     assert min(_largest(gradients["projection"]), _largest(gradients["classifier"])) > 0
     _assert_same(stats, variables["batch_stats"])
+
+
+def test_unified_scores_a_row_by_the_classifier_of_what_it_has():
+    variables, _, evaluate = _functions("unified")
+    given = {**batch(), "length": np.array([0, 2, 4, 1], np.int32)}  # film; stay; both; stay
+    out = jax.tree.map(np.asarray, evaluate(variables, given))
+    np.testing.assert_array_equal(out["logits"][[0, 2]], out["joint_logits"][[0, 2]])
+    np.testing.assert_array_equal(out["logits"][[1, 3]], out["ehr_only_logits"][[1, 3]])
+    assert np.abs(out["joint_logits"] - out["ehr_only_logits"]).max(axis=1).min() > 1e-3
+    assert out["cxr_only_logits"].shape == (4, len(tasks.RADIOLOGY_LABELS))
+
+
+def test_the_alignment_loss_pulls_the_stay_to_the_film_alone():
+    model = tiny_model("mmtm3")
+    variables = random_variables(model)
+
+    @fast_jit
+    def gradient(params):
+        def loss(params):
+            return model.apply({**variables, "params": params}, **batch())["align_loss"]
+
+        return jax.grad(loss)(params)
+
+    found = gradient(variables["params"])
+    assert _largest(found["projection"]) > 0
+    # after the exchange nothing but the stay's side moves; before it the film has gated the stay
+    assert _largest(found["cxr_encoder"]["stage2_block0"]) == 0 < _largest(found["cxr_encoder"]["stage1_block0"])
 
 
 def test_initial_variables_differ_by_seed_only():

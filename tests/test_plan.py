@@ -129,3 +129,31 @@ def test_all_paired_and_none_paired_need_no_mixed_batches():
     assert plan.films_per_batch == 16 and len(_records(plan)) == _N
     plan = plan_lib.train_plan(_LENGTHS, ~_ALL, _ALL, batch_size=16, seed=0, epoch=1, buckets=_BUCKETS)
     assert plan.films_per_batch == 0 and len(_records(plan)) == _N
+
+
+@pytest.mark.parametrize(("num_stays", "num_films"), [(_N, 5000), (_N, 300), (40, 16), (_N, 1)])
+def test_films_take_turns_with_stays(num_stays, num_films):
+    stays = plan_lib.train_plan(
+        _LENGTHS[:num_stays], _PAIRED[:num_stays], _ALL[:num_stays], batch_size=16, seed=0, epoch=1, buckets=_BUCKETS
+    )
+    lengths, all_films = np.zeros(num_films, int), np.ones(num_films, bool)
+    films = plan_lib.train_plan(lengths, all_films, all_films, batch_size=16, seed=0, epoch=1, buckets=(0,))
+    turns = plan_lib.take_turns(stays, films)
+    order = [turns.at(step) for step in range(len(turns))]
+    for name, expected in (("stays", len(stays)), ("films", min(len(stays), len(films)))):
+        assert [i for which, i in order if which == name] == list(range(expected))
+    at = np.flatnonzero([which == "films" for which, _ in order])
+    assert np.diff(at, prepend=-1).max() <= -(-len(order) // len(at))  # spread evenly
+    drawn = turns.films.paired_SP[turns.films.paired_SP != plan_lib.PADDING]
+    assert len(set(drawn)) == len(drawn) and turns.batch_size == 16
+
+
+def test_a_longer_plan_of_films_is_another_part_each_epoch():
+    def drawn(epoch):
+        stays = _train(epoch=epoch)
+        lengths, all_films = np.zeros(5000, int), np.ones(5000, bool)
+        films = plan_lib.train_plan(lengths, all_films, all_films, batch_size=16, seed=0, epoch=epoch, buckets=(0,))
+        return set(plan_lib.take_turns(stays, films).films.paired_SP.reshape(-1).tolist())
+
+    assert len(drawn(1)) == 16 * len(_train()) and drawn(1) == drawn(1)
+    assert len(drawn(1) & drawn(2)) < 0.5 * len(drawn(1))

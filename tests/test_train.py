@@ -10,6 +10,7 @@ from medfuse_jax import checkpoints, evaluate, experiment, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
+from medfuse_jax.models import methods
 
 
 def _train(config, workdir, **kwargs):
@@ -78,6 +79,87 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, started.params["cxr_encoder"], fresh.params["cxr_encoder"])
     kernel = lambda state: np.asarray(state.params["ehr_encoder"]["layer0"]["input_kernel"])  # noqa: E731
     assert np.abs(kernel(started) - kernel(fresh)).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config, tmp_path, monkeypatch, method):
+    """By shapes alone: a whole encoder's leaves are told apart by what stands for their values."""
+    encoders = {}
+    for name, changes in (("ehr", {"method": "uni_ehr"}), ("cxr", {"method": "uni_cxr", "task": "radiology"})):
+        config = tiny_config.copy_and_resolve_references()
+        config.update(changes)
+        encoders[name] = (tmp_path / name, experiment.open_experiment(config))
+    trained = {
+        folder: jax.tree.map(lambda x, name=name: np.full(x.shape, name), source.abstract_state())
+        for name, (folder, source) in encoders.items()
+    }
+    monkeypatch.setattr(checkpoints, "restore_best", lambda workdir, state: trained[workdir])
+    tiny_config.method = method
+    run = experiment.open_experiment(tiny_config)
+    fresh = jax.tree.map(lambda x: np.full(x.shape, "new"), run.abstract_state())
+    encoders = {name: encoder for name, encoder in encoders.items() if run.has_encoder(name)}
+    for name, (_, source) in encoders.items():
+        experiment.check_encoder(run, name, source)
+    started = experiment.start_from_encoders(fresh, encoders)
+    assert jax.tree.map(np.shape, started) == jax.tree.map(np.shape, fresh)
+    for module, values in started.params.items():
+        expected = {"ehr_encoder": "ehr", "cxr_encoder": "cxr"}.get(module, "new")
+        assert all((leaf == expected).all() for leaf in jax.tree.leaves(values)), module
+    assert all((leaf == "cxr").all() for leaf in jax.tree.leaves(started.batch_stats))
+    assert ("stage4_block0" in started.params.get("cxr_encoder", {})) == (method not in ("uni_ehr", "daft3"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ({"method": "daft3"}, {}, "its cxr_encoder has no stage4"),
+        ({"model.resnet_stage_sizes": (1, 2, 1, 1)}, {}, "other sizes"),
+        ({}, {"model.resnet_stage_sizes": (1, 2, 1, 1)}, "other sizes"),
+        ({"model.resnet_stage_sizes": (1, 1, 2, 1)}, {"method": "daft3"}, "other sizes"),
+    ],
+)
+def test_a_film_encoder_with_less_or_other_stages_is_named(tiny_config, theirs, ours, said):
+    def opened(changes):
+        config = tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        return experiment.open_experiment(config)
+
+    with pytest.raises(UserError, match=said):
+        experiment.check_encoder(opened(ours), "cxr", opened(theirs))
+
+
+def test_unified_learns_from_films_with_their_own_labels(tiny_config, tmp_path):
+    """One epoch: its batches are stays and films in turn, and every classifier moves."""
+    tiny_config.method, tiny_config.num_epochs = "unified", 1
+    run = experiment.open_experiment(tiny_config)
+    assert len(run.train_plan(1).films) > 0
+    _train(tiny_config, tmp_path)
+    (state, _), fresh = _latest(tiny_config, tmp_path), run.fresh_state()
+    assert int(state.step) == len(run.train_plan(1))
+    for head in ("classifier", "ehr_classifier", "cxr_classifier"):
+        assert np.abs(state.params[head]["kernel"] - fresh.params[head]["kernel"]).max() > 1e-5
+    tiny_config.loss.cxr_only = 0.0
+    assert experiment.open_experiment(tiny_config).dataset.films is None
+
+
+def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, monkeypatch):
+    """Untrained, so that nothing waits for it."""
+    tiny_config.method = "unified"
+    run = experiment.open_experiment(tiny_config)
+    workdir_lib.claim(tmp_path / "unified", run)
+    fresh, index = run.fresh_state(), run.dataset.index["test"]
+    monkeypatch.setattr(checkpoints, "restore_best", lambda workdir, state: fresh)
+    result = evaluate.evaluate(tmp_path / "unified", head="joint")
+    assert (result["head"], list(result["subsets"])) == ("joint", ["all"])
+    with np.load(tmp_path / "unified" / "predictions_test_joint.npz") as stored:
+        np.testing.assert_array_equal(stored["stay_id"], index["stay_id"][index["has_cxr"]])
+    assert json.loads((tmp_path / "unified" / "result_test_joint.json").read_text())["head"] == "joint"
+    with pytest.raises(UserError, match="Did you mean 'ehr_only'"):
+        evaluate.evaluate(tmp_path / "unified", head="ehr_onyl")
+    tiny_config.method = "medfuse"
+    workdir_lib.claim(tmp_path / "medfuse", experiment.open_experiment(tiny_config))
+    with pytest.raises(UserError, match="the method 'medfuse' has one classifier"):
+        evaluate.evaluate(tmp_path / "medfuse", head="ehr_only")
 
 
 @pytest.mark.parametrize(

@@ -13,101 +13,17 @@ import jax.numpy as jnp
 
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError, check_choice
-from medfuse_jax.models import daft, fusion, lstm, mmtm, resnet
-from medfuse_jax.models.films import Films, films_of
-
-_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's, with zero bias
-
-
-def linear(features: int) -> nn.Dense:
-    """A linear layer in float32: the heads are small, and their outputs are scores."""
-    return nn.Dense(features, kernel_init=_linear_init)
-
-
-class Model(nn.Module):
-    """What all methods share: sizes, encoders, and the form of a batch.
-
-    num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs
-    are float32. frozen_stats: batch normalisation uses and keeps its running statistics in training.
-    """
-
-    # Which modalities a method reads: the input pipeline leaves out what it does not.
-    uses_ehr = True
-    uses_film = True
-
-    num_labels: int
-    ehr_hidden: int = 256
-    fusion_hidden: int = 512
-    dropout: float = 0.3
-    resnet_stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
-    resnet_width: int = 64
-    dtype: jnp.dtype = jnp.float32
-    frozen_stats: bool = False
-
-    def new_ehr_encoder(self) -> lstm.EhrEncoder:
-        return lstm.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype)
-
-    def new_cxr_encoder(self) -> resnet.ResNet:
-        return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats)
-
-    @property
-    def num_film_features(self) -> int:
-        return self.resnet_width * 2 ** (len(self.resnet_stage_sizes) - 1)
-
-    def __call__(
-        self,
-        ehr=None,
-        length=None,
-        image=None,
-        has_cxr=None,
-        *,
-        film_row=None,
-        film_mask=None,
-        train: bool = False,
-        dropout_rows=None,
-        axis_name: str | None = None,
-    ) -> dict:
-        """Scores a batch in which each row may lack its stay or its film.
-
-        ehr: float [B, T, F], standardised, with length int [B] (default T; 0: no stay), or None.
-        image: [P, H, W] or [P, H, W, C] (see resnet.StemConv for C), or None.
-        Films listed: film_row int [P] is each film's row, film_mask bool [P] False (film_row
-        then B) an empty slot, and has_cxr is derived. Films dense (film_row None): P = B and
-        has_cxr bool [B] says which count; the others are computed, but reach no statistic,
-        no gradient and no number. train: batch statistics and dropout, whose masks depend on
-        dropout_rows int [B], the rows' ids in the whole batch; axis_name: the devices' axis.
-        Returns a dict: 'logits' [B, K], and 'ehr_features' [B, D], 'cxr_features' [B, D or E]
-        (zeros for a row without, or the learnt vector) where the method has them.
-        """
-        num_rows = _num_rows(ehr, length, has_cxr, dropout_rows, image)
-        if ehr is not None and ehr.shape[1] == 0:
-            ehr = None  # films without stays: no step to compute
-        if length is None:
-            length = jnp.full(num_rows, 0 if ehr is None else ehr.shape[1])
-        if ehr is None:
-            length = jnp.zeros_like(length)
-        films = self.find_films(image, num_rows, has_cxr, film_row, film_mask, train)
-        return self.forward(ehr, jnp.asarray(length), films, train, dropout_rows, axis_name)
-
-    def find_films(self, image, num_rows, has_cxr, film_row, film_mask, train) -> Films | None:
-        return films_of(image, num_rows, has_cxr, film_row, film_mask)
-
-    def encode_ehr(self, ehr_BTF, length_B, train: bool, dropout_rows_B) -> jax.Array:
-        """Features of the stays [B, D]; zeros for a row without, all zeros for a batch without."""
-        if ehr_BTF is None:
-            return jnp.zeros((len(length_B), self.ehr_hidden))
-        return self.ehr_encoder(ehr_BTF, length_B, train, dropout_rows_B)
-
-
-def _num_rows(*fields) -> int:
-    """B: the first given field's; an image alone is dense."""
-    return next(len(field) for field in fields if field is not None)
+from medfuse_jax.losses import Head
+from medfuse_jax.models import daft, fusion, mmtm, resnet
+from medfuse_jax.models.films import films_of
+from medfuse_jax.models.model import Model, linear
 
 
 class UniEhr(Model):
     """The EHR encoder and a linear layer; films are not read."""
 
     uses_film = False
+    needs = ("ehr",)
 
     def setup(self):
         self.ehr_encoder = self.new_ehr_encoder()
@@ -129,6 +45,7 @@ class UniCxr(Model):
     """
 
     uses_ehr = False
+    needs = ("cxr",)
 
     def setup(self):
         self.cxr_encoder = self.new_cxr_encoder()
@@ -161,14 +78,20 @@ class ProjectedModel(Model):
 
     def encode(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name):
         """(stays' features [B, D], films' features [B, D], has_cxr bool [B])."""
+        ehr_BD, film_PE = self.encode_both(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
+        if films is None:
+            return ehr_BD, jnp.zeros_like(ehr_BD), jnp.zeros(len(length_B), bool)
+        return ehr_BD, films.to_rows(self.projection(film_PE)), films.present_rows()
+
+    def encode_both(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name):
+        """(stays' features [B, D], films' own features [P, E], None where the batch has no films)."""
         freeze = jax.lax.stop_gradient if self.frozen_encoders else lambda features: features
         ehr_BD = freeze(self.encode_ehr(ehr_BTF, length_B, train, dropout_rows_B))
         if films is None:
-            return ehr_BD, jnp.zeros_like(ehr_BD), jnp.zeros(len(length_B), bool)
+            return ehr_BD, None
         # Differs from MedFuse (trainers/fusion_trainer.py): frozen encoders keep their batch statistics too.
         batch_stats = train and not self.frozen_encoders
-        film_PE = freeze(self.cxr_encoder(films.image_PHWC, batch_stats, films.valid_P, axis_name))
-        return ehr_BD, films.to_rows(self.projection(film_PE)), films.present_rows()
+        return ehr_BD, freeze(self.cxr_encoder(films.image_PHWC, batch_stats, films.valid_P, axis_name))
 
 
 class MedFuse(ProjectedModel):
@@ -209,6 +132,48 @@ class Concat(ProjectedModel):
         return {"logits": logits_BK, "ehr_features": ehr_BD, "cxr_features": cxr_BD}
 
 
+class Unified(ProjectedModel):
+    """A classifier for each set of modalities (Hayat et al. 2021, arXiv 2111.02710).
+
+    The film's own classifier is of other labels than the task's ('cxr_only_logits'
+    [B, num_film_labels]): it is trained by batches of films with those labels, which take turns
+    with the stays' (plan.Turns). 'logits' are the joint classifier's ('joint_logits') for a row
+    with a film, the stay's ('ehr_only_logits') for one without. A film without a stay, of which
+    the paper says nothing, has the joint classifier's, with zeros for the stay.
+    """
+
+    heads = (
+        Head("joint_logits", needs=("cxr",)),
+        Head("ehr_only_logits", needs=("ehr",), weight="ehr_only"),
+        Head("cxr_only_logits", needs=("cxr",), weight="cxr_only", label="film_label"),
+    )
+
+    num_film_labels: int = len(tasks.RADIOLOGY_LABELS)
+
+    def setup_head(self):
+        self.classifier = linear(self.num_labels)
+        self.ehr_classifier = linear(self.num_labels)
+        self.cxr_classifier = linear(self.num_film_labels)
+
+    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
+        ehr_BD, film_PE = self.encode_both(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
+        cxr_BE, cxr_BD = jnp.zeros((len(length_B), self.num_film_features)), jnp.zeros_like(ehr_BD)
+        has_cxr_B = jnp.zeros(len(length_B), bool)
+        if films is not None:
+            cxr_BE, cxr_BD = films.to_rows(film_PE), films.to_rows(self.projection(film_PE))
+            has_cxr_B = films.present_rows()
+        joint_BK = self.classifier(jnp.concatenate([ehr_BD, cxr_BD], axis=-1))
+        ehr_only_BK = self.ehr_classifier(ehr_BD)
+        return {
+            "logits": jnp.where(has_cxr_B[:, None], joint_BK, ehr_only_BK),
+            "joint_logits": joint_BK,
+            "ehr_only_logits": ehr_only_BK,
+            "cxr_only_logits": self.cxr_classifier(cxr_BE),
+            "ehr_features": ehr_BD,
+            "cxr_features": cxr_BD,
+        }
+
+
 class MmtmModel(Model):
     """Encoders that gate each other after one ResNet stage and one LSTM layer, and three heads.
 
@@ -217,6 +182,14 @@ class MmtmModel(Model):
     last of the modalities a row has; 'align_loss_rows' [B], 0 for a row that lacks one, and
     'align_loss', their mean over the rows that have both (of this device).
     """
+
+    # Differs from MedFuse (trainers/mmtm_trainer.py): one update of the summed losses, not three in
+    # turn, of which the one of the EHR head moved the film encoder alone (its optimiser was given no other).
+    heads = (
+        Head(),
+        Head("ehr_only_logits", needs=("ehr",), weight="ehr_only"),
+        Head("cxr_only_logits", needs=("cxr",), weight="cxr_only"),
+    )
 
     stage: int = 4
 
@@ -279,6 +252,8 @@ class DaftModel(Model):
     stage: the ResNet stage, 1..4; the later ones are not part of the model, as nothing reads them.
     """
 
+    needs = ("ehr",)  # a film alone has nothing to rescale
+
     stage: int = 4
 
     def setup(self):
@@ -307,6 +282,7 @@ METHODS: dict[str, tuple[Callable[..., Model], dict]] = {
     "joint_zeros": (Concat, {}),  # the same model: what differs is which stays it is trained on
     "joint_learnable": (Concat, {"missing": "learnt"}),
     "medfuse": (MedFuse, {}),
+    "unified": (Unified, {}),
     "mmtm3": (MmtmModel, {"stage": 3}),
     "mmtm4": (MmtmModel, {"stage": 4}),
     "daft3": (DaftModel, {"stage": 3}),

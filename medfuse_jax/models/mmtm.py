@@ -43,7 +43,10 @@ class Mmtm(nn.Module):
 
 
 def alignment_loss(cxr_BE: jax.Array, ehr_BE: jax.Array) -> jax.Array:
-    """KL(film || stay) of two feature vectors taken as distributions, temperature 0.2: [B]."""
-    log_cxr_BE = jax.nn.log_softmax(cxr_BE / ALIGN_TEMPERATURE)
+    """KL(film || stay) of two feature vectors taken as distributions, temperature 0.2: [B].
+
+    The film's is the target, as released: no gradient reaches it.
+    """
+    log_cxr_BE = jax.lax.stop_gradient(jax.nn.log_softmax(cxr_BE / ALIGN_TEMPERATURE))
     log_ehr_BE = jax.nn.log_softmax(ehr_BE / ALIGN_TEMPERATURE)
     return jnp.sum(jnp.exp(log_cxr_BE) * (log_cxr_BE - log_ehr_BE), axis=-1)

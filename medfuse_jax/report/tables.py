@@ -8,7 +8,12 @@ from medfuse_jax import ranking, tasks
 from medfuse_jax.report import plots
 from medfuse_jax.report.workdirs import METHOD_NAMES, SUBSETS, Run, number, pair, section
 
-_SUBSET_TITLES = {"all": "All test stays", "paired": "Test stays with a film", "unpaired": "Test stays without a film"}
+_SUBSET_TITLES = {
+    "all": "All test stays",
+    "paired": "Test stays with a film",
+    "unpaired": "Test stays without a film",
+    "film_only": "Test films without time series",
+}
 _AGE_GROUPS = ((18, 40), (40, 60), (60, 80), (80, np.inf))  # years, low <= age < high; paper, Table 5
 _NUM_BOOTSTRAP = 1000
 _MAX_BESIDE = 5  # other runs' dots in a label's bar

@@ -31,6 +31,9 @@ METHOD_NAMES = {
     "daft3": "DAFT, layer 3",
     "daft4": "DAFT, layer 4",
     "unified": "Unified",
+    "late_average": "Late average",
+    "weighted_average": "Weighted average",
+    "ensemble": "Ensemble, by film",
 }
 TASK_NAMES = {
     "pheno": "Phenotyping",
@@ -39,7 +42,7 @@ TASK_NAMES = {
     "decompensation": "Decompensation",
     "length_of_stay": "Length of stay",
 }
-SUBSETS = ("all", "paired", "unpaired")
+SUBSETS = ("all", "paired", "unpaired", "film_only")
 _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
 

@@ -1,0 +1,219 @@
+"""Finished runs scored together: `python -m medfuse_jax.ensemble --runs=A,B --workdir=C`.
+
+A member is a workdir, or one classifier of its model: `DIR:ehr_only`. Its predictions are read
+from its workdir, and made first where they are not there. What stands for a stay is, by --rule:
+
+    average    the mean of the members' probabilities, of those that score the stay: the late
+               average of uni_ehr and uni_cxr, or of MMTM's two classifiers of one modality
+    weighted   the same with weights chosen by macro AUROC on the validation stays alone
+    by_film    the first member where the stay has a film, the second where it has none:
+               the ensemble of Table A3 (Hayat et al. 2022), MedFuse first, the LSTM second
+
+Shapes: N stays, K labels, M members.
+"""
+
+import dataclasses
+import itertools
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from medfuse_jax import errors, evaluate, experiment, files, metrics, parallel, tasks
+from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax.report import text
+
+METHODS = {"average": "late_average", "weighted": "weighted_average", "by_film": "ensemble"}
+_FIELDS = ("stay_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
+_WEIGHT_STEPS = 20  # weights are tried in steps of 1/20
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A finished run, or one classifier (head) of its model."""
+
+    workdir: Path
+    head: str
+    result: dict
+
+    @property
+    def name(self) -> str:
+        return f"{self.workdir}:{self.head}" if self.head else str(self.workdir)
+
+
+def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
+    """Combines the members' scores on the test stays, and scores that: writes and returns the result.
+
+    runs: workdirs, each with `:head` for another classifier than the main one. Leaves config.json,
+    predictions_test.npz and result.json in the workdir, as a run does. UserError where members are
+    of different tasks or labels, a stay has different labels, or the workdir holds something else.
+    """
+    check_choice("--rule", rule, METHODS)
+    num_members = len(runs)
+    if num_members < 2 or (rule == "by_film" and num_members > 2):
+        wanted = "two, the one for stays with a film first" if rule == "by_film" else "two or more, with commas between"
+        raise UserError(f"--runs names {num_members} run(s); --rule={rule} combines {wanted}")
+    _claim(workdir, runs, rule)
+    tests = [_scored(run, "test") for run in runs]
+    members = [member for member, _ in tests]
+    _check_fit(members)
+    weight_M, selected_by = np.full(num_members, 1 / num_members), "nothing: equal weights"
+    if rule == "weighted":
+        weight_M, selected_by = _chosen_weights(_aligned([_scored(run, "val") for run in runs]))
+    elif rule == "by_film":
+        selected_by = "nothing: the first run where there is a film, the second where there is none"
+    together = _aligned(tests)
+    scored = {name: together[name] for name in _FIELDS}
+    scored["scores"] = _by_film(together) if rule == "by_film" else _weighted(together["scores_MNK"], weight_M)
+    first = members[0].result
+    bounds = (first["subsets"]["all"]["num_bootstrap"], first["seed"])
+    result = {
+        **{field: first[field] for field in ("task", "data", "labels", "seed")},
+        "name": f"{rule} of {', '.join(runs)}",
+        "method": METHODS[rule],
+        "split": "test",
+        "num_params": sum({member.workdir: member.result["num_params"] for member in members}.values()),
+        "best_epoch": None,
+        "selected_by": selected_by,
+        "loss": _mean_bce(scored),
+        "members": [
+            {"run": m.name, "method": m.result["method"], "weight": None if rule == "by_film" else float(w)}
+            for m, w in zip(members, weight_M)
+        ],
+        "subsets": evaluate.subsets(scored, *bounds),
+        "comparisons": [
+            difference
+            for member, other in tests
+            for difference in evaluate.compare(scored, other, _title(member), *bounds)
+        ],
+        "environment": evaluate.environment(parallel.devices()),
+    }
+    evaluate.save(workdir, scored, result)
+    return result
+
+
+def _claim(workdir: Path, runs: list[str], rule: str) -> None:
+    """Makes the workdir this ensemble's, or refuses one that is something else's."""
+    content = {"name": "ensemble", "method": METHODS[rule], "rule": rule, "runs": runs}
+    path = workdir / "config.json"
+    if path.exists():
+        if json.loads(path.read_text()) != content:
+            raise UserError(f"{workdir} holds another run: choose another --workdir")
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
+
+
+def _scored(run: str, split: str) -> tuple[Member, dict]:
+    """A member and its predictions on a split, made where they are not there."""
+    folder, head = run, ""
+    if ":" in run and not Path(run).is_dir():
+        folder, _, head = run.rpartition(":")
+    workdir = Path(folder)
+    path = evaluate.predictions_path(workdir, split, head)
+    result_path = evaluate.result_path(workdir, split, head)
+    if not (path.exists() and result_path.exists()):
+        evaluate.evaluate(workdir, split, head)
+    try:
+        result = json.loads(result_path.read_text())
+        with np.load(path) as stored:
+            return Member(workdir, head, result), {name: stored[name] for name in ("scores", *_FIELDS)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"the {split} predictions of {run} cannot be read ({error}); evaluate it again") from None
+
+
+def _check_fit(members: list[Member]) -> None:
+    first = members[0]
+    for member in members:
+        for field in ("task", "labels"):
+            if member.result[field] != first.result[field]:
+                raise UserError(
+                    f"{member.name} and {first.name} cannot be combined: their {field} differ "
+                    f"({_short(member.result[field])} and {_short(first.result[field])})"
+                )
+    if tasks.TASKS[first.result["task"]].films_only:
+        raise UserError(f"{first.name} scores films, which have no stay to match by; an ensemble is of stays")
+
+
+def _short(value) -> str:
+    return f"{len(value)} of them" if isinstance(value, list) else str(value)
+
+
+def _aligned(scored: list[tuple[Member, dict]]) -> dict:
+    """The members' predictions on every stay that any of them scores.
+
+    stay_id, labels, has_ehr, has_cxr, age as in a predictions file, and scores_MNK, NaN where a
+    member does not score a stay.
+    """
+    stay_id_N = np.unique(np.concatenate([part["stay_id"] for _, part in scored]))
+    num_labels = scored[0][1]["labels"].shape[1]
+    together = {"stay_id": stay_id_N, "scores_MNK": np.full((len(scored), len(stay_id_N), num_labels), np.nan)}
+    filled_N = np.zeros(len(stay_id_N), bool)
+    for m, (member, part) in enumerate(scored):
+        at = np.searchsorted(stay_id_N, part["stay_id"])
+        together["scores_MNK"][m, at] = part["scores"]
+        for name in _FIELDS[1:]:
+            values = together.setdefault(name, np.zeros((len(stay_id_N), *part[name].shape[1:]), part[name].dtype))
+            if name == "labels" and (values[at] != part[name])[filled_N[at]].any():
+                differing = part["stay_id"][filled_N[at] & (values[at] != part[name]).any(-1)][0]
+                raise UserError(f"{member.name} has other labels for stay {differing} than {scored[0][0].name}")
+            values[at] = part[name]
+        filled_N[at] = True
+    return together
+
+
+def _weighted(score_MNK: np.ndarray, weight_M: np.ndarray) -> np.ndarray:
+    """The weighted mean of the members that score a stay; their plain mean where all of those weigh nothing."""
+    present_MNK = np.isfinite(score_MNK)
+    weight_MNK = weight_M[:, None, None] * present_MNK
+    weight_MNK = np.where(weight_MNK.sum(0) > 0, weight_MNK, present_MNK)
+    return (np.where(present_MNK, score_MNK, 0) * weight_MNK).sum(0) / weight_MNK.sum(0)
+
+
+def _by_film(together: dict) -> np.ndarray:
+    score_NK = np.where(together["has_cxr"][:, None], *together["scores_MNK"])
+    if missing := int(np.isnan(score_NK).any(1).sum()):
+        raise UserError(f"{missing} stays are not scored by the run that is to score them: mind the order of --runs")
+    return score_NK
+
+
+def _chosen_weights(together: dict) -> tuple[np.ndarray, str]:
+    """The weights of the best macro AUROC on what is given, the nearest to equal of the best."""
+    num_members = len(together["scores_MNK"])
+    parts = itertools.product(range(_WEIGHT_STEPS + 1), repeat=num_members - 1)
+    grid = [
+        np.array([*part, _WEIGHT_STEPS - sum(part)]) / _WEIGHT_STEPS for part in parts if sum(part) <= _WEIGHT_STEPS
+    ]
+    grid.sort(key=lambda weight_M: float(np.square(weight_M).sum()))  # of equals the first is taken
+
+    def auroc(weight_M: np.ndarray) -> float:
+        return metrics.macro(metrics.auroc(together["labels"], _weighted(together["scores_MNK"], weight_M)))
+
+    return max(grid, key=auroc), f"macro AUROC of {len(together['stay_id'])} validation stays, {len(grid)} weightings"
+
+
+def _mean_bce(scored: dict) -> float:
+    score_NK = np.clip(scored["scores"].astype(np.float64), 1e-7, 1 - 1e-7)
+    return float(-np.where(scored["labels"] == 1, np.log(score_NK), np.log1p(-score_NK)).mean())
+
+
+def _title(member: Member) -> str:
+    return f"{member.result['method']}:{member.head}" if member.head else member.result["method"]
+
+
+def main(argv: list[str]) -> None:
+    experiment.use_compilation_cache()
+    result = ensemble(flags.FLAGS.runs, Path(flags.FLAGS.workdir), flags.FLAGS.rule)
+    print(text.table([result]))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("runs", None, "Workdirs of finished runs, each DIR or DIR:HEAD.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder for the ensemble's predictions and result.", required=True)
+    flags.DEFINE_string("rule", "average", "average, weighted or by_film.")
+    errors.run(main)

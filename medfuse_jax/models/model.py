@@ -1,0 +1,106 @@
+"""What all methods share: sizes, encoders, and the form of a batch.
+
+Shapes: B rows (stays), P films, T time, F EHR channel, H W C image, D LSTM width,
+E film features, K label.
+"""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from medfuse_jax.losses import Head
+from medfuse_jax.models import lstm, resnet
+from medfuse_jax.models.films import Films, films_of
+
+_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's, with zero bias
+
+
+def linear(features: int) -> nn.Dense:
+    """A linear layer in float32: the heads are small, and their outputs are scores."""
+    return nn.Dense(features, kernel_init=_linear_init)
+
+
+class Model(nn.Module):
+    """What all methods share: sizes, encoders, and the form of a batch.
+
+    num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs
+    are float32. frozen_stats: batch normalisation uses and keeps its running statistics in training.
+    """
+
+    # Which modalities a method reads: the input pipeline leaves out what it does not.
+    uses_ehr = True
+    uses_film = True
+    # Without these a row has no prediction: evaluation leaves it out.
+    needs: ClassVar[tuple[str, ...]] = ()
+    # The classifiers that are trained (step.train_step).
+    heads: ClassVar[tuple[Head, ...]] = (Head(),)
+
+    num_labels: int
+    ehr_hidden: int = 256
+    fusion_hidden: int = 512
+    dropout: float = 0.3
+    resnet_stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
+    resnet_width: int = 64
+    dtype: jnp.dtype = jnp.float32
+    frozen_stats: bool = False
+
+    def new_ehr_encoder(self) -> lstm.EhrEncoder:
+        return lstm.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype)
+
+    def new_cxr_encoder(self) -> resnet.ResNet:
+        return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats)
+
+    @property
+    def num_film_features(self) -> int:
+        return self.resnet_width * 2 ** (len(self.resnet_stage_sizes) - 1)
+
+    def __call__(
+        self,
+        ehr=None,
+        length=None,
+        image=None,
+        has_cxr=None,
+        *,
+        film_row=None,
+        film_mask=None,
+        train: bool = False,
+        dropout_rows=None,
+        axis_name: str | None = None,
+    ) -> dict:
+        """Scores a batch in which each row may lack its stay or its film.
+
+        ehr: float [B, T, F], standardised, with length int [B] (default T; 0: no stay), or None.
+        image: [P, H, W] or [P, H, W, C] (see resnet.StemConv for C), or None.
+        Films listed: film_row int [P] is each film's row, film_mask bool [P] False (film_row
+        then B) an empty slot, and has_cxr is derived. Films dense (film_row None): P = B and
+        has_cxr bool [B] says which count; the others are computed, but reach no statistic,
+        no gradient and no number. train: batch statistics and dropout, whose masks depend on
+        dropout_rows int [B], the rows' ids in the whole batch; axis_name: the devices' axis.
+        Returns a dict: 'logits' [B, K], and 'ehr_features' [B, D], 'cxr_features' [B, D or E]
+        (zeros for a row without, or the learnt vector) where the method has them.
+        """
+        num_rows = _num_rows(ehr, length, has_cxr, dropout_rows, image)
+        if ehr is not None and ehr.shape[1] == 0:
+            ehr = None  # films without stays: no step to compute
+        if length is None:
+            length = jnp.full(num_rows, 0 if ehr is None else ehr.shape[1])
+        if ehr is None:
+            length = jnp.zeros_like(length)
+        films = self.find_films(image, num_rows, has_cxr, film_row, film_mask, train)
+        return self.forward(ehr, jnp.asarray(length), films, train, dropout_rows, axis_name)
+
+    def find_films(self, image, num_rows, has_cxr, film_row, film_mask, train) -> Films | None:
+        return films_of(image, num_rows, has_cxr, film_row, film_mask)
+
+    def encode_ehr(self, ehr_BTF, length_B, train: bool, dropout_rows_B) -> jax.Array:
+        """Features of the stays [B, D]; zeros for a row without, all zeros for a batch without."""
+        if ehr_BTF is None:
+            return jnp.zeros((len(length_B), self.ehr_hidden))
+        return self.ehr_encoder(ehr_BTF, length_B, train, dropout_rows_B)
+
+
+def _num_rows(*fields) -> int:
+    """B: the first given field's; an image alone is dense."""
+    return next(len(field) for field in fields if field is not None)

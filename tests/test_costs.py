@@ -1,0 +1,54 @@
+"""docs/methods.md: its table is what the code gives, and every method and rule is in it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from medfuse_jax import costs, ensemble
+from medfuse_jax.models import chunked_lstm, methods
+
+_ROOT = Path(__file__).parent.parent
+_PAGE = (_ROOT / "docs" / "methods.md").read_text()
+_COMMANDS = re.findall(r"`(python -m medfuse_jax\.\w+ --[^`]+)`", _PAGE)
+
+
+def _rows() -> dict[str, list[str]]:
+    made = _PAGE.partition(costs._BEGIN)[2].partition(costs._END)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in made.strip().splitlines()[2:]]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def test_every_method_is_in_the_table_with_its_parameters():
+    assert {method: row[2] for method, row in _rows().items()} == {
+        method: f"{costs.num_params(method):,}" for method in methods.METHODS
+    }
+
+
+def test_operations_of_the_lstm_are_those_of_its_products():
+    flops = costs.training_flops("uni_ehr")
+    assert flops["film"] == 0
+    products = 3 * 2 * 4 * 256 * (76 + 256 + 256 + 256)  # forward, and backward to inputs and kernels
+    products -= 2 * 4 * 256 * 76  # no gradient of the series itself is asked for
+    assert products < flops["time_step"] < 1.1 * products
+    assert _rows()["uni_ehr"][3] == f"{flops['time_step'] / 1e6:.2f}"
+    assert chunked_lstm.CHUNK_STEPS == 16  # left as it was
+
+
+@pytest.mark.slow
+def test_the_whole_table_is_current():
+    assert costs.table() in _PAGE
+
+
+def test_a_table_is_put_between_its_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "table", lambda: "new")
+    (tmp_path / "page.md").write_text(f"before\n{costs._BEGIN}\nold\n{costs._END}\nafter\n")
+    costs.write(tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == f"before\n{costs._BEGIN}\nnew\n{costs._END}\nafter\n"
+
+
+def test_the_rows_train_every_method_but_the_one_left_to_validation():
+    trained = set(re.findall(r"--config\.method=(\w+)", " ".join(_COMMANDS))) | {"medfuse"}
+    assert set(methods.METHODS) - trained == {"mmtm3", "daft4"}
+    rules = set(re.findall(r"--rule=(\w+)", " ".join(_COMMANDS)))
+    assert rules == set(ensemble.METHODS) - {"average"}

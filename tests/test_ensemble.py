@@ -1,0 +1,165 @@
+"""Runs combined: the same stays, the right scores for each, weights from validation alone, errors in one line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from example_runs import simulate, write_evaluation
+
+from medfuse_jax import ensemble, evaluate, experiment, train, workdir
+from medfuse_jax.errors import UserError
+from medfuse_jax.report import page, text, workdirs
+
+
+def _member(folder, method, data, rows=None, split="test"):
+    """A finished run that scores the given rows of a split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_evaluation(folder, "mortality", method, data, best_epoch=3)
+    with np.load(folder / "predictions_test.npz") as stored:
+        part = {name: values if rows is None else values[rows] for name, values in stored.items()}
+    np.savez(folder / f"predictions_{split}.npz", **part)
+    if split != "test":
+        (folder / f"result_{split}.json").write_text((folder / "result.json").read_text())
+    return part
+
+
+@pytest.fixture(scope="module")
+def data():
+    return simulate("mortality", 300)
+
+
+@pytest.fixture
+def runs(tmp_path, data):
+    """The EHR run scores every stay, the film's those with a film."""
+    ehr = _member(tmp_path / "ehr", "uni_ehr", data)
+    cxr = _member(tmp_path / "cxr", "uni_cxr", data, rows=np.flatnonzero(data["has_cxr"]))
+    return [str(tmp_path / "ehr"), str(tmp_path / "cxr")], ehr, cxr
+
+
+def _scores(folder):
+    with np.load(folder / "predictions_test.npz") as stored:
+        return dict(stored)
+
+
+def test_the_late_average_is_of_those_that_score_a_stay(runs, tmp_path, data):
+    names, ehr, cxr = runs
+    result = ensemble.ensemble(names, tmp_path / "late")
+    scored = _scores(tmp_path / "late")
+    np.testing.assert_array_equal(scored["stay_id"], ehr["stay_id"])
+    has_cxr = data["has_cxr"]
+    np.testing.assert_allclose(scored["scores"][~has_cxr], ehr["scores"][~has_cxr], rtol=1e-6)
+    np.testing.assert_allclose(scored["scores"][has_cxr], (ehr["scores"][has_cxr] + cxr["scores"]) / 2, rtol=1e-6)
+    expected = sklearn.metrics.roc_auc_score(data["labels"][:, 0], scored["scores"][:, 0])
+    assert result["subsets"]["all"]["auroc_macro"] == pytest.approx(expected)
+    assert set(result["subsets"]) == {"all", "paired", "unpaired"}
+    low, high = result["subsets"]["all"]["auroc_macro_ci"]
+    assert low < expected < high
+    compared = {(c["against"], c["subset"]): c["num_samples"] for c in result["comparisons"]}
+    assert compared[("uni_ehr", "all")] == 300 and compared[("uni_cxr", "all")] == has_cxr.sum()
+
+
+def test_the_ensemble_of_the_paper_takes_a_run_by_whether_there_is_a_film(runs, tmp_path, data):
+    names, ehr, cxr = runs
+    ensemble.ensemble(names[::-1], tmp_path / "both", "by_film")
+    scored, has_cxr = _scores(tmp_path / "both")["scores"], data["has_cxr"]
+    np.testing.assert_allclose(scored[has_cxr], cxr["scores"], rtol=1e-6)
+    np.testing.assert_allclose(scored[~has_cxr], ehr["scores"][~has_cxr], rtol=1e-6)
+    with pytest.raises(UserError, match="stays are not scored by the run that is to score them: mind the order"):
+        ensemble.ensemble(names, tmp_path / "wrong", "by_film")
+
+
+def test_weights_are_those_of_validation_whatever_the_test_split_holds(tmp_path, data):
+    validation = simulate("mortality", 400, seed=5)
+    noise = np.random.default_rng(0).normal(size=validation["film"].shape)
+    good, bad = {**validation, "ehr": validation["labels"] * 3.0 + noise}, {**validation, "ehr": noise}
+    for name, on_val in (("a", good), ("b", bad)):
+        _member(tmp_path / name, "uni_ehr", on_val, split="val")
+        _member(tmp_path / name, "uni_ehr", data)
+    names = [str(tmp_path / name) for name in ("a", "b")]
+    result = ensemble.ensemble(names, tmp_path / "weighted", "weighted")
+    first, second = (m["weight"] for m in result["members"])
+    assert first + second == pytest.approx(1) and first > 0.6
+    _member(tmp_path / "a", "uni_ehr", {**data, "ehr": -data["ehr"]})  # now harmful on the test split
+    again = ensemble.ensemble(names, tmp_path / "again", "weighted")
+    assert [m["weight"] for m in again["members"]] == [first, second]
+    assert "400 validation stays" in result["selected_by"]
+
+
+def test_equal_members_get_equal_weights(tmp_path, data):
+    for name in ("a", "b"):
+        _member(tmp_path / name, "uni_ehr", data, split="val")
+    names = [str(tmp_path / name) for name in ("a", "b")]
+    result = ensemble.ensemble(names, tmp_path / "weighted", "weighted")
+    assert [m["weight"] for m in result["members"]] == [0.5, 0.5]
+
+
+def test_the_report_shows_it_as_a_run(runs, tmp_path):
+    result = ensemble.ensemble(runs[0], tmp_path / "late")
+    (run,) = workdirs.find_runs(tmp_path / "late")
+    assert run.name == "Late average" and run.task == "mortality" and not run.problems
+    assert "Late average" in text.table([result]) and "Late average − EHR only (LSTM)" in text.table([result])
+    page.write(tmp_path / "late", tmp_path / "report")
+    assert "Late average" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_one_classifier_of_a_run_is_a_member(runs, tmp_path, data):
+    with np.load(tmp_path / "cxr" / "predictions_test.npz") as stored:
+        np.savez(tmp_path / "ehr" / "predictions_test_cxr_only.npz", **stored)
+    (tmp_path / "ehr" / "result_test_cxr_only.json").write_text((tmp_path / "cxr" / "result.json").read_text())
+    by_head = ensemble.ensemble([f"{tmp_path / 'ehr'}", f"{tmp_path / 'ehr'}:cxr_only"], tmp_path / "heads")
+    by_run = ensemble.ensemble(runs[0], tmp_path / "late")
+    assert by_head["subsets"]["all"]["auroc_macro"] == by_run["subsets"]["all"]["auroc_macro"]
+    assert by_head["num_params"] == by_run["num_params"] / 2  # one model, not two
+
+
+def _other_labels(tmp_path):
+    with np.load(tmp_path / "cxr" / "predictions_test.npz") as stored:
+        fields = dict(stored)
+    fields["labels"] = 1 - fields["labels"]
+    np.savez(tmp_path / "cxr" / "predictions_test.npz", **fields)
+
+
+def _other_task(tmp_path):
+    path = tmp_path / "cxr" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task": "pheno"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "said"),
+    [
+        (_other_labels, {}, "has other labels for stay"),
+        (_other_task, {}, "their task differ (pheno and mortality)"),
+        (lambda d: (d / "cxr" / "predictions_test.npz").write_bytes(b"PK"), {}, "cannot be read"),
+        (lambda d: None, {"rule": "averge"}, "Did you mean 'average'?"),
+        (lambda d: (d / "out").mkdir() or (d / "out" / "config.json").write_text("{}"), {}, "holds another run"),
+    ],
+)
+def test_what_cannot_be_combined_is_said_in_one_line(runs, tmp_path, change, arguments, said):
+    change(tmp_path)
+    with pytest.raises(UserError) as caught:
+        ensemble.ensemble(runs[0], tmp_path / "out", **arguments)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_predictions_that_are_not_there_are_made(tiny_config, tmp_path):
+    tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
+    run = experiment.open_experiment(tiny_config)
+    workdir.claim(tmp_path / "a", run)
+    train.train(run, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    evaluate.evaluate(tmp_path / "b")
+    result = ensemble.ensemble([str(tmp_path / name) for name in "ab"], tmp_path / "both", "weighted")
+    for name in "ab":
+        made = {p.name for p in (tmp_path / name).glob("predictions_*")}
+        assert made == {"predictions_test.npz", "predictions_val.npz"}
+    assert [member["weight"] for member in result["members"]] == [0.5, 0.5]
+    np.testing.assert_allclose(_scores(tmp_path / "both")["scores"], _scores(tmp_path / "a")["scores"], rtol=1e-5)
+
+
+def test_one_run_or_a_folder_without_one_is_refused(runs, tmp_path):
+    with pytest.raises(UserError, match="names 1 run"):
+        ensemble.ensemble(runs[0][:1], tmp_path / "out")
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        ensemble.ensemble([runs[0][0], str(tmp_path / "nowhere")], tmp_path / "out")
