@@ -128,19 +128,28 @@ def _check_batches(run: Experiment) -> None:
             )
 
 
-def check_encoder(run: Experiment, name: str, source: Experiment) -> None:
-    """Raises UserError where an encoder of `source` ('ehr' or 'cxr') cannot start the run, or must not.
+def check_encoder(run: Experiment, name: str, source: Experiment, imported: dict | None = None) -> None:
+    """Raises UserError where an encoder of `source` ('ehr' or 'cxr'), or its whole 'model', cannot start the run.
 
-    It must not where it was trained on patients whom the run is validated or tested on.
+    Nor must it where it was trained on patients whom the run is validated or tested on.
+    imported: `checkpoints.imported` of the source's workdir.
     """
-    module, method = f"{name}_encoder", run.config.method
-    what = f"the {name} encoder of {source.config.name} (task {source.config.task}, method {source.config.method})"
-    for side in (run, source):
-        if not side.has_encoder(name):
-            raise UserError(f"{what} cannot start {method}: the method {side.config.method} has no {module}")
-    ours, theirs = (jax.tree.map(jnp.shape, side.abstract_state().params[module]) for side in (run, source))
-    if ours != theirs:
-        raise UserError(f"{what} has other sizes than config.model here")
+    part = "model" if name == "model" else f"{name} encoder"
+    what = f"the {part} of {source.config.name} (task {source.config.task}, method {source.config.method})"
+    ours, theirs = (side.abstract_state().params for side in (run, source))
+    for module in sorted(ours.keys() | theirs.keys()) if name == "model" else [f"{name}_encoder"]:
+        if imported and module not in imported["modules"]:
+            raise UserError(f"{what} cannot be a start: the imported {imported['file']} held no {module}")
+        for side, params in ((run, ours), (source, theirs)):
+            if module not in params:
+                method = side.config.method
+                raise UserError(f"{what} cannot start {run.config.method}: the method {method} has no {module}")
+        if jax.tree.map(jnp.shape, ours[module]) != jax.tree.map(jnp.shape, theirs[module]):
+            if module == "classifier":
+                raise UserError(
+                    f"{what} has other labels: for its encoders alone use config.init.ehr and config.init.cxr"
+                )
+            raise UserError(f"{what} has other sizes than config.model here")
     held_out = np.concatenate([run.dataset.index[split]["subject_id"] for split in ("val", "test")])
     seen = source.dataset.index["train"]["subject_id"][source.selects("train")]
     if leaked := len(np.intersect1d(held_out, seen)):
@@ -153,11 +162,14 @@ def check_encoder(run: Experiment, name: str, source: Experiment) -> None:
 def start_from_encoders(
     state: step_lib.TrainState, encoders: dict[str, tuple[Path, Experiment]]
 ) -> step_lib.TrainState:
-    """The state with encoders of finished runs that passed check_encoder: 'ehr', 'cxr' -> (workdir, run)."""
+    """The state with weights of finished runs that passed check_encoder: 'model', 'ehr', 'cxr' -> (workdir, run)."""
     params, batch_stats = dict(state.params), dict(state.batch_stats)
     for name, (workdir, source) in encoders.items():
-        module = f"{name}_encoder"
         trained = checkpoints.restore_best(workdir, source.abstract_state())
+        if name == "model":
+            params, batch_stats = dict(trained.params), dict(trained.batch_stats)
+            continue
+        module = f"{name}_encoder"
         params[module] = trained.params[module]
         if module in batch_stats:
             batch_stats[module] = trained.batch_stats[module]
