@@ -6,6 +6,7 @@ save leaves only a temporary folder, which orbax ignores and cleans up.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import orbax.checkpoint as ocp
 
 from medfuse_jax import optim
 from medfuse_jax.errors import UserError
+
+IMPORT_NOTE = "import.json"  # beside weights that were imported, not trained here
 
 
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
@@ -62,6 +65,20 @@ def restore_best(workdir: Path, state):
         if step is None:
             raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main with --workdir={workdir} first")
         return _restore(manager, step, state)[0]
+
+
+def imported(workdir: Path) -> dict:
+    """What `torch_import` noted of the weights it put into a workdir, {} where the run was trained.
+
+    'file', 'sha256', 'modules' (those the file held, by their names in the model), 'unused' (entries).
+    """
+    path = workdir / IMPORT_NOTE
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): import the weights again into another --workdir") from None
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[object, optim.Progress]:

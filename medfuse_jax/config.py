@@ -73,8 +73,9 @@ def default() -> ConfigDict:
     config.encoders = "pretrained"  # 'random': without the stages of config.pretrain (the paper's RI)
     config.pretrain = ConfigDict()  # 'ehr', 'cxr': what differs from the fields above
     config.init = ConfigDict()
-    config.init.ehr = ""  # workdir of a finished run whose encoder to start from
+    config.init.ehr = ""  # workdir of a finished run whose encoder to start from, in place of its pre-training
     config.init.cxr = ""
+    config.init.model = ""  # or of one whose whole model to start from, in place of all pre-training
     return config
 
 

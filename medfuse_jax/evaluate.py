@@ -89,6 +89,12 @@ def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
     run = workdir_lib.open_run(workdir)
     config = run.config
     state = checkpoints.restore_best(workdir, run.abstract_state())
+    imported = checkpoints.imported(workdir)
+    if imported and not set(state.params) <= set(imported["modules"]):
+        raise UserError(
+            f"{workdir} holds imported weights of the {' and '.join(imported['modules'])} alone, which score nothing: "
+            f"start a run from them, with --config.init.cxr={workdir}"
+        )
     best_epoch = int(state.step) // len(run.train_plan(epoch=1))
     include_N = run.dataset.usable(split)
     if head:
@@ -109,7 +115,9 @@ def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
         "seed": config.seed,
         "num_params": experiment_lib.num_params(state),
         "best_epoch": best_epoch,
-        "selected_by": f"AUROC of the {config.data.val_stays} validation stays",
+        "selected_by": f"imported from {imported['file']}"
+        if imported
+        else f"AUROC of the {config.data.val_stays} validation stays",
         "data": _describe_data(config),
         "labels": list(run.dataset.labels),
         "loss": predictions.loss,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import augment, checkpoints, input_pipeline, losses, optim, parallel, tasks
+from medfuse_jax import augment, input_pipeline, losses, optim, parallel, tasks
 from medfuse_jax import config as config_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
@@ -133,7 +133,7 @@ def _check_batches(run: Experiment) -> None:
             )
     if run.dataset.films:
         what = f"the classifier of films (config.data.film_task={config.data.film_task})"
-        _check_unseen(run, what, run.dataset.films.index["train"]["subject_id"])
+        check_unseen(run, what, run.dataset.films.index["train"]["subject_id"])
     include_N, paired_N = run.selects("train"), run.dataset.paired("train")
     if (include_N & paired_N).any() and (include_N & ~paired_N).any():
         if config.batch_size < 2:
@@ -145,48 +145,14 @@ def _check_batches(run: Experiment) -> None:
             )
 
 
-def check_encoder(run: Experiment, name: str, source: Experiment) -> None:
-    """Raises UserError where an encoder of `source` ('ehr' or 'cxr') cannot start the run, or must not.
-
-    It must not where it was trained on patients whom the run is validated or tested on.
-    """
-    module, method = f"{name}_encoder", run.config.method
-    what = f"the {name} encoder of {source.config.name} (task {source.config.task}, method {source.config.method})"
-    for side in (run, source):
-        if not side.has_encoder(name):
-            raise UserError(f"{what} cannot start {method}: the method {side.config.method} has no {module}")
-    ours, theirs = (jax.tree.map(jnp.shape, side.abstract_state().params[module]) for side in (run, source))
-    # daft3's film encoder is a whole one's but for the last stage; stages themselves are taken whole.
-    our_stages, their_stages = ({part.partition("_")[0] for part in parts} for parts in (ours, theirs))
-    if lacking := sorted(our_stages - their_stages):
-        raise UserError(f"{what} cannot start {method}: its {module} has no {lacking[0]}")
-    if ours != {part: shapes for part, shapes in theirs.items() if part.partition("_")[0] in our_stages}:
-        raise UserError(f"{what} has other sizes than config.model here")
-    _check_unseen(run, what, source.dataset.index["train"]["subject_id"][source.selects("train")])
-
-
-def _check_unseen(run: Experiment, what: str, seen_N: np.ndarray) -> None:
-    """Raises UserError where `what` was trained on patients whom the run is validated or tested on."""
+def check_unseen(run: Experiment, what: str, seen_N: np.ndarray) -> None:
+    """Raises UserError where `what` was trained on patients (ids seen_N) whom the run is validated or tested on."""
     held_out = np.concatenate([run.dataset.index[split]["subject_id"] for split in ("val", "test")])
     if leaked := len(np.intersect1d(held_out, seen_N)):
         raise UserError(
             f"{what} was trained on {leaked} patients of the val and test splits of {run.config.data.dir}/"
             f"{run.config.task}: build both tasks with the same --seed, or the same --val_ids and --test_ids"
         )
-
-
-def start_from_encoders(
-    state: step_lib.TrainState, encoders: dict[str, tuple[Path, Experiment]]
-) -> step_lib.TrainState:
-    """The state with encoders of finished runs that passed check_encoder: 'ehr', 'cxr' -> (workdir, run)."""
-    params, batch_stats = dict(state.params), dict(state.batch_stats)
-    for name, (workdir, source) in encoders.items():
-        module = f"{name}_encoder"
-        trained = checkpoints.restore_best(workdir, source.abstract_state())
-        params[module] = {part: trained.params[module][part] for part in params[module]}
-        if module in batch_stats:
-            batch_stats[module] = {part: trained.batch_stats[module][part] for part in batch_stats[module]}
-    return state.replace(params=params, batch_stats=batch_stats)
 
 
 def num_params(state: step_lib.TrainState) -> int:

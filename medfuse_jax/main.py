@@ -15,7 +15,8 @@ from medfuse_jax import errors
 
 
 def main(argv: list[str]) -> None:
-    from medfuse_jax import evaluate, experiment, train, workdir  # late: a wrong flag is refused before jax starts
+    # late: a wrong flag is refused before jax starts
+    from medfuse_jax import evaluate, experiment, starts, train, workdir
     from medfuse_jax.report import page
 
     config = flags.FLAGS.config
@@ -31,11 +32,11 @@ def main(argv: list[str]) -> None:
     stages = {
         name: (folder / f"pretrain_{name}", experiment.open_experiment(staged))
         for name, staged in config_lib.stages(config).items()
-        if name not in given and run.has_encoder(name)
+        if name not in given and "model" not in given and run.has_encoder(name)
     }
     encoders = given | stages
-    for name, (_, source) in encoders.items():
-        experiment.check_encoder(run, name, source)
+    for name, (source_folder, source) in encoders.items():
+        starts.check(run, name, source_folder, source)
 
     with workdir.locked(folder):
         workdir.claim(folder, run)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import checkpoints, evaluate, input_pipeline, metrics, optim, parallel
+from medfuse_jax import checkpoints, evaluate, input_pipeline, metrics, optim, parallel, starts
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
@@ -31,7 +31,7 @@ def train(
         if resumed:
             state, progress = resumed
         else:
-            state = experiment_lib.start_from_encoders(run.fresh_state(), encoders or {})
+            state = starts.begin(run.fresh_state(), encoders or {})
             progress = optim.Progress(learning_rate=run.config.learning_rate)
         if not _finished(progress, run.config):
             _loop(run, workdir, manager, state, progress)

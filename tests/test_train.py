@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import checkpoints, evaluate, experiment, train
+from medfuse_jax import checkpoints, evaluate, experiment, starts, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
@@ -74,7 +74,7 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
     source = workdir_lib.open_run(tmp_path / "ehr")
     best = checkpoints.restore_best(tmp_path / "ehr", source.abstract_state())
     fresh = experiment.open_experiment(tiny_config).fresh_state()
-    started = experiment.start_from_encoders(fresh, {"ehr": (tmp_path / "ehr", source)})
+    started = starts.begin(fresh, {"ehr": (tmp_path / "ehr", source)})
     jax.tree.map(np.testing.assert_array_equal, started.params["ehr_encoder"], best.params["ehr_encoder"])
     jax.tree.map(np.testing.assert_array_equal, started.params["cxr_encoder"], fresh.params["cxr_encoder"])
     kernel = lambda state: np.asarray(state.params["ehr_encoder"]["layer0"]["input_kernel"])  # noqa: E731
@@ -99,8 +99,8 @@ def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config
     fresh = jax.tree.map(lambda x: np.full(x.shape, "new"), run.abstract_state())
     encoders = {name: encoder for name, encoder in encoders.items() if run.has_encoder(name)}
     for name, (_, source) in encoders.items():
-        experiment.check_encoder(run, name, source)
-    started = experiment.start_from_encoders(fresh, encoders)
+        starts.check(run, name, tmp_path / "source", source)
+    started = starts.begin(fresh, encoders)
     assert jax.tree.map(np.shape, started) == jax.tree.map(np.shape, fresh)
     for module, values in started.params.items():
         expected = {"ehr_encoder": "ehr", "cxr_encoder": "cxr"}.get(module, "new")
@@ -118,14 +118,14 @@ def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config
         ({"model.resnet_stage_sizes": (1, 1, 2, 1)}, {"method": "daft3"}, "other sizes"),
     ],
 )
-def test_a_film_encoder_with_less_or_other_stages_is_named(tiny_config, theirs, ours, said):
+def test_a_film_encoder_with_less_or_other_stages_is_named(tiny_config, tmp_path, theirs, ours, said):
     def opened(changes):
         config = tiny_config.copy_and_resolve_references()
         config.update_from_flattened_dict(changes)
         return experiment.open_experiment(config)
 
     with pytest.raises(UserError, match=said):
-        experiment.check_encoder(opened(ours), "cxr", opened(theirs))
+        starts.check(opened(ours), "cxr", tmp_path, opened(theirs))
 
 
 def test_unified_learns_from_films_with_their_own_labels(tiny_config, tmp_path):
@@ -170,22 +170,22 @@ def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, 
         ({}, "cxr", "the method uni_ehr has no cxr_encoder"),
     ],
 )
-def test_an_encoder_that_does_not_fit_is_refused(tiny_config, changes, name, said):
+def test_an_encoder_that_does_not_fit_is_refused(tiny_config, tmp_path, changes, name, said):
     pretrained = tiny_config.copy_and_resolve_references()
     pretrained.method = "uni_ehr"
     tiny_config.update_from_flattened_dict(changes)
     run, source = (experiment.open_experiment(config) for config in (tiny_config, pretrained))
     with pytest.raises(UserError, match=said):
-        experiment.check_encoder(run, name, source)
+        starts.check(run, name, tmp_path / "source", source)
 
 
-def test_an_encoder_that_has_seen_the_test_patients_is_refused(tiny_config):
+def test_an_encoder_that_has_seen_the_test_patients_is_refused(tiny_config, tmp_path):
     run, source = (experiment.open_experiment(tiny_config) for _ in range(2))
-    experiment.check_encoder(run, "ehr", source)
+    starts.check(run, "ehr", tmp_path, source)
     seen = source.dataset.index["train"]["subject_id"]
     seen[:2] = run.dataset.index["test"]["subject_id"][0], run.dataset.index["val"]["subject_id"][0]
     with pytest.raises(UserError, match="was trained on 2 patients of the val and test splits"):
-        experiment.check_encoder(run, "ehr", source)
+        starts.check(run, "ehr", tmp_path, source)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path, monkeypatch):

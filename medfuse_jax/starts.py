@@ -1,0 +1,61 @@
+"""Where a run's first weights come from: finished or imported runs, for an encoder each or the whole model."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from medfuse_jax import checkpoints
+from medfuse_jax import step as step_lib
+from medfuse_jax.errors import UserError
+from medfuse_jax.experiment import Experiment, check_unseen
+
+
+def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None:
+    """Raises UserError where an encoder of `source` ('ehr' or 'cxr'), or its whole 'model', cannot start the run.
+
+    Nor must it where it was trained on patients whom the run is validated or tested on.
+    workdir: the source's, trained or not yet.
+    """
+    imported = checkpoints.imported(workdir)
+    part = "model" if name == "model" else f"{name} encoder"
+    what = f"the {part} of {source.config.name} (task {source.config.task}, method {source.config.method})"
+    ours, theirs = (side.abstract_state().params for side in (run, source))
+    for module in sorted(ours.keys() | theirs.keys()) if name == "model" else [f"{name}_encoder"]:
+        if imported and module not in imported["modules"]:
+            raise UserError(f"{what} cannot be a start: the imported {imported['file']} held no {module}")
+        for side, params in ((run, ours), (source, theirs)):
+            if module not in params:
+                method = side.config.method
+                raise UserError(f"{what} cannot start {run.config.method}: the method {method} has no {module}")
+        _check_module(what, run, module, ours[module], theirs[module])
+    check_unseen(run, what, source.dataset.index["train"]["subject_id"][source.selects("train")])
+
+
+def _check_module(what: str, run: Experiment, module: str, ours: dict, theirs: dict) -> None:
+    ours, theirs = (jax.tree.map(jnp.shape, params) for params in (ours, theirs))
+    if module.endswith("_encoder"):
+        # daft3's film encoder is a whole one's but for the last stage; stages themselves are taken whole.
+        our_stages, their_stages = ({part.partition("_")[0] for part in parts} for parts in (ours, theirs))
+        if lacking := sorted(our_stages - their_stages):
+            raise UserError(f"{what} cannot start {run.config.method}: its {module} has no {lacking[0]}")
+        theirs = {part: shapes for part, shapes in theirs.items() if part.partition("_")[0] in our_stages}
+    if ours != theirs and module == "classifier":
+        raise UserError(f"{what} has other labels: for its encoders alone use config.init.ehr and config.init.cxr")
+    if ours != theirs:
+        raise UserError(f"{what} has other sizes than config.model here")
+
+
+def begin(state: step_lib.TrainState, sources: dict[str, tuple[Path, Experiment]]) -> step_lib.TrainState:
+    """The state with weights of finished runs that passed `check`: 'model', 'ehr', 'cxr' -> (workdir, run)."""
+    params, batch_stats = dict(state.params), dict(state.batch_stats)
+    for name, (workdir, source) in sources.items():
+        trained = checkpoints.restore_best(workdir, source.abstract_state())
+        if name == "model":
+            params, batch_stats = dict(trained.params), dict(trained.batch_stats)
+            continue
+        module = f"{name}_encoder"
+        params[module] = {part: trained.params[module][part] for part in params[module]}
+        if module in batch_stats:
+            batch_stats[module] = {part: trained.batch_stats[module][part] for part in batch_stats[module]}
+    return state.replace(params=params, batch_stats=batch_stats)

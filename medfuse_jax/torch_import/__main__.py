@@ -1,0 +1,140 @@
+"""Imports a checkpoint into a workdir, or exports a workdir's best checkpoint (docs/weights.md).
+
+python -m medfuse_jax.torch_import --checkpoint=FILE --config=FILE --config.data.dir=DIR --workdir=DIR
+python -m medfuse_jax.torch_import --workdir=DIR --export=FILE
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from medfuse_jax import config as config_lib
+from medfuse_jax import errors, files
+from medfuse_jax.errors import UserError
+
+_RELEASED_TIMESTEP_H = 1.0  # of every released script
+
+
+def main(argv: list[str]) -> None:
+    options = flags.FLAGS
+    given = {name for name in ("checkpoint", "config", "export") if getattr(options, name)}
+    if given == {"checkpoint", "config"}:
+        print("\n".join(import_weights(Path(options.checkpoint), options.config, Path(options.workdir))))
+    elif given == {"export"}:
+        print(export_weights(Path(options.workdir), Path(options.export)))
+    else:
+        raise UserError("give --checkpoint=FILE with --config=FILE to import, or --export=FILE alone to export")
+
+
+def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[str]:
+    """Makes `workdir` a finished run of `config` with the checkpoint's weights; returns lines that say what was done.
+
+    A bare ResNet fills the film encoder alone: a start for others, which `evaluate` refuses to score.
+    UserError where the file, the config or its data do not fit together, or the workdir is in use.
+    """
+    from medfuse_jax import checkpoints, experiment, optim, torch_import  # late: a wrong flag is refused before jax
+
+    config_lib.validate(config)
+    if not config.data.dir:
+        raise UserError("config.data.dir is empty: give the shards of the run with --config.data.dir=DIR")
+    run = experiment.open_experiment(config)
+    state_dict = torch_import.read(checkpoint)
+    try:
+        variables, unused = _fill(run.options.model, config.method, state_dict)
+    except UserError as error:
+        raise UserError(f"{checkpoint} for config.method={config.method}, config.task={config.task}: {error}") from None
+    state = run.fresh_state()
+    state = state.replace(
+        params={**state.params, **variables["params"]},
+        batch_stats={**state.batch_stats, **variables.get("batch_stats", {})},
+    )
+    modules = sorted(variables["params"])
+    note = {"file": checkpoint.name, "sha256": files.sha256(checkpoint), "modules": modules, "unused": unused}
+    _claim(workdir, run, note)
+    # As after the last epoch: `main` does not train it on, `--config.init.*` starts another run from it.
+    progress = optim.Progress(epoch=config.num_epochs, learning_rate=config.learning_rate)
+    with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
+        checkpoints.save(manager, state, progress, is_best=True)
+        manager.wait_until_finished()
+    whole = set(modules) == set(state.params)
+    return [
+        f"imported {checkpoint} into {workdir}: {', '.join(modules)}",
+        f"not used by {config.method}: {_by_part(unused)}",
+        *(_differences_from_released(config, run.dataset.manifest) if "ehr_encoder" in modules else ()),
+        f"score it: python -m medfuse_jax.evaluate --workdir={workdir}"
+        if whole
+        else f"start a run from it: python -m medfuse_jax.main --config.init.cxr={workdir} ...",
+    ]
+
+
+def export_weights(workdir: Path, path: Path) -> str:
+    """Writes a run's best checkpoint under the released names; returns a line that says so. UserError as `write`."""
+    from medfuse_jax import checkpoints, torch_import
+    from medfuse_jax import workdir as workdir_lib
+
+    run = workdir_lib.open_run(workdir)
+    config = run.config
+    state = checkpoints.restore_best(workdir, run.abstract_state())
+    state_dict = torch_import.export({"params": state.params, "batch_stats": state.batch_stats}, config.method)
+    torch_import.write(path, state_dict)
+    return f"exported {workdir}, method {config.method}, {len(state_dict)} entries, to {path}"
+
+
+def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
+    """(variables, the names of the weights that were not used)."""
+    from medfuse_jax import torch_import
+
+    if torch_import.is_backbone(state_dict):
+        variables = torch_import.fill_backbone(model, state_dict)
+        unused = [name for name in state_dict if name.startswith("fc.")]
+    else:
+        variables = torch_import.fill(model, method, state_dict)
+        unused = torch_import.unused(state_dict, method, model.resnet_stage_sizes)
+    return variables, [name for name in unused if not name.endswith("num_batches_tracked")]  # counters, not weights
+
+
+def _claim(workdir: Path, run, note: dict) -> None:
+    from medfuse_jax import checkpoints
+    from medfuse_jax import workdir as workdir_lib
+
+    try:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise UserError(f"{workdir} is not empty: choose another --workdir")
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_text(workdir / checkpoints.IMPORT_NOTE, json.dumps(note, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
+    workdir_lib.claim(workdir, run)
+
+
+def _by_part(names: list[str]) -> str:
+    """Names of entries, those of one module together."""
+    parts = {}
+    for name in names:
+        module, _, entry = name.rpartition(".")
+        parts.setdefault(module or entry, []).append(entry)
+    return ", ".join(f"{part} ({', '.join(e)})" if e != [part] else part for part, e in parts.items()) or "nothing"
+
+
+def _differences_from_released(config: ConfigDict, manifest: dict) -> list[str]:
+    """What a released model saw otherwise than this config's data gives it: its scores would be worse for it."""
+    found = []
+    if config.data.statistics == "train":
+        found.append("series standardised by MIMIC-III's mean and deviation (config.data.statistics here: train)")
+    if manifest["timestep_h"] != _RELEASED_TIMESTEP_H:
+        found.append(f"steps of {_RELEASED_TIMESTEP_H:g} h ({manifest['timestep_h']:g} h here)")
+    if manifest["profile"] != "released":
+        found.append(f"arrays of the profile released ({manifest['profile']} here)")
+    return [f"note: a released model was trained on {'; '.join(found)}: see docs/weights.md"] if found else []
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "To import: the experiment whose run this is.", lock_config=True)
+    flags.DEFINE_string("checkpoint", None, "To import: a .pth.tar, .pth, .pt or .safetensors file.")
+    flags.DEFINE_string("export", None, "To export: the .safetensors or .pth.tar file to write.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: new to import into, finished to export from.")
+    flags.mark_flag_as_required("workdir")
+    errors.run(main)
