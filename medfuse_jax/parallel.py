@@ -61,6 +61,11 @@ def replicate(tree, on: list[jax.Device]):
     return jax.device_put(tree, NamedSharding(_mesh(on), PartitionSpec()))
 
 
+def divide(tree, on: list[jax.Device]):
+    """Puts a part of every leaf's leading axis on every device."""
+    return jax.device_put(tree, NamedSharding(_mesh(on), PartitionSpec(_AXIS)))
+
+
 def prefetch(batches: Iterable[dict], on: list[jax.Device], depth: int = 2) -> Iterator[dict]:
     """Sends `depth` batches to the devices ahead of use, each device its own part."""
     sharding = NamedSharding(_mesh(on), PartitionSpec(_AXIS))

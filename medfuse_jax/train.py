@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import checkpoints, evaluate, input_pipeline, metrics, optim, parallel, starts
+from medfuse_jax import checkpoints, evaluate, metrics, optim, parallel, starts
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
@@ -33,7 +33,7 @@ def train(
         else:
             state = starts.begin(run.fresh_state(), encoders or {})
             progress = optim.Progress(learning_rate=run.config.learning_rate)
-        if not _finished(progress, run.config):
+        if not finished(progress, run.config):
             _loop(run, workdir, manager, state, progress)
 
 
@@ -48,20 +48,17 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     step = int(state.step)
 
     with contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log:
-        while not _finished(progress, config):
+        while not finished(progress, config):
             epoch = step // steps_per_epoch + 1
             plan = run.train_plan(epoch)
-            batches = input_pipeline.batches(
-                run.dataset, "train", plan, num_devices=len(run.devices), start=step % steps_per_epoch
-            )
             losses, samples, start_s = [], 0, time.perf_counter()
-            for batch in parallel.prefetch(batches, run.devices):
+            for batch in run.batches("train", plan, start=step % steps_per_epoch):
                 state, step_metrics = train_fn(state, batch, key)
                 losses.append(step_metrics["loss"])
                 step += 1
                 samples += plan.batch_size
                 if len(losses) > 1:  # of the step before, while this one runs
-                    loss = _check_finite(losses[-2], step - 1, config)
+                    loss = check_finite(losses[-2], step - 1, config)
                     log.show(loss=f"{loss:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.0f}/s")
                 log.step()
                 if (
@@ -70,7 +67,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                     and step % steps_per_epoch
                 ):
                     checkpoints.save(manager, state, progress, is_best=False)
-            _check_finite(losses[-1], step, config)
+            check_finite(losses[-1], step, config)
             train_loss = float(np.mean(jax.device_get(losses)))
             rate = round(samples / (time.perf_counter() - start_s), 2)
             # num_steps: fewer than an epoch's where a stopped run went on within it.
@@ -98,11 +95,13 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
         manager.wait_until_finished()
 
 
-def _finished(progress: optim.Progress, config: ConfigDict) -> bool:
+def finished(progress: optim.Progress, config: ConfigDict) -> bool:
+    """Whether a run has come to its last epoch, or is stopped early."""
     return progress.epoch >= config.num_epochs or progress.should_stop(config.early_stop_epochs)
 
 
-def _check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:
+def check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:
+    """The loss of a step as a number; UserError where it is none."""
     loss = float(loss)
     if not math.isfinite(loss):
         raise UserError(
