@@ -275,7 +275,7 @@ def test_a_line_fits_the_screen(step_rows):
 
 
 def test_a_run_of_one_chunk_more_is_seen():
-    few, more = (cohort.padded_share_run(_plan_of(n), np.array([n]), chunked_lstm.CHUNK_STEPS) for n in (16, 17))
+    few, more = (cohort.padded_share_run(_plan_of(n), np.array([n]), chunked_lstm.CHUNK_STEPS[-1]) for n in (16, 17))
     assert few == 0 < more
 
 

@@ -61,7 +61,7 @@ def padding_facts(plan: plan_lib.Plan, length_N: np.ndarray) -> dict:
     return {
         "steps_per_epoch": len(plan),
         "padded_share_bucket": round(plan_lib.padded_share(plan, length_N), 4),
-        "padded_share_run": round(cohort.padded_share_run(plan, length_N, chunked_lstm.CHUNK_STEPS), 4),
+        "padded_share_run": round(cohort.padded_share_run(plan, length_N, chunked_lstm.CHUNK_STEPS[-1]), 4),
     }
 
 
