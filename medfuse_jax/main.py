@@ -16,7 +16,7 @@ from medfuse_jax import errors
 
 def main(argv: list[str]) -> None:
     # late: a wrong flag is refused before jax starts
-    from medfuse_jax import evaluate, experiment, starts, train, workdir
+    from medfuse_jax import evaluate, experiment, feed, starts, train, workdir
     from medfuse_jax.report import page
 
     config = flags.FLAGS.config
@@ -37,6 +37,9 @@ def main(argv: list[str]) -> None:
     encoders = given | stages
     for name, (source_folder, source) in encoders.items():
         starts.check(run, name, source_folder, source)
+
+    for trained in (run, *(staged for _, staged in stages.values())):
+        feed.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
 
     with workdir.locked(folder):
         workdir.claim(folder, run)

@@ -115,8 +115,9 @@ def test_two_devices_share_the_batch(mode):
     assert "2 devices" in case.name and case.name.endswith("jit") == (mode == "jit")
 
 
-def test_feeding_is_set_beside_the_step_alone():
-    rows = step_case.measure(dataclasses.replace(_TINY["feed"], method="uni_ehr", repeats=1))
+@pytest.mark.parametrize("placement", ["stream", "device"])
+def test_feeding_is_set_beside_the_step_alone(placement):
+    rows = step_case.measure(dataclasses.replace(_TINY["feed"], method="uni_ehr", repeats=1, placement=placement))
     assert [row["contender"] for row in rows] == ["ours", "end_to_end", "input"]
     assert all("time_over_ours" in row for row in rows[1:])
 
@@ -272,6 +273,13 @@ def test_a_line_fits_the_screen(step_rows):
     longest = {"case": cases.preset("h200")[0][0].name, "contender": "torch_released", "samples_per_s": 12345.6}
     longest |= {"seconds": 1.234, "seconds_min": 0.1234, "seconds_max": 12.34}
     assert len(table.line(longest | {"time_over_ours": {"median": 12.34}})) <= 132
+
+
+def test_a_run_at_phenotyping_lengths_pads_less_than_a_tenth_with_at_most_four_programs():
+    case = cases.Case()
+    data = cohort.dataset(case)
+    facts = step_case.padding_facts(cohort.train_plan(case, data), data.lengths("train"))
+    assert 0 < facts["padded_share_run"] < 0.1 and len(data.buckets) <= 4
 
 
 def test_a_run_of_one_chunk_more_is_seen():

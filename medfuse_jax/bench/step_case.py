@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medfuse_jax import augment, input_pipeline, optim, parallel, tasks
+from medfuse_jax import feed as feed_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.bench import clock, cohort, machine
@@ -73,7 +74,7 @@ class Trainer:
 
     def __init__(self, case: Case, data: input_pipeline.Dataset, batches: list[dict], say=lambda text: None):
         self._case, self._on = case, parallel.devices(case.num_devices)
-        options = step_options(case, data)
+        self._options = options = step_options(case, data)
         self._step = parallel.compile_train(options, case.parallel, self._on)
         self._key = jax.random.key(0)
         say("ours: initialising")
@@ -94,11 +95,25 @@ class Trainer:
         self._train(self._placed)
 
     def feed(self, data: input_pipeline.Dataset, plan: plan_lib.Plan) -> Callable[[], None]:
-        """A pass that reads and sends the same batches as a run does."""
+        """A pass that reads and sends the same batches as a run does, or gathers them where they lie on the device."""
+        if self._case.placement == "device":
+            return self._gathered(data, plan)
 
         def run() -> None:
             batches = input_pipeline.batches(data, "train", plan, num_devices=self._case.num_devices)
             self._train(parallel.prefetch(batches, self._on))
+
+        return run
+
+    def _gathered(self, data: input_pipeline.Dataset, plan: plan_lib.Plan) -> Callable[[], None]:
+        include_N = data.usable("train")
+        how = {"mode": self._case.parallel, "placement": "device"}
+        feed = feed_lib.open_feed(data, include_N, self._options, self._on, **how)
+
+        def run() -> None:
+            for moved in feed(self._state, plan, 0, [len(plan)], self._key):
+                self._state = moved[0]
+            jax.block_until_ready(moved)
 
         return run
 

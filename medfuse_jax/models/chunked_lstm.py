@@ -121,7 +121,7 @@ chunked_lstm.defvjp(_forward_saving, _backward)
 
 
 def _by_chunks(x_BTF, length_B, dtype):
-    """Time first, padded to whole chunks (one of the largest at least), cleared past each series' end; which are valid."""
+    """Time first, padded to whole chunks (a large one at least), cleared past each series' end; and what is valid."""
     num_steps = max(steps_run(x_BTF.shape[1]), CHUNK_STEPS[0])
     valid_TB = jnp.arange(num_steps)[:, None] < length_B
     x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, num_steps - x_BTF.shape[1]), (0, 0), (0, 0)))
