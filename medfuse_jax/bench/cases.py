@@ -8,7 +8,7 @@ import dataclasses
 
 from medfuse_jax.errors import check_choice
 
-KINDS = ("step", "feed", "lstm", "bootstrap", "first_step")
+KINDS = ("step", "feed", "lstm", "bootstrap", "first_step", "parts")
 PEERS = ("torch_released", "torch_tuned")
 
 
@@ -17,8 +17,9 @@ class Case:
     """One case.
 
     kind: 'step' is the training step on batches that lie on the device (compute only); 'feed' the
-    same beside reading alone and beside both, end to end; 'lstm' the EHR encoder's recurrence alone;
-    'bootstrap' the metrics' bounds; 'first_step' the time from an empty process to the first update.
+    same beside reading alone and beside both, end to end; 'parts' the step beside its parts; 'lstm'
+    the EHR encoder's recurrence alone; 'bootstrap' the metrics' bounds; 'first_step' the time from an
+    empty process to the first update.
     film_share: of the stays; it fixes the batch's film slots P. num_batches: batches a repeat, taken at
     equal quantiles of their length. placement: 'stream', threads that read and send batches ahead, or 'device',
     the split in the device's memory.
@@ -115,7 +116,7 @@ _TINY = {
 
 def _tiny() -> list[Case]:
     """Every kind of case in seconds: for tests, its numbers mean nothing."""
-    kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step")]
+    kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts")]
     kinds.append(Case(kind="feed", **_TINY, placement="device"))
     return [*kinds, Case(kind="bootstrap", num_stays=50, repeats=5)]
 
@@ -134,7 +135,8 @@ def _growth() -> list[Case]:
     shared = {"max_buckets": 1, "num_batches": 2, "peers": ()}
     shares = [Case(film_share=share, **shared) for share in (0.19, 0.5, 1.0)]
     lengths = [Case(method="uni_ehr", timestep_h=hours, **shared) for hours in (4.0, 2.0, 1.0)]
-    return [*shares, *lengths, Case(method="uni_ehr", batch_size=32, **shared)]
+    parts = Case(kind="parts", **shared)
+    return [parts, *shares, *lengths, Case(method="uni_ehr", batch_size=32, **shared)]
 
 
 def _methods() -> list[Case]:

@@ -35,17 +35,24 @@ def measure(case: Case, data: input_pipeline.Dataset | None = None, say=lambda t
     else:
         runs = torch_runs(case, data, batches, say)
     seconds = clock.interleave({OURS: trainer.run} | runs, case.warm_up, case.repeats, say)
-    shared = {
-        "films_per_batch": plan.films_per_batch,
-        "batches_per_repeat": len(plan),
-        "samples_per_repeat": int(sum(b["valid"].sum() for b in batches)),
-        "films_per_repeat": int(sum((b["film_row"] < b["valid"].shape[1]).sum() for b in batches if "film_row" in b)),
-    }
+    shared = counts(plan, batches)
     rows = {name: clock.summary(taken) | _rates(shared, taken, case) for name, taken in seconds.items()}
     rows[OURS] |= trainer.facts(rows[OURS]["seconds"]) | padding_facts(whole, length_N)
     for name in runs:
         rows[name]["time_over_ours"] = clock.ratio(seconds[name], seconds[OURS])
     return [{"contender": name} | row for name, row in rows.items()]
+
+
+def counts(plan: plan_lib.Plan, batches: list[dict]) -> dict:
+    """What a repeat holds; time steps as the recurrence runs them: those of each batch's longest series."""
+    longest = [int(batch["length"].max()) for batch in batches if "length" in batch]
+    return {
+        "films_per_batch": plan.films_per_batch,
+        "batches_per_repeat": len(plan),
+        "samples_per_repeat": int(sum(b["valid"].sum() for b in batches)),
+        "films_per_repeat": int(sum((b["film_row"] < b["valid"].shape[1]).sum() for b in batches if "film_row" in b)),
+        "time_steps_per_repeat": sum(chunked_lstm.steps_run(n) for n in longest),
+    }
 
 
 def _rates(shared: dict, seconds: list[float], case: Case) -> dict:
