@@ -16,7 +16,7 @@ import pytest
 from data_prep import synthetic_cohort
 from medfuse_jax import parallel, tasks
 from medfuse_jax import plan as plan_lib
-from medfuse_jax.bench import bootstrap_case, cases, clock, cohort, lstm_case, machine, step_case, table
+from medfuse_jax.bench import bootstrap_case, cases, clock, cohort, lstm_case, machine, parts_case, step_case, table
 from medfuse_jax.errors import UserError
 from medfuse_jax.models import chunked_lstm, lstm, methods
 
@@ -120,6 +120,28 @@ def test_feeding_is_set_beside_the_step_alone(placement):
     rows = step_case.measure(dataclasses.replace(_TINY["feed"], method="uni_ehr", repeats=1, placement=placement))
     assert [row["contender"] for row in rows] == ["ours", "end_to_end", "input"]
     assert all("time_over_ours" in row for row in rows[1:])
+
+
+def test_the_parts_of_a_step_are_set_beside_it():
+    case = dataclasses.replace(_TINY["parts"], repeats=1, num_batches=1)
+    rows = parts_case.measure(case)
+    assert [row["contender"] for row in rows] == ["ours", *parts_case.PARTS]
+    data = cohort.dataset(case)
+    plan = cohort.sample(cohort.train_plan(case, data), data.lengths("train"), 1)
+    longest = data.lengths("train")[np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)].max()
+    assert {row["time_steps_per_repeat"] for row in rows} == {chunked_lstm.steps_run(longest)}
+
+
+def test_half_the_film_encoder_is_half():
+    """Its gradient reaches the first stage, and not the second."""
+    case = _TINY["parts"]
+    data = cohort.dataset(case)
+    batches = cohort.collate_all(data, cohort.sample(cohort.train_plan(case, data), data.lengths("train"), 1), 1)
+    options = step_case.step_options(case, data)
+    parts = parts_case._parts(options, step_case.fresh_state(options, batches[0]))
+    gradient = parts["film_half"]({name: x[0] for name, x in batches[0].items()})
+    largest = {name: max(float(np.abs(x).max()) for x in jax.tree.leaves(g)) for name, g in gradient.items()}
+    assert largest["stage1_block0"] > 0 == largest["stage2_block0"]
 
 
 def test_batches_of_shards_are_measured_as_made_up_ones_are(shards):

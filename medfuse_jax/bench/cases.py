@@ -131,12 +131,12 @@ def _devices() -> list[Case]:
 
 
 def _growth() -> list[Case]:
-    """How the step's time grows with films, with steps of a series and with stays: one of them at a time."""
+    """Where the step's time goes, and how it grows with stays, steps of a series and films: one of them at a time."""
     shared = {"max_buckets": 1, "num_batches": 2, "peers": ()}
-    shares = [Case(film_share=share, **shared) for share in (0.19, 0.5, 1.0)]
     lengths = [Case(method="uni_ehr", timestep_h=hours, **shared) for hours in (4.0, 2.0, 1.0)]
-    parts = Case(kind="parts", **shared)
-    return [parts, *shares, *lengths, Case(method="uni_ehr", batch_size=32, **shared)]
+    stays = Case(method="uni_ehr", batch_size=32, **shared)
+    shares = [Case(film_share=share, **shared) for share in (0.19, 0.5)]
+    return [*lengths, stays, Case(kind="parts", **shared), *shares]
 
 
 def _methods() -> list[Case]:
