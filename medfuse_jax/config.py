@@ -16,6 +16,8 @@ from medfuse_jax.errors import UserError, check_choice
 
 # Per stage of pre-training, only what differs from the fusion run is given.
 _STAGE_NAMES = ("ehr", "cxr")
+# A stopped run may go on with others: they change how it is run, and none of its numbers.
+_WITHOUT_EFFECT = {"placement", "profile_steps"}
 
 
 def default() -> ConfigDict:
@@ -67,6 +69,8 @@ def default() -> ConfigDict:
 
     config.precision = "auto"  # 'bfloat16' on accelerators, 'float32' on CPU
     config.parallel = "pmap"  # or 'jit' with shardings: the same numbers
+    config.placement = "stream"  # or 'device': the train split lies in the accelerator's memory; the same numbers
+    config.profile_steps = ""  # 'a:b': a trace of the steps a to b (the first is 1) in <workdir>/profile
 
     config.eval = ConfigDict()
     config.eval.batch_size = 64
@@ -130,6 +134,8 @@ def validate(config: ConfigDict) -> None:
     check_choice("config.model.batch_norm", config.model.batch_norm, ("batch", "frozen"))
     check_choice("config.precision", config.precision, ("auto", "float32", "bfloat16"))
     check_choice("config.parallel", config.parallel, ("pmap", "jit"))
+    check_choice("config.placement", config.placement, ("stream", "device"))
+    profile_steps(config)
     _check_range("config.seed", config.seed, 0, 2**32 - 1)
     _check_range("config.batch_size", config.batch_size, 1)
     _check_range("config.films_per_batch", config.films_per_batch, 0, config.batch_size)
@@ -168,6 +174,18 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"in config.pretrain.{name}: {error}") from None
 
 
+def profile_steps(config: ConfigDict) -> tuple[int, int]:
+    """(first, last) of the steps to profile, (0, 0) for none; UserError where the field is neither."""
+    if not config.profile_steps:
+        return 0, 0
+    first, _, last = config.profile_steps.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(
+            f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25'"
+        )
+    return int(first), int(last)
+
+
 def check_devices(config: ConfigDict, num_devices: int) -> None:
     """Raises UserError where batches do not divide over the devices."""
     for field, size in (("config.batch_size", config.batch_size), ("config.eval.batch_size", config.eval.batch_size)):
@@ -201,9 +219,12 @@ def load(path: Path) -> ConfigDict:
 
 
 def difference(a: ConfigDict, b: ConfigDict) -> str:
-    """'field: value in a, value in b' for the first field in which two configs differ, '' where none does."""
+    """'field: value in a, value in b' for the first field in which two configs differ, '' where none does.
+
+    Fields that change no number of a run are no difference.
+    """
     flat_a, flat_b = (flat(c) for c in (a, b))
-    for field in sorted(flat_a.keys() | flat_b.keys()):
+    for field in sorted((flat_a.keys() | flat_b.keys()) - _WITHOUT_EFFECT):
         if flat_a.get(field) != flat_b.get(field):
             return f"config.{field} is {flat_a.get(field)} there and {flat_b.get(field)} here"
     return ""

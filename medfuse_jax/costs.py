@@ -78,7 +78,7 @@ def _row_flops(method: str, films: bool, steps: int = 0) -> float:
 @contextlib.contextmanager
 def _loops_of_one_step() -> Iterator[None]:
     """XLA counts a loop's body once, whatever its trips: with chunks of one step that is one step."""
-    chunk_steps, chunked_lstm.CHUNK_STEPS = chunked_lstm.CHUNK_STEPS, 1
+    chunk_steps, chunked_lstm.CHUNK_STEPS = chunked_lstm.CHUNK_STEPS, (1,)
     try:
         yield
     finally:

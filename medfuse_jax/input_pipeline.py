@@ -208,7 +208,7 @@ def collate(
         wants_film[device, film_row_DP[device, slot]] = True
     for device, row in np.argwhere(valid_DB if dataset.use_ehr else wants_film):
         record = dataset.splits[split][rows_DB[device, row]]
-        _check_against_index(record, part, rows_DB[device, row], split)
+        check_against_index(record, part, rows_DB[device, row], split)
         if dataset.use_ehr:
             batch["ehr"][device, row, : len(record["ehr"])] = record["ehr"]
         if wants_film[device, row]:
@@ -217,7 +217,8 @@ def collate(
     return batch
 
 
-def _check_against_index(record: dict, part: dict[str, np.ndarray], i: int, split: str) -> None:
+def check_against_index(record: dict, part: dict[str, np.ndarray], i: int, split: str) -> None:
+    """Raises UserError where a record is not the one that its split's index (`part`) says."""
     if record["stay_id"] != part["stay_id"][i] or len(record["ehr"]) != part["length"][i]:
         raise UserError(
             f"record {i} of the {split} split is stay {record['stay_id']} with {len(record['ehr'])} steps, its index "

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from medfuse_jax import resident
 from medfuse_jax import step as step_lib
 
 _AXIS = "device"
@@ -29,6 +30,35 @@ def compile_train(options: step_lib.StepOptions, mode: str, on: list[jax.Device]
         return jax.pmap(step, _AXIS, in_axes=(None, 0, None), out_axes=None, devices=on, donate_argnums=0)
     step = functools.partial(step_lib.train_step, options)
     return jax.jit(lambda state, batch, key: step(state, merge(batch), key), donate_argnums=0)
+
+
+def compile_resident(options: step_lib.StepOptions, mode: str, on: list[jax.Device], in_loop: bool) -> Callable:
+    """(state, held, rows, key, start, stop, num_steps) -> (state, losses [S]), gathering its batches on the device.
+
+    held, rows: of `resident`, rows with the leading axes [D, S]. Trains on the batches start to stop - 1 of the S, in
+    one loop (whose bounds are no constants: one program serves any part of an epoch), or, where not in_loop, on the
+    one batch there is. num_steps: the length all series are padded to, a constant. The old state's memory is reused.
+    """
+    axis = _AXIS if mode == "pmap" else None
+
+    def run(state, held, rows, key, start, stop, num_steps):
+        def step(s, carry):
+            state, loss_S = carry
+            # Of all devices in turn under jit, of this one under pmap: there the leading axis is gone.
+            of_step = {name: x[s] for name, x in rows.items()} if axis else merge({n: x[:, s] for n, x in rows.items()})
+            batch = resident.gather(held, of_step, num_steps)
+            state, metrics = step_lib.train_step(options, state, batch, key, axis)
+            return state, loss_S.at[s].set(metrics["loss"])
+
+        none_S = jnp.zeros(rows["valid"].shape[-2], jnp.float32)
+        return jax.lax.fori_loop(start, stop, step, (state, none_S)) if in_loop else step(0, (state, none_S))
+
+    if mode == "pmap":
+        in_axes = (None, None, 0, None, None, None)
+        return jax.pmap(
+            run, _AXIS, in_axes=in_axes, out_axes=None, devices=on, static_broadcasted_argnums=6, donate_argnums=0
+        )
+    return jax.jit(run, static_argnums=6, donate_argnums=0)
 
 
 def compile_eval(options: step_lib.StepOptions, mode: str, on: list[jax.Device]) -> Callable:
@@ -68,10 +98,9 @@ def divide(tree, on: list[jax.Device]):
 
 def prefetch(batches: Iterable[dict], on: list[jax.Device], depth: int = 2) -> Iterator[dict]:
     """Sends `depth` batches to the devices ahead of use, each device its own part."""
-    sharding = NamedSharding(_mesh(on), PartitionSpec(_AXIS))
     waiting = deque()
     for batch in batches:
-        waiting.append(jax.device_put(batch, sharding))
+        waiting.append(divide(batch, on))
         if len(waiting) > depth:
             yield waiting.popleft()
     yield from waiting

@@ -37,9 +37,9 @@ class RunLog:
         self._start_s = time.perf_counter()
         self._shown = {}
 
-    def step(self) -> None:
-        """Moves the bar on by one step."""
-        self._bar.update()
+    def step(self, num_steps: int = 1) -> None:
+        """Moves the bar on."""
+        self._bar.update(num_steps)
 
     def show(self, **shown: str) -> None:
         """Changes what is written beside the bar."""

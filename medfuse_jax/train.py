@@ -1,7 +1,6 @@
 """The training loop of one run, read from top to bottom."""
 
 import contextlib
-import math
 import time
 from pathlib import Path
 
@@ -10,7 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import checkpoints, evaluate, metrics, optim, parallel, starts
+from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
+from medfuse_jax import feed as feed_lib
+from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
 
@@ -23,7 +25,8 @@ def train(
     """Trains one run to its end, or goes on where a stopped one was.
 
     Leaves metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the
-    latest) in the workdir. encoders: 'ehr' and 'cxr' -> the finished run to start from.
+    latest) in the workdir, and profile/ where config.profile_steps asks for it. encoders: 'ehr' and
+    'cxr' -> the finished run to start from.
     Raises UserError where a checkpoint cannot be read or the loss stops being finite.
     """
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
@@ -37,30 +40,53 @@ def train(
             _loop(run, workdir, manager, state, progress)
 
 
+def pretrain(stages: dict[str, tuple[Path, experiment_lib.Experiment]]) -> None:
+    """Trains the encoders that `starts.find` says are to be, each in its folder."""
+    for folder, staged in stages.values():
+        workdir_lib.claim(folder, staged)
+        train(staged, folder)
+
+
 def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progress: optim.Progress) -> None:
     config = run.config
     state = parallel.replicate(state, run.devices)
-    train_fn = parallel.compile_train(run.options, config.parallel, run.devices)
+    feed = feed_lib.open_feed(
+        run.dataset,
+        run.selects("train"),
+        run.options,
+        run.devices,
+        mode=config.parallel,
+        placement=config.placement,
+    )
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
     key = jax.random.key(config.seed)
     # Every epoch has as many steps: its batches hold another draw of the same numbers of stays.
     steps_per_epoch = len(run.train_plan(epoch=1))
     step = int(state.step)
 
-    with contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log:
+    profiled = _profiled(config, steps_per_epoch * config.num_epochs)
+
+    with (
+        contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log,
+        contextlib.ExitStack() as profile,
+    ):
+        _profile(profile, profiled, workdir, step, state)
         while not finished(progress, config):
             epoch = step // steps_per_epoch + 1
             plan = run.train_plan(epoch)
+            done, epoch_end = step % steps_per_epoch, epoch * steps_per_epoch
+            stops = [s - epoch_end + steps_per_epoch for s in _stops(step, epoch_end, config, profiled)]
             losses, samples, start_s = [], 0, time.perf_counter()
-            for batch in run.batches("train", plan, start=step % steps_per_epoch):
-                state, step_metrics = train_fn(state, batch, key)
-                losses.append(step_metrics["loss"])
-                step += 1
-                samples += plan.batch_size
-                if len(losses) > 1:  # of the step before, while this one runs
-                    loss = check_finite(losses[-2], step - 1, config)
-                    log.show(loss=f"{loss:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.0f}/s")
-                log.step()
+            for moved, loss in feed(state, plan, done, stops, key):  # after a step, or after several in one call
+                state = moved
+                losses.append(loss)
+                step += loss.size
+                samples += plan.batch_size * loss.size
+                if len(losses) > 1:  # of the call before, while this one runs
+                    shown = check_finite(losses[-2], step - loss.size, config)
+                    log.show(loss=f"{shown:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.0f}/s")
+                log.step(loss.size)
+                _profile(profile, profiled, workdir, step, state)
                 if (
                     config.checkpoint_every_steps
                     and step % config.checkpoint_every_steps == 0
@@ -68,7 +94,8 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 ):
                     checkpoints.save(manager, state, progress, is_best=False)
             check_finite(losses[-1], step, config)
-            train_loss = float(np.mean(jax.device_get(losses)))
+            losses = np.concatenate([np.atleast_1d(loss) for loss in jax.device_get(losses)])
+            train_loss = float(np.mean(losses))
             rate = round(samples / (time.perf_counter() - start_s), 2)
             # num_steps: fewer than an epoch's where a stopped run went on within it.
             log.write(
@@ -92,7 +119,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
                 f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {rate:.1f} stays/s"
             )
-        manager.wait_until_finished()
+        manager.wait_untilfinished()
 
 
 def finished(progress: optim.Progress, config: ConfigDict) -> bool:
@@ -100,12 +127,40 @@ def finished(progress: optim.Progress, config: ConfigDict) -> bool:
     return progress.epoch >= config.num_epochs or progress.should_stop(config.early_stop_epochs)
 
 
+def _profiled(config: ConfigDict, num_steps: int) -> tuple[int, int]:
+    """The first and last step to profile; UserError where the run has not so many."""
+    first, last = config_lib.profile_steps(config)
+    if last > num_steps:
+        raise UserError(f"config.profile_steps is {config.profile_steps}, and {config.name} has {num_steps} steps")
+    return first, last
+
+
+def _profile(profile: contextlib.ExitStack, profiled: tuple[int, int], workdir: Path, step: int, state) -> None:
+    """Starts the trace when the step before the first has ended, and writes it when the last has."""
+    first, last = profiled
+    if step in (first - 1, last):
+        jax.block_until_ready(state)
+    if step == last:
+        profile.close()
+    elif step == first - 1:
+        profile.enter_context(jax.profiler.trace(workdir / "profile", create_perfetto_trace=True))
+
+
+def _stops(step: int, epoch_end: int, config: ConfigDict, profiled: tuple[int, int]) -> list[int]:
+    """The steps after which the state is wanted, from here to the end of the epoch."""
+    wanted = {profiled[0] - 1, profiled[1], epoch_end}
+    if every := config.checkpoint_every_steps:
+        wanted |= set(range(0, epoch_end, every))
+    return sorted(s for s in wanted if step < s <= epoch_end)
+
+
 def check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:
-    """The loss of a step as a number; UserError where it is none."""
-    loss = float(loss)
-    if not math.isfinite(loss):
+    """The loss of `step`, the last of those given; UserError where one is not finite."""
+    losses = np.atleast_1d(loss)
+    if not np.isfinite(losses).all():
+        first = int(np.argmin(np.isfinite(losses)))
         raise UserError(
-            f"{config.name}: the loss of step {step} is {loss}; try a lower config.learning_rate "
-            f"(now {config.learning_rate}) or config.precision=float32"
+            f"{config.name}: the loss of step {step - len(losses) + 1 + first} is {losses[first]}; try a lower "
+            f"config.learning_rate (now {config.learning_rate}) or config.precision=float32"
         )
-    return loss
+    return float(losses[-1])

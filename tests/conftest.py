@@ -54,8 +54,14 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_config(shards):
+def tiny_config(shared_tiny_config):
     """A config whose model trains in seconds on the small cohort."""
+    return shared_tiny_config.copy_and_resolve_references()
+
+
+@pytest.fixture(scope="session")
+def shared_tiny_config(shards):
+    """The same, for fixtures that outlive a test: copied, never changed."""
     from medfuse_jax import config as config_lib
 
     config = config_lib.default()

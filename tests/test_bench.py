@@ -16,7 +16,7 @@ import pytest
 from data_prep import synthetic_cohort
 from medfuse_jax import parallel, tasks
 from medfuse_jax import plan as plan_lib
-from medfuse_jax.bench import bootstrap_case, cases, clock, cohort, lstm_case, machine, step_case, table
+from medfuse_jax.bench import bootstrap_case, cases, clock, cohort, lstm_case, machine, parts_case, step_case, table
 from medfuse_jax.errors import UserError
 from medfuse_jax.models import chunked_lstm, lstm, methods
 
@@ -115,10 +115,33 @@ def test_two_devices_share_the_batch(mode):
     assert "2 devices" in case.name and case.name.endswith("jit") == (mode == "jit")
 
 
-def test_feeding_is_set_beside_the_step_alone():
-    rows = step_case.measure(dataclasses.replace(_TINY["feed"], method="uni_ehr", repeats=1))
+@pytest.mark.parametrize("placement", ["stream", "device"])
+def test_feeding_is_set_beside_the_step_alone(placement):
+    rows = step_case.measure(dataclasses.replace(_TINY["feed"], method="uni_ehr", repeats=1, placement=placement))
     assert [row["contender"] for row in rows] == ["ours", "end_to_end", "input"]
     assert all("time_over_ours" in row for row in rows[1:])
+
+
+def test_the_parts_of_a_step_are_set_beside_it():
+    case = dataclasses.replace(_TINY["parts"], repeats=1, num_batches=1)
+    rows = parts_case.measure(case)
+    assert [row["contender"] for row in rows] == ["ours", *parts_case.PARTS]
+    data = cohort.dataset(case)
+    plan = cohort.sample(cohort.train_plan(case, data), data.lengths("train"), 1)
+    longest = data.lengths("train")[np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)].max()
+    assert {row["time_steps_per_repeat"] for row in rows} == {chunked_lstm.steps_run(longest)}
+
+
+def test_half_the_film_encoder_is_half():
+    """Its gradient reaches the first stage, and not the second."""
+    case = _TINY["parts"]
+    data = cohort.dataset(case)
+    batches = cohort.collate_all(data, cohort.sample(cohort.train_plan(case, data), data.lengths("train"), 1), 1)
+    options = step_case.step_options(case, data)
+    parts = parts_case._parts(options, step_case.fresh_state(options, batches[0]))
+    gradient = parts["film_half"]({name: x[0] for name, x in batches[0].items()})
+    largest = {name: max(float(np.abs(x).max()) for x in jax.tree.leaves(g)) for name, g in gradient.items()}
+    assert largest["stage1_block0"] > 0 == largest["stage2_block0"]
 
 
 def test_batches_of_shards_are_measured_as_made_up_ones_are(shards):
@@ -274,8 +297,15 @@ def test_a_line_fits_the_screen(step_rows):
     assert len(table.line(longest | {"time_over_ours": {"median": 12.34}})) <= 132
 
 
+def test_a_run_at_phenotyping_lengths_pads_less_than_a_tenth_with_at_most_four_programs():
+    case = cases.Case()
+    data = cohort.dataset(case)
+    facts = step_case.padding_facts(cohort.train_plan(case, data), data.lengths("train"))
+    assert 0 < facts["padded_share_run"] < 0.1 and len(data.buckets) <= 4
+
+
 def test_a_run_of_one_chunk_more_is_seen():
-    few, more = (cohort.padded_share_run(_plan_of(n), np.array([n]), chunked_lstm.CHUNK_STEPS) for n in (16, 17))
+    few, more = (cohort.padded_share_run(_plan_of(n), np.array([n]), chunked_lstm.CHUNK_STEPS[-1]) for n in (16, 17))
     assert few == 0 < more
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from medfuse_jax.models import chunked_lstm, lstm
 
-_CHUNK = chunked_lstm.CHUNK_STEPS
+_CHUNK, _SMALL = chunked_lstm.CHUNK_STEPS
 _TOLERANCE = 2e-5
 
 
@@ -48,6 +48,8 @@ _FAST, _PLAIN = _loss(lstm.lstm), _loss(_plain)
         (_CHUNK, [_CHUNK, _CHUNK - 1, 1]),
         (_CHUNK + 1, [_CHUNK + 1, _CHUNK, 2]),
         (3 * _CHUNK - 3, [2 * _CHUNK, 5, 0, 2 * _CHUNK - 1]),  # the last chunk is not run
+        (3 * _CHUNK, [_CHUNK + _SMALL, 2 * _SMALL, 1]),  # a large chunk and one small one
+        (2 * _CHUNK, [_CHUNK + 2 * _SMALL + 1, _CHUNK + 1]),
         (2 * _CHUNK + 5, [2 * _CHUNK + 5, 2 * _CHUNK + 4, 17]),
     ],
 )

@@ -44,6 +44,14 @@ def test_a_saved_config_is_read_back_the_same(path, tmp_path):
     assert config_lib.difference(config, loaded).startswith("config.learning_rate is")
 
 
+def test_what_changes_no_number_makes_no_other_run():
+    config = config_lib.default()
+    other = config_lib.default()
+    other.placement, other.profile_steps = "device", "2:3"
+    assert config_lib.difference(config, other) == ""
+    assert config_lib.profile_steps(config) == (0, 0) and config_lib.profile_steps(other) == (2, 3)
+
+
 def test_num_epochs_reaches_the_pretraining_stages():
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     config.num_epochs = 3
@@ -81,6 +89,10 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("task", "phenotype", "Did you mean 'pheno'?"),
         ("method", "medfuze", "Did you mean 'medfuse'?"),
         ("parallel", "pmapp", "Did you mean 'pmap'?"),
+        ("placement", "devise", "Did you mean 'device'?"),
+        ("profile_steps", "5", "give the first and last, such as '20:25'"),
+        ("profile_steps", "0:3", "give the first and last"),
+        ("profile_steps", "6:3", "give the first and last"),
         ("batch_size", 0, "config.batch_size is 0; it must be at least 1"),
         ("learning_rate", -1.0, "config.learning_rate is -1.0; it must be between 0.0 and 1.0"),
         ("films_per_batch", 17, "config.films_per_batch is 17; it must be between 0 and 16"),

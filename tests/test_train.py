@@ -1,12 +1,14 @@
 """Training: learns, goes on after a stop as if there was none, starts from encoders, refuses what cannot work."""
 
+import functools
+import gzip
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import checkpoints, evaluate, experiment, starts, train
+from medfuse_jax import checkpoints, evaluate, experiment, feed, starts, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
@@ -29,9 +31,12 @@ def _latest(config, workdir):
     return checkpoints.restore_latest(checkpoints.open_manager(workdir), abstract)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "placement"), [("medfuse", "stream"), ("uni_ehr", "device")])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, method, placement):
     """Stopped within the second epoch: the same numbers as an undisturbed run, each line written once."""
     tiny_config.checkpoint_every_steps = 2
+    tiny_config.method, tiny_config.placement = method, placement
+    monkeypatch.setattr(feed, "open_feed", functools.partial(feed.open_feed, one_call=True))  # as on an accelerator
     whole = _train(tiny_config, tmp_path / "whole")
     save, saves = checkpoints.save, []
 
@@ -57,6 +62,26 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_config, tmp_path, monk
     keep = ("phase", "epoch", "step", "val_loss", "val_auroc", "lr")
     rows_a, rows_b = ([{k: line.get(k) for k in keep} for line in _lines(d)] for d in (whole, stopped))
     assert rows_a == rows_b and len(rows_a) == 4
+
+
+@pytest.mark.parametrize("placement", ["stream", "device"])
+def test_a_trace_of_the_wanted_steps_is_written(tiny_config, tmp_path, monkeypatch, placement):
+    tiny_config.method, tiny_config.num_epochs, tiny_config.placement = "uni_ehr", 1, placement
+    tiny_config.profile_steps = "2:3"
+    monkeypatch.setattr(feed, "open_feed", functools.partial(feed.open_feed, one_call=True))
+    _train(tiny_config, tmp_path)
+    (folder,) = (tmp_path / "profile" / "plugins" / "profile").iterdir()  # where TensorBoard looks
+    assert list(folder.glob("*.xplane.pb"))
+    with gzip.open(folder / "perfetto_trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    numbers = {event["args"]["step_num"] for event in events if "step_num" in event.get("args", {})}
+    assert numbers == ({"2", "3"} if placement == "stream" else {"2"})
+
+
+def test_a_trace_of_steps_that_never_come_is_refused(tiny_config, tmp_path):
+    tiny_config.method, tiny_config.num_epochs, tiny_config.profile_steps = "uni_ehr", 1, "2:300"
+    with pytest.raises(UserError, match=r"config\.profile_steps is 2:300, and experiment has \d steps"):
+        _train(tiny_config, tmp_path)
 
 
 def test_a_finished_run_is_left_alone(tiny_config, tmp_path):

@@ -31,6 +31,7 @@ _MODULES = {
     "lstm": "lstm_case",
     "bootstrap": "bootstrap_case",
     "first_step": "first_step",
+    "parts": "parts_case",
 }
 
 
@@ -67,7 +68,7 @@ def measure(case: cases.Case, values, say) -> list[dict]:
     from medfuse_jax.bench import machine  # late: a wrong flag is refused before jax starts
 
     data = None
-    if values.data_dir and case.kind in ("step", "feed"):
+    if values.data_dir and case.kind in ("step", "feed", "parts"):
         from medfuse_jax import input_pipeline
         from medfuse_jax.models import methods
 

@@ -8,7 +8,7 @@ import dataclasses
 
 from medfuse_jax.errors import check_choice
 
-KINDS = ("step", "feed", "lstm", "bootstrap", "first_step")
+KINDS = ("step", "feed", "lstm", "bootstrap", "first_step", "parts")
 PEERS = ("torch_released", "torch_tuned")
 
 
@@ -17,10 +17,12 @@ class Case:
     """One case.
 
     kind: 'step' is the training step on batches that lie on the device (compute only); 'feed' the
-    same beside reading alone and beside both, end to end; 'lstm' the EHR encoder's recurrence alone;
-    'bootstrap' the metrics' bounds; 'first_step' the time from an empty process to the first update.
+    same beside reading alone and beside both, end to end; 'parts' the step beside its parts; 'lstm'
+    the EHR encoder's recurrence alone; 'bootstrap' the metrics' bounds; 'first_step' the time from an
+    empty process to the first update.
     film_share: of the stays; it fixes the batch's film slots P. num_batches: batches a repeat, taken at
-    equal quantiles of their length. placement: 'stream', threads that read and send batches ahead.
+    equal quantiles of their length. placement: 'stream', threads that read and send batches ahead, or 'device',
+    the split in the device's memory.
     parallel: 'pmap' or 'jit'. peers: which torch variants take part, where torch is there.
     sizes: fields of `methods.Model` that differ from the paper's.
     """
@@ -71,6 +73,7 @@ def _cpu() -> list[Case]:
         Case(kind="lstm", num_batches=6),
         Case(kind="first_step", max_buckets=1),
         Case(kind="feed", max_buckets=1, num_batches=4),
+        Case(kind="feed", max_buckets=1, num_batches=4, placement="device"),
         Case(kind="lstm", timestep_h=1.0, num_batches=6),
         Case(method="uni_ehr", max_buckets=2),
     ]
@@ -84,6 +87,7 @@ def _h200() -> list[Case]:
         Case(batch_size=16, **bf16 | {"num_batches": 16}),
         Case(method="uni_cxr", batch_size=256, film_share=1.0, **bf16, peers=("torch_tuned",)),
         Case(kind="feed", batch_size=256, **bf16 | {"num_batches": 32}),
+        Case(kind="feed", batch_size=256, **bf16 | {"num_batches": 32}, placement="device"),
         Case(kind="lstm", batch_size=256, **bf16 | {"precision": "float32", "max_buckets": 4}),
         Case(kind="lstm", batch_size=16, **bf16 | {"precision": "float32", "max_buckets": 4}),
         Case(kind="bootstrap", num_stays=11_914),
@@ -112,17 +116,27 @@ _TINY = {
 
 def _tiny() -> list[Case]:
     """Every kind of case in seconds: for tests, its numbers mean nothing."""
-    kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step")]
+    kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts")]
+    kinds.append(Case(kind="feed", **_TINY, placement="device"))
     return [*kinds, Case(kind="bootstrap", num_stays=50, repeats=5)]
 
 
 def _devices() -> list[Case]:
-    """The same batch over 1, 2 and 8 devices, both ways; a case with more devices than there are is left out."""
-    return [
-        Case(batch_size=64, film_share=0.25, num_devices=n, parallel=mode, max_buckets=1, num_batches=2, peers=())
-        for n in (1, 2, 8)
-        for mode in ("pmap", "jit")
-    ]
+    """The same batch over 1, 2 and 8 devices, both ways; a case with more devices than there are is left out.
+
+    Small films, so that what dividing costs shows where all devices are simulated on one CPU.
+    """
+    shared = {"batch_size": 64, "film_share": 0.25, "resize_px": 64, "crop_px": 64, "max_buckets": 1, "num_batches": 2}
+    return [Case(**shared, num_devices=n, parallel=mode, peers=()) for n in (1, 2, 8) for mode in ("pmap", "jit")]
+
+
+def _growth() -> list[Case]:
+    """Where the step's time goes, and how it grows with stays, steps of a series and films: one of them at a time."""
+    shared = {"max_buckets": 1, "num_batches": 2, "peers": ()}
+    lengths = [Case(method="uni_ehr", timestep_h=hours, **shared) for hours in (4.0, 2.0, 1.0)]
+    stays = Case(method="uni_ehr", batch_size=32, **shared)
+    shares = [Case(film_share=share, **shared) for share in (0.19, 0.5)]
+    return [*lengths, stays, Case(kind="parts", **shared), *shares]
 
 
 def _methods() -> list[Case]:
@@ -136,6 +150,7 @@ PRESETS = {
     "cpu": (_cpu, 480.0),
     "h200": (_h200, 400.0),
     "devices": (_devices, None),
+    "growth": (_growth, None),
     "methods": (_methods, None),
     "tiny": (_tiny, None),
 }

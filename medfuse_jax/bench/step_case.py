@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medfuse_jax import augment, input_pipeline, optim, parallel, tasks
+from medfuse_jax import feed as feed_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.bench import clock, cohort, machine
@@ -34,17 +35,24 @@ def measure(case: Case, data: input_pipeline.Dataset | None = None, say=lambda t
     else:
         runs = torch_runs(case, data, batches, say)
     seconds = clock.interleave({OURS: trainer.run} | runs, case.warm_up, case.repeats, say)
-    shared = {
-        "films_per_batch": plan.films_per_batch,
-        "batches_per_repeat": len(plan),
-        "samples_per_repeat": int(sum(b["valid"].sum() for b in batches)),
-        "films_per_repeat": int(sum((b["film_row"] < b["valid"].shape[1]).sum() for b in batches if "film_row" in b)),
-    }
+    shared = counts(plan, batches)
     rows = {name: clock.summary(taken) | _rates(shared, taken, case) for name, taken in seconds.items()}
     rows[OURS] |= trainer.facts(rows[OURS]["seconds"]) | padding_facts(whole, length_N)
     for name in runs:
         rows[name]["time_over_ours"] = clock.ratio(seconds[name], seconds[OURS])
     return [{"contender": name} | row for name, row in rows.items()]
+
+
+def counts(plan: plan_lib.Plan, batches: list[dict]) -> dict:
+    """What a repeat holds; time steps as the recurrence runs them: those of each batch's longest series."""
+    longest = [int(batch["length"].max()) for batch in batches if "length" in batch]
+    return {
+        "films_per_batch": plan.films_per_batch,
+        "batches_per_repeat": len(plan),
+        "samples_per_repeat": int(sum(b["valid"].sum() for b in batches)),
+        "films_per_repeat": int(sum((b["film_row"] < b["valid"].shape[1]).sum() for b in batches if "film_row" in b)),
+        "time_steps_per_repeat": sum(chunked_lstm.steps_run(n) for n in longest),
+    }
 
 
 def _rates(shared: dict, seconds: list[float], case: Case) -> dict:
@@ -61,7 +69,7 @@ def padding_facts(plan: plan_lib.Plan, length_N: np.ndarray) -> dict:
     return {
         "steps_per_epoch": len(plan),
         "padded_share_bucket": round(plan_lib.padded_share(plan, length_N), 4),
-        "padded_share_run": round(cohort.padded_share_run(plan, length_N, chunked_lstm.CHUNK_STEPS), 4),
+        "padded_share_run": round(cohort.padded_share_run(plan, length_N, chunked_lstm.CHUNK_STEPS[-1]), 4),
     }
 
 
@@ -73,7 +81,7 @@ class Trainer:
 
     def __init__(self, case: Case, data: input_pipeline.Dataset, batches: list[dict], say=lambda text: None):
         self._case, self._on = case, parallel.devices(case.num_devices)
-        options = step_options(case, data)
+        self._options = options = step_options(case, data)
         self._step = parallel.compile_train(options, case.parallel, self._on)
         self._key = jax.random.key(0)
         say("ours: initialising")
@@ -94,11 +102,25 @@ class Trainer:
         self._train(self._placed)
 
     def feed(self, data: input_pipeline.Dataset, plan: plan_lib.Plan) -> Callable[[], None]:
-        """A pass that reads and sends the same batches as a run does."""
+        """A pass that reads and sends the same batches as a run does, or gathers them where they lie on the device."""
+        if self._case.placement == "device":
+            return self._gathered(data, plan)
 
         def run() -> None:
             batches = input_pipeline.batches(data, "train", plan, num_devices=self._case.num_devices)
             self._train(parallel.prefetch(batches, self._on))
+
+        return run
+
+    def _gathered(self, data: input_pipeline.Dataset, plan: plan_lib.Plan) -> Callable[[], None]:
+        include_N = data.usable("train")
+        how = {"mode": self._case.parallel, "placement": "device"}
+        feed = feed_lib.open_feed(data, include_N, self._options, self._on, **how)
+
+        def run() -> None:
+            for moved in feed(self._state, plan, 0, [len(plan)], self._key):
+                self._state = moved[0]
+            jax.block_until_ready(moved)
 
         return run
 

@@ -14,7 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-CHUNK_STEPS = 16
+# As many chunks of the first size as the longest series fills, and what is left of it in chunks of the next, of which
+# it is a multiple: large chunks make large matrix products, small ones run few steps that no stay has.
+CHUNK_STEPS = (16, 4)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -43,10 +45,9 @@ def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtyp
         cell_BD = jnp.where(valid_B[:, None], next_cell_BD, cell_BD)
         return (hidden_BD, cell_BD), (hidden_BD, cell_BD, act_BG)
 
-    def chunk(k, carry):
+    def chunk(start, size, carry):
         state, hidden_TBD, cell_TBD, act_TBG = carry
-        start = k * CHUNK_STEPS
-        x_CBF, valid_CB = _at(x_TBF, start), _at(valid_TB, start)
+        x_CBF, valid_CB = _at(x_TBF, start, size), _at(valid_TB, start, size)
         product_CBG = _dot(x_CBF, input_FG) + bias_G
         state, (hidden_CBD, cell_CBD, act_CBG) = jax.lax.scan(step, state, (product_CBG, valid_CB))
         # One row later: row t holds the state before step t, which is what the backward pass asks for.
@@ -57,10 +58,10 @@ def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtyp
     zeros_BD = jnp.zeros((num_rows, width), jnp.float32)
     zeros_TBD = jnp.zeros((num_steps + 1, num_rows, width), jnp.float32)
     carry = ((zeros_BD, zeros_BD), zeros_TBD, zeros_TBD, jnp.zeros((num_steps, num_rows, 4 * width), dtype))
-    num_chunks = _num_chunks(length_B)
-    (last_BD, _), hidden_TBD, cell_TBD, act_TBG = jax.lax.fori_loop(0, num_chunks, chunk, carry)
+    longest = jnp.max(length_B)
+    (last_BD, _), hidden_TBD, cell_TBD, act_TBG = _forward_through(chunk, longest, carry)
     output_TBD = jnp.where(valid_TB[..., None], hidden_TBD[1:], 0)[: x_BTF.shape[1]]
-    saved = (input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, num_chunks, hidden_TBD, cell_TBD, act_TBG)
+    saved = (input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, longest, hidden_TBD, cell_TBD, act_TBG)
     return (output_TBD.swapaxes(0, 1), last_BD.astype(jnp.float32)), saved
 
 
@@ -71,7 +72,7 @@ def _forward_saving(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_
 
 def _backward(dtype, residuals, cotangents):
     saved, like_0T = residuals
-    input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, num_chunks, hidden_TBD, cell_TBD, act_TBG = saved
+    input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, longest, hidden_TBD, cell_TBD, act_TBG = saved
     d_output_BTD, d_last_BD = cotangents
     num_steps, num_rows, _ = x_TBF.shape
     input_GF, recurrent_GD = input_kernel_FG.T.astype(dtype), recurrent_kernel_DG.T.astype(dtype)
@@ -96,14 +97,13 @@ def _backward(dtype, residuals, cotangents):
         d_cell_BD = jnp.where(valid_B1, d_new_cell_BD * f_BD, d_cell_BD)
         return (d_hidden_BD, d_cell_BD), d_gates_BG
 
-    def chunk(done, carry):
+    def chunk(start, size, carry):
         state, d_input_FG, d_recurrent_DG, d_bias_G, d_x_TBF = carry
-        start = (num_chunks - 1 - done) * CHUNK_STEPS
-        cells = (_at(cell_TBD, start), _at(cell_TBD, start + 1))
-        inputs = (_at(d_output_TBD, start), _at(valid_TB, start), _at(act_TBG, start), *cells)
+        cells = (_at(cell_TBD, start, size), _at(cell_TBD, start + 1, size))
+        inputs = (_at(d_output_TBD, start, size), _at(valid_TB, start, size), _at(act_TBG, start, size), *cells)
         state, d_gates_CBG = jax.lax.scan(step, state, inputs, reverse=True)
-        d_input_FG += _outer(_at(x_TBF, start), d_gates_CBG)
-        d_recurrent_DG += _outer(_at(hidden_TBD, start).astype(dtype), d_gates_CBG)
+        d_input_FG += _outer(_at(x_TBF, start, size), d_gates_CBG)
+        d_recurrent_DG += _outer(_at(hidden_TBD, start, size).astype(dtype), d_gates_CBG)
         d_bias_G += d_gates_CBG.astype(jnp.float32).sum((0, 1))
         d_x_TBF = _put(d_x_TBF, _dot(d_gates_CBG, input_GF), start)
         return state, d_input_FG, d_recurrent_DG, d_bias_G, d_x_TBF
@@ -112,7 +112,7 @@ def _backward(dtype, residuals, cotangents):
     state = (d_last_BD.astype(jnp.float32), zeros_of(d_last_BD.shape))
     carry = (state, zeros_of(input_kernel_FG.shape), zeros_of(recurrent_kernel_DG.shape))
     carry += (zeros_of(recurrent_kernel_DG.shape[1]), zeros_of(x_TBF.shape))
-    _, d_input_FG, d_recurrent_DG, d_bias_G, d_x_TBF = jax.lax.fori_loop(0, num_chunks, chunk, carry)
+    _, d_input_FG, d_recurrent_DG, d_bias_G, d_x_TBF = _backward_through(chunk, longest, carry)
     d_x_BTF = d_x_TBF[: like_0T.shape[1]].swapaxes(0, 1).astype(like_0T.dtype)
     return d_input_FG, d_recurrent_DG, d_bias_G, d_x_BTF, None
 
@@ -121,15 +121,48 @@ chunked_lstm.defvjp(_forward_saving, _backward)
 
 
 def _by_chunks(x_BTF, length_B, dtype):
-    """Time first, padded to whole chunks, cleared past each series' end; and which steps are valid."""
-    num_steps = -(-x_BTF.shape[1] // CHUNK_STEPS) * CHUNK_STEPS
+    """Time first, padded to whole chunks (a large one at least), cleared past each series' end; and what is valid."""
+    num_steps = max(steps_run(x_BTF.shape[1]), CHUNK_STEPS[0])
     valid_TB = jnp.arange(num_steps)[:, None] < length_B
     x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, num_steps - x_BTF.shape[1]), (0, 0), (0, 0)))
     return jnp.where(valid_TB[..., None], x_TBF, 0).astype(dtype), valid_TB
 
 
-def _num_chunks(length_B) -> jax.Array:
-    return (jnp.max(length_B) + CHUNK_STEPS - 1) // CHUNK_STEPS
+def steps_run(longest):
+    """How many steps are run where the longest series has so many: whole chunks of the smallest size."""
+    return -(-longest // CHUNK_STEPS[-1]) * CHUNK_STEPS[-1]
+
+
+def _spans(longest) -> list[tuple]:
+    """(steps a chunk, where the first begins, how many) for each size, in the order of the steps."""
+    spans, start = [], 0
+    for size in CHUNK_STEPS:
+        number = (steps_run(longest) - start) // size
+        spans.append((size, start, number))
+        start += number * size
+    return spans
+
+
+def _forward_through(chunk, longest, carry):
+    """The carry after `chunk(start, size, carry)` of every chunk, from the first to the last."""
+    for size, start, number in _spans(longest):
+
+        def nth(k, carry, size=size, start=start):
+            return chunk(start + k * size, size, carry)
+
+        carry = jax.lax.fori_loop(0, number, nth, carry)
+    return carry
+
+
+def _backward_through(chunk, longest, carry):
+    """The same from the last chunk to the first."""
+    for size, start, number in reversed(_spans(longest)):
+
+        def nth_last(k, carry, size=size, last=start + (number - 1) * size):
+            return chunk(last - k * size, size, carry)
+
+        carry = jax.lax.fori_loop(0, number, nth_last, carry)
+    return carry
 
 
 def _activate(gates_BG):
@@ -146,8 +179,8 @@ def _outer(a_CBX, b_CBY):
     return jnp.einsum("cbx,cby->xy", a_CBX, b_CBY, preferred_element_type=jnp.float32)
 
 
-def _at(x_T, start):
-    return jax.lax.dynamic_slice_in_dim(x_T, start, CHUNK_STEPS)
+def _at(x_T, start, size):
+    return jax.lax.dynamic_slice_in_dim(x_T, start, size)
 
 
 def _put(x_T, chunk_C, start):
