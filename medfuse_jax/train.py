@@ -119,7 +119,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
                 f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {rate:.1f} stays/s"
             )
-        manager.wait_untilfinished()
+        manager.wait_until_finished()
 
 
 def finished(progress: optim.Progress, config: ConfigDict) -> bool:
