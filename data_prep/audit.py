@@ -107,7 +107,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
     }
     if "cohort" in counts:
         audit["cohort"] = privacy.flow(counts["cohort"])
-        audit["time_check"] = _time_check(counts["time_check"])
+        audit["time_check"] = _time_check(counts["time_check"], audit["splits"]["ours"])
         audit["length_h"] = cells(counts["length_h"])
         audit["variables"] = _variables(counts, sum(counts["length_h"].values()), index)
         audit["event_rows"] = _event_rows(counts["event_rows"])
@@ -147,7 +147,7 @@ def _splits(name: str, index: dict) -> dict:
         result[split] = {
             "records": shown[split],
             "paired": part(paired[split], size) if few else paired_shown[split],
-            "paired_share": None if isinstance(shown[split], str) else share(paired[split], size),
+            "paired_share": share(paired[split], size) if isinstance(paired_shown[split], int) and not few else None,
         }
     return {
         "ours": result,
@@ -186,11 +186,13 @@ def _prevalence(positive: int, total: int, shown: int | str = "") -> dict:
     return {"positive": shown, "of": _shown(total), "share": share(positive, total) if isinstance(shown, int) else None}
 
 
-def _time_check(check: dict) -> dict:
+def _time_check(check: dict, splits: dict) -> dict:
     if check["violations"] != NO_PEOPLE:
         raise AssertionError(f"{check['violations']} events or films are later than their records may see")
     margins = {name: cells(check[name]) for name in check if name.startswith("hours_from")}
-    return check | margins | {"records": _shown(check["records"]), "films": _shown(check["films"])}
+    # The sum of what is hidden by split would give it away.
+    films = _shown(check["films"]) if all(isinstance(row["paired"], int) for row in splits.values()) else None
+    return check | margins | {"records": _shown(check["records"]), "films": films}
 
 
 def _variables(counts: dict, stays: int, index: dict) -> list[dict]:

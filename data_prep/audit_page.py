@@ -82,6 +82,10 @@ def _header(audit: dict) -> str:
     return f'<header><h1>Data audit</h1>{lead}{notice}<dl class="facts">{facts}</dl></header>'
 
 
+def _films(count: int | str | None) -> str:
+    return "their films" if count is None else f"{number(count)} films"
+
+
 def _one_of(audit: dict, field: str) -> str:
     """A field that most often is the same for all tasks."""
     values = {name: content[field] for name, content in audit["tasks"].items()}
@@ -97,7 +101,7 @@ def _checks(audit: dict) -> str:
         if check := content.get("time_check"):
             items.append(
                 f"{NAMES[name]}: nothing is later than its record may see<small>The latest event of "
-                f"{number(check['records'])} records and the time of {number(check['films'])} films, each against its "
+                f"{number(check['records'])} records and the time of {_films(check['films'])}, each against its "
                 f"own cut-off ({escape(check['cut_off'])}): {check['violations']} violations</small>"
             )
     for group in audit["patients"]["groups"]:
@@ -111,7 +115,10 @@ def _checks(audit: dict) -> str:
 
 
 def _task(name: str, content: dict, audit: dict) -> str:
-    parts = [_flow(content["cohort"]) if "cohort" in content else "", _splits(content["splits"])]
+    parts = [
+        _flow(content["cohort"]) if "cohort" in content else "",
+        _splits(content["splits"], tasks.TASKS[name].films_only),
+    ]
     parts.append(_labels(name, content["labels"]))
     if "variables" in content:
         parts.append(_variables(content))
@@ -134,12 +141,13 @@ def _flow(steps: list[dict]) -> str:
     return f'<h3>Which stays</h3>{table(["", "stays left", "removed", ""], rows)}<p class="note">{note}</p>'
 
 
-def _splits(splits: dict) -> str:
+def _splits(splits: dict, films_only: bool) -> str:
     ours, rows = splits["ours"], []
     head = ["", *ours]
     rows.append(["Records", *(number(row["records"]) for row in ours.values())])
-    rows.append(["With a film", *(number(row["paired"]) for row in ours.values())])
-    rows.append(["Share with a film", *(percent(row["paired_share"]) for row in ours.values())])
+    if not films_only:
+        rows.append(["With a film", *(number(row["paired"]) for row in ours.values())])
+        rows.append(["Share with a film", *(percent(row["paired_share"]) for row in ours.values())])
     for what, counts in splits["published"].items():
         first, _, source = what.partition(", ")
         title = {"records": "Records", "paired": "With a film"}[first]

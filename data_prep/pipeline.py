@@ -151,7 +151,7 @@ def _read_cohort(source: Source, val_ids, test_ids) -> Cohort:
     stays, flow = cohort.read_stays(source.mimic_iv)
     split_of = cohort.assign_splits(stays["subject_id"], val_ids, test_ids, source.options["seed"])
     label_NK, icd_counts = icd.labels(source.mimic_iv, stays, source.phenotypes)
-    progress.say("cohort: " + ", ".join(f"{step['stays']:,} {step['filter']}" for step in flow))
+    progress.say("cohort: " + ", ".join(f"{step['filter']}: {step['stays']:,} left" for step in flow))
     return Cohort(stays, flow, split_of, label_NK, icd_counts)
 
 

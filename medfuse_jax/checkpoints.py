@@ -74,7 +74,12 @@ def restore_best(workdir: Path, state):
             step = manager.best_step()
         if step is None:
             raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main with --workdir={workdir} first")
-        return _restore(manager, step, state)[0]
+        with _damage_named(folder):
+            latest = manager.restore(manager.latest_step(), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        restored, progress = _restore(manager, step, state)
+        if (best := latest["progress"]["best_epoch"]) and progress.epoch != best:
+            raise UserError(f"{folder} no longer holds the best, of epoch {best}: put it back, or train anew")
+        return restored
 
 
 def imported(workdir: Path) -> dict:
@@ -111,8 +116,8 @@ def _damage_named(path: Path) -> Iterator[None]:
     except Exception as error:  # orbax raises a bare Exception for a damaged file
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} does not fit this run's model or is damaged ({first_line[:200]}): take it away to go on from an "
-            "older checkpoint, or start anew in another --workdir"
+            f"{path} does not fit this run's model or is damaged ({first_line[:200]}): put a whole copy in its "
+            "place, or start anew in another --workdir"
         ) from None
 
 

@@ -16,8 +16,9 @@ from medfuse_jax.errors import UserError, check_choice
 
 # Per stage of pre-training, only what differs from the fusion run is given.
 _STAGE_NAMES = ("ehr", "cxr")
-# A stopped run may go on with others: they change how it is run, and none of its numbers.
-_WITHOUT_EFFECT = {"placement", "profile_steps"}
+# A stopped run may go on with others: they change how it is run, and none of its numbers (a workdir knows its shards
+# by their content, wherever they lie).
+_WITHOUT_EFFECT = {"data.dir", "placement", "profile_steps"}
 
 
 def default() -> ConfigDict:
@@ -109,7 +110,8 @@ def validate(config: ConfigDict) -> None:
     """Raises UserError for the first field that is unknown, missing, of the wrong type or out of its range."""
     _check_fields(config, default(), "config")
     _check_complete(config, default(), "config")
-    check_choice("config.task", config.task, tasks.TASKS)
+    if config.task not in tasks.TASKS:
+        check_choice("config.task", config.task, tasks.TRAINABLE_TASKS)
     if config.task not in tasks.TRAINABLE_TASKS:
         raise UserError(
             f"config.task is {config.task!r}, whose labels are per step: its data can be built and read, but not "
@@ -180,9 +182,7 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
         return 0, 0
     first, _, last = config.profile_steps.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(
-            f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25'"
-        )
+        raise UserError(f"config.profile_steps is {config.profile_steps!r}; give the first and last, such as '20:25'")
     return int(first), int(last)
 
 

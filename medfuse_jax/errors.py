@@ -1,7 +1,10 @@
 """One clear line for what a user can cause, and a traceback only for what we did wrong."""
 
 import difflib
+import os
+import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,12 +32,18 @@ def run(main: Callable[[list[str]], None]) -> None:
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax and TFDS say much that no user needs
+        os.umask(0o077)  # what is written is about patients: for its owner alone
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop is a user's
         try:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             sys.exit("stopped; the same command goes on where this one was")
+        except Exception as error:  # orbax, numpy and others each say it in another type
+            if "No space left on device" in str(error):
+                sys.exit("error: no space is left on the disk: free some, and the same command goes on")
+            raise
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -49,6 +58,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         left = flags.FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
+        if "must have a value other than None" in str(error):
+            missing = re.search(r"--(\w+)", str(error))[1]
+            example = "=configs/pheno.py" if missing == "config" else "=..."
+            sys.exit(f"error: --{missing}{example} is missing; --help lists the flags")
         sys.exit(f"error: {error}")
     if len(left) > 1:
         sys.exit(f"error: unknown argument {left[1]!r}: every option starts with --; see --help")

@@ -222,7 +222,8 @@ def check_against_index(record: dict, part: dict[str, np.ndarray], i: int, split
     if record["stay_id"] != part["stay_id"][i] or len(record["ehr"]) != part["length"][i]:
         raise UserError(
             f"record {i} of the {split} split is stay {record['stay_id']} with {len(record['ehr'])} steps, its index "
-            f"says stay {part['stay_id'][i]} with {part['length'][i]}: the folder mixes two builds; build it again"
+            f"says stay {part['stay_id'][i]} with {part['length'][i]}: the folder was built anew while "
+            "it was read, or mixes two builds"
         )
 
 

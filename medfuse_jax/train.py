@@ -84,7 +84,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 samples += plan.batch_size * loss.size
                 if len(losses) > 1:  # of the call before, while this one runs
                     shown = check_finite(losses[-2], step - loss.size, config)
-                    log.show(loss=f"{shown:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.0f}/s")
+                    log.show(loss=f"{shown:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.1f} stays/s")
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
                 if (

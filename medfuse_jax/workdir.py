@@ -31,11 +31,11 @@ def locked(workdir: Path) -> Iterator[None]:
 
 def claim(workdir: Path, run: experiment.Experiment) -> None:
     """Makes the workdir this run's, or refuses one that is another's: of another config, or of other shards."""
-    if (workdir / "config.json").exists():
+    # A start that failed before anything was trained claims nothing.
+    if any(workdir.glob("checkpoints")) or any(workdir.glob("pretrain_*/checkpoints")):
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir")
         _check_data(workdir, run)
-        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / "data.json", json.dumps({"digest": run.dataset.digest}) + "\n")

@@ -45,6 +45,13 @@ def test_the_best_is_the_one_that_training_called_so(tmp_path, aurocs, best):
     assert int(restored.step) == best and float(restored.w[0, 0]) == best
 
 
+def test_a_best_that_was_taken_away_is_missed(tmp_path):
+    _save_run(tmp_path, (0.6, 0.7, 0.65))
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    with pytest.raises(UserError, match="no longer holds the best, of epoch 2"):
+        checkpoints.restore_best(tmp_path, _state(0))
+
+
 def test_the_latest_is_where_training_goes_on(tmp_path):
     _save_run(tmp_path, (0.6, 0.7, 0.65))
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:

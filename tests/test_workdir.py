@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -23,8 +24,20 @@ def test_a_claimed_workdir_is_opened_again_as_the_same_run(run, tmp_path):
     assert workdir.open_run(tmp_path / "run").dataset.digest == run.dataset.digest
 
 
+def test_shards_that_were_moved_are_the_same(run, tmp_path, shards):
+    workdir.claim(tmp_path / "run", run)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    shutil.copytree(shards, tmp_path / "moved")
+    run.config.data.dir = str(tmp_path / "moved")
+    workdir.claim(tmp_path / "run", experiment.open_experiment(run.config))
+    assert workdir.open_run(tmp_path / "run").config.data.dir == str(tmp_path / "moved")
+
+
 def test_another_config_is_refused(run, tmp_path):
     workdir.claim(tmp_path, run)
+    run.config.learning_rate *= 2
+    workdir.claim(tmp_path, run)  # nothing is trained yet
+    (tmp_path / "pretrain_ehr" / "checkpoints").mkdir(parents=True)
     run.config.learning_rate *= 2
     with pytest.raises(UserError, match=r"holds another run \(config.learning_rate is .* there and .* here\)"):
         workdir.claim(tmp_path, run)
@@ -33,6 +46,7 @@ def test_another_config_is_refused(run, tmp_path):
 @pytest.mark.parametrize("use", [lambda path, run: workdir.claim(path, run), lambda path, run: workdir.open_run(path)])
 def test_other_shards_in_the_same_place_are_refused(run, tmp_path, use):
     workdir.claim(tmp_path, run)
+    (tmp_path / "checkpoints").mkdir()
     (tmp_path / "data.json").write_text(json.dumps({"digest": "of an older build"}))
     with pytest.raises(UserError, match=r"is no longer the build that .* was trained on"):
         use(tmp_path, run)
