@@ -79,10 +79,10 @@ def _section(title: str, path: Path) -> str:
     parts = [f"## {title}: {path.stem}\n", _about(rows)]
     if targets := _targets(rows):
         parts.append(
-            _markdown(("case", "against", "aimed at", "measured (least-most; of the best repeats)", ""), targets)
+            markdown(("case", "against", "aimed at", "measured (least-most; of the best repeats)", ""), targets)
         )
     header = ("case", "contender", "time a repeat", "samples/s", "films/s", "time over ours", "remarks")
-    parts.append(_markdown(header, [_cells(row) for row in rows]))
+    parts.append(markdown(header, [_cells(row) for row in rows]))
     return "\n".join(parts)
 
 
@@ -150,7 +150,8 @@ def _over(over: dict) -> str:
     return f"{over['median']:.2f} ({over['min']:.2f}-{over['max']:.2f}; best {over['of_best']:.2f})"
 
 
-def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 

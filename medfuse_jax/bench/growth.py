@@ -1,0 +1,187 @@
+"""The tables and the picture of docs/performance.md: `python -m medfuse_jax.bench.growth`.
+
+They are made of the newest folder of `results/` that holds `growth.json` and `devices.json`, which are what
+`python -m medfuse_jax.bench` wrote with the presets of these names.
+
+The model of a step's time is t = a B T + b P + c: B rows, T time steps run, P films, and what a step costs whatever
+its batch. On a CPU a, b and c are fitted; for accelerators they are worked out from what is assumed below.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from medfuse_jax import errors, files
+from medfuse_jax.bench import page, parts_case, table
+from medfuse_jax.errors import UserError
+
+_BEGIN, _END = "<!-- made by python -m medfuse_jax.bench.growth -->", "<!-- end -->"
+_PARTS = {
+    "augment": "augmentation",
+    "film_stem": "ResNet: stem",
+    "film_half": "ResNet: stages 1-2",
+    "film_encoder": "ResNet: stages 3-4",
+    "ehr_encoder": "EHR encoder (LSTM)",
+    "update": "Adam",
+}
+# MedFuse: docs/methods.md (parameters; operations a film, forward and backward).
+_PARAMETERS, _FLOPS_A_FILM = 23_870_041, 19.98e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """Several devices of a kind. bf16_flops, link_bytes: a device's peak rates a second, from the maker's data sheet.
+
+    batch: rows a device. time_step_s: one step of both LSTM layers, forward and backward. fixed_s: the rest of a step.
+    """
+
+    name: str
+    num_devices: int
+    bf16_flops: float
+    link_bytes: float
+    batch: int
+    time_step_s: float = 40e-6
+    fixed_s: float = 1e-3
+
+
+_SHARE_OF_PEAK = 0.2  # of the convolutions: assumed, measured nowhere
+_ACCELERATORS = (
+    Accelerator("1 H200", 1, 989e12, 450e9, 256),
+    Accelerator("8 H200", 8, 989e12, 450e9, 256),
+    Accelerator("v5e-256", 256, 197e12, 100e9, 16),
+)
+
+
+def write(results: Path, docs: Path) -> None:
+    """Puts the tables between their marks in performance.md, and draws step_time.svg beside it."""
+    folder = _newest(results)
+    growth, devices = page.read(folder / "growth.json"), page.read(folder / "devices.json")
+    parts = _shares([row for row in growth if row["settings"]["kind"] == "parts"])
+    steps = [row for row in growth if row["settings"]["kind"] == "step"]
+    text = "\n".join(
+        [f"From `results/{folder.name}`.\n", _parts_table(parts), _growth_table(steps), _devices_table(devices)]
+        + [_predicted_table(steps)]
+    )
+    path = docs / "performance.md"
+    before, _, rest = path.read_text().partition(_BEGIN)
+    files.write_text(path, f"{before}{_BEGIN}\n{text}{_END}{rest.partition(_END)[2]}")
+    draw(parts, docs / "step_time.svg")
+
+
+def _newest(results: Path) -> Path:
+    wanted = ("growth.json", "devices.json")
+    folders = [p for p in sorted(results.glob("*")) if all((p / name).exists() for name in wanted)]
+    if not folders:
+        raise UserError(
+            f"no folder of {results} holds {' and '.join(wanted)}: write them with "
+            "`python -m medfuse_jax.bench --preset=growth --json=...` and --preset=devices"
+        )
+    return folders[-1]
+
+
+def _shares(rows: list[dict]) -> dict[str, float]:
+    """Seconds of each part a batch. The film encoder is timed up to three depths: here what each adds."""
+    taken = {row["contender"]: row["seconds"] / row["batches_per_repeat"] for row in rows}
+    deeper = {"film_half": "film_stem", "film_encoder": "film_half"}
+    parts = {name: taken[name] - taken.get(deeper.get(name), 0.0) for name in parts_case.PARTS}
+    return parts | {"rest": taken["ours"] - sum(parts.values()), "whole": taken["ours"]}
+
+
+def _parts_table(parts: dict[str, float]) -> str:
+    names = _PARTS | {"rest": "the rest (fusion, heads, loss; what the parts save or lose alone)", "whole": "the step"}
+    rows = [(names[name], table.seconds(s), f"{s / parts['whole']:.0%}") for name, s in parts.items()]
+    return page.markdown(("part, forward and backward", "time a batch", "share"), rows)
+
+
+def fit(rows: list[dict]) -> np.ndarray:
+    """Seconds a row and time step, a film, a step without a film encoder, and a step with one (least squares)."""
+    return np.linalg.lstsq(np.stack([_terms(row) for row in rows]), [_seconds(row) for row in rows], rcond=None)[0]
+
+
+def _terms(row: dict) -> np.ndarray:
+    batches, films = row["batches_per_repeat"], row["films_per_batch"]
+    row_steps = row["time_steps_per_repeat"] / batches * row["settings"]["batch_size"]
+    return np.array([row_steps, row["films_per_repeat"] / batches, not films, bool(films)], float)
+
+
+def _seconds(row: dict) -> float:
+    return row["seconds"] / row["batches_per_repeat"]
+
+
+def _growth_table(rows: list[dict]) -> str:
+    a, b, alone, fused = fit(rows)
+    cells = []
+    for row in rows:
+        row_steps, films, _, _ = _terms(row)
+        settings, modelled = row["settings"], float(_terms(row) @ np.array([a, b, alone, fused]))
+        cells.append(
+            (settings["method"], str(settings["batch_size"]), f"{row_steps / settings['batch_size']:.0f}", f"{films:g}")
+            + (table.seconds(_seconds(row)), f"{_seconds(row) / settings['batch_size'] * 42.628:.0f} s")
+            + (f"{table.seconds(modelled)} ({modelled / _seconds(row) - 1:+.0%})",)
+        )
+    header = ("method", "rows", "time steps", "films", "a batch", "an epoch of 42,628 stays", "by the model")
+    formula = f"a = {a * 1e6:.0f} us a row and time step, b = {b * 1e3:.0f} ms a film, "
+    formula += f"c = {alone * 1e3:.0f} ms (LSTM alone) or {fused * 1e3:.0f} ms (MedFuse)"
+    return page.markdown(header, cells) + f"\nFitted: {formula}. An epoch is as many batches as its stays fill.\n"
+
+
+def _devices_table(rows: list[dict]) -> str:
+    base = {row["settings"]["parallel"]: row["seconds"] for row in rows if row["settings"]["num_devices"] == 1}
+    cells = []
+    for row in rows:
+        settings = row["settings"]
+        more = row["seconds"] / base[settings["parallel"]]
+        cells.append((str(settings["num_devices"]), settings["parallel"], table.seconds(_seconds(row)), f"{more:.2f}"))
+    return page.markdown(("simulated devices", "by", "a batch of 64", "times that of one"), cells)
+
+
+def _predicted_table(rows: list[dict]) -> str:
+    """MedFuse at 19 % paired, 2 h steps. Each device runs its own batch; gradients add up in a ring."""
+    fused = next(row for row in rows if row["settings"]["method"] == "medfuse")
+    time_steps = fused["time_steps_per_repeat"] / fused["batches_per_repeat"]
+    cells = []
+    for device in _ACCELERATORS:
+        films = 0.19 * device.batch
+        compute_s = films * _FLOPS_A_FILM / (_SHARE_OF_PEAK * device.bf16_flops)
+        sum_s = 2 * (device.num_devices - 1) / device.num_devices * 4 * _PARAMETERS / device.link_bytes
+        step_s = compute_s + time_steps * device.time_step_s + sum_s + device.fixed_s
+        rate = device.batch * device.num_devices / step_s
+        cells.append(
+            (device.name, str(device.batch), table.seconds(compute_s), table.seconds(time_steps * device.time_step_s))
+            + (table.seconds(sum_s), table.seconds(step_s), f"{rate:,.0f}", table.seconds(42_628 / rate))
+        )
+    header = ("predicted", "rows a device", "films", "recurrence", "gradients' sum", "a step", "stays/s", "an epoch")
+    return page.markdown(header, cells)
+
+
+def draw(parts: dict[str, float], path: Path) -> None:
+    """One bar: the parts of a step, as long as their time."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "step"  # the same picture of the same numbers
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 2.1), layout="constrained")
+    left = 0.0
+    for name, label in (_PARTS | {"rest": "the rest"}).items():
+        width = max(parts[name], 0.0) * 1e3
+        axes.barh(0, width, left=left, height=0.5, label=f"{label}, {width:.0f} ms")
+        left += width
+    axes.set(yticks=[], xlabel="ms a training step (MedFuse, 16 stays, 3 with a film, 2 CPU cores)", ylim=(-0.3, 0.3))
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    write(Path(flags.FLAGS.results), Path(flags.FLAGS.docs))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("results", "results", "The folder of the records.")
+    flags.DEFINE_string("docs", "docs", "The folder of performance.md.")
+    errors.run(main)

@@ -1,0 +1,67 @@
+"""The page of performance: its model finds planted numbers, and its tables are those of the records."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medfuse_jax.bench import cases, growth, parts_case
+from medfuse_jax.errors import UserError
+
+_ROOT = Path(__file__).parent.parent
+
+
+def _row(seconds_of, method, rows, time_steps, films):
+    settings = {"kind": "step", "method": method, "batch_size": rows}
+    counts = {"batches_per_repeat": 2, "films_per_batch": films, "films_per_repeat": 2 * films}
+    return {
+        "settings": settings,
+        "time_steps_per_repeat": 2 * time_steps,
+        "seconds": 2 * seconds_of(rows * time_steps, films),
+        **counts,
+    }
+
+
+def _rows(seconds_of):
+    ehr = [_row(seconds_of, "uni_ehr", b, t, 0) for b, t in ((16, 20), (16, 40), (32, 40))]
+    return [*ehr, *(_row(seconds_of, "medfuse", 16, 40, p) for p in (3, 8))]
+
+
+def test_the_model_finds_what_was_planted():
+    found = growth.fit(_rows(lambda row_steps, films: 2e-4 * row_steps + 0.2 * films + (0.05 if films else 0.01)))
+    np.testing.assert_allclose(found, [2e-4, 0.2, 0.01, 0.05], rtol=1e-6)
+    other = growth.fit(_rows(lambda row_steps, films: 2.1e-4 * row_steps + 0.2 * films + (0.05 if films else 0.01)))
+    assert abs(found[0] - other[0]) > 5e-6
+
+
+def test_the_parts_and_the_rest_are_the_step():
+    taken = dict(zip(("ours", *parts_case.PARTS), (10.0, 0.5, 1.0, 3.0, 6.0, 2.0, 0.25)))
+    rows = [{"contender": name, "seconds": 2 * s, "batches_per_repeat": 2} for name, s in taken.items()]
+    parts = growth._shares(rows)
+    assert parts["film_half"] == 2.0 and parts["film_encoder"] == 3.0 and parts["rest"] == 1.25
+    assert sum(s for name, s in parts.items() if name != "whole") == parts["whole"] == 10.0
+
+
+def test_the_presets_that_the_page_is_made_of_have_what_it_asks_for():
+    kinds = [case.kind for case in cases.preset("growth")[0]]
+    assert kinds.count("parts") == 1 and kinds.count("step") >= len(growth.fit(_rows(lambda s, p: s + p)))
+
+
+def test_the_page_is_that_of_the_newest_record(tmp_path):
+    """Made again from the results, it is as it is."""
+    page = (_ROOT / "docs" / "performance.md").read_text()
+    (tmp_path / "performance.md").write_text(re.sub(f"{growth._BEGIN}.*{growth._END}", _empty(), page, flags=re.DOTALL))
+    growth.write(_ROOT / "results", tmp_path)
+    assert (tmp_path / "performance.md").read_text() == page
+    assert "Adam" in (tmp_path / "step_time.svg").read_text()
+
+
+def _empty() -> str:
+    return f"{growth._BEGIN}\n{growth._END}"
+
+
+def test_missing_records_are_named(tmp_path):
+    (tmp_path / "results" / "2026-01-01_a").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds growth\.json and devices\.json.*--preset=growth"):
+        growth.write(tmp_path / "results", tmp_path)
