@@ -30,12 +30,22 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
     )
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_order, best_mode="max")
     folder = (workdir / "checkpoints").absolute()
+    if jax.process_count() > 1:  # each process trains runs of its own: none waits for another at a save
+        folder.mkdir(parents=True, exist_ok=True)
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process{jax.process_index()}",
+        )
+        options = dataclasses.replace(options, create=False, multiprocessing_options=alone)
     with _damage_named(folder):
         return ocp.CheckpointManager(folder, options=options, item_names=("state", "progress"))
 
 
 def save(manager: ocp.CheckpointManager, state, progress: optim.Progress, is_best: bool) -> None:
     """Saves in the background. is_best: whether this very state is progress's best."""
+    if jax.process_count() > 1:  # orbax refuses a process' own device arrays; host arrays it writes in process 0
+        state = jax.device_get(state)
     manager.save(
         int(state.step),
         args=ocp.args.Composite(

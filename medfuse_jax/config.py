@@ -38,6 +38,7 @@ def default() -> ConfigDict:
     config.data.film_task = "radiology"  # whose films and labels train unified's classifier of films
     config.data.statistics = "train"  # or a JSON file with 'mean' and 'std', 76 numbers each
     config.data.max_buckets = 4  # padded lengths, each a compilation
+    config.data.order_seed = -1  # of the order of the data; -1: config.seed. A sweep over seeds keeps it
 
     config.film = ConfigDict()
     for field in dataclasses.fields(augment.FilmOptions):
@@ -51,6 +52,7 @@ def default() -> ConfigDict:
     config.model.resnet_width = 64
     config.model.batch_norm = "batch"  # 'frozen': keep the pre-trained running statistics
     config.model.missing_film = ""  # early, joint: 'zeros' or 'learnt' (a vector); '': as the method's name says
+    config.model.freeze_encoders = False  # train the fusion alone; 'early' always does
 
     config.loss = ConfigDict()  # weights of the losses beside the main one, in mmtm and unified
     for field in dataclasses.fields(losses.Weights):
@@ -147,6 +149,7 @@ def validate(config: ConfigDict) -> None:
     _check_range("config.data.synthetic_film_fraction", config.data.synthetic_film_fraction, 0.05, 1.0)
     _check_range("config.data.ehr_only_ratio", config.data.ehr_only_ratio, 0.0, 1.0)
     _check_range("config.data.max_buckets", config.data.max_buckets, 1, 32)
+    _check_range("config.data.order_seed", config.data.order_seed, -1)
     _check_range("config.film.resize_px", config.film.resize_px, 32, 1024)
     _check_range("config.film.crop_px", config.film.crop_px, 32, config.film.resize_px)
     _check_range("config.film.rotation_deg", config.film.rotation_deg, 0.0, 180.0)
@@ -220,11 +223,16 @@ def difference(a: ConfigDict, b: ConfigDict) -> str:
 
     Fields that change no number of a run are no difference.
     """
-    flat_a, flat_b = (_flat(json.loads(json.dumps(c.copy_and_resolve_references().to_dict()))) for c in (a, b))
+    flat_a, flat_b = (flat(c) for c in (a, b))
     for field in sorted((flat_a.keys() | flat_b.keys()) - _WITHOUT_EFFECT):
         if flat_a.get(field) != flat_b.get(field):
             return f"config.{field} is {flat_a.get(field)} there and {flat_b.get(field)} here"
     return ""
+
+
+def flat(config: ConfigDict) -> dict:
+    """Every field by its dotted name, values as JSON has them."""
+    return _flat(json.loads(json.dumps(config.copy_and_resolve_references().to_dict())))
 
 
 def _flat(content: dict, prefix: str = "") -> dict:

@@ -1,6 +1,6 @@
 """Scores every stay of a split once, and says how well: `python -m medfuse_jax.evaluate --workdir=DIR`.
 
-Shapes: N scored records, K labels, D devices, B rows a device.
+Shapes: M models, N scored records, K labels, D devices, B rows a device.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from medfuse_jax import checkpoints, errors, files, input_pipeline, metrics, parallel, records, tasks
+from medfuse_jax import checkpoints, errors, files, metrics, parallel, records, tasks
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
@@ -39,6 +39,20 @@ def predict(
     run: experiment_lib.Experiment, eval_fn: Callable, state: step_lib.TrainState, split: str, include_N: np.ndarray
 ) -> Predictions:
     """Scores every included record exactly once; UserError where there is none."""
+
+    def as_the_only_one(batch):
+        return jax.tree.map(lambda x: x[None], eval_fn(state, batch))
+
+    return predict_each(run, as_the_only_one, 1, split, include_N)[0]
+
+
+def predict_each(
+    run: experiment_lib.Experiment, eval_fn: Callable, num_models: int, split: str, include_N: np.ndarray
+) -> list[Predictions]:
+    """What `predict` does for several models at once, each batch read once.
+
+    eval_fn: batch -> (scores [M, D, B, K], loss of each row [M, D, B]) of M models.
+    """
     dataset = run.dataset
     if not include_N.any():
         raise UserError(
@@ -52,29 +66,33 @@ def predict(
         batch_size=run.config.eval.batch_size,
         buckets=dataset.buckets,
     )
-    score_NK = np.full((len(include_N), len(dataset.labels)), np.nan, np.float32)
-    loss_N = np.full(len(include_N), np.nan)
+    score_MNK = np.full((num_models, len(include_N), len(dataset.labels)), np.nan, np.float32)
+    loss_MN = np.full((num_models, len(include_N)), np.nan)
     for plan in plans:
         waiting = None
-        batches = input_pipeline.batches(dataset, split, plan, num_devices=len(run.devices))
-        for batch in parallel.prefetch(batches, run.devices):
-            dispatched = (batch["record"], *eval_fn(state, batch))
+        for batch in run.batches(split, plan):
+            dispatched = (batch["record"], *eval_fn(batch))
             if waiting:  # fetched while the next batch runs
-                _store(*waiting, score_NK, loss_N)
+                _store(*waiting, score_MNK, loss_MN)
             waiting = dispatched
-        _store(*waiting, score_NK, loss_N)
+        _store(*waiting, score_MNK, loss_MN)
     record_N = np.flatnonzero(include_N)
-    assert np.array_equal(record_N, np.flatnonzero(~np.isnan(loss_N))) or not np.isfinite(score_NK[record_N]).all()
-    return Predictions(
-        record_N, score_NK[record_N], dataset.index[split]["label"][record_N], float(loss_N[record_N].mean())
-    )
+    label_NK = dataset.index[split]["label"][record_N]
+    predictions = []
+    for score_NK, loss_N in zip(score_MNK, loss_MN):
+        scored = np.array_equal(record_N, np.flatnonzero(~np.isnan(loss_N)))
+        assert scored or not np.isfinite(score_NK[record_N]).all()
+        predictions.append(Predictions(record_N, score_NK[record_N], label_NK, float(loss_N[record_N].mean())))
+    return predictions
 
 
-def _store(record_DB, score_DBK, loss_DB, score_NK: np.ndarray, loss_N: np.ndarray) -> None:
+def _store(record_DB, score_MDBK, loss_MDB, score_MNK: np.ndarray, loss_MN: np.ndarray) -> None:
     record_R = np.asarray(record_DB).reshape(-1)
     real_R = record_R != plan_lib.PADDING
-    score_NK[record_R[real_R]] = np.asarray(score_DBK).reshape(len(record_R), -1)[real_R]
-    loss_N[record_R[real_R]] = np.asarray(loss_DB).reshape(-1)[real_R]
+    num_models, num_labels = len(score_MNK), score_MNK.shape[-1]
+    score_MRK = np.asarray(score_MDBK).reshape(num_models, len(record_R), num_labels)
+    score_MNK[:, record_R[real_R]] = score_MRK[:, real_R]
+    loss_MN[:, record_R[real_R]] = np.asarray(loss_MDB).reshape(num_models, -1)[:, real_R]
 
 
 def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -40,7 +41,8 @@ class Experiment:
 
     def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Turns:
         """The training batches of one epoch, those of films with their own labels in turn with the stays'."""
-        drawn = {"batch_size": self.config.batch_size, "seed": self.config.seed, "epoch": epoch}
+        seed = self.config.seed if self.config.data.order_seed < 0 else self.config.data.order_seed
+        drawn = {"batch_size": self.config.batch_size, "seed": seed, "epoch": epoch}
         stays = plan_lib.train_plan(
             self.dataset.lengths("train"),
             self.dataset.paired("train"),
@@ -56,11 +58,25 @@ class Experiment:
         of_films = (films.lengths("train"), films.paired("train"), films.usable("train"))
         return plan_lib.take_turns(stays, plan_lib.train_plan(*of_films, buckets=films.buckets, **drawn))
 
+    def batches(self, split: str, plan: plan_lib.Plan, start: int = 0) -> Iterator[dict]:
+        """The plan's batches from step `start` on, on the devices ahead of use."""
+        read = input_pipeline.batches(self.dataset, split, plan, num_devices=len(self.devices), start=start)
+        return parallel.prefetch(read, self.devices)
+
     def fresh_state(self) -> step_lib.TrainState:
         """A newly initialised state, from the config's seed."""
-        # rbg: jax's default generator is compiled anew for every parameter, half a minute for a ResNet on CPU.
-        init_key = jax.random.key(self.config.seed, impl="rbg")
-        return step_lib.create_state(self.options, init_key, self._smallest_batch(), self.config.learning_rate)
+        return next(self.fresh_states([self.config.seed]))
+
+    def fresh_states(self, seeds: list[int]) -> Iterator[step_lib.TrainState]:
+        """A newly initialised state a seed, by one compiled program."""
+        make = self.state_maker()
+        for seed in seeds:
+            # rbg: jax's default generator is compiled anew for every parameter, half a minute for a ResNet on CPU.
+            yield make(jax.random.key(seed, impl="rbg"), self.config.learning_rate)
+
+    def state_maker(self) -> Callable[[jax.Array, float], step_lib.TrainState]:
+        """(key, learning rate) -> a newly initialised state, by a program compiled once."""
+        return step_lib.state_maker(self.options, self._smallest_batch())
 
     def abstract_state(self) -> step_lib.TrainState:
         """The shapes and types of a state, without computing one."""
@@ -76,8 +92,11 @@ class Experiment:
         return batch
 
 
-def open_experiment(config: ConfigDict) -> Experiment:
-    """Opens what a validated config names; UserError where data or devices do not fit it."""
+def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> Experiment:
+    """Opens what a validated config names; UserError where data or devices do not fit it.
+
+    on: the devices to divide each batch over, by default all of this process.
+    """
     method, _ = methods.METHODS[config.method]
     dataset = input_pipeline.open_dataset(
         config.data.dir,
@@ -96,7 +115,7 @@ def open_experiment(config: ConfigDict) -> Experiment:
     own = {"num_film_labels": len(tasks.TASKS[config.data.film_task].labels)} if film_heads else {}
     if config.model.missing_film:
         own["missing"] = config.model.missing_film
-    on = parallel.devices()
+    on = on or parallel.devices()
     config_lib.check_devices(config, len(on))
     options = step_lib.StepOptions(
         model=methods.build(
@@ -108,6 +127,7 @@ def open_experiment(config: ConfigDict) -> Experiment:
             resnet_stage_sizes=tuple(config.model.resnet_stage_sizes),
             resnet_width=config.model.resnet_width,
             frozen_stats=config.model.batch_norm == "frozen",
+            **({"frozen_encoders": True} if config.model.freeze_encoders else {}),
             dtype=_compute_dtype(config.precision),
             **own,
         ),

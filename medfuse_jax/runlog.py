@@ -13,9 +13,13 @@ from tqdm import tqdm
 
 
 class RunLog:
-    """One run's record. Lines of steps after `resume_step` (a kill came before their checkpoint) are dropped."""
+    """One run's record. Lines of steps after `resume_step` (a kill came before their checkpoint) are dropped.
 
-    def __init__(self, workdir: Path, name: str, num_steps: int, resume_step: int = 0):
+    quiet: no bar and no lines, for one run of many.
+    """
+
+    def __init__(self, workdir: Path, name: str, num_steps: int, resume_step: int = 0, quiet: bool = False):
+        self._quiet = quiet
         self._name = name
         self._path = workdir / "metrics.jsonl"
         _drop_after(self._path, resume_step)
@@ -26,7 +30,7 @@ class RunLog:
             initial=resume_step,
             desc=name,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar:10}| {elapsed}, {remaining} left{postfix}",
         )
@@ -53,7 +57,7 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """A plain log line, where there is no bar."""
-        if self._bar.disable:
+        if self._bar.disable and not self._quiet:
             print(f"{self._name}: {text}", flush=True)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ batch is a sum over the devices too. Batches are described in `input_pipeline`.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax
 import jax
@@ -46,29 +47,44 @@ class StepOptions:
 
 def create_state(options: StepOptions, key: jax.Array, batch: dict, learning_rate: float) -> TrainState:
     """A fresh state for the shapes of `batch` (one device's part of one)."""
+    return state_maker(options, batch)(key, learning_rate)
 
+
+def state_maker(options: StepOptions, batch: dict) -> Callable[[jax.Array, float], TrainState]:
+    """(key, learning rate) -> a fresh state: compiled once, however many states are made."""
+
+    @jax.jit
     def init(key):
         inputs = model_inputs(options, batch, key=None)
         variables = options.model.init({"params": key}, **inputs, train=False)
         return variables["params"], variables.get("batch_stats", {})
 
-    params, batch_stats = jax.jit(init)(key)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=options.optimizer.init(params),
-        learning_rate=jnp.asarray(learning_rate, jnp.float32),
-    )
+    def make(key, learning_rate):
+        params, batch_stats = init(key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=options.optimizer.init(params),
+            learning_rate=jnp.asarray(learning_rate, jnp.float32),
+        )
+
+    return make
 
 
 def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> dict:
     """Standardises the series and prepares the films; augments them where a key is given."""
     num_rows = batch["valid"].shape[0]
     inputs = {"length": batch.get("length", jnp.zeros(num_rows, jnp.int32))}
-    if "ehr" in batch:
+    if "ehr_features" in batch:  # of frozen encoders: sweep/heads.py
+        inputs["ehr"] = batch["ehr_features"]
+    elif "ehr" in batch:
         inputs["ehr"] = (batch["ehr"] - jnp.asarray(options.mean_F)) / jnp.asarray(options.std_F)
-    if "image" in batch:
+    if "film_features" in batch:
+        film_row_P = batch["film_row"]
+        inputs |= {"image": batch["film_features"][:, None, None], "film_row": film_row_P}
+        inputs["film_mask"] = film_row_P < num_rows
+    elif "image" in batch:
         film_row_P = batch["film_row"]
         if key is None:
             image = augment.prepare(batch["image"], options.film)
@@ -80,18 +96,25 @@ def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> di
 
 
 def train_step(
-    options: StepOptions, state: TrainState, batch: dict, key: jax.Array, axis: str | None = None
+    options: StepOptions,
+    state: TrainState,
+    batch: dict,
+    key: jax.Array,
+    axis: str | None = None,
+    dropout: jax.Array | None = None,
 ) -> tuple[TrainState, dict]:
     """One update. Returns the new state and {'loss', 'grad_norm'} of the whole batch.
 
     key is the run's: the step's own keys are folded from it by step number, and each row's
     by its row_id, so a resumed run and any layout over devices draw the same numbers.
+    dropout: the rate where it is a trial's own (a sweep's), not the model's.
     """
+    model = options.model if dropout is None else options.model.clone(dropout=dropout)
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     inputs = model_inputs(options, batch, augment_key)
 
     def loss_fn(params):
-        outputs, updated = options.model.apply(
+        outputs, updated = model.apply(
             {"params": params, "batch_stats": state.batch_stats},
             **inputs,
             train=True,
@@ -101,7 +124,7 @@ def train_step(
             rngs={"dropout": dropout_key},
         )
         total = functools.partial(_sum_over, axis=axis)
-        loss = losses.objective(options.model.heads, outputs, batch, options.weights, total)
+        loss = losses.objective(model.heads, outputs, batch, options.weights, total)
         return loss, updated.get("batch_stats", state.batch_stats)
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -35,7 +35,7 @@ def train(
         else:
             state = starts.begin(run.fresh_state(), encoders or {})
             progress = optim.Progress(learning_rate=run.config.learning_rate)
-        if not _finished(progress, run.config):
+        if not finished(progress, run.config):
             _loop(run, workdir, manager, state, progress)
 
 
@@ -63,7 +63,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
         contextlib.ExitStack() as profile,
     ):
         _profile(profile, profiled, workdir, step, state)
-        while not _finished(progress, config):
+        while not finished(progress, config):
             epoch = step // steps_per_epoch + 1
             plan = run.train_plan(epoch)
             done, epoch_end = step % steps_per_epoch, epoch * steps_per_epoch
@@ -75,7 +75,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 step += loss.size
                 samples += plan.batch_size * loss.size
                 if len(losses) > 1:  # of the call before, while this one runs
-                    shown = _check_finite(losses[-2], step - loss.size, config)
+                    shown = check_finite(losses[-2], step - loss.size, config)
                     log.show(loss=f"{shown:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.0f}/s")
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
@@ -85,7 +85,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                     and step % steps_per_epoch
                 ):
                     checkpoints.save(manager, state, progress, is_best=False)
-            _check_finite(losses[-1], step, config)
+            check_finite(losses[-1], step, config)
             losses = np.concatenate([np.atleast_1d(loss) for loss in jax.device_get(losses)])
             train_loss = float(np.mean(losses))
             rate = round(samples / (time.perf_counter() - start_s), 2)
@@ -114,7 +114,8 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
         manager.wait_until_finished()
 
 
-def _finished(progress: optim.Progress, config: ConfigDict) -> bool:
+def finished(progress: optim.Progress, config: ConfigDict) -> bool:
+    """Whether a run has come to its last epoch, or is stopped early."""
     return progress.epoch >= config.num_epochs or progress.should_stop(config.early_stop_epochs)
 
 
@@ -145,7 +146,7 @@ def _stops(step: int, epoch_end: int, config: ConfigDict, profiled: tuple[int, i
     return sorted(s for s in wanted if step < s <= epoch_end)
 
 
-def _check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:
+def check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:
     """The loss of `step`, the last of those given; UserError where one is not finite."""
     losses = np.atleast_1d(loss)
     if not np.isfinite(losses).all():

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from model_cases import random_variables
 
 from medfuse_jax import checkpoints, evaluate, experiment, starts, tasks, torch_import, train
-from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.torch_import import __main__ as command
@@ -204,38 +202,7 @@ def test_a_wrong_command_ends_in_one_line(arguments, said):
     assert done.returncode == 1 and len(lines) == 1 and said in lines[0], done.stderr
 
 
-# --- docs/weights.md
-
 _PAGE = (_ROOT / "docs" / "weights.md").read_text()
-
-
-def _commands() -> list[list[str]]:
-    blocks = re.findall(r"```sh\n(.*?)```", _PAGE, flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.strip()]
-
-
-def test_the_page_has_the_three_ways():
-    modules = [words[2] for words in _commands()]
-    assert set(modules) >= {"medfuse_jax.torch_import", "medfuse_jax.evaluate", "medfuse_jax.main", "data_prep.build"}
-
-
-@pytest.mark.parametrize("words", _commands(), ids=lambda words: " ".join(words[2:4]))
-def test_every_command_of_the_page_names_flags_and_fields_that_there_are(words):
-    assert words[:2] == ["python", "-m"]
-    module = _ROOT / (words[2].replace(".", "/"))
-    source = (module / "__main__.py" if module.is_dir() else module.with_suffix(".py")).read_text()
-    for argument in words[3:]:
-        flag, _, value = argument.removeprefix("--").partition("=")
-        if flag == "config":
-            assert (_ROOT / value).is_file()
-        elif flag.startswith("config."):
-            node = config_lib.default()
-            for part in flag.split(".")[1:]:
-                assert part in node, flag
-                node = node[part]
-        else:
-            assert f'"{flag}"' in source, flag
 
 
 def test_the_pages_snippet_makes_statistics_of_a_normalizer(tmp_path):

@@ -152,6 +152,12 @@ def test_a_checkpoint_of_another_method_says_which():
         _load_tiny(_tiny_state_dict(), "medfusion")
 
 
+def test_a_classifier_of_another_size_is_told_its_own_count_of_labels():
+    state_dict = _with("cxr_model.classifier.0.weight", np.zeros((5, 32)))(_tiny_state_dict("unified"))
+    with pytest.raises(UserError, match=r"has 5 labels \(cxr_model\.classifier\.0\.weight is \[5, 32\]\), not 14"):
+        _load_tiny(state_dict, "unified")
+
+
 def test_imagenet_weights_fill_the_film_encoder():
     released = _tiny_state_dict("uni_cxr")
     prefix = "cxr_model.vision_backbone."

@@ -54,7 +54,7 @@ def _scores(peer, placed):
 
 
 @pytest.mark.parametrize("variant", torch_peer.VARIANTS.values(), ids=torch_peer.VARIANTS)
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", torch_peer.METHODS)
 def test_a_peer_scores_as_ours(method, variant):
     stage = {"stage": int(method[-1])} if method[-1] in "34" else {}
     model = methods.build(method, 3, **_SIZES, **stage)

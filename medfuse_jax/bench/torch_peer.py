@@ -38,6 +38,11 @@ class Variant:
 
 RELEASED = Variant("torch_released", packed=True, zero_films=True, channels_last=False, tuned_kernels=False)
 TUNED = Variant("torch_tuned", packed=False, zero_films=False, channels_last=True, tuned_kernels=True)
+# The methods that the released code trains: it has no training of `unified`.
+METHODS = (
+    *("uni_ehr", "uni_cxr", "early", "joint", "joint_zeros", "joint_learnable", "medfuse"),
+    *("mmtm3", "mmtm4", "daft3", "daft4"),
+)
 VARIANTS = {variant.name: variant for variant in (RELEASED, TUNED)}
 
 

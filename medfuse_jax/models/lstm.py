@@ -69,18 +69,23 @@ def mean_over_steps(hidden_BTD: jax.Array, length_B: jax.Array) -> jax.Array:
     return total_BD / jnp.maximum(jnp.sum(valid_BT1, axis=1), 1)
 
 
-def row_dropout(key: jax.Array, x_BD: jax.Array, rate: float, row_B: jax.Array) -> jax.Array:
+def row_dropout(key: jax.Array, x_BD: jax.Array, rate: float | jax.Array, row_B: jax.Array) -> jax.Array:
     """Dropout that a row takes with it: its mask depends on the key and its row id alone.
 
-    So one device with 16 rows and eight devices with 2 each drop the same numbers.
+    So one device with 16 rows and eight devices with 2 each drop the same numbers. rate: a number,
+    or an array (traced), so that the trials of a sweep can differ in it.
     """
-    if rate == 0:
+    if _is_off(rate):
         return x_BD
 
     def keep(row):
         return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - rate, x_BD.shape[1:])
 
     return jnp.where(jax.vmap(keep)(row_B), x_BD / (1 - rate), 0)
+
+
+def _is_off(rate: float | jax.Array) -> bool:
+    return not isinstance(rate, jax.Array) and rate == 0
 
 
 def orthogonal_per_gate(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
@@ -164,7 +169,11 @@ class EhrEncoder(nn.Module):
         dropout_rows_B: ids of the rows in the whole batch, for dropout (train only).
         """
         last_BD = lstm(self.layer1(self.width), hidden_BTD, length_B, self.dtype)[1]
-        if not train or self.dropout == 0:
+        return self.drop(last_BD, train, dropout_rows_B)
+
+    def drop(self, last_BD: jax.Array, train: bool = False, dropout_rows_B: jax.Array | None = None) -> jax.Array:
+        """The encoder's dropout, which also falls on features that were computed before."""
+        if not train or _is_off(self.dropout):
             return last_BD
         if dropout_rows_B is None:
             dropout_rows_B = jnp.arange(last_BD.shape[0])

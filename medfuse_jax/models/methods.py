@@ -89,6 +89,8 @@ class ProjectedModel(Model):
         ehr_BD = freeze(self.encode_ehr(ehr_BTF, length_B, train, dropout_rows_B))
         if films is None:
             return ehr_BD, None
+        if films.image_PHWC.shape[1:3] == (1, 1):  # [P, 1, 1, E]: a frozen encoder's features, computed before
+            return ehr_BD, films.image_PHWC[:, 0, 0]
         # Differs from MedFuse (trainers/fusion_trainer.py): frozen encoders keep their batch statistics too.
         batch_stats = train and not self.frozen_encoders
         return ehr_BD, freeze(self.cxr_encoder(films.image_PHWC, batch_stats, films.valid_P, axis_name))

@@ -98,6 +98,8 @@ class Model(nn.Module):
         """Features of the stays [B, D]; zeros for a row without, all zeros for a batch without."""
         if ehr_BTF is None:
             return jnp.zeros((len(length_B), self.ehr_hidden))
+        if ehr_BTF.ndim == 2:  # [B, D]: a frozen encoder's features, computed before
+            return self.ehr_encoder.drop(ehr_BTF, train, dropout_rows_B)
         return self.ehr_encoder(ehr_BTF, length_B, train, dropout_rows_B)
 
 

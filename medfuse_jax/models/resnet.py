@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models.conv import conv
 from medfuse_jax.models.max_pool import max_pool
 
 BATCH_NORM_EPSILON = 1e-5
@@ -20,18 +21,11 @@ BATCH_NORM_MOMENTUM = 0.9  # torch calls this 0.1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_CONV_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvision's
 
 
 def _conv(x_PHWC: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x_PHWC,
-        kernel.astype(x_PHWC.dtype),
-        (stride, stride),
-        ((padding, padding), (padding, padding)),
-        dimension_numbers=_CONV_DIMENSIONS,
-    )
+    return conv(x_PHWC, kernel.astype(x_PHWC.dtype), stride, padding)
 
 
 class Conv(nn.Module):

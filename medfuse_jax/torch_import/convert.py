@@ -30,9 +30,7 @@ def fill(model: methods.Model, method: str, state_dict: Mapping[str, np.ndarray]
     _check_names(state_dict, rows, method, known_names(stages), _hint(state_dict, stages))
     expected = _shapes(model)
     assert {row.path for row in rows} == set(expected), "the table and the model differ"
-    return traverse_util.unflatten_dict(
-        {row.path: _to_flax(row, state_dict, expected[row.path], model.num_labels) for row in rows}
-    )
+    return traverse_util.unflatten_dict({row.path: _to_flax(row, state_dict, expected[row.path]) for row in rows})
 
 
 def is_backbone(state_dict: Mapping[str, np.ndarray]) -> bool:
@@ -53,9 +51,7 @@ def fill_backbone(model: methods.Model, state_dict: Mapping[str, np.ndarray]) ->
     if not rows:
         raise UserError("these are the weights of a film encoder (a ResNet), which this config's method has not")
     _check_names(state_dict, rows, "the film encoder", known)
-    return traverse_util.unflatten_dict(
-        {row.path: _to_flax(row, state_dict, expected[row.path], model.num_labels) for row in rows}
-    )
+    return traverse_util.unflatten_dict({row.path: _to_flax(row, state_dict, expected[row.path]) for row in rows})
 
 
 def unused(
@@ -116,19 +112,19 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + rest
 
 
-def _to_flax(row: Row, state_dict, shape: tuple[int, ...], num_labels: int) -> jax.Array:
+def _to_flax(row: Row, state_dict, shape: tuple[int, ...]) -> jax.Array:
     axes = LAYOUTS[row.kind]
     expected = tuple(shape[axes.index(axis)] for axis in range(len(axes)))
-    values = [_checked(name, np.asarray(state_dict[name]), expected, row, num_labels) for name in row.names]
+    values = [_checked(name, np.asarray(state_dict[name]), expected, row) for name in row.names]
     return jnp.asarray(functools.reduce(np.add, values).transpose(axes))
 
 
-def _checked(name: str, value: np.ndarray, expected: tuple[int, ...], row: Row, num_labels: int) -> np.ndarray:
+def _checked(name: str, value: np.ndarray, expected: tuple[int, ...], row: Row) -> np.ndarray:
     """One entry as float32; UserError where its shape, type or values are not a weight's."""
     if value.shape != expected:
         if row.path[1].endswith("classifier") and value.shape[1:] == expected[1:]:
             raise UserError(
-                f"the checkpoint has {value.shape[0]} labels ({name} is {list(value.shape)}), not {num_labels}"
+                f"the checkpoint has {value.shape[0]} labels ({name} is {list(value.shape)}), not {expected[0]}"
             )
         raise UserError(f"{name} has shape {list(value.shape)}; {list(expected)} was expected")
     if not jnp.issubdtype(value.dtype, jnp.floating):

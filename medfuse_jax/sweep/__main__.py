@@ -1,0 +1,57 @@
+"""Tries an experiment with many settings: `python -m medfuse_jax.sweep --config=FILE --trials=10 --workdir=DIR`.
+
+The same command goes on where a stopped sweep was. See docs/sweeps.md.
+"""
+
+import functools
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from medfuse_jax import errors
+from medfuse_jax.errors import UserError
+
+
+def main(argv: list[str]) -> None:
+    from medfuse_jax.sweep import command, pods  # late: a wrong flag is refused before jax starts
+
+    given = flags.FLAGS
+    for name, least in (("trials", 1), ("lanes", 1), ("seed", 0)):
+        if given[name].value is not None and given[name].value < least:
+            raise UserError(f"--{name}={given[name].value}: give at least {least}")
+    process, num_processes = pods.start(given.coordinator, given.num_processes, given.process, given.distributed)
+    work = functools.partial(
+        command.run,
+        given.config,
+        Path(config_flags.get_config_filename(given["config"])),
+        Path(given.workdir),
+        specs=given.search,
+        num_trials=given.trials,
+        seed=given.seed,
+        lanes=given.lanes,
+        process=process,
+        num_processes=num_processes,
+        started_s=_STARTED_S,
+    )
+    pods.run(work)
+
+
+_STARTED_S = time.perf_counter()
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "An experiment, such as configs/pheno.py.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder for the sweep, on a filesystem that all its processes see.")
+    flags.DEFINE_integer("trials", None, "How many trials: 10, or all that the config's sweep(add) lists.")
+    flags.DEFINE_multi_string(
+        "search", [], "NAME:KIND(VALUE,...), KIND loguniform, uniform, int or choice; repeatable."
+    )
+    flags.DEFINE_integer("seed", 0, "Of the trials drawn; each trial's own seed is config.seed, unless searched.")
+    flags.DEFINE_integer("lanes", None, "Trials a device computes in one call; measured where not given.")
+    flags.DEFINE_bool("distributed", False, "Several processes, as jax finds them: Cloud TPU, Slurm, Open MPI.")
+    flags.DEFINE_string("coordinator", None, "Several processes, by hand: HOST:PORT of the first.")
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
+    flags.DEFINE_integer("process", None, "With --coordinator: which of them this one is, from 0.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    errors.run(main)

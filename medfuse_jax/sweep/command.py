@@ -1,0 +1,133 @@
+"""A sweep from its flags to its table, read from top to bottom."""
+
+import time
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from medfuse_jax import config as config_lib
+from medfuse_jax import evaluate, experiment, main
+from medfuse_jax.errors import UserError
+from medfuse_jax.sweep import heads, page, pods, results, search
+from medfuse_jax.sweep import run as run_lib
+
+_DEFAULT_TRIALS = 10
+
+
+def run(
+    config: ConfigDict,
+    config_path: Path,
+    workdir: Path,
+    *,
+    specs: list[str],
+    num_trials: int | None,
+    seed: int,
+    lanes: int | None,
+    started_s: float,
+    process: int = 0,
+    num_processes: int = 1,
+) -> None:
+    """Runs or goes on with a sweep; leaves sweep.csv, sweep.html and best_config.py in the workdir.
+
+    process, num_processes: of several processes that share the workdir each trains its part of the trials; the
+    first makes what all need, and what they come to.
+    """
+    config_lib.validate(config)
+    experiment.use_compilation_cache()
+    trials = _trials(config, config_path, specs, num_trials, seed)
+    is_first = process == 0
+    if is_first:
+        main.name_data(config)
+    elif not config.data.dir:
+        raise UserError("several processes need --config.data.dir: a folder that all of them see")
+    if config.data.order_seed < 0:  # a trial's own seed leaves the order of the data alone
+        config.data.order_seed = config.seed
+    for trial in trials:
+        _check(trial, config)
+    compile_s = _count_compilation()
+    encoders, stages = main.find_starts(experiment.open_experiment(config), workdir)
+    if is_first:
+        results.claim(workdir, config, {"trials": [trial.values for trial in trials]})
+        main.pretrain(stages)
+        results.write_whole(workdir / "started.json", "{}\n")
+    else:
+        pods.wait_for(lambda: [(workdir / "started.json").exists()], "the first process to pre-train the encoders")
+        results.claim(workdir, config, {"trials": [trial.values for trial in trials]})
+    encoders |= stages
+    shared = _with_encoders(config, encoders)
+    costs = run_lib.Costs()
+    startup_s = time.perf_counter() - started_s - compile_s[0]
+    sweep = run_lib.Sweep(shared, workdir, encoders, lanes)
+    trained = 0
+    for group in run_lib.groups(sweep, trials):
+        part = pods.mine(group, process, num_processes)
+        run_lib.train_group(sweep, part, costs)
+        trained += len(part)
+    print(
+        f"once for {trained} trials: start-up {startup_s:.1f} s, compilation {compile_s[0]:.1f} s, "
+        f"waiting for input {costs.input_s:.1f} s; {costs.steps} steps of all in {costs.train_s:.1f} s"
+    )
+    pods.wait_for(lambda: [results.record(workdir, t.number) is not None for t in trials], "the other processes")
+    if is_first:
+        _conclude(sweep, trials)
+
+
+def _trials(config: ConfigDict, config_path: Path, specs: list[str], num_trials: int | None, seed: int):
+    """The trials: by --search, else as the config's sweep(add) lists them, else the paper's learning rates."""
+    listed = search.listed(config_path)
+    if listed and not specs:
+        return search.collect(listed, config, num_trials)
+    parameters = search.parse(specs or [search.PAPER_SEARCH], config)
+    return search.draw(parameters, _DEFAULT_TRIALS if num_trials is None else num_trials, seed)
+
+
+def _check(trial: search.Trial, config: ConfigDict) -> None:
+    """What is wrong with a trial is said before any is trained."""
+    try:
+        trial_config = trial.config(config)
+        config_lib.validate(trial_config)
+        experiment.open_experiment(trial_config)
+    except (UserError, TypeError) as error:
+        raise UserError(f"trial {trial.number} ({trial.describe()}): {error}") from None
+
+
+def _with_encoders(config: ConfigDict, encoders: dict) -> ConfigDict:
+    """The config with its pre-training done: it starts from the encoders that all trials share."""
+    config = config.copy_and_resolve_references()
+    config.pretrain = ConfigDict()
+    for name, (folder, _) in encoders.items():
+        config.init[name] = str(folder)
+    return config
+
+
+def _count_compilation() -> list[float]:
+    """[seconds compiled so far], kept up to date."""
+    total_s = [0.0]
+
+    def listen(event: str, duration_s: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            total_s[0] += duration_s
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return total_s
+
+
+def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
+    """The table, the choice and its test result."""
+    workdir = sweep.workdir
+    records = [results.record(workdir, trial.number) for trial in trials]
+    print(results.write_table(workdir, records))
+    chosen = results.choose(records)
+    if chosen is None:
+        page.write(workdir, sweep.config.to_dict(), records)
+        raise UserError(f"no trial of {workdir} finished with a validation AUROC: see the reasons in sweep.csv")
+    best_config = results.write_best_config(workdir, chosen)
+    folder = results.trial_dir(workdir, chosen["trial"])
+    if not (folder / "result.json").exists():
+        chosen_config = config_lib.load(folder / "config.json")
+        if (folder / "state.npz").exists():
+            heads.export(chosen_config, folder, sweep.encoders)
+        evaluate.evaluate(folder)  # the test split, once, for the chosen trial alone
+    path = page.write(workdir, sweep.config.to_dict(), records)
+    print(f"chosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")

@@ -1,0 +1,189 @@
+"""sweep.html: what was tried against what it reached, the choice marked, and every trial's curve. Never imports jax."""
+
+import math
+from html import escape
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+
+from medfuse_jax import webpage
+from medfuse_jax.report import style, workdirs
+from medfuse_jax.report.workdirs import METHOD_NAMES, TASK_NAMES, number
+from medfuse_jax.sweep import results
+from medfuse_jax.webpage import CHART_STYLE, INK, MUTED, run_color
+
+_STYLE = CHART_STYLE | {"axes.grid": True}
+_WIDTH_PX, _HEIGHT_PX = 420, 290
+_CHOSEN = run_color(1)
+_NAMES = {"learning_rate": "learning rate", "model.dropout": "dropout", "data.ehr_only_ratio": "part of EHR-only stays"}
+
+
+def write(workdir: Path, config: dict, records: list[dict]) -> Path:
+    """Writes sweep.html. config: of the sweep, as config.json holds one; records: how each trial ended."""
+    chosen = results.choose(records)
+    curves = {r["trial"]: _curve(workdir, r["trial"]) for r in records}
+    method = METHOD_NAMES.get(config["method"], config["method"])
+    title = f"Sweep: {TASK_NAMES.get(config['task'], config['task'])} with {method}"
+    charts = [
+        _chart(_scatter(field, records, chosen), f"Best validation AUROC by {_name(field)}") for field in _axes(records)
+    ]
+    charts.append(_chart(_all_curves(curves, chosen), "Validation AUROC by epoch, every trial"))
+    body = (
+        f"<header><h1>{escape(title)}</h1>{_lead(workdir, records, chosen)}"
+        f"{_notice(workdir, chosen or records[0])}</header>"
+        f'<div class="charts">{"".join(charts)}</div>'
+        f"<section><h2>All trials</h2>{_table(records, chosen)}</section>"
+    )
+    path = workdir / "sweep.html"
+    results.write_whole(path, webpage.document(title, body, style.CSS))
+    return path
+
+
+def _name(field: str) -> str:
+    return _NAMES.get(field, field)
+
+
+def _curve(workdir: Path, number: int) -> dict[int, float]:
+    run = workdirs.read_run(results.trial_dir(workdir, number))
+    return workdirs.series(run.val, "val_auroc")
+
+
+def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
+    failed = sum(r["status"] == results.FAILED for r in records)
+    text = f"{len(records)} trials" + (f", of which {failed} failed" if failed else "") + ". "
+    if chosen:
+        values = ", ".join(f"{_name(field)} {value}" for field, value in chosen["values"].items())
+        text += (
+            f"Chosen by validation alone: trial {chosen['trial']} ({values}), with an AUROC of "
+            f"{number(chosen['val_auroc'])} at epoch {chosen['best_epoch']}."
+        )
+        test = workdirs.read_run(results.trial_dir(workdir, chosen["trial"])).result
+        if test:
+            scores = workdirs.section(workdirs.section(test, "subsets"), "all")
+            low, high = workdirs.pair(scores.get("auroc_macro_ci"))
+            text += (
+                f" Its AUROC on the test stays, scored for this trial only, is {number(scores.get('auroc_macro'))} "
+                f"(95 % bounds {number(low)} to {number(high)})."
+            )
+    else:
+        text += "None has a validation AUROC."
+    return f'<p class="lead">{escape(text)}</p>'
+
+
+def _notice(workdir: Path, record: dict) -> str:
+    if not workdirs.read_run(results.trial_dir(workdir, record["trial"])).is_synthetic:
+        return ""
+    return (
+        '<p class="notice"><strong>Synthetic patients.</strong> These results come from an invented cohort. '
+        "They show that the software works, and say nothing about real patients.</p>"
+    )
+
+
+def _chart(svg: str, title: str) -> str:
+    return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+
+
+# Charts
+
+
+def _axes(records: list[dict]) -> list[str]:
+    """The searched fields that took several values, but for the seed, where order means nothing."""
+    fields = dict.fromkeys(field for r in records for field in r["values"] if field != "seed")
+    return [f for f in fields if len({str(r["values"].get(f)) for r in records}) > 1]
+
+
+def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
+    with mpl.rc_context(_STYLE):
+        axes = _new_axes(_name(field), "validation AUROC")
+        shown = [r for r in records if r.get("val_auroc") is not None and field in r["values"]]
+        values = [r["values"][field] for r in shown]
+        if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            if min(values) > 0 and max(values) / min(values) > 20:
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:.0e}".replace("e-0", "e−"))
+                axes.xaxis.set_minor_formatter(lambda tick, _: "")
+        else:
+            values = [str(v) for v in values]
+        for value, r in zip(values, shown):
+            is_chosen = r is chosen
+            size = {"markersize": 9 if is_chosen else 6, "zorder": 3 if is_chosen else 2}
+            axes.plot([value], [r["val_auroc"]], "o", color=_CHOSEN if is_chosen else run_color(0), **size)
+        axes.margins(x=0.08, y=0.2)
+        if chosen in shown:
+            _say_chosen(axes, values[shown.index(chosen)], chosen)
+        return webpage.svg(axes.figure, f"Best validation AUROC of each trial by {_name(field)}")
+
+
+def _say_chosen(axes: Axes, value, record: dict) -> None:
+    """Beside the point, turned inwards: the text never leaves the chart. Last: the x axis is known then."""
+    text = f"trial {record['trial']}: {record['val_auroc']:.3f}"
+    at = (axes.convert_xunits(value), record["val_auroc"])
+    share = axes.transAxes.inverted().transform(axes.transData.transform(at))[0]
+    side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
+    place = {"textcoords": "offset points", "color": _CHOSEN, "weight": "bold"}
+    axes.annotate(text, at, xytext=(0, 9), ha=side, **place)
+
+
+def _all_curves(curves: dict[int, dict[int, float]], chosen: dict | None) -> str:
+    with mpl.rc_context(_STYLE):
+        axes = _new_axes("epoch", "validation AUROC")
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
+        of_chosen = chosen["trial"] if chosen else None
+        for trial, values in sorted(curves.items(), key=lambda item: item[0] == of_chosen):
+            if not values:
+                continue
+            is_chosen = trial == of_chosen
+            look = {"color": _CHOSEN, "linewidth": 2.2} if is_chosen else {"color": MUTED, "linewidth": 1, "alpha": 0.7}
+            axes.plot(
+                list(values), list(values.values()), marker="o" if len(values) <= 3 else None, markersize=4, **look
+            )
+        if chosen and chosen["best_epoch"] in curves[of_chosen]:
+            point = (chosen["best_epoch"], curves[of_chosen][chosen["best_epoch"]])
+            axes.plot(*point, "o", color=_CHOSEN, markersize=7)
+            axes.text(0.98, 0.04, f"trial {of_chosen}, the chosen", transform=axes.transAxes, ha="right", color=_CHOSEN)
+        axes.set_ymargin(0.1)
+        return webpage.svg(axes.figure, "Validation AUROC of every trial by epoch, the chosen trial marked")
+
+
+def _new_axes(x_label: str, y_label: str) -> Axes:
+    axes = webpage.new_figure(_WIDTH_PX, _HEIGHT_PX).add_axes((0.16, 0.17, 0.8, 0.78))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.yaxis.label.set_color(INK)
+    axes.xaxis.label.set_color(INK)
+    return axes
+
+
+# The table
+
+
+def _table(records: list[dict], chosen: dict | None) -> str:
+    fields = list(dict.fromkeys(field for r in records for field in r["values"]))
+    heads = ["Trial", *(_name(f) for f in fields), "Validation AUROC", "best epoch", "epochs", "ended"]
+    head = "".join(
+        f'<th scope="col" class="{"num" if 0 < i < len(heads) - 1 else ""}">{escape(h)}</th>'
+        for i, h in enumerate(heads)
+    )
+    rows = []
+    for r in results.in_order(records):
+        cells = [_text(r["values"].get(field)) for field in fields]
+        cells += [number(r.get("val_auroc"), 4), _text(r.get("best_epoch")), _text(r.get("epochs"))]
+        name = f"{r['trial']}{', chosen' if r is chosen else ''}"
+        ended = r["status"] + (f": {r['reason']}" if r["reason"] else "")
+        rows.append(
+            f'<tr class="{"main" if r is chosen else ""}"><th scope="row">{name}</th>'
+            + "".join(f'<td class="num">{escape(cell)}</td>' for cell in cells)
+            + f'<td class="wrap">{escape(ended)}</td></tr>'
+        )
+    caption = "Every trial, the best validation AUROC first"
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _text(value) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) and math.isfinite(value) else str(value)

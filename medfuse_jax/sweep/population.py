@@ -1,0 +1,179 @@
+"""Many trials in one step: states with a trial axis, one batch for all, nothing summed between trials.
+
+Shapes: D devices, V lanes (trials that a device computes together in one call), B rows, K labels.
+
+The program of a trial is the train step itself: trials are spread over devices by pmap, and a
+device's lanes are one vmap (models/conv.py keeps their convolutions apart). With one lane a
+device it is the program of a run alone, called once for every trial.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medfuse_jax import parallel
+from medfuse_jax import step as step_lib
+
+_AXIS = "device"
+# All trials of a stack are at the same step.
+_TRIAL_AXES = step_lib.TrainState(step=None, params=0, batch_stats=0, opt_state=0, learning_rate=0)
+
+
+@dataclasses.dataclass
+class Stack:
+    """D x V trials side by side: trial i is lane i % V of device i // V. Lanes past num_trials repeat the first.
+
+    state: every leaf but `step` is [D, V, ...]; key, dropout [D, V].
+    """
+
+    state: step_lib.TrainState
+    key: jax.Array
+    dropout: jax.Array
+    num_trials: int
+
+
+def stack(
+    states: list[step_lib.TrainState], seeds: list[int], dropouts: list[float], lanes: int, on: list[jax.Device]
+) -> list[Stack]:
+    """The trials in as few stacks of D x lanes as hold them. The states are at one step, and are not used up."""
+    size, stacks = len(on) * lanes, []
+    assert len({int(state.step) for state in states}) == 1, "trials of a stack are at one step"
+    for first in range(0, len(states), size):
+        part = states[first : first + size]
+        rows = [first + (i if i < len(part) else 0) for i in range(size)]
+        with_lanes = jax.tree.map(
+            lambda *x: np.stack(jax.device_get(x)).reshape(len(on), lanes, *x[0].shape), *[states[i] for i in rows]
+        )
+        state = parallel.divide(with_lanes, on).replace(step=parallel.replicate(jnp.asarray(part[0].step), on))
+        keys = jnp.stack([jax.random.key(seeds[i]) for i in rows]).reshape(len(on), lanes)
+        dropout = np.array([dropouts[i] for i in rows], np.float32).reshape(len(on), lanes)
+        stacks.append(Stack(state, parallel.divide(keys, on), parallel.divide(dropout, on), len(part)))
+    return stacks
+
+
+def unstack(stacks: list[Stack]) -> list[step_lib.TrainState]:
+    """The states of the trials, in their order, as host arrays."""
+    states = []
+    for one in stacks:
+        host = jax.device_get(one.state)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), dataclasses.replace(host, step=np.zeros((1, 1))))
+        for i in range(one.num_trials):
+            states.append(jax.tree.map(lambda x, i=i: x[i], flat.replace(step=None)).replace(step=host.step))
+    return states
+
+
+def set_learning_rates(stacks: list[Stack], rates: list[float], on: list[jax.Device]) -> None:
+    """Gives each trial, in order, its learning rate."""
+    rest = list(rates)
+    for one in stacks:
+        mine, rest = rest[: one.num_trials], rest[one.num_trials :]
+        shape = one.dropout.shape
+        padded = np.array(mine + [mine[0]] * (math.prod(shape) - len(mine)), np.float32).reshape(shape)
+        one.state = one.state.replace(learning_rate=parallel.divide(padded, on))
+
+
+def compile_train(options: step_lib.StepOptions, on: list[jax.Device]) -> Callable:
+    """(state, batch, key, dropout) of a Stack and a batch of one device -> (state, metrics [D, V])."""
+
+    def one_trial(state, batch, key, dropout):
+        return step_lib.train_step(options, state, parallel.merge(batch), key, dropout=dropout)
+
+    def lanes(state, batch, key, dropout):
+        if key.shape == (1,):  # one lane needs no vmap: the very program of a run alone
+            state, metrics = one_trial(_lane(state), batch, key[0], dropout[0])
+            metrics = jax.tree.map(lambda x: x[None], metrics)
+            return jax.tree.map(lambda x: x[None], state).replace(step=state.step), metrics
+        in_axes = (_TRIAL_AXES, None, 0, 0)
+        return jax.vmap(one_trial, in_axes, out_axes=(_TRIAL_AXES, 0))(state, batch, key, dropout)
+
+    in_axes, out_axes = (_TRIAL_AXES, None, 0, 0), (_TRIAL_AXES, 0)
+    return jax.pmap(lanes, _AXIS, in_axes=in_axes, out_axes=out_axes, devices=on, donate_argnums=0)
+
+
+def compile_eval(options: step_lib.StepOptions, on: list[jax.Device]) -> Callable:
+    """(state of a Stack, batch of one device) -> (scores [D, V, B, K], loss of each row [D, V, B])."""
+
+    def lanes(state, batch):
+        evaluate = functools.partial(step_lib.eval_step, options)
+        if state.learning_rate.shape == (1,):
+            return jax.tree.map(lambda x: x[None], evaluate(_lane(state), parallel.merge(batch)))
+        return jax.vmap(evaluate, (_TRIAL_AXES, None))(state, parallel.merge(batch))
+
+    return jax.pmap(lanes, _AXIS, in_axes=(_TRIAL_AXES, None), devices=on)
+
+
+def train_all(train_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.Device]) -> list[jax.Array]:
+    """One step of every trial on one batch; returns the losses [D, V] of each stack."""
+    batch, losses = parallel.replicate(batch, on), []
+    for one in stacks:
+        one.state, metrics = train_fn(one.state, batch, one.key, one.dropout)
+        losses.append(metrics["loss"])
+    return losses
+
+
+def eval_all(eval_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.Device]) -> tuple:
+    """(scores [M, 1, B, K], losses [M, 1, B]) of M trials in order, as evaluate.predict_each takes them."""
+    batch, outputs = parallel.replicate(batch, on), []
+    for one in stacks:
+        scores_DVBK, losses_DVB = eval_fn(one.state, batch)
+        outputs.append((_flat(scores_DVBK)[: one.num_trials, None], _flat(losses_DVB)[: one.num_trials, None]))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
+
+
+def by_trial(losses: list[jax.Array], stacks: list[Stack]) -> np.ndarray:
+    """What train_all returned, a number a trial."""
+    return np.concatenate([np.asarray(x).reshape(-1)[: one.num_trials] for x, one in zip(losses, stacks)])
+
+
+def _lane(state: step_lib.TrainState) -> step_lib.TrainState:
+    """The one trial of a state with one lane."""
+    return jax.tree.map(lambda x: x[0], state.replace(step=state.step[None]))
+
+
+def _flat(x_DV: jax.Array) -> jax.Array:
+    return x_DV.reshape(-1, *x_DV.shape[2:])
+
+
+def lanes_for(num_trials: int, most: int, num_devices: int) -> int:
+    """Lanes a device for so many trials: few different numbers, as each is a compilation.
+
+    As many as there are at first, then powers of two: of ten trials, the first that stop early
+    free their place when eight are left.
+    """
+    a_device = math.ceil(num_trials / num_devices)
+    return min(most, a_device if a_device >= most else 2 ** math.ceil(math.log2(a_device)))
+
+
+def measure_lanes(
+    train_fn: Callable, stack_with: Callable[[int], list[Stack]], most: int, batch: dict, on: list[jax.Device]
+) -> dict[int, float]:
+    """Seconds a step of all trials takes, with one lane a device and with `most`: the median of five, in turn.
+
+    stack_with: lanes -> the trials stacked anew; what is trained here is thrown away. A number of
+    lanes that does not fit the memory is left out.
+    """
+    stacks, times_s = {}, {}
+    for lanes in sorted({1, most}):
+        try:
+            stacks[lanes] = stack_with(lanes)
+            jax.block_until_ready(train_all(train_fn, stacks[lanes], batch, on))  # compiles
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            stacks.pop(lanes, None)
+    for _ in range(5):
+        for lanes, tried in stacks.items():
+            start_s = time.perf_counter()
+            jax.block_until_ready(train_all(train_fn, tried, batch, on))
+            times_s.setdefault(lanes, []).append(time.perf_counter() - start_s)
+    return {lanes: float(np.median(taken_s)) for lanes, taken_s in times_s.items()}
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)

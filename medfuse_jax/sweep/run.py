@@ -1,0 +1,315 @@
+"""The loop of a sweep: groups of trials one after another, the trials of a group side by side.
+
+Trials that differ only in what a step takes as an argument (learning rate, dropout, seed) form a
+group: they see the same batches, read and sent once, in one compiled program.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from medfuse_jax import config as config_lib
+from medfuse_jax import evaluate, metrics, optim, parallel, starts, train
+from medfuse_jax import experiment as experiment_lib
+from medfuse_jax import workdir as workdir_lib
+from medfuse_jax.errors import UserError
+from medfuse_jax.runlog import RunLog
+from medfuse_jax.sweep import heads, keep, population, results
+from medfuse_jax.sweep.search import Trial
+
+# What the trials of a group may differ in: arguments of the step, and how a state begins.
+_WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What all trials share. config: of a trial, but for the trial's values; lanes: None to measure."""
+
+    config: ConfigDict
+    workdir: Path
+    encoders: dict
+    lanes: int | None = None
+
+    def config_of(self, trial: Trial) -> ConfigDict:
+        """The trial's whole config, with which `medfuse_jax.main` gives its numbers."""
+        config = trial.config(self.config)
+        return heads.without_augmentation(config) if heads.can_cache(config, self.encoders) else config
+
+
+@dataclasses.dataclass
+class Live:
+    """A trial on its way. state: that of its last stop, on the host; losses: of the epoch so far."""
+
+    trial: Trial
+    config: ConfigDict
+    workdir: Path
+    state: object
+    progress: optim.Progress
+    log: RunLog
+    keeper: keep.WholeKeeper | keep.FileKeeper
+    losses: list[float] = dataclasses.field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+
+@dataclasses.dataclass
+class Costs:
+    """Where the time went, in seconds: waiting for batches, and the steps themselves."""
+
+    input_s: float = 0.0
+    train_s: float = 0.0
+    steps: int = 0
+
+
+def groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
+    """The trials by what they share, in the order of each group's first."""
+    found = {}
+    for trial in trials:
+        fields = config_lib.flat(sweep.config_of(trial))
+        shared = {k: v for k, v in fields.items() if k not in _WITHIN_A_GROUP}
+        found.setdefault(json.dumps(shared, sort_keys=True), []).append(trial)
+    return list(found.values())
+
+
+def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
+    """Trains the trials that have no record yet, to a record each.
+
+    Goes on from each one's checkpoint. A trial whose loss is not finite fails alone. Where the
+    memory is too small, fewer trials run at once; a trial that does not fit alone fails.
+    """
+    on = parallel.devices()
+    todo = _without_record(sweep, trials)
+    if not todo:
+        return
+    run = experiment_lib.open_experiment(sweep.config_of(todo[0]), on[:1])
+    if heads.can_cache(run.config, sweep.encoders):
+        start_s = time.perf_counter()
+        run = heads.encode_once(run, sweep.encoders)
+        print(f"frozen encoders run once over the data: {time.perf_counter() - start_s:.1f} s", flush=True)
+    program = Program(run, on)
+    at_once = len(todo)
+    while todo:
+        wave = todo[:at_once]
+        try:
+            _train_wave(sweep, program, wave, costs)
+        except jax.errors.JaxRuntimeError as error:
+            if not population.is_out_of_memory(error):
+                raise
+            if at_once <= len(on):
+                for trial in _without_record(sweep, wave):
+                    results.write_record(sweep.workdir, trial, results.FAILED, "out of memory")
+            at_once = max(len(on), min(at_once, len(todo)) // 2)
+            print(f"out of memory: {at_once} trials at once from here on", flush=True)
+        todo = _without_record(sweep, todo)
+
+
+class Program:
+    """One group's compiled steps, and the devices they run on."""
+
+    def __init__(self, run: experiment_lib.Experiment, on: list[jax.Device]):
+        self.run, self.on = run, on
+        self.train_fn = population.compile_train(run.options, on)
+        self.eval_fn = population.compile_eval(run.options, on)
+
+
+def _without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
+    return [trial for trial in trials if not results.record(sweep.workdir, trial.number)]
+
+
+def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Costs) -> None:
+    run, on = program.run, program.on
+    steps_per_epoch = len(run.train_plan(epoch=1))
+    with contextlib.ExitStack() as closing:
+        lives = _open(sweep, run, trials, steps_per_epoch, closing)
+        lives = _settle(sweep, lives)
+        most = _choose_lanes(sweep, program, lives)
+        stacks, stacked = [], []
+        while lives:
+            # A kill between two trials' saves leaves some a stop ahead: they wait for the others.
+            first = min(live.step for live in lives)
+            here = [live for live in lives if live.step == first]
+            if here != stacked:
+                stacks, stacked = _stack(here, population.lanes_for(len(here), most, len(on)), on), here
+            last = _next_stop(first, steps_per_epoch, run.config)
+            rate = _train_until(last, program, here, stacks, steps_per_epoch, costs)
+            for live, state in zip(here, population.unstack(stacks)):
+                live.state = state
+            if last % steps_per_epoch == 0:
+                _validate(program, here, stacks, last // steps_per_epoch, rate)
+                rates = [live.progress.learning_rate for live in here]
+                population.set_learning_rates(stacks, rates, on)
+                for live in here:
+                    live.state = live.state.replace(learning_rate=np.float32(live.progress.learning_rate))
+            for live in here:
+                if not live.failure:
+                    is_best = live.progress.best_epoch * steps_per_epoch == live.step
+                    live.keeper.save(live.state, live.progress, is_best)
+            lives = _settle(sweep, lives)
+
+
+def _open(sweep: Sweep, run, trials: list[Trial], steps_per_epoch: int, closing: contextlib.ExitStack) -> list[Live]:
+    """The trials where their last checkpoints are, or newly begun."""
+    lives, of_heads = [], isinstance(run, heads.HeadExperiment)
+    abstract = jax.eval_shape(lambda: heads.fresh_heads(run, [0])[0]) if of_heads else run.abstract_state()
+    for trial in trials:
+        config, workdir = sweep.config_of(trial), results.trial_dir(sweep.workdir, trial.number)
+        workdir_lib.claim(workdir, dataclasses.replace(run, config=config))
+        keeper = closing.enter_context(contextlib.closing(keep.new_keeper(workdir, of_heads)))
+        state, progress = keeper.latest(abstract) or (None, None)
+        lives.append(Live(trial, config, workdir, state, progress, None, keeper))
+    fresh = [live for live in lives if live.state is None]
+    for live, state in zip(fresh, _fresh_states(run, fresh, sweep.encoders)):
+        rate = live.config.learning_rate
+        live.state = jax.device_get(state.replace(learning_rate=np.float32(rate)))
+        live.progress = optim.Progress(learning_rate=rate)
+    for live in lives:
+        log = RunLog(live.workdir, live.config.name, 0, live.step, quiet=True)
+        live.log = closing.enter_context(contextlib.closing(log))
+    return lives
+
+
+def _fresh_states(run, lives: list[Live], encoders: dict):
+    """Each trial's first state, from its own seed. Trials of one seed share it, and all share the trained encoders."""
+    seeds = [live.config.seed for live in lives]
+    if not seeds:
+        return
+    if isinstance(run, heads.HeadExperiment):
+        yield from heads.fresh_heads(run, seeds)
+        return
+    made = dict(zip(dict.fromkeys(seeds), run.fresh_states(list(dict.fromkeys(seeds)))))
+    begun = starts.begin(made[seeds[0]], encoders)
+    names = set(begun.params) if "model" in encoders else {f"{name}_encoder" for name in encoders}
+    for seed in seeds:
+        state = made[seed]
+        taken = (
+            {name: part for name, part in tree.items() if name in names} for tree in (begun.params, begun.batch_stats)
+        )
+        params, batch_stats = ({**own, **part} for own, part in zip((state.params, state.batch_stats), taken))
+        yield state.replace(params=params, batch_stats=batch_stats)
+
+
+def _stack(lives: list[Live], lanes: int, on: list[jax.Device]) -> list[population.Stack]:
+    seeds, dropouts = [live.config.seed for live in lives], [live.config.model.dropout for live in lives]
+    return population.stack([live.state for live in lives], seeds, dropouts, lanes, on)
+
+
+def _choose_lanes(sweep: Sweep, program: Program, lives: list[Live]) -> int:
+    """Lanes a device: as given, or as measured on the first batch of the first start (then kept in a file)."""
+    most = -(-len(lives) // len(program.on))
+    if sweep.lanes or most <= 1:
+        return min(sweep.lanes or 1, max(most, 1))
+    path = results.trial_dir(sweep.workdir, lives[0].trial.number) / "lanes.json"
+    if not path.exists():
+        here = [live for live in lives if live.step == lives[0].step]
+        plan = program.run.train_plan(epoch=1)
+        batch = next(program.run.batches("train", plan))
+        times_s = population.measure_lanes(
+            program.train_fn, lambda lanes: _stack(here, lanes, program.on), most, batch, program.on
+        )
+        shown = ", ".join(f"{lanes} together {step_s:.3f} s" for lanes, step_s in times_s.items())
+        print(f"a step of {len(here)} trials: {shown}", flush=True)
+        results.write_whole(path, json.dumps({"lanes": min(times_s, key=times_s.get, default=1), "step_s": times_s}))
+    return json.loads(path.read_text())["lanes"]
+
+
+def _next_stop(step: int, steps_per_epoch: int, config: ConfigDict) -> int:
+    """The next step at which trials are saved: the epoch's end, or one of config.checkpoint_every_steps."""
+    end = (step // steps_per_epoch + 1) * steps_per_epoch
+    every = config.checkpoint_every_steps
+    return min(end, (step // every + 1) * every) if every else end
+
+
+def _train_until(last: int, program: Program, lives: list[Live], stacks, steps_per_epoch: int, costs: Costs) -> float:
+    """Steps up to `last`, all in one epoch; returns stays read a second. Losses go to the trials."""
+    step = lives[0].step
+    plan = program.run.train_plan(step // steps_per_epoch + 1)
+    batches = program.run.batches("train", plan, start=step % steps_per_epoch)
+    start_s, first, waiting = time.perf_counter(), step, None
+    while step < last and not all(live.failure for live in lives):
+        before_s = time.perf_counter()
+        batch = next(batches)
+        costs.input_s += time.perf_counter() - before_s
+        losses = population.train_all(program.train_fn, stacks, batch, program.on)
+        step += 1
+        if waiting:  # of the step before, while this one runs
+            _take_losses(lives, population.by_trial(waiting, stacks), step - 1)
+        waiting = losses
+    _take_losses(lives, population.by_trial(waiting, stacks), step)
+    taken_s = time.perf_counter() - start_s
+    costs.train_s, costs.steps = costs.train_s + taken_s, costs.steps + step - first
+    return (step - first) * plan.batch_size / taken_s
+
+
+def _take_losses(lives: list[Live], loss_by_trial: np.ndarray, step: int) -> None:
+    for live, loss in zip(lives, loss_by_trial):
+        if not live.failure:
+            try:
+                live.losses.append(train.check_finite(loss, step, live.config))
+            except UserError as error:
+                live.failure = str(error)
+
+
+def _validate(program: Program, lives: list[Live], stacks, epoch: int, rate: float) -> None:
+    """Scores the validation stays with every trial, and takes the result into its progress."""
+    run = program.run
+    if all(live.failure for live in lives):
+        return
+
+    def eval_fn(batch):
+        return population.eval_all(program.eval_fn, stacks, batch, program.on)
+
+    for live, predictions in zip(lives, evaluate.predict_each(run, eval_fn, len(lives), "val", run.selects("val"))):
+        if not live.failure:
+            try:
+                auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
+            except UserError as error:
+                live.failure = str(error)
+        if not live.failure:
+            at, losses, live.losses = (epoch, live.step), live.losses, []
+            live.log.write(
+                "train",
+                *at,
+                train_loss=float(np.mean(losses)),
+                lr=live.progress.learning_rate,
+                samples_per_s=round(rate, 2),
+                num_steps=len(losses),
+            )
+            live.progress.update(epoch, predictions.loss, auroc, run.config.plateau_epochs)
+            live.log.write("val", *at, val_loss=predictions.loss, val_auroc=auroc)
+    best = max(lives, key=lambda live: live.progress.best_auroc)
+    print(
+        f"epoch {epoch}/{run.config.num_epochs}  {len(lives)} trials  best: trial {best.trial.number} "
+        f"({best.trial.describe()})  val AUROC {best.progress.best_auroc:.4f}  {rate:.1f} stays/s each",
+        flush=True,
+    )
+
+
+def _settle(sweep: Sweep, lives: list[Live]) -> list[Live]:
+    """Records the trials that failed or came to their end; returns the others."""
+    left = []
+    for live in lives:
+        reached = live.progress
+        if live.failure:
+            results.write_record(sweep.workdir, live.trial, results.FAILED, live.failure, epochs=reached.epoch)
+        elif train.finished(reached, live.config):
+            live.keeper.finish()
+            results.write_record(
+                sweep.workdir,
+                live.trial,
+                results.FINISHED,
+                val_auroc=reached.best_auroc,
+                best_epoch=reached.best_epoch,
+                epochs=reached.epoch,
+            )
+        else:
+            left.append(live)
+    return left

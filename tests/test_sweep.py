@@ -1,0 +1,294 @@
+"""Sweeps: a trial has the numbers of a run alone; a failed one fails alone; a stopped sweep gives the same table."""
+
+import csv
+import json
+import runpy
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from medfuse_jax import checkpoints, experiment, optim, parallel, train
+from medfuse_jax import config as config_lib
+from medfuse_jax import workdir as workdir_lib
+from medfuse_jax.errors import UserError
+from medfuse_jax.sweep import command, keep, population, results, search
+from medfuse_jax.sweep import run as run_lib
+
+_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "pheno.py"  # lists no trials of its own
+_RATES = ["lr:loguniform(1e-3,1e-2)"]
+
+
+def sweep(config, workdir, specs, num_trials=3, lanes=None, **more):
+    command.run(
+        config.copy_and_resolve_references(),
+        _CONFIG_FILE,
+        workdir,
+        specs=specs,
+        num_trials=num_trials,
+        seed=0,
+        lanes=lanes,
+        started_s=time.perf_counter(),
+        **more,
+    )
+    with (workdir / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def ehr_config(tiny_config):
+    """Without films: compiled in a second."""
+    tiny_config.method = "uni_ehr"
+    return tiny_config
+
+
+def _lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _train(config, workdir, encoders=None):
+    run = experiment.open_experiment(config)
+    workdir_lib.claim(workdir, run)
+    train.train(run, workdir, encoders)
+
+
+def _best(workdir):
+    config = config_lib.load(workdir / "config.json")
+    return checkpoints.restore_best(workdir, experiment.open_experiment(config).abstract_state())
+
+
+def _difference(a, b) -> float:
+    """The largest difference of two states' parameters, statistics and means of gradients."""
+    trees = [(s.params, s.batch_stats, s.opt_state) for s in (a, b)]
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *trees)))
+
+
+def _assert_as_alone(trial_dir, alone_dir, monkeypatch, tolerance):
+    """The trial's own config, run by train.train on one device, gives its numbers."""
+    config = config_lib.load(trial_dir / "config.json")
+    encoders = {name: (Path(path), workdir_lib.open_run(Path(path))) for name, path in config.init.items() if path}
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel, "devices", lambda num=None: jax.local_devices()[:1])
+        _train(config, alone_dir, encoders)
+    assert _difference(_best(trial_dir), _best(alone_dir)) < tolerance
+    for mine, theirs in zip(_lines(trial_dir), _lines(alone_dir), strict=True):
+        for field in theirs.keys() - {"phase", "time_s", "samples_per_s"}:
+            assert mine[field] == pytest.approx(theirs[field], rel=1e-4), field
+
+
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_trial_is_the_run_alone_with_its_config(tiny_config, tmp_path, monkeypatch, lanes):
+    """Rates, dropouts and seeds differ; four trials on two devices, one or two lanes each, augmentation and all.
+
+    Plain gradient descent: Adam makes a difference of rounding in a gradient near zero a whole step.
+    """
+    monkeypatch.setattr(optim, "adam", lambda beta2: optax.identity())
+    tiny_config.film.crop = "random"
+    specs = ["lr:loguniform(0.03,0.3)", "dropout:uniform(0.0,0.5)", "seed:int(0,100)"]
+    rows = sweep(tiny_config, tmp_path / "sweep", specs, num_trials=4, lanes=lanes)
+    assert [row["status"] for row in rows] == ["finished"] * 4
+    best, second = (results.trial_dir(tmp_path / "sweep", int(row["trial"])) for row in rows[:2])
+    _assert_as_alone(best, tmp_path / "alone", monkeypatch, tolerance=5e-6)
+    assert _difference(_best(best), _best(second)) > 1e-2  # the tolerance shows a trial that got another's numbers
+
+
+def test_trials_of_frozen_encoders_are_runs_alone_and_encode_once(tiny_config, tmp_path, monkeypatch):
+    for name, changes in {
+        "ehr": {"method": "uni_ehr", "seed": 5},
+        "cxr": {"method": "uni_cxr", "task": "radiology", "seed": 6},
+    }.items():
+        pretrained = tiny_config.copy_and_resolve_references()
+        pretrained.update_from_flattened_dict(changes | {"num_epochs": 1})
+        _train(pretrained, tmp_path / name)
+        tiny_config.init[name] = str(tmp_path / name)
+    tiny_config.method = "early"
+    specs = [*_RATES, "dropout:uniform(0.0,0.5)", "seed:int(0,100)"]
+    rows = sweep(tiny_config, tmp_path / "sweep", specs, num_trials=5)
+    assert [row["status"] for row in rows] == ["finished"] * 5
+    chosen = results.trial_dir(tmp_path / "sweep", int(rows[0]["trial"]))
+    _assert_as_alone(chosen, tmp_path / "alone", monkeypatch, tolerance=2e-5)
+    with_checkpoint = [path.parent for path in (tmp_path / "sweep" / "trials").glob("*/checkpoints")]
+    assert with_checkpoint == [chosen], "a head is written with its encoders only where it is chosen"
+
+
+def test_the_sweep_chooses_by_validation_and_tests_once(ehr_config, tmp_path):
+    rows = sweep(ehr_config, tmp_path, _RATES, num_trials=4)
+    aurocs = [float(row["val_auroc"]) for row in rows]
+    assert aurocs == sorted(aurocs, reverse=True) and len(set(aurocs)) > 1
+    assert [row["chosen"] for row in rows] == ["yes", "", "", ""]
+    chosen = results.trial_dir(tmp_path, int(rows[0]["trial"]))
+    assert [path.parent for path in (tmp_path / "trials").glob("*/result*.json")] == [chosen]
+    assert [path.parent for path in (tmp_path / "trials").glob("*/predictions*.npz")] == [chosen]
+    config = runpy.run_path(str(tmp_path / "best_config.py"))["get_config"]()
+    config_lib.validate(config)
+    assert config_lib.difference(config, config_lib.load(chosen / "config.json")) == ""
+    page = (tmp_path / "sweep.html").read_text()
+    assert f"trial {rows[0]['trial']}: {aurocs[0]:.3f}" in page and "scored for this trial only" in page
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").rglob("*.json*")}
+    assert sweep(ehr_config, tmp_path, _RATES, num_trials=4) == rows
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "a finished sweep trains and tests nothing"
+
+
+def test_a_stopped_sweep_goes_on_to_the_same_table(ehr_config, tmp_path, monkeypatch):
+    """Stopped between two trials' saves in the second epoch: one trial is then an epoch ahead."""
+    ehr_config.num_epochs = 3
+    whole = sweep(ehr_config, tmp_path / "whole", _RATES, lanes=1)
+    save, saves = keep.WholeKeeper.save, []
+
+    def stop_at_the_fifth(keeper, *args):
+        save(keeper, *args)
+        saves.append(args)
+        if len(saves) == 5:
+            keeper.finish()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(keep.WholeKeeper, "save", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(ehr_config, tmp_path / "stopped", _RATES, lanes=1)
+    monkeypatch.setattr(keep.WholeKeeper, "save", save)
+    assert not (tmp_path / "stopped" / "sweep.csv").exists()
+    assert sweep(ehr_config, tmp_path / "stopped", _RATES, lanes=1) == whole
+    for number in range(3):
+        assert len(_lines(results.trial_dir(tmp_path / "stopped", number))) == 6
+
+
+def test_a_stopped_sweep_of_heads_goes_on(tmp_path):
+    """A head's file keeps the latest and the best state apart."""
+    _, progress = _head(0.0), keep.optim.Progress(epoch=1, learning_rate=0.1, best_auroc=0.6, best_epoch=1)
+    keeper = keep.FileKeeper(tmp_path)
+    assert keeper.latest(_head(0.0)) is None
+    keeper.save(_head(1.0), progress, True)
+    keep.FileKeeper(tmp_path).latest(_head(0.0))
+    again = keep.FileKeeper(tmp_path)
+    again.latest(_head(0.0))
+    again.save(_head(2.0), progress, False)
+    (latest, _), (best, reached) = again.latest(_head(0.0)), again.best(_head(0.0))
+    assert float(latest.params["classifier"]["bias"][0]) == 2.0 and float(best.params["classifier"]["bias"][0]) == 1.0
+    assert reached == progress
+    (tmp_path / "state.npz").write_bytes(b"half a file")
+    with pytest.raises(UserError, match=r"state\.npz cannot be read"):
+        again.latest(_head(0.0))
+
+
+def _head(value):
+    params = {"classifier": {"bias": np.full(3, value, np.float32)}}
+    return population.step_lib.TrainState(np.int32(value), params, {}, params, np.float32(0.1))
+
+
+def test_a_trial_that_diverges_fails_alone(ehr_config, tmp_path, monkeypatch):
+    fresh_states = experiment.Experiment.fresh_states
+
+    def broken_for_seed_1(self, seeds):
+        for seed, state in zip(seeds, fresh_states(self, seeds)):
+            yield jax.tree.map(lambda x: x * np.nan if x.ndim == 2 else x, state) if seed == 1 else state
+
+    whole = sweep(ehr_config, tmp_path / "whole", ["seed:choice(0,2)"], num_trials=2, lanes=2)
+    monkeypatch.setattr(experiment.Experiment, "fresh_states", broken_for_seed_1)
+    rows = sweep(ehr_config, tmp_path / "broken", ["seed:choice(0,1,2)"], num_trials=3, lanes=2)
+    by_seed = {row["seed"]: row for row in rows}
+    assert by_seed["1"]["status"].startswith("failed: experiment: the loss of step 1 is nan; try a lower")
+    assert rows[-1]["seed"] == "1" and rows[-1]["chosen"] == ""
+    for row in whole:
+        assert float(by_seed[row["seed"]]["val_auroc"]) == pytest.approx(float(row["val_auroc"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("largest", [2, 0])
+def test_where_memory_is_short_fewer_trials_run_at_once(ehr_config, tmp_path, monkeypatch, largest):
+    train_all, sizes = population.train_all, []
+
+    def limited(train_fn, stacks, batch, on):
+        sizes.append(sum(one.num_trials for one in stacks))
+        if sizes[-1] > largest:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return train_all(train_fn, stacks, batch, on)
+
+    monkeypatch.setattr(population, "train_all", limited)
+    ehr_config.num_epochs = 1
+    if largest:
+        rows = sweep(ehr_config, tmp_path, _RATES, num_trials=5, lanes=1)
+        assert [row["status"] for row in rows] == ["finished"] * 5 and sizes[0] == 5 and sizes[-1] <= 2
+    else:
+        with pytest.raises(UserError, match=r"no trial of .* finished"):
+            sweep(ehr_config, tmp_path, _RATES, num_trials=3, lanes=1)
+        assert {results.record(tmp_path, i)["reason"] for i in range(3)} == {"out of memory"}
+
+
+def test_another_error_is_no_failed_trial(ehr_config, tmp_path, monkeypatch):
+    def broken(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(population, "train_all", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        sweep(ehr_config, tmp_path, _RATES, num_trials=2, lanes=1)
+
+
+def test_trials_that_stop_early_free_their_place(ehr_config, tmp_path, monkeypatch):
+    def stops_by_its_rate(progress, early_stop_epochs):
+        return progress.epoch >= (1 if progress.learning_rate > 5e-3 else 3)
+
+    stack, sizes = population.stack, []
+
+    def seen(states, *args):
+        sizes.append(len(states))
+        return stack(states, *args)
+
+    monkeypatch.setattr(population, "stack", seen)
+    monkeypatch.setattr(optim.Progress, "should_stop", stops_by_its_rate)
+    ehr_config.num_epochs = 4
+    rows = sweep(ehr_config, tmp_path, _RATES, num_trials=5, lanes=3)
+    epochs = [int(row["epochs"]) for row in rows]
+    assert epochs == [1 if float(row["lr"]) > 5e-3 else 3 for row in rows] and set(epochs) == {1, 3}
+    assert sizes == [5, epochs.count(3)]
+
+
+@pytest.mark.parametrize(
+    ("num_trials", "most", "num_devices", "lanes"),
+    [(10, 10, 1, 10), (9, 10, 1, 10), (8, 10, 1, 8), (5, 10, 1, 8), (1, 10, 1, 1), (10, 1, 1, 1), (10, 5, 2, 5)],
+)
+def test_lanes_shrink_by_powers_of_two(num_trials, most, num_devices, lanes):
+    assert population.lanes_for(num_trials, most, num_devices) == lanes
+
+
+def test_trials_that_need_other_programs_or_data_are_groups_of_their_own(tiny_config, tmp_path):
+    values = [
+        {"learning_rate": 1e-3},
+        {"method": "mmtm3"},
+        {"learning_rate": 1e-4, "seed": 4, "model.dropout": 0.1},
+        {"data.ehr_only_ratio": 0.2},
+        {"method": "mmtm3", "seed": 1},
+    ]
+    trials = [search.Trial(i, v) for i, v in enumerate(values)]
+    groups = run_lib.groups(run_lib.Sweep(tiny_config, tmp_path, {}), trials)
+    assert [[trial.number for trial in group] for group in groups] == [[0, 2], [1, 4], [3]]
+
+
+def test_the_measured_number_of_lanes_is_the_faster_one(ehr_config):
+    run = experiment.open_experiment(ehr_config, jax.local_devices()[:1])
+    states = [jax.device_get(run.fresh_state())] * 3
+    batch = next(run.batches("train", run.train_plan(epoch=1)))
+    train_fn, on = population.compile_train(run.options, run.devices), run.devices
+    times_s = population.measure_lanes(
+        train_fn, lambda lanes: population.stack(states, [0, 1, 2], [0.1] * 3, lanes, on), 3, batch, on
+    )
+    assert set(times_s) == {1, 3} and all(0 < step_s < 60 for step_s in times_s.values())
+
+
+def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path):
+    ehr_config.num_epochs = 1
+    sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1, lanes=1)
+    with pytest.raises(UserError, match=r"holds another sweep \(--trials is"):
+        sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=2)
+    ehr_config.batch_size = 16
+    with pytest.raises(UserError, match=r"holds another sweep \(config\.batch_size is 32 there and 16 here\)"):
+        sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1)
+    with pytest.raises(UserError, match="holds a run, not a sweep"):
+        sweep(ehr_config, results.trial_dir(tmp_path / "sweep", 0), _RATES, num_trials=1)
+
+
+def test_a_trial_that_cannot_run_is_refused_before_any_is_trained(tiny_config, tmp_path):
+    with pytest.raises(UserError, match=r"trial \d \(method uni_crx\): config\.method is 'uni_crx'.*Did you mean"):
+        sweep(tiny_config, tmp_path, ["method:choice(medfuse,uni_crx)"], num_trials=2)
+    assert not any(tmp_path.iterdir())
