@@ -16,7 +16,7 @@ from medfuse_jax import errors
 
 def main(argv: list[str]) -> None:
     # late: a wrong flag is refused before jax starts
-    from medfuse_jax import evaluate, experiment, feed, train, workdir
+    from medfuse_jax import evaluate, experiment, feed, starts, train, workdir
     from medfuse_jax.report import page
 
     config = flags.FLAGS.config
@@ -27,12 +27,13 @@ def main(argv: list[str]) -> None:
 
     # What is missing is said now, not after hours of pre-training.
     run = experiment.open_experiment(config)
-    given, stages = find_starts(run, folder)
+    given, stages = starts.find(run, folder)
     for trained in (run, *(staged for _, staged in stages.values())):
         feed.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
+
     with workdir.locked(folder):
         workdir.claim(folder, run)
-        pretrain(stages)
+        train.pretrain(stages)
         for stage_folder, _ in stages.values():
             evaluate.evaluate(stage_folder)
         train.train(run, folder, given | stages)
@@ -46,33 +47,6 @@ def name_data(config: ConfigDict) -> None:
 
     if not config.data.dir:
         config.data.dir = str(_synthetic_shards(config.data, experiment.cache_dir()))
-
-
-def find_starts(run, folder: Path) -> tuple[dict, dict]:
-    """What a run starts from, 'ehr', 'cxr' or 'model' -> (workdir, run): what is given, and what to pre-train.
-
-    UserError where one does not fit the run.
-    """
-    from medfuse_jax import experiment, starts, workdir
-
-    given = {name: (Path(path), workdir.open_run(Path(path))) for name, path in run.config.init.items() if path}
-    stages = {
-        name: (folder / f"pretrain_{name}", experiment.open_experiment(staged))
-        for name, staged in config_lib.stages(run.config).items()
-        if name not in given and "model" not in given and run.has_encoder(name)
-    }
-    for name, (source_folder, source) in (given | stages).items():
-        starts.check(run, name, source_folder, source)
-    return given, stages
-
-
-def pretrain(stages: dict) -> None:
-    """Trains the encoders that find_starts says are to be, each in its folder."""
-    from medfuse_jax import train, workdir
-
-    for folder, staged in stages.values():
-        workdir.claim(folder, staged)
-        train.train(staged, folder)
 
 
 def _default_workdir(config: ConfigDict) -> str:

@@ -6,9 +6,27 @@ import jax
 import jax.numpy as jnp
 
 from medfuse_jax import checkpoints
+from medfuse_jax import config as config_lib
 from medfuse_jax import step as step_lib
+from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
-from medfuse_jax.experiment import Experiment, check_unseen
+from medfuse_jax.experiment import Experiment, check_unseen, open_experiment
+
+
+def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
+    """What the run of workdir `folder` starts from, by name -> (workdir, run): what is given, and what to pre-train.
+
+    UserError where one does not fit the run.
+    """
+    given = {name: (Path(path), workdir_lib.open_run(Path(path))) for name, path in run.config.init.items() if path}
+    stages = {
+        name: (folder / f"pretrain_{name}", open_experiment(staged))
+        for name, staged in config_lib.stages(run.config).items()
+        if name not in given and "model" not in given and run.has_encoder(name)
+    }
+    for name, (source_folder, source) in (given | stages).items():
+        check(run, name, source_folder, source)
+    return given, stages
 
 
 def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None:

@@ -12,6 +12,7 @@ from medfuse_jax import checkpoints, evaluate, metrics, optim, parallel, starts
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import feed as feed_lib
+from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
 
@@ -37,6 +38,13 @@ def train(
             progress = optim.Progress(learning_rate=run.config.learning_rate)
         if not finished(progress, run.config):
             _loop(run, workdir, manager, state, progress)
+
+
+def pretrain(stages: dict[str, tuple[Path, experiment_lib.Experiment]]) -> None:
+    """Trains the encoders that `starts.find` says are to be, each in its folder."""
+    for folder, staged in stages.values():
+        workdir_lib.claim(folder, staged)
+        train(staged, folder)
 
 
 def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progress: optim.Progress) -> None:

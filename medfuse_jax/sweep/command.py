@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, main
+from medfuse_jax import evaluate, experiment, main, starts, train
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import heads, page, pods, results, search
 from medfuse_jax.sweep import run as run_lib
@@ -46,10 +46,10 @@ def run(
     for trial in trials:
         _check(trial, config)
     compile_s = _count_compilation()
-    encoders, stages = main.find_starts(experiment.open_experiment(config), workdir)
+    encoders, stages = starts.find(experiment.open_experiment(config), workdir)
     if is_first:
         results.claim(workdir, config, {"trials": [trial.values for trial in trials]})
-        main.pretrain(stages)
+        train.pretrain(stages)
         results.write_whole(workdir / "started.json", "{}\n")
     else:
         pods.wait_for(lambda: [(workdir / "started.json").exists()], "the first process to pre-train the encoders")
