@@ -90,7 +90,7 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("method", "medfuze", "Did you mean 'medfuse'?"),
         ("parallel", "pmapp", "Did you mean 'pmap'?"),
         ("placement", "devise", "Did you mean 'device'?"),
-        ("profile_steps", "5", "give the first and last, such as '20:25'"),
+        ("profile_steps", "5", "give the first and last step, such as '20:25'"),
         ("profile_steps", "0:3", "give the first and last"),
         ("profile_steps", "6:3", "give the first and last"),
         ("batch_size", 0, "config.batch_size is 0; it must be at least 1"),

@@ -1,6 +1,7 @@
 """Every command that the README, the docs, a config or a module shows is one that exists, flags and values included."""
 
 import ast
+import functools
 import re
 import runpy
 from pathlib import Path
@@ -49,7 +50,9 @@ def _check(module: str, flags: str) -> None:
         for name, _, value in given:
             # What is written in capitals stands for the user's own.
             if name.startswith("config."):
-                wanted = "" if value.rstrip("…./").isupper() else yaml.safe_load(value)
+                field = functools.reduce(lambda node, part: node[part], name.split(".")[1:], config)
+                read = str if isinstance(field, str) else yaml.safe_load  # as the flag does: '20:25' is no number
+                wanted = "" if value.rstrip("…./").isupper() else read(value)
                 config.update_from_flattened_dict({name.removeprefix("config."): wanted})
         config_lib.validate(config)
 

@@ -1,5 +1,6 @@
 """The page of performance: its model finds planted numbers, and its tables are those of the records."""
 
+import json
 import re
 from pathlib import Path
 
@@ -49,16 +50,45 @@ def test_the_presets_that_the_page_is_made_of_have_what_it_asks_for():
 
 
 def test_the_page_is_that_of_the_newest_record(tmp_path):
-    """Made again from the results, it is as it is."""
+    """Made again from the results, it is as it is; without a whole record, it has no table."""
     page = (_ROOT / "docs" / "performance.md").read_text()
-    (tmp_path / "performance.md").write_text(re.sub(f"{growth._BEGIN}.*{growth._END}", _empty(), page, flags=re.DOTALL))
-    growth.write(_ROOT / "results", tmp_path)
+    empty = re.sub(f"{growth._BEGIN}.*{growth._END}", _empty(), page, flags=re.DOTALL)
+    (tmp_path / "performance.md").write_text(empty)
+    try:
+        growth.write(_ROOT / "results", tmp_path)
+    except UserError:
+        assert page == empty
     assert (tmp_path / "performance.md").read_text() == page
-    assert "Adam" in (tmp_path / "step_time.svg").read_text()
 
 
 def _empty() -> str:
     return f"{growth._BEGIN}\n{growth._END}"
+
+
+def test_tables_and_picture_are_made_of_records(tmp_path):
+    folder, docs = tmp_path / "results" / "2026-01-02_growth", tmp_path / "docs"
+    folder.mkdir(parents=True)
+    docs.mkdir()
+    (docs / "performance.md").write_text(f"before\n{_empty()}\nafter\n")
+    about = {"case": "made up", "contender": "ours", "environment": {"commit": "0"}}
+    steps = [about | row for row in _rows(lambda row_steps, films: 2e-4 * row_steps + 0.2 * films + 0.01)]
+    taken = zip(("ours", *parts_case.PARTS), (10.0, 0.5, 1.0, 3.0, 6.0, 2.0, 0.25))
+    parts = [
+        about | {"contender": n, "seconds": s, "batches_per_repeat": 1, "settings": {"kind": "parts"}} for n, s in taken
+    ]
+    on = [{"num_devices": n, "parallel": "pmap"} for n in (1, 2)]
+    devices = [about | {"seconds": 1.0 + s["num_devices"], "batches_per_repeat": 2, "settings": s} for s in on]
+    for name, rows in (("growth", steps + parts), ("devices", devices)):
+        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    growth.write(tmp_path / "results", docs)
+    page = (docs / "performance.md").read_text()
+    assert page.startswith("before\n") and page.endswith("after\n")
+    assert "| ResNet: stages 3-4 | 3 s | 30% |" in page and "b = 200 ms a film" in page
+    assert "| 2 | pmap | 1.5 s | 1.50 |" in page and "| predicted |" in page and "| v5e-256 | 16 |" in page
+    assert "(+0%)" in page and "Adam" in (docs / "step_time.svg").read_text()
+    (folder / "growth.json").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    with pytest.raises(UserError, match=r"holds no case of its parts"):
+        growth.write(tmp_path / "results", docs)
 
 
 def test_missing_records_are_named(tmp_path):

@@ -58,8 +58,10 @@ def write(results: Path, docs: Path) -> None:
     """Puts the tables between their marks in performance.md, and draws step_time.svg beside it."""
     folder = _newest(results)
     growth, devices = page.read(folder / "growth.json"), page.read(folder / "devices.json")
-    parts = _shares([row for row in growth if row["settings"]["kind"] == "parts"])
-    steps = [row for row in growth if row["settings"]["kind"] == "step"]
+    parts, steps = ([row for row in growth if row["settings"]["kind"] == kind] for kind in ("parts", "step"))
+    if not parts or not any(row["settings"]["method"] == "medfuse" for row in steps):
+        raise UserError(f"{folder}/growth.json holds no case of its parts, or of medfuse: run all of --preset=growth")
+    parts = _shares(parts)
     text = "\n".join(
         [f"From `results/{folder.name}`.\n", _parts_table(parts), _growth_table(steps), _devices_table(devices)]
         + [_predicted_table(steps)]
