@@ -92,6 +92,8 @@ def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> di
             film_id_P = batch["row_id"][jnp.minimum(film_row_P, num_rows - 1)]
             image = augment.prepare_augmented(key, film_id_P, batch["image"], options.film)
         inputs |= {"image": image, "film_row": film_row_P, "film_mask": film_row_P < num_rows}
+    if extra := {name.removeprefix("extra_"): x for name, x in batch.items() if name.startswith("extra_")}:
+        inputs["extra"] = extra
     return inputs
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.losses import Head
+from medfuse_jax.modalities.loading import Modality
 from medfuse_jax.models import daft, fusion, mmtm, resnet
 from medfuse_jax.models.films import films_of
 from medfuse_jax.models.model import Model, linear
@@ -97,15 +98,37 @@ class ProjectedModel(Model):
 
 
 class MedFuse(ProjectedModel):
-    """An LSTM over the tokens there are: the stay's, then the film's (Hayat et al. 2022, 3)."""
+    """An LSTM over the tokens there are: the stay's, then the film's (Hayat et al. 2022, 3).
+
+    modalities: further ones, whose tokens come first: such facts are known before the stay is.
+    """
+
+    modalities: tuple[Modality, ...] = ()
 
     def setup_head(self):
         self.fusion_lstm = fusion.LstmFusion(self.fusion_hidden, self.dtype)
         self.classifier = linear(self.num_labels)
+        self.setup_modalities()
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
+    def setup_modalities(self):
+        for modality in self.modalities:
+            setattr(self, f"{modality.name}_encoder", modality.encoder(self.ehr_hidden))
+
+    def extra_tokens(self, extra: dict | None) -> list[tuple[jax.Array, jax.Array]]:
+        """[(token [B, D], present bool [B]), ...] of the further modalities."""
+        assert {m.name for m in self.modalities} == set(extra or {}), "each modality has its values"
+        tokens = []
+        for name in (modality.name for modality in self.modalities):
+            values_B = jnp.asarray(extra[name])
+            present_B = ~jnp.isnan(values_B).any(axis=tuple(range(1, values_B.ndim)))
+            # NaN * 0 is NaN in the gradient of the encoder's weights: clear it before any product
+            clean_B = jnp.nan_to_num(values_B)
+            tokens.append((getattr(self, f"{name}_encoder")(clean_B), present_B))
+        return tokens
+
+    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name, extra=None) -> dict:
         ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
-        tokens = [(ehr_BD, length_B > 0)]
+        tokens = [*self.extra_tokens(extra), (ehr_BD, length_B > 0)]
         if films is not None:
             tokens.append((cxr_BD, has_cxr_B))
         fused_BN = self.fusion_lstm(*fusion.stack_tokens(tokens))
@@ -307,9 +330,10 @@ def build(method: str, num_labels: int, **options) -> Model:
     return module(num_labels=num_labels, **{**fields, **options})
 
 
-def init(model: Model, key: jax.Array) -> dict:
+def init(model: Model, key: jax.Array, extra: dict | None = None) -> dict:
     """Initial variables: {'params': ..., 'batch_stats': ... where there are films}.
 
+    extra: values [1, ...] of the model's further modalities, whose sizes shape their encoders.
     A key of the `rbg` kind compiles three times faster than a threefry one, whose code is long.
     """
 
@@ -318,6 +342,6 @@ def init(model: Model, key: jax.Array) -> dict:
         # the forward pass is traced only, and never compiled.
         ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(tasks.CHANNELS)), jnp.float32)
         image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
-        return model.lazy_init(key, ehr_BTF, image=image_PHW)
+        return model.lazy_init(key, ehr_BTF, image=image_PHW, **({"extra": extra} if extra else {}))
 
     return jax.jit(initialise)(key)
