@@ -150,5 +150,13 @@ def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax
     return jax.nn.sigmoid(logits_BK), jnp.where(batch["valid"], loss_B, 0.0)
 
 
+def weights_step(options: StepOptions, state: TrainState, batch: dict) -> dict:
+    """What a model with attention weighed, by name: time_weights [B, T], modality_weights [B, M]."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    inputs = model_inputs(options, batch, key=None)
+    _, sown = options.model.apply(variables, **inputs, train=False, mutable=["intermediates"])
+    return dict(sown["intermediates"])
+
+
 def _sum_over(tree, axis: str | None):
     return tree if axis is None else jax.lax.psum(tree, axis)
