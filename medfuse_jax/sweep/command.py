@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, files, main, starts, train
+from medfuse_jax import evaluate, experiment, main, starts, train
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import heads, page, pods, results, search
 from medfuse_jax.sweep import run as run_lib
