@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,7 +39,13 @@ def test_a_runs_predictions_hold_its_weights_and_its_page_shows_them(attention_c
     page.write(tmp_path, tmp_path / "report")
     assert "What was weighed" in (tmp_path / "report" / "index.html").read_text()
 
+
+def test_weights_are_the_same_on_one_device_and_on_two(attention_config):
+    run = experiment.open_experiment(attention_config)
     state, include_N = run.fresh_state(), run.dataset.usable("test")
+    # Weights start equal: other numbers than the initial ones tell rows apart.
+    rng = np.random.default_rng(0)
+    state = state.replace(params=jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), state.params))
     made = []
     for devices, mode in ((1, "jit"), (2, "pmap")):
         attention_config.parallel = mode
@@ -46,6 +53,7 @@ def test_a_runs_predictions_hold_its_weights_and_its_page_shows_them(attention_c
         made.append(attention_weights.collect(other, parallel.replicate(state, other.devices), "test", include_N))
     np.testing.assert_allclose(made[0]["modality_weights"], made[1]["modality_weights"], atol=1e-5)
     np.testing.assert_allclose(made[0]["time_weights"], made[1]["time_weights"], atol=1e-3)
+    assert np.abs(made[0]["modality_weights"][1:] - made[1]["modality_weights"][:-1]).max() > 0.01  # another row shows
 
 
 def test_a_method_without_attention_has_none(tiny_config):
