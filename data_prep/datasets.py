@@ -9,9 +9,8 @@ import polars as pl
 from data_prep import cxr, progress
 from data_prep.discretize import Arrays
 from data_prep.steps import Predictions
-from medfuse_jax import tasks
+from medfuse_jax import records, tasks
 
-STAY_TEXT = ("gender", "admission_type", "first_careunit")
 NO_FILM = np.zeros((0, tasks.FILM_SIZE_PX, tasks.FILM_SIZE_PX), np.uint8)
 NO_STEPS = np.zeros((0, len(tasks.CHANNELS)), np.float32)
 
@@ -29,7 +28,7 @@ def stay_dataset(
     stays, splits, label_NK: in the cohort's order. pairs: stay_id, dicom_id of the paired stays.
     """
     film_of = dict(pairs.select("stay_id", "dicom_id").iter_rows())
-    static = stays.select("stay_id", "subject_id", "age", *STAY_TEXT).to_dicts()
+    static = stays.select("stay_id", "subject_id", "age", *records.STATIC_TEXTS).to_dicts()
     split_N = np.array(splits)[arrays.row]
     index, records_of = {}, {}
     for split in tasks.SPLITS:
@@ -42,6 +41,7 @@ def stay_dataset(
             "length": arrays.length[picked].astype(np.int32),
             "has_cxr": np.array([stay in film_of for stay in stay_id.tolist()], bool),
             "age": np.array([static[row]["age"] for row in rows], np.float32),
+            **{field: np.array([static[row][field] for row in rows], str) for field in records.STATIC_TEXTS},
             "label": label_NK[rows],
         }
         records_of[split] = _stay_records(picked, static, arrays, label_NK, film_of, store, split)
@@ -83,7 +83,7 @@ def step_dataset(
     films_of: dict[int, list] = {}
     for stay_id, dicom_id, film_time_h in timed.select("stay_id", "dicom_id", "film_time_h").iter_rows():
         films_of.setdefault(stay_id, []).append((dicom_id, film_time_h))
-    static = stays.select("stay_id", "subject_id", "age", "los_h", *STAY_TEXT).to_dicts()
+    static = stays.select("stay_id", "subject_id", "age", "los_h", *records.STATIC_TEXTS).to_dicts()
     split_N = np.array(splits)[arrays.row[found.place_N]]
     any_NK = found.any_label()
     index, records_of = {}, {}
@@ -96,6 +96,7 @@ def step_dataset(
             "length": arrays.length[found.place_N[picked]].astype(np.int32),
             "has_cxr": np.array([row["stay_id"] in films_of for row in rows], bool),
             "age": np.array([row["age"] for row in rows], np.float32),
+            **{field: np.array([row[field] for row in rows], str) for field in records.STATIC_TEXTS},
             "label": any_NK[picked],
         }
         records_of[split] = _step_records(picked, static, arrays, found, films_of, store, split)
@@ -135,7 +136,8 @@ def film_dataset(
     )
     films = films.with_columns(pl.col("age").fill_null(math.nan), pl.col("gender").fill_null(""))
     label_NK = films.select(tasks.RADIOLOGY_LABELS).to_numpy().astype(np.int8)
-    static = films.select("dicom_id", "subject_id", "age", "gender").to_dicts()
+    films = films.with_columns(admission_type=pl.lit(""), first_careunit=pl.lit(""))  # a film is of no stay
+    static = films.select("dicom_id", "subject_id", "age", *records.STATIC_TEXTS).to_dicts()
     index, records_of = {}, {}
     for split in tasks.SPLITS:
         picked = np.flatnonzero(np.array(splits) == split)
@@ -145,6 +147,7 @@ def film_dataset(
             "length": np.zeros(len(picked), np.int32),
             "has_cxr": np.ones(len(picked), bool),
             "age": films["age"].to_numpy()[picked].astype(np.float32),
+            **{field: np.array([static[i][field] for i in picked], str) for field in records.STATIC_TEXTS},
             "label": label_NK[picked],
         }
         records_of[split] = _film_records(picked, static, label_NK, store, split)
@@ -152,7 +155,7 @@ def film_dataset(
 
 
 def _film_records(picked, static, label_NK, store, split) -> Callable[[], Iterator[dict]]:
-    no_stay = {"stay_id": -1, "ehr": NO_STEPS, "has_cxr": True, "admission_type": "", "first_careunit": ""}
+    no_stay = {"stay_id": -1, "ehr": NO_STEPS, "has_cxr": True}
 
     def make() -> Iterator[dict]:
         for i in progress.bar(picked.tolist(), f"shards of {split}", "films"):

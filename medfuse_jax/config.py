@@ -52,6 +52,7 @@ def default() -> ConfigDict:
     config.model.resnet_stage_sizes = (3, 4, 6, 3)
     config.model.resnet_width = 64
     config.model.batch_norm = "batch"  # 'frozen': keep the pre-trained running statistics
+    config.model.modalities = ""  # medfuse: beside EHR and film, 'static' or FILE.py of your own, commas between
     config.model.missing_film = ""  # early, joint: 'zeros' or 'learnt' (a vector); '': as the method's name says
     config.model.freeze_encoders = False  # train the fusion alone; 'early' always does
 
@@ -100,7 +101,7 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
     derived = config.copy_and_resolve_references()
     changes = derived.pretrain[name]
     derived.pretrain = ConfigDict()
-    derived.model.missing_film = ""  # the fusion's, not an encoder's
+    derived.model.missing_film = derived.model.modalities = ""  # the fusion's, not an encoder's
     derived.update(changes)
     derived.name = f"{config.name}_pretrain_{name}"
     return derived
@@ -117,7 +118,8 @@ def validate(config: ConfigDict) -> None:
             f"config.task is {config.task!r}, whose labels are per step: its data can be built and read, but not "
             f"trained on yet; choose one of {', '.join(tasks.TRAINABLE_TASKS)}"
         )
-    from medfuse_jax.models import methods  # late: importing flax takes a second that --help need not pay
+    from medfuse_jax.modalities import loading  # late: importing flax takes a second that --help need not pay
+    from medfuse_jax.models import methods
 
     check_choice("config.method", config.method, methods.METHODS)
     check_choice("config.data.train_stays", config.data.train_stays, ("partial", "paired"))
@@ -131,6 +133,11 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.missing_film is {config.model.missing_film!r}, and the method {config.method!r} puts "
             "nothing in a missing film's place: leave it out, or take early or joint"
+        )
+    if loading.load(config.model.modalities) and not hasattr(methods.METHODS[config.method][0], "modalities"):
+        raise UserError(
+            f"config.model.modalities is {config.model.modalities!r}, and the method {config.method!r} fuses EHR and "
+            f"film alone: leave it out, or take {' or '.join(_with_modalities(methods.METHODS))}"
         )
     check_choice("config.film.crop", config.film.crop, ("center", "random"))
     check_choice("config.model.batch_norm", config.model.batch_norm, ("batch", "frozen"))
@@ -184,6 +191,10 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(f"config.profile_steps is {config.profile_steps!r}; give the first and last, such as '20:25'")
     return int(first), int(last)
+
+
+def _with_modalities(methods: dict) -> list[str]:
+    return [name for name, (module, _) in methods.items() if hasattr(module, "modalities")]
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:

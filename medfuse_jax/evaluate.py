@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from medfuse_jax import checkpoints, errors, files, metrics, parallel, records, tasks
+from medfuse_jax import attention_weights, checkpoints, errors, files, metrics, parallel, records, tasks
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
@@ -98,8 +98,8 @@ def _store(record_DB, score_MDBK, loss_MDB, score_MNK: np.ndarray, loss_MN: np.n
 def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
     """Evaluates a run's best checkpoint on one split.
 
-    Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age) and result.json
-    (for test; result_<split>.json else), and returns the result.
+    Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; with attention its
+    weights too) and result.json (for test; result_<split>.json else), and returns the result.
     head: one of the model's classifiers beside the main one, such as 'ehr_only'; the stays it can
     score, in predictions_<split>_<head>.npz and result_<split>_<head>.json.
     """
@@ -124,6 +124,7 @@ def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
     part = {name: values[predictions.record_N] for name, values in run.dataset.index[split].items()}
     scored = {"stay_id": part["stay_id"], "scores": predictions.score_NK, "labels": predictions.label_NK}
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
+    weights = attention_weights.collect(run, state, split, include_N)
     result = {
         "name": config.name,
         "task": config.task,
@@ -143,7 +144,7 @@ def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
         "comparisons": _against_pretraining(config, workdir, split, scored),
         "environment": environment(run.devices),
     }
-    save(workdir, scored, result)
+    save(workdir, scored | weights, result)
     return result
 
 

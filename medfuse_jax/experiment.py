@@ -15,6 +15,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.errors import UserError
+from medfuse_jax.modalities import loading
 from medfuse_jax.models import methods
 
 
@@ -89,7 +90,8 @@ class Experiment:
             batch |= {"ehr": jnp.zeros((1, 1, len(tasks.CHANNELS))), "length": jnp.ones(1, jnp.int32)}
         if self.dataset.use_film:
             batch |= {"image": jnp.zeros((1, size, size), jnp.uint8), "film_row": jnp.zeros(1, jnp.int32)}
-        return batch
+        extra = self.dataset.extra.items()
+        return batch | {f"extra_{name}": jnp.zeros((1, *of["train"].shape[1:])) for name, of in extra}
 
 
 def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> Experiment:
@@ -98,6 +100,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
     on: the devices to divide each batch over, by default all of this process.
     """
     method, _ = methods.METHODS[config.method]
+    modalities = loading.load(config.model.modalities)
     dataset = input_pipeline.open_dataset(
         config.data.dir,
         config.task,
@@ -106,6 +109,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
         needs=method.needs,
         statistics=config.data.statistics,
         max_buckets=config.data.max_buckets,
+        modalities=modalities,
     )
     film_heads = [head for head in method.heads if head.label == input_pipeline.FILM_LABEL]
     if any(config.loss[head.weight] for head in film_heads):
@@ -115,6 +119,8 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
     own = {"num_film_labels": len(tasks.TASKS[config.data.film_task].labels)} if film_heads else {}
     if config.model.missing_film:
         own["missing"] = config.model.missing_film
+    if modalities:
+        own["modalities"] = modalities
     on = on or parallel.devices()
     config_lib.check_devices(config, len(on))
     options = step_lib.StepOptions(

@@ -10,6 +10,7 @@ A batch is a dict of arrays, each with a leading device axis D:
     record     int32   [D, B]         the record's number in its split, -1 in a padded row
     image      uint8   [D, P, 256, 256]
     film_row   int32   [D, P]         the row a film belongs to; B: an empty film slot
+    extra_NAME float32 [D, B, ...]    a further modality's values; NaN throughout in a row without
 
 `ehr`/`length` are left out for film-only tasks, `image`/`film_row` where there are no film slots.
 In a batch of `Dataset.films` the labels are named `film_label`.
@@ -25,6 +26,7 @@ import numpy as np
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import records, tasks
 from medfuse_jax.errors import UserError
+from medfuse_jax.modalities import loading
 
 # Two threads and a buffer of 16 beat grain's defaults and worker processes on two cores.
 READ_OPTIONS = {"num_threads": 2, "prefetch_buffer_size": 16}
@@ -41,7 +43,8 @@ class Dataset:
     neither decoded into a batch nor sent to the device.
     needs: the modalities, 'ehr' and 'cxr', without which it has no prediction.
     buckets: padded lengths shared by all splits.
-    digest: of the shards' content.
+    extra: name -> split -> values [N, ...] of the further modalities (modalities/loading.py).
+    digest: of the content of the shards and of `extra`.
     label_field: what the labels are called in a batch.
     films: the films with labels of their own that take turns with the stays in training, or None.
     """
@@ -60,6 +63,7 @@ class Dataset:
     needs: tuple[str, ...] = ()
     label_field: str = "label"
     films: "Dataset | None" = None
+    extra: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def paired(self, split: str) -> np.ndarray:
         """Which records of `split` come with a film that the method uses, bool [N]."""
@@ -88,6 +92,7 @@ def open_dataset(
     needs: tuple[str, ...] = (),
     statistics: str = "train",
     max_buckets: int = 4,
+    modalities: tuple[loading.Modality, ...] = (),
 ) -> Dataset:
     """Opens a task's shards; UserError if they are not there, damaged or of no use to the method.
 
@@ -113,11 +118,12 @@ def open_dataset(
             )
     mean_F, std_F = _statistics(manifest, statistics)
     length_N = np.concatenate([index[s]["length"] for s in tasks.SPLITS])
+    extra = {modality.name: loading.tables(modality, index) for modality in modalities}
     return Dataset(
         task=tasks.TASKS[task],
         labels=tuple(manifest["labels"]),
         splits=splits,
-        digest=records.digest(data_dir, task),
+        digest=loading.digest(records.digest(data_dir, task), extra),
         index=index,
         manifest=manifest,
         mean_F=mean_F,
@@ -126,6 +132,7 @@ def open_dataset(
         use_film=use_film,
         buckets=plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,),
         needs=needs,
+        extra=extra,
     )
 
 
@@ -195,6 +202,9 @@ def collate(
         "row_id": np.arange(rows_DB.size, dtype=np.int32).reshape(rows_DB.shape),
         "record": rows_DB.astype(np.int32),
     }
+    for name, by_split in dataset.extra.items():
+        batch[f"extra_{name}"] = by_split[split][safe_DB]
+        batch[f"extra_{name}"][~valid_DB] = np.nan
     devices, rows = rows_DB.shape
     if dataset.use_ehr:
         batch["length"] = np.where(valid_DB, part["length"][safe_DB], 0).astype(np.int32)

@@ -61,9 +61,11 @@ def compile_resident(options: step_lib.StepOptions, mode: str, on: list[jax.Devi
     return jax.jit(run, static_argnums=6, donate_argnums=0)
 
 
-def compile_eval(options: step_lib.StepOptions, mode: str, on: list[jax.Device]) -> Callable:
-    """(state, batch) -> (scores [D, B, K], loss of each row [D, B])."""
-    step = functools.partial(step_lib.eval_step, options)
+def compile_eval(
+    options: step_lib.StepOptions, mode: str, on: list[jax.Device], eval_step: Callable = step_lib.eval_step
+) -> Callable:
+    """(state, batch) -> (scores [D, B, K], loss of each row [D, B]), or what another `eval_step` gives, by rows."""
+    step = functools.partial(eval_step, options)
     if mode == "pmap":
         return jax.pmap(step, _AXIS, in_axes=(None, 0), devices=on)
 

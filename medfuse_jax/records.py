@@ -4,7 +4,7 @@ On disk, one folder a task, written by `data_prep` and renamed into place when w
 
     <data_dir>/<task>/dataset_info.json, features.json   (TFDS)
     <data_dir>/<task>/<task>-<split>.array_record-*      one record a stay, or a film
-    <data_dir>/<task>/index_<split>.npz                  length, pairing, ids and labels, in record order
+    <data_dir>/<task>/index_<split>.npz                  length, pairing, ids, static facts and labels, in record order
     <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
 
 The index is what batch plans are made from, so no record is read to plan an epoch.
@@ -26,9 +26,10 @@ import numpy as np
 from medfuse_jax import files, tasks
 from medfuse_jax.errors import UserError, check_choice
 
-FORMAT_VERSION = "1.1.0"
+FORMAT_VERSION = "1.2.0"
 MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
-INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", "label")
+STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # '' where unknown
+INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *STATIC_TEXTS, "label")
 
 
 def features(num_labels: int, per_step: bool = False):
@@ -59,9 +60,7 @@ def features(num_labels: int, per_step: bool = False):
             "dicom_id": tfds.features.Text(),
             "image": tensor((None, size, size), np.uint8),
             "age": np.float32,  # years
-            "gender": tfds.features.Text(),
-            "admission_type": tfds.features.Text(),
-            "first_careunit": tfds.features.Text(),
+            **{field: tfds.features.Text() for field in STATIC_TEXTS},
         }
         | (timed if per_step else {})
     )
@@ -113,7 +112,8 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     """The index of one split, each field in record order.
 
     stay_id int64 [N], subject_id int64 [N], length int32 [N] (time steps),
-    has_cxr bool [N], age float32 [N] (years, nan where unknown), label int8 [N, K].
+    has_cxr bool [N], age float32 [N] (years, nan where unknown), gender, admission_type and
+    first_careunit str [N] ('' where unknown), label int8 [N, K].
     """
     check_choice("split", split, tasks.SPLITS)
     expected = manifest(data_dir, task)["files"]

@@ -8,6 +8,7 @@ Shapes: N records, S time steps of all series together, M films held; a batch's 
     label   int8    [N, K]
     film    int32   [N]            the number of a record's film, 0 where it has none
     image   uint8   [M, 256, 256]
+    extra_NAME float32 [N, ...]    a further modality's values
 
 What a method or a run does not use is not held. Every device holds all of it: each epoch deals its records anew.
 """
@@ -50,6 +51,7 @@ def load(dataset: input_pipeline.Dataset, split: str, include_N: np.ndarray) -> 
     part = dataset.index[split]
     has_film_N = include_N & dataset.paired(split)
     held["label"][:] = part["label"]
+    held |= {f"extra_{name}": by_split[split] for name, by_split in dataset.extra.items()}
     if "ehr" in held:
         held["length"][:] = np.where(include_N, part["length"], 0)
         held["first"][1:] = np.cumsum(held["length"])[:-1]
@@ -76,6 +78,7 @@ def _layout(dataset: input_pipeline.Dataset, split: str, include_N: np.ndarray) 
     """Shape and type of each array. One that nothing stands in has one element, so that it can be indexed."""
     part, num_records = dataset.index[split], len(include_N)
     layout = {"label": (part["label"].shape, np.int8)}
+    layout |= {f"extra_{name}": (by_split[split].shape, np.float32) for name, by_split in dataset.extra.items()}
     if dataset.use_ehr:
         num_steps = int(part["length"][include_N].sum())
         layout |= {"first": ((num_records,), np.int32), "length": ((num_records,), np.int32)}
@@ -108,6 +111,8 @@ def gather(held: dict, rows: dict, num_steps: int) -> dict:
     """The batch of one `deal`ing of rows (no leading axes), as `input_pipeline` lays it out, series to `num_steps`."""
     record_B, valid_B = jnp.maximum(rows["record"], 0), rows["valid"]
     batch = rows | {"label": jnp.where(valid_B[:, None], held["label"][record_B], 0).astype(jnp.float32)}
+    for name in (name for name in held if name.startswith("extra_")):
+        batch[name] = jnp.where(valid_B.reshape(-1, *[1] * (held[name].ndim - 1)), held[name][record_B], jnp.nan)
     if "ehr" in held:
         length_B = jnp.where(valid_B, held["length"][record_B], 0)
         step_BT = held["first"][record_B][:, None] + jnp.arange(num_steps)

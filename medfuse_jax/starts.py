@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from medfuse_jax import checkpoints
 from medfuse_jax import config as config_lib
@@ -47,7 +48,17 @@ def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None
                 method = side.config.method
                 raise UserError(f"{what} cannot start {run.config.method}: the method {method} has no {module}")
         _check_module(what, run, module, ours[module], theirs[module])
+    if name == "model":
+        _check_values(what, run, source)
     check_unseen(run, what, source.dataset.index["train"]["subject_id"][source.selects("train")])
+
+
+def _check_values(what: str, run: Experiment, source: Experiment) -> None:
+    """A further modality's values must mean here what they meant to the source: the same slots for categories."""
+    here, there = run.dataset.index["train"], source.dataset.index["train"]
+    for modality in getattr(run.options.model, "modalities", ()):
+        if not np.array_equal(modality.table(here, here), modality.table(here, there), equal_nan=True):
+            raise UserError(f"{what} has other values of the modality {modality.name!r}, such as other categories")
 
 
 def _check_module(what: str, run: Experiment, module: str, ours: dict, theirs: dict) -> None:

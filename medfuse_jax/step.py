@@ -92,6 +92,8 @@ def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> di
             film_id_P = batch["row_id"][jnp.minimum(film_row_P, num_rows - 1)]
             image = augment.prepare_augmented(key, film_id_P, batch["image"], options.film)
         inputs |= {"image": image, "film_row": film_row_P, "film_mask": film_row_P < num_rows}
+    if extra := {name.removeprefix("extra_"): x for name, x in batch.items() if name.startswith("extra_")}:
+        inputs["extra"] = extra
     return inputs
 
 
@@ -146,6 +148,14 @@ def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax
     logits_BK = options.model.apply(variables, **inputs, train=False)[options.head]
     loss_B = optax.sigmoid_binary_cross_entropy(logits_BK, batch["label"]).mean(-1)
     return jax.nn.sigmoid(logits_BK), jnp.where(batch["valid"], loss_B, 0.0)
+
+
+def weights_step(options: StepOptions, state: TrainState, batch: dict) -> dict:
+    """What a model with attention weighed, by name: time_weights [B, T], modality_weights [B, M]."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    inputs = model_inputs(options, batch, key=None)
+    _, sown = options.model.apply(variables, **inputs, train=False, mutable=["intermediates"])
+    return dict(sown["intermediates"])
 
 
 def _sum_over(tree, axis: str | None):

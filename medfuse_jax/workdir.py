@@ -60,5 +60,12 @@ def _check_data(workdir: Path, run: experiment.Experiment) -> None:
     if digest != run.dataset.digest:
         raise UserError(
             f"{run.config.data.dir}/{run.config.task} is no longer the build that {workdir} was trained on, so its "
-            "test stays may have been trained on: put the shards back, or start anew in another --workdir"
+            f"test stays may have been trained on{_and_modalities(run)}: put the shards back, or start anew in "
+            "another --workdir"
         )
+
+
+def _and_modalities(run: experiment.Experiment) -> str:
+    if not run.dataset.extra:
+        return ""
+    return f" (or what table() of config.model.modalities={run.config.model.modalities} gives has changed)"

@@ -30,9 +30,28 @@ def simulate(task: str, num_stays: int, seed: int = 0) -> dict:
 def scores_of(method: str, data: dict) -> np.ndarray:
     """Probabilities [N, K] as float32."""
     film = np.where(data["has_cxr"][:, None], data["film"], 0)
-    weight = {"early": 0.3, "joint": 0.5, "medfuse": 0.8}
+    weight = {"early": 0.3, "joint": 0.5, "medfuse": 0.8, "medfuse_attention": 0.8}
     logits = {"uni_ehr": data["ehr"], "uni_cxr": film}.get(method, data["ehr"] + weight.get(method, 0.4) * film)
     return (1 / (1 + np.exp(1.5 - logits))).astype(np.float32)
+
+
+def attention_of(data: dict, num_steps: int = 60, seed: int = 0) -> dict:
+    """Weights that grow towards the end of a stay; half of a paired stay's is the film's, give or take."""
+    rng = np.random.default_rng(seed)
+    num_stays = len(data["has_cxr"])
+    length = rng.integers(3, num_steps + 1, num_stays)
+    step = np.arange(num_steps)
+    raw = np.where(
+        step < length[:, None], np.exp((step - length[:, None]) / 12 + rng.normal(0, 0.4, (num_stays, 1))), 0
+    )
+    raw *= rng.gamma(4, 1, raw.shape)
+    film = np.where(data["has_cxr"], rng.beta(4, 5, num_stays), 0)
+    return {
+        "time_weights": (raw / raw.sum(1, keepdims=True)).astype(np.float16),
+        "length": length,
+        "modality_weights": np.stack([0.2 * (1 - film), 0.8 * (1 - film), film], 1).astype(np.float32),
+        "modalities": np.array(["static", "ehr", "cxr"]),
+    }
 
 
 def write_config(workdir: Path, task: str, method: str, **changes) -> None:
@@ -71,6 +90,7 @@ def write_evaluation(
     scores = scores_of(method, data)
     np.savez(
         workdir / "predictions_test.npz",
+        **(attention_of(data) if method == "medfuse_attention" else {}),
         stay_id=np.arange(len(labels)),
         scores=scores,
         labels=labels.astype(np.int8),
@@ -124,6 +144,7 @@ if __name__ == "__main__":
     sweep_data = simulate("pheno", 300, seed=3)
     for method in ("uni_ehr", "early", "joint", "medfuse"):
         write_run(root / "several" / method, "pheno", method, sweep_data, seed=len(method))
+    write_run(root / "attention", "pheno", "medfuse_attention", sweep_data)
     write_config(root / "unfinished", "pheno", "medfuse")
     write_training(root / "unfinished", num_epochs=7)
     with (root / "unfinished" / "metrics.jsonl").open("a") as log:

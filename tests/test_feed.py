@@ -99,10 +99,18 @@ def test_one_program_serves_any_part_of_an_epoch(config):
 
 @pytest.mark.parametrize(
     ("task", "method", "num_devices"),
-    [("pheno", "medfuse", 1), ("pheno", "medfuse", 2), ("pheno", "uni_ehr", 2), ("radiology", "uni_cxr", 2)],
+    [
+        ("pheno", "medfuse", 1),
+        ("pheno", "medfuse", 2),
+        ("pheno", "medfuse_attention", 2),
+        ("pheno", "uni_ehr", 2),
+        ("radiology", "uni_cxr", 2),
+    ],
 )
 def test_gathered_batches_are_those_read(config, task, method, num_devices):
     config.task, config.method = task, method
+    if method == "medfuse_attention":
+        config.model.modalities = "static"
     run = _open(config, num_devices)
     plan, include_N = run.train_plan(epoch=1), run.selects("train")
     held = resident.load(run.dataset, "train", include_N)

@@ -109,7 +109,10 @@ def _without(batch, part):
     return {**batch, "length": np.zeros(_ROWS, np.int32)}
 
 
-@pytest.mark.parametrize("method", ["uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "unified", "mmtm3", "daft3"])
+@pytest.mark.parametrize(
+    "method",
+    ["uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "medfuse_attention", "unified", "mmtm3", "daft3"],
+)
 def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method):
     """With the whole objective, plain gradients and batch statistics in it."""
     stage = {"stage": 1} if "stage" in methods.METHODS[method][1] else {}

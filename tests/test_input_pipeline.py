@@ -128,7 +128,10 @@ def _copy(shards, tmp_path):
     [
         (lambda d: (d / "pheno" / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda d: (d / "pheno" / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-        (lambda d: _edit_manifest(d, format_version="0.1.0"), "has format 0.1.0, this version reads 1.1.0"),
+        (
+            lambda d: _edit_manifest(d, format_version="0.1.0"),
+            f"has format 0.1.0, this version reads {records.FORMAT_VERSION}",
+        ),
         (lambda d: _edit_manifest(d, task="mortality"), "describes the task 'mortality', not 'pheno'"),
         (lambda d: (d / "pheno" / "manifest.json").write_text("[]"), "manifest.json holds no fields"),
         (lambda d: _edit_manifest(d, train_mean=None), "manifest.json lacks train_mean"),

@@ -15,7 +15,7 @@ from medfuse_jax.models import methods
 
 # One of each model: early and joint are joint_zeros, of which joint_learnable is the harder case, and
 # the two stages differ in a number only.
-_DISTINCT = ("uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "unified", "mmtm3", "daft3")
+_DISTINCT = ("uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "medfuse_attention", "unified", "mmtm3", "daft3")
 _WITH_FILM = _DISTINCT[1:]
 _WITH_EHR = tuple(m for m in _DISTINCT if m != "uni_cxr")
 
@@ -29,6 +29,7 @@ _PARAMETERS = {
     "joint_zeros": 22_295_129,
     "joint_learnable": 22_295_385,
     "medfuse": 23_870_041,
+    "medfuse_attention": 22_821_721,
     "unified": 22_308_736,
     "mmtm3": 22_590_347,
     "mmtm4": 22_918_411,
@@ -229,7 +230,7 @@ def test_without_stays_no_ehr_code_is_traced(method):
         assert len(kernels) == (method in _WITH_EHR) and not any(id(v) in used for v in kernels)
 
 
-@pytest.mark.parametrize("method", ["medfuse", "mmtm3", "daft3"])
+@pytest.mark.parametrize("method", ["medfuse", "medfuse_attention", "mmtm3", "daft3"])
 def test_bfloat16_compute_gives_float32_outputs_near_the_exact_ones(method):
     variables, _, evaluate = _functions(method)
     rounded_model = tiny_model(method, dtype=jnp.bfloat16)

@@ -36,6 +36,7 @@ def _dataset(sizes):
             "length": np.array([len(r["ehr"]) for r in rows], np.int32),
             "has_cxr": np.array([r["has_cxr"] for r in rows], bool),
             "age": np.array([r["age"] for r in rows], np.float32),
+            **{field: np.array([r[field] for r in rows], str) for field in records.STATIC_TEXTS},
             "label": np.array([r["label"] for r in rows], np.int8).reshape(len(rows), 1),
         }
         for split, rows in made.items()

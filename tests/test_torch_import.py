@@ -22,6 +22,7 @@ from model_cases import (
 from medfuse_jax import torch_import
 from medfuse_jax.errors import UserError
 from medfuse_jax.models import lstm, methods, resnet
+from medfuse_jax.torch_import.names import TABLES
 
 TOLERANCE = 1e-4  # of the contract, in float32
 
@@ -59,7 +60,7 @@ def _assert_same_bits(a, b):
     assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", TABLES)
 def test_export_and_load_are_inverse_to_the_bit(method):
     model, variables = _tiny(method)
     variables = jax.tree.map(lambda x: x.at[..., :2].set(jnp.array([-0.0, 0.0])), variables)  # the two zeros, too
@@ -70,7 +71,7 @@ def test_export_and_load_are_inverse_to_the_bit(method):
     assert {v.dtype for v in state_dict.values()} <= {np.dtype("float32"), np.dtype("int64")}
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", TABLES)
 def test_each_name_and_each_variable_is_in_the_table_once(method):
     rows = torch_import.table(method)
     names = [name for row in rows for name in row.names]

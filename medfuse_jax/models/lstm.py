@@ -168,8 +168,16 @@ class EhrEncoder(nn.Module):
 
         dropout_rows_B: ids of the rows in the whole batch, for dropout (train only).
         """
-        last_BD = lstm(self.layer1(self.width), hidden_BTD, length_B, self.dtype)[1]
+        last_BD = self.second_layer(hidden_BTD, length_B)[1]
         return self.drop(last_BD, train, dropout_rows_B)
+
+    def second_layer(self, hidden_BTD: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The hidden states of the second layer [B, T, D] and the last one [B, D], from those of the first."""
+        return lstm(self.layer1(self.width), hidden_BTD, length_B, self.dtype)
+
+    def states(self, ehr_BTF: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Every hidden state of the second layer [B, T, D] and the last one [B, D], without dropout."""
+        return self.second_layer(self.first_layer(ehr_BTF, length_B), length_B)
 
     def drop(self, last_BD: jax.Array, train: bool = False, dropout_rows_B: jax.Array | None = None) -> jax.Array:
         """The encoder's dropout, which also falls on features that were computed before."""

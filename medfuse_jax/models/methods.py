@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.losses import Head
-from medfuse_jax.models import daft, fusion, mmtm, resnet
+from medfuse_jax.modalities.loading import Modality
+from medfuse_jax.models import attention, daft, fusion, mmtm, resnet
 from medfuse_jax.models.films import films_of
 from medfuse_jax.models.model import Model, linear
 
@@ -97,19 +98,79 @@ class ProjectedModel(Model):
 
 
 class MedFuse(ProjectedModel):
-    """An LSTM over the tokens there are: the stay's, then the film's (Hayat et al. 2022, 3)."""
+    """An LSTM over the tokens there are: the stay's, then the film's (Hayat et al. 2022, 3).
+
+    modalities: further ones, whose tokens come first: such facts are known before the stay is.
+    """
+
+    modalities: tuple[Modality, ...] = ()
 
     def setup_head(self):
         self.fusion_lstm = fusion.LstmFusion(self.fusion_hidden, self.dtype)
         self.classifier = linear(self.num_labels)
+        self.setup_modalities()
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
+    def setup_modalities(self):
+        for modality in self.modalities:
+            setattr(self, f"{modality.name}_encoder", modality.encoder(self.ehr_hidden))
+
+    def extra_tokens(self, extra: dict | None) -> list[tuple[jax.Array, jax.Array]]:
+        """[(token [B, D], present bool [B]), ...] of the further modalities."""
+        assert {m.name for m in self.modalities} == set(extra or {}), "each modality has its values"
+        tokens = []
+        for name in (modality.name for modality in self.modalities):
+            values_B = jnp.asarray(extra[name])
+            present_B = ~jnp.isnan(values_B).any(axis=tuple(range(1, values_B.ndim)))
+            # NaN * 0 is NaN in the gradient of the encoder's weights: clear it before any product
+            clean_B = jnp.nan_to_num(values_B)
+            tokens.append((getattr(self, f"{name}_encoder")(clean_B), present_B))
+        return tokens
+
+    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name, extra=None) -> dict:
         ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
-        tokens = [(ehr_BD, length_B > 0)]
+        tokens = [*self.extra_tokens(extra), (ehr_BD, length_B > 0)]
         if films is not None:
             tokens.append((cxr_BD, has_cxr_B))
         fused_BN = self.fusion_lstm(*fusion.stack_tokens(tokens))
         return {"logits": self.classifier(fused_BN), "ehr_features": ehr_BD, "cxr_features": cxr_BD}
+
+
+class MedFuseAttention(MedFuse):
+    """MedFuse with attention in place of both last states: over the stay's hours, and over the tokens.
+
+    What the paper leaves to future work (Hayat et al. 2022, 6). Its weights are in the collection
+    'intermediates': time_weights [B, T] and modality_weights [B, M], M in the order of `token_names`.
+    """
+
+    @property
+    def token_names(self) -> tuple[str, ...]:
+        return (*(modality.name for modality in self.modalities), "ehr", "cxr")
+
+    def setup_head(self):
+        # Beside the encoder, not in it: so an LSTM that was trained alone can be its start.
+        self.time_attention = attention.TimeAttention(self.dtype)
+        self.modality_attention = attention.AttentionFusion(self.fusion_hidden, self.dtype)
+        self.classifier = linear(self.num_labels)
+        self.setup_modalities()
+
+    def encode_ehr(self, ehr_BTF, length_B, train, dropout_rows_B) -> jax.Array:
+        if ehr_BTF is None:
+            return super().encode_ehr(ehr_BTF, length_B, train, dropout_rows_B)
+        hidden_BTD, last_BD = self.ehr_encoder.states(ehr_BTF, length_B)
+        pooled_BD, weight_BT = self.time_attention(hidden_BTD, last_BD, length_B)
+        self.sow("intermediates", "time_weights", weight_BT, reduce_fn=_newest, init_fn=tuple)
+        return self.ehr_encoder.drop(pooled_BD, train, dropout_rows_B)
+
+    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name, extra=None) -> dict:
+        ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
+        tokens = [*self.extra_tokens(extra), (ehr_BD, length_B > 0), (cxr_BD, has_cxr_B)]
+        fused_BN, weight_BM = self.modality_attention(*fusion.stack_tokens(tokens))
+        self.sow("intermediates", "modality_weights", weight_BM, reduce_fn=_newest, init_fn=tuple)
+        return {"logits": self.classifier(fused_BN), "ehr_features": ehr_BD, "cxr_features": cxr_BD}
+
+
+def _newest(_, value):
+    return value
 
 
 class Concat(ProjectedModel):
@@ -284,6 +345,7 @@ METHODS: dict[str, tuple[Callable[..., Model], dict]] = {
     "joint_zeros": (Concat, {}),  # the same model: what differs is which stays it is trained on
     "joint_learnable": (Concat, {"missing": "learnt"}),
     "medfuse": (MedFuse, {}),
+    "medfuse_attention": (MedFuseAttention, {}),
     "unified": (Unified, {}),
     "mmtm3": (MmtmModel, {"stage": 3}),
     "mmtm4": (MmtmModel, {"stage": 4}),
@@ -307,9 +369,10 @@ def build(method: str, num_labels: int, **options) -> Model:
     return module(num_labels=num_labels, **{**fields, **options})
 
 
-def init(model: Model, key: jax.Array) -> dict:
+def init(model: Model, key: jax.Array, extra: dict | None = None) -> dict:
     """Initial variables: {'params': ..., 'batch_stats': ... where there are films}.
 
+    extra: values [1, ...] of the model's further modalities, whose sizes shape their encoders.
     A key of the `rbg` kind compiles three times faster than a threefry one, whose code is long.
     """
 
@@ -318,6 +381,6 @@ def init(model: Model, key: jax.Array) -> dict:
         # the forward pass is traced only, and never compiled.
         ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(tasks.CHANNELS)), jnp.float32)
         image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
-        return model.lazy_init(key, ehr_BTF, image=image_PHW)
+        return model.lazy_init(key, ehr_BTF, image=image_PHW, **({"extra": extra} if extra else {}))
 
     return jax.jit(initialise)(key)

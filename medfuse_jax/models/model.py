@@ -68,6 +68,7 @@ class Model(nn.Module):
         train: bool = False,
         dropout_rows=None,
         axis_name: str | None = None,
+        extra: dict | None = None,
     ) -> dict:
         """Scores a batch in which each row may lack its stay or its film.
 
@@ -78,6 +79,7 @@ class Model(nn.Module):
         has_cxr bool [B] says which count; the others are computed, but reach no statistic,
         no gradient and no number. train: batch statistics and dropout, whose masks depend on
         dropout_rows int [B], the rows' ids in the whole batch; axis_name: the devices' axis.
+        extra: name -> values [B, ...] of a method's further modalities, NaN throughout where missing.
         Returns a dict: 'logits' [B, K], and 'ehr_features' [B, D], 'cxr_features' [B, D or E]
         (zeros for a row without, or the learnt vector) where the method has them.
         """
@@ -89,7 +91,8 @@ class Model(nn.Module):
         if ehr is None:
             length = jnp.zeros_like(length)
         films = self.find_films(image, num_rows, has_cxr, film_row, film_mask, train)
-        return self.forward(ehr, jnp.asarray(length), films, train, dropout_rows, axis_name)
+        further = {"extra": extra} if extra else {}  # the methods that have none do not know the word
+        return self.forward(ehr, jnp.asarray(length), films, train, dropout_rows, axis_name, **further)
 
     def find_films(self, image, num_rows, has_cxr, film_row, film_mask, train) -> Films | None:
         return films_of(image, num_rows, has_cxr, film_row, film_mask)

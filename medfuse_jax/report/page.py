@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medfuse_jax import files, webpage
 from medfuse_jax.errors import UserError
-from medfuse_jax.report import plots, style, tables, text, workdirs
+from medfuse_jax.report import attention, plots, style, tables, text, workdirs
 from medfuse_jax.report.workdirs import METHOD_NAMES, TASK_NAMES, Run, number, pair, section, series
 
 _MAX_TOGETHER = 5  # runs in a chart of several
@@ -173,7 +173,8 @@ def _run_section(run: Run, runs: list[Run]) -> str:
     return (
         f'<details class="run"{is_open}><summary>{tables.dot(run)}<strong>{escape(run.name)}</strong>'
         f'<span class="soft">{escape(what)}</span><span class="soft">{escape(value)}</span></summary>'
-        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.ages(run)}{_provenance(run)}</details>"
+        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.ages(run)}{attention.shown(run)}"
+        f"{_provenance(run)}</details>"
     )
 
 

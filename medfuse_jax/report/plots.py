@@ -1,9 +1,10 @@
 """The report's charts, as inline SVG. Never imports jax.
 
-Shape suffixes: N samples, K labels, G grid points.
+Shape suffixes: N samples, K labels, G grid points, T time steps, M modalities.
 """
 
 from collections.abc import Sequence
+from html import escape
 
 import matplotlib as mpl
 import numpy as np
@@ -110,6 +111,72 @@ def interval(
     parts.append(f'<circle cx="{x(value)}" cy="8" r="3.5" fill="{css}"/>')
     size = f'width="{width_px}" height="{height_px}" viewBox="0 0 {width_px} {height_px}"'
     return f'<svg class="interval" {size} aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def weight_by_hour(weight_NT: np.ndarray, length_N: np.ndarray, timestep_h: float, color: int, to_end: bool) -> str:
+    """Attention by hours since the stay began, or before its end: mean, and the 10th to 90th percentile of the stays.
+
+    In units of the even share, 1 / length, so that long and short stays can be averaged. As far as a tenth of
+    the stays go.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = new_figure(_WIDTH_PX, _LOW_PX)
+        axes = figure.add_axes((0.13, 0.18, 0.83, 0.72))
+        axes.grid(axis="x", visible=False)
+        share_NT = _shares(weight_NT, length_N, to_end)
+        hour_T = (np.arange(share_NT.shape[1]) + 0.5) * timestep_h
+        low_T, high_T = np.nanpercentile(share_NT, (10, 90), axis=0)
+        axes.fill_between(hour_T, low_T, high_T, color=run_color(color), alpha=0.18, linewidth=0)
+        few = len(hour_T) <= 3  # a line of one point is not seen
+        axes.plot(hour_T, np.nanmean(share_NT, axis=0), color=run_color(color), marker="o" if few else None)
+        axes.axhline(1, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("hours before the end" if to_end else "hours since the stay began")
+        if to_end:
+            axes.invert_xaxis()
+        place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 9.5}
+        axes.text(0.01, 1, "even", color=MUTED, **place)
+        return svg(figure, f"Attention weight by {'hours before the end' if to_end else 'hours since the stay began'}")
+
+
+def _shares(weight_NT: np.ndarray, length_N: np.ndarray, to_end: bool) -> np.ndarray:
+    """Weights times the stay's length, NaN past its end, as many steps as a tenth of the stays have; [N, T]."""
+    rows = np.flatnonzero(length_N > 0)
+    length_N, weight_NT = length_N[rows], weight_NT[rows].astype(np.float32)
+    num_steps = max(1, int(np.quantile(length_N, 0.9, method="lower"))) if len(rows) else 1
+    step_NT = np.tile(np.arange(num_steps), (len(rows), 1))
+    inside_NT = step_NT < length_N[:, None]
+    if to_end:
+        step_NT = length_N[:, None] - 1 - step_NT
+    share_NT = np.take_along_axis(weight_NT, np.where(inside_NT, step_NT, 0), axis=1) * length_N[:, None]
+    return np.where(inside_NT, share_NT, np.nan)
+
+
+def weight_by_modality(weight_NM: np.ndarray, names: Sequence[str], color: int) -> str:
+    """A row a modality: mean weight, and the 10th to 90th percentile of the stays that have it."""
+    with mpl.rc_context(_STYLE):
+        figure = new_figure(_WIDTH_PX, 70 + 38 * len(names))
+        bottom = 50 / (70 + 38 * len(names))
+        axes = figure.add_axes((0.25, bottom, 0.71, 0.96 - bottom))
+        axes.grid(axis="y", visible=False)
+        for row, weight_N in enumerate(weight_NM.T):
+            weight_N = weight_N[weight_N > 0]
+            low, high = np.percentile(weight_N, (10, 90))
+            axes.plot([low, high], [row, row], color=run_color(color), alpha=0.4, linewidth=5)
+            axes.plot([weight_N.mean()], [row], "o", color=run_color(color), markersize=7)
+            above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "weight": "bold"}
+            axes.annotate(f"{weight_N.mean():.2f}", (weight_N.mean(), row), color=run_color(color), **above)
+        axes.set(xlim=(-0.03, 1.03), ylim=(len(names) - 0.5, -0.7), xlabel="weight")
+        axes.set_yticks(range(len(names)), names)
+        return svg(figure, f"Attention weight by modality: {', '.join(names)}")
+
+
+def weight_strip(weight_T: np.ndarray, color: int, description: str) -> str:
+    """One stay's weights as a strip, first step to last; the fullest colour is its own largest weight."""
+    opacity_T = np.asarray(weight_T, np.float32) / max(float(np.max(weight_T)), 1e-9)
+    rects = "".join(f'<rect x="{i}" width="1.02" height="1" opacity="{o:.2f}"/>' for i, o in enumerate(opacity_T))
+    size = f'viewBox="0 0 {len(weight_T)} 1" preserveAspectRatio="none" role="img" aria-label="{escape(description)}"'
+    return f'<svg class="strip" {size} fill="var(--run{color % NUM_COLORS})">{rects}</svg>'
 
 
 def _epoch_axes(chosen_epoch: int | None, right: float) -> tuple[Figure, Axes]:

@@ -17,6 +17,8 @@ tbody .named { padding-left: 17px; text-indent: -17px; }
 .bar { padding-top: 0; padding-bottom: 0; width: 148px; }
 thead .bar { padding-bottom: 0.4rem; }
 .axis { display: flex; justify-content: space-between; width: 132px; }
+td.strip, th.strip { width: 45%; min-width: 9rem; }
+svg.strip { display: block; width: 100%; height: 16px; background: var(--wash); }
 .interval { vertical-align: -3px; }
 .plain th { color: var(--muted); width: 12rem; }
 .charts { margin: 1.5rem 0 0; }

@@ -26,6 +26,7 @@ METHOD_NAMES = {
     "joint_zeros": "Joint fusion, zeros",
     "joint_learnable": "Joint fusion, learnt vector",
     "medfuse": "MedFuse",
+    "medfuse_attention": "MedFuse, attention",
     "mmtm3": "MMTM, layer 3",
     "mmtm4": "MMTM, layer 4",
     "daft3": "DAFT, layer 3",
@@ -43,6 +44,7 @@ TASK_NAMES = {
     "length_of_stay": "Length of stay",
 }
 SUBSETS = ("all", "paired", "unpaired", "film_only")
+_ATTENTION = ("time_weights", "length", "modality_weights", "modalities")
 _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
 
@@ -51,7 +53,8 @@ class Run:
     """What is known of one run; None or empty where it has not come to it.
 
     name: unique among the runs shown. train, val: the lines of metrics.jsonl by epoch.
-    predictions: scores [N, K], labels bool [N, K], age [N] or None. problems: what could not be read.
+    predictions: scores [N, K], labels bool [N, K], age [N] or None, attention: {} or time_weights [N, T],
+    length [N], modality_weights [N, M], modalities [M]. problems: what could not be read.
     """
 
     folder: Path
@@ -228,6 +231,7 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
         with np.load(path) as stored:
             scores_NK, labels_NK = stored["scores"], stored["labels"]
             age_N = stored.get("age")
+            attention = {name: stored[name] for name in _ATTENTION if name in stored}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -241,4 +245,17 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
     if age_N is not None and age_N.shape != (len(scores_NK),):
         problems.append(f"{path}: ages have shape {age_N.shape}, scores {scores_NK.shape}")
         age_N = None
-    return {"scores": scores_NK, "labels": labels_NK, "age": age_N}
+    if attention and not _is_attention(attention, len(scores_NK)):
+        problems.append(f"{path}: the attention weights are not one row a stay: run medfuse_jax.evaluate again")
+        attention = {}
+    return {"scores": scores_NK, "labels": labels_NK, "age": age_N, "attention": attention}
+
+
+def _is_attention(found: dict, num_stays: int) -> bool:
+    if set(found) != set(_ATTENTION):
+        return False
+    rows = {"time_weights": 2, "modality_weights": 2, "length": 1}
+    if any(found[name].ndim != ndim or len(found[name]) != num_stays for name, ndim in rows.items()):
+        return False
+    fits = found["length"].max(initial=0) <= found["time_weights"].shape[1]
+    return bool(fits and found["modalities"].shape == found["modality_weights"].shape[1:])

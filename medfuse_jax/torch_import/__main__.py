@@ -38,6 +38,7 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     from medfuse_jax import checkpoints, experiment, optim, torch_import  # late: a wrong flag is refused before jax
 
     config_lib.validate(config)
+    _check_modalities(config)
     if not config.data.dir:
         raise UserError("config.data.dir is empty: give the shards of the run with --config.data.dir=DIR")
     run = experiment.open_experiment(config)
@@ -77,10 +78,19 @@ def export_weights(workdir: Path, path: Path) -> str:
 
     run = workdir_lib.open_run(workdir)
     config = run.config
+    _check_modalities(config)
     state = checkpoints.restore_best(workdir, run.abstract_state())
     state_dict = torch_import.export({"params": state.params, "batch_stats": state.batch_stats}, config.method)
     torch_import.write(path, state_dict)
     return f"exported {workdir}, method {config.method}, {len(state_dict)} entries, to {path}"
+
+
+def _check_modalities(config: ConfigDict) -> None:
+    if config.model.modalities:
+        raise UserError(
+            f"config.model.modalities is {config.model.modalities!r}: the released models have EHR and film alone, "
+            "so such a run can be neither imported nor exported"
+        )
 
 
 def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
