@@ -72,5 +72,6 @@ class AttentionFusion(nn.Module):
         num_modalities, token_width = token_BMD.shape[1:]
         kernel_MDN = self.param(f"{name}_kernel", _by_modality, (num_modalities, token_width, width))
         bias_MN = self.param(f"{name}_bias", nn.initializers.zeros_init(), (num_modalities, width))
-        products = (token_BMD.astype(self.dtype), kernel_MDN.astype(self.dtype))
-        return jnp.einsum("bmd,mdn->bmn", *products, preferred_element_type=jnp.float32) + bias_MN
+        # No float32 result is asked of a bfloat16 product: XLA's CPU has none where one axis is a batch of products.
+        product_BMN = jnp.einsum("bmd,mdn->bmn", token_BMD.astype(self.dtype), kernel_MDN.astype(self.dtype))
+        return product_BMN.astype(jnp.float32) + bias_MN
