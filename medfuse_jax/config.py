@@ -189,7 +189,9 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
         return 0, 0
     first, _, last = config.profile_steps.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25'")
+        raise UserError(
+            f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25'"
+        )
     return int(first), int(last)
 
 
