@@ -40,6 +40,7 @@ def test_a_runs_predictions_hold_its_weights_and_its_page_shows_them(attention_c
     assert "What was weighed" in (tmp_path / "report" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_weights_are_the_same_on_one_device_and_on_two(attention_config):
     run = experiment.open_experiment(attention_config)
     state, include_N = run.fresh_state(), run.dataset.usable("test")

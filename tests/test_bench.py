@@ -107,7 +107,7 @@ def test_a_record_of_the_step_adds_up(step_rows):
     assert row["step_memory_gb"] > 0 and 0 < row["padded_share_run"] < row["padded_share_bucket"] < 1
 
 
-@pytest.mark.parametrize("mode", ["pmap", "jit"])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
 def test_two_devices_share_the_batch(mode):
     case = dataclasses.replace(_TINY["step"], method="uni_ehr", num_devices=2, parallel=mode, repeats=1, num_batches=1)
     (row,) = step_case.measure(case)
@@ -115,13 +115,14 @@ def test_two_devices_share_the_batch(mode):
     assert "2 devices" in case.name and case.name.endswith("jit") == (mode == "jit")
 
 
-@pytest.mark.parametrize("placement", ["stream", "device"])
+@pytest.mark.parametrize("placement", ["stream", pytest.param("device", marks=pytest.mark.slow)])
 def test_feeding_is_set_beside_the_step_alone(placement):
     rows = step_case.measure(dataclasses.replace(_TINY["feed"], method="uni_ehr", repeats=1, placement=placement))
     assert [row["contender"] for row in rows] == ["ours", "end_to_end", "input"]
     assert all("time_over_ours" in row for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_set_beside_it():
     case = dataclasses.replace(_TINY["parts"], repeats=1, num_batches=1)
     rows = parts_case.measure(case)
@@ -144,6 +145,7 @@ def test_half_the_film_encoder_is_half():
     assert largest["stage1_block0"] > 0 == largest["stage2_block0"]
 
 
+@pytest.mark.slow
 def test_batches_of_shards_are_measured_as_made_up_ones_are(shards):
     from medfuse_jax import input_pipeline
 
@@ -267,7 +269,9 @@ def test_an_unknown_preset_names_the_nearest():
         cases.preset("cpuu")
 
 
-@pytest.mark.parametrize("method", ["medfuse", "uni_cxr", "uni_ehr", "mmtm3", "daft3"])
+@pytest.mark.parametrize(
+    "method", ["medfuse", *(pytest.param(m, marks=pytest.mark.slow) for m in ("uni_cxr", "uni_ehr", "mmtm3", "daft3"))]
+)
 def test_the_steps_of_the_h200_preset_lower_for_a_gpu(method):
     sizes = dict(_TINY["step"].sizes) | {"resnet_stage_sizes": (1, 1, 1, 1)}
     case = dataclasses.replace(

@@ -51,7 +51,7 @@ def _assert_equal(a, b):
 
 
 @pytest.mark.parametrize("one_call", [False, True])
-@pytest.mark.parametrize("mode", ["pmap", "jit"])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
 def test_the_device_placement_trains_to_the_numbers_of_the_stream(config, streamed, mode, one_call):
     config.placement, config.parallel = "device", mode
     placed = _epoch(_open(config), one_call=one_call)

@@ -155,6 +155,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_table(ehr_config, tmp_path, monkeyp
         assert len(_lines(results.trial_dir(tmp_path / "stopped", number))) == 6
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_of_heads_goes_on(tmp_path):
     """A head's file keeps the latest and the best state apart."""
     _, progress = _head(0.0), keep.optim.Progress(epoch=1, learning_rate=0.1, best_auroc=0.6, best_epoch=1)
@@ -178,6 +179,7 @@ def _head(value):
     return population.step_lib.TrainState(np.int32(value), params, {}, params, np.float32(0.1))
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_fails_alone(ehr_config, tmp_path, monkeypatch):
     fresh_states = experiment.Experiment.fresh_states
 
@@ -195,6 +197,7 @@ def test_a_trial_that_diverges_fails_alone(ehr_config, tmp_path, monkeypatch):
         assert float(by_seed[row["seed"]]["val_auroc"]) == pytest.approx(float(row["val_auroc"]), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("largest", [2, 0])
 def test_where_memory_is_short_fewer_trials_run_at_once(ehr_config, tmp_path, monkeypatch, largest):
     train_all, sizes = population.train_all, []
@@ -225,6 +228,7 @@ def test_another_error_is_no_failed_trial(ehr_config, tmp_path, monkeypatch):
         sweep(ehr_config, tmp_path, _RATES, num_trials=2, lanes=1)
 
 
+@pytest.mark.slow
 def test_trials_that_stop_early_free_their_place(ehr_config, tmp_path, monkeypatch):
     def stops_by_its_rate(progress, early_stop_epochs):
         return progress.epoch >= (1 if progress.learning_rate > 5e-3 else 3)
@@ -265,6 +269,7 @@ def test_trials_that_need_other_programs_or_data_are_groups_of_their_own(tiny_co
     assert [[trial.number for trial in group] for group in groups] == [[0, 2], [1, 4], [3]]
 
 
+@pytest.mark.slow
 def test_the_measured_number_of_lanes_is_the_faster_one(ehr_config):
     run = experiment.open_experiment(ehr_config, jax.local_devices()[:1])
     states = [jax.device_get(run.fresh_state())] * 3

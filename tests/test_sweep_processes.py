@@ -48,7 +48,8 @@ def _table(workdir):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
 def test_processes_share_the_trials(tmp_path, shards, num_processes):
     with socket.socket() as free:
         free.bind(("localhost", 0))

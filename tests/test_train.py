@@ -31,7 +31,9 @@ def _latest(config, workdir):
     return checkpoints.restore_latest(checkpoints.open_manager(workdir), abstract)
 
 
-@pytest.mark.parametrize(("method", "placement"), [("medfuse", "stream"), ("uni_ehr", "device")])
+@pytest.mark.parametrize(
+    ("method", "placement"), [("medfuse", "stream"), pytest.param("uni_ehr", "device", marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, method, placement):
     """Stopped within the second epoch: the same numbers as an undisturbed run, each line written once."""
     tiny_config.checkpoint_every_steps = 2
@@ -64,7 +66,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_config, tmp_path, monk
     assert rows_a == rows_b and len(rows_a) == 4
 
 
-@pytest.mark.parametrize("placement", ["stream", "device"])
+@pytest.mark.parametrize("placement", [pytest.param("stream", marks=pytest.mark.slow), "device"])
 def test_a_trace_of_the_wanted_steps_is_written(tiny_config, tmp_path, monkeypatch, placement):
     tiny_config.method, tiny_config.num_epochs, tiny_config.placement = "uni_ehr", 1, placement
     tiny_config.profile_steps = "2:3"
@@ -106,7 +108,10 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
     assert np.abs(kernel(started) - kernel(fresh)).max() > 1e-3
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [m if m in ("uni_ehr", "medfuse", "daft3") else pytest.param(m, marks=pytest.mark.slow) for m in methods.METHODS],
+)
 def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config, tmp_path, monkeypatch, method):
     """By shapes alone: a whole encoder's leaves are told apart by what stands for their values."""
     encoders = {}
@@ -153,6 +158,7 @@ def test_a_film_encoder_with_less_or_other_stages_is_named(tiny_config, tmp_path
         starts.check(opened(ours), "cxr", tmp_path, opened(theirs))
 
 
+@pytest.mark.slow
 def test_unified_learns_from_films_with_their_own_labels(tiny_config, tmp_path):
     """One epoch: its batches are stays and films in turn, and every classifier moves."""
     tiny_config.method, tiny_config.num_epochs = "unified", 1
