@@ -292,6 +292,7 @@ def test_the_environment_names_what_is_needed_and_no_place():
     assert str(_ROOT) not in json.dumps(environment)
 
 
+@pytest.mark.slow
 def test_a_line_fits_the_screen(step_rows):
     case, (row,) = step_rows
     row = {"case": case.name, **row}

@@ -111,7 +111,10 @@ def _without(batch, part):
 
 @pytest.mark.parametrize(
     "method",
-    ["uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "medfuse_attention", "unified", "mmtm3", "daft3"],
+    [
+        *("uni_cxr", "medfuse", "medfuse_attention", "mmtm3"),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("uni_ehr", "joint_learnable", "unified", "daft3")),
+    ],
 )
 def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method):
     """With the whole objective, plain gradients and batch statistics in it."""

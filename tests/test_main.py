@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from medfuse_jax import main, train
+from medfuse_jax import experiment, main, starts, train
 from medfuse_jax.errors import UserError
 
 
@@ -63,11 +63,12 @@ def test_a_stopped_command_goes_on_and_ends_in_results_and_a_report(
         run_main(fusion_config, folder)
 
 
-def test_stages_that_the_method_does_not_need_are_left_out(fusion_config, run_main, tmp_path):
-    fusion_config.method = "uni_ehr"
-    run_main(fusion_config, tmp_path / "run")
-    assert (tmp_path / "run" / "result.json").exists()
-    assert not list((tmp_path / "run").glob("pretrain_*"))
+@pytest.mark.parametrize(
+    ("method", "wanted"), [("medfuse", {"ehr", "cxr"}), ("daft3", {"ehr", "cxr"}), ("uni_ehr", set())]
+)
+def test_stages_that_the_method_does_not_need_are_left_out(fusion_config, tmp_path, method, wanted):
+    fusion_config.method = method
+    assert set(starts.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == wanted
 
 
 @pytest.mark.parametrize(
