@@ -1,9 +1,9 @@
 """The whole way in minutes on two CPU cores: a synthetic cohort, small encoders, MedFuse beside the LSTM.
 
 Command: python -m medfuse_jax.main --config=configs/demo.py
-Hardware and time: 2 CPU cores, under 2 minutes. Result to expect (seed 0, 2026-11-22, one run), macro AUROC
-[95 % CI] on 305 synthetic test stays: LSTM 0.659 [0.638, 0.678], MedFuse 0.691 [0.667, 0.713]; difference on the
-144 with a film +0.048 [+0.016, +0.081].
+Hardware and time: 2 CPU cores, under 2 minutes. Result to expect (seed 0, 2026-11-22, jax 0.10.2, one run), macro AUROC
+[95 % CI] on 305 synthetic test stays: LSTM 0.663 [0.642, 0.681], MedFuse 0.707 [0.685, 0.727]; difference on the 144
+with a film +0.076 [+0.047, +0.105]. Another version of jax, or of this code, moves these by some hundredths.
 """
 
 from ml_collections import ConfigDict

@@ -32,9 +32,9 @@ _PARAMETERS, _FLOPS_A_FILM = 23_870_041, 19.98e9
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """Several devices of a kind. bf16_flops, link_bytes: a device's peak rates a second, from the maker's data sheet.
-
-    batch: rows a device. time_step_s: one step of both LSTM layers, forward and backward. fixed_s: the rest of a step.
+    """Several devices of a kind. bf16_flops, link_bytes: a device's peak rates a second, as assumed (not checked
+    against a data sheet). batch: rows a device. time_step_s: one step of both LSTM layers, forward and backward.
+    fixed_s: the rest of a step.
     """
 
     name: str
