@@ -6,33 +6,28 @@ The checks (times, patients in one split) are repeated on what is on disk, and a
 """
 
 import json
-import os
 from pathlib import Path
 
 from data_prep import privacy, published
 from data_prep.describe import VERSION as FACTS_VERSION
 from data_prep.privacy import cells, part, share
-from medfuse_jax import records, tasks
+from medfuse_jax import files, records, tasks
 from medfuse_jax.errors import UserError
 
 NO_PEOPLE = 0  # of a check: how many may break it
 
 
 def write(out: Path) -> None:
-    """Writes `<out>/audit.json` and `<out>/audit.html`, of every dataset there; leaves what is the same alone."""
-    from data_prep import audit_page  # imports matplotlib: not for what ends before
-
+    """Checks what is there and writes `<out>/audit.json` and `<out>/audit.html`; leaves what is the same alone."""
     audit = gather(out)
-    _replace(out / "audit.json", json.dumps(audit, indent=1, ensure_ascii=False) + "\n")
-    _replace(out / "audit.html", audit_page.page(audit))
-
-
-def _replace(path: Path, text: str) -> None:
-    if path.exists() and path.read_bytes() == text.encode():
+    text = json.dumps(audit, indent=1, ensure_ascii=False) + "\n"
+    path, page_path = out / "audit.json", out / "audit.html"
+    if path.exists() and page_path.exists() and path.read_bytes() == text.encode():
         return
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    from data_prep import audit_page  # imports matplotlib, which takes seconds
+
+    files.write_text(page_path, audit_page.page(audit))
+    files.write_text(path, text)  # last: it says that both are there
 
 
 def gather(out: Path) -> dict:

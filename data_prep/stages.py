@@ -6,7 +6,6 @@ its folder's name; so a stopped build leaves nothing that looks finished, and go
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
+from medfuse_jax import files
 from medfuse_jax.errors import UserError
 
 HIDDEN = ".stages"
@@ -30,10 +30,11 @@ def key(**parts: object) -> str:
 @contextlib.contextmanager
 def private(out: Path) -> Iterator[Path]:
     """Makes `out` and its stage folder, for the owner alone, and keeps a second build out of it."""
+    busy = f"another build is writing to --out={out}: wait for it, or give another folder"
     before = os.umask(0o077)
     try:
-        with _locked(out) as folder:
-            yield folder
+        with files.locked(out / HIDDEN / "lock", f"--out={out}", busy):
+            yield out / HIDDEN
     except (OSError, RuntimeError, pl.exceptions.PolarsError) as error:
         if isinstance(error, UserError) or not _is_full(error):
             raise
@@ -49,23 +50,6 @@ def _is_full(error: Exception) -> bool:
         return True
     said = ("No space left", "quota exceeded", "File too large", " requested and ")
     return any(text in str(error) for text in said)
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[Path]:
-    folder = out / HIDDEN
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-    except BlockingIOError:
-        raise UserError(f"another build is writing to --out={out}: wait for it, or give another folder") from None
-    finally:
-        os.close(lock)
 
 
 def run(folder: Path, name: str, stage_key: str, write: Callable[[Path], None]) -> Path:

@@ -26,7 +26,7 @@ from absl import flags
 from data_prep import synthetic_cohort as cohort
 from data_prep import synthetic_cxr as cxr
 from data_prep import synthetic_signal as signal
-from medfuse_jax import errors, tasks
+from medfuse_jax import errors, files, tasks
 from medfuse_jax.errors import UserError
 
 FEWEST_STAYS = 10
@@ -159,11 +159,10 @@ def write(
     workers = workers or min(8, os.cpu_count() or 1)
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")  # a stopped run leaves no whole-looking folder
     try:
-        partial.mkdir(parents=True)
-        report = _write_all(partial, settings, workers)
-        partial.replace(out_dir)
-    except OSError as error:
-        raise UserError(f"the cohort cannot be written to {out_dir}: {error.strerror}") from None
+        with files.must_write(f"--out={out_dir}"):
+            partial.mkdir(parents=True)
+            report = _write_all(partial, settings, workers)
+            partial.replace(out_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report

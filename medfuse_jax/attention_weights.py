@@ -20,15 +20,13 @@ def collect(run: experiment.Experiment, state: step_lib.TrainState, split: str, 
     names = getattr(run.options.model, "token_names", ())
     if not names:
         return {}
-    dataset = run.dataset
-    length_N = dataset.lengths(split)
+    length_N = run.dataset.lengths(split)
     found = {
         "time_weights": np.zeros((len(include_N), int(length_N[include_N].max(initial=0))), np.float16),
         "modality_weights": np.zeros((len(include_N), len(names)), np.float32),
     }
     weights_fn = parallel.compile_eval(run.options, run.config.parallel, run.devices, step_lib.weights_step)
-    sizes = {"batch_size": run.config.eval.batch_size, "buckets": dataset.buckets}
-    for plan in plan_lib.eval_plans(length_N, dataset.paired(split), include_N, **sizes):
+    for plan in run.eval_plans(split, include_N):
         for batch in run.batches(split, plan):
             record_R = np.asarray(batch["record"]).reshape(-1)
             real_R = record_R != plan_lib.PADDING

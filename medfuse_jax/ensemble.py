@@ -15,7 +15,6 @@ Shapes: N stays, K labels, M members.
 import dataclasses
 import itertools
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +101,9 @@ def _claim(workdir: Path, runs: list[str], rule: str) -> None:
         if json.loads(path.read_text()) != content:
             raise UserError(f"{workdir} holds another run: choose another --workdir")
         return
-    try:
+    with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(path, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
 
 
 def _scored(run: str, split: str) -> tuple[Member, dict]:
@@ -123,7 +120,7 @@ def _scored(run: str, split: str) -> tuple[Member, dict]:
         result = json.loads(result_path.read_text())
         with np.load(path) as stored:
             return Member(workdir, head, result), {name: stored[name] for name in ("scores", *_FIELDS)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except files.DAMAGED_NPZ as error:
         raise UserError(f"the {split} predictions of {run} cannot be read ({error}); evaluate it again") from None
 
 

@@ -6,7 +6,6 @@ Shapes: M models, N scored records, K labels, D devices, B rows a device.
 import dataclasses
 import json
 import platform
-import zipfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -54,18 +53,7 @@ def predict_each(
     eval_fn: batch -> (scores [M, D, B, K], loss of each row [M, D, B]) of M models.
     """
     dataset = run.dataset
-    if not include_N.any():
-        raise UserError(
-            f"the {split} split of {run.config.data.dir}/{run.config.task} has no stay that the run uses "
-            f"(config.data.val_stays={run.config.data.val_stays}, method {run.config.method})"
-        )
-    plans = plan_lib.eval_plans(
-        dataset.lengths(split),
-        dataset.paired(split),
-        include_N,
-        batch_size=run.config.eval.batch_size,
-        buckets=dataset.buckets,
-    )
+    plans = run.eval_plans(split, include_N)
     score_MNK = np.full((num_models, len(include_N), len(dataset.labels)), np.nan, np.float32)
     loss_MN = np.full((num_models, len(include_N)), np.nan)
     for plan in plans:
@@ -218,7 +206,7 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> lis
         try:
             with np.load(path) as stored:
                 other = {"stay_id": stored["stay_id"], "scores": stored["scores"]}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        except files.DAMAGED_NPZ as error:
             raise UserError(f"{path} cannot be read ({error}): run medfuse_jax.evaluate there again") from None
         comparisons += compare(scored, other, staged.method, config.eval.num_bootstrap, config.seed)
     return comparisons

@@ -59,6 +59,26 @@ class Experiment:
         of_films = (films.lengths("train"), films.paired("train"), films.usable("train"))
         return plan_lib.take_turns(stays, plan_lib.train_plan(*of_films, buckets=films.buckets, **drawn))
 
+    def eval_plans(self, split: str, include_N: np.ndarray) -> list[plan_lib.Plan]:
+        """Batches in which every included record of a split stands exactly once; UserError where there is none."""
+        self.check_any(split, include_N)
+        return plan_lib.eval_plans(
+            self.dataset.lengths(split),
+            self.dataset.paired(split),
+            include_N,
+            batch_size=self.config.eval.batch_size,
+            buckets=self.dataset.buckets,
+        )
+
+    def check_any(self, split: str, include_N: np.ndarray) -> None:
+        """Raises UserError where no record of the split is included."""
+        if not include_N.any():
+            choice = f"config.data.{split}_stays={self.config.data[f'{split}_stays']}, " if split != "test" else ""
+            raise UserError(
+                f"the {split} split of {self.config.data.dir}/{self.config.task} has no record that the run uses "
+                f"({choice}method {self.config.method})"
+            )
+
     def batches(self, split: str, plan: plan_lib.Plan, start: int = 0) -> Iterator[dict]:
         """The plan's batches from step `start` on, on the devices ahead of use."""
         read = input_pipeline.batches(self.dataset, split, plan, num_devices=len(self.devices), start=start)
@@ -119,6 +139,8 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
     own = {"num_film_labels": len(tasks.TASKS[config.data.film_task].labels)} if film_heads else {}
     if config.model.missing_film:
         own["missing"] = config.model.missing_film
+    if config.model.freeze_encoders:
+        own["frozen_encoders"] = True
     if modalities:
         own["modalities"] = modalities
     on = on or parallel.devices()
@@ -133,7 +155,6 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
             resnet_stage_sizes=tuple(config.model.resnet_stage_sizes),
             resnet_width=config.model.resnet_width,
             frozen_stats=config.model.batch_norm == "frozen",
-            **({"frozen_encoders": True} if config.model.freeze_encoders else {}),
             dtype=_compute_dtype(config.precision),
             **own,
         ),
@@ -152,11 +173,7 @@ def _check_batches(run: Experiment) -> None:
     """Raises UserError where the records do not fill batches of the config's form."""
     config = run.config
     for split in ("train", "val"):
-        if not run.selects(split).any():
-            raise UserError(
-                f"the {split} split of {config.data.dir}/{config.task} has no record that the run uses "
-                f"(config.data.{split}_stays={config.data[f'{split}_stays']}, method {config.method})"
-            )
+        run.check_any(split, run.selects(split))
     if run.dataset.films:
         what = f"the classifier of films (config.data.film_task={config.data.film_task})"
         check_unseen(run, what, run.dataset.films.index["train"]["subject_id"])

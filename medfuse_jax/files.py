@@ -1,10 +1,17 @@
 """Files that are whole or not there: what a kill may interrupt is written beside its place and renamed."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from medfuse_jax.errors import UserError
+
+# What np.load raised for .npz files that were cut off at any place, had bytes changed, or lacked an array.
+DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 @contextlib.contextmanager
@@ -21,6 +28,34 @@ def written_whole(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def must_write(what: object, hint: str = "") -> Iterator[None]:
+    """Turns an OSError of the block into a UserError: `what` (a path, or --flag=path) cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written ({error.strerror}){hint}") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str, busy: str) -> Iterator[None]:
+    """Keeps a second process out of the block; the lock goes with the process, however it ends.
+
+    path: the file to lock, made with its folder. UserError: `busy` where another process holds it, and as
+    `must_write(what)` where it cannot be made.
+    """
+    with must_write(what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(busy) from None
+    finally:
+        os.close(lock)
 
 
 def sha256(path: Path) -> str:

@@ -1,10 +1,7 @@
 """The folder of one run: claimed by one config and one set of shards, written by one process at a time."""
 
 import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from medfuse_jax import config as config_lib
@@ -12,21 +9,10 @@ from medfuse_jax import experiment, files
 from medfuse_jax.errors import UserError
 
 
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Makes the folder and keeps a second process out of it; the lock goes with the process, however it ends."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another process is at work in {workdir}: wait for it, or give another --workdir") from None
-    finally:
-        os.close(lock)
+def locked(workdir: Path) -> contextlib.AbstractContextManager:
+    """Makes the folder and keeps a second process out of it while the block runs."""
+    busy = f"another process is at work in {workdir}: wait for it, or give another --workdir"
+    return files.locked(workdir / ".lock", f"--workdir={workdir}", busy)
 
 
 def claim(workdir: Path, run: experiment.Experiment) -> None:
@@ -36,12 +22,10 @@ def claim(workdir: Path, run: experiment.Experiment) -> None:
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir")
         _check_data(workdir, run)
-    try:
+    with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / "data.json", json.dumps({"digest": run.dataset.digest}) + "\n")
         config_lib.save(run.config, workdir / "config.json")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
 
 
 def open_run(workdir: Path) -> experiment.Experiment:

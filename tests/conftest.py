@@ -13,6 +13,7 @@ os.environ.setdefault(
     + (" --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else ""),
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # 1 s else, which is the whole of a program
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker of pytest-xdist: it shares the one of its parent
     import atexit
     import shutil

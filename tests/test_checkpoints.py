@@ -2,7 +2,9 @@
 
 import contextlib
 import shutil
+from pathlib import Path
 
+import damage
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,21 +71,8 @@ def test_a_checkpoint_within_an_epoch_is_the_latest_and_never_the_best(tmp_path)
     assert int(checkpoints.restore_best(tmp_path, _state(0)).step) == 1
 
 
-def _damage(path, how):
-    if how == "cut":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "gone":
-        path.unlink()
-    else:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 0xFF
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["cut", "empty", "gone", "flipped"])
-def test_whatever_file_is_damaged_the_error_is_one_line_or_the_state_is_right(tmp_path, how):
+@pytest.mark.parametrize("spoil", [damage.cut, damage.flip, lambda path: path.write_bytes(b""), Path.unlink])
+def test_whatever_file_is_damaged_the_error_is_one_line_or_the_state_is_right(tmp_path, spoil):
     """Every file of a checkpoint in turn. Some hold nothing that restoring reads: then it must be exact."""
     _save_run(tmp_path / "whole", (0.6,))
     names = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()]
@@ -92,7 +81,7 @@ def test_whatever_file_is_damaged_the_error_is_one_line_or_the_state_is_right(tm
     for name in names:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(tmp_path / "whole", tmp_path / "run")
-        _damage(tmp_path / "run" / name, how)
+        spoil(tmp_path / "run" / name)
         try:
             restored = checkpoints.restore_best(tmp_path / "run", _state(0))
             np.testing.assert_array_equal(restored.w, _state(1).w)

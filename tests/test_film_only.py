@@ -1,5 +1,6 @@
 """Stays without time series but with a film, from the shards to the result; and, in training, what is absent."""
 
+import contextlib
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from medfuse_jax import augment, evaluate, experiment, records, step, tasks, train, workdir
+from medfuse_jax import augment, checkpoints, evaluate, experiment, optim, records, step, tasks, workdir
 from medfuse_jax.models import methods
 
 _ROWS, _STEPS, _LABELS = 5, 4, 3
@@ -51,17 +52,14 @@ def film_only_config(tiny_config, film_only_shards):
     return tiny_config
 
 
-def _run(config, folder):
-    run = experiment.open_experiment(config)
-    workdir.claim(folder, run)
-    train.train(run, folder)
-    result = evaluate.evaluate(folder)
-    with np.load(folder / "predictions_test.npz") as stored:
-        return result, dict(stored)
-
-
 def test_a_method_of_both_scores_every_stay_and_reports_those_with_a_film_alone(film_only_config, tmp_path):
-    result, scored = _run(film_only_config, tmp_path / "medfuse")
+    run = experiment.open_experiment(film_only_config)
+    workdir.claim(tmp_path, run)
+    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
+        checkpoints.save(manager, run.fresh_state(), optim.Progress(), is_best=True)
+    result = evaluate.evaluate(tmp_path)
+    with np.load(tmp_path / "predictions_test.npz") as stored:
+        scored = dict(stored)
     index = records.index(film_only_config.data.dir, "pheno", "test")
     np.testing.assert_array_equal(scored["stay_id"], index["stay_id"])
     assert np.isfinite(scored["scores"]).all()

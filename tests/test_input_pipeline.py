@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import damage
 import numpy as np
 import pytest
 
@@ -124,7 +125,7 @@ def _copy(shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("spoil", "said"),
     [
         (lambda d: (d / "pheno" / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda d: (d / "pheno" / "manifest.json").write_text("{"), "manifest.json cannot be read"),
@@ -135,11 +136,17 @@ def _copy(shards, tmp_path):
         (lambda d: _edit_manifest(d, task="mortality"), "describes the task 'mortality', not 'pheno'"),
         (lambda d: (d / "pheno" / "manifest.json").write_text("[]"), "manifest.json holds no fields"),
         (lambda d: _edit_manifest(d, train_mean=None), "manifest.json lacks train_mean"),
-        (lambda d: _cut(d / "pheno" / "index_val.npz"), "index_val.npz is not the file that its manifest describes"),
-        (lambda d: _flip(d / "pheno" / "index_val.npz"), "index_val.npz is not the file that its manifest describes"),
+        (
+            lambda d: damage.cut(d / "pheno" / "index_val.npz"),
+            "index_val.npz is not the file that its manifest describes",
+        ),
+        (
+            lambda d: damage.flip(d / "pheno" / "index_val.npz"),
+            "index_val.npz is not the file that its manifest describes",
+        ),
         (lambda d: (d / "pheno" / "index_val.npz").unlink(), "index_val.npz cannot be read"),
-        (lambda d: _cut(d / "pheno" / "dataset_info.json"), "cannot be opened"),
-        (lambda d: _cut(d / "pheno" / "features.json"), "cannot be opened"),
+        (lambda d: damage.cut(d / "pheno" / "dataset_info.json"), "cannot be opened"),
+        (lambda d: damage.cut(d / "pheno" / "features.json"), "cannot be opened"),
         (lambda d: _rewrite_index(d, "train", lambda f: {k: v[:-5] for k, v in f.items()}), "mixes two builds"),
         (
             lambda d: shutil.rmtree(d / "pheno"),
@@ -149,9 +156,9 @@ def _copy(shards, tmp_path):
         (lambda d: shutil.rmtree(d), "no data folder"),
     ],
 )
-def test_a_damaged_folder_is_named_in_one_line(shards, tmp_path, damage, said):
+def test_a_damaged_folder_is_named_in_one_line(shards, tmp_path, spoil, said):
     folder = _copy(shards, tmp_path)
-    damage(folder)
+    spoil(folder)
     with pytest.raises(UserError) as caught:
         input_pipeline.open_dataset(folder, "pheno")
     assert said in str(caught.value) and "\n" not in str(caught.value)
@@ -161,16 +168,6 @@ def _edit_manifest(folder, **changes):
     path = folder / "pheno" / "manifest.json"
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({field: value for field, value in content.items() if value is not None}))
-
-
-def _cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def _rewrite_index(folder, split, change):
@@ -186,7 +183,7 @@ def _rewrite_index(folder, split, change):
 def test_a_truncated_shard_is_named(shards, tmp_path):
     folder = _copy(shards, tmp_path)
     shard = next((folder / "pheno").glob("*train*array_record*"))
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    damage.cut(shard)
     with pytest.raises(UserError, match=r"pheno"):
         opened = input_pipeline.open_dataset(folder, "pheno")
         for record in opened.splits["train"]:

@@ -57,8 +57,8 @@ def test_a_stopped_command_goes_on_and_ends_in_results_and_a_report(
 
     # A finished encoder that is given takes the place of its pre-training.
     fusion_config.init.cxr = str(folder / "pretrain_cxr")
-    run_main(fusion_config, tmp_path / "given")
-    assert (tmp_path / "given" / "pretrain_ehr").exists() and not (tmp_path / "given" / "pretrain_cxr").exists()
+    given, stages = starts.find(experiment.open_experiment(fusion_config), tmp_path / "given")
+    assert set(given) == {"cxr"} and set(stages) == {"ehr"}
     with pytest.raises(UserError, match="holds another run"):
         run_main(fusion_config, folder)
 

@@ -144,6 +144,7 @@ def _train(config, folder):
     return run
 
 
+@pytest.mark.slow  # its shorter sibling is in test_attention_weights.py
 def test_a_run_with_static_facts_trains_evaluates_and_can_be_a_start(tiny_config, tmp_path):
     tiny_config.model.modalities, tiny_config.num_epochs = "static", 1
     run = _train(tiny_config, tmp_path / "a")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from medfuse_jax import errors
+from medfuse_jax import errors, files
 from medfuse_jax.bench import cases, table
 from medfuse_jax.errors import UserError
 
@@ -116,11 +116,9 @@ def _matches(pattern: str, name: str) -> bool:
 def _open(path: str | None):
     if not path:
         return None
-    try:
+    with files.must_write(f"--json={path}"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a")
-    except OSError as error:
-        raise UserError(f"--json={path} cannot be written ({error.strerror})") from None
 
 
 def _progress(prefix: str):

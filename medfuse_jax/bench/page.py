@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from medfuse_jax import errors
+from medfuse_jax import errors, files
 from medfuse_jax.bench import table
 from medfuse_jax.errors import UserError
 
@@ -161,10 +161,8 @@ def main(argv: list[str]) -> None:
     if not results.is_dir():
         raise UserError(f"--results={results} is not a folder; there should be one folder a machine and day in it")
     text = render(results)
-    try:
-        Path(flags.FLAGS.out).write_text(text)
-    except OSError as error:
-        raise UserError(f"--out={flags.FLAGS.out} cannot be written ({error.strerror})") from None
+    with files.must_write(f"--out={flags.FLAGS.out}"):
+        files.write_text(Path(flags.FLAGS.out), text)
     print(f"{flags.FLAGS.out}: {text.count(chr(10))} lines")
 
 

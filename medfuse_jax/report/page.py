@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 
 from medfuse_jax import files, webpage
-from medfuse_jax.errors import UserError
 from medfuse_jax.report import attention, plots, style, tables, text, workdirs
 from medfuse_jax.report.workdirs import METHOD_NAMES, TASK_NAMES, Run, number, pair, section, series
 
@@ -21,11 +20,9 @@ def write(runs_dir: str | Path, out_dir: str | Path) -> str:
     runs = workdirs.find_runs(Path(runs_dir))
     path = Path(out_dir) / "index.html"
     content = page(runs)
-    try:
+    with files.must_write(f"--out={out_dir}", ": give another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, content)
-    except OSError as error:
-        raise UserError(f"--out={out_dir} cannot be written ({error.strerror}): give another folder") from None
     table = text.table([run.result for run in runs if run.result])
     problems = "\n".join(f"warning: {problem}" for run in runs for problem in run.problems)
     return "\n\n".join(part for part in (table, problems, f"report: {path}") if part)

@@ -10,12 +10,11 @@ import json
 import math
 import numbers
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from medfuse_jax import ranking, tasks
+from medfuse_jax import files, ranking, tasks
 from medfuse_jax.errors import UserError
 
 METHOD_NAMES = {
@@ -109,10 +108,10 @@ def find_runs(root: Path) -> list[Run]:
     if not root.is_dir():
         raise UserError(f"--runs={root} is not a folder: give a workdir, or a folder that holds workdirs")
     folders = []
-    for folder, _, files in os.walk(root):
+    for folder, _, names in os.walk(root):
         path = Path(folder)
         inside = path.relative_to(root).parts
-        if _NOT_RUNS.isdisjoint(inside) and {"result.json", "metrics.jsonl"} & set(files):
+        if _NOT_RUNS.isdisjoint(inside) and {"result.json", "metrics.jsonl"} & set(names):
             folders.append(path)
     if not folders:
         raise UserError(
@@ -234,7 +233,7 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
             attention = {name: stored[name] for name in _ATTENTION if name in stored}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except files.DAMAGED_NPZ as error:
         problems.append(f"{path} cannot be read ({error}): run medfuse_jax.evaluate again")
         return None
     try:

@@ -115,14 +115,7 @@ def _encode_split(run: experiment_lib.Experiment, encode, split: str) -> Feature
     model = run.options.model
     ehr_ND = np.zeros((len(include_N), model.ehr_hidden), np.float32)
     film_JE = np.zeros((max(1, int(has_film_N.sum())), model.num_film_features), np.float32)
-    plans = plan_lib.eval_plans(
-        dataset.lengths(split),
-        dataset.paired(split),
-        include_N,
-        batch_size=run.config.eval.batch_size,
-        buckets=dataset.buckets,
-    )
-    for plan in plans:
+    for plan in run.eval_plans(split, include_N):
         for batch in run.batches(split, plan):
             ehr_BD, film_PE = jax.device_get(encode(batch))
             record_B = np.asarray(batch["record"]).reshape(-1)

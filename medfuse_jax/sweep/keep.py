@@ -6,7 +6,6 @@ them holds alone.
 
 import dataclasses
 import json
-import zipfile
 from pathlib import Path
 
 import jax
@@ -68,7 +67,7 @@ class FileKeeper:
                 leaves = {name.removeprefix(which): stored[name] for name in stored.files if name.startswith(which)}
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except files.DAMAGED_NPZ as error:
             raise UserError(f"{self._path} cannot be read ({error}): delete it, and the trial starts anew") from None
         progress = optim.Progress(**json.loads(str(leaves.pop("/progress"))))
         state = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], abstract)

@@ -44,11 +44,9 @@ def write_record(workdir: Path, trial: Trial, status: str, reason: str = "", **r
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that other processes see either whole or not at all."""
-    try:
+    with files.must_write(path, ": choose another --workdir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another --workdir") from None
 
 
 def claim(workdir: Path, config: ConfigDict, search: dict) -> None:

@@ -110,13 +110,11 @@ def _claim(workdir: Path, run, note: dict) -> None:
     from medfuse_jax import checkpoints
     from medfuse_jax import workdir as workdir_lib
 
-    try:
+    with files.must_write(f"--workdir={workdir}"):
         if workdir.exists() and any(workdir.iterdir()):
             raise UserError(f"{workdir} is not empty: choose another --workdir")
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / checkpoints.IMPORT_NOTE, json.dumps(note, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
     workdir_lib.claim(workdir, run)
 
 

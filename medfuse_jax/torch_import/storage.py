@@ -60,7 +60,7 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
     if path.exists():
         raise UserError(f"{path} is there already: give another name")
     package = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
-    try:
+    with files.must_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.written_whole(path) as unfinished:
             if path.suffix == ".safetensors":
@@ -68,8 +68,6 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
             else:
                 tensors = {name: package.from_numpy(np.array(value)) for name, value in state_dict.items()}
                 package.save({"state_dict": tensors}, unfinished)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def _safetensors(path: Path):
