@@ -79,14 +79,21 @@ def _assert_as_alone(trial_dir, alone_dir, monkeypatch, tolerance):
             assert mine[field] == pytest.approx(theirs[field], rel=1e-4), field
 
 
-@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_trial_is_the_run_alone_with_its_config(tiny_config, tmp_path, monkeypatch, lanes):
+@pytest.mark.parametrize(
+    ("method", "lanes"),
+    [
+        ("uni_ehr", 2),
+        pytest.param("medfuse", 1, marks=pytest.mark.slow),
+        pytest.param("medfuse", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_trial_is_the_run_alone_with_its_config(tiny_config, tmp_path, monkeypatch, method, lanes):
     """Rates, dropouts and seeds differ; four trials on two devices, one or two lanes each, augmentation and all.
 
     Plain gradient descent: Adam makes a difference of rounding in a gradient near zero a whole step.
     """
     monkeypatch.setattr(optim, "adam", lambda beta2: optax.identity())
-    tiny_config.film.crop = "random"
+    tiny_config.method, tiny_config.film.crop = method, "random"
     specs = ["lr:loguniform(0.03,0.3)", "dropout:uniform(0.0,0.5)", "seed:int(0,100)"]
     rows = sweep(tiny_config, tmp_path / "sweep", specs, num_trials=4, lanes=lanes)
     assert [row["status"] for row in rows] == ["finished"] * 4
