@@ -35,7 +35,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff>=0.12"],
+        "test": ["optuna>=4", "pytest>=8", "pytest-xdist", "ruff>=0.12"],
+        "optuna": ["optuna>=4"],
         "beam": ["apache-beam>=2.70"],
         "torch": ["torch>=2.6", "safetensors"],
         "gpu": ["jax[cuda12]>=0.10"],

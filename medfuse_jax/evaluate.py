@@ -253,8 +253,10 @@ def _version(package: str) -> str:
 def main(argv: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir)
     experiment_lib.use_compilation_cache()
-    result = evaluate(workdir, flags.FLAGS.split, flags.FLAGS.head)
+    split, head = flags.FLAGS.split, flags.FLAGS.head
+    result = evaluate(workdir, split, head)
     print(text.table([result]))
+    print(f"\nwritten: {result_path(workdir, split, head)}, {predictions_path(workdir, split, head)}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class RunLog:
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar:10}| {elapsed}, {remaining} left{postfix}",
         )
+        self._bar.set_postfix_str("compiling the first step")  # until `show` says more
         self._start_s = time.perf_counter()
         self._shown = {}
 

@@ -16,7 +16,19 @@ import pytest
 from data_prep import synthetic_cohort
 from medfuse_jax import parallel, tasks
 from medfuse_jax import plan as plan_lib
-from medfuse_jax.bench import bootstrap_case, cases, clock, cohort, lstm_case, machine, parts_case, step_case, table
+from medfuse_jax.bench import (
+    bootstrap_case,
+    cases,
+    clock,
+    cohort,
+    lstm_case,
+    machine,
+    parts_case,
+    step_case,
+    sweep_case,
+    table,
+    trials_case,
+)
 from medfuse_jax.errors import UserError
 from medfuse_jax.models import chunked_lstm, lstm, methods
 
@@ -120,6 +132,19 @@ def test_feeding_is_set_beside_the_step_alone(placement):
     rows = step_case.measure(dataclasses.replace(_TINY["feed"], method="uni_ehr", repeats=1, placement=placement))
     assert [row["contender"] for row in rows] == ["ours", "end_to_end", "input"]
     assert all("time_over_ours" in row for row in rows[1:])
+
+
+def test_trials_are_set_beside_runs_alone():
+    case = dataclasses.replace(_TINY["trials"], method="uni_ehr", repeats=2, num_batches=1, num_trials=3)
+    ours, alone, one = trials_case.measure(case)
+    assert [row["contender"] for row in (ours, alone, one)] == ["ours", "runs_alone", "one_run"]
+    assert set(ours["lanes_step_s"]) == {"1", "3"} and ours["lanes"] in (1, 3)
+    assert alone["seconds"] > 1.5 * one["seconds"], "three runs are longer than one"
+
+
+def test_what_a_sweep_says_of_its_costs_is_read():
+    said = "once for 64 trials: start-up 8.1 s, compilation 2.0 s, waiting for input 0.4 s; 12 steps of all in 3.5 s"
+    assert sweep_case.once(said) == (8.1, 2.0, 0.4, 12.0, 3.5)
 
 
 @pytest.mark.slow

@@ -139,6 +139,23 @@ def test_the_sweep_chooses_by_validation_and_tests_once(ehr_config, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in written} == written, "a finished sweep trains and tests nothing"
 
 
+def test_two_sweeps_do_not_share_a_folder(ehr_config, tmp_path):
+    with workdir_lib.locked(tmp_path), pytest.raises(UserError, match="another process is at work in"):
+        sweep(ehr_config, tmp_path, _RATES)
+
+
+@pytest.mark.slow
+def test_rounds_of_optuna_are_trials_like_any(ehr_config, tmp_path):
+    pytest.importorskip("optuna")
+    ehr_config.num_epochs = 1
+    rows = sweep(ehr_config, tmp_path, _RATES, num_trials=5, algorithm="optuna", per_round=2)
+    assert [row["status"] for row in rows] == ["finished"] * 5 and [row["chosen"] for row in rows].count("yes") == 1
+    assert len(list((tmp_path / "rounds").iterdir())) == 3
+    assert sweep(ehr_config, tmp_path, _RATES, num_trials=5, algorithm="optuna", per_round=2) == rows
+    with pytest.raises(UserError, match="holds another sweep"):
+        sweep(ehr_config, tmp_path, _RATES, num_trials=5)
+
+
 def test_a_stopped_sweep_goes_on_to_the_same_table(ehr_config, tmp_path, monkeypatch):
     """Stopped between two trials' saves in the second epoch: one trial is then an epoch ahead."""
     ehr_config.num_epochs = 3

@@ -32,6 +32,8 @@ _MODULES = {
     "bootstrap": "bootstrap_case",
     "first_step": "first_step",
     "parts": "parts_case",
+    "trials": "trials_case",
+    "sweep": "sweep_case",
 }
 
 
@@ -68,7 +70,7 @@ def measure(case: cases.Case, values, say) -> list[dict]:
     from medfuse_jax.bench import machine  # late: a wrong flag is refused before jax starts
 
     data = None
-    if values.data_dir and case.kind in ("step", "feed", "parts"):
+    if values.data_dir and case.kind in ("step", "feed", "parts", "trials"):
         from medfuse_jax import input_pipeline
         from medfuse_jax.models import methods
 

@@ -8,7 +8,7 @@ import dataclasses
 
 from medfuse_jax.errors import check_choice
 
-KINDS = ("step", "feed", "lstm", "bootstrap", "first_step", "parts")
+KINDS = ("step", "feed", "lstm", "bootstrap", "first_step", "parts", "trials", "sweep")
 PEERS = ("torch_released", "torch_tuned")
 
 
@@ -19,7 +19,8 @@ class Case:
     kind: 'step' is the training step on batches that lie on the device (compute only); 'feed' the
     same beside reading alone and beside both, end to end; 'parts' the step beside its parts; 'lstm'
     the EHR encoder's recurrence alone; 'bootstrap' the metrics' bounds; 'first_step' the time from an
-    empty process to the first update.
+    empty process to the first update; 'trials' the steps of num_trials trials of a sweep beside runs alone; 'sweep'
+    whole commands on the demo's cohort, of num_epochs each.
     film_share: of the stays; it fixes the batch's film slots P. num_batches: batches a repeat, taken at
     equal quantiles of their length. placement: 'stream', threads that read and send batches ahead, or 'device',
     the split in the device's memory.
@@ -45,18 +46,24 @@ class Case:
     crop_px: int = 224
     peers: tuple[str, ...] = PEERS
     sizes: tuple[tuple[str, object], ...] = ()
+    num_trials: int = 10
+    num_epochs: int = 3
 
     @property
     def name(self) -> str:
         """Short and unique within a preset."""
         if self.kind == "bootstrap":
             return f"bootstrap N={self.num_stays}"
+        if self.kind == "sweep":
+            return f"sweep {self.method} {self.num_trials} trials"
         parts = [self.kind, self.method, f"B={self.batch_size}"]
         if self.method != "uni_ehr" and self.kind != "lstm":
             parts.append(f"{self.film_share:.0%} paired")
         parts += [f"{self.timestep_h:g} h", self.precision]
         if self.kind == "feed":
             parts.append(self.placement)
+        if self.kind == "trials":
+            parts.append(f"{self.num_trials} trials")
         if self.num_devices > 1:
             parts.append(f"{self.num_devices} devices")
         if self.parallel != "pmap":
@@ -91,6 +98,7 @@ def _h200() -> list[Case]:
         Case(kind="lstm", batch_size=256, **bf16 | {"precision": "float32", "max_buckets": 4}),
         Case(kind="lstm", batch_size=16, **bf16 | {"precision": "float32", "max_buckets": 4}),
         Case(kind="bootstrap", num_stays=11_914),
+        Case(kind="trials", **bf16, peers=()),
         Case(batch_size=256, **bf16),
         Case(batch_size=16, film_share=1.0, **bf16 | {"num_batches": 16}),
         Case(kind="lstm", batch_size=256, **bf16 | {"max_buckets": 4}),
@@ -116,7 +124,7 @@ _TINY = {
 
 def _tiny() -> list[Case]:
     """Every kind of case in seconds: for tests, its numbers mean nothing."""
-    kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts")]
+    kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts", "trials")]
     kinds.append(Case(kind="feed", **_TINY, placement="device"))
     return [*kinds, Case(kind="bootstrap", num_stays=50, repeats=5)]
 
@@ -139,6 +147,15 @@ def _growth() -> list[Case]:
     return [*lengths, stays, Case(kind="parts", **shared), *shares]
 
 
+def _sweeps() -> list[Case]:
+    """Many trials beside one: their steps alone, and whole commands."""
+    return [
+        Case(kind="trials", max_buckets=1, num_batches=2, peers=()),
+        Case(kind="sweep", method="early", num_trials=64),
+        Case(kind="sweep", num_epochs=2),
+    ]
+
+
 def _methods() -> list[Case]:
     """The training step of every method of the paper, in its own batch of 16."""
     names = ("uni_ehr", "uni_cxr", "joint", "medfuse", "mmtm3", "mmtm4", "daft3", "daft4")
@@ -152,6 +169,7 @@ PRESETS = {
     "devices": (_devices, None),
     "growth": (_growth, None),
     "methods": (_methods, None),
+    "sweeps": (_sweeps, None),
     "tiny": (_tiny, None),
 }
 

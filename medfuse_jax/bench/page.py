@@ -18,6 +18,9 @@ TARGETS = (
     ("cpu", "step medfuse B=16 19% paired", "torch_released", 3.0),
     ("cpu", "step medfuse B=16 100% paired", "torch_released", 0.8),
     ("cpu", "bootstrap N=11914", "sklearn_loop", 100.0),
+    ("cpu", "trials medfuse", "runs_alone", 0.91),
+    ("cpu", "sweep early 64 trials", "one_run", 0.25),
+    ("gpu", "trials medfuse", "one_run", 0.25),
     ("gpu", "step medfuse B=256 100% paired", "torch_tuned", 1.5),
     ("gpu", "step medfuse B=16 19% paired", "torch_released", 6.0),
     ("gpu", "lstm medfuse B=256", "torch_tuned", 1.0),
@@ -141,6 +144,13 @@ def _remarks(row: dict) -> list[str]:
     if "cold_s" in row:
         phases = ", ".join(f"{name} {s:.1f} s" for name, s in row["warm_phases_s"].items())
         out.append(f"warm cache; cold {row['cold_s']:.1f} s; warm: {phases}")
+    if "lanes" in row:
+        tried = ", ".join(f"{lanes} together {table.seconds(step_s)}" for lanes, step_s in row["lanes_step_s"].items())
+        out.append(f"{row['num_trials']} trials, a step of all: {tried}")
+    if "startup_s" in row:
+        once = ("start-up", row["startup_s"]), ("compilation", row["compile_cached_s"]), ("input", row["input_s"])
+        spent = ", ".join(f"{what} {s:.1f} s" for what, s in once)
+        out.append(f"once for {row['num_trials']} trials: {spent}; {row['steps']} steps of all {row['train_s']:.1f} s")
     if "scaled_from_resamples" in row:
         out.append("scaled from 1 resample a repeat")
     return out

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     from medfuse_jax.sweep import command, pods  # late: a wrong flag is refused before jax starts
 
     given = flags.FLAGS
-    for name, least in (("trials", 1), ("lanes", 1), ("seed", 0)):
+    for name, least in (("trials", 1), ("lanes", 1), ("round", 1), ("seed", 0)):
         if given[name].value is not None and given[name].value < least:
             raise UserError(f"--{name}={given[name].value}: give at least {least}")
     process, num_processes = pods.start(given.coordinator, given.num_processes, given.process, given.distributed)
@@ -31,6 +31,8 @@ def main(argv: list[str]) -> None:
         num_trials=given.trials,
         seed=given.seed,
         lanes=given.lanes,
+        algorithm=given.algorithm,
+        per_round=given.round,
         process=process,
         num_processes=num_processes,
         started_s=_STARTED_S,
@@ -47,6 +49,8 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "search", [], "NAME:KIND(VALUE,...), KIND loguniform, uniform, int or choice; repeatable."
     )
+    flags.DEFINE_string("algorithm", "random", "random, or optuna: rounds of trials, each drawn from the ones before.")
+    flags.DEFINE_integer("round", None, "With --algorithm=optuna: trials a round; 5, or as many as devices.")
     flags.DEFINE_integer("seed", 0, "Of the trials drawn; each trial's own seed is config.seed, unless searched.")
     flags.DEFINE_integer("lanes", None, "Trials a device computes in one call; measured where not given.")
     flags.DEFINE_bool("distributed", False, "Several processes, as jax finds them: Cloud TPU, Slurm, Open MPI.")

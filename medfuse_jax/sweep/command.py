@@ -1,6 +1,10 @@
 """A sweep from its flags to its table, read from top to bottom."""
 
+import contextlib
+import dataclasses
+import functools
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -8,11 +12,14 @@ from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, experiment, main, starts, train
-from medfuse_jax.errors import UserError
-from medfuse_jax.sweep import heads, page, pods, results, search
+from medfuse_jax import workdir as workdir_lib
+from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax.sweep import adaptive, heads, page, pods, results, search
 from medfuse_jax.sweep import run as run_lib
 
+ALGORITHMS = ("random", "optuna")
 _DEFAULT_TRIALS = 10
+_DEFAULT_ROUND = 5  # trials of an adaptive search's round, where there are no more devices than that
 
 
 def run(
@@ -25,61 +32,103 @@ def run(
     seed: int,
     lanes: int | None,
     started_s: float,
+    algorithm: str = "random",
+    per_round: int | None = None,
     process: int = 0,
     num_processes: int = 1,
 ) -> None:
     """Runs or goes on with a sweep; leaves sweep.csv, sweep.html and best_config.py in the workdir.
 
+    algorithm, per_round: 'random' draws all trials at once, 'optuna' so many a round, from what those before reached.
     process, num_processes: of several processes that share the workdir each trains its part of the trials; the
     first makes what all need, and what they come to.
     """
     config_lib.validate(config)
     experiment.use_compilation_cache()
-    trials = _trials(config, config_path, specs, num_trials, seed)
     is_first = process == 0
+    search_plan = _plan(config, config_path, workdir, specs, num_trials, seed, algorithm, per_round, is_first)
     if is_first:
         main.name_data(config)
     elif not config.data.dir:
         raise UserError("several processes need --config.data.dir: a folder that all of them see")
     if config.data.order_seed < 0:  # a trial's own seed leaves the order of the data alone
         config.data.order_seed = config.seed
-    for trial in trials:
+    for trial in search_plan.drawn:
         _check(trial, config)
     compile_s = _count_compilation()
     encoders, stages = starts.find(experiment.open_experiment(config), workdir)
-    if is_first:
-        results.claim(workdir, config, {"trials": [trial.values for trial in trials]})
-        train.pretrain(stages)
-        results.write_whole(workdir / "started.json", "{}\n")
-    else:
-        pods.wait_for(lambda: [(workdir / "started.json").exists()], "the first process to pre-train the encoders")
-        results.claim(workdir, config, {"trials": [trial.values for trial in trials]})
-    encoders |= stages
-    shared = _with_encoders(config, encoders)
-    costs = run_lib.Costs()
-    startup_s = time.perf_counter() - started_s - compile_s[0]
-    sweep = run_lib.Sweep(shared, workdir, encoders, lanes)
-    trained = 0
-    for group in run_lib.groups(sweep, trials):
-        part = pods.mine(group, process, num_processes)
-        run_lib.train_group(sweep, part, costs)
-        trained += len(part)
-    print(
-        f"once for {trained} trials: start-up {startup_s:.1f} s, compilation {compile_s[0]:.1f} s, "
-        f"waiting for input {costs.input_s:.1f} s; {costs.steps} steps of all in {costs.train_s:.1f} s"
-    )
-    pods.wait_for(lambda: [results.record(workdir, t.number) is not None for t in trials], "the other processes")
-    if is_first:
-        _conclude(sweep, trials)
+    with workdir_lib.locked(workdir) if is_first else contextlib.nullcontext():
+        if is_first:
+            results.claim(workdir, config, search_plan.identity)
+            train.pretrain(stages)
+            results.write_whole(workdir / "started.json", "{}\n")
+        else:
+            pods.wait_for(lambda: [(workdir / "started.json").exists()], "the first process to pre-train the encoders")
+            results.claim(workdir, config, search_plan.identity)
+        encoders |= stages
+        shared = _with_encoders(config, encoders)
+        costs = run_lib.Costs()
+        startup_s = time.perf_counter() - started_s - compile_s[0]
+        sweep = run_lib.Sweep(shared, workdir, encoders, lanes)
+        trials, trained = [], 0
+        for drawn in search_plan.rounds:
+            for group in run_lib.groups(sweep, drawn):
+                part = pods.mine(group, process, num_processes)
+                run_lib.train_group(sweep, part, costs)
+                trained += len(part)
+            trials += drawn
+            pods.wait_for(functools.partial(_are_recorded, workdir, drawn), "the other processes")
+        print(
+            f"once for {trained} trials: start-up {startup_s:.1f} s, compilation {compile_s[0]:.1f} s, "
+            f"waiting for input {costs.input_s:.1f} s; {costs.steps} steps of all in {costs.train_s:.1f} s"
+        )
+        if is_first:
+            _conclude(sweep, trials)
 
 
-def _trials(config: ConfigDict, config_path: Path, specs: list[str], num_trials: int | None, seed: int):
+def _are_recorded(workdir: Path, trials: list[search.Trial]) -> list[bool]:
+    return [results.record(workdir, trial.number) is not None for trial in trials]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is tried. identity: all that decides it; drawn: what is checked first; rounds: the trials as they come."""
+
+    identity: dict
+    drawn: list[search.Trial]
+    rounds: Iterable[list[search.Trial]]
+
+
+def _plan(
+    config: ConfigDict,
+    config_path: Path,
+    workdir: Path,
+    specs: list[str],
+    num_trials: int | None,
+    seed: int,
+    algorithm: str,
+    per_round: int | None,
+    is_first: bool,
+) -> _Plan:
     """The trials: by --search, else as the config's sweep(add) lists them, else the paper's learning rates."""
+    check_choice("--algorithm", algorithm, ALGORITHMS)
+    if per_round and algorithm == "random":
+        raise UserError("--round is of --algorithm=optuna; trials drawn at random are one round")
     listed = search.listed(config_path)
     if listed and not specs:
-        return search.collect(listed, config, num_trials)
-    parameters = search.parse(specs or [search.PAPER_SEARCH], config)
-    return search.draw(parameters, _DEFAULT_TRIALS if num_trials is None else num_trials, seed)
+        if algorithm != "random":
+            raise UserError(f"--algorithm={algorithm} needs --search: {config_path} lists its trials itself")
+        trials = search.collect(listed, config, num_trials)
+    else:
+        specs = specs or [search.PAPER_SEARCH]
+        parameters = search.parse(specs, config)
+        trials = search.draw(parameters, _DEFAULT_TRIALS if num_trials is None else num_trials, seed)
+    if algorithm == "random":
+        return _Plan({"trials": [trial.values for trial in trials]}, trials, [trials])
+    adaptive.check_installed()
+    per_round = per_round or max(_DEFAULT_ROUND, len(jax.devices()))
+    identity = {"algorithm": algorithm, "search": specs, "trials": len(trials), "round": per_round, "seed": seed}
+    return _Plan(identity, trials, adaptive.rounds(workdir, parameters, trials, per_round, seed, is_first))
 
 
 def _check(trial: search.Trial, config: ConfigDict) -> None:

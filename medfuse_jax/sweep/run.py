@@ -29,17 +29,26 @@ _WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What all trials share. config: of a trial, but for the trial's values; lanes: None to measure."""
+    """What all trials share. config: of a trial, but for the trial's values; lanes: None to measure.
+
+    programs: each group's, by what its trials share, kept for the rounds of trials that follow.
+    """
 
     config: ConfigDict
     workdir: Path
     encoders: dict
     lanes: int | None = None
+    programs: dict = dataclasses.field(default_factory=dict)
 
     def config_of(self, trial: Trial) -> ConfigDict:
         """The trial's whole config, with which `medfuse_jax.main` gives its numbers."""
         config = trial.config(self.config)
         return heads.without_augmentation(config) if heads.can_cache(config, self.encoders) else config
+
+    def shared_by(self, trial: Trial) -> str:
+        """What a trial has in common with all of its group."""
+        fields = config_lib.flat(self.config_of(trial))
+        return json.dumps({k: v for k, v in fields.items() if k not in _WITHIN_A_GROUP}, sort_keys=True)
 
 
 @dataclasses.dataclass
@@ -74,9 +83,7 @@ def groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
     """The trials by what they share, in the order of each group's first."""
     found = {}
     for trial in trials:
-        fields = config_lib.flat(sweep.config_of(trial))
-        shared = {k: v for k, v in fields.items() if k not in _WITHIN_A_GROUP}
-        found.setdefault(json.dumps(shared, sort_keys=True), []).append(trial)
+        found.setdefault(sweep.shared_by(trial), []).append(trial)
     return list(found.values())
 
 
@@ -86,17 +93,11 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     Goes on from each one's checkpoint. A trial whose loss is not finite fails alone. Where the
     memory is too small, fewer trials run at once; a trial that does not fit alone fails.
     """
-    on = parallel.devices()
     todo = _without_record(sweep, trials)
     if not todo:
         return
-    run = experiment_lib.open_experiment(sweep.config_of(todo[0]), on[:1])
-    if heads.can_cache(run.config, sweep.encoders):
-        start_s = time.perf_counter()
-        run = heads.encode_once(run, sweep.encoders)
-        print(f"frozen encoders run once over the data: {time.perf_counter() - start_s:.1f} s", flush=True)
-    program = Program(run, on)
-    at_once = len(todo)
+    program = _program(sweep, todo[0])
+    on, at_once = program.on, len(todo)
     while todo:
         wave = todo[:at_once]
         try:
@@ -119,6 +120,20 @@ class Program:
         self.run, self.on = run, on
         self.train_fn = population.compile_train(run.options, on)
         self.eval_fn = population.compile_eval(run.options, on)
+
+
+def _program(sweep: Sweep, trial: Trial) -> Program:
+    """The program of a trial's group, made once."""
+    shared = sweep.shared_by(trial)
+    if shared not in sweep.programs:
+        on = parallel.devices()
+        run = experiment_lib.open_experiment(sweep.config_of(trial), on[:1])
+        if heads.can_cache(run.config, sweep.encoders):
+            start_s = time.perf_counter()
+            run = heads.encode_once(run, sweep.encoders)
+            print(f"frozen encoders run once over the data: {time.perf_counter() - start_s:.1f} s", flush=True)
+        sweep.programs[shared] = Program(run, on)
+    return sweep.programs[shared]
 
 
 def _without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:

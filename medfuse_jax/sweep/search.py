@@ -47,8 +47,14 @@ class Parameter:
         if self.kind == "int":
             return int(rng.integers(low, high + 1))
         share = rng.random()
-        value = low * (high / low) ** share if self.kind == "loguniform" else low + (high - low) * share
-        return min(max(float(f"{value:.5g}"), low), high)  # five digits: what a table shows is what ran
+        return self.as_shown(low * (high / low) ** share if self.kind == "loguniform" else low + (high - low) * share)
+
+    def as_shown(self, value):
+        """A number between two bounds in five digits, so that what a table shows is what ran; else as it is."""
+        if self.kind not in ("loguniform", "uniform"):
+            return value
+        low, high = self.values
+        return min(max(float(f"{value:.5g}"), low), high)
 
 
 @dataclasses.dataclass(frozen=True)
