@@ -1,14 +1,12 @@
-"""One task's dataset on disk: TFDS files in ArrayRecord format, an index a split, a manifest.
+"""One task's dataset on disk: ArrayRecord files that TFDS reads, an index a split, a manifest.
 
-Record order is the order given here, which is the index's.
+Record order is the order given here, which is the index's. Written directly, one record after another, and
+described to TFDS afterwards: TFDS' own writer keeps a split in memory, and above 1 GB needs TensorFlow.
 """
 
-import contextlib
-import io
+import itertools
 import json
-import logging
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,75 +19,7 @@ from medfuse_jax import files, records, tasks
 # One record a group, so that reading one does not unpack its neighbours. Uncompressed: records read twice
 # as fast as with zstd (3.7 against 1.8 k/s through TFDS, two cores) for a third more space.
 ARRAY_RECORD_OPTIONS = "group_size:1,uncompressed"
-
-
-class _Writer(tfds.core.ExampleWriter):
-    """Writes ArrayRecord files with our options, and the same bytes in every process.
-
-    TFDS serialises the map of a tf.Example in an order that changes from process to process.
-    """
-
-    def write(self, path, examples):
-        writer = array_record_module.ArrayRecordWriter(str(path), ARRAY_RECORD_OPTIONS)
-        example = tf_example_pb2.Example()
-        for _, serialized in examples:
-            example.ParseFromString(serialized)
-            writer.write(example.SerializeToString(deterministic=True))
-        writer.close()
-
-
-class _Records(tfds.core.GeneratorBasedBuilder):
-    """Writes given records; a subclass a task, because TFDS names files by the class."""
-
-    VERSION = tfds.core.Version(records.FORMAT_VERSION)
-    pkg_dir_path = Path(__file__).parent
-
-    def __init__(self, records_of: dict[str, Callable[[], Iterator[dict]]], task: tasks.Task, **kwargs):
-        self._records_of = records_of
-        self._task = task
-        super().__init__(**kwargs)
-
-    def _info(self):
-        features = records.features(len(self._task.labels), self._task.per_step)
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _example_writer(self):
-        return _Writer(self.info.file_format)
-
-    def _split_generators(self, dl_manager):
-        return {split: enumerate(make()) for split, make in self._records_of.items()}
-
-    def _generate_examples(self):
-        raise AssertionError("the generators are given to _split_generators")
-
-
-class Pheno(_Records):
-    """Phenotyping."""
-
-
-class Mortality(_Records):
-    """In-hospital mortality."""
-
-
-class Radiology(_Records):
-    """Films and their CheXpert labels."""
-
-
-class Decompensation(_Records):
-    """Death within 24 h, at every hour."""
-
-
-class LengthOfStay(_Records):
-    """Remaining length of stay, at every hour."""
-
-
-BUILDERS = {
-    "pheno": Pheno,
-    "mortality": Mortality,
-    "radiology": Radiology,
-    "decompensation": Decompensation,
-    "length_of_stay": LengthOfStay,
-}
+SHARD_BYTES = 256 << 20  # a file is closed once it holds as much
 
 
 def write(folder: Path, task: tasks.Task, index: dict[str, dict], records_of: dict, manifest: dict) -> None:
@@ -98,35 +28,54 @@ def write(folder: Path, task: tasks.Task, index: dict[str, dict], records_of: di
     index: split -> the fields of records.INDEX_FIELDS.
     records_of: split -> a function that yields its records in the index's order.
     """
-    filled = {split: make for split, make in records_of.items() if len(index[split]["stay_id"])}
-    scratch = folder / "tfds"
-    with _quiet_tfds():
-        builder = BUILDERS[task.name](filled, task, data_dir=scratch, file_format="array_record")
-        builder.download_and_prepare()
-    for split in filled:
-        assert builder.info.splits[split].num_examples == len(index[split]["stay_id"]), split
-    for file in Path(builder.data_dir).iterdir():
-        file.rename(folder / file.name)
-    shutil.rmtree(scratch)
+    features = records.features(len(task.labels), task.per_step)
+    filled = [split for split in records_of if len(index[split]["stay_id"])]
+    splits = [_write_split(folder, task.name, split, features, records_of[split]()) for split in filled]
+    for split, info in zip(filled, splits):
+        assert info.num_examples == len(index[split]["stay_id"]), split
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=splits,
+        version=records.FORMAT_VERSION,
+        disable_shuffling=True,
+        check_data=False,  # it would read an example with TensorFlow
+    )
     for split, fields in index.items():
         np.savez(folder / f"index_{split}.npz", **{name: fields[name] for name in records.INDEX_FIELDS})
     manifest |= {"files": {file.name: files.sha256(file) for file in sorted(folder.iterdir())}}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def _quiet_tfds():
-    """Keeps TFDS from printing: the build has its own bar."""
-    tfds.disable_progress_bar()
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-        tfds.enable_progress_bar()
+def _write_split(folder: Path, name: str, split: str, features, made: Iterator[dict]) -> tfds.core.SplitInfo:
+    """Writes a split's records in their order, and says how many are in each file."""
+    lengths, unfinished, num_bytes = [], [], 0
+    serialized = (_serialize(features, record) for record in made)
+    for first in serialized:
+        unfinished.append(folder / f"{split}.{len(lengths)}.partial")
+        writer = array_record_module.ArrayRecordWriter(str(unfinished[-1]), ARRAY_RECORD_OPTIONS)
+        size = length = 0
+        for record in itertools.chain([first], serialized):
+            writer.write(record)
+            size, length = size + len(record), length + 1
+            if size >= SHARD_BYTES:
+                break
+        writer.close()
+        lengths.append(length)
+        num_bytes += size
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+    )
+    for shard, path in enumerate(unfinished):  # how many there are is part of the name
+        path.rename(template.sharded_filepath(shard_index=shard, num_shards=len(lengths)))
+    return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
+
+
+def _serialize(features, record: dict) -> bytes:
+    """A record as TFDS stores it, the same bytes in every process: the order of a protobuf's map is not."""
+    example = tf_example_pb2.Example()
+    example.ParseFromString(features.serialize_example(record))
+    return example.SerializeToString(deterministic=True)
 
 
 def train_statistics(arrays: Iterator[np.ndarray]) -> tuple[list[float], list[float]]:

@@ -213,7 +213,12 @@ def _command(tree, out, lists, *more):
 
 def test_killed_at_any_time_it_goes_on_and_gives_the_same_bytes(tree, lists, built, tmp_path):
     killed = 0
-    for wait_for in (".stages/events.partial", ".stages/films/*.npy", ".stages/shards-mortality.partial/tfds", "pheno"):
+    for wait_for in (
+        ".stages/events.partial",
+        ".stages/films/*.npy",
+        ".stages/shards-mortality.partial/*.partial",
+        "pheno",
+    ):
         process = subprocess.Popen(_command(tree, tmp_path, lists), cwd=ROOT, stderr=subprocess.PIPE)
         while process.poll() is None and not list(tmp_path.glob(wait_for)):
             time.sleep(0.001)

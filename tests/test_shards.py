@@ -1,5 +1,8 @@
 """What is written is what is read: order, index, statistics, and silence."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -101,8 +104,53 @@ def test_the_folder_holds_nothing_else_and_the_same_bytes_each_time(written, tmp
     ]
 
 
-def test_every_task_has_a_builder_of_its_name():
-    assert {name: builder.name for name, builder in shards.BUILDERS.items()} == {name: name for name in tasks.TASKS}
+def test_several_files_hold_the_records_in_their_order(tmp_path, monkeypatch):
+    """And a file is on disk before the records of the next are made: a split need not fit the memory."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
+    made, index = _dataset({"train": 40, "val": 0, "test": 3})
+    (tmp_path / "mortality").mkdir()
+    files_when_made = []
+
+    def train():
+        for record in made["train"]:
+            files_when_made.append(len(list((tmp_path / "mortality").glob("train.*"))))
+            yield record
+
+    records_of = {"train": train, "val": lambda: iter(()), "test": lambda: iter(made["test"])}
+    shards.write(tmp_path / "mortality", TASK, index, records_of, MANIFEST)
+    names = sorted(p.name for p in (tmp_path / "mortality").glob("mortality-train*"))
+    assert len(names) > 3 and names[-1].endswith(f"-{len(names) - 1:05d}-of-{len(names):05d}")
+    assert files_when_made == sorted(files_when_made) and files_when_made[-1] == len(names)
+    assert not list((tmp_path / "mortality").glob("*.partial"))
+    read = records.open_split(tmp_path, "mortality", "train")
+    assert [record["stay_id"] for record in read] == [record["stay_id"] for record in made["train"]]
+    np.testing.assert_array_equal(read[39]["image"], made["train"][39]["image"][0])
+
+
+_LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from data_prep import shards
+from medfuse_jax import records, tasks
+n, image = 17_000, np.random.default_rng(0).integers(0, 256, (1, 256, 256), np.uint8)
+row = {"stay_id": -1, "subject_id": 1, "ehr": np.zeros((0, 76), np.float32), "label": np.zeros(14, np.int8)}
+row |= {"has_cxr": True, "dicom_id": "x", "image": image, "age": np.float32(1)}
+row |= dict.fromkeys(records.STATIC_TEXTS, "")
+index = {name: np.zeros(n) for name in records.INDEX_FIELDS}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+records_of = {"train": lambda: (row for _ in range(n))}
+shards.write(Path(sys.argv[1]), tasks.TASKS["radiology"], {"train": index}, records_of, {})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_split_larger_than_a_gigabyte_needs_neither_its_size_of_memory_nor_tensorflow(tmp_path):
+    done = subprocess.run([sys.executable, "-c", _LARGE, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sum(p.stat().st_size for p in tmp_path.glob("*array_record*")) > 1.1e9
+    assert int(done.stdout) < 400, "MiB"
 
 
 def test_statistics_are_those_of_all_steps_together():

@@ -183,7 +183,7 @@ def _epoch_axes(chosen_epoch: int | None, right: float) -> tuple[Figure, Axes]:
     figure = new_figure(_WIDTH_PX, _LOW_PX)
     axes = figure.add_axes((0.13, 0.16, right - 0.13, 0.75))
     axes.grid(axis="x", visible=False)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=7, min_n_ticks=1)
     axes.yaxis.get_major_locator().set_params(nbins=5)
     axes.set_xlabel("epoch")
     if chosen_epoch is not None:

@@ -128,7 +128,7 @@ def _say_chosen(axes: Axes, value, record: dict) -> None:
 def _all_curves(curves: dict[int, dict[int, float]], chosen: dict | None) -> str:
     with mpl.rc_context(_STYLE):
         axes = _new_axes("epoch", "validation AUROC")
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=7, min_n_ticks=1)
         of_chosen = chosen["trial"] if chosen else None
         for trial, values in sorted(curves.items(), key=lambda item: item[0] == of_chosen):
             if not values:
