@@ -78,7 +78,7 @@ def _draw_affine(key: jax.Array, options: FilmOptions) -> tuple[jax.Array, jax.A
     # film = mirror . rotate(-angle) / scale . (crop - shift): the inverse of moving the film
     inverse = jnp.array([[cos, sin], [-sin, cos]]) / scale
     inverse = inverse * jnp.stack([jnp.ones(2), jnp.full(2, mirror)])
-    return inverse, inverse @ (crop - shift)
+    return inverse, jnp.matmul(inverse, crop - shift, precision="highest")
 
 
 def _sample(grey_RR: jax.Array, matrix: jax.Array, offset: jax.Array, crop_px: int) -> jax.Array:

@@ -101,7 +101,10 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
     derived = config.copy_and_resolve_references()
     changes = derived.pretrain[name]
     derived.pretrain = ConfigDict()
-    derived.model.missing_film = derived.model.modalities = ""  # the fusion's, not an encoder's
+    # The fusion's, not an encoder's: an encoder is pre-trained on every stay, whole, with statistics of its own.
+    derived.model.missing_film = derived.model.modalities = ""
+    derived.model.freeze_encoders, derived.model.batch_norm = False, "batch"
+    derived.data.ehr_only_ratio = 1.0
     derived.update(changes)
     derived.name = f"{config.name}_pretrain_{name}"
     return derived
@@ -133,6 +136,11 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.missing_film is {config.model.missing_film!r}, and the method {config.method!r} puts "
             "nothing in a missing film's place: leave it out, or take early or joint"
+        )
+    if config.model.freeze_encoders and not hasattr(methods.METHODS[config.method][0], "frozen_encoders"):
+        raise UserError(
+            f"config.model.freeze_encoders is true, and the method {config.method!r} has no fusion that could be "
+            "trained alone: leave it out, or take early, joint, medfuse or unified"
         )
     if loading.load(config.model.modalities) and not hasattr(methods.METHODS[config.method][0], "modalities"):
         raise UserError(

@@ -51,6 +51,7 @@ class Experiment:
             buckets=self.dataset.buckets,
             num_films=self.config.films_per_batch or None,
             ehr_only_ratio=self.config.data.ehr_only_ratio,
+            ehr_only_N=~self.dataset.index["train"]["has_cxr"],
             **drawn,
         )
         films = self.dataset.films
@@ -186,6 +187,11 @@ def _check_batches(run: Experiment) -> None:
                 f"config.films_per_batch is {config.films_per_batch}, the whole batch, which leaves no row for the "
                 "stays without a film: choose fewer, or config.data.train_stays=paired"
             )
+    if not len(run.train_plan(epoch=1)):
+        raise UserError(
+            f"config.data.ehr_only_ratio is {config.data.ehr_only_ratio}, which leaves no record of "
+            f"{config.data.dir}/{config.task} to train {config.method} on: choose a larger part"
+        )
 
 
 def check_unseen(run: Experiment, what: str, seen_N: np.ndarray) -> None:

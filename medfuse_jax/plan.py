@@ -113,6 +113,7 @@ def train_plan(
     buckets: tuple[int, ...],
     num_films: int | None = None,
     ehr_only_ratio: float = 1.0,
+    ehr_only_N: np.ndarray | None = None,
     window: int = 128,
 ) -> Plan:
     """The batches of one training epoch: every batch with the same number of film slots.
@@ -123,7 +124,8 @@ def train_plan(
     no stay: it makes more batches with fewer EHR-only stays each. Where all stays are paired,
     or none is, there is nothing to choose.
     ehr_only_ratio: the part of the EHR-only stays to take, drawn anew each epoch
-    without replacement (the paper's OPTIMAL: 0.2 phenotyping, 0.1 mortality).
+    without replacement (the paper's OPTIMAL: 0.2 phenotyping, 0.1 mortality). ehr_only_N: which those are,
+    where a method that reads no film has stays with one too; by default all that are not paired.
     window: batches among which stays are sorted by length, so that little is padded.
 
     Every drawn stay is in exactly one batch. Slots left over are padding, spread evenly.
@@ -131,7 +133,8 @@ def train_plan(
     rng = np.random.default_rng([seed, epoch])
     paired = rng.permutation(np.flatnonzero(include_N & paired_N))
     unpaired = rng.permutation(np.flatnonzero(include_N & ~paired_N))
-    unpaired = unpaired[: round(ehr_only_ratio * len(unpaired))]
+    ehr_only = unpaired if ehr_only_N is None else unpaired[ehr_only_N[unpaired]]
+    unpaired = unpaired[~np.isin(unpaired, ehr_only[round(ehr_only_ratio * len(ehr_only)) :])]
     if num_films is None or not len(paired) or not len(unpaired):
         num_films = films_per_batch(len(paired), len(paired) + len(unpaired), batch_size)
     num_steps = max(

@@ -56,6 +56,9 @@ def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None
 def _check_values(what: str, run: Experiment, source: Experiment) -> None:
     """A further modality's values must mean here what they meant to the source: the same slots for categories."""
     here, there = run.dataset.index["train"], source.dataset.index["train"]
+    ours, theirs = ([m.name for m in getattr(of.options.model, "modalities", ())] for of in (run, source))
+    if ours != theirs:  # the place of a token decides its weights
+        raise UserError(f"{what} has the modalities {', '.join(theirs)}, in this order; here: {', '.join(ours)}")
     for modality in getattr(run.options.model, "modalities", ()):
         if not np.array_equal(modality.table(here, here), modality.table(here, there), equal_nan=True):
             raise UserError(f"{what} has other values of the modality {modality.name!r}, such as other categories")

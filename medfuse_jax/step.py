@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from medfuse_jax import augment, losses, optim
+from medfuse_jax.models.model import products
 
 
 @flax.struct.dataclass
@@ -129,7 +130,8 @@ def train_step(
         loss = losses.objective(model.heads, outputs, batch, options.weights, total)
         return loss, updated.get("batch_stats", state.batch_stats)
 
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    with products(model.dtype):  # of the gradients: the model sees to its own
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     loss, grads = _sum_over((loss, grads), axis)
     direction, opt_state = options.optimizer.update(grads, state.opt_state, state.params)
     state = state.replace(

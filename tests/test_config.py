@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
 from medfuse_jax.errors import UserError
@@ -74,6 +75,26 @@ def test_stages_are_those_that_are_not_the_run_itself(changes, stages):
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     config.update(changes)
     assert sorted(config_lib.stages(config)) == sorted(stages)
+
+
+def test_a_stage_is_of_whole_stays_and_trains_all_of_its_encoder():
+    """What is of the fusion alone does not reach it; what the stage itself sets does."""
+    config = _load(_ROOT / "configs" / "pheno.py").get_config()
+    fusion = {"data.ehr_only_ratio": 0.2, "model.batch_norm": "frozen", "model.freeze_encoders": True}
+    config.update_from_flattened_dict(fusion)
+    config_lib.validate(config)
+    for name in ("ehr", "cxr"):
+        stage = config_lib.flat(config_lib.stage(config, name))
+        assert [stage[field] for field in fusion] == [1.0, "batch", False]
+    config.pretrain.cxr.model = ConfigDict({"batch_norm": "frozen"})
+    assert config_lib.stage(config, "cxr").model.batch_norm == "frozen"
+
+
+def test_a_method_without_fusion_has_nothing_to_train_beside_frozen_encoders():
+    config = config_lib.default()
+    config.method, config.model.freeze_encoders = "uni_ehr", True
+    with pytest.raises(UserError, match=r"config.model.freeze_encoders is true, and the method 'uni_ehr'"):
+        config_lib.validate(config)
 
 
 def test_a_stage_keeps_what_it_does_not_change():

@@ -248,3 +248,11 @@ def test_a_method_that_takes_none_says_which_do():
 def test_a_table_of_another_form_is_named(made, message):
     with pytest.raises(UserError, match=message):
         loading.tables(loading.Modality("own", made, static.Encoder), {"train": _TRAIN})
+
+
+def test_a_start_with_the_modalities_in_another_order_is_refused(own, tmp_path):
+    """A token's place decides its weights."""
+    run = experiment.open_experiment(own)
+    own.model.modalities = "notes.py,static"
+    with pytest.raises(UserError, match=r"has the modalities notes, static, in this order; here: static, notes"):
+        starts.check(run, "model", tmp_path, experiment.open_experiment(own))

@@ -63,6 +63,13 @@ def test_ehr_only_ratio_draws_anew_each_epoch_without_replacement():
     assert np.isin(np.flatnonzero(_PAIRED), first).all()
 
 
+def test_ehr_only_ratio_leaves_out_none_that_has_a_film_which_the_method_does_not_read():
+    arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": _BUCKETS, "ehr_only_ratio": 0.2}
+    drawn = _records(plan_lib.train_plan(_LENGTHS, np.zeros(_N, bool), _ALL, ehr_only_N=~_PAIRED, **arguments))
+    assert len(drawn) == _PAIRED.sum() + round(0.2 * (~_PAIRED).sum())
+    assert np.isin(np.flatnonzero(_PAIRED), drawn).all()
+
+
 def test_sorting_in_windows_saves_most_of_the_padding():
     sorted_share = _longest_share(_train(window=128))
     unsorted_share = _longest_share(_train(window=1))

@@ -64,6 +64,20 @@ def on_one_device(fresh):
     return _run(_options(), fresh, "jit", 1, _batch())
 
 
+def test_float32_products_are_float32s_own_on_an_accelerator(fresh):
+    """Which would else round their factors to 10 bits; of bfloat16 no more is asked."""
+    batch = parallel.merge({name: jnp.asarray(x) for name, x in _batch().items()})
+
+    def rounded(dtype):
+        step = jax.jit(lambda s, b: step_lib.train_step(_options(dtype=dtype), s, b, jax.random.key(0)))
+        text = step.trace(fresh, batch).lower(lowering_platforms=("cuda",)).as_text()
+        products = [x for x in text.splitlines() if "stablehlo.dot_general" in x or "stablehlo.convolution" in x]
+        assert len(products) > 20
+        return [x for x in products if "HIGHEST" not in x]
+
+    assert not rounded(jnp.float32) and rounded(jnp.bfloat16)
+
+
 @pytest.mark.parametrize("mode", ["pmap", "jit"])
 def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
     """With augmentation, dropout and batch statistics in it: SGD on raw gradients, two steps."""

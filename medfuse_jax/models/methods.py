@@ -86,15 +86,20 @@ class ProjectedModel(Model):
 
     def encode_both(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name):
         """(stays' features [B, D], films' own features [P, E], None where the batch has no films)."""
-        freeze = jax.lax.stop_gradient if self.frozen_encoders else lambda features: features
-        ehr_BD = freeze(self.encode_ehr(ehr_BTF, length_B, train, dropout_rows_B))
+        ehr_BD = self.encode_ehr(ehr_BTF, length_B, train, dropout_rows_B)
         if films is None:
             return ehr_BD, None
         if films.image_PHWC.shape[1:3] == (1, 1):  # [P, 1, 1, E]: a frozen encoder's features, computed before
             return ehr_BD, films.image_PHWC[:, 0, 0]
         # Differs from MedFuse (trainers/fusion_trainer.py): frozen encoders keep their batch statistics too.
         batch_stats = train and not self.frozen_encoders
-        return ehr_BD, freeze(self.cxr_encoder(films.image_PHWC, batch_stats, films.valid_P, axis_name))
+        return ehr_BD, self.freeze(self.cxr_encoder(films.image_PHWC, batch_stats, films.valid_P, axis_name))
+
+    def encode_ehr(self, ehr_BTF, length_B, train, dropout_rows_B) -> jax.Array:
+        return self.freeze(super().encode_ehr(ehr_BTF, length_B, train, dropout_rows_B))
+
+    def freeze(self, features):
+        return jax.lax.stop_gradient(features) if self.frozen_encoders else features
 
 
 class MedFuse(ProjectedModel):
@@ -156,7 +161,8 @@ class MedFuseAttention(MedFuse):
     def encode_ehr(self, ehr_BTF, length_B, train, dropout_rows_B) -> jax.Array:
         if ehr_BTF is None:
             return super().encode_ehr(ehr_BTF, length_B, train, dropout_rows_B)
-        hidden_BTD, last_BD = self.ehr_encoder.states(ehr_BTF, length_B)
+        # Frozen encoders end here: the attention over their hours is the fusion's.
+        hidden_BTD, last_BD = self.freeze(self.ehr_encoder.states(ehr_BTF, length_B))
         pooled_BD, weight_BT = self.time_attention(hidden_BTD, last_BD, length_B)
         self.sow("intermediates", "time_weights", weight_BT, reduce_fn=_newest, init_fn=tuple)
         return self.ehr_encoder.drop(pooled_BD, train, dropout_rows_B)

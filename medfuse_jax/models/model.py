@@ -4,6 +4,7 @@ Shapes: B rows (stays), P films, T time, F EHR channel, H W C image, D LSTM widt
 E film features, K label.
 """
 
+import contextlib
 from typing import ClassVar
 
 import flax.linen as nn
@@ -20,6 +21,11 @@ _linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # t
 def linear(features: int) -> nn.Dense:
     """A linear layer in float32: the heads are small, and their outputs are scores."""
     return nn.Dense(features, kernel_init=_linear_init)
+
+
+def products(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """Within, products of float32 are float32's own where that is `dtype`: accelerators round them to fewer bits."""
+    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
 
 
 class Model(nn.Module):
@@ -92,7 +98,8 @@ class Model(nn.Module):
             length = jnp.zeros_like(length)
         films = self.find_films(image, num_rows, has_cxr, film_row, film_mask, train)
         further = {"extra": extra} if extra else {}  # the methods that have none do not know the word
-        return self.forward(ehr, jnp.asarray(length), films, train, dropout_rows, axis_name, **further)
+        with products(self.dtype):
+            return self.forward(ehr, jnp.asarray(length), films, train, dropout_rows, axis_name, **further)
 
     def find_films(self, image, num_rows, has_cxr, film_row, film_mask, train) -> Films | None:
         return films_of(image, num_rows, has_cxr, film_row, film_mask)
