@@ -36,6 +36,8 @@ def default() -> ConfigDict:
     config.data.train_stays = "partial"  # 'partial': all stays; 'paired': those with a film
     config.data.val_stays = "partial"  # the validation stays that select the model
     config.data.ehr_only_ratio = 1.0  # part of the EHR-only stays drawn each epoch (OPTIMAL: 0.2 / 0.1)
+    config.data.drop_ehr = 0.0  # part of the stays with both whose EHR is taken away, in every split
+    config.data.drop_film = 0.0  # the same of films
     config.data.film_task = "radiology"  # whose films and labels train unified's classifier of films
     config.data.statistics = "train"  # or a JSON file with 'mean' and 'std', 76 numbers each
     config.data.max_buckets = 4  # padded lengths, each a compilation
@@ -165,6 +167,8 @@ def validate(config: ConfigDict) -> None:
     _check_range("config.data.synthetic_stays", config.data.synthetic_stays, 50)
     _check_range("config.data.synthetic_film_fraction", config.data.synthetic_film_fraction, 0.05, 1.0)
     _check_range("config.data.ehr_only_ratio", config.data.ehr_only_ratio, 0.0, 1.0)
+    _check_range("config.data.drop_ehr", config.data.drop_ehr, 0.0, 1.0)
+    _check_range("config.data.drop_film", config.data.drop_film, 0.0, 1.0)
     _check_range("config.data.max_buckets", config.data.max_buckets, 1, 32)
     _check_range("config.data.order_seed", config.data.order_seed, -1)
     _check_range("config.film.resize_px", config.film.resize_px, 32, 1024)

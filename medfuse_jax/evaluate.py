@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from medfuse_jax import attention_weights, checkpoints, errors, files, metrics, parallel, records, tasks
+from medfuse_jax import attention_weights, checkpoints, errors, files, metrics, parallel, records, tasks, withheld
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
@@ -83,16 +83,20 @@ def _store(record_DB, score_MDBK, loss_MDB, score_MNK: np.ndarray, loss_MN: np.n
     loss_MN[:, record_R[real_R]] = np.asarray(loss_MDB).reshape(num_models, -1)[:, real_R]
 
 
-def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
+def evaluate(workdir: Path, split: str = "test", head: str = "", drop_ehr: float = 0.0, drop_film: float = 0.0) -> dict:
     """Evaluates a run's best checkpoint on one split.
 
     Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; with attention its
     weights too) and result.json (for test; result_<split>.json else), and returns the result.
     head: one of the model's classifiers beside the main one, such as 'ehr_only'; the stays it can
     score, in predictions_<split>_<head>.npz and result_<split>_<head>.json.
+    drop_ehr, drop_film: the part of the stays with both that is scored without the one (withheld.py), with
+    drop_film_0.5 or the like in the files' names.
     """
     check_choice("--split", split, tasks.SPLITS)
     run = workdir_lib.open_run(workdir)
+    run = dataclasses.replace(run, dataset=withheld.withhold(run.dataset, drop_ehr, drop_film))
+    dropped = {name: part for name, part in (("ehr", drop_ehr), ("film", drop_film)) if part}
     config = run.config
     state = checkpoints.restore_best(workdir, run.abstract_state())
     imported = checkpoints.imported(workdir)
@@ -118,6 +122,7 @@ def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
         "task": config.task,
         "method": config.method,
         **({"head": head} if head else {}),
+        **({"dropped": dropped} if dropped else {}),
         "split": split,
         "seed": config.seed,
         "num_params": experiment_lib.num_params(state),
@@ -129,7 +134,7 @@ def evaluate(workdir: Path, split: str = "test", head: str = "") -> dict:
         "labels": list(run.dataset.labels),
         "loss": predictions.loss,
         "subsets": subsets(scored, config.eval.num_bootstrap, config.seed),
-        "comparisons": _against_pretraining(config, workdir, split, scored),
+        "comparisons": [] if dropped else _against_pretraining(config, workdir, split, scored),
         "environment": environment(run.devices),
     }
     save(workdir, scored | weights, result)
@@ -150,22 +155,25 @@ def _for_head(run: experiment_lib.Experiment, head: str, split: str) -> tuple[ex
 
 def save(workdir: Path, scored: dict, result: dict) -> None:
     """Writes the predictions and the result of one split (and head) to the workdir, under their names."""
-    split, head = result["split"], result.get("head", "")
-    with files.written_whole(predictions_path(workdir, split, head)) as unfinished:
+    part = result["split"], part_name(result)
+    with files.written_whole(predictions_path(workdir, *part)) as unfinished:
         np.savez(unfinished, **scored)
-    files.write_text(result_path(workdir, split, head), json.dumps(metrics.to_json(result), indent=1) + "\n")
+    files.write_text(result_path(workdir, *part), json.dumps(metrics.to_json(result), indent=1) + "\n")
 
 
-def predictions_path(workdir: Path, split: str, head: str = "") -> Path:
-    return workdir / f"predictions_{_part_name(split, head)}.npz"
+def part_name(result: dict) -> str:
+    """What tells a result from the split's own, in the files' names: the head, and what was dropped."""
+    dropped = [f"drop_{name}_{part:g}" for name, part in result.get("dropped", {}).items()]
+    return "_".join(([result["head"]] if "head" in result else []) + dropped)
 
 
-def result_path(workdir: Path, split: str, head: str = "") -> Path:
-    return workdir / ("result.json" if (split, head) == ("test", "") else f"result_{_part_name(split, head)}.json")
+def predictions_path(workdir: Path, split: str, part: str = "") -> Path:
+    return workdir / f"predictions_{split}{'_' if part else ''}{part}.npz"
 
 
-def _part_name(split: str, head: str) -> str:
-    return f"{split}_{head}" if head else split
+def result_path(workdir: Path, split: str, part: str = "") -> Path:
+    name = "" if (split, part) == ("test", "") else f"_{split}{'_' if part else ''}{part}"
+    return workdir / f"result{name}.json"
 
 
 def subsets(scored: dict, num_bootstrap: int, seed: int) -> dict:
@@ -253,14 +261,17 @@ def _version(package: str) -> str:
 def main(argv: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir)
     experiment_lib.use_compilation_cache()
-    split, head = flags.FLAGS.split, flags.FLAGS.head
-    result = evaluate(workdir, split, head)
+    given = flags.FLAGS
+    result = evaluate(workdir, given.split, given.head, given.drop_ehr, given.drop_film)
     print(text.table([result]))
-    print(f"\nwritten: {result_path(workdir, split, head)}, {predictions_path(workdir, split, head)}")
+    part = given.split, part_name(result)
+    print(f"\nwritten: {result_path(workdir, *part)}, {predictions_path(workdir, *part)}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
     flags.DEFINE_string("split", "test", "train, val or test.")
     flags.DEFINE_string("head", "", "Another classifier of the model, such as ehr_only; by default the main one.")
+    flags.DEFINE_float("drop_ehr", 0.0, "Part of the stays with EHR and film to score without their EHR.")
+    flags.DEFINE_float("drop_film", 0.0, "Part of the stays with EHR and film to score without their film.")
     errors.run(main)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import augment, input_pipeline, losses, optim, parallel, tasks
+from medfuse_jax import augment, input_pipeline, losses, optim, parallel, tasks, withheld
 from medfuse_jax import config as config_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
@@ -132,6 +132,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
         max_buckets=config.data.max_buckets,
         modalities=modalities,
     )
+    dataset = withheld.withhold(dataset, config.data.drop_ehr, config.data.drop_film)
     film_heads = [head for head in method.heads if head.label == input_pipeline.FILM_LABEL]
     if any(config.loss[head.weight] for head in film_heads):
         dataset = input_pipeline.with_films(dataset, config.data.dir, config.data.film_task)

@@ -1,0 +1,77 @@
+"""Modalities that are taken away: index and records agree, and what is scored lacks them."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+from medfuse_jax import checkpoints, evaluate, experiment, input_pipeline, optim, withheld, workdir
+from medfuse_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def whole(shards):
+    return input_pipeline.open_dataset(shards, "pheno")
+
+
+def _both(dataset, split="train"):
+    return dataset.index[split]["has_cxr"] & (dataset.index[split]["length"] > 0)
+
+
+def test_nothing_is_taken_unasked(whole):
+    assert withheld.withhold(whole, 0.0, 0.0) is whole
+
+
+def test_a_stay_loses_one_of_both_and_its_record_says_so_too(whole):
+    less = withheld.withhold(whole, drop_ehr=0.4, drop_film=0.6)
+    part, before, both_N = less.index["train"], whole.index["train"], _both(whole)
+    assert not _both(less).any()
+    lost_ehr_N, lost_film_N = both_N & (part["length"] == 0), both_N & ~part["has_cxr"]
+    assert lost_ehr_N.any() and lost_film_N.any() and (lost_ehr_N ^ lost_film_N == both_N).all()
+    np.testing.assert_array_equal(part["length"][~both_N], before["length"][~both_N])
+    for i in (int(np.flatnonzero(lost_ehr_N)[0]), int(np.flatnonzero(lost_film_N)[0]), int(np.flatnonzero(~both_N)[0])):
+        record = less.splits["train"][i]
+        input_pipeline.check_against_index(record, part, i, "train")
+        assert (record["image"] is not None) == part["has_cxr"][i] == record["has_cxr"]
+        if not lost_ehr_N[i]:
+            np.testing.assert_array_equal(record["ehr"], whole.splits["train"][i]["ehr"])
+
+
+def test_a_larger_share_takes_from_more_of_the_same(whole):
+    few, many = (withheld.withhold(whole, 0.0, share).index["train"]["has_cxr"] for share in (0.3, 0.7))
+    assert (few | ~many).all() and few.sum() > many.sum() > 0
+    assert few.sum() == pytest.approx(0.7 * _both(whole).sum(), abs=4 * _both(whole).sum() ** 0.5)
+
+
+@pytest.mark.parametrize("shares", [(-0.1, 0.0), (0.6, 0.6), (0.0, float("nan"))])
+def test_shares_that_cannot_be_are_refused(whole, shares):
+    with pytest.raises(UserError, match="give shares from 0 to 1"):
+        withheld.withhold(whole, *shares)
+
+
+def test_a_config_without_ehr_trains_on_films_alone(tiny_config):
+    tiny_config.data.drop_ehr = 1.0
+    run = experiment.open_experiment(tiny_config)
+    batch = next(input_pipeline.batches(run.dataset, "train", run.train_plan(1)))
+    film_rows = batch["film_row"][batch["film_row"] < batch["valid"].shape[1]]
+    assert len(film_rows) and (batch["length"][0][film_rows] == 0).all()
+
+
+def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
+    run = experiment.open_experiment(tiny_config)
+    workdir.claim(tmp_path, run)
+    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
+        checkpoints.save(manager, run.fresh_state(), optim.Progress(), is_best=True)
+    whole, less = evaluate.evaluate(tmp_path), evaluate.evaluate(tmp_path, drop_film=1.0)
+    assert set(whole["subsets"]) == {"all", "paired", "unpaired"} and set(less["subsets"]) == {"all"}
+    stored = json.loads((tmp_path / "result_test_drop_film_1.json").read_text())
+    assert stored["dropped"] == {"film": 1.0} and "dropped" not in json.loads((tmp_path / "result.json").read_text())
+    with (
+        np.load(tmp_path / "predictions_test_drop_film_1.npz") as scored,
+        np.load(tmp_path / "predictions_test.npz") as w,
+    ):
+        has_film_N = w["has_cxr"]
+        assert not scored["has_cxr"].any() and has_film_N.any()
+        np.testing.assert_allclose(scored["scores"][~has_film_N], w["scores"][~has_film_N], atol=1e-6)
+        assert np.abs(scored["scores"][has_film_N] - w["scores"][has_film_N]).max() > 1e-4
