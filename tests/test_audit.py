@@ -26,8 +26,8 @@ def built(tmp_path_factory):
         charts += [
             chart(n, h + 0.5, HEART_RATE, "360" if n < 20 and h == 5 else str(60 + n)) for h in range(2, los_h - 1)
         ]
-        codes += [(n, "4019", 9)] * (n < 33) + [(n, "I2510", 10)] * (n < 12) + [(n, "NOSUCH", 10)] * (n < 15)
-        codes += [(n, "RARE", 10)] * (n < 3)
+        codes += [(n, "4019", 9)] * (n < 33) + [(n, "I2510", 10)] * (n < 12) + [(n, "U9999", 10)] * (n < 15)
+        codes += [(n, "U8888", 10)] * (n < 3)
         if n < 25:
             films += [film(n, 10), film(n, 20, k=1)]
     stays += [stay(100 + n, first_careunit="CCU") for n in range(11)]
@@ -91,7 +91,7 @@ def test_variables_lengths_and_raw_rows(found, built):
 
 def test_codes_that_map_to_nothing_and_where_the_routes_differ(found):
     codes = found["tasks"]["pheno"]["diagnosis_codes"]
-    assert codes["unmapped"] == [{"code": "NOSUCH", "version": 10, "stays": 15}]
+    assert codes["unmapped"] == [{"code": "U9999", "version": 10, "stays": 15}]
     assert codes["unmapped_of_few_stays"] == "<10"
     other = codes["against"]["gem, last row"]
     assert other["codes"] == [{"code": "I2510", "version": 10, "stays": 12, "here": [101], "there": []}]
@@ -118,7 +118,7 @@ def test_nobody_can_be_read_from_it(built):
     text, page = (built / "audit.json").read_text(), (built / "audit.html").read_text()
     for content in (text, page):
         assert not re.search(r"[123]00000\d\d|50000\d\d\d|film-\d{4}", content)
-        assert "RARE" not in content and str(built.parent) not in content
+        assert "U8888" not in content and str(built.parent) not in content
     assert not re.search(r"<script|<link|https?://(?!www\.w3\.org)", page)
     audit_of_counts = json.loads(text)
     for content in audit_of_counts["tasks"].values():

@@ -10,6 +10,7 @@ from data_prep import cohort, tables
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
+MICU = "Medical Intensive Care Unit (MICU)"
 STAYS = [
     stay(1),
     stay(2, last_careunit="SICU"),  # a transfer
@@ -35,7 +36,7 @@ def test_the_filters_keep_and_count_the_right_stays(tmp_path):
     assert stays["stay_id"].to_list() == [30_000_001, 30_000_006, 30_000_009]
     assert [step["stays"] for step in flow] == [10, 10, 8, 6, 4, 4, 3]
     first = stays.row(0, named=True)
-    assert (first["los_h"], first["age"], first["gender"], first["first_careunit"]) == (72.0, 60.0, "F", "MICU")
+    assert (first["los_h"], first["age"], first["gender"], first["first_careunit"]) == (72.0, 60.0, "F", MICU)
     assert str(first["intime"]) == START
 
 

@@ -1,4 +1,4 @@
-"""Codes to labels by both routes."""
+"""Codes to labels, and what is said of the other routes."""
 
 import numpy as np
 import polars as pl
@@ -10,49 +10,6 @@ from data_prep import phenotypes, tables
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
-NAME_OF = {phenotype.ccs: phenotype.name for phenotype in tasks.PHENOTYPES}
-ROUTE = phenotypes.gem_route()
-
-
-def _positive(code, version):
-    return {ccs for ccs in ROUTE(code, version) or () if ccs in NAME_OF}
-
-
-@pytest.mark.parametrize(
-    ("code", "version", "expected"),
-    [
-        ("4019", 9, {98}),
-        ("41401", 9, {101}),
-        ("0389", 9, {2}),
-        ("I10", 10, {98}),  # two of its three readings are essential, one malignant hypertension
-        ("I2510", 10, {101}),  # its last reading alone is 'other heart disease'
-        ("R7881", 10, {2}),  # its first reading is a newborn's bacteremia
-        ("R6521", 10, {2, 249}),  # a combination: both hold
-        ("E1140", 10, {50}),
-        ("J9601", 10, {131}),  # the next seven: common, and missing in the released table
-        ("E1122", 10, {50}),
-        ("I480", 10, {106}),
-        ("J90", 10, {130}),
-        ("J9811", 10, {130}),
-        ("R571", 10, {249}),
-        ("E780", 10, {53}),
-        ("E7800", 10, {53}),  # newer than the GEMs: as E78.0
-        ("I4820", 10, {106}),
-        ("I4811", 10, {106}),
-        ("N179", 10, {157}),
-        ("Z9999", 10, set()),
-    ],
-)
-def test_known_codes(code, version, expected):
-    assert _positive(code, version) == expected
-
-
-def test_the_version_is_respected():
-    # E81.xx is a metabolic ICD-10 chapter, E810-E819 are ICD-9 traffic accidents; '4019' exists in ICD-9 only.
-    assert ROUTE("E8300", 9) != ROUTE("E8300", 10)
-    assert _positive("4019", 10) == set() and _positive("I10", 9) == set()
-    assert ROUTE("I10", 11) is None
-
 
 def _labels(tmp_path, codes, table=None, num_stays=3):
     stays = [stay(n) for n in range(num_stays)]
@@ -63,7 +20,8 @@ def _labels(tmp_path, codes, table=None, num_stays=3):
 
 
 def test_labels_belong_to_their_admission_in_the_order_of_the_tasks(tmp_path):
-    codes = [(0, "4019", 9), (0, "I2510", 10), (0, "4019", 9), (2, " I10. ", 10), (2, "XYZ", 10), (2, "4019", 10)]
+    codes = [(0, "4019", 9), (0, "I2510", 10), (0, "4019", 9), (2, " I10. ", 10), (2, "U9999", 10), (2, "4019", 10)]
+    codes += [(0, text, 10) for text in ("SMITH", "I1", "i2510", "I10 HIGH STREET", "", "I251000X")]
     found, label_NK, counts = _labels(tmp_path, codes)
     assert found == [{98, 101}, set(), {98}]
     assert label_NK.dtype == np.int8 and label_NK.shape == (3, 25)
@@ -71,9 +29,10 @@ def test_labels_belong_to_their_admission_in_the_order_of_the_tasks(tmp_path):
     against = counts.pop("against")
     assert counts == {
         "route": "gem",
+        "rows_without_a_valid_code": 6,
         "distinct_codes": {"ICD-9": 1, "ICD-10": 4},
         "distinct_codes_unmapped": {"ICD-10": 2},
-        "unmapped": [["4019", 10, 1], ["XYZ", 10, 1]],
+        "unmapped": [["4019", 10, 1], ["U9999", 10, 1]],
         "stays_without_a_code": 1,
     }
     other = against["gem, last row"]  # which takes I25.10 for 104, none of the 25
