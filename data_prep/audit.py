@@ -10,11 +10,10 @@ from pathlib import Path
 
 from data_prep import privacy, published
 from data_prep.describe import VERSION as FACTS_VERSION
-from data_prep.privacy import cells, part, share
+from data_prep.privacy import apart, cells, part, share
+from data_prep.vocabulary import OTHER
 from medfuse_jax import files, records, tasks
 from medfuse_jax.errors import UserError
-
-NO_PEOPLE = 0  # of a check: how many may break it
 
 
 def write(out: Path) -> None:
@@ -44,7 +43,7 @@ def gather(out: Path) -> dict:
             left_out[name] = "it was built by another version; build it again to see it here"
             continue
         manifests[name] = manifest
-    audit = {"tasks": {}, "patients": _patients(out, manifests), "not_audited": left_out}
+    audit = {"tasks": {}, "patients": {}, "not_audited": left_out}
     stays_of: dict[str, set[int]] = {}
     for name, manifest in manifests.items():
         index = {split: records.index(out, name, split) for split in tasks.SPLITS}
@@ -60,10 +59,11 @@ def gather(out: Path) -> dict:
                 continue
             stays_of[name] = stays
         audit["tasks"][name] = found
+    audit["patients"] = _patients(out, manifests, audit["tasks"])
     return audit
 
 
-def _patients(out: Path, manifests: dict) -> dict:
+def _patients(out: Path, manifests: dict, shown_tasks: dict) -> dict:
     """Patients by split, over all tasks that share a split rule, and that none is in two."""
     groups: dict[str, list[str]] = {}
     for name, manifest in manifests.items():
@@ -71,20 +71,20 @@ def _patients(out: Path, manifests: dict) -> dict:
         groups.setdefault(rule, []).append(name)
     found = []
     for names in groups.values():
-        members = {
-            split: set().union(*(records.index(out, name, split)["subject_id"].tolist() for name in names))
-            for split in tasks.SPLITS
+        of_task = {
+            name: {split: set(records.index(out, name, split)["subject_id"].tolist()) for split in tasks.SPLITS}
+            for name in names
         }
+        members = {split: set().union(*(of_task[name][split] for name in names)) for split in tasks.SPLITS}
         in_two = sum(map(len, members.values())) - len(set().union(*members.values()))
-        if in_two != NO_PEOPLE:
+        if in_two:
             raise AssertionError(f"{in_two} patients of {', '.join(names)} are in two splits")
-        found.append(
-            {
-                "tasks": names,
-                "by_split": cells({split: len(ids) for split, ids in members.items()}),
-                "in_two_splits": in_two,
-            }
-        )
+        shown = cells({split: len(ids) for split, ids in members.items()})
+        for split in (split for split in tasks.SPLITS if isinstance(shown[split], int)):
+            # Records less patients are those who came back.
+            same = [name for name in names if name in shown_tasks and of_task[name][split] == members[split]]
+            shown |= apart({split: shown[split]}, [shown_tasks[n]["splits"]["ours"][split]["records"] for n in same])
+        found.append({"tasks": names, "by_split": shown, "in_two_splits": in_two})
     return {"groups": found}
 
 
@@ -98,20 +98,35 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         "source": _source(manifest["source"]),
         "rules": manifest["rules"],
         "splits": _splits(name, index),
-        "labels": _labels(name, manifest["labels"], index, counts),
+        "other_words": _other_words(index),
     }
+    ours = audit["splits"]["ours"]
+    audit["labels"] = _labels(name, manifest["labels"], index, counts, ours)
     if "cohort" in counts:
         audit["cohort"] = privacy.flow(counts["cohort"])
-        audit["time_check"] = _time_check(counts["time_check"], audit["splits"]["ours"])
-        audit["length_h"] = cells(counts["length_h"])
-        audit["variables"] = _variables(counts, sum(counts["length_h"].values()), index)
+        left = [step["stays"] for step in audit["cohort"]]
+        audit["time_check"] = _time_check(counts["time_check"], ours, left)
+        # What these add up to may be known only where it is no step of the flow that had to be hidden.
+        hidden = isinstance(audit["time_check"]["records"], str)
+        audit["length_h"] = cells(counts["length_h"], hide_sum=hidden)
+        audit["variables"] = _variables(counts, counts["time_check"]["records"], hidden, index)
         audit["event_rows"] = _event_rows(counts["event_rows"])
-    if "diagnosis_codes" in counts:
-        audit["diagnosis_codes"] = _codes(counts["diagnosis_codes"])
+        if "diagnosis_codes" in counts:
+            audit["diagnosis_codes"] = _codes(counts["diagnosis_codes"], left)
     if "films" in counts:
-        audit["films"] = {what: _shown(n) for what, n in counts["films"].items() if isinstance(n, int)}
-        audit["films"]["films that cannot be read"] = _shown(len(manifest["skipped_films"]))
+        films = {what: n for what, n in counts["films"].items() if isinstance(n, int)}
+        films["films that cannot be read"] = len(manifest["skipped_films"])
+        sizes = [len(fields["stay_id"]) for fields in index.values()]
+        audit["films"] = apart(films, [sum(sizes)] if tasks.TASKS[name].films_only else [])
     return audit
+
+
+def _other_words(index: dict) -> dict:
+    """Field -> records whose text was none of the known words (vocabulary.py)."""
+    return {
+        field: _shown(sum(int((fields[field] == OTHER).sum()) for fields in index.values()))
+        for field in records.STATIC_TEXTS
+    }
 
 
 def _split_rule(options: dict) -> str:
@@ -141,8 +156,10 @@ def _splits(name: str, index: dict) -> dict:
         few = isinstance(part(paired[split], size), str)
         result[split] = {
             "records": shown[split],
-            "paired": part(paired[split], size) if few else paired_shown[split],
-            "paired_share": share(paired[split], size) if isinstance(paired_shown[split], int) and not few else None,
+            "paired": part(paired[split], size, isinstance(shown[split], int)) if few else paired_shown[split],
+            "paired_share": share(paired[split], size)
+            if isinstance(paired_shown[split], int) and isinstance(shown[split], int) and not few
+            else None,
         }
     return {
         "ours": result,
@@ -151,46 +168,68 @@ def _splits(name: str, index: dict) -> dict:
     }
 
 
-def _labels(name: str, labels: list[str], index: dict, counts: dict) -> list[dict]:
-    """Each label's positives by split and among the paired test records, beside the paper's."""
+def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dict) -> list[dict]:
+    """Each label's positives by split and among the paired test records, beside the paper's.
+
+    splits: what is shown of the splits' sizes (_splits); a total that is hidden there is hidden here.
+    """
     paper = published.PREVALENCE.get(name, {})
     rows = []
+    times = {split: _of_times(n) for split, n in counts.get("predictions", {}).items()}
     for k, label in enumerate(labels):
         row = {"label": label}
         positives = {split: fields["label"][:, k] == 1 for split, fields in index.items()}
         for split, positive in positives.items():
-            row[split] = _prevalence(int(positive.sum()), len(positive))
+            row[split] = _prevalence(int(positive.sum()), len(positive), splits[split]["records"])
         test, has_cxr = positives["test"], index["test"]["has_cxr"]
         if not tasks.TASKS[name].films_only:
-            apart = cells({"paired": int(test[has_cxr].sum()), "unpaired": int(test[~has_cxr].sum())})
-            row["paired test"] = _prevalence(int(test[has_cxr].sum()), int(has_cxr.sum()), apart["paired"])
+            # The unpaired follow from these and the test split's: with or without the label, they must not be few.
+            sides = [{"paired": int(t[has_cxr].sum()), "unpaired": int(t[~has_cxr].sum())} for t in (test, ~test)]
+            few = any(isinstance(cells(side)["paired"], str) for side in sides)
+            row["paired test"] = _prevalence(sides[0]["paired"], int(has_cxr.sum()), splits["test"]["paired"], few)
         if label in paper:
             row["paper"] = dict(zip(("train", "paired test"), paper[label], strict=True))
-        if "predictions" in counts:
-            row["prediction_times"] = {
-                split: _prevalence(n["positives"][label], n["times"]) for split, n in counts["predictions"].items()
-            }
+        if times:
+            row["prediction_times"] = {split: shown[label] for split, shown in times.items()}
         rows.append(row)
     return rows
 
 
-def _prevalence(positive: int, total: int, shown: int | str = "") -> dict:
-    """shown: what a count may be shown as for other reasons, '' for none."""
-    inside = part(positive, total)
-    shown = inside if isinstance(inside, str) or shown == "" else shown
-    return {"positive": shown, "of": _shown(total), "share": share(positive, total) if isinstance(shown, int) else None}
+def _of_times(predictions: dict) -> dict[str, dict]:
+    """Label -> its share of a split's prediction times; of labels that exclude each other, the rest tell one."""
+    positives, times = predictions["positives"], predictions["times"]
+    total = _shown(times)
+    exclusive = len(positives) > 1 and sum(positives.values()) == times
+    shown = cells(positives) if exclusive else positives
+    return {label: _prevalence(n, times, total, isinstance(shown[label], str)) for label, n in positives.items()}
 
 
-def _time_check(check: dict, splits: dict) -> dict:
-    if check["violations"] != NO_PEOPLE:
+def _prevalence(positive: int, total: int, total_shown: int | str, hide: bool = False) -> dict:
+    """total_shown: what the total is shown as. hide: the positives are not to be shown, for other reasons."""
+    shown = part(positive, total, isinstance(total_shown, int))
+    if hide and isinstance(shown, int):
+        shown = privacy.ENOUGH
+    known = isinstance(shown, int) and isinstance(total_shown, int)
+    return {"positive": shown, "of": total_shown, "share": share(positive, total) if known else None}
+
+
+def _time_check(check: dict, splits: dict, left: list[int | str]) -> dict:
+    """left: the stays that the filters left, as they are shown."""
+    if check["violations"]:
         raise AssertionError(f"{check['violations']} events or films are later than their records may see")
-    margins = {name: cells(check[name]) for name in check if name.startswith("hours_from")}
-    # The sum of what is hidden by split would give it away.
-    films = _shown(check["films"]) if all(isinstance(row["paired"], int) for row in splits.values()) else None
-    return check | margins | {"records": _shown(check["records"]), "films": films}
+    total = apart({"records": check["records"]}, left)["records"]
+    event, film = (check[f"hours_from_{what}_to_cut_off"] for what in ("latest_event", "film"))
+    # The sum of what is hidden by split would give it away, and so would the sum of a histogram.
+    known = all(isinstance(row["paired"], int) for row in splits.values())
+    return check | {
+        "records": total,
+        "films": _shown(check["films"]) if known else None,
+        "hours_from_latest_event_to_cut_off": cells(event, hide_sum=isinstance(total, str)),
+        "hours_from_film_to_cut_off": cells(film) if known else None,
+    }
 
 
-def _variables(counts: dict, stays: int, index: dict) -> list[dict]:
+def _variables(counts: dict, stays: int, stays_hidden: bool, index: dict) -> list[dict]:
     """What was observed of each variable: in how many steps and stays, its percentiles, what was clipped."""
     steps = sum(int(fields["length"].sum()) for fields in index.values())
     rows = []
@@ -198,8 +237,8 @@ def _variables(counts: dict, stays: int, index: dict) -> list[dict]:
         fact = counts["variables"][variable.name]
         row = {"variable": variable.name, "unit": variable.unit}
         few = fact["observed_stays"] < privacy.SMALLEST
-        row["stays_observed"] = part(fact["observed_stays"], stays)
-        row["steps_observed_share"] = None if few or not steps else round(fact["observed_steps"] / steps, 4)
+        row["stays_observed"] = part(fact["observed_stays"], stays, not stays_hidden)
+        row["steps_observed_share"] = None if few else share(fact["observed_steps"], steps)
         if variable.classes:
             row["classes"] = cells(fact["classes"])
         else:
@@ -216,34 +255,50 @@ def _event_rows(event_rows: dict) -> dict:
         clipped = fates.pop("clipped (and kept)", 0)
         kept = fates.get("kept", 0)
         shown = cells({reason: n for reason, n in fates.items() if n or reason == "kept"})
-        result[variable.name] = shown | {"of the kept, clipped": part(clipped, kept) if clipped else 0}
+        of_kept = part(clipped, kept, isinstance(shown["kept"], int)) if clipped else 0
+        result[variable.name] = shown | {"of the kept, clipped": of_kept}
     return result
 
 
-def _codes(codes: dict) -> dict:
-    """The route from codes to labels: what it does not map, and where other routes differ."""
+def _codes(codes: dict, left: list[int | str]) -> dict:
+    """The route from codes to labels: what it does not map, and where other routes differ.
+
+    left: the stays that the filters left, as they are shown.
+    """
     many = [row for row in codes["unmapped"] if row[2] >= privacy.SMALLEST]
     result = {
         "route": codes["route"],
         "distinct_codes": {version: _shown(n) for version, n in codes["distinct_codes"].items()},
+        "rows_without_a_valid_code": _shown(codes["rows_without_a_valid_code"]),
         "stays_without_a_code": _shown(codes["stays_without_a_code"]),
         "unmapped": [{"code": c, "version": v, "stays": n} for c, v, n in many],
         "unmapped_of_few_stays": _shown(len(codes["unmapped"]) - len(many)),
-        "against": {},
+        "against": {name: _against(other, left) for name, other in codes["against"].items()},
     }
-    for name, other in codes["against"].items():
-        stays = other["stays"]
-        differs = {
-            label: [part(other["only_here"][label], stays), part(other["only_there"][label], stays)]
-            for label in other["only_here"]
-            if other["only_here"][label] or other["only_there"][label]
-        }
-        shown_codes = [row for row in other["codes"] if row[2] >= privacy.SMALLEST]
-        result["against"][name] = {
-            "stays_with_all_labels_equal": part(other["stays_with_all_labels_equal"], stays),
-            "stays": stays,
-            "labels": differs,
-            "codes": [dict(zip(("code", "version", "stays", "here", "there"), row)) for row in shown_codes],
-            "codes_of_few_stays": _shown(len(other["codes"]) - len(shown_codes)),
-        }
+    stays = {other["stays"] for other in result["against"].values()}
+    for row in result["unmapped"]:
+        row["stays"] = apart({"stays": row["stays"]}, stays)["stays"]
     return result
+
+
+def _against(other: dict, left: list[int | str]) -> dict:
+    """Where one other route gives other labels."""
+    stays = other["stays"]
+    total = apart({"stays": stays}, left)["stays"]
+    known = isinstance(total, int)
+    differs = {
+        label: [part(other["only_here"][label], stays, known), part(other["only_there"][label], stays, known)]
+        for label in other["only_here"]
+        if other["only_here"][label] or other["only_there"][label]
+    }
+    codes = [row for row in other["codes"] if row[2] >= privacy.SMALLEST]
+    return {
+        "stays_with_all_labels_equal": part(other["stays_with_all_labels_equal"], stays, known),
+        "stays": total,
+        "labels": differs,
+        "codes": [
+            {"code": code, "version": version, "stays": part(n, stays, known), "here": here, "there": there}
+            for code, version, n, here, there in codes
+        ],
+        "codes_of_few_stays": _shown(len(other["codes"]) - len(codes)),
+    }

@@ -118,6 +118,7 @@ def _task(name: str, content: dict, audit: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
         _splits(content["splits"], tasks.TASKS[name].films_only),
+        _other_words(content["other_words"]),
     ]
     parts.append(_labels(name, content["labels"]))
     if "variables" in content:
@@ -156,6 +157,12 @@ def _splits(splits: dict, films_only: bool) -> str:
         share = percent(splits["published_paired_test_share"])
         rows.append(['<span class="papers">Share with a film, paper</span>', number(None), number(None), share])
     return f"<h3>Splits and pairs</h3>{table(head, rows)}"
+
+
+def _other_words(words: dict) -> str:
+    """Said only where there are as many that a new version's words are likely."""
+    many = ", ".join(f"{field} {number(n)}" for field, n in words.items() if n != privacy.FEW)
+    return f'<p class="note">Records whose text was no known word and became OTHER: {many}.</p>' if many else ""
 
 
 def _labels(name: str, labels: list[dict]) -> str:
@@ -224,7 +231,7 @@ def _variables(content: dict) -> str:
     check = content["time_check"]
     event, film = check["hours_from_latest_event_to_cut_off"], check["hours_from_film_to_cut_off"]
     charts.append(("From the latest event to the cut-off", audit_plots.bars(event, "stays", "hours")))
-    if check["films"] != privacy.FEW:
+    if film is not None and check["films"] != privacy.FEW:
         charts.append(("From the film to the cut-off", audit_plots.bars(film, "films", "hours")))
     figures = "".join(f'<figure class="chart"><figcaption>{t}</figcaption>{svg}</figure>' for t, svg in charts)
     note = "Percentiles of the observed steps, where at least 10 lie on either side."
@@ -235,7 +242,8 @@ def _codes(content: dict) -> str:
     codes = content["diagnosis_codes"]
     found = ", ".join(f"{number(n)} {version}" for version, n in codes["distinct_codes"].items())
     text = (
-        f"Route {escape(codes['route'])}; {found} codes; {number(codes['stays_without_a_code'])} stays without a code."
+        f"Route {escape(codes['route'])}; {found} codes; {number(codes['stays_without_a_code'])} stays without a code; "
+        f"{number(codes['rows_without_a_valid_code'])} rows whose code cannot be one."
     )
     few = number(codes["unmapped_of_few_stays"])
     rows = [[escape(r["code"]), f"ICD-{r['version']}", number(r["stays"])] for r in codes["unmapped"]]

@@ -4,16 +4,23 @@ A count of 0 to 9 is shown as '<10'. Of counts that add up to a number that is k
 be had by subtraction, so the next smallest are hidden too, as '≥10', until what is hidden is 10 or more together.
 """
 
+from collections.abc import Iterable
+
 SMALLEST = 10
 FEW, ENOUGH = f"<{SMALLEST}", f"≥{SMALLEST}"
 
 
-def cells(counts: dict[str, int]) -> dict[str, int | str]:
-    """Counts of groups that share nobody and have a known sum, as they may be shown."""
+def cells(counts: dict[str, int], hide_sum: bool = False) -> dict[str, int | str]:
+    """Counts of groups that share nobody and have a known sum, as they may be shown.
+
+    hide_sum: the sum is not to be known either, so at least one count of 10 or more is hidden.
+    """
     ordered = sorted(counts, key=lambda name: (counts[name], name))
-    hidden = [name for name in ordered if counts[name] < SMALLEST]
-    for name in ordered[len(hidden) :]:
-        if not hidden or sum(counts[h] for h in hidden) >= SMALLEST:
+    few = [name for name in ordered if counts[name] < SMALLEST]
+    hidden = list(few)
+    for name in ordered[len(few) :]:
+        enough = sum(counts[h] for h in hidden) >= SMALLEST if hidden else True
+        if enough and (len(hidden) > len(few) or not hide_sum):
             break
         hidden.append(name)
     shown = {}
@@ -22,16 +29,29 @@ def cells(counts: dict[str, int]) -> dict[str, int | str]:
     return shown
 
 
-def part(count: int, whole: int) -> int | str:
-    """A count of some of `whole`, whose number is known, as it may be shown."""
+def part(count: int, whole: int, whole_is_shown: bool = True) -> int | str:
+    """A count of some of `whole`, as it may be shown; where `whole` is hidden, nothing may give it away."""
     if count < SMALLEST:
         return FEW
+    if not whole_is_shown:
+        return count if whole - count >= SMALLEST else ENOUGH
     return count if whole - count >= SMALLEST else f"≥{whole - SMALLEST + 1}"
 
 
 def share(count: int, whole: int) -> float | None:
     """The share `count` is of `whole`, None where the count may not be shown."""
     return round(count / whole, 4) if whole and isinstance(part(count, whole), int) else None
+
+
+def apart(counts: dict[str, int], others: Iterable[int | str]) -> dict[str, int | str]:
+    """Counts of groups that share members, as they may be shown beside `others`: no two shown differ by 1 to 9."""
+    shown: dict[str, int | str] = {}
+    seen = list(others)
+    for name, count in counts.items():
+        near = any(isinstance(other, int) and 0 < abs(count - other) < SMALLEST for other in seen)
+        shown[name] = FEW if count < SMALLEST else ENOUGH if near else count
+        seen.append(shown[name])
+    return shown
 
 
 def flow(steps: list[dict]) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -107,6 +108,7 @@ def test_every_time_was_checked(found):
         hidden = any(isinstance(count, str) for count in paired)
         # Beside the splits that are shown, the sum would tell what is hidden.
         assert check["films"] == (None if hidden else {"pheno": 25}.get(name, 50))
+        assert (check["hours_from_film_to_cut_off"] is None) == hidden  # it adds up to the same
     assert found["tasks"]["mortality"]["time_check"]["films"] is None
     assert found["patients"]["groups"] == [
         {"tasks": list(ALL), "by_split": {"train": 30, "val": 15, "test": 15}, "in_two_splits": 0}
@@ -126,6 +128,109 @@ def test_nobody_can_be_read_from_it(built):
             small = [n for n in _counts(content.get(part, {})) if 0 < n < 10]
             assert not small, part
     assert (built / "audit.json").stat().st_mode & 0o077 == 0 and (built / "audit.html").stat().st_mode & 0o077 == 0
+
+
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory):
+    """Groups that differ by few: 60 stays as above, 57 patients, 3 stays without an event, 4 too short to predict at.
+
+    Of the 30 stays in test, 25 have a film; all but 3 admissions have one and the same unmapped code.
+    """
+    root = tmp_path_factory.mktemp("awkward")
+    stays = []
+    for n in range(67):
+        los_h = 4 if n >= 63 else 30 + n % 30
+        again = {"subject_id": 10_000_000 + n - 54} if 57 <= n < 60 else {}
+        stays.append(stay(n, outtime=at(los_h), dischtime=at(los_h + 9), los=str(los_h / 24), **again))
+    hours = [(n, h) for n in range(67) if not 60 <= n < 63 for h in (range(1, 4) if n >= 63 else range(2, 30))]
+    charts = [chart(n, h, HEART_RATE, "80") | {"subject_id": stays[n]["subject_id"]} for n, h in hours]
+    iv = write_mimic_iv(root / "iv", stays, charts, (), [(n, "U9999", 10) for n in range(64)])
+    test = range(0, 60, 2)
+    cxr = write_mimic_cxr(root / "cxr", [film(n, 3) for n in [*test[:25], *range(1, 40, 2)]], size=(16, 16))
+    (root / "test.csv").write_text("".join(f"{10_000_000 + n}\n" for n in test))
+    (root / "val.csv").write_text("".join(f"{10_000_000 + n}\n" for n in range(1, 24, 2)))
+    build.build(iv, cxr, root / "out", timestep_h=1, tasks=ALL, val_ids=root / "val.csv", test_ids=root / "test.csv")
+    alone = {}
+    for name in ("pheno", "mortality", "decompensation", "length_of_stay"):  # beside each other, some are left out
+        shutil.copytree(root / "out" / name, root / name / name)
+        alone[name] = audit.gather(root / name)
+    return {name: (content["tasks"][name], content["patients"]) for name, content in alone.items()}
+
+
+@pytest.mark.parametrize("name", ["pheno", "mortality", "decompensation", "length_of_stay"])
+def test_no_small_count_follows_by_subtraction(found, awkward, name):
+    """Of all that counts stays, records, patients or films of a task, and of what adds up to such a number."""
+    for content, patients in ((found["tasks"][name], found["patients"]), awkward[name]):
+        check, ours, labels = content["time_check"], content["splits"]["ours"], content["labels"]
+        codes = content.get("diagnosis_codes", {"against": {}, "unmapped": []})
+        others = codes["against"].values()
+        totals = [step["stays"] for step in content["cohort"]] + [check["records"], *(o["stays"] for o in others)]
+        totals += [_sum(content["length_h"]), _sum(check["hours_from_latest_event_to_cut_off"])]
+        totals += [_sum({split: row["records"] for split, row in ours.items()})]
+        parts = [row["stays"] for row in codes["unmapped"]] + [row["stays_observed"] for row in content["variables"]]
+        for other in others:
+            parts += [other["stays_with_all_labels_equal"], *(row["stays"] for row in other["codes"])]
+        for part in (None, *parts):
+            _apart([*totals, part])
+        by_split = patients["groups"][0]["by_split"]
+        for split, row in ours.items():
+            _apart([row["records"], *(label[split]["of"] for label in labels), row["paired"]])
+            if patients["groups"][0]["tasks"] == [name]:
+                _apart([row["records"], by_split[split]])
+        _apart([ours["test"]["records"], *(label["paired test"]["of"] for label in labels)])
+        for label in labels:
+            test, paired = label["test"], label["paired test"]
+            _apart([paired["of"], paired["positive"]])
+            _apart([test["positive"], paired["positive"]])
+            if all(isinstance(n, int) for n in (test["of"], test["positive"], paired["of"], paired["positive"])):
+                _apart([test["of"] - test["positive"], paired["of"] - paired["positive"]])
+        if any(isinstance(row["paired"], str) for row in ours.values()):  # then nothing may tell what they add up to
+            assert check["films"] is None and check["hours_from_film_to_cut_off"] is None
+
+
+def _sum(shown):
+    """What a group adds up to; None where a part of it is hidden."""
+    return sum(shown.values()) if all(isinstance(n, int) for n in shown.values()) else None
+
+
+def _apart(shown):
+    """No two numbers differ by 1 to 9, and no lower bound (≥51) tells a number that does."""
+    numbers = sorted({n for n in shown if isinstance(n, int)})
+    numbers += [int(n[1:]) + 9 for n in shown if isinstance(n, str) and n.startswith("≥") and n != "≥10"]
+    close = [(a, b) for a in numbers for b in numbers if 0 < b - a < 10]
+    assert not close, close
+
+
+def test_what_may_not_be_subtracted_is_hidden(awkward):
+    pheno, patients = awkward["pheno"]
+    assert [step["stays"] for step in pheno["cohort"]] == [64]  # 67 less 3: no step that removed so few is shown
+    assert pheno["diagnosis_codes"]["against"]["gem, last row"]["stays"] == "≥10"
+    assert pheno["splits"]["ours"]["test"] == {"records": 30, "paired": "≥21", "paired_share": None}
+    assert {row["paired test"]["of"] for row in pheno["labels"]} == {"≥21"}
+    assert patients["groups"][0]["by_split"] == {"train": 20, "val": "≥10", "test": "≥10"}
+    assert awkward["length_of_stay"][0]["time_check"]["records"] == "≥10"  # 64, of which 4 are too short for it
+
+
+@pytest.mark.parametrize("few", [1, 5, 9])
+def test_films_that_were_left_out_cannot_be_counted(built, monkeypatch, few):
+    manifest = records.manifest
+
+    def with_some_unreadable(out, name):
+        found = manifest(out, name)
+        if name == "radiology":
+            found["counts"]["films"] |= {"films with labels": 50 + few, "films readable": 50}
+        return found
+
+    monkeypatch.setattr(records, "manifest", with_some_unreadable)
+    films = audit.gather(built)["tasks"]["radiology"]["films"]
+    assert films["films readable"] == 50 and films["films with labels"] == "≥10"
+
+
+def test_hours_of_labels_that_exclude_each_other(built):
+    predictions = {"times": 100, "positives": {"0-1": 60, "1-2": 36, "2-3": 4}}
+    shown = {label: row["positive"] for label, row in audit._of_times(predictions).items()}
+    assert shown == {"0-1": 60, "1-2": "≥10", "2-3": "<10"}
+    assert audit._of_times({"times": 100, "positives": {"died": 96}})["died"]["positive"] == "≥91"
 
 
 def _counts(node):
@@ -193,4 +298,4 @@ def test_a_dataset_of_another_version_is_named_and_left_out(built, monkeypatch):
     monkeypatch.setattr(audit, "FACTS_VERSION", describe.VERSION + 1)
     found = audit.gather(built)
     assert not found["tasks"] and set(found["not_audited"]) == set(ALL)
-    assert "build it again" in audit.__dict__["gather"](built)["not_audited"]["pheno"]
+    assert "build it again" in found["not_audited"]["pheno"]

@@ -19,9 +19,11 @@ from raw_tables import at, chart, film, film_path, lab, stay, write_mimic_cxr, w
 from data_prep import build, cxr, discretize, pairing, pipeline, profiles, stages
 from medfuse_jax import records, tasks
 from medfuse_jax.errors import UserError
+from medfuse_jax.modalities import static
 
 HEART_RATE = 220045
 SECRET = "Mr Smith of 12 High Street"
+SURNAME = "SMITH"  # of characters that codes have, too
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,12 +32,15 @@ def _tree(root):
     stays, charts, labs, codes, films = [], [], [], [], []
     for n in range(12):
         los_h = 20 + 11 * n
-        died = {"deathtime": at(los_h)} if n == 8 else {}
-        stays.append(stay(n, outtime=at(los_h), dischtime=at(los_h + 9), los=str(los_h / 24), **died))
+        changes = {"deathtime": at(los_h)} if n == 8 else {}
+        if n in (5, 11):
+            changes |= dict.fromkeys(("gender", "admission_type", "first_careunit", "last_careunit"), SECRET)
+        stays.append(stay(n, outtime=at(los_h), dischtime=at(los_h + 9), los=str(los_h / 24), **changes))
         charts += [chart(n, h, HEART_RATE, str(60 + (7 * n + h) % 50), warning=SECRET) for h in range(1, los_h)]
         charts.append(chart(n, 2, 220739, SECRET))
         labs.append(lab(n, 3, 50931, SECRET, valuenum="110", comments=SECRET))
         codes += [(n, "4019", 9)] if n % 2 else [(n, "J9601", 10)]
+        codes += [(n, SECRET, 9), (n, SURNAME, 10)]
         if n < 7:
             films.append(film(n, 10 + n, Edema="1.0"))
         if n == 6:
@@ -147,10 +152,34 @@ def _files(out):
 
 
 def test_no_free_text_and_for_the_owner_alone(built):
+    forms = [text.encode(coding) for text in (SECRET, SURNAME) for coding in ("utf-8", "utf-32-le")]  # .npz: UTF-32
     for path in built.rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
-        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
-    assert SECRET.encode() not in b"".join(_files(built).values())
+        assert path.is_dir() or not any(form in path.read_bytes() for form in forms), path
+    urgent = records.index(built, "pheno", "train")["admission_type"]
+    assert urgent[0].encode("utf-32-le") in (built / "pheno/index_train.npz").read_bytes()  # so such texts are found
+
+
+def test_texts_that_are_no_known_word_become_one_and_are_counted(built, tree, tmp_path, capsys):
+    by_stay = {r["stay_id"] - 30_000_000: r for rows in _all(built, "pheno").values() for r in rows}
+    for field in records.STATIC_TEXTS:
+        assert {n for n, r in by_stay.items() if r[field] == "OTHER"} == {5, 11}, field
+    of_films = {r["subject_id"]: r["gender"] for rows in _all(built, "radiology").values() for r in rows}
+    assert of_films[10_000_005] == "OTHER" and of_films[10_000_004] == "F" and of_films[10_000_099] == ""
+    train, val = (records.index(built, "pheno", split) for split in ("train", "val"))
+    assert all("OTHER" in known for known in static.categories(train).values())
+    known, other = static.table(train, train)[[0, -1]]
+    assert np.isfinite(other).all() and not np.array_equal(known[2:], other[2:])
+    np.testing.assert_array_equal(static.table(val, train)[1][2:], other[2:])
+    codes = records.manifest(built, "pheno")["counts"]["diagnosis_codes"]
+    assert codes["rows_without_a_valid_code"] == 24 and codes["unmapped"] == []
+    assert (
+        json.loads((built / "audit.json").read_text())["tasks"]["pheno"]["diagnosis_codes"]["rows_without_a_valid_code"]
+        == 24
+    )
+    build.build(tree[0], None, tmp_path, tasks=["mortality"])
+    said = capsys.readouterr().err
+    assert "the gender of 2 stays is no known word" in said and "Smith" not in said
 
 
 def test_the_same_command_again_does_nothing_and_other_options_build_anew(

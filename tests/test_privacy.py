@@ -32,7 +32,27 @@ def test_no_hidden_cell_follows_from_the_total_and_the_others():
         assert not hidden or (len(hidden) >= 2 and sum(hidden) >= 10) or len(hidden) == 3
 
 
+def test_a_sum_that_is_not_to_be_known_leaves_one_of_10_or_more_hidden():
+    for counts in itertools.product((0, 3, 9, 10, 11, 40), repeat=3):
+        shown = privacy.cells(dict(enumerate(counts)), hide_sum=True)
+        usual = privacy.cells(dict(enumerate(counts)))
+        assert "≥10" in shown.values() or max(counts) < 10
+        assert all(isinstance(shown[i], str) for i, value in usual.items() if isinstance(value, str))
+    assert privacy.cells({"a": 40, "b": 30, "c": 0, "d": 5}, hide_sum=True) == {
+        "a": 40,
+        "b": "≥10",
+        "c": "<10",
+        "d": "<10",
+    }
+
+
+def test_groups_that_share_members():
+    assert privacy.apart({"a": 100, "b": 95, "c": 90, "d": 4}, []) == {"a": 100, "b": "≥10", "c": 90, "d": "<10"}
+    assert privacy.apart({"a": 100, "b": 100}, [103, "<10"]) == {"a": "≥10", "b": "≥10"}
+
+
 def test_part():
+    assert [privacy.part(n, 100, False) for n in (9, 10, 90, 91, 100)] == ["<10", 10, 90, "≥10", "≥10"]
     assert [privacy.part(n, 100) for n in (0, 9, 10, 90, 91, 100)] == ["<10", "<10", 10, 90, "≥91", "≥91"]
     assert privacy.share(25, 100) == 0.25 and privacy.share(5, 100) is None and privacy.share(0, 0) is None
 
