@@ -312,6 +312,10 @@ class MmtmModel(Model):
             "late_average": total_BK / jnp.maximum(ehr_weight_B1 + cxr_weight_B1, 1),
         }
 
+    @classmethod
+    def loss_weights(cls) -> set[str]:
+        return super().loss_weights() | {"align"}
+
     def alignment(self, cxr_BE, projected_BE, has_both_B) -> dict:
         loss_B = jnp.where(has_both_B, mmtm.alignment_loss(cxr_BE, projected_BE), 0)
         return {"align_loss_rows": loss_B, "align_loss": jnp.sum(loss_B) / jnp.maximum(jnp.sum(has_both_B), 1)}
