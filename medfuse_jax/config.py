@@ -107,6 +107,7 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
     derived.model.missing_film = derived.model.modalities = ""
     derived.model.freeze_encoders, derived.model.batch_norm = False, "batch"
     derived.data.ehr_only_ratio = 1.0
+    derived.loss = default().loss
     derived.update(changes)
     derived.name = f"{config.name}_pretrain_{name}"
     return derived
@@ -179,6 +180,12 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.film.scale is {config.film.scale}; give the least and the most, between 0.1 and 10")
     for name, weight in config.loss.items():
         _check_range(f"config.loss.{name}", weight, 0.0, 1e6)
+        read_by = [method for method, (module, _) in methods.METHODS.items() if name in module.loss_weights()]
+        if weight != default().loss[name] and config.method not in read_by:
+            raise UserError(
+                f"config.loss.{name} is {weight}, and the method {config.method!r} has no such loss: leave it out, or "
+                f"take {' or '.join(read_by)}"
+            )
     _check_range("config.model.dropout", config.model.dropout, 0.0, 0.99)
     _check_range("config.model.ehr_hidden", config.model.ehr_hidden, 1)
     _check_range("config.model.fusion_hidden", config.model.fusion_hidden, 1)

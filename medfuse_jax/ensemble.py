@@ -21,12 +21,14 @@ import numpy as np
 from absl import flags
 
 from medfuse_jax import errors, evaluate, experiment, files, metrics, parallel, tasks
+from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.report import text
 
 METHODS = {"average": "late_average", "weighted": "weighted_average", "by_film": "ensemble"}
 _FIELDS = ("stay_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
 _WEIGHT_STEPS = 20  # weights are tried in steps of 1/20
+_MAX_WEIGHTED = 5  # members: 10,626 weightings; of 6 there are 53,130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +49,25 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
 
     runs: workdirs, each with `:head` for another classifier than the main one. Leaves config.json,
     predictions_test.npz and result.json in the workdir, as a run does. UserError where members are
-    of different tasks or labels, a stay has different labels, or the workdir holds something else.
+    of different tasks, labels or splits, a stay has different labels, or the workdir holds something else.
     """
     check_choice("--rule", rule, METHODS)
     num_members = len(runs)
     if num_members < 2 or (rule == "by_film" and num_members > 2):
         wanted = "two, the one for stays with a film first" if rule == "by_film" else "two or more, with commas between"
         raise UserError(f"--runs names {num_members} run(s); --rule={rule} combines {wanted}")
-    _claim(workdir, runs, rule)
+    if rule == "weighted" and num_members > _MAX_WEIGHTED:
+        raise UserError(
+            f"--runs names {num_members} runs; --rule=weighted tries every weighting in steps of 1/{_WEIGHT_STEPS}, so "
+            f"give it at most {_MAX_WEIGHTED}"
+        )
+    content = {"name": "ensemble", "method": METHODS[rule], "rule": rule, "runs": runs}
+    _check_free(workdir, content)
     tests = [_scored(run, "test") for run in runs]
     members = [member for member, _ in tests]
     _check_fit(members)
+    _check_splits(members)
+    _claim(workdir, content)
     weight_M, selected_by = np.full(num_members, 1 / num_members), "nothing: equal weights"
     if rule == "weighted":
         weight_M, selected_by = _chosen_weights(_aligned([_scored(run, "val") for run in runs]))
@@ -93,25 +103,33 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     return result
 
 
-def _claim(workdir: Path, runs: list[str], rule: str) -> None:
-    """Makes the workdir this ensemble's, or refuses one that is something else's."""
-    content = {"name": "ensemble", "method": METHODS[rule], "rule": rule, "runs": runs}
+def _check_free(workdir: Path, content: dict) -> None:
+    """Raises UserError where the workdir is something else's than this ensemble's."""
     path = workdir / "config.json"
-    if path.exists():
-        if json.loads(path.read_text()) != content:
-            raise UserError(f"{workdir} holds another run: choose another --workdir")
-        return
+    if path.exists() and _read_json(path, "choose another --workdir") != content:
+        raise UserError(f"{workdir} holds another run: choose another --workdir")
+
+
+def _claim(workdir: Path, content: dict) -> None:
     with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, json.dumps(content, indent=2) + "\n")
+        files.write_text(workdir / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def _read_json(path: Path, hint: str = "it is not of a finished run") -> dict:
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+        error = "it holds no fields"
+    except (OSError, ValueError) as damage:
+        error = damage
+    raise UserError(f"{path} cannot be read ({error}): {hint}")
 
 
 def _scored(run: str, split: str) -> tuple[Member, dict]:
     """A member and its predictions on a split, made where they are not there."""
-    folder, head = run, ""
-    if ":" in run and not Path(run).is_dir():
-        folder, _, head = run.rpartition(":")
-    workdir = Path(folder)
+    workdir, head = _folder_and_head(run)
     path = evaluate.predictions_path(workdir, split, head)
     result_path = evaluate.result_path(workdir, split, head)
     if not (path.exists() and result_path.exists()):
@@ -135,6 +153,36 @@ def _check_fit(members: list[Member]) -> None:
                 )
     if tasks.TASKS[first.result["task"]].films_only:
         raise UserError(f"{first.name} scores films, which have no stay to match by; an ensemble is of stays")
+
+
+def _check_splits(members: list[Member]) -> None:
+    """Raises UserError where a member was trained or selected on patients whom another is tested on."""
+    runs = {workdir: member.name for member in members for workdir in _trained(member.workdir)}
+    if len({_read_json(workdir / "data.json").get("digest") for workdir in runs}) == 1:
+        return  # the same shards
+    index = {workdir: workdir_lib.open_run(workdir).dataset.index for workdir in runs}
+    for ours, theirs in itertools.permutations(runs, 2):
+        seen_N = np.concatenate([index[ours][split]["subject_id"] for split in ("train", "val")])
+        if leaked := len(np.intersect1d(seen_N, index[theirs]["test"]["subject_id"])):
+            raise UserError(
+                f"{runs[ours]} and {runs[theirs]} cannot be combined: {leaked} test patients of the second are train "
+                "or val patients of the first; build the shards of both with the same --seed, --val_ids and --test_ids"
+            )
+
+
+def _trained(workdir: Path) -> list[Path]:
+    """The workdirs of the runs that were trained for a member: its own, or those of an ensemble's members."""
+    config = _read_json(workdir / "config.json")
+    if "runs" not in config:
+        return [workdir]
+    return [trained for run in config["runs"] for trained in _trained(_folder_and_head(run)[0])]
+
+
+def _folder_and_head(run: str) -> tuple[Path, str]:
+    if ":" in run and not Path(run).is_dir():
+        folder, _, head = run.rpartition(":")
+        return Path(folder), head
+    return Path(run), ""
 
 
 def _short(value) -> str:

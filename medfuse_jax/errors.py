@@ -6,6 +6,7 @@ import re
 import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
     near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(f"{what} is {value!r}; it must be one of {', '.join(map(str, allowed))}.{hint}")
+
+
+def of_file(path: str | Path, error: Exception) -> str:
+    """What code of the user's own raised, in one line: the last of its file's lines on the way, and what was said."""
+    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):  # found before any line of the file ran
+        places.append((error.filename or "", error.lineno))
+    lines = [line for file, line in places if Path(file).resolve() == Path(path).resolve()]
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -84,11 +95,7 @@ def _config_problem(argv: list[str]) -> str:
     try:
         config = runpy.run_path(path)["get_config"]()
     except Exception as error:  # the file is the user's own, and may fail in any way
-        place = error.__traceback__
-        while place.tb_next:
-            place = place.tb_next
-        where = getattr(error, "lineno", None) or place.tb_lineno
-        return f"--config={path} cannot be used (line {where}: {type(error).__name__}: {error})"
+        return f"--config={path} cannot be used ({of_file(path, error)})"
     for name, _, _ in options:
         node, parts = config, name.split(".")
         for depth, part in enumerate(parts[1:], start=1):

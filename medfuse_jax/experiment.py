@@ -133,6 +133,8 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
         modalities=modalities,
     )
     dataset = withheld.withhold(dataset, config.data.drop_ehr, config.data.drop_film)
+    for modality in modalities:
+        loading.check_encoder(modality, dataset.extra[modality.name]["train"], config.model.ehr_hidden)
     film_heads = [head for head in method.heads if head.label == input_pipeline.FILM_LABEL]
     if any(config.loss[head.weight] for head in film_heads):
         dataset = input_pipeline.with_films(dataset, config.data.dir, config.data.film_task)

@@ -12,12 +12,13 @@ from medfuse_jax import step as step_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.experiment import Experiment, check_unseen, open_experiment
+from medfuse_jax.models import methods
 
 
 def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
     """What the run of workdir `folder` starts from, by name -> (workdir, run): what is given, and what to pre-train.
 
-    UserError where one does not fit the run.
+    UserError where one does not fit the run, or an encoder that is frozen has nothing to start from.
     """
     given = {name: (Path(path), workdir_lib.open_run(Path(path))) for name, path in run.config.init.items() if path}
     stages = {
@@ -27,6 +28,12 @@ def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
     }
     for name, (source_folder, source) in (given | stages).items():
         check(run, name, source_folder, source)
+    for name in ("ehr", "cxr"):
+        if getattr(run.options.model, "frozen_encoders", False) and not {name, "model"} & (given | stages).keys():
+            raise UserError(
+                f"the {name} encoder is frozen (method {run.config.method}), and nothing trains it before, so it would "
+                f"stay random: give config.pretrain.{name} with config.encoders=pretrained, or config.init.{name}"
+            )
     return given, stages
 
 
@@ -37,8 +44,13 @@ def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None
     workdir: the source's, trained or not yet.
     """
     imported = checkpoints.imported(workdir)
+    here, there = run.config.method, source.config.method
     part = "model" if name == "model" else f"{name} encoder"
-    what = f"the {part} of {source.config.name} (task {source.config.task}, method {source.config.method})"
+    what = f"the {part} of {source.config.name} (task {source.config.task}, method {there})"
+    if name == "model" and methods.METHODS[here] != methods.METHODS[there]:
+        raise UserError(
+            f"{what} cannot start the method {here}: for its encoders use config.init.ehr and config.init.cxr"
+        )
     ours, theirs = (side.abstract_state().params for side in (run, source))
     for module in sorted(ours.keys() | theirs.keys()) if name == "model" else [f"{name}_encoder"]:
         if imported and module not in imported["modules"]:
@@ -46,7 +58,7 @@ def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None
         for side, params in ((run, ours), (source, theirs)):
             if module not in params:
                 method = side.config.method
-                raise UserError(f"{what} cannot start {run.config.method}: the method {method} has no {module}")
+                raise UserError(f"{what} cannot start {here}: the method {method} has no {module}")
         _check_module(what, run, module, ours[module], theirs[module])
     if name == "model":
         _check_values(what, run, source)

@@ -129,6 +129,8 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("encoders", "pretraind", "Did you mean 'pretrained'?"),
         ("data.film_task", "pheno", "config.data.film_task is 'pheno'; it must be one of radiology"),
         ("loss.align", -1.0, "config.loss.align is -1.0; it must be between"),
+        ("loss.align", 0.1, "the method 'medfuse' has no such loss: leave it out, or take mmtm3 or mmtm4"),
+        ("loss.cxr_only", 0.0, "'medfuse' has no such loss: leave it out, or take unified or mmtm3 or mmtm4"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field, value, said):
@@ -136,6 +138,14 @@ def test_a_wrong_value_is_refused_by_name(field, value, said):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=re.escape(said)):
         config_lib.validate(config)
+
+
+@pytest.mark.parametrize(("method", "loss"), [("mmtm3", "align"), ("mmtm4", "ehr_only"), ("unified", "cxr_only")])
+def test_a_weight_of_a_loss_is_of_the_methods_that_have_it_and_not_of_their_stages(method, loss):
+    config = _load(_ROOT / "configs" / "pheno.py").get_config()
+    config.update_from_flattened_dict({"method": method, f"loss.{loss}": 0.5})
+    config_lib.validate(config)
+    assert config_lib.stage(config, "ehr").loss == config_lib.default().loss
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sklearn.metrics
-from example_runs import simulate, write_evaluation
+from example_runs import simulate, write_config, write_evaluation
 
 from medfuse_jax import ensemble, evaluate, experiment, train, workdir
 from medfuse_jax.errors import UserError
@@ -17,6 +18,8 @@ def _member(folder, method, data, rows=None, split="test"):
     """A finished run that scores the given rows of a split."""
     folder.mkdir(parents=True, exist_ok=True)
     write_evaluation(folder, "mortality", method, data, best_epoch=3)
+    write_config(folder, "mortality", method)
+    (folder / "data.json").write_text('{"digest": "one build"}')
     with np.load(folder / "predictions_test.npz") as stored:
         part = {name: values if rows is None else values[rows] for name, values in stored.items()}
     np.savez(folder / f"predictions_{split}.npz", **part)
@@ -126,6 +129,11 @@ def _other_task(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task": "pheno"}))
 
 
+def _left_in(folder, content):
+    folder.mkdir()
+    (folder / "config.json").write_text(content)
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "said"),
     [
@@ -133,7 +141,14 @@ def _other_task(tmp_path):
         (_other_task, {}, "their task differ (pheno and mortality)"),
         (lambda d: (d / "cxr" / "predictions_test.npz").write_bytes(b"PK"), {}, "cannot be read"),
         (lambda d: None, {"rule": "averge"}, "Did you mean 'average'?"),
-        (lambda d: (d / "out").mkdir() or (d / "out" / "config.json").write_text("{}"), {}, "holds another run"),
+        (lambda d: _left_in(d / "out", "{}"), {}, "holds another run"),
+        (lambda d: _left_in(d / "out", '{"name": '), {}, "out/config.json cannot be read (Expecting value"),
+        (
+            lambda d: _left_in(d / "out", "[]"),
+            {},
+            "out/config.json cannot be read (it holds no fields): choose another",
+        ),
+        (lambda d: (d / "cxr" / "data.json").unlink(), {}, "cxr/data.json cannot be read"),
     ],
 )
 def test_what_cannot_be_combined_is_said_in_one_line(runs, tmp_path, change, arguments, said):
@@ -163,3 +178,50 @@ def test_one_run_or_a_folder_without_one_is_refused(runs, tmp_path):
         ensemble.ensemble(runs[0][:1], tmp_path / "out")
     with pytest.raises(UserError, match=r"config\.json is missing"):
         ensemble.ensemble([runs[0][0], str(tmp_path / "nowhere")], tmp_path / "out")
+
+
+def test_a_mistyped_run_leaves_no_claim_behind(runs, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        ensemble.ensemble([runs[0][0], str(tmp_path / "nowhere")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ensemble.ensemble(runs[0], tmp_path / "out")
+    ensemble.ensemble(runs[0], tmp_path / "out")  # the same command again
+    with pytest.raises(UserError, match="holds another run"):
+        ensemble.ensemble(runs[0][::-1], tmp_path / "out")
+
+
+def test_more_weighted_members_than_can_be_searched_are_refused(runs, tmp_path):
+    with pytest.raises(
+        UserError, match="names 6 runs; --rule=weighted tries every weighting in steps of 1/20, so give"
+    ):
+        ensemble.ensemble(runs[0] * 3, tmp_path / "out", "weighted")
+
+
+@pytest.fixture
+def splits(runs, tmp_path, monkeypatch):
+    """The patients of two builds, by workdir and split."""
+    (tmp_path / "cxr" / "data.json").write_text('{"digest": "another build"}')
+    same = {"train": [1, 2, 3], "val": [4], "test": [5, 6]}
+    patients = {tmp_path / "ehr": dict(same), tmp_path / "cxr": dict(same)}
+
+    def open_run(folder):
+        index = {split: {"subject_id": np.array(ids)} for split, ids in patients[folder].items()}
+        return SimpleNamespace(dataset=SimpleNamespace(index=index))
+
+    monkeypatch.setattr(workdir, "open_run", open_run)
+    return patients
+
+
+def test_members_of_two_builds_of_one_split_are_combined(runs, tmp_path, splits):
+    splits[tmp_path / "cxr"]["test"] = [5, 6, 7]
+    ensemble.ensemble(runs[0], tmp_path / "out")
+    ensemble.ensemble([str(tmp_path / "out"), runs[0][1]], tmp_path / "with_an_ensemble")
+
+
+@pytest.mark.parametrize(("split", "ids", "leaked"), [("train", [1, 2, 5], 1), ("val", [4, 5, 6], 2)])
+def test_members_of_other_splits_are_not_pooled(runs, tmp_path, splits, split, ids, leaked):
+    splits[tmp_path / "cxr"][split] = ids
+    splits[tmp_path / "cxr"]["test"] = [7]
+    with pytest.raises(UserError, match=rf"cxr and \S+ehr cannot be combined: {leaked} test patients of the second"):
+        ensemble.ensemble(runs[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -71,6 +71,18 @@ def test_stages_that_the_method_does_not_need_are_left_out(fusion_config, tmp_pa
     assert set(starts.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == wanted
 
 
+@pytest.mark.parametrize("changes", [{"method": "early"}, {"model.freeze_encoders": True}])
+def test_a_frozen_encoder_that_nothing_trains_is_refused(fusion_config, tmp_path, changes):
+    fusion_config.update_from_flattened_dict(changes)
+    assert set(starts.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
+    del fusion_config.pretrain.cxr
+    with pytest.raises(UserError, match=r"the cxr encoder is frozen .*it would stay random: give config\.pretrain"):
+        starts.find(experiment.open_experiment(fusion_config), tmp_path)
+    fusion_config.encoders = "random"
+    with pytest.raises(UserError, match="the ehr encoder is frozen"):
+        starts.find(experiment.open_experiment(fusion_config), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

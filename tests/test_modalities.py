@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +121,36 @@ def test_no_gradient_reaches_the_encoder_from_a_row_without(method):
     np.testing.assert_array_equal(np.any(np.asarray(of_values), axis=1), [True, False, True, True])
 
 
+class _Direction(nn.Module):
+    """An encoder whose gradient at zeros is 0 / 0."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, values_BV):
+        x_BH = nn.Dense(8, use_bias=False)(values_BV)
+        return nn.Dense(self.width)(x_BH / jnp.linalg.norm(x_BH, axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("absent", [[1], [0, 3], [0, 1, 2, 3]])
+def test_an_encoder_without_a_gradient_at_zeros_is_spared_the_absent_rows(absent):
+    model = tiny_model("medfuse", modalities=(loading.Modality("direction", None, _Direction),))
+    made = jax.eval_shape(lambda: methods.init(model, jax.random.key(0), {"direction": np.zeros((1, 10), np.float32)}))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), made["params"])
+    stats = random_variables(tiny_model("medfuse"))["batch_stats"]
+    values = rng.normal(size=(4, 10)).astype(np.float32)
+    values[absent] = np.nan
+
+    def loss(params, values):
+        outputs = model.apply({"params": params, "batch_stats": stats}, **batch(), extra={"direction": values})
+        return jnp.sum(jnp.sin(outputs["logits"]))
+
+    of_params, of_values = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, values)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((of_params, of_values)))
+    assert np.any(np.asarray(of_values), axis=1).tolist() == [row not in absent for row in range(4)]
+
+
 def test_a_slot_that_no_train_stay_is_in_adds_nothing():
     values = np.zeros((3, 10), np.float32)
     values[0, 4] = values[1, 9] = 1
@@ -214,6 +245,8 @@ def test_values_that_change_after_training_are_noticed(own, tmp_path):
         ("ehr.py", "'ehr' is taken, or no Python name"),
         ("my-notes.py", "'my-notes' is taken, or no Python name"),
         ("empty.py", "empty.py has no table"),
+        ("imports.py", r"imports\.py cannot be used \(line 2: ModuleNotFoundError: No module named 'nothing_there'\)"),
+        ("unclosed.py", r"unclosed\.py cannot be used \(line 1: SyntaxError: "),
     ],
 )
 def test_a_modality_that_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, names, message):
@@ -221,6 +254,8 @@ def test_a_modality_that_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, na
     for name in ("ehr.py", "my-notes.py"):
         Path(name).write_text("def table(part, train): ...\nEncoder = None\n")
     Path("empty.py").write_text("")
+    Path("imports.py").write_text("import math\nimport nothing_there\n")
+    Path("unclosed.py").write_text("def table(:\n")
     config = config_lib.default()
     config.model.modalities = names
     with pytest.raises(UserError, match=message) as error:
@@ -243,6 +278,8 @@ def test_a_method_that_takes_none_says_which_do():
         (lambda part, train: np.array([[0, 0], [0, np.nan], [0, 0], [0, 0]]), "record 1 has some NaN or inf"),
         (lambda part, train: np.array([[0, 0], [0, 0], [0, 0], [0, np.inf]]), "record 3 has some NaN or inf"),
         (lambda part, train: np.full((4, 2), np.nan), "no record has a value"),
+        (lambda part, train: [["a"]] * 4, r"'own', train split: it must give rows of numbers.*could not convert"),
+        (lambda part, train: [[1], [1, 2], [1], [1]], "it must give rows of numbers, all of one shape"),
     ],
 )
 def test_a_table_of_another_form_is_named(made, message):
@@ -256,3 +293,59 @@ def test_a_start_with_the_modalities_in_another_order_is_refused(own, tmp_path):
     own.model.modalities = "notes.py,static"
     with pytest.raises(UserError, match=r"has the modalities notes, static, in this order; here: static, notes"):
         starts.check(run, "model", tmp_path, experiment.open_experiment(own))
+
+
+def test_splits_of_different_widths_are_named():
+    val = {name: values[:3] for name, values in _TRAIN.items()}
+    wide = loading.Modality("own", lambda part, train: np.zeros((len(part["stay_id"]),) * 2), static.Encoder)
+    with pytest.raises(UserError, match=r"'own', val split: a row has shape \[3\], one of the train split \[4\]"):
+        loading.tables(wide, {"train": _TRAIN, "val": val})
+
+
+def test_what_a_table_of_the_users_raises_is_one_line_with_its_place(own):
+    Path("notes.npz").unlink()
+    line = 1 + next(i for i, text in enumerate(_example().splitlines()) if "np.load" in text)
+    with pytest.raises(UserError, match=rf"'notes', train split: notes\.py cannot be used \(line {line}: FileNotFound"):
+        experiment.open_experiment(own)
+
+
+def test_a_token_of_another_width_is_said_before_the_run_begins(own):
+    Path("notes.py").write_text(_example().replace("nn.Dense(self.width)", "nn.Dense(128)"))
+    with pytest.raises(UserError, match=r"the Encoder of 'notes' gives \[2, 128\] for 2 rows"):
+        experiment.open_experiment(own)
+
+
+_ENCODER = """
+import flax.linen as nn
+import jax.numpy as jnp
+def table(part, train): return [[1.0]] * len(part["stay_id"])
+class Encoder(nn.Module):
+    width: int
+    @nn.compact
+    def __call__(self, x): return {returned}
+"""
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("nn.Dense(self.width + 1)(x)", r"the Encoder of 'mine' gives \[2, 9\] for 2 rows; .* \[2, 8\]"),
+        ("nn.Dense(self.width)(x.sum(0, keepdims=True))", r"gives \[1, 8\] for 2 rows"),
+        ("(x, x)", "gives tuple for 2 rows"),
+        ("nn.Dense(self.width)(x) + jnp.zeros(3)", r"\[2, 1\]: mine\.py cannot be used \(line 8: \w+Error"),
+        ("nn.Dropout(0.5, deterministic=False)(nn.Dense(self.width)(x))", "mine.py cannot be used .line 8: InvalidRng"),
+        ("nn.BatchNorm(False)(nn.Dense(self.width)(x))", "has variables of the kind batch_stats; parameters alone"),
+    ],
+)
+def test_an_encoder_that_makes_no_token_is_said_in_one_line(tmp_path, monkeypatch, returned, message):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(_ENCODER.format(returned=returned))
+    (modality,) = loading.load("mine.py")
+    with pytest.raises(UserError, match=message) as caught:
+        loading.check_encoder(modality, loading.tables(modality, {"train": _TRAIN})["train"], 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_our_own_errors_keep_their_traceback():
+    with pytest.raises(KeyError):
+        loading.tables(loading.load("static")[0], {"train": {"stay_id": np.arange(3)}})

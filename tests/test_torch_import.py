@@ -71,6 +71,43 @@ def test_export_and_load_are_inverse_to_the_bit(method):
     assert {v.dtype for v in state_dict.values()} <= {np.dtype("float32"), np.dtype("int64")}
 
 
+@pytest.mark.parametrize(
+    ("method", "missing"), [("early", "learnt"), ("joint_learnable", "zeros"), ("joint", "learnt")]
+)
+def test_what_stands_for_a_missing_film_is_the_models_not_the_names(method, missing):
+    """config.model.missing_film: a learnt vector is exported and read back, and asked for nowhere else."""
+    options = {**TINY, "missing": missing}
+    variables = random_variables(methods.build(method, NUM_LABELS, **options))
+    state_dict = torch_import.export(variables, method)
+    assert ("missing_token" in state_dict) == (missing == "learnt")
+    _, loaded = torch_import.load(state_dict, method, NUM_LABELS, **options)
+    jax.tree.map(_assert_same_bits, loaded, variables)
+    token = {"missing_token": np.zeros(8, np.float32)}
+    unread = torch_import.unused({**state_dict, **token}, method, TINY["resnet_stage_sizes"], missing)
+    assert ("missing_token" in unread) == (missing == "zeros")
+
+
+def test_a_variable_without_a_released_name_is_not_left_out_in_silence():
+    _, variables = _tiny("medfuse")
+    variables["params"]["notes_encoder"] = {"kernel": np.zeros((3, 8), np.float32)}
+    with pytest.raises(
+        UserError, match=r"hold params/notes_encoder/kernel, which a released medfuse has not"
+    ) as caught:
+        torch_import.export(variables, "medfuse")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_that_was_never_released_is_told_so():
+    state_dict = _tiny_state_dict()
+    for use in (
+        lambda: _load_tiny(state_dict, "medfuse_attention"),
+        lambda: torch_import.export({"params": {}}, "medfuse_attention"),
+    ):
+        with pytest.raises(UserError, match="the released models have no method 'medfuse_attention'") as caught:
+            use()
+        assert "Did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize("method", TABLES)
 def test_each_name_and_each_variable_is_in_the_table_once(method):
     rows = torch_import.table(method)

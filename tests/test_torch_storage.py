@@ -54,6 +54,16 @@ def test_what_the_released_trainer_saves_is_read(torch, tmp_path):
     _assert_same(storage.read(path))
 
 
+def test_arrays_beside_the_weights_are_read_over(torch, tmp_path, capsys):
+    path = tmp_path / "x.pth.tar"
+    arrays = [np.linspace(0, 1, 3), np.ones(2, np.float32), np.arange(4), np.array([True])]
+    torch.save({"state_dict": _tensors(torch), "scores": arrays, "auroc": np.float32(0.5)}, path)
+    _assert_same(storage.read(path))
+    torch.save({"state_dict": _tensors(torch), "scores": np.array([_Mischief()])}, path)
+    assert "holds more than numbers (objects)" in _refused(path)
+    assert "executed" not in capsys.readouterr().out
+
+
 def test_a_bare_state_dict_of_parameters_is_read(torch, tmp_path):
     path = tmp_path / "old.pth"  # as torchvision's oldest files: not zipped, and parameters, not tensors
     tensors = _tensors(torch)
@@ -87,6 +97,14 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         storage.write(tmp_path / "file" / "model.safetensors", _STATE_DICT)
+
+
+@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+def test_a_folder_that_takes_no_file_is_one_line(suffix):
+    pytest.importorskip("torch" if suffix == ".pth.tar" else "safetensors", reason="its package is not installed")
+    with pytest.raises(UserError, match=rf"model\{suffix} cannot be written \(") as caught:
+        storage.write(f"/proc/model{suffix}", _STATE_DICT)  # where root may not write either
+    assert "\n" not in str(caught.value)
 
 
 def test_half_precision_is_read(torch, tmp_path):
@@ -129,7 +147,18 @@ def test_a_file_of_something_else_is_named(torch, tmp_path, content, said):
 
 def test_a_sparse_tensor_is_named(torch, tmp_path):
     torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "x.pth")
-    assert "a is a sparse or quantised tensor" in _refused(tmp_path / "x.pth")
+    assert "a is a sparse, quantised or meta tensor" in _refused(tmp_path / "x.pth")
+
+
+def test_a_tensor_without_values_is_named(torch, tmp_path):
+    torch.save({"a": torch.empty(3, device="meta")}, tmp_path / "x.pth")
+    assert "a is a sparse, quantised or meta tensor" in _refused(tmp_path / "x.pth")
+
+
+def test_a_conjugated_tensor_is_read_as_what_it_says(torch, tmp_path):
+    torch.save({"a": torch.tensor([1 + 2j]).conj(), "b": torch.tensor([1 + 2j]).conj().imag}, tmp_path / "x.pth")
+    read = storage.read(tmp_path / "x.pth")
+    assert read["a"].tolist() == [1 - 2j] and read["b"].tolist() == [-2]
 
 
 @pytest.mark.parametrize("zipped", [True, False])

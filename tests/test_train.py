@@ -210,6 +210,24 @@ def test_an_encoder_that_does_not_fit_is_refused(tiny_config, tmp_path, changes,
         starts.check(run, name, tmp_path / "source", source)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("joint", "early"), ("mmtm3", "mmtm4"), ("medfuse", "medfuse_attention")])
+def test_a_whole_model_of_another_method_is_refused_as_such(tiny_config, tmp_path, theirs, ours):
+    source, run = (experiment.open_experiment(_with_method(tiny_config, method)) for method in (theirs, ours))
+    with pytest.raises(UserError, match=rf"method {theirs}\) cannot start the method {ours}: for its encoders use"):
+        starts.check(run, "model", tmp_path, source)
+
+
+def test_joint_fusion_is_one_model_by_both_its_names(tiny_config, tmp_path):
+    source, run = (experiment.open_experiment(_with_method(tiny_config, m)) for m in ("joint", "joint_zeros"))
+    starts.check(run, "model", tmp_path, source)
+
+
+def _with_method(config, method):
+    config = config.copy_and_resolve_references()
+    config.method = method
+    return config
+
+
 def test_an_encoder_that_has_seen_the_test_patients_is_refused(tiny_config, tmp_path):
     run, source = (experiment.open_experiment(tiny_config) for _ in range(2))
     starts.check(run, "ehr", tmp_path, source)

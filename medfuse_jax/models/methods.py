@@ -125,10 +125,12 @@ class MedFuse(ProjectedModel):
         tokens = []
         for name in (modality.name for modality in self.modalities):
             values_B = jnp.asarray(extra[name])
-            present_B = ~jnp.isnan(values_B).any(axis=tuple(range(1, values_B.ndim)))
-            # NaN * 0 is NaN in the gradient of the encoder's weights: clear it before any product
-            clean_B = jnp.nan_to_num(values_B)
-            tokens.append((getattr(self, f"{name}_encoder")(clean_B), present_B))
+            absent_B = jnp.isnan(values_B).any(axis=tuple(range(1, values_B.ndim)), keepdims=True)
+            present_B = ~absent_B.reshape(-1)
+            # An absent row is encoded too, and its token then masked. What stands in its place is a value that the
+            # encoder is made for: at NaN, or at zeros for a norm, its own gradient is NaN, and so is NaN * 0.
+            filler = jnp.where(present_B.any(), jax.lax.stop_gradient(values_B[jnp.argmax(present_B)]), 1.0)
+            tokens.append((getattr(self, f"{name}_encoder")(jnp.where(absent_B, filler, values_B)), present_B))
         return tokens
 
     def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name, extra=None) -> dict:
@@ -309,6 +311,10 @@ class MmtmModel(Model):
             "cxr_only": cxr_only_BK,
             "late_average": total_BK / jnp.maximum(ehr_weight_B1 + cxr_weight_B1, 1),
         }
+
+    @classmethod
+    def loss_weights(cls) -> set[str]:
+        return super().loss_weights() | {"align"}
 
     def alignment(self, cxr_BE, projected_BE, has_both_B) -> dict:
         loss_B = jnp.where(has_both_B, mmtm.alignment_loss(cxr_BE, projected_BE), 0)

@@ -52,6 +52,11 @@ class Model(nn.Module):
     dtype: jnp.dtype = jnp.float32
     frozen_stats: bool = False
 
+    @classmethod
+    def loss_weights(cls) -> set[str]:
+        """The fields of `losses.Weights` that the method's training reads."""
+        return {head.weight for head in cls.heads} - {""}
+
     def new_ehr_encoder(self) -> lstm.EhrEncoder:
         return lstm.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype)
 

@@ -26,7 +26,7 @@ def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **o
 def fill(model: methods.Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
     """The variables of a model that `methods.build` made for `method`; UserError as in `load`."""
     stages = model.resnet_stage_sizes
-    rows = table(method, stages)
+    rows = table(method, stages, getattr(model, "missing", ""))
     _check_names(state_dict, rows, method, known_names(stages), _hint(state_dict, stages))
     expected = _shapes(model)
     assert {row.path for row in rows} == set(expected), "the table and the model differ"
@@ -55,23 +55,32 @@ def fill_backbone(model: methods.Model, state_dict: Mapping[str, np.ndarray]) ->
 
 
 def unused(
-    state_dict: Mapping[str, np.ndarray], method: str, stage_sizes: Iterable[int] = RESNET34_STAGES
+    state_dict: Mapping[str, np.ndarray],
+    method: str,
+    stage_sizes: Iterable[int] = RESNET34_STAGES,
+    missing: str = "",
 ) -> list[str]:
-    """The entries of a released checkpoint that a method does not read, in the checkpoint's order."""
-    used = {name for row in table(method, stage_sizes) for name in row.names}
+    """The entries of a released checkpoint that a method does not read, in its order. missing: as in `table`."""
+    used = {name for row in table(method, stage_sizes, missing) for name in row.names}
     return [name for name in state_dict if name not in used]
 
 
 def export(variables: Mapping, method: str) -> dict[str, np.ndarray]:
     """The state dict of a method's variables, under the released names: what `load` reads back, bit for bit.
 
-    It holds the parts the method uses. Our one LSTM bias becomes the first of torch's two.
+    It holds the parts the method uses. Our one LSTM bias becomes the first of torch's two. UserError where a
+    variable has no released name, or one that the method has is not there.
     """
     blocks = variables["params"].get("cxr_encoder", {})
     stage_sizes = tuple(sum(name.startswith(f"stage{i}_") for name in blocks) for i in range(1, 5))
     flat = traverse_util.flatten_dict(dict(variables))
+    missing = "learnt" if "missing_token" in variables["params"] else "zeros"
+    rows = table(method, stage_sizes, missing)
+    if nameless := sorted(flat.keys() - {row.path for row in rows}):
+        left = _listed(["/".join(path) for path in nameless])
+        raise UserError(f"the variables hold {left}, which a released {method} has not: such a run is not exported")
     state_dict = {}
-    for row in table(method, stage_sizes):
+    for row in rows:
         if row.path not in flat:
             raise UserError(f"the variables lack {'/'.join(row.path)}, which method {method} has")
         value = np.asarray(flat[row.path], np.float32).transpose(np.argsort(LAYOUTS[row.kind]))

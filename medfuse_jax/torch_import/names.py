@@ -6,7 +6,8 @@ Names and layouts are those of the released MedFuse's modules and of torchvision
 import dataclasses
 from collections.abc import Callable, Iterable
 
-from medfuse_jax.errors import check_choice
+from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax.models import methods
 
 RESNET34_STAGES = (3, 4, 6, 3)
 _BACKBONE = "cxr_model.vision_backbone."
@@ -138,7 +139,7 @@ TABLES: dict[str, Callable[[tuple[int, ...]], list[Row]]] = {
         + _linear_rows("ehr_model.dense_layer", "ehr_classifier")
         + _linear_rows("cxr_model.classifier.0", "cxr_classifier")
     ),
-    "joint_learnable": lambda stages: _concat(stages) + _MISSING_TOKEN,
+    "joint_learnable": _concat,
     "mmtm3": lambda stages: _mmtm(stages, 3),
     "mmtm4": lambda stages: _mmtm(stages, 4),
     "daft3": lambda stages: _daft(stages, 3),
@@ -150,10 +151,20 @@ _PLACES = range(5)
 _NEVER_READ = ("sep_token", "cls_token")
 
 
-def table(method: str, stage_sizes: Iterable[int] = RESNET34_STAGES) -> list[Row]:
-    """The rows a method needs."""
-    check_choice("method", method, TABLES)
-    return TABLES[method](tuple(stage_sizes))
+def table(method: str, stage_sizes: Iterable[int] = RESNET34_STAGES, missing: str = "") -> list[Row]:
+    """The rows a method needs.
+
+    missing: what stands for a missing film in early and joint fusion, 'zeros' or 'learnt'; '': what the method's
+    name says. UserError for a method that was not released.
+    """
+    check_choice("method", method, methods.METHODS)
+    if method not in TABLES:
+        raise UserError(
+            f"the released models have no method {method!r}, so there is nothing to import from or to export to"
+        )
+    missing = missing or methods.METHODS[method][1].get("missing", "")
+    has_token = missing == "learnt" and TABLES[method] is _concat
+    return TABLES[method](tuple(stage_sizes)) + _MISSING_TOKEN * has_token
 
 
 def known_names(stage_sizes: Iterable[int] = RESNET34_STAGES) -> set[str]:

@@ -1,5 +1,6 @@
 """State dicts in files: what torch saves, and safetensors. Nothing in a file is executed."""
 
+import io
 import pickle
 import struct
 import zipfile
@@ -59,15 +60,17 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"{path}: the name of an exported file ends in .safetensors or .pth.tar")
     if path.exists():
         raise UserError(f"{path} is there already: give another name")
-    package = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    # Made in memory, and written here: both packages raise errors of their own where a file cannot be written.
+    if path.suffix == ".safetensors":
+        content = _safetensors(path).numpy.save(dict(state_dict))
+    else:
+        torch, made = _torch(path), io.BytesIO()
+        torch.save({"state_dict": {name: torch.from_numpy(np.array(v)) for name, v in state_dict.items()}}, made)
+        content = made.getbuffer()
     with files.must_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.written_whole(path) as unfinished:
-            if path.suffix == ".safetensors":
-                package.numpy.save_file(dict(state_dict), unfinished)
-            else:
-                tensors = {name: package.from_numpy(np.array(value)) for name, value in state_dict.items()}
-                package.save({"state_dict": tensors}, unfinished)
+            unfinished.write_bytes(content)
 
 
 def _safetensors(path: Path):
@@ -102,18 +105,22 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = _torch(path)
-    # The released trainer stores its best AUROC as a numpy number, which weights_only refuses by
-    # default. These types only hold a number.
-    numpy_number = [
-        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-        np._core.multiarray.scalar,
+    # The released trainer stores its best AUROC as a numpy number, others a list of scores as an array, which
+    # weights_only refuses by default. These types only hold numbers.
+    multiarray = np._core.multiarray
+    numpy_numbers = [
+        *(
+            (made_by, f"numpy.{core}.multiarray.{made_by.__name__}")
+            for made_by in (multiarray.scalar, multiarray._reconstruct)
+            for core in ("core", "_core")
+        ),
+        np.ndarray,
         np.dtype,
-        type(np.dtype(np.float64)),
-        type(np.dtype(np.float32)),
+        *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
     ]
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(numpy_number):
+        with torch.serialization.safe_globals(numpy_numbers):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         raise UserError(f"{path} is not a checkpoint that can be read safely: {_reason(error)}") from None
@@ -121,9 +128,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise UserError(f"{path} holds no state dict: expected names with tensors, or an entry 'state_dict' of them")
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise UserError(f"{path}: {name} is a sparse or quantised tensor; a plain one was expected")
-    tensors = {str(name): tensor.detach() for name, tensor in tensors.items()}
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"{path}: {name} is a sparse, quantised or meta tensor; a plain one was expected")
+    # A conjugated or negated tensor is a view with a mark, which numpy does not know.
+    tensors = {str(name): tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
     return {name: t.float().numpy() if t.is_floating_point() else t.numpy() for name, t in tensors.items()}
 
 
@@ -138,7 +146,9 @@ def _check_sums(path: Path) -> None:
 def _reason(error: Exception) -> str:
     """One line for what torch says in many."""
     said = " ".join(str(error).split())
-    if "GLOBAL " in said or "Unsupported" in said:  # the weights-only reader met something that is not a number
+    if any(
+        words in said for words in ("GLOBAL ", "Unsupported", "Can only build")
+    ):  # the weights-only reader met something that is not a number
         found = said.partition("GLOBAL ")[2].split(" ")[0]
         return f"it holds more than numbers ({found or 'objects'}), which could run code when opened"
     if isinstance(error, pickle.UnpicklingError) or not said:
