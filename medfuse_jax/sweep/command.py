@@ -177,6 +177,7 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
         chosen_config = config_lib.load(folder / "config.json")
         if (folder / "state.npz").exists():
             heads.export(chosen_config, folder, sweep.encoders)
-        evaluate.evaluate(folder)  # the test split, once, for the chosen trial alone
+        result = evaluate.evaluate(folder)  # the test split, once, for the chosen trial alone
+        assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
     path = page.write(workdir, sweep.config.to_dict(), records)
     print(f"chosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")

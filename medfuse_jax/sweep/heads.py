@@ -9,6 +9,7 @@ off, and `medfuse_jax.main` with such a config gives the same numbers.
 import contextlib
 import dataclasses
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,9 +156,10 @@ def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
         state = _with_encoders(head, starts.begin(run.fresh_state(), encoders))
     else:
         state, progress = keeper.best(run.abstract_state())
+    # The file is what the trial came to: checkpoints are of a start before it, as one process.
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
-        if manager.latest_step() is None:
-            checkpoints.save(manager, state, progress, is_best=True)
+        checkpoints.save(manager, state, progress, is_best=True)
 
 
 def _with_encoders(head: step_lib.TrainState, whole: step_lib.TrainState) -> step_lib.TrainState:
