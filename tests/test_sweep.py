@@ -139,6 +139,18 @@ def test_the_sweep_chooses_by_validation_and_tests_once(ehr_config, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in written} == written, "a finished sweep trains and tests nothing"
 
 
+def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
+    ehr_config.num_epochs = 1
+    (first,) = sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    trained = (results.trial_dir(tmp_path, 0) / "metrics.jsonl").stat().st_mtime_ns
+    rows = sweep(ehr_config, tmp_path, _RATES, num_trials=2, lanes=1)
+    assert {row["trial"] for row in rows} == {"0", "1"} and [row["chosen"] for row in rows] == ["yes", ""]
+    assert {**next(row for row in rows if row["trial"] == "0"), "chosen": "yes"} == first
+    assert (results.trial_dir(tmp_path, 0) / "metrics.jsonl").stat().st_mtime_ns == trained
+    with pytest.raises(UserError, match=r"holds another sweep \(--trials is 2 there and 1 here\)"):
+        sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+
+
 def test_two_sweeps_do_not_share_a_folder(ehr_config, tmp_path):
     with workdir_lib.locked(tmp_path), pytest.raises(UserError, match="another process is at work in"):
         sweep(ehr_config, tmp_path, _RATES)
@@ -240,7 +252,8 @@ def test_where_memory_is_short_fewer_trials_run_at_once(ehr_config, tmp_path, mo
     else:
         with pytest.raises(UserError, match=r"no trial of .* finished"):
             sweep(ehr_config, tmp_path, _RATES, num_trials=3, lanes=1)
-        assert {results.record(tmp_path, i)["reason"] for i in range(3)} == {"out of memory"}
+        reasons = [json.loads(path.read_text())["reason"] for path in (tmp_path / "trials").glob("*/trial.json")]
+        assert reasons == ["out of memory"] * 3
 
 
 def test_another_error_is_no_failed_trial(ehr_config, tmp_path, monkeypatch):
@@ -308,8 +321,8 @@ def test_the_measured_number_of_lanes_is_the_faster_one(ehr_config):
 def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path):
     ehr_config.num_epochs = 1
     sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1, lanes=1)
-    with pytest.raises(UserError, match=r"holds another sweep \(--trials is"):
-        sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=2)
+    with pytest.raises(UserError, match=r"holds another sweep \(trial 0 is .* there and"):
+        sweep(ehr_config, tmp_path / "sweep", ["lr:loguniform(1e-3,1e-1)"], num_trials=1)
     ehr_config.batch_size = 16
     with pytest.raises(UserError, match=r"holds another sweep \(config\.batch_size is 32 there and 16 here\)"):
         sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1)
@@ -320,4 +333,13 @@ def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path):
 def test_a_trial_that_cannot_run_is_refused_before_any_is_trained(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"trial \d \(method uni_crx\): config\.method is 'uni_crx'.*Did you mean"):
         sweep(tiny_config, tmp_path, ["method:choice(medfuse,uni_crx)"], num_trials=2)
+    assert not any(tmp_path.iterdir())
+
+
+def test_ways_of_augmenting_are_refused_where_films_are_encoded_once(tiny_config, tmp_path):
+    tiny_config.method = "early"
+    tiny_config.pretrain.ehr = {"method": "uni_ehr"}
+    tiny_config.pretrain.cxr = {"method": "uni_cxr", "task": "radiology"}
+    with pytest.raises(UserError, match=r"trial 0 \(film\.rotation_deg .*\): film\.rotation_deg changes nothing"):
+        sweep(tiny_config, tmp_path, ["film.rotation_deg:uniform(0,45)"])
     assert not any(tmp_path.iterdir())
