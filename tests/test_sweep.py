@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from medfuse_jax import checkpoints, experiment, optim, parallel, train
+from medfuse_jax import checkpoints, experiment, optim, parallel, records, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
@@ -318,11 +318,14 @@ def test_the_measured_number_of_lanes_is_the_faster_one(ehr_config):
     assert set(times_s) == {1, 3} and all(0 < step_s < 60 for step_s in times_s.values())
 
 
-def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path):
+def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path, monkeypatch):
     ehr_config.num_epochs = 1
     sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1, lanes=1)
     with pytest.raises(UserError, match=r"holds another sweep \(trial 0 is .* there and"):
         sweep(ehr_config, tmp_path / "sweep", ["lr:loguniform(1e-3,1e-1)"], num_trials=1)
+    with monkeypatch.context() as rebuilt, pytest.raises(UserError, match="is no longer the build that the sweep in"):
+        rebuilt.setattr(records, "digest", lambda *args: "of other shards")
+        sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1)
     ehr_config.batch_size = 16
     with pytest.raises(UserError, match=r"holds another sweep \(config\.batch_size is 32 there and 16 here\)"):
         sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1)
