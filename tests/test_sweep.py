@@ -142,11 +142,14 @@ def test_the_sweep_chooses_by_validation_and_tests_once(ehr_config, tmp_path):
 def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
     ehr_config.num_epochs = 1
     (first,) = sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
-    trained = (results.trial_dir(tmp_path, 0) / "metrics.jsonl").stat().st_mtime_ns
-    rows = sweep(ehr_config, tmp_path, _RATES, num_trials=2, lanes=1)
-    assert {row["trial"] for row in rows} == {"0", "1"} and [row["chosen"] for row in rows] == ["yes", ""]
-    assert {**next(row for row in rows if row["trial"] == "0"), "chosen": "yes"} == first
-    assert (results.trial_dir(tmp_path, 0) / "metrics.jsonl").stat().st_mtime_ns == trained
+    folder = results.trial_dir(tmp_path, 0)
+    trained = (folder / "metrics.jsonl").stat().st_mtime_ns
+    record = json.loads((folder / "trial.json").read_text())
+    (folder / "trial.json").write_text(json.dumps(record | {"val_auroc": 0.01}))  # so that another is chosen
+    other, again = sweep(ehr_config, tmp_path, _RATES, num_trials=2, lanes=1)
+    assert (other["trial"], other["chosen"]) == ("1", "yes") and (again["trial"], again["lr"]) == ("0", first["lr"])
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == trained
+    assert "scored for this trial and, chosen of fewer before, trial 0, is" in (tmp_path / "sweep.html").read_text()
     with pytest.raises(UserError, match=r"holds another sweep \(--trials is 2 there and 1 here\)"):
         sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
 

@@ -56,6 +56,7 @@ def test_no_two_trials_are_the_same():
             (f"{field}:choice({values})", f"--search: {field} is not tried, all trials of a sweep share it")
             for field, values in {
                 "data.dir": "a,b",
+                "data.drop_film": "0.1,0.5",
                 "data.val_stays": "partial,paired",
                 "encoders": "pretrained,random",
                 "eval.batch_size": "16,64",

@@ -23,7 +23,7 @@ from medfuse_jax.errors import UserError, check_choice
 ALIASES = {"lr": "learning_rate", "dropout": "model.dropout", "ehr_only_ratio": "data.ehr_only_ratio"}
 # Hayat et al. 2022, 4.4: 10 learning rates, log-uniform in [1e-5, 1e-3].
 PAPER_SEARCH = "lr:loguniform(1e-5,1e-3)"
-# The same for all trials: what they start from, which stays they are ranked on, and what changes no number.
+# The same for all trials: what they start from, what they are ranked on, and what changes no number.
 _NOT_SEARCHED = (
     "name",
     "task",
@@ -31,6 +31,7 @@ _NOT_SEARCHED = (
     "init.",
     "pretrain.",
     "data.dir",
+    "data.drop_",
     "data.order_seed",
     "data.synthetic",
     "data.val_stays",
