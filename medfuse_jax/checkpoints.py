@@ -70,16 +70,25 @@ def restore_best(workdir: Path, state):
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: {workdir} holds no trained model; run medfuse_jax.main first")
     with contextlib.closing(open_manager(workdir)) as manager:
-        with _damage_named(folder):
-            step = manager.best_step()
-        if step is None:
+        found = best(manager, state)
+        if found is None:
             raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main with --workdir={workdir} first")
-        with _damage_named(folder):
-            latest = manager.restore(manager.latest_step(), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        restored, progress = _restore(manager, step, state)
-        if (best := latest["progress"]["best_epoch"]) and progress.epoch != best:
-            raise UserError(f"{folder} no longer holds the best, of epoch {best}: put it back, or train anew")
-        return restored
+        return found[0]
+
+
+def best(manager: ocp.CheckpointManager, state) -> tuple[object, optim.Progress] | None:
+    """The (state, progress) of the best validation AUROC, laid out as `state`, or None where nothing is saved."""
+    folder = manager.directory
+    with _damage_named(folder):
+        step = manager.best_step()
+    if step is None:
+        return None
+    with _damage_named(folder):
+        latest = manager.restore(manager.latest_step(), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+    restored, progress = _restore(manager, step, state)
+    if (epoch := latest["progress"]["best_epoch"]) and progress.epoch != epoch:
+        raise UserError(f"{folder} no longer holds the best, of epoch {epoch}: put it back, or train anew")
+    return restored, progress
 
 
 def imported(workdir: Path) -> dict:

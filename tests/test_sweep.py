@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from medfuse_jax import checkpoints, experiment, optim, parallel, train
+from medfuse_jax import checkpoints, experiment, optim, parallel, records, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
@@ -139,6 +139,21 @@ def test_the_sweep_chooses_by_validation_and_tests_once(ehr_config, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in written} == written, "a finished sweep trains and tests nothing"
 
 
+def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
+    ehr_config.num_epochs = 1
+    (first,) = sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    folder = results.trial_dir(tmp_path, 0)
+    trained = (folder / "metrics.jsonl").stat().st_mtime_ns
+    record = json.loads((folder / "trial.json").read_text())
+    (folder / "trial.json").write_text(json.dumps(record | {"val_auroc": 0.01}))  # so that another is chosen
+    other, again = sweep(ehr_config, tmp_path, _RATES, num_trials=2, lanes=1)
+    assert (other["trial"], other["chosen"]) == ("1", "yes") and (again["trial"], again["lr"]) == ("0", first["lr"])
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == trained
+    assert "scored for this trial and, chosen of fewer before, trial 0, is" in (tmp_path / "sweep.html").read_text()
+    with pytest.raises(UserError, match=r"holds another sweep \(--trials is 2 there and 1 here\)"):
+        sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+
+
 def test_two_sweeps_do_not_share_a_folder(ehr_config, tmp_path):
     with workdir_lib.locked(tmp_path), pytest.raises(UserError, match="another process is at work in"):
         sweep(ehr_config, tmp_path, _RATES)
@@ -240,7 +255,8 @@ def test_where_memory_is_short_fewer_trials_run_at_once(ehr_config, tmp_path, mo
     else:
         with pytest.raises(UserError, match=r"no trial of .* finished"):
             sweep(ehr_config, tmp_path, _RATES, num_trials=3, lanes=1)
-        assert {results.record(tmp_path, i)["reason"] for i in range(3)} == {"out of memory"}
+        reasons = [json.loads(path.read_text())["reason"] for path in (tmp_path / "trials").glob("*/trial.json")]
+        assert reasons == ["out of memory"] * 3
 
 
 def test_another_error_is_no_failed_trial(ehr_config, tmp_path, monkeypatch):
@@ -305,11 +321,14 @@ def test_the_measured_number_of_lanes_is_the_faster_one(ehr_config):
     assert set(times_s) == {1, 3} and all(0 < step_s < 60 for step_s in times_s.values())
 
 
-def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path):
+def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path, monkeypatch):
     ehr_config.num_epochs = 1
     sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1, lanes=1)
-    with pytest.raises(UserError, match=r"holds another sweep \(--trials is"):
-        sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=2)
+    with pytest.raises(UserError, match=r"holds another sweep \(trial 0 is .* there and"):
+        sweep(ehr_config, tmp_path / "sweep", ["lr:loguniform(1e-3,1e-1)"], num_trials=1)
+    with monkeypatch.context() as rebuilt, pytest.raises(UserError, match="is no longer the build that the sweep in"):
+        rebuilt.setattr(records, "digest", lambda *args: "of other shards")
+        sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1)
     ehr_config.batch_size = 16
     with pytest.raises(UserError, match=r"holds another sweep \(config\.batch_size is 32 there and 16 here\)"):
         sweep(ehr_config, tmp_path / "sweep", _RATES, num_trials=1)
@@ -320,4 +339,13 @@ def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path):
 def test_a_trial_that_cannot_run_is_refused_before_any_is_trained(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"trial \d \(method uni_crx\): config\.method is 'uni_crx'.*Did you mean"):
         sweep(tiny_config, tmp_path, ["method:choice(medfuse,uni_crx)"], num_trials=2)
+    assert not any(tmp_path.iterdir())
+
+
+def test_ways_of_augmenting_are_refused_where_films_are_encoded_once(tiny_config, tmp_path):
+    tiny_config.method = "early"
+    tiny_config.pretrain.ehr = {"method": "uni_ehr"}
+    tiny_config.pretrain.cxr = {"method": "uni_cxr", "task": "radiology"}
+    with pytest.raises(UserError, match=r"trial 0 \(film\.rotation_deg .*\): film\.rotation_deg changes nothing"):
+        sweep(tiny_config, tmp_path, ["film.rotation_deg:uniform(0,45)"])
     assert not any(tmp_path.iterdir())

@@ -52,7 +52,19 @@ def test_no_two_trials_are_the_same():
         ("lr:lognormal(1,2)", "Did you mean 'loguniform'?"),
         ("learning_rat:uniform(0,1)", "Did you mean 'learning_rate'?"),
         ("droput:uniform(0,1)", "Did you mean 'dropout'?"),
-        ("data.dir:choice(a,b)", "the parameter is 'data.dir'"),
+        *(
+            (f"{field}:choice({values})", f"--search: {field} is not tried, all trials of a sweep share it")
+            for field, values in {
+                "data.dir": "a,b",
+                "data.drop_film": "0.1,0.5",
+                "data.val_stays": "partial,paired",
+                "encoders": "pretrained,random",
+                "eval.batch_size": "16,64",
+                "placement": "stream,device",
+                "profile_steps": "1:2,3:4",
+            }.items()
+        ),
+        ("seed:int(0,99999999999999999999)", "the bounds of an int must lie between -2**63 and 2**63"),
         ("lr:loguniform(1e-3,1e-5)", "the range is upside down or empty (0.001 to 1e-05)"),
         ("lr:uniform(1,1)", "upside down or empty"),
         ("lr:loguniform(0,1)", "starts above 0"),
@@ -70,6 +82,11 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(spec, said):
     with pytest.raises(UserError, match=re.escape(said)) as refused:
         search.parse([spec], config_lib.default())
     assert "\n" not in str(refused.value)
+
+
+def test_the_widest_range_of_an_int_is_drawn_from():
+    (trial,) = _draw(f"seed:int({-(2**63 - 1)},{2**63 - 1})", num_trials=1)
+    assert abs(trial.values["seed"]) > 2**40
 
 
 def test_a_parameter_named_twice_is_refused():
@@ -108,6 +125,10 @@ def test_a_config_lists_its_own_trials(tmp_path):
         ("def sweep(add):\n    add(learning_rat=1)", "Did you mean 'learning_rate'?"),
         ("def sweep(add):\n    pass", "adds no trial"),
         ("def sweep():\n    pass", "must take one argument"),
+        ("sweep = 3", "must take one argument"),
+        ("def sweep(add):\n    add(1e-3)", "calls add(0.001): name the parameter, as add(lr=1e-4)"),
+        ("def sweep(add):\n    add(lr=1e-3, learning_rate=1e-4)", "gives one trial learning_rate twice"),
+        ("def sweep(add):\n    add(encoders='random')", "the config's sweep(add): encoders is not tried"),
     ],
 )
 def test_a_list_that_cannot_be_tried_is_refused(tmp_path, body, said):

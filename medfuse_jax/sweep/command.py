@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -53,25 +53,28 @@ def run(
         raise UserError("several processes need --config.data.dir: a folder that all of them see")
     if config.data.order_seed < 0:  # a trial's own seed leaves the order of the data alone
         config.data.order_seed = config.seed
-    for trial in search_plan.drawn:
-        _check(trial, config)
     compile_s = _count_compilation()
-    encoders, stages = starts.find(experiment.open_experiment(config), workdir)
+    base = experiment.open_experiment(config)
+    encoders, stages = starts.find(base, workdir)
+    check = functools.partial(_check, config=config, encoders=encoders | stages)
+    for trial in search_plan.drawn:
+        check(trial)
+    claim = functools.partial(results.claim, workdir, config, base.dataset.digest, search_plan.identity, is_first)
     with workdir_lib.locked(workdir) if is_first else contextlib.nullcontext():
         if is_first:
-            results.claim(workdir, config, search_plan.identity)
+            claim()
             train.pretrain(stages)
             results.write_whole(workdir / "started.json", "{}\n")
         else:
             pods.wait_for(lambda: [(workdir / "started.json").exists()], "the first process to pre-train the encoders")
-            results.claim(workdir, config, search_plan.identity)
+            claim()
         encoders |= stages
         shared = _with_encoders(config, encoders)
         costs = run_lib.Costs()
         startup_s = time.perf_counter() - started_s - compile_s[0]
         sweep = run_lib.Sweep(shared, workdir, encoders, lanes)
         trials, trained = [], 0
-        for drawn in search_plan.rounds:
+        for drawn in search_plan.rounds(check):
             for group in run_lib.groups(sweep, drawn):
                 part = pods.mine(group, process, num_processes)
                 run_lib.train_group(sweep, part, costs)
@@ -87,16 +90,19 @@ def run(
 
 
 def _are_recorded(workdir: Path, trials: list[search.Trial]) -> list[bool]:
-    return [results.record(workdir, trial.number) is not None for trial in trials]
+    return [results.record(workdir, trial) is not None for trial in trials]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is tried. identity: all that decides it; drawn: what is checked first; rounds: the trials as they come."""
+    """What is tried. identity: all that decides it; drawn: what is checked first; rounds: the trials as they come.
+
+    rounds takes the check of a trial, for those that are drawn on the way.
+    """
 
     identity: dict
     drawn: list[search.Trial]
-    rounds: Iterable[list[search.Trial]]
+    rounds: Callable[[Callable[[search.Trial], None]], Iterable[list[search.Trial]]]
 
 
 def _plan(
@@ -124,19 +130,27 @@ def _plan(
         parameters = search.parse(specs, config)
         trials = search.draw(parameters, _DEFAULT_TRIALS if num_trials is None else num_trials, seed)
     if algorithm == "random":
-        return _Plan({"trials": [trial.values for trial in trials]}, trials, [trials])
+        identity = {"algorithm": algorithm, "trials": [trial.values for trial in trials]}
+        return _Plan(identity, trials, lambda check: [trials])
     adaptive.check_installed()
-    per_round = per_round or max(_DEFAULT_ROUND, len(jax.devices()))
+    if not per_round:  # a sweep that goes on keeps its own, however many devices there are now
+        there = results.claimed(workdir) or {"search": {}}
+        per_round = there["search"].get("round") or max(_DEFAULT_ROUND, len(jax.devices()))
     identity = {"algorithm": algorithm, "search": specs, "trials": len(trials), "round": per_round, "seed": seed}
-    return _Plan(identity, trials, adaptive.rounds(workdir, parameters, trials, per_round, seed, is_first))
+    return _Plan(
+        identity,
+        trials,
+        lambda check: adaptive.rounds(workdir, parameters, trials, per_round, seed, is_first, check),
+    )
 
 
-def _check(trial: search.Trial, config: ConfigDict) -> None:
+def _check(trial: search.Trial, config: ConfigDict, encoders: dict) -> None:
     """What is wrong with a trial is said before any is trained."""
     try:
         trial_config = trial.config(config)
         config_lib.validate(trial_config)
         experiment.open_experiment(trial_config)
+        heads.check_values(trial.values, trial_config, encoders)
     except (UserError, TypeError) as error:
         raise UserError(f"trial {trial.number} ({trial.describe()}): {error}") from None
 
@@ -165,7 +179,7 @@ def _count_compilation() -> list[float]:
 def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
     """The table, the choice and its test result."""
     workdir = sweep.workdir
-    records = [results.record(workdir, trial.number) for trial in trials]
+    records = [results.record(workdir, trial) for trial in trials]
     print(results.write_table(workdir, records))
     chosen = results.choose(records)
     if chosen is None:
@@ -177,6 +191,7 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
         chosen_config = config_lib.load(folder / "config.json")
         if (folder / "state.npz").exists():
             heads.export(chosen_config, folder, sweep.encoders)
-        evaluate.evaluate(folder)  # the test split, once, for the chosen trial alone
+        result = evaluate.evaluate(folder)  # the test split, once, for the chosen trial alone
+        assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
     path = page.write(workdir, sweep.config.to_dict(), records)
     print(f"chosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")

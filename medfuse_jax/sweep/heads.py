@@ -9,6 +9,7 @@ off, and `medfuse_jax.main` with such a config gives the same numbers.
 import contextlib
 import dataclasses
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from medfuse_jax import checkpoints, parallel, starts
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
+from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import keep
 
 _ENCODERS = ("ehr_encoder", "cxr_encoder")
@@ -78,6 +80,15 @@ def can_cache(config: ConfigDict, encoders: dict) -> bool:
     is_frozen = config.method == "early" or (config.model.freeze_encoders and config.method != "unified")
     # With an odd margin the centre crop of training lies half a pixel beside evaluation's.
     return is_frozen and set(encoders) == {"ehr", "cxr"} and (config.film.resize_px - config.film.crop_px) % 2 == 0
+
+
+def check_values(values: dict, config: ConfigDict, encoders: dict) -> None:
+    """Raises UserError where a trial tries a way of augmenting films, and its films are encoded once as they are."""
+    tried = sorted(values.keys() & _NO_AUGMENTATION.keys())
+    if tried and can_cache(config, encoders):
+        raise UserError(
+            f"{tried[0]} changes nothing where frozen encoders run once over films that are not augmented: leave it out"
+        )
 
 
 def without_augmentation(config: ConfigDict) -> ConfigDict:
@@ -155,9 +166,10 @@ def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
         state = _with_encoders(head, starts.begin(run.fresh_state(), encoders))
     else:
         state, progress = keeper.best(run.abstract_state())
+    # The file is what the trial came to: checkpoints are of a start before it, as one process.
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
-        if manager.latest_step() is None:
-            checkpoints.save(manager, state, progress, is_best=True)
+        checkpoints.save(manager, state, progress, is_best=True)
 
 
 def _with_encoders(head: step_lib.TrainState, whole: step_lib.TrainState) -> step_lib.TrainState:

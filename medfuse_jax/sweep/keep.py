@@ -4,6 +4,7 @@ One file for a head, which is small, and where there are several processes: orba
 them holds alone.
 """
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -35,14 +36,17 @@ class WholeKeeper:
 
 
 class FileKeeper:
-    """state.npz: a trial's latest and best state, and its progress at both. It appears whole."""
+    """state.npz: a trial's latest and best state, and its progress at both. It appears whole.
 
-    def __init__(self, workdir: Path):
-        self._path = workdir / "state.npz"
+    A whole model that was begun with checkpoints goes on from them.
+    """
+
+    def __init__(self, workdir: Path, is_head: bool = False):
+        self._workdir, self._path, self._is_head = workdir, workdir / "state.npz", is_head
         self._best = {}
 
     def latest(self, abstract) -> tuple | None:
-        return self._read("latest", abstract)
+        return self._read("latest", abstract) or self._from_checkpoints(abstract)
 
     def best(self, abstract) -> tuple | None:
         return self._read("best", abstract)
@@ -65,19 +69,38 @@ class FileKeeper:
             with np.load(self._path) as stored:
                 self._best = {name: stored[name] for name in stored.files if name.startswith("best/")}
                 leaves = {name.removeprefix(which): stored[name] for name in stored.files if name.startswith(which)}
+            progress = optim.Progress(**json.loads(str(leaves.pop("/progress"))))
+            state = jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf(leaves, path, leaf), abstract)
         except FileNotFoundError:
             return None
-        except files.DAMAGED_NPZ as error:
-            raise UserError(f"{self._path} cannot be read ({error}): delete it, and the trial starts anew") from None
-        progress = optim.Progress(**json.loads(str(leaves.pop("/progress"))))
-        state = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], abstract)
+        except (*files.DAMAGED_NPZ, TypeError) as error:
+            raise UserError(
+                f"{self._path} cannot be read ({error}): delete it and trial.json beside it, and the trial starts anew"
+            ) from None
         return state, progress
+
+    def _from_checkpoints(self, abstract) -> tuple | None:
+        """Where the trial's checkpoints are; a head's are what came of it, its encoders among them."""
+        if self._is_head or not (self._workdir / "checkpoints").is_dir():
+            return None
+        with contextlib.closing(checkpoints.open_manager(self._workdir)) as manager:
+            found = checkpoints.best(manager, abstract)
+            if found is not None:
+                self._best = _to_arrays("best", *found)
+            return checkpoints.restore_latest(manager, abstract)
 
 
 def new_keeper(workdir: Path, is_head: bool) -> WholeKeeper | FileKeeper:
     """What a trial is kept by; one that began in a file stays in it."""
     in_a_file = is_head or jax.process_count() > 1 or (workdir / "state.npz").exists()
-    return FileKeeper(workdir) if in_a_file else WholeKeeper(workdir)
+    return FileKeeper(workdir, is_head) if in_a_file else WholeKeeper(workdir)
+
+
+def _leaf(leaves: dict[str, np.ndarray], path, wanted) -> np.ndarray:
+    stored = leaves.get(_name(path))
+    if stored is None or stored.shape != wanted.shape:
+        raise ValueError(f"{_name(path)} is {'missing' if stored is None else f'of shape {stored.shape}'}")
+    return stored
 
 
 def _to_arrays(which: str, state, progress: optim.Progress) -> dict[str, np.ndarray]:

@@ -62,13 +62,20 @@ def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
         if test:
             scores = workdirs.section(workdirs.section(test, "subsets"), "all")
             low, high = workdirs.pair(scores.get("auroc_macro_ci"))
+            # Of a sweep that has gone on with more trials since.
+            before = ", ".join(str(r["trial"]) for r in records if r is not chosen and _is_scored(workdir, r["trial"]))
+            scored = f"this trial and, chosen of fewer before, trial {before}" if before else "this trial only"
             text += (
-                f" Its AUROC on the test stays, scored for this trial only, is {number(scores.get('auroc_macro'))} "
+                f" Its AUROC on the test stays, scored for {scored}, is {number(scores.get('auroc_macro'))} "
                 f"(95 % bounds {number(low)} to {number(high)})."
             )
     else:
         text += "None has a validation AUROC."
     return f'<p class="lead">{escape(text)}</p>'
+
+
+def _is_scored(workdir: Path, number: int) -> bool:
+    return (results.trial_dir(workdir, number) / "result.json").exists()
 
 
 def _notice(workdir: Path, record: dict) -> str:

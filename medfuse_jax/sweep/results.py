@@ -24,15 +24,37 @@ def trial_dir(workdir: Path, number: int) -> Path:
     return workdir / "trials" / f"{number:03d}"
 
 
-def record(workdir: Path, number: int) -> dict | None:
+def record(workdir: Path, trial: Trial) -> dict | None:
     """How a trial ended: 'status', 'reason', 'val_auroc', 'best_epoch', 'epochs'; None while it has not."""
+    path = trial_dir(workdir, trial.number) / "trial.json"
     try:
-        return json.loads((trial_dir(workdir, number) / "trial.json").read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        path = trial_dir(workdir, number) / "trial.json"
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete it, and the trial goes on") from None
+    if problem := _problem_of(content, trial):
+        raise UserError(f"{path} was edited or is another trial's ({problem}): delete it, and the trial goes on")
+    return content
+
+
+def _problem_of(content, trial: Trial) -> str:
+    """What keeps a file's content from being the trial's record, '' where nothing does."""
+    if not isinstance(content, dict) or content.get("status") not in (FINISHED, FAILED):
+        return "it does not say how the trial ended"
+    wanted = {"trial": trial.number, "values": _as_json(trial.values)}
+    for field, value in wanted.items():
+        if content.get(field) != value:
+            return f"{field} {content.get(field)}, not {value}"
+    reached = {name: content[name] for name in ("val_auroc", "best_epoch", "epochs") if name in content}
+    is_whole = isinstance(content.get("reason"), str) and (len(reached) == 3 or content["status"] == FAILED)
+    if not is_whole or any(type(n) not in (int, float, type(None)) for n in reached.values()):
+        return "it does not say what the trial reached"
+    return ""
+
+
+def _as_json(value):
+    return json.loads(json.dumps(value))
 
 
 def write_record(workdir: Path, trial: Trial, status: str, reason: str = "", **reached) -> None:
@@ -49,26 +71,66 @@ def write_whole(path: Path, text: str) -> None:
         files.write_text(path, text)
 
 
-def claim(workdir: Path, config: ConfigDict, search: dict) -> None:
-    """Makes the folder this sweep's, or refuses one that is another's. search: all that decides the trials."""
-    path = workdir / "sweep.json"
-    mine = {"search": search, "config": config_lib.flat(config)}
-    if not path.exists():
+def claim(workdir: Path, config: ConfigDict, digest: str, search: dict, writes: bool = True) -> None:
+    """Makes the folder this sweep's, or refuses one that is another's: of another search, config or shards.
+
+    search: all that decides the trials, by flag; a list of 'trials' that begins with those there goes on with more.
+    digest: of the shards. writes: whether this process writes sweep.json; the others only compare.
+    """
+    there = claimed(workdir)
+    if there is None:
         if (workdir / "config.json").exists():
             raise UserError(f"{workdir} holds a run, not a sweep: choose another --workdir")
-        write_whole(path, json.dumps(mine, indent=1, sort_keys=True) + "\n")
-        return
+        if left := [name for name in ("trials", "rounds") if any((workdir / name).glob("*"))]:
+            raise UserError(f"{workdir} holds {left[0]}/ and no sweep.json to say whose: choose another --workdir")
+    else:
+        different = _different_search(there["search"], _as_json(search))
+        different = different or config_lib.difference(ConfigDict(there["config"]), config)
+        if different:
+            raise UserError(f"{workdir} holds another sweep ({different}): choose another --workdir")
+        if there["data"] != digest:
+            raise UserError(
+                f"{config.data.dir}/{config.task} is no longer the build that the sweep in {workdir} was begun on: "
+                "put the shards back, or choose another --workdir"
+            )
+    mine = {"search": search, "config": config.copy_and_resolve_references().to_dict(), "data": digest}
+    if writes and (there is None or there["search"] != _as_json(search)):
+        write_whole(workdir / "sweep.json", json.dumps(mine, indent=1, sort_keys=True) + "\n")
+
+
+def claimed(workdir: Path) -> dict | None:
+    """What `claim` wrote: 'search', 'config', 'data'; None where the folder is no sweep's yet."""
+    path = workdir / "sweep.json"
     try:
-        there = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): choose another --workdir") from None
-    for part in mine:
-        for field in sorted(mine[part].keys() | there.get(part, {}).keys()):
-            theirs, ours = there.get(part, {}).get(field), mine[part].get(field)
-            if theirs != json.loads(json.dumps(ours)):
-                name = f"--{field}" if part == "search" else f"config.{field}"
-                difference = f"{name} is {theirs} there and {ours} here"
-                raise UserError(f"{workdir} holds another sweep ({difference}): choose another --workdir")
+        content = json.loads(path.read_text())
+        kinds = {"search": dict, "config": dict, "data": str}
+        if not isinstance(content, dict) or any(not isinstance(content.get(k), kinds[k]) for k in kinds):
+            raise ValueError("it does not hold a search, a config and the data's digest")
+        per_round = content["search"].get("round", 1)
+        if type(per_round) is not int or per_round < 1:
+            raise ValueError(f"its round is {per_round!r}")
+        ConfigDict(content["config"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read or is of another version ({error}): choose another --workdir") from None
+    return content
+
+
+def _different_search(theirs: dict, ours: dict) -> str:
+    """The first flag in which two searches differ, '' where none does or ours only has more trials."""
+    for field in sorted((theirs.keys() | ours.keys()) - {"trials"}):
+        if theirs.get(field) != ours.get(field):
+            return f"--{field} is {theirs.get(field)} there and {ours.get(field)} here"
+    there, here = theirs.get("trials"), ours["trials"]
+    if isinstance(there, list) and isinstance(here, list):
+        for number, (one, other) in enumerate(zip(there, here)):
+            if one != other:
+                return f"trial {number} is {one} there and {other} here"
+        if len(there) <= len(here):
+            return ""
+        there, here = len(there), len(here)
+    return f"--trials is {there} there and {here} here" if there != here else ""
 
 
 def choose(records: list[dict]) -> dict | None:

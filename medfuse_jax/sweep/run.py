@@ -137,7 +137,7 @@ def _program(sweep: Sweep, trial: Trial) -> Program:
 
 
 def _without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
-    return [trial for trial in trials if not results.record(sweep.workdir, trial.number)]
+    return [trial for trial in trials if not results.record(sweep.workdir, trial)]
 
 
 def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Costs) -> None:

@@ -23,10 +23,26 @@ from medfuse_jax.errors import UserError, check_choice
 ALIASES = {"lr": "learning_rate", "dropout": "model.dropout", "ehr_only_ratio": "data.ehr_only_ratio"}
 # Hayat et al. 2022, 4.4: 10 learning rates, log-uniform in [1e-5, 1e-3].
 PAPER_SEARCH = "lr:loguniform(1e-5,1e-3)"
-# These make another experiment, not another trial of one.
-_NOT_SEARCHED = ("name", "task", "parallel", "data.dir", "data.order_seed", "init.", "pretrain.", "data.synthetic")
+# The same for all trials: what they start from, what they are ranked on, and what changes no number.
+_NOT_SEARCHED = (
+    "name",
+    "task",
+    "encoders",
+    "init.",
+    "pretrain.",
+    "data.dir",
+    "data.drop_",
+    "data.order_seed",
+    "data.synthetic",
+    "data.val_stays",
+    "eval.",
+    "parallel",
+    "placement",
+    "profile_steps",
+)
 _KINDS = ("loguniform", "uniform", "int", "choice")
 _REDRAWS = 1000
+_MOST = 2**63 - 1  # of an int, either way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +71,13 @@ class Parameter:
             return value
         low, high = self.values
         return min(max(float(f"{value:.5g}"), low), high)
+
+    def can_draw(self, value) -> bool:
+        """Whether a value that was read from a file is one of this parameter's."""
+        if self.kind == "choice":
+            return any(type(value) is type(one) and value == one for one in self.values)
+        low, high = self.values
+        return type(value) is (int if self.kind == "int" else float) and low <= value <= high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +130,8 @@ def _parse_one(spec: str, config: ConfigDict) -> Parameter:
         raise UserError(f"--search={spec}: {field} is {example!r}; {kind} does not draw such a value")
     if low >= high:
         raise UserError(f"--search={spec}: the range is upside down or empty ({low} to {high}); give low, then high")
+    if kind == "int" and not -_MOST <= low < high <= _MOST:
+        raise UserError(f"--search={spec}: the bounds of an int must lie between -2**63 and 2**63")
     if kind == "loguniform" and low <= 0:
         raise UserError(f"--search={spec}: a log-uniform range starts above 0, not at {low}")
     return Parameter(field, kind, (low, high))
@@ -115,7 +140,10 @@ def _parse_one(spec: str, config: ConfigDict) -> Parameter:
 def find_field(name: str, config: ConfigDict, where: str) -> str:
     """The config field that a parameter's name or alias means; UserError with the nearest name else."""
     field = ALIASES.get(name, name)
-    searchable = [f for f in config_lib.flat(config) if not f.startswith(_NOT_SEARCHED)]
+    fields = config_lib.flat(config)
+    searchable = [f for f in fields if not f.startswith(_NOT_SEARCHED)]
+    if field in fields and field not in searchable:
+        raise UserError(f"{where}: {field} is not tried, all trials of a sweep share it: give --config.{field}")
     if field not in searchable:
         check_choice(f"{where}: the parameter", name, [*ALIASES, *searchable])
     return field
@@ -167,12 +195,19 @@ def collect(sweep: Callable, config: ConfigDict, num_trials: int | None) -> list
 
     num_trials: only the first so many, or all.
     """
-    if len(inspect.signature(sweep).parameters) != 1:
+    if not callable(sweep) or len(inspect.signature(sweep).parameters) != 1:
         raise UserError("the config's sweep must take one argument: def sweep(add): add(lr=1e-4)")
     trials = []
 
-    def add(**values):
-        fields = {find_field(name, config, "the config's sweep(add)"): value for name, value in values.items()}
+    def add(*unnamed, **values):
+        if unnamed:
+            raise UserError(f"the config's sweep(add) calls add({unnamed[0]!r}): name the parameter, as add(lr=1e-4)")
+        fields = {}
+        for name, value in values.items():
+            field = find_field(name, config, "the config's sweep(add)")
+            if field in fields:
+                raise UserError(f"the config's sweep(add) gives one trial {field} twice ({short_name(field)}, {field})")
+            fields[field] = value
         trials.append(Trial(len(trials), fields))
 
     sweep(add)

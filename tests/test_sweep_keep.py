@@ -1,0 +1,94 @@
+"""How trials are kept: what a trial was begun with it goes on with, and a damaged file is named with what to do."""
+
+import json
+
+import numpy as np
+import pytest
+from test_sweep import sweep
+
+from medfuse_jax.errors import UserError
+from medfuse_jax.sweep import keep, results
+
+_RATES = ["lr:loguniform(1e-3,1e-2)"]
+
+
+@pytest.fixture
+def ehr_config(tiny_config):
+    """Without films: compiled in a second."""
+    tiny_config.method = "uni_ehr"
+    return tiny_config
+
+
+def test_a_sweep_begun_as_one_process_goes_on_as_several(ehr_config, tmp_path, monkeypatch):
+    """Several keep each trial in a file; stopped when one of two trials has saved its last epoch."""
+    whole = sweep(ehr_config, tmp_path / "whole", _RATES, num_trials=2, lanes=1)
+    save, saved = keep.WholeKeeper.save, []
+
+    def stop_at_the_third(keeper, *args):
+        save(keeper, *args)
+        saved.append(keeper)
+        if len(saved) == 3:
+            keeper.finish()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(keep.WholeKeeper, "save", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(ehr_config, tmp_path / "stopped", _RATES, num_trials=2, lanes=1)
+    monkeypatch.setattr(keep, "new_keeper", keep.FileKeeper)
+    save_file = keep.FileKeeper.save
+    monkeypatch.setattr(keep.FileKeeper, "save", lambda *args: (saved.append(args[0]), save_file(*args)))
+    assert sweep(ehr_config, tmp_path / "stopped", _RATES, num_trials=2, lanes=1) == whole
+    assert len(saved) == 4, "no epoch of the two trials is trained twice"
+    chosen = results.trial_dir(tmp_path / "stopped", int(whole[0]["trial"]))
+    assert json.loads((chosen / "result.json").read_text())["best_epoch"] == int(whole[0]["best_epoch"])
+
+
+def test_the_test_score_is_of_the_file_and_not_of_checkpoints_before_it(ehr_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, "new_keeper", keep.FileKeeper)
+    ehr_config.num_epochs = 1
+    sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    folder = results.trial_dir(tmp_path, 0)
+    stale = json.loads((folder / "result.json").read_text())
+    with np.load(folder / "state.npz") as stored:
+        entries = dict(stored)
+    entries["best/params.classifier.bias"] += 1
+    np.savez(folder / "state.npz", **entries)
+    (folder / "result.json").unlink()
+    sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    assert json.loads((folder / "result.json").read_text())["loss"] > stale["loss"] + 0.01
+
+
+def test_a_damaged_file_says_what_to_delete_and_the_trial_starts_anew(ehr_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, "new_keeper", keep.FileKeeper)
+    ehr_config.num_epochs = 1
+    whole = sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    folder = results.trial_dir(tmp_path, 0)
+    (folder / "result.json").unlink()
+    (folder / "state.npz").write_bytes((folder / "state.npz").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"state\.npz cannot be read .*: delete it and trial\.json beside it") as said:
+        sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    assert "\n" not in str(said.value)
+    for name in ("state.npz", "trial.json"):
+        (folder / name).unlink()
+    assert sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.pop("latest/progress"), "progress"),
+        (lambda d: d.pop("latest/params.w"), "/params.w is missing"),
+        (lambda d: d.update({"latest/params.w": np.zeros(4)}), r"/params.w is of shape \(4,\)"),
+        (lambda d: d.update({"latest/progress": np.array('{"epoch": 1, "more": 2}')}), "more"),
+    ],
+)
+def test_a_file_that_lacks_an_entry_is_one_line(tmp_path, change, said):
+    state = {"params": {"w": np.zeros(3)}}
+    keep.FileKeeper(tmp_path).save(state, keep.optim.Progress(learning_rate=0.1), True)
+    with np.load(tmp_path / "state.npz") as stored:
+        entries = dict(stored)
+    change(entries)
+    np.savez(tmp_path / "state.npz", **entries)
+    with pytest.raises(UserError, match=said) as refused:
+        keep.FileKeeper(tmp_path).latest(state)
+    assert "\n" not in str(refused.value) and "delete it and trial.json" in str(refused.value)
