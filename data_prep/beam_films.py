@@ -33,7 +33,7 @@ def decode_chunk(films: list, folder: str, root: str, film_shape: str) -> int:
     """Writes one chunk, for the owner alone; how many of its films could be read."""
     before = os.umask(0o077)
     try:
-        path, _ = cxr.write_chunk(Path(folder), Path(root), film_shape, [tuple(film) for film in films])
+        path = cxr.write_chunk(Path(folder), Path(root), film_shape, [tuple(film) for film in films])
     finally:
         os.umask(before)
     import numpy as np

@@ -43,6 +43,18 @@ def test_the_build_finds_what_the_step_decoded(root, tmp_path, monkeypatch):
     assert len(_built(root, tmp_path / "out")) == 6
 
 
+def test_a_build_of_fewer_films_uses_and_keeps_what_the_step_decoded(root, tmp_path, monkeypatch):
+    folder = tmp_path / "out/.stages/films"
+    folder.mkdir(parents=True)
+    for chunk in beam_films.chunk_list(root):
+        beam_films.decode_chunk(chunk, str(folder), str(root), "squash")
+    before = _cache(folder)
+    monkeypatch.setattr(cxr, "decode", lambda *a: pytest.fail("a film was decoded again"))
+    iv = write_mimic_iv(tmp_path / "iv", [stay(n) for n in range(3)], [chart(n, 3, 220045, "70") for n in range(3)])
+    build.build(iv, root, tmp_path / "out", tasks=["pheno"])
+    assert _cache(folder) == before
+
+
 def test_the_pipeline_gives_the_same_bytes(root, tmp_path):
     pytest.importorskip("apache_beam", reason="apache-beam is not installed: pip install '.[beam]'")
     options = ["--runner=DirectRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=2"]
