@@ -42,6 +42,12 @@ def gather(out: Path) -> dict:
         if manifest.get("facts_version") != FACTS_VERSION:
             left_out[name] = "it was built by another version; build it again to see it here"
             continue
+        try:
+            for split in tasks.SPLITS:
+                records.index(out, name, split)
+        except UserError:
+            left_out[name] = "its index is damaged; build it again to see it here"
+            continue
         manifests[name] = manifest
     audit = {"tasks": {}, "patients": {}, "not_audited": left_out}
     stays_of: dict[str, set[int]] = {}

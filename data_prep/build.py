@@ -13,23 +13,23 @@ may be deleted.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import polars as pl
 from absl import flags
 
 from data_prep import audit, cxr, describe, events, pipeline, profiles, progress, stages, steps, tables
 from data_prep import phenotypes as icd
 from data_prep.pipeline import Source
-from medfuse_jax import errors, records
+from medfuse_jax import errors, files, records
 from medfuse_jax.errors import UserError
 from medfuse_jax.tasks import CHANNELS, TASKS
 
 # The tasks of the paper; those with a label an hour are built when they are asked for.
 DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if not task.per_step)
+# A longer step would leave mortality's 48 h none; a shorter one would make millions of steps of a long stay.
+SHORTEST_STEP_H, LONGEST_STEP_H = 1 / 60, 48.0
 
 
 def build(
@@ -55,8 +55,8 @@ def build(
     """
     rules = profiles.rules(profile)
     names = _check_tasks(tasks, mimic_cxr)
-    if not (math.isfinite(timestep_h) and timestep_h > 0):
-        raise UserError(f"--timestep_h is {timestep_h}; it must be more than 0 hours")
+    if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # nan neither
+        raise UserError(f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours")
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1")
     options = {"profile": profile, "timestep_h": float(timestep_h), "seed": seed}
@@ -77,13 +77,29 @@ def build(
         )
     out = Path(out)
     with stages.private(out) as hidden:
-        fingerprint = source.fingerprint()
-        keys = {name: _task_key(name, source, fingerprint) for name in names}
+        fingerprint = source.fingerprint(hidden / "tables.json")
+        _say_versions(fingerprint, mimic_iv, mimic_cxr)
+        films = cxr.read_films(source.mimic_cxr) if mimic_cxr else None
+        inputs = {
+            name: {"key": _task_key(name, source, fingerprint, film_hash), "film_files": film_hash}
+            for name, film_hash in pipeline.film_hashes(source, films, names).items()
+        }
         _note_other_tasks(out, names, options)
-        todo = [name for name in names if not _is_done(out, name, keys[name], source)]
+        todo = {}
+        for name, known_by in inputs.items():
+            manifest = _read_manifest(out / name)
+            key_with_its_films = _task_key(name, source, fingerprint, manifest.get("film_files"))
+            if not _is_done(out, name, manifest, known_by["key"], key_with_its_films):
+                todo[name] = known_by
         if todo:
-            pipeline.make(out, hidden, source, fingerprint, val_ids, test_ids, {name: keys[name] for name in todo})
+            pipeline.make(out, hidden, source, fingerprint, films, val_ids, test_ids, todo)
         audit.write(out)
+
+
+def _say_versions(fingerprint: dict, mimic_iv, mimic_cxr) -> None:
+    progress.say(f"MIMIC-IV {fingerprint['mimic_iv']} in {mimic_iv}")
+    if mimic_cxr:
+        progress.say(f"MIMIC-CXR-JPG {fingerprint['mimic_cxr']} in {mimic_cxr}")
 
 
 def _check_tasks(names: Sequence[str], mimic_cxr) -> list[str]:
@@ -106,66 +122,97 @@ def _file_hash(path: str | Path | None) -> str | None:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _task_key(name: str, source: Source, fingerprint: dict) -> str:
+def _task_key(name: str, source: Source, fingerprint: dict, film_hash: str | None) -> str:
+    """A hash of all that a task's dataset is made from: tables, films, options, rules and the code's versions."""
     return stages.key(
         task=dataclasses.asdict(TASKS[name]),
         channels=CHANNELS,
         options=source.options,
         rules=dataclasses.asdict(source.rules),
-        source=fingerprint,
+        tables=[fingerprint["mimic_iv_files"], fingerprint.get("mimic_cxr_files")],
+        films=film_hash,
         versions=[records.FORMAT_VERSION, events.VERSION, pipeline.ARRAYS_VERSION, icd.VERSION, cxr.VERSION],
         facts=[steps.VERSION, describe.VERSION],
     )
 
 
 def _read_manifest(folder: Path) -> dict:
+    """What a dataset says of itself; {} where it says nothing that can be read."""
     try:
-        return json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
-def _is_done(out: Path, name: str, key: str, source: Source) -> bool:
-    manifest = _read_manifest(out / name)
-    if manifest.get("key") != key:
-        if manifest:
-            progress.say(f"{name}: {out / name} was built from other input or with other options and is made anew")
+def _is_done(out: Path, name: str, manifest: dict, key: str, key_with_its_films: str) -> bool:
+    """Whether a task's dataset is there, whole and of this input; says which, and why it is made anew.
+
+    key: what a dataset of this input has; key_with_its_films: with the films that the manifest saw.
+    """
+    folder = out / name
+    if not folder.exists():
         return False
-    if manifest["skipped_films"]:
-        paths = cxr.read_films(source.mimic_cxr)[0].filter(pl.col("dicom_id").is_in(list(manifest["skipped_films"])))
-        now = {
-            dicom_id: cxr.signature(source.cxr_root / path)
-            for dicom_id, path in paths.select("dicom_id", "path").iter_rows()
-        }
-        if now != manifest["skipped_films"]:
-            progress.say(f"{name}: films that could not be read have changed, so it is made anew")
-            return False
-    progress.say(f"{name}: {out / name} is there already")
-    return True
+    if manifest.get("key") == key:
+        why = damage(folder, manifest)
+    elif manifest.get("key") == key_with_its_films:
+        why = "was built when some films were others, missing or unreadable"
+    elif manifest:
+        why = "was built from other input or with other options"
+    else:
+        why = "has no manifest that can be read"
+    progress.say(f"{name}: {folder} {why} and is made anew" if why else f"{name}: {folder} is there already")
+    return not why
+
+
+def damage(folder: Path, manifest: dict) -> str:
+    """What is wrong with the files of a finished dataset, '' where nothing is.
+
+    Each must be there and as long as it was. Its content is compared too, but that of a shard, which may be of
+    gigabytes, only where something has written to it after the manifest, the last to be written.
+    """
+    sizes = manifest.get("file_bytes")
+    if not sizes:
+        return "has a manifest that lists no files"
+    finished_ns = (folder / "manifest.json").stat().st_mtime_ns
+    for name, sha256 in manifest["files"].items():
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            return f"lacks {name}"
+        if stat.st_size != sizes[name]:
+            return f"is damaged ({name} has {stat.st_size:,} bytes, not {sizes[name]:,})"
+        is_shard = ".array_record" in name
+        if (not is_shard or stat.st_mtime_ns > finished_ns) and files.sha256(folder / name) != sha256:
+            return f"is damaged ({name} has other content than its manifest says)"
+    return ""
 
 
 def _note_other_tasks(out: Path, names: list[str], options: dict) -> None:
     for name in TASKS:
         manifest = _read_manifest(out / name)
-        if name not in names and manifest and manifest.get("options") != options:
+        if name in names or not manifest:
+            continue
+        if manifest.get("options") != options:
             progress.say(f"warning: {out / name} was built with other options and is left as it is")
+        elif why := damage(out / name, manifest):
+            progress.say(f"warning: {out / name} {why}: build it again with --tasks={name}")
 
 
-def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; a function, because importing this module must not define any."""
-    text = flag_values
-    flags.DEFINE_string("mimic_iv", None, "The MIMIC-IV folder (holds icu/ and hosp/).", flag_values=text)
-    flags.DEFINE_string("mimic_cxr", None, "The MIMIC-CXR-JPG folder (holds files/).", flag_values=text)
-    flags.DEFINE_string("out", None, "Where the shards go.", flag_values=text)
-    flags.DEFINE_string("profile", "paper", "paper, released or strict: see --explain.", flag_values=text)
-    flags.DEFINE_float("timestep_h", 2.0, "Hours a step.", flag_values=text)
-    flags.DEFINE_list("tasks", list(DEFAULT_TASKS), f"Tasks to build, of {', '.join(TASKS)}.", flag_values=text)
-    flags.DEFINE_string("val_ids", None, "CSV of the validation patients.", flag_values=text)
-    flags.DEFINE_string("test_ids", None, "CSV of the test patients.", flag_values=text)
-    flags.DEFINE_string("phenotypes", None, "A phenotype table (YAML).", flag_values=text)
-    flags.DEFINE_integer("workers", None, "Threads that decode films; default: the cores.", flag_values=text)
-    flags.DEFINE_integer("seed", 0, "Of the split, where no lists are given.", flag_values=text)
-    flags.DEFINE_bool("explain", False, "Print the profile's rules and end.", flag_values=text)
+    flags.DEFINE_string("mimic_iv", None, "The MIMIC-IV folder (holds icu/ and hosp/).", flag_values=values)
+    flags.DEFINE_string("mimic_cxr", None, "The MIMIC-CXR-JPG folder (holds files/).", flag_values=values)
+    flags.DEFINE_string("out", None, "Where the shards go.", flag_values=values)
+    flags.DEFINE_string("profile", "paper", "paper, released or strict: see --explain.", flag_values=values)
+    flags.DEFINE_float("timestep_h", 2.0, "Hours a step, 1/60 to 48.", flag_values=values)
+    flags.DEFINE_list("tasks", list(DEFAULT_TASKS), f"Tasks to build, of {', '.join(TASKS)}.", flag_values=values)
+    flags.DEFINE_string("val_ids", None, "CSV of the validation patients.", flag_values=values)
+    flags.DEFINE_string("test_ids", None, "CSV of the test patients.", flag_values=values)
+    flags.DEFINE_string("phenotypes", None, "A phenotype table (YAML).", flag_values=values)
+    flags.DEFINE_integer("workers", None, "Threads that decode films; default: the cores.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the split, where no lists are given.", flag_values=values)
+    flags.DEFINE_bool("explain", False, "Print the profile's rules and end.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:

@@ -139,7 +139,7 @@ def read_id_list(path: str | Path) -> set[int]:
         cells = [cell.strip() for cell in line.split(",")]
         if not any(cells) or (row == 1 and cells[0] == "subject_id"):
             continue
-        if not cells[0].isdigit() or len(cells) > 2 or cells[1:] not in ([], ["0"], ["1"]):
+        if not (cells[0].isascii() and cells[0].isdigit()) or len(cells) > 2 or cells[1:] not in ([], ["0"], ["1"]):
             raise UserError(f"{path} row {row} is {line!r}; a row is subject_id or subject_id,0/1")
         if cells[1:] != ["0"]:
             members.add(int(cells[0]))

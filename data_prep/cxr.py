@@ -20,6 +20,7 @@ from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
 VERSION = 1  # raise it when the same file gives other pixels
+CHUNK_FORMAT = 2  # raise it when a chunk's files hold something else
 CHUNK_FILMS = 1024  # 64 MiB: one file of the cache, and what a stopped build loses at most
 MAX_UNREADABLE = 0.01
 
@@ -113,15 +114,18 @@ def chunks(films: Iterable[tuple[str, str]]) -> list[list[tuple[str, str]]]:
 
 def write_chunk(
     folder: Path, root: Path, film_shape: str, films: list[tuple[str, str]], map_films: Callable = map
-) -> tuple[Path, list]:
-    """Decodes one chunk of films to a file of the cache, unless it is there; the file, and the films' signatures.
+) -> Path:
+    """Decodes one chunk of films to a file of the cache, unless it is there; the file.
 
+    The .npy holds the pixels of the readable ones. The .json beside it says how they were made, and of each film its
+    file's signature: 'readable' in the order of the pixels, 'unreadable'.
     map_films: maps a function over the films, in order. Two processes may write the same chunk at once.
     """
     signed = [(dicom_id, path, signature(root / path)) for dicom_id, path in films]
-    path = folder / f"{stages.key(films=signed, shape=film_shape, version=VERSION)}.npy"
+    made = _made(film_shape)
+    path = folder / f"{stages.key(films=signed, made=made)}.npy"
     if path.exists():
-        return path, signed
+        return path
 
     def try_decode(film_path: str) -> np.ndarray | None:
         try:
@@ -130,34 +134,44 @@ def write_chunk(
             return None
 
     decoded = list(map_films(try_decode, [film_path for _, film_path in films]))
-    readable = [dicom_id for (dicom_id, _), image in zip(films, decoded, strict=True) if image is not None]
     images = [image for image in decoded if image is not None]
     pixels = np.stack(images) if images else np.zeros((0, tasks.FILM_SIZE_PX, tasks.FILM_SIZE_PX), np.uint8)
+    facts = {"made": made, "readable": [], "unreadable": []}
+    for (dicom_id, _, sign), image in zip(signed, decoded, strict=True):
+        facts["unreadable" if image is None else "readable"].append([dicom_id, sign])
     mark = f".{os.getpid()}-{threading.get_ident()}.partial"
     for target, write in (
-        (path.with_suffix(".json"), lambda file: file.write(json.dumps(readable).encode())),
+        (path.with_suffix(".json"), lambda file: file.write(json.dumps(facts).encode())),
         (path, lambda file: np.save(file, pixels)),  # last: it is what says that the chunk is whole
     ):
         temporary = target.with_name(target.name + mark)
         with open(temporary, "wb") as file:
             write(file)
         temporary.rename(target)
-    return path, signed
+    return path
+
+
+def _made(film_shape: str) -> dict:
+    return {"film_shape": film_shape, "version": VERSION, "format": CHUNK_FORMAT}
 
 
 class FilmStore:
     """Decoded films by dicom_id, kept in a folder in chunks, so that no film is decoded twice.
 
-    `unreadable` lists what could not be read (dicom_id -> signature). Which chunk a film is in and
-    its bytes depend on the films asked for alone, not on the number of workers.
+    A film is found in whichever chunk holds it, an earlier build's or beam_films', as long as its file's signature is
+    the one it was decoded with. `unreadable` lists what could not be read (dicom_id -> signature). Neither that nor
+    the pixels depend on the number of workers.
     """
 
     def __init__(self, folder: Path, root: Path, film_shape: str, workers: int):
         self.unreadable: dict[str, list[int] | None] = {}
         self._folder, self._root, self._film_shape, self._workers = folder, root, film_shape, workers
         self._place: dict[str, tuple[Path, int]] = {}
-        self._asked = 0
+        self._asked: set[str] = set()
+        self._kept: dict[str, list[tuple[Path, int | None, list[int] | None]]] = {}  # row None: unreadable
         folder.mkdir(exist_ok=True)
+        for path in sorted(folder.glob("*.npy")):
+            self._note_chunk(path)
 
     def __getitem__(self, dicom_id: str) -> np.ndarray:
         path, row = self._place[dicom_id]
@@ -169,41 +183,80 @@ class FilmStore:
     def add(self, films: Iterable[tuple[str, str]]) -> None:
         """Decodes films (dicom_id, path); UserError where more than 1 % of all asked for are unreadable."""
         films = sorted(films)
-        self._asked += len(films)
+        self._asked.update(dicom_id for dicom_id, _ in films)
+        signed = signatures(self._root, films, self._workers)
+        missing = [film for film in films if not self._find(film[0], signed[film[0]])]
         with ThreadPoolExecutor(self._workers) as pool:
-            for chunk in progress.bar(chunks(films), "films", "chunks"):
-                self._add_chunk(chunk, pool)
+            for chunk in progress.bar(chunks(missing), "films", "chunks"):
+                path = write_chunk(self._folder, self._root, self._film_shape, chunk, pool.map)
+                for dicom_id, sign in self._note_chunk(path).items():
+                    self._find(dicom_id, sign)
                 self._check_unreadable()
+        self._check_unreadable()
 
-    def forget_others(self) -> None:
-        """Removes the chunks of earlier builds that this one did not use."""
-        used = {path for path, _ in self._place.values()}
+    def forget_useless(self) -> None:
+        """Removes the chunks that no build can use again: of another shape or version, or of films all replaced."""
         for path in self._folder.glob("*.partial"):
             path.unlink()
+        used = {path for path, _ in self._place.values()}
+        for dicom_id, places in self._kept.items():
+            if dicom_id not in self._asked or dicom_id in self.unreadable:
+                used.update(path for path, _, _ in places)
         for path in self._folder.glob("*.npy"):
             if path not in used:
                 path.with_suffix(".json").unlink(missing_ok=True)
                 path.unlink()
 
-    def _add_chunk(self, films: list[tuple[str, str]], pool: ThreadPoolExecutor) -> None:
-        path, signed = write_chunk(self._folder, self._root, self._film_shape, films, pool.map)
-        readable = json.loads(path.with_suffix(".json").read_text())
-        self._place |= {dicom_id: (path, row) for row, dicom_id in enumerate(readable)}
-        self.unreadable |= {dicom_id: sign for dicom_id, _, sign in signed if dicom_id not in self._place}
+    def _note_chunk(self, path: Path) -> dict[str, list[int] | None]:
+        """Takes note of the films of a chunk (dicom_id -> signature); of none where it is of another making."""
+        try:
+            facts = json.loads(path.with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(facts, dict) or facts.get("made") != _made(self._film_shape):
+            return {}
+        for row, (dicom_id, sign) in enumerate(facts["readable"]):
+            self._kept.setdefault(dicom_id, []).append((path, row, sign))
+        for dicom_id, sign in facts["unreadable"]:
+            self._kept.setdefault(dicom_id, []).append((path, None, sign))
+        return dict(facts["readable"] + facts["unreadable"])
+
+    def _find(self, dicom_id: str, sign: list[int] | None) -> bool:
+        """Whether a chunk knows this film as it is now; then it is in `_place`, or `unreadable`."""
+        for path, row, kept_sign in self._kept.get(dicom_id, ()):
+            if kept_sign == sign:
+                if row is None:
+                    self.unreadable[dicom_id] = sign
+                else:
+                    self._place[dicom_id] = (path, row)
+                return True
+        return False
 
     def _check_unreadable(self) -> None:
         bad = sorted(self.unreadable)
-        if len(bad) > MAX_UNREADABLE * self._asked:
+        if len(bad) > MAX_UNREADABLE * len(self._asked):
             raise UserError(
-                f"{len(bad)} of {self._asked} films under {self._root / 'files'} cannot be read, more than 1 %, the "
-                f"first is {bad[0]}.jpg: download them (again), then run the same command"
+                f"{len(bad)} of {len(self._asked)} films under {self._root / 'files'} cannot be read, more than 1 %, "
+                f"the first is {bad[0]}.jpg: download them (again), then run the same command"
             )
 
 
-def signature(path: Path) -> list[int] | None:
+def signature(path: str | Path) -> list[int] | None:
     """Size and time of change of a file, None where it is missing."""
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:
         return None
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def signatures(root: Path, films: Iterable[tuple[str, str]], workers: int) -> dict[str, list[int] | None]:
+    """dicom_id -> signature of films (dicom_id, path). Threads, because a file system over a network answers slowly."""
+    films = list(films)
+
+    def of_some(some: list[tuple[str, str]]) -> list[tuple[str, list[int] | None]]:
+        return [(dicom_id, signature(f"{root}/{path}")) for dicom_id, path in some]
+
+    with ThreadPoolExecutor(4 * workers) as pool:
+        parts = pool.map(of_some, [films[i : i + CHUNK_FILMS] for i in range(0, len(films), CHUNK_FILMS)])
+        return {dicom_id: sign for part in parts for dicom_id, sign in part}

@@ -44,18 +44,20 @@ class Source:
 
     def is_synthetic(self) -> bool:
         """Whether the tables lie in a tree that data_prep.synthetic wrote, beside its report."""
-        table = next(iter(self.mimic_iv.values()))
-        return (table.path.resolve().parents[2] / synthetic.REPORT).is_file()
+        table = next(iter(self.mimic_iv.values())).path
+        # The folder may be a link, and so may the table alone, to anywhere: also where no folder is two above it.
+        above = [table.parents[1].resolve().parent, *table.resolve().parents[2:3]]
+        return any((folder / synthetic.REPORT).is_file() for folder in above)
 
-    def fingerprint(self) -> dict:
-        """Versions and files, for the manifest."""
+    def fingerprint(self, cache: Path) -> dict:
+        """Versions and files, for the manifest; `cache` as of tables.fingerprints."""
         source = {
             "mimic_iv": tables.mimic_iv_version(self.mimic_iv),
-            "mimic_iv_files": [table.fingerprint() for table in self.mimic_iv.values()],
+            "mimic_iv_files": tables.fingerprints(self.mimic_iv.values(), cache),
         }
         if self.mimic_cxr:
             source["mimic_cxr"] = tables.mimic_cxr_version(self.mimic_cxr)
-            source["mimic_cxr_files"] = [table.fingerprint() for table in self.mimic_cxr.values()]
+            source["mimic_cxr_files"] = tables.fingerprints(self.mimic_cxr.values(), cache)
         return source
 
 
@@ -74,27 +76,61 @@ class Cohort:
         return [self.split_of.get(subject, "train") for subject in frame["subject_id"]]
 
 
-def make(out: Path, hidden: Path, source: Source, fingerprint: dict, val_ids, test_ids, keys: dict[str, str]) -> None:
-    """Runs the stages that the tasks of `keys` (name -> key of its inputs and options) need."""
-    films = cxr.read_films(source.mimic_cxr) if source.mimic_cxr else None
+def film_hashes(source: Source, films: tuple | None, names: list[str]) -> dict[str, str | None]:
+    """Task -> a hash of the signatures of the films it may use: of those with labels, or of its stays' patients."""
+    if not films:
+        return dict.fromkeys(names)
+    hashes = {}
+    for films_only in sorted({TASKS[name].films_only for name in names}):
+        used = _labelled(source, films[0]) if films_only else _of_stays(source, films[0])
+        hashes[films_only] = stages.key(
+            films=cxr.signatures(source.cxr_root, used.select("dicom_id", "path").iter_rows(), source.workers)
+        )
+    return {name: hashes[TASKS[name].films_only] for name in names}
+
+
+def _of_stays(source: Source, films: pl.DataFrame) -> pl.DataFrame:
+    """The films that pairing.py may give to a stay, whatever its task and options."""
+    patients = source.mimic_iv["icustays"].read("subject_id").select(tables.integer("subject_id"))
+    return films.filter(pl.col("view") == "AP", pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
+
+
+def _labelled(source: Source, films: pl.DataFrame) -> pl.DataFrame:
+    return films.join(cxr.read_labels(source.mimic_cxr), on="study_id", maintain_order="left")
+
+
+def make(
+    out: Path,
+    hidden: Path,
+    source: Source,
+    fingerprint: dict,
+    films: tuple | None,
+    val_ids,
+    test_ids,
+    inputs: dict[str, dict],
+) -> None:
+    """Runs the stages that the tasks of `inputs` need.
+
+    films: what cxr.read_films gave, None without films. inputs: task -> what its manifest is told from another's by.
+    """
     people = _read_cohort(source, val_ids, test_ids)
-    stay_tasks = [TASKS[name] for name in keys if not TASKS[name].films_only]
+    stay_tasks = [TASKS[name] for name in inputs if not TASKS[name].films_only]
     arrays, events_dir = {}, None
     if stay_tasks:
-        events_dir = _events_stage(hidden, source, people)
+        events_dir = _events_stage(hidden, source, fingerprint, people)
         arrays = {task.name: _arrays_stage(hidden, source, people, task, events_dir) for task in stay_tasks}
     store, labelled, pairs = None, None, {name: _no_pairs() for name in arrays}
     if films:
         store = cxr.FilmStore(hidden / "films", source.cxr_root, source.rules.film_shape, source.workers)
-        if "radiology" in keys:
-            labelled = films[0].join(cxr.read_labels(source.mimic_cxr), on="study_id", maintain_order="left")
+        if "radiology" in inputs:
+            labelled = _labelled(source, films[0])
             store.add(labelled.select("dicom_id", "path").iter_rows())
         pairs = _pair_readable(source, people, arrays, films[0], store)
         if store.unreadable:
             progress.say(
                 f"warning: {len(store.unreadable)} film(s) cannot be read and are left out; the manifests list them"
             )
-    for name, key in keys.items():
+    for name, known_by in inputs.items():
         task = TASKS[name]
         if task.films_only:
             index, records_of, extra = _film_task(source, people, labelled, store)
@@ -103,11 +139,11 @@ def make(out: Path, hidden: Path, source: Source, fingerprint: dict, val_ids, te
             extra["event_rows"] = events.read_counts(events_dir)
         if films:
             extra["films"] = films[1] | extra.get("films", {})
-        manifest = _manifest(source, fingerprint, task, key, index, extra, store)
+        manifest = known_by | _manifest(source, fingerprint, task, index, extra, store)
         manifest["train_mean"], manifest["train_std"] = _statistics(people, arrays.get(name))
-        _shards_stage(out, hidden, task, key, index, records_of, manifest)
+        _shards_stage(out, hidden, task, index, records_of, manifest)
     if store:
-        store.forget_others()
+        store.forget_useless()
     for left in hidden.glob("arrays-*"):
         shutil.rmtree(left)
 
@@ -155,9 +191,10 @@ def _read_cohort(source: Source, val_ids, test_ids) -> Cohort:
     return Cohort(stays, flow, split_of, label_NK, icd_counts)
 
 
-def _events_stage(hidden: Path, source: Source, people: Cohort) -> Path:
-    files = [table.fingerprint() for table in source.mimic_iv.values()]
-    key = stages.key(files=files, rules=dataclasses.asdict(source.rules), version=events.VERSION)
+def _events_stage(hidden: Path, source: Source, fingerprint: dict, people: Cohort) -> Path:
+    key = stages.key(
+        files=fingerprint["mimic_iv_files"], rules=dataclasses.asdict(source.rules), version=events.VERSION
+    )
     folder = stages.run(
         hidden, "events", key, lambda folder: events.extract(source.mimic_iv, people.stays, source.rules, folder)
     )
@@ -215,12 +252,11 @@ def _statistics(people: Cohort, arrays: discretize.Arrays | None) -> tuple[list[
     return shards.train_statistics(arrays.of(i) for i in train)
 
 
-def _manifest(source: Source, fingerprint: dict, task: Task, key: str, index: dict, extra: dict, store) -> dict:
+def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, extra: dict, store) -> dict:
     return {
         "format_version": records.FORMAT_VERSION,
         "facts_version": describe.VERSION,
         "task": task.name,
-        "key": key,
         "profile": source.options["profile"],
         "timestep_h": source.options["timestep_h"],
         "options": source.options,
@@ -235,7 +271,7 @@ def _manifest(source: Source, fingerprint: dict, task: Task, key: str, index: di
     }
 
 
-def _shards_stage(out: Path, hidden: Path, task: Task, key: str, index: dict, records_of: dict, manifest: dict) -> None:
+def _shards_stage(out: Path, hidden: Path, task: Task, index: dict, records_of: dict, manifest: dict) -> None:
     from data_prep import shards
 
     datasets.check_patients_stay_put(index)
@@ -243,7 +279,10 @@ def _shards_stage(out: Path, hidden: Path, task: Task, key: str, index: dict, re
     if not total:
         raise UserError(f"the task {task.name!r} has no record: are its tables whole?")
     whole = stages.run(
-        hidden, f"shards-{task.name}", key, lambda folder: shards.write(folder, task, index, records_of, manifest)
+        hidden,
+        f"shards-{task.name}",
+        manifest["key"],
+        lambda folder: shards.write(folder, task, index, records_of, manifest),
     )
     stages.put_in_place(whole, out / task.name)
     sizes = "/".join(str(len(index[split]["stay_id"])) for split in SPLITS)

@@ -6,12 +6,14 @@ may be `.csv` or `.csv.gz`. All columns are read as text: what a row holds is ju
 
 import contextlib
 import dataclasses
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import polars as pl
 
+from medfuse_jax import files
 from medfuse_jax.errors import UserError
 
 # Table -> the folders it may be in, and the columns that must be there.
@@ -34,6 +36,9 @@ MIMIC_CXR = {
     "chexpert": ("study_id",),
     "split": ("dicom_id",),
 }
+# Rows of diagnoses_icd in the whole releases: the layout is the same, and 3.1 left out the rows of two patients whom
+# `patients` does not know (its release notes; 3.1's count is that of mimic-code's buildmimic/mysql/validate.sql).
+DIAGNOSES_OF = {6_364_520: "3.0", 6_364_488: "3.1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +58,31 @@ class Table:
         with reading(self.path):
             return self.scan(*columns).collect(engine="streaming")
 
-    def fingerprint(self) -> dict:
-        """What tells this file from another: name, size and time of change."""
-        stat = self.path.stat()
-        return {"file": self.name, "size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+def fingerprints(tables: Iterable[Table], cache: Path) -> list[dict]:
+    """What tells each table from another: its name, size and the SHA-256 of its content.
+
+    Reading every table at every build would be dear (they are gigabytes), and size and mtime alone do not tell a
+    file whose mtime was set back. So `cache` (a JSON file) keeps each hash beside the file's size, mtime, ctime
+    (which nobody can set back) and inode, and a table is read again where one of them is another. Hashes and not the
+    times themselves are the inputs of a build: moving, copying or touching a table makes nothing anew.
+    """
+    try:
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        known = {}
+    found, result = {}, []
+    for table in tables:
+        with reading(table.path):
+            stat = table.path.stat()
+            seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            before = known.get(str(table.path.resolve()), {})
+            sha256 = before["sha256"] if before.get("seen") == seen else files.sha256(table.path)
+        found[str(table.path.resolve())] = {"seen": seen, "sha256": sha256}
+        result.append({"file": table.name, "size_bytes": stat.st_size, "sha256": sha256})
+    if any(known.get(path) != entry for path, entry in found.items()):
+        files.write_text(cache, json.dumps(known | found, indent=1) + "\n")
+    return result
 
 
 def _scan(path: Path) -> pl.LazyFrame:
@@ -126,17 +152,21 @@ def mimic_iv_version(tables: dict[str, Table]) -> str:
 
 
 def _possible_versions(tables: dict[str, Table]) -> list[str]:
-    """By layout: 1.0 has core/, 2.1 adds the admitting provider, 3.0 the patients of 2020 to 2022."""
-    if tables["patients"].name.startswith("core"):
+    """By the release notes: 1.0 has core/, 2.2 adds the admitting provider, 3.0 the patients of 2020 to 2022.
+
+    A whole release 3 is told by its number of diagnoses. Its texts tell nothing: none is sure to name the version.
+    """
+    patients = tables["patients"]
+    if patients.name.startswith("core"):
         return ["1.0"]
     if "admit_provider_id" not in tables["admissions"].columns:
-        return ["2.0"]
-    patients = tables["patients"]
+        return ["2.0", "2.1"]
     if "anchor_year_group" in patients.columns:
         groups = patients.read("anchor_year_group")["anchor_year_group"]
         if groups.str.starts_with("2020").any():
-            return ["3.0", "3.1"]
-    return ["2.1", "2.2"]
+            rows = len(tables["diagnoses_icd"].read("icd_version"))
+            return [DIAGNOSES_OF[rows]] if rows in DIAGNOSES_OF else ["3.0", "3.1"]
+    return ["2.2"]
 
 
 def mimic_cxr(root: str | Path) -> dict[str, Table]:
@@ -156,11 +186,26 @@ def mimic_cxr(root: str | Path) -> dict[str, Table]:
 
 
 def mimic_cxr_version(tables: dict[str, Table]) -> str:
-    """The MIMIC-CXR-JPG version, by its file names (2.1.0 adds a labelled test set to 2.0.0's tables)."""
-    root = tables["metadata"].path.parent
-    if any(root.glob("mimic-cxr-2.1.0-*")):
+    """The MIMIC-CXR-JPG version, where the folder tells it.
+
+    2.1.0 has the tables and films of 2.0.0 and adds IMAGE_FILENAMES and a labelled test set (its release notes and
+    list of files). Its README is the one of 2.0.0 and LICENSE.txt names no version, so neither is asked.
+    """
+    metadata = tables["metadata"].path
+    root = metadata.parent
+    version = metadata.name.removeprefix("mimic-cxr-").split("-")[0]
+    if version != "2.0.0":
+        return version
+    sums = root / "SHA256SUMS.txt"
+    with reading(sums):
+        listed = sums.read_bytes() if sums.is_file() else b""
+    if any(root.glob("mimic-cxr-2.1.0-*")) or (root / "IMAGE_FILENAMES").is_file() or b"mimic-cxr-2.1.0-" in listed:
         return "2.1.0"
-    return tables["metadata"].path.name.removeprefix("mimic-cxr-").split("-")[0]
+    # mimic-cxr-jpg/2.0.0 (wget), mimic-cxr-jpg-2.0.0.physionet.org (the bucket)
+    named = re.findall(r"mimic-cxr-jpg[-/](\d\.\d\.\d)(?=[/.])", "/".join(root.resolve().parts[-5:]) + "/")
+    if listed or named == ["2.0.0"]:
+        return "2.0.0"
+    return named[-1] if named else "2.0.0 or 2.1.0"
 
 
 def integer(column: str) -> pl.Expr:

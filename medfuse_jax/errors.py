@@ -1,6 +1,7 @@
 """One clear line for what a user can cause, and a traceback only for what we did wrong."""
 
 import difflib
+import functools
 import os
 import re
 import runpy
@@ -37,8 +38,11 @@ def of_file(path: str | Path, error: Exception) -> str:
     return f"{where}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Runs a command's `main(argv)` under absl; a UserError ends it with one line and status 1."""
+def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False) -> None:
+    """Runs a command's `main(argv)` under absl; a UserError ends it with one line and status 1.
+
+    pass_on_unknown: whether options that are none of absl's go to `main` rather than being refused.
+    """
 
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -56,10 +60,10 @@ def run(main: Callable[[list[str]], None]) -> None:
                 sys.exit("error: no space is left on the disk: free some, and the same command goes on")
             raise
 
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
     """Parses the command line; what is wrong with it is one line, whoever finds it.
 
     absl raises flags.Error; ml_collections, for a field of --config, whatever setting it raises.
@@ -67,14 +71,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if problem := _config_problem(argv):
         sys.exit(f"error: {problem}")
     try:
-        left = flags.FLAGS(argv)
+        left = flags.FLAGS(argv, known_only=pass_on_unknown)
     except (flags.Error, TypeError, ValueError) as error:
         if "must have a value other than None" in str(error):
             missing = re.search(r"--(\w+)", str(error))[1]
             example = "=configs/pheno.py" if missing == "config" else "=..."
             sys.exit(f"error: --{missing}{example} is missing; --help lists the flags")
         sys.exit(f"error: {error}")
-    if len(left) > 1:
+    if len(left) > 1 and not pass_on_unknown:
         sys.exit(f"error: unknown argument {left[1]!r}: every option starts with --; see --help")
     return left
 

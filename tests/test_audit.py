@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import damage
 import numpy as np
 import pytest
 from raw_tables import at, chart, film, stay, write_mimic_cxr, write_mimic_iv
@@ -299,3 +300,13 @@ def test_a_dataset_of_another_version_is_named_and_left_out(built, monkeypatch):
     found = audit.gather(built)
     assert not found["tasks"] and set(found["not_audited"]) == set(ALL)
     assert "build it again" in found["not_audited"]["pheno"]
+
+
+def test_a_dataset_with_a_damaged_index_is_named_and_left_out(built, tmp_path):
+    shutil.copytree(built, tmp_path / "out")
+    damage.flip(tmp_path / "out/pheno/index_val.npz")
+    (tmp_path / "out/decompensation/index_test.npz").unlink()
+    found = audit.gather(tmp_path / "out")
+    assert set(found["not_audited"]) - {"length_of_stay"} == {"pheno", "decompensation"}
+    assert found["not_audited"]["pheno"] == "its index is damaged; build it again to see it here"
+    assert {"mortality", "radiology"} <= set(found["tasks"])

@@ -4,20 +4,24 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import damage
 import numpy as np
 import polars as pl
 import pytest
 from absl import flags
+from PIL import Image
 from raw_tables import at, chart, film, film_path, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build, cxr, discretize, pairing, pipeline, profiles, stages
-from medfuse_jax import records, tasks
+from medfuse_jax import files, records, tasks
 from medfuse_jax.errors import UserError
 from medfuse_jax.modalities import static
 
@@ -284,6 +288,132 @@ def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tree, tmp_path, m
     assert not list(tmp_path.glob(".stages/arrays-whole-*"))
 
 
+def _one_stay(root, films=(), **options):
+    charts = [chart(0, h, HEART_RATE, "61") for h in range(1, 60)]
+    iv = write_mimic_iv(root / "iv", [stay(0)], charts, **options)
+    return iv, write_mimic_cxr(root / "cxr", films, size=(32, 32)) if films else None
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A tree of one stay, without films, and its build of two tasks."""
+    root = tmp_path_factory.mktemp("small")
+    tree = _one_stay(root)
+    build.build(*tree, root / "out", tasks=["pheno", "mortality"])
+    return tree, root / "out"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "harm", "said"),
+    [
+        ("*.array_record*", lambda path: path.write_bytes(path.read_bytes()[:50]), "has 50 bytes, not "),
+        ("*.array_record*", damage.flip, "other content than its manifest says"),
+        ("*.array_record*", os.unlink, "lacks pheno-test.array_record"),
+        ("index_train.npz", damage.flip, "(index_train.npz has other content"),
+        ("features.json", os.unlink, "lacks features.json"),
+        ("manifest.json", damage.cut, "has no manifest that can be read"),
+        ("manifest.json", os.unlink, "has no manifest that can be read"),
+        ("manifest.json", lambda path: path.write_text("[]"), "has no manifest that can be read"),
+    ],
+)
+def test_a_damaged_dataset_is_made_anew_and_stops_no_other(small, tmp_path, capsys, pattern, harm, said):
+    tree, out = small
+    before = _files(out)
+    shutil.copytree(out, tmp_path / "out")
+    for path in (tmp_path / "out/pheno").glob(pattern):
+        harm(path)
+    capsys.readouterr()
+    build.build(*tree, tmp_path / "out", tasks=["mortality"])
+    heard = capsys.readouterr().err
+    assert f"mortality: {tmp_path / 'out/mortality'} is there already" in heard
+    assert ("build it again with --tasks=pheno" in heard) == (pattern != "manifest.json")
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is made anew" in line]
+    assert line.startswith(f"pheno: {tmp_path / 'out/pheno'} ") and said in line
+    assert _files(tmp_path / "out") == before
+
+
+def test_a_deleted_dataset_is_made_again(small, tmp_path):
+    tree, out = small
+    before = _files(out)
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/pheno")
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    assert _files(tmp_path / "out") == before
+
+
+def test_a_replaced_film_is_seen_and_the_others_are_not_decoded_again(tmp_path, capsys, monkeypatch):
+    films = [film(n, 5) for n in range(2)] + [film(n, 5) for n in range(100, 110)]
+    iv, _ = _one_stay(tmp_path)
+    tree = (iv, write_mimic_cxr(tmp_path / "cxr", films, size=(32, 32)))
+    build.build(*tree, tmp_path / "out", tasks=["pheno", "radiology"])
+    old = {r["dicom_id"]: r["image"] for rows in _all(tmp_path / "out", "radiology").values() for r in rows}
+    decoded, decode = [], cxr.decode
+    monkeypatch.setattr(cxr, "decode", lambda path, shape: decoded.append(path.stem) or decode(path, shape))
+
+    def replace(row, grey):
+        Image.fromarray(np.full((64, 64), grey, np.uint8)).save(tree[1] / film_path(row))
+        capsys.readouterr()
+        build.build(*tree, tmp_path / "out", tasks=["pheno", "radiology"])
+        heard = capsys.readouterr().err
+        return [task for task in ("pheno", "radiology") if f"out/{task} was built when some films were others" in heard]
+
+    assert replace(films[0], 200) == ["pheno", "radiology"] and decoded == ["film-0000-00"]
+    (record,) = (r for rows in _all(tmp_path / "out", "pheno").values() for r in rows)
+    assert abs(record["image"].astype(int) - 200).max() <= 2
+    new = {r["dicom_id"]: r["image"] for rows in _all(tmp_path / "out", "radiology").values() for r in rows}
+    assert [name for name in old if not np.array_equal(old[name], new[name])] == ["film-0000-00"]
+    assert replace(films[5], 100) == ["radiology"], "no stay can have it"
+
+
+def test_other_content_is_seen_though_size_and_mtime_are_the_same(tmp_path, capsys):
+    tree = _one_stay(tmp_path, gz=False)
+    path = tree[0] / "icu/chartevents.csv"
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    stat = path.stat()
+    path.write_text(path.read_text().replace(",61,61", ",99,99"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    capsys.readouterr()
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    assert "built from other input" in capsys.readouterr().err
+    (record,) = (r for rows in _all(tmp_path / "out", "pheno").values() for r in rows)
+    assert record["ehr"][5, tasks.CHANNELS.index("Heart Rate")] == 99
+
+
+def test_tables_are_read_for_their_hash_once_and_may_be_moved(tmp_path, capsys, monkeypatch):
+    tree = _one_stay(tmp_path)
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    hashed, sha256 = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    assert not [name for name in hashed if ".csv" in name]
+    moved = tree[0].rename(tmp_path / "mimic-iv-2.2")
+    (moved / "hosp/patients.csv.gz").touch()
+    capsys.readouterr()
+    build.build(moved, None, tmp_path / "out", tasks=["pheno"])
+    assert len([name for name in hashed if ".csv" in name]) == 6
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("timestep_h", [1 / 60, 48.0])
+def test_the_shortest_and_the_longest_step_build(tmp_path, timestep_h):
+    build.build(*_one_stay(tmp_path), tmp_path / "out", timestep_h=timestep_h, tasks=list(tasks.TASKS))
+    (record,) = (r for rows in _all(tmp_path / "out", "mortality").values() for r in rows)
+    assert len(record["ehr"]) == round(48 / timestep_h)
+
+
+def test_a_table_may_be_a_link_to_anywhere(tmp_path):
+    tree = _one_stay(tmp_path)
+    with tempfile.NamedTemporaryFile(dir="/tmp", suffix=".csv.gz") as elsewhere:  # one folder below the root
+        link = tree[0] / "hosp/patients.csv.gz"
+        shutil.copy(link, elsewhere.name)
+        link.unlink()
+        link.symlink_to(elsewhere.name)
+        build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    assert records.manifest(tmp_path / "out", "pheno")["synthetic"] is False
+
+
 def test_two_builds_do_not_share_a_folder(tree, tmp_path):
     with stages.private(tmp_path), pytest.raises(UserError, match="another build is writing"):
         build.build(*tree, tmp_path)
@@ -325,6 +455,8 @@ def test_without_films_nothing_is_paired_and_radiology_is_left_out(tree, tmp_pat
         ({"tasks": ["phenotyping"]}, "--tasks is 'phenotyping'.*Did you mean 'pheno'"),
         ({"timestep_h": 0}, "--timestep_h is 0"),
         ({"timestep_h": float("nan")}, "--timestep_h is nan"),
+        ({"timestep_h": 1e9}, "--timestep_h is 1000000000.0; it must be from 1/60"),
+        ({"timestep_h": 1e-8}, "--timestep_h is 1e-08; it must be from 1/60"),
         ({"workers": 0}, "--workers is 0"),
         ({"val_ids": "nowhere.csv"}, "nowhere.csv cannot be read"),
         ({"phenotypes": "nowhere.yaml"}, "nowhere.yaml cannot be read"),

@@ -51,12 +51,6 @@ def test_a_row_that_cannot_be_right_is_counted(tmp_path, changes, with_ids, with
     assert found["time"].drop_nulls().len() == 1 and found["dicom_id"][0] == "film-0001-00"
 
 
-@pytest.mark.parametrize(("version", "gz"), [("2.0.0", True), ("2.1.0", False)])
-def test_both_versions_are_found(tmp_path, version, gz):
-    raw = _raw(tmp_path, [film(1, 1)], version=version, gz=gz)
-    assert tables.mimic_cxr_version(raw) == version and len(cxr.read_films(raw)[0]) == 1
-
-
 def test_only_a_positive_label_is_one(tmp_path):
     row = film(1, 1, Edema="1.0", Fracture="0.0", Pneumonia="-1.0", **{"No Finding": "1"})
     labels = cxr.read_labels(_raw(tmp_path, [row]))
@@ -165,21 +159,78 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     assert kept[1] == kept[3] and len(kept[1]) == 6
 
 
+def _count_decodes(monkeypatch):
+    decoded, decode = [], cxr.decode
+    monkeypatch.setattr(cxr, "decode", lambda path, shape: decoded.append(path.stem) or decode(path, shape))
+    return decoded
+
+
 def test_a_film_is_decoded_once_unless_its_file_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(cxr, "CHUNK_FILMS", 5)
     films = [film(n, 1) for n in range(10)]
     root = write_mimic_cxr(tmp_path / "cxr", films)
     _store(root, tmp_path / "films").add(_jobs(films))
-    decoded = []
-    monkeypatch.setattr(cxr, "decode", lambda path, shape: decoded.append(path.stem) or np.zeros((256, 256), np.uint8))
+    decoded = _count_decodes(monkeypatch)
     _store(root, tmp_path / "films").add(_jobs(films))
     assert decoded == []
-    _image(root / film_path(films[7]), 40, 40)
+    _image(root / film_path(films[7]), 40, 40, column=36)
     store = _store(root, tmp_path / "films")
     store.add(_jobs(films))
-    assert sorted(decoded) == [f"film-{n:04d}-00" for n in range(5, 10)]
-    store.forget_others()
+    assert decoded == ["film-0007-00"]
+    for row in films:
+        np.testing.assert_array_equal(store[row["dicom_id"]], cxr.decode(root / film_path(row), "crop"))
+    store.forget_useless()
+    assert len(list((tmp_path / "films").glob("*.npy"))) == 3
+
+
+def test_films_are_found_whatever_they_were_asked_for_with_and_the_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(cxr, "CHUNK_FILMS", 5)
+    films = [film(n, 1) for n in range(20)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    (root / film_path(films[3])).write_bytes(b"broken")
+    monkeypatch.setattr(cxr, "MAX_UNREADABLE", 0.5)
+    _store(root, tmp_path / "films").add(_jobs(films))
+    before = sorted((tmp_path / "films").iterdir())
+    decoded = _count_decodes(monkeypatch)
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films[1:4] + films[9:11]))  # of a build with fewer films, in other groups
+    np.testing.assert_array_equal(store["film-0010-00"], cxr.decode(root / film_path(films[10]), "crop"))
+    assert decoded == ["film-0010-00"] and list(store.unreadable) == ["film-0003-00"]
+    store.forget_useless()
+    assert sorted((tmp_path / "films").iterdir()) == before
+
+
+def test_chunks_that_cannot_be_used_again_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr(cxr, "CHUNK_FILMS", 2)
+    films = [film(n, 1) for n in range(4)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    cxr.FilmStore(tmp_path / "films", root, "squash", 1).add(_jobs(films))
+    (tmp_path / "films" / "stopped.npy.1-1.partial").write_bytes(b"")
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films))
+    crop = {path for path, _ in store._place.values()}
+    assert len(list((tmp_path / "films").glob("*.npy"))) == 4
+    store.forget_useless()
+    assert set((tmp_path / "films").glob("*.npy")) == crop and len(list((tmp_path / "films").iterdir())) == 4
+    for row in films[:2]:
+        _image(root / film_path(row), 40, 40)
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films))
+    store.forget_useless()
+    assert len(crop & set((tmp_path / "films").glob("*.npy"))) == 1
     assert len(list((tmp_path / "films").glob("*.npy"))) == 2
+
+
+def test_signatures_tell_a_replaced_film_and_a_missing_one(tmp_path):
+    films = [film(n, 1) for n in range(3)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    before = cxr.signatures(root, _jobs(films), 2)
+    assert before == {row["dicom_id"]: cxr.signature(root / film_path(row)) for row in films}
+    _image(root / film_path(films[1]), 40, 40)
+    (root / film_path(films[2])).unlink()
+    after = cxr.signatures(root, _jobs(films), 2)
+    assert after["film-0000-00"] == before["film-0000-00"] and after["film-0002-00"] is None
+    assert after["film-0001-00"] not in (before["film-0001-00"], None)
 
 
 def test_one_percent_may_be_unreadable_and_no_more(tmp_path):

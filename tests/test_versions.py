@@ -10,8 +10,9 @@ from medfuse_jax import records, tasks
 # version -> folder of patients and admissions, latest anchor years, has admit_provider_id, what is said without a name.
 VERSIONS = {
     "1.0": ("core", "2014 - 2016", False, "1.0"),
-    "2.0": ("hosp", "2014 - 2016", False, "2.0"),
-    "2.2": ("hosp", "2017 - 2019", True, "2.1 or 2.2"),
+    "2.0": ("hosp", "2014 - 2016", False, "2.0 or 2.1"),
+    "2.1": ("hosp", "2017 - 2019", False, "2.0 or 2.1"),
+    "2.2": ("hosp", "2017 - 2019", True, "2.2"),
     "3.0": ("hosp", "2020 - 2022", True, "3.0 or 3.1"),
     "3.1": ("hosp", "2020 - 2022", True, "3.0 or 3.1"),
 }
@@ -73,14 +74,50 @@ def test_the_demo_is_called_one(real_data):
     assert tables.mimic_iv_version(found) == "2.2 (demo)"
 
 
-@pytest.mark.parametrize("gz", [True, False])
-@pytest.mark.parametrize("version", ["2.0.0", "2.1.0"])
-def test_each_cxr_version(tmp_path, version, gz):
+def test_a_whole_release_3_is_told_by_its_diagnoses(tmp_path, monkeypatch):
+    raw = tables.mimic_iv(_iv(tmp_path / "raw", "3.1", False))
+    assert tables.mimic_iv_version(raw) == "3.0 or 3.1"
+    assert sorted(tables.DIAGNOSES_OF.values()) == ["3.0", "3.1"]
+    monkeypatch.setattr(tables, "DIAGNOSES_OF", {6: "3.1", 7: "3.0"})
+    assert tables.mimic_iv_version(raw) == "3.1"
+    misnamed = tables.mimic_iv(_iv(tmp_path / "mimic-iv-3.0", "3.1", False))
+    assert tables.mimic_iv_version(misnamed) == "3.1"
+
+
+# What lies beside the tables, which are those of 2.0.0 in both -> what is said.
+CXR_FOLDERS = {
+    "tables alone": ((), "2.0.0 or 2.1.0"),
+    "the test set": (("mimic-cxr-2.1.0-test-set-labeled.csv", "study_id,Edema\n1,1.0\n"), "2.1.0"),
+    "the list of images": (("IMAGE_FILENAMES", "files/p10/p10000032/a.jpg\n"), "2.1.0"),
+    "sums of 2.1.0": (
+        ("SHA256SUMS.txt", "0a mimic-cxr-2.0.0-split.csv.gz\n1b mimic-cxr-2.1.0-test-set-labeled.csv\n"),
+        "2.1.0",
+    ),
+    "sums of 2.0.0": (("SHA256SUMS.txt", "0a mimic-cxr-2.0.0-split.csv.gz\n"), "2.0.0"),
+}
+
+
+@pytest.mark.parametrize(("beside", "version"), CXR_FOLDERS.values(), ids=CXR_FOLDERS)
+def test_each_cxr_version(tmp_path, capsys, beside, version):
+    gz = version == "2.0.0"
     films = [film(n, 5, Edema="1.0") for n in range(6)]
     root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16), version="2.0.0", gz=gz)
-    if version == "2.1.0":  # its new table beside the old ones
-        (root / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text("study_id,Edema\n1,1.0\n")
+    if beside:
+        (root / beside[0]).write_text(beside[1])
     build.build(_iv(tmp_path / "iv", "2.2", gz), root, tmp_path / "out", tasks=["pheno", "radiology"])
     assert records.manifest(tmp_path / "out", "radiology")["source"]["mimic_cxr"] == version
+    said = capsys.readouterr().err.splitlines()
+    assert f"MIMIC-CXR-JPG {version} in {root}" in said and f"MIMIC-IV 2.2 in {tmp_path / 'iv'}" in said
     rows = [r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "radiology", s)]
     assert len(rows) == 6 and all(r["label"][tasks.RADIOLOGY_LABELS.index("Edema")] for r in rows)
+
+
+@pytest.mark.parametrize("name", ["physionet.org/files/mimic-cxr-jpg/{}", "mimic-cxr-jpg-{}.physionet.org"])
+def test_a_cxr_folder_may_name_its_version(tmp_path, name):
+    for version in ("2.0.0", "2.1.0"):
+        root = write_mimic_cxr(tmp_path / name.format(version), [film(1, 1)])
+        assert tables.mimic_cxr_version(tables.mimic_cxr(root)) == version
+    (root / "SHA256SUMS.txt").write_text("0a mimic-cxr-2.0.0-split.csv.gz\n")  # the files know better
+    assert tables.mimic_cxr_version(tables.mimic_cxr(root)) == "2.0.0"
+    newer = write_mimic_cxr(tmp_path / "other", [film(1, 1)], version="2.1.0", gz=False)
+    assert tables.mimic_cxr_version(tables.mimic_cxr(newer)) == "2.1.0"
