@@ -19,23 +19,25 @@ from data_prep import tables
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
-VERSION = 1  # raise it when the same codes give other labels
+VERSION = 2  # raise it when the same codes give other labels
 CCS_OF_LABEL = [phenotype.ccs for phenotype in tasks.PHENOTYPES]
 _NAMES = [phenotype.name for phenotype in tasks.PHENOTYPES]
 
 
 def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | Path | None) -> tuple[np.ndarray, dict]:
-    """Labels int8 [N, 25] of `stays` (column hadm_id), and what became of the codes.
+    """Labels int8 [N, 25] of `stays` (columns subject_id, hadm_id), and what became of the codes.
 
     table_path: a phenotype table; without one, the route `gem`. The counts compare the route with the others.
     """
     rows = raw["diagnoses_icd"].read(*tables.MIMIC_IV["diagnoses_icd"][1])
-    admissions = stays.select("hadm_id").with_row_index("row")
+    admissions = stays.select("hadm_id", "subject_id").with_row_index("row")
     rows = rows.select(
         tables.integer("hadm_id"),
+        tables.integer("subject_id"),
         code=pl.col("icd_code").str.strip_chars().str.replace_all(".", "", literal=True),
         version=tables.integer("icd_version"),
-    ).join(admissions, on="hadm_id")
+    ).join(admissions, on="hadm_id", suffix="_of_stay")
+    of_admission, rows = len(rows), rows.filter(pl.col("subject_id") == pl.col("subject_id_of_stay"))
     routes = {"gem": gem_route(), "gem, last row": last_row_route()}
     chosen = "gem"
     if table_path is not None:
@@ -51,6 +53,7 @@ def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | 
         "distinct_codes_unmapped": _by_version(unmapped),
         "unmapped": [[code, version, stays_of[code, version]] for code, version in unmapped],
         "stays_without_a_code": len(stays) - rows["row"].n_unique(),
+        "rows_of_another_patient": of_admission - len(rows),
         "against": {
             name: _compare(label_NK, category_of, other_NK, others, stays_of)
             for name, (other_NK, others, _) in found.items()
