@@ -36,10 +36,11 @@ def resolve_same_time(found: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     found = found.with_columns(pl.col("value").cast(pl.Float64))
     is_class = pl.col("variable").is_in([place for place, v in enumerate(tasks.VARIABLES) if v.classes])
     if rules.same_time == "mean":
-        found = found.unique([*keys, "item", "value"], keep="first", maintain_order=True)
-        grouped = found.group_by(keys, maintain_order=True).agg(
-            mean=pl.col("value").mean(), last=pl.col("value").last()
-        )
+        grouped = _mean_and_last(found, keys)
+        # Few rows share a minute, and only they can be there twice.
+        shared = found.join(grouped.filter(pl.col("rows") > 1), on=keys, how="semi", maintain_order="left")
+        once = shared.unique([*keys, "item", "value"], keep="first", maintain_order=True)
+        grouped = pl.concat([grouped.filter(pl.col("rows") == 1), _mean_and_last(once, keys)])
         return grouped.select(*keys, value=pl.when(is_class).then("last").otherwise("mean")).sort(keys)
     assert rules.same_time == "largest", rules.same_time
     order = pl.when(is_class).then(_text_rank()).otherwise(pl.col("value"))
@@ -47,6 +48,11 @@ def resolve_same_time(found: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     ranked = found.with_columns(order=pl.when(pl.col("text") == "").then(order).otherwise(0.0))
     ranked = ranked.sort([*keys, "text", "order"])
     return ranked.unique(keys, keep="last", maintain_order=True).select(*keys, "value")
+
+
+def _mean_and_last(found: pl.DataFrame, keys: list[str]) -> pl.DataFrame:
+    value = pl.col("value")
+    return found.group_by(keys, maintain_order=True).agg(mean=value.mean(), last=value.last(), rows=pl.len())
 
 
 def _text_rank() -> pl.Expr:
