@@ -124,3 +124,11 @@ def test_strict_leaves_out_what_was_stored_after_the_cut_off(tmp_path):
         counts = records.manifest(tmp_path / profile, "mortality")["counts"]
         assert counts["events_stored_too_late"] == (2 if profile == "strict" else 0)
     assert seen == {"paper": [14, 19, 22, 23], "strict": [14, 22]}
+
+
+def test_what_was_stored_too_late_stops_a_strict_build(tmp_path, monkeypatch):
+    rates = [chart(0, 47, HEART_RATE, "100", storetime=at(49)), chart(0, 30, HEART_RATE, "70")]
+    iv = write_mimic_iv(tmp_path / "iv", [stay(0)], rates)
+    monkeypatch.setattr(discretize, "_stored_in_time", lambda found, *rest: (found, 0))
+    with pytest.raises(AssertionError, match=r"^1 values of steps"):
+        build.build(iv, None, tmp_path / "out", profile="strict", tasks=["mortality"])
