@@ -48,7 +48,10 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     odd = numbers.filter(pl.col("value").is_null()).with_columns(value=_odd_value(rules))
     numbers = pl.concat([numbers.filter(pl.col("value").is_not_null()), odd]).with_columns(value=_convert(rules))
     both = pl.concat([classes, numbers])
-    both = both.with_columns(fate=pl.when(pl.col("value").is_null()).then(pl.lit("no valid value")))
+    fate = pl.when(pl.col("value").is_null()).then(pl.lit("no valid value"))
+    if not rules.zero_size:
+        fate = fate.when(_of("Height", "Weight") & (pl.col("value") == 0)).then(pl.lit("impossible value"))
+    both = both.with_columns(fate=fate)
     return _clip(both) if rules.ranges else both.with_columns(clipped=pl.lit(False))
 
 

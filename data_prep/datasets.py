@@ -77,12 +77,7 @@ def step_dataset(
 
     stays, splits: in the cohort's order. pairs: stay_id, dicom_id, film_time of every film of a stay, by time.
     """
-    timed = pairs.join(stays.select("stay_id", "intime"), on="stay_id", maintain_order="left").with_columns(
-        film_time_h=(pl.col("film_time") - pl.col("intime")).dt.total_milliseconds() / 3.6e6
-    )
-    films_of: dict[int, list] = {}
-    for stay_id, dicom_id, film_time_h in timed.select("stay_id", "dicom_id", "film_time_h").iter_rows():
-        films_of.setdefault(stay_id, []).append((dicom_id, film_time_h))
+    films_of = films_by_stay(stays, pairs)
     static = stays.select("stay_id", "subject_id", "age", "los_h", *records.STATIC_TEXTS).to_dicts()
     split_N = np.array(splits)[arrays.row[found.place_N]]
     any_NK = found.any_label()
@@ -101,6 +96,17 @@ def step_dataset(
         }
         records_of[split] = _step_records(picked, static, arrays, found, films_of, store, split)
     return index, records_of
+
+
+def films_by_stay(stays: pl.DataFrame, pairs: pl.DataFrame) -> dict[int, list[tuple[str, np.float32]]]:
+    """stay_id -> its films' dicom_id and hours since intime, as records hold them, by time."""
+    timed = pairs.join(stays.select("stay_id", "intime"), on="stay_id", maintain_order="left").with_columns(
+        film_time_h=(pl.col("film_time") - pl.col("intime")).dt.total_milliseconds() / 3.6e6
+    )
+    found: dict[int, list] = {}
+    for stay_id, dicom_id, film_time_h in timed.select("stay_id", "dicom_id", "film_time_h").iter_rows():
+        found.setdefault(stay_id, []).append((dicom_id, np.float32(film_time_h)))
+    return found
 
 
 def _step_records(picked, static, arrays, found, films_of, store, split) -> Callable[[], Iterator[dict]]:

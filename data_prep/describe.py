@@ -1,4 +1,4 @@
-"""What a task's arrays hold, as counts: observations, values, lengths, and distances to the cut-off.
+"""What a task's arrays hold, as counts: observations, values, lengths.
 
 These are exact and go into the manifest, which is for the same eyes as the records beside it; what may be
 shown to others is decided in audit.py.
@@ -6,21 +6,17 @@ shown to others is decided in audit.py.
 Shape key: R steps of many stays, N stays, V 17 variables, F 76 channels, G grid cells.
 """
 
-import datetime
 import itertools
 
 import numpy as np
-import polars as pl
 
 from data_prep import cleaning
 from data_prep.discretize import Arrays
-from data_prep.events import EPSILON_H
 from medfuse_jax import tasks
 
 VERSION = 2  # raise it when a manifest says more, or other things, of the same arrays
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LENGTH_EDGES_H = (0, 12, 24, 36, 48, 72, 96, 120, 168, 240, 336, 504)
-MARGIN_EDGES_H = (0, 1, 2, 4, 8, 12, 24, 48)
 _GRID = 8192  # cells from 0 to the largest possible value: 0.3 mg/dL of glucose
 
 
@@ -74,36 +70,3 @@ def histogram(values: np.ndarray, edges: tuple[float, ...]) -> dict[str, int]:
     names = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(edges)] + [f"{edges[-1]:g}-"]
     place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 1)
     return dict(zip(names, np.bincount(place, minlength=len(names)).tolist(), strict=True))
-
-
-def check_times(stays: pl.DataFrame, arrays: Arrays, pairs: pl.DataFrame, window_h: float | None) -> dict:
-    """That no event and no film is later than its record may see, record by record: what was checked.
-
-    stays: the cohort. pairs: stay_id, film_time (one row a film). window_h: hours from `intime` that may be
-    seen, None for the whole stay. Fails (it can only be our mistake) on any violation, also under `python -O`.
-    """
-    seen = stays[arrays.row].with_columns(last_event_h=pl.Series(arrays.last_event_s / 3600.0))
-    end_h = pl.col("los_h") if window_h is None else pl.min_horizontal("los_h", pl.lit(window_h))
-    seen = seen.with_columns(margin_h=end_h - pl.col("last_event_h"))
-    # The benchmark's slack at a stay's end: `los` is a rounded number of days.
-    late_events = seen.filter((pl.col("last_event_h") < 0) | (pl.col("margin_h") < -EPSILON_H))
-    film_h = (pl.col("film_time") - pl.col("intime")).dt.total_milliseconds() / 3.6e6
-    end = pl.col("outtime")
-    if window_h is not None:
-        end = pl.min_horizontal(end, pl.col("intime") + datetime.timedelta(hours=window_h))
-    films = pairs.join(stays, on="stay_id").with_columns(
-        film_h=film_h, margin_h=(end - pl.col("film_time")).dt.total_milliseconds() / 3.6e6
-    )
-    assert len(films) == len(pairs)
-    late_films = films.filter((pl.col("film_h") < 0) | (pl.col("margin_h") < 0))
-    violations = len(late_events) + len(late_films)
-    if violations:
-        raise AssertionError(f"{len(late_events)} events and {len(late_films)} films are later than they may be")
-    return {
-        "records": len(seen),
-        "films": len(films),
-        "violations": violations,
-        "cut_off": "the end of the stay" if window_h is None else f"{window_h:g} h, or the end of the stay before it",
-        "hours_from_latest_event_to_cut_off": histogram(seen["margin_h"].to_numpy(), MARGIN_EDGES_H),
-        "hours_from_film_to_cut_off": histogram(films["margin_h"].to_numpy(), MARGIN_EDGES_H),
-    }

@@ -23,19 +23,24 @@ NUM_VARIABLES = len(tasks.VARIABLES)
 
 
 def num_steps(period_h: np.ndarray, timestep_h: float) -> np.ndarray:
-    """How many steps a period has (the benchmark's rounding: 48 h at 2 h are 24)."""
-    return (np.asarray(period_h) / timestep_h + 1.0 - EPSILON_H).astype(np.int64)
+    """How many steps a period has, at least 1 (the benchmark's rounding: 48 h at 2 h are 24)."""
+    return np.maximum((np.asarray(period_h) / timestep_h + 1.0 - EPSILON_H).astype(np.int64), 1)
 
 
 def resolve_same_time(found: pl.DataFrame, rules: Rules) -> pl.DataFrame:
-    """One event a stay, variable and time, sorted by them; `value` stays float64 here."""
+    """One event a stay, variable and time, sorted by them; `value` stays float64 here.
+
+    A row given twice counts once: it would weigh twice in a mean. (The largest is the same without it.)
+    """
     keys = ["stay", "variable", "time_s"]
     found = found.with_columns(pl.col("value").cast(pl.Float64))
     is_class = pl.col("variable").is_in([place for place, v in enumerate(tasks.VARIABLES) if v.classes])
     if rules.same_time == "mean":
-        grouped = found.group_by(keys, maintain_order=True).agg(
-            mean=pl.col("value").mean(), last=pl.col("value").last()
-        )
+        grouped = _mean_and_last(found, keys)
+        # Few rows share a minute, and only they can be there twice.
+        shared = found.join(grouped.filter(pl.col("rows") > 1), on=keys, how="semi", maintain_order="left")
+        once = shared.unique([*keys, "item", "value"], keep="first", maintain_order=True)
+        grouped = pl.concat([grouped.filter(pl.col("rows") == 1), _mean_and_last(once, keys)])
         return grouped.select(*keys, value=pl.when(is_class).then("last").otherwise("mean")).sort(keys)
     assert rules.same_time == "largest", rules.same_time
     order = pl.when(is_class).then(_text_rank()).otherwise(pl.col("value"))
@@ -43,6 +48,11 @@ def resolve_same_time(found: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     ranked = found.with_columns(order=pl.when(pl.col("text") == "").then(order).otherwise(0.0))
     ranked = ranked.sort([*keys, "text", "order"])
     return ranked.unique(keys, keep="last", maintain_order=True).select(*keys, "value")
+
+
+def _mean_and_last(found: pl.DataFrame, keys: list[str]) -> pl.DataFrame:
+    value = pl.col("value")
+    return found.group_by(keys, maintain_order=True).agg(mean=value.mean(), last=value.last(), rows=pl.len())
 
 
 def _text_rank() -> pl.Expr:
@@ -73,6 +83,8 @@ def discretize(found: pl.DataFrame, first_stay: int, period_h: np.ndarray, times
     variable = found["variable"].to_numpy()[inside]
     # Truncation, not floor: an event at the very start falls in step 0; one on an edge in the step it ends.
     step = np.minimum((hours / timestep_h - EPSILON_H).astype(np.int64), length_S[stay] - 1)
+    # Any other would be a step of another patient.
+    assert ((step >= 0) & (step < length_S[stay])).all()
     row = start_S[stay] + step
     value_RV = np.zeros((int(length_S.sum()), NUM_VARIABLES))
     observed_RV = np.zeros(value_RV.shape, bool)
@@ -115,7 +127,7 @@ def write_arrays(
 ) -> None:
     """Writes a task's arrays, a file `ehr_<bucket>.npy` [R, 76] a bucket, and `index.npz`.
 
-    index.npz: row (of the cohort), bucket, start (first step in the bucket's file), length, last_event_s
+    index.npz: row (of the cohort), bucket, start (first step in the bucket's file), length
     and first_step (the first with an observation), of the stays that are long enough and have an event.
     """
     los_h = stays["los_h"].to_numpy()
@@ -123,7 +135,8 @@ def write_arrays(
     period_h = los_h if window is None else np.minimum(los_h, window)
     # A fixed window that is the task's own needs stays at least that long; a profile's cut does not.
     long_enough = los_h > (task.window_h or 0.0) - EPSILON_H
-    index = {name: [] for name in ("row", "bucket", "start", "length", "last_event_s", "first_step")}
+    index = {name: [] for name in ("row", "bucket", "start", "length", "first_step")}
+    num_stored_late = 0
     buckets = range(events.num_buckets(len(stays)))
     for bucket in progress.bar(buckets, f"arrays of {task.name}", "buckets"):
         found = events.read_bucket(events_dir, bucket)
@@ -131,6 +144,9 @@ def write_arrays(
             continue
         first = bucket * events.STAYS_PER_BUCKET
         rows = slice(first, first + events.STAYS_PER_BUCKET)
+        if rules.stored_in_time:
+            found, late = _stored_in_time(found, first, period_h[rows], long_enough[rows])
+            num_stored_late += late
         resolved = resolve_same_time(found, rules)
         ehr_RF, length_S, last_S = discretize(resolved, first, period_h[rows], timestep_h)
         kept_S = long_enough[rows] & (last_S >= 0)
@@ -141,11 +157,21 @@ def write_arrays(
         index["bucket"].append(np.full(len(kept_length), bucket))
         index["start"].append(np.cumsum(kept_length) - kept_length)
         index["length"].append(kept_length)
-        index["last_event_s"].append(last_S[kept_S])
         index["first_step"].append(_first_observed(ehr_RF, kept_length))
     joined = {name: np.concatenate(parts or [np.zeros(0)]).astype(np.int64) for name, parts in index.items()}
     num_long_enough = int(long_enough.sum())
-    np.savez(folder / "index.npz", num_long_enough=num_long_enough, **joined)
+    np.savez(folder / "index.npz", num_long_enough=num_long_enough, num_stored_late=num_stored_late, **joined)
+
+
+def _stored_in_time(found: pl.DataFrame, first_stay: int, period_h: np.ndarray, counts_S: np.ndarray):
+    """The events stored by the end of their stay's period, or at no known time; and how many of it were stored later.
+
+    counts_S: bool [S], the stays whose events are counted.
+    """
+    stay = found["stay"].to_numpy().astype(np.int64) - first_stay
+    end_s = (period_h[stay] + EPSILON_H) * 3600.0
+    late = (found["stored_s"] > end_s).fill_null(False).to_numpy()
+    return found.filter(~late), int((late & (found["time_s"].to_numpy() <= end_s) & counts_S[stay]).sum())
 
 
 def _first_observed(ehr_RF: np.ndarray, length_S: np.ndarray) -> np.ndarray:
@@ -158,25 +184,21 @@ def _first_observed(ehr_RF: np.ndarray, length_S: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """A task's arrays as `write_arrays` left them: row, length, last_event_s, first_step [N], and `of(i)`."""
+    """A task's arrays as `write_arrays` left them: row, length, first_step [N], and `of(i)`."""
 
     folder: Path
     row: np.ndarray
     bucket: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    last_event_s: np.ndarray
     first_step: np.ndarray
     num_long_enough: int
+    num_stored_late: int  # events of the time seen that were stored after it
 
     @classmethod
     def open(cls, folder: Path) -> "Arrays":
         with np.load(folder / "index.npz") as stored:
-            return cls(
-                folder,
-                **{name: stored[name] for name in stored if name != "num_long_enough"},
-                num_long_enough=int(stored["num_long_enough"]),
-            )
+            return cls(folder, **{name: stored[name] if stored[name].ndim else int(stored[name]) for name in stored})
 
     def of(self, i: int) -> np.ndarray:
         """ehr [T, 76] of the i-th stay."""

@@ -4,8 +4,8 @@ The tables are read in batches, so memory does not grow with their size. What is
 folder of parquet files a bucket of stays; a bucket is small enough to be discretised at once.
 
 Event columns: stay (row of the cohort, uint32), time_s (seconds since intime, int32), variable
-(row of tasks.VARIABLES, uint8), value (float32; a class as its place in `classes`) and, only where
-the rules sort text, `text`.
+(row of tasks.VARIABLES, uint8), value (float32; a class as its place in `classes`), item (int32) and, only where the
+rules ask for them, `text` and stored_s (seconds since intime, int32; null where the row says no time).
 """
 
 import json
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from data_prep import cleaning, progress, tables
@@ -20,10 +21,11 @@ from data_prep.cleaning import VARIABLE
 from data_prep.profiles import Rules
 from medfuse_jax import tasks
 
-VERSION = 2  # raise it when the same input gives other events
+VERSION = 3  # raise it when the same input gives other events
 STAYS_PER_BUCKET = 1024
 ROWS_AT_ONCE = 200_000
 ROWS_PER_WRITE = 1_000_000
+_INT32 = np.iinfo(np.int32)
 EPSILON_H = 1e-6  # slack at both ends of a stay, and at bin edges (the benchmark's)
 
 # Item ids of MIMIC-IV: chart items, laboratory items.
@@ -63,7 +65,12 @@ def num_buckets(num_stays: int) -> int:
 def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, folder: Path) -> None:
     """Writes every bucket's events and `counts.json` (rows kept and dropped, by variable) to `folder`."""
     lookup = stays.with_row_index("stay").select(
-        "stay", "hadm_id", pl.col("stay_id").alias("own_stay_id"), "intime", "los_h"
+        "stay",
+        "hadm_id",
+        "intime",
+        "los_h",
+        own_subject_id=pl.col("subject_id"),
+        own_stay_id=pl.col("stay_id"),
     )
     counts: dict[str, Counter] = {}
     pending, part = [], 0
@@ -105,9 +112,10 @@ def _batches(raw, rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]
         # A laboratory row belongs to an admission; MIMIC-IV gives it no stay.
         extra = "valuenum" if name == "labevents" else "stay_id"
         item_variable = {str(item): VARIABLE[variable] for variable, ids in items.items() for item in ids}
-        wanted = table.scan("hadm_id", "charttime", "itemid", "value", extra).filter(
-            pl.col("itemid").is_in(list(item_variable))
-        )
+        columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
+        if rules.stored_in_time and "storetime" in table.columns:
+            columns.append("storetime")
+        wanted = table.scan(*columns).filter(pl.col("itemid").is_in(list(item_variable)))
         for batch in progress.bar(_raw_batches(table, wanted), f"events of {table.name}", "batches"):
             yield _events(batch, item_variable, rules, lookup, counts)
 
@@ -135,7 +143,9 @@ def _events(
     _count(cleaned.with_columns(pl.col("fate").fill_null("kept")), counts)
     kept = cleaned.filter(pl.col("fate").is_null())
     _count(kept.filter("clipped").with_columns(fate=pl.lit("clipped (and kept)")), counts)
-    columns = ["stay", "time_s", "variable", pl.col("value").cast(pl.Float32)]
+    columns = ["stay", "time_s", "variable", pl.col("value").cast(pl.Float32), pl.col("itemid").alias("item")]
+    if rules.stored_in_time:
+        columns.append("stored_s")
     if rules.same_time == "largest":
         sorted_as_text = pl.col("variable").is_in([VARIABLE[name] for name in SORTED_AS_TEXT])
         columns.append(pl.when(sorted_as_text).then("text").otherwise(pl.lit("")).alias("text"))
@@ -153,6 +163,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         if column not in batch.columns:
             batch = batch.with_columns(pl.lit(None, pl.String).alias(column))
     frame = batch.with_columns(
+        tables.integer("subject_id"),
         tables.integer("hadm_id"),
         tables.integer("stay_id"),
         tables.time("charttime"),
@@ -162,10 +173,15 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         text=pl.col("value").str.strip_chars(),
     ).join(lookup, on="hadm_id", how="left", maintain_order="left")
     seconds = (pl.col("charttime") - pl.col("intime")).dt.total_seconds()
+    stored = pl.lit(None, pl.Int64)
+    if "storetime" in batch.columns:
+        stored = (tables.time("storetime") - pl.col("intime")).dt.total_seconds()
     hours = seconds / 3600.0
     fate = (
         pl.when(pl.col("stay").is_null())
         .then(pl.lit("no stay of the cohort"))
+        .when(pl.col("subject_id").ne_missing(pl.col("own_subject_id")))
+        .then(pl.lit("another patient"))
         .when(pl.col("no_stay_id"))
         .then(pl.lit("no valid stay_id"))
         .when(pl.col("stay_id") != pl.col("own_stay_id"))  # a row without a stay_id is its admission's
@@ -176,5 +192,12 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         .then(pl.lit("before or after the stay"))
     )
     return frame.select(
-        "stay", "variable", "itemid", "text", "valuenum", time_s=seconds.cast(pl.Int32, strict=False), fate=fate
+        "stay",
+        "variable",
+        "itemid",
+        "text",
+        "valuenum",
+        time_s=seconds.cast(pl.Int32, strict=False),
+        stored_s=stored.clip(_INT32.min, _INT32.max).cast(pl.Int32),
+        fate=fate,
     )

@@ -17,18 +17,18 @@ from data_prep.icd_routes import CCS_OF_LABEL
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
-VERSION = 2  # raise it when the same codes give other labels, or the same cohort other texts (vocabulary.py)
+VERSION = 3  # raise it when the same codes give other labels, or the same cohort other texts (vocabulary.py)
 _NAMES = [phenotype.name for phenotype in tasks.PHENOTYPES]
 # What every code of both versions looks like, dots taken out: the second character is a digit, so no word is one.
 CODE = r"^[A-Z0-9][0-9][A-Z0-9]{1,5}$"
 
 
 def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | Path | None) -> tuple[np.ndarray, dict]:
-    """Labels int8 [N, 25] of `stays` (column hadm_id), and what became of the codes.
+    """Labels int8 [N, 25] of `stays` (columns subject_id, hadm_id), and what became of the codes.
 
     table_path: a phenotype table; without one, the route `gem`. The counts compare the route with the others.
     """
-    rows, num_invalid = read_codes(raw, stays)
+    rows, left_out = read_codes(raw, stays)
     routes = other_routes()
     chosen = "gem"
     if table_path is not None:
@@ -40,7 +40,7 @@ def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | 
     stays_of = {(code, version): n for code, version, n in coded.group_by("code", "version").len().iter_rows()}
     counts = {
         "route": chosen,
-        "rows_without_a_valid_code": num_invalid,
+        **left_out,
         "distinct_codes": _by_version(stays_of),
         "distinct_codes_unmapped": _by_version(unmapped),
         "unmapped": [[code, version, stays_of[code, version]] for code, version in unmapped],
@@ -62,17 +62,20 @@ def other_routes() -> dict[str, icd_routes.Route]:
     return routes
 
 
-def read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """The stays' diagnosis rows (row of `stays`, code, version), and how many had no code that could be one."""
+def read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The stays' diagnosis rows (row of `stays`, code, version), and how many of their admissions' were left out."""
     rows = raw["diagnoses_icd"].read(*tables.MIMIC_IV["diagnoses_icd"][1])
-    admissions = stays.select("hadm_id").with_row_index("row")
+    admissions = stays.select("hadm_id", "subject_id").with_row_index("row")
     rows = rows.select(
         tables.integer("hadm_id"),
+        tables.integer("subject_id"),
         code=pl.col("icd_code").str.strip_chars().str.replace_all(".", "", literal=True),
         version=tables.integer("icd_version"),
-    ).join(admissions, on="hadm_id")
-    valid = rows.filter(pl.col("code").str.contains(CODE))  # null where there is no code: left out, too
-    return valid, len(rows) - len(valid)
+    ).join(admissions, on="hadm_id", suffix="_of_stay")
+    own = rows.filter(pl.col("subject_id") == pl.col("subject_id_of_stay"))
+    valid = own.filter(pl.col("code").str.contains(CODE))  # null where there is no code: left out, too
+    left_out = {"rows_of_another_patient": len(rows) - len(own), "rows_without_a_valid_code": len(own) - len(valid)}
+    return valid, left_out
 
 
 def _by_version(codes) -> dict[str, int]:

@@ -20,6 +20,7 @@ from data_prep import (
     stages,
     synthetic,
     tables,
+    time_check,
 )
 from data_prep import phenotypes as icd
 from data_prep import steps as step_tasks
@@ -27,7 +28,7 @@ from medfuse_jax import records
 from medfuse_jax.errors import UserError
 from medfuse_jax.tasks import CHANNELS, SPLITS, TASKS, Task
 
-ARRAYS_VERSION = 2  # raise it when the same events give other arrays
+ARRAYS_VERSION = 3  # raise it when the same events give other arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def make(
         if task.films_only:
             index, records_of, extra = _film_task(source, people, labelled, store)
         else:
-            index, records_of, extra = _stay_task(source, people, task, arrays[name], pairs[name], store)
+            index, records_of, extra = _stay_task(source, people, task, arrays[name], pairs[name], store, events_dir)
             extra["event_rows"] = events.read_counts(events_dir)
         if films:
             extra["films"] = films[1] | extra.get("films", {})
@@ -156,14 +157,17 @@ def _film_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: cx
     return index, records_of, {"films": {"films with labels": len(labelled), "films readable": len(readable)}}
 
 
-def _stay_task(source: Source, people: Cohort, task: Task, arrays: discretize.Arrays, pairs: pl.DataFrame, store):
+def _stay_task(
+    source: Source, people: Cohort, task: Task, arrays: discretize.Arrays, pairs: pl.DataFrame, store, events_dir: Path
+) -> tuple:
     """Index, record generators and counts of a task whose records are stays."""
     splits = people.splits(people.stays)
     flow = [*people.flow]
     if task.window_h:
         flow.append({"filter": f"{task.window_h:g} h or longer", "stays": arrays.num_long_enough})
     flow.append({"filter": "with an event in the time seen", "stays": len(arrays.row)})
-    counts = {"cohort": flow}
+    counts = {"cohort": flow, "events_stored_too_late": arrays.num_stored_late}
+    found = None
     if task.per_step:
         found, more = step_tasks.predictions(task, people.stays, arrays, source.options["timestep_h"])
         flow += more
@@ -176,8 +180,10 @@ def _stay_task(source: Source, people: Cohort, task: Task, arrays: discretize.Ar
         index, records_of = datasets.stay_dataset(people.stays, splits, arrays, label_NK, pairs, store)
     counts["variables"] = describe.variables(arrays)
     counts["length_h"] = describe.histogram(arrays.length * source.options["timestep_h"], describe.LENGTH_EDGES_H)
-    window_h = cohort.window_h(task, source.rules.pheno_window_h)
-    counts["time_check"] = describe.check_times(people.stays, arrays, pairs, window_h)
+    seen = time_check.Seen(
+        people.stays, arrays, pairs, cohort.window_h(task, source.rules.pheno_window_h), source.options["timestep_h"]
+    )
+    counts["time_check"] = time_check.check(seen, events_dir, found)
     if task.name == "pheno":
         counts["diagnosis_codes"] = people.icd_counts
     return index, records_of, counts

@@ -18,7 +18,7 @@ class Rules:
     """What one profile does; the reason for each rule is in its field's metadata['why']."""
 
     same_time: str = _rule(
-        "Rows of one variable at one time. mean: the mean of numbers, the last class. "
+        "Rows of one variable at one time. mean: the mean of numbers, the last class, each row counted once. "
         "largest: the largest by sort order, where heart rate, mean blood pressure and respiratory rate "
         "sort as text, so that 99 beats 100 (released extraction)."
     )
@@ -47,6 +47,10 @@ class Rules:
     ranges: bool = _rule(
         "Values outside a variable's plausible range are clipped, impossible ones dropped. Off (released extraction)."
     )
+    zero_size: bool = _rule(
+        "A height or weight of 0 is a value. Off: dropped, as nobody measures 0 cm or 0 kg; the benchmark's plausible "
+        "ranges begin at 0. On in the released extraction."
+    )
     phenotypes: str = _rule(
         "Without --phenotypes, codes become labels by ICD-9 -> CCS, and ICD-10 -> ICD-9 by the GEMs, `icd_version` "
         "respected. table: expects the released table by --phenotypes, which knows no version."
@@ -59,6 +63,12 @@ class Rules:
         "Hours of a stay that phenotyping may see, films included. None: the whole stay, although its labels are "
         "to be predicted (paper and released)."
     )
+    stored_in_time: bool = _rule(
+        "An event whose `storetime` is after the end of what its task may see is left out, because nobody could have "
+        "read it by then; one without a storetime counts by its charttime. Off: charttime alone counts (paper and "
+        "released). Its limit: of tasks with a label an hour that end is the stay's, so that at one of their hours an "
+        "event may be seen that was stored later in the stay."
+    )
 
 
 PAPER = Rules(
@@ -70,9 +80,11 @@ PAPER = Rules(
     capillary_refill=True,
     lab_valuenum=True,
     ranges=True,
+    zero_size=False,
     phenotypes="gem",
     film_shape="squash",
     pheno_window_h=None,
+    stored_in_time=False,
 )
 RELEASED = Rules(
     same_time="largest",
@@ -83,15 +95,17 @@ RELEASED = Rules(
     capillary_refill=False,
     lab_valuenum=False,
     ranges=False,
+    zero_size=True,
     phenotypes="table",
     film_shape="crop",
     pheno_window_h=None,
+    stored_in_time=False,
 )
 PROFILES = {
     "paper": PAPER,
     "released": RELEASED,
     # A film counts from `intime` on in every profile, so that rule needs no field.
-    "strict": dataclasses.replace(PAPER, pheno_window_h=48.0),
+    "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True),
 }
 
 

@@ -23,13 +23,13 @@ MIMIC_IV = {
         ("hosp", "core"),
         ("subject_id", "hadm_id", "admittime", "dischtime", "deathtime", "admission_type"),
     ),
-    "diagnoses_icd": (("hosp",), ("hadm_id", "icd_code", "icd_version")),
+    "diagnoses_icd": (("hosp",), ("subject_id", "hadm_id", "icd_code", "icd_version")),
     "icustays": (
         ("icu",),
         ("subject_id", "hadm_id", "stay_id", "first_careunit", "last_careunit", "intime", "outtime", "los"),
     ),
-    "chartevents": (("icu",), ("hadm_id", "stay_id", "charttime", "itemid", "value")),
-    "labevents": (("hosp",), ("hadm_id", "charttime", "itemid", "value", "valuenum")),
+    "chartevents": (("icu",), ("subject_id", "hadm_id", "stay_id", "charttime", "itemid", "value")),
+    "labevents": (("hosp",), ("subject_id", "hadm_id", "charttime", "itemid", "value", "valuenum")),
 }
 MIMIC_CXR = {
     "metadata": ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime"),

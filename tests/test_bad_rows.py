@@ -60,6 +60,8 @@ BAD_EVENTS = [
     ({"hadm_id": ""}, "no stay of the cohort"),
     ({"hadm_id": "99999999999999999999"}, "no stay of the cohort"),
     ({"stay_id": "30000001"}, "another stay"),
+    ({"subject_id": "10000001"}, "another patient"),
+    ({"subject_id": "1000000x"}, "another patient"),
     ({"stay_id": "3000000x"}, "no valid stay_id"),  # not taken for a row of the admission without a stay
 ]
 
@@ -79,6 +81,7 @@ BAD_STAYS = [
     ({"los": "inf"}, "with ids, times and a length of stay"),
     ({"hadm_id": "x"}, "with ids, times and a length of stay"),
     ({"outtime": "2149-12-31 12:00:00"}, "with ids, times and a length of stay"),
+    ({"los": "300"}, "with a length of stay that is outtime - intime"),
     ({"anchor_age": "old"}, "18 years or older"),
 ]
 
@@ -122,7 +125,8 @@ def test_rows_given_twice_change_nothing(tmp_path, wanted):
 def clean(tmp_path_factory):
     """A MIMIC-IV and a MIMIC-CXR of two stays with a film each, and the shards of them."""
     root = tmp_path_factory.mktemp("clean")
-    iv = write_mimic_iv(root / "iv", [stay(0), stay(1)], _charts(), [lab(0, 2, GLUCOSE, "110")], [(0, "4019", 9)])
+    charts = [*_charts(), chart(0, 9, HEART_RATE, "80"), chart(0, 9, HEART_RATE, "90")]
+    iv = write_mimic_iv(root / "iv", [stay(0), stay(1)], charts, [lab(0, 2, GLUCOSE, "110")], [(0, "4019", 9)])
     films = [film(0, 3, **{"Support Devices": "1.0"}), film(1, 4, Edema="1.0")]
     cxr = write_mimic_cxr(root / "cxr", films, size=(16, 16))
     return iv, cxr, _shards(iv, cxr, root / "out")
@@ -156,6 +160,10 @@ def _each_row_twice_and_no_last_end(lines):
     return [lines[0], *(line for line in lines[1:-1] for _ in range(2)), lines[-1], lines[-1].rstrip("\n")]
 
 
+def _one_row_of_a_minute_twice(lines):
+    return [*lines, *(line for line in lines if ",90,90," in line)]
+
+
 def _all_rows_twice_from_a_header_that_ends_otherwise(lines):
     return [lines[0].replace("\n", "\r\n"), *lines[1:], *lines[1:]]
 
@@ -166,6 +174,7 @@ def _all_rows_twice_from_a_header_that_ends_otherwise(lines):
         _carriage_returns,
         _mixed_ends_and_a_byte_order_mark,
         _each_row_twice_and_no_last_end,
+        _one_row_of_a_minute_twice,
         _all_rows_twice_from_a_header_that_ends_otherwise,
     ],
 )
@@ -188,10 +197,14 @@ def test_a_death_without_a_valid_time_is_none(tmp_path):
 
 def test_a_diagnosis_that_cannot_be_right_labels_nobody(tmp_path):
     codes = [(0, "4019", 9), (1, "4019", ""), (2, "4019", "x"), (3, "", 9), (4, "NOSUCH", 9), (0, "4019", 9)]
-    stays = [stay(n) for n in range(5)]
-    raw = tables.mimic_iv(write_mimic_iv(tmp_path / "iv", stays, _charts(), codes=codes))
-    label_NK, _ = phenotypes.labels(raw, cohort.read_stays(raw)[0], None)
-    assert label_NK.sum(1).tolist() == [1, 0, 0, 0, 0]
+    codes.append((5, "4019", 9))
+    stays = [stay(n) for n in range(6)]
+    iv = write_mimic_iv(tmp_path / "iv", stays, _charts(), codes=codes)
+    path = iv / "hosp/diagnoses_icd.csv.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"10000005,", b"10000000,")))
+    raw = tables.mimic_iv(iv)
+    label_NK, counts = phenotypes.labels(raw, cohort.read_stays(raw)[0], None)
+    assert label_NK.sum(1).tolist() == [1, 0, 0, 0, 0, 0] and counts["rows_of_another_patient"] == 1
 
 
 def test_the_folder_may_be_the_one_we_are_in(tmp_path, wanted, monkeypatch):
@@ -225,7 +238,7 @@ def test_a_disk_that_fills_up_is_said_and_the_build_goes_on_after_it(tmp_path, w
 
 
 def test_a_time_check_that_fails_stops_the_build(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.describe, "EPSILON_H", -200.0)
+    monkeypatch.setattr(pipeline.time_check, "EPSILON_H", -200.0)
     with pytest.raises(AssertionError, match="later than they may be"):
         _build(tmp_path, [stay(0)], _charts((0,)))
     assert not (tmp_path / "out/pheno").exists()

@@ -34,7 +34,7 @@ def _read(root, rows=None, **layout):
 def test_the_filters_keep_and_count_the_right_stays(tmp_path):
     _, stays, flow = _read(tmp_path)
     assert stays["stay_id"].to_list() == [30_000_001, 30_000_006, 30_000_009]
-    assert [step["stays"] for step in flow] == [10, 10, 8, 6, 4, 4, 3]
+    assert [step["stays"] for step in flow] == [10, 10, 8, 8, 6, 4, 4, 4, 3]
     first = stays.row(0, named=True)
     assert (first["los_h"], first["age"], first["gender"], first["first_careunit"]) == (72.0, 60.0, "F", MICU)
     assert str(first["intime"]) == START
@@ -82,6 +82,60 @@ def test_version_3_is_told_by_its_patients(tmp_path):
 def test_mortality_is_death_inside_the_admission(tmp_path, changes, died):
     _, stays, _ = _read(tmp_path, [stay(1, **changes)])
     assert cohort.mortality_labels(stays).tolist() == [[died]]
+
+
+MIDNIGHT = {"dischtime": "2150-01-03 00:00:00", "dod": "2150-01-03"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "death_h"),
+    [
+        ({"deathtime": "2150-01-03 10:00:00"}, 58),
+        # As MIMIC-IV writes it: discharged at 00:00 of the day of death.
+        (MIDNIGHT | {"deathtime": "2150-01-03 22:20:00"}, 70 + 1 / 3),
+        ({"dod": "2150-01-04"}, None),
+        ({"deathtime": "2150-01-06 00:00:00"}, None),  # not in this admission
+    ],
+)
+def test_the_hour_of_a_death_is_known_where_it_is_written(tmp_path, changes, death_h):
+    _, stays, _ = _read(tmp_path, [stay(1, **changes)])
+    assert stays["death_h"].to_list() == [death_h if death_h is None else pytest.approx(death_h)]
+    assert cohort.mortality_labels(stays)[0, 0] == ("dod" in changes or death_h is not None)
+
+
+def test_the_demo_keeps_its_stays_and_the_hour_of_every_death(real_data):
+    stays, flow = cohort.read_stays(tables.mimic_iv(real_data / "mimic-iv-demo-2.2"))
+    assert cohort.mortality_labels(stays).sum() == 10 and stays.filter("died")["death_h"].null_count() == 0
+    left = {step["filter"]: step["stays"] for step in flow}
+    assert left["with a length of stay that is outtime - intime"] == left["rows of icustays"]
+    assert left["the admission is the same patient's"] == left["with a patient and an admission"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"los": "1e-9"}, False),
+        ({"los": "300"}, False),
+        ({"los": "3e7"}, False),
+        ({"los": str(3 + 2 / 1440)}, False),
+        ({"los": str(3 + 0.9 / 1440)}, True),
+        ({"outtime": "2150-01-03 23:58:00"}, False),
+    ],
+)
+def test_a_length_of_stay_that_is_not_outtime_less_intime_is_left_out(tmp_path, changes, kept):
+    _, stays, flow = _read(tmp_path, [stay(0), stay(1, **changes)])
+    assert stays["stay_id"].to_list() == [30_000_000, 30_000_001][: 1 + kept]
+    left = {step["filter"]: step["stays"] for step in flow}
+    assert left["with a length of stay that is outtime - intime"] == 1 + kept
+
+
+def test_an_admission_of_another_patient_is_not_the_stays(tmp_path):
+    root = write_mimic_iv(tmp_path, [stay(0), stay(1)])
+    path = root / "hosp/admissions.csv.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"10000001,", b"10000777,")))
+    stays, flow = cohort.read_stays(tables.mimic_iv(root))
+    assert stays["stay_id"].to_list() == [30_000_000]
+    assert {step["filter"]: step["stays"] for step in flow}["the admission is the same patient's"] == 1
 
 
 def test_hashed_splits_are_stable_seeded_and_70_10_20():

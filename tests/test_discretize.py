@@ -17,9 +17,11 @@ HR_MASK = tasks.CHANNELS.index(f"mask->{HR}")
 
 
 def _events(*rows):
-    """(stay, hour, variable name, value[, text])"""
+    """(stay, hour, variable name, value[, text]), each of an item of its own"""
     full = [(s, round(h * 3600), VARIABLE[v], value, *(rest or ("",))) for s, h, v, value, *rest in rows]
+    full = [(*row, item) for item, row in enumerate(full)]
     schema = {"stay": pl.UInt32, "time_s": pl.Int32, "variable": pl.UInt8, "value": pl.Float32, "text": pl.String}
+    schema |= {"item": pl.Int32}
     return pl.DataFrame(full, schema, orient="row")
 
 
@@ -38,7 +40,7 @@ def test_a_step_holds_what_came_after_the_last_edge_up_to_its_own(hour, step):
 
 @pytest.mark.parametrize(
     ("period_h", "timestep_h", "steps"),
-    [(48, 1, 48), (48, 2, 24), (48.1, 2, 25), (0.2, 2, 1), (26.832778, 2, 14), (1, 0.3, 4)],
+    [(48, 1, 48), (48, 2, 24), (48.1, 2, 25), (0.2, 2, 1), (26.832778, 2, 14), (1, 0.3, 4), (1 / 3600, 1e4, 1)],
 )
 def test_the_number_of_steps(period_h, timestep_h, steps):
     assert discretize.num_steps(np.array([period_h]), timestep_h).tolist() == [steps]
@@ -78,6 +80,22 @@ def test_rows_of_one_time():
     assert last_class("paper", "To Speech", "To Pain") == "To Pain"
     assert last_class("released", "To Speech", "To Pain") == "To Speech"
     assert last_class("released", "2 To pain", "Spontaneously", "To Pain") == "To Pain"
+
+
+def test_an_event_outside_the_steps_of_its_stay_is_never_written_to_another(monkeypatch):
+    monkeypatch.setattr(discretize, "num_steps", lambda period_h, timestep_h: np.array([3, 0, 3]))
+    with pytest.raises(AssertionError):
+        _arrays([(0, 1.5, HR, 61.0), (1, 0, HR, 199.0)], [3.0, 1e-9, 3.0])
+
+
+def test_a_row_given_twice_weighs_once():
+    once = _events((0, 0.5, HR, 80.0), (0, 0.5, HR, 90.0), (0, 0.5, EYE, 1.0), (0, 0.5, EYE, 3.0))
+    seen = discretize.resolve_same_time(once, profiles.PAPER)
+    assert sorted(seen["value"].to_list()) == [3, 85]
+    for row in range(4):
+        assert discretize.resolve_same_time(pl.concat([once, once[row]]), profiles.PAPER).equals(seen)
+    other_item = once[1].with_columns(item=pl.lit(99, pl.Int32))
+    assert sorted(discretize.resolve_same_time(pl.concat([once, other_item]), profiles.PAPER)["value"])[1] > 86
 
 
 def _slow(rows, period_h, timestep_h):

@@ -48,6 +48,10 @@ VALUES = [
     (chart(1, 5, HEIGHT_IN, "70"), 177.8, 70),
     (chart(1, 5, HEIGHT_CM, "170"), 170, 170),
     (chart(1, 5, HEIGHT_CM, "825070"), None, 825070),
+    (chart(1, 5, HEIGHT_CM, "0"), None, 0),
+    (chart(1, 5, HEIGHT_IN, "0"), None, 0),
+    (chart(1, 5, WEIGHT_KG, "0"), None, 0),
+    (chart(1, 5, HEART_RATE, "0"), 0, 0),
     (chart(1, 5, HEIGHT_CM, "250"), 240, 250),
     (chart(1, 5, TEMP_F, "98.6"), 37, 37),
     (chart(1, 5, TEMP_F, "78"), 25.5556 + 0.4444, 78),  # clipped to 26
@@ -102,8 +106,12 @@ def test_only_rows_of_the_stay_in_its_time_count_and_the_rest_is_counted(tmp_pat
         chart(1, 6, HEART_RATE, "90", stay_id=""),
         chart(2, 7, HEART_RATE, "400"),
         chart(2, 7, HEART_RATE, "360"),
+        chart(1, 5, HEART_RATE, "91", subject_id=10_000_002),
+        chart(1, 5, HEART_RATE, "92", subject_id=""),
     ]
-    found, counts = _extract(tmp_path, charts, [lab(2, 8, GLUCOSE_LAB, "100")])
+    found, counts = _extract(
+        tmp_path, charts, [lab(2, 8, GLUCOSE_LAB, "100"), lab(2, 9, GLUCOSE_LAB, "101", subject_id=1)]
+    )
     assert [(s, t, v) for s, t, name, v in found if name == "Heart Rate"] == [
         (0, 18000, 80),
         (0, 0, 81),
@@ -111,11 +119,12 @@ def test_only_rows_of_the_stay_in_its_time_count_and_the_rest_is_counted(tmp_pat
         (0, 21600, 90),
         (1, 25200, 350),
     ]
-    assert (1, 28800, "Glucose", 100) in found
+    assert [row for row in found if row[2] == "Glucose"] == [(1, 28800, "Glucose", 100)]
     by_reason = {reason: rows.get("Heart Rate", 0) for reason, rows in counts.items()}
     assert by_reason == {
         "kept": 5,
         "another stay": 1,
+        "another patient": 2,
         "no stay of the cohort": 2,
         "no valid time": 1,
         "before or after the stay": 2,

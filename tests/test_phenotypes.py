@@ -14,7 +14,7 @@ from medfuse_jax.errors import UserError
 def _labels(tmp_path, codes, table=None, num_stays=3):
     stays = [stay(n) for n in range(num_stays)]
     raw = tables.mimic_iv(write_mimic_iv(tmp_path / "raw", stays, codes=codes))
-    frame = pl.DataFrame({"hadm_id": [s["hadm_id"] for s in stays]})
+    frame = pl.DataFrame({name: [s[name] for s in stays] for name in ("subject_id", "hadm_id")})
     label_NK, counts = phenotypes.labels(raw, frame, table)
     return [{tasks.PHENOTYPES[k].ccs for k in np.flatnonzero(row)} for row in label_NK], label_NK, counts
 
@@ -34,6 +34,7 @@ def test_labels_belong_to_their_admission_in_the_order_of_the_tasks(tmp_path):
         "distinct_codes_unmapped": {"ICD-10": 2},
         "unmapped": [["4019", 10, 1], ["U9999", 10, 1]],
         "stays_without_a_code": 1,
+        "rows_of_another_patient": 0,
     }
     other = against["gem, last row"]  # which takes I25.10 for 104, none of the 25
     assert other["codes"] == [["I2510", 10, 1, [101], []]]
