@@ -275,15 +275,16 @@ def _codes(codes: dict, left: list[int | str]) -> dict:
     result = {
         "route": codes["route"],
         "distinct_codes": {version: _shown(n) for version, n in codes["distinct_codes"].items()},
+        "rows_of_another_patient": _shown(codes["rows_of_another_patient"]),
         "rows_without_a_valid_code": _shown(codes["rows_without_a_valid_code"]),
         "stays_without_a_code": _shown(codes["stays_without_a_code"]),
         "unmapped": [{"code": c, "version": v, "stays": n} for c, v, n in many],
         "unmapped_of_few_stays": _shown(len(codes["unmapped"]) - len(many)),
         "against": {name: _against(other, left) for name, other in codes["against"].items()},
     }
-    stays = {other["stays"] for other in result["against"].values()}
+    totals = [*left, *(other["stays"] for other in result["against"].values())]
     for row in result["unmapped"]:
-        row["stays"] = apart({"stays": row["stays"]}, stays)["stays"]
+        row["stays"] = apart({"stays": row["stays"]}, totals)["stays"]
     return result
 
 
