@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -394,6 +395,12 @@ def test_a_group_measures_its_lanes_once(ehr_config, tmp_path, monkeypatch):
     run_lib.train_group(run_lib.Sweep(ehr_config, tmp_path, {}), trials[2:9], run_lib.Costs())
     assert measured == [2]
     (path,) = (tmp_path / "lanes").iterdir()
+    path.write_text('{"lanes": 5}')
+    (program,) = first.programs.values()
+    lives = [types.SimpleNamespace(trial=trial) for trial in trials[:5]]
+    assert run_lib._choose_lanes(first, program, lives) == 5  # of a wave that lost trials, as before a resume
+    program.at_once = 5
+    assert run_lib._choose_lanes(first, program, lives) == 3, "out of memory: no lanes beyond the trials that fit"
     path.write_text(path.read_text()[:5])
     for number in range(3):
         trials.append(search.Trial(9 + number, {"learning_rate": 1e-2 * (number + 1)}))
