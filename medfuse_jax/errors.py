@@ -51,16 +51,23 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False) -> Non
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop is a user's
         try:
             main(argv)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            sys.exit("stopped; the same command goes on where this one was")
-        except Exception as error:  # orbax, numpy and others each say it in another type
-            if "No space left on device" in str(error):
-                sys.exit("error: no space is left on the disk: free some, and the same command goes on")
+        except (Exception, KeyboardInterrupt) as error:
+            if line := in_one_line(error):
+                sys.exit(line)
             raise
 
     app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a command says of an error that its user can put right; '' of one that needs its traceback."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command goes on where this one was"
+    if "No space left on device" in str(error):  # orbax, numpy and others each say it in another type
+        return "error: no space is left on the disk: free some, and the same command goes on"
+    return ""
 
 
 def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:

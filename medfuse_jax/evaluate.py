@@ -83,7 +83,14 @@ def _store(record_DB, score_MDBK, loss_MDB, score_MNK: np.ndarray, loss_MN: np.n
     loss_MN[:, record_R[real_R]] = np.asarray(loss_MDB).reshape(num_models, -1)[:, real_R]
 
 
-def evaluate(workdir: Path, split: str = "test", head: str = "", drop_ehr: float = 0.0, drop_film: float = 0.0) -> dict:
+def evaluate(
+    workdir: Path,
+    split: str = "test",
+    head: str = "",
+    drop_ehr: float = 0.0,
+    drop_film: float = 0.0,
+    on: list[jax.Device] | None = None,
+) -> dict:
     """Evaluates a run's best checkpoint on one split.
 
     Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; with attention its
@@ -91,10 +98,10 @@ def evaluate(workdir: Path, split: str = "test", head: str = "", drop_ehr: float
     head: one of the model's classifiers beside the main one, such as 'ehr_only'; the stays it can
     score, in predictions_<split>_<head>.npz and result_<split>_<head>.json.
     drop_ehr, drop_film: the part of the stays with both that is scored without the one (withheld.py), with
-    drop_film_0.5 or the like in the files' names.
+    drop_film_0.5 or the like in the files' names. on: the devices, by default all of this process.
     """
     check_choice("--split", split, tasks.SPLITS)
-    run = workdir_lib.open_run(workdir)
+    run = workdir_lib.open_run(workdir, on)
     run = dataclasses.replace(run, dataset=withheld.withhold(run.dataset, drop_ehr, drop_film))
     dropped = {name: part for name, part in (("ehr", drop_ehr), ("film", drop_film)) if part}
     config = run.config

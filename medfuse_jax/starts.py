@@ -20,7 +20,8 @@ def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
 
     UserError where one does not fit the run, or an encoder that is frozen has nothing to start from.
     """
-    given = {name: (Path(path), workdir_lib.open_run(Path(path))) for name, path in run.config.init.items() if path}
+    paths = {name: Path(path) for name, path in run.config.init.items() if path}
+    given = {name: (path, workdir_lib.open_run(path, run.devices)) for name, path in paths.items()}
     stages = {
         name: (folder / f"pretrain_{name}", open_experiment(staged))
         for name, staged in config_lib.stages(run.config).items()

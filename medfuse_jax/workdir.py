@@ -28,9 +28,12 @@ def claim(workdir: Path, run: experiment.Experiment) -> None:
         config_lib.save(run.config, workdir / "config.json")
 
 
-def open_run(workdir: Path) -> experiment.Experiment:
-    """The run that claimed the workdir; UserError where its config or its shards are not what they were."""
-    run = experiment.open_experiment(config_lib.load(workdir / "config.json"))
+def open_run(workdir: Path, on: list | None = None) -> experiment.Experiment:
+    """The run that claimed the workdir; UserError where its config or its shards are not what they were.
+
+    on: its devices, by default all of this process.
+    """
+    run = experiment.open_experiment(config_lib.load(workdir / "config.json"), on)
     _check_data(workdir, run)
     return run
 

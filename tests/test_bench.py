@@ -138,13 +138,16 @@ def test_trials_are_set_beside_runs_alone():
     case = dataclasses.replace(_TINY["trials"], method="uni_ehr", repeats=2, num_batches=1, num_trials=3)
     ours, alone, one = trials_case.measure(case)
     assert [row["contender"] for row in (ours, alone, one)] == ["ours", "runs_alone", "one_run"]
-    assert set(ours["lanes_step_s"]) == {"1", "3"} and ours["lanes"] in (1, 3)
+    assert {"1"} < set(ours["lanes_step_s"]) <= {"1", "2", "3"} and str(ours["lanes"]) in ours["lanes_step_s"]
     assert alone["seconds"] > 1.5 * one["seconds"], "three runs are longer than one"
 
 
 def test_what_a_sweep_says_of_its_costs_is_read():
-    said = "once for 64 trials: start-up 8.1 s, compilation 2.0 s, waiting for input 0.4 s; 12 steps of all in 3.5 s"
-    assert sweep_case.once(said) == (8.1, 2.0, 0.4, 12.0, 3.5)
+    said = (
+        "once for 64 trials: pre-training 0.0 s, start-up 8.1 s, encoding 1.5 s, compilation 2.0 s, "
+        "waiting for input 0.4 s; 12 steps of all in 3.5 s"
+    )
+    assert sweep_case.once(said) == (8.1, 1.5, 2.0, 0.4, 12.0, 3.5)
 
 
 @pytest.mark.slow

@@ -1,9 +1,14 @@
 """Sweeps: a trial has the numbers of a run alone; a failed one fails alone; a stopped sweep gives the same table."""
 
+import contextlib
 import csv
+import functools
 import json
+import re
 import runpy
 import time
+import types
+import weakref
 from pathlib import Path
 
 import jax
@@ -11,11 +16,12 @@ import numpy as np
 import optax
 import pytest
 
-from medfuse_jax import checkpoints, experiment, optim, parallel, records, train
+from medfuse_jax import checkpoints, experiment, optim, parallel, records, starts, step, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
-from medfuse_jax.sweep import command, keep, population, results, search
+from medfuse_jax.models import methods
+from medfuse_jax.sweep import command, heads, keep, population, results, search
 from medfuse_jax.sweep import run as run_lib
 
 _CONFIG_FILE = Path(__file__).parent.parent / "configs" / "pheno.py"  # lists no trials of its own
@@ -259,6 +265,28 @@ def test_where_memory_is_short_fewer_trials_run_at_once(ehr_config, tmp_path, mo
         assert reasons == ["out of memory"] * 3
 
 
+@pytest.mark.parametrize(
+    ("where", "name", "error", "reason"),
+    [
+        (heads, "can_cache", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "out of memory before the first"),
+        (population, "stack", MemoryError("Unable to allocate"), "out of memory"),
+    ],
+)
+def test_memory_may_end_anywhere(ehr_config, tmp_path, monkeypatch, where, name, error, reason):
+    """While frozen encoders run; on the host."""
+    trials = [search.Trial(i, {"learning_rate": 1e-3}) for i in range(2)]
+    experiments = run_lib.Sweep(ehr_config, tmp_path, {})
+    shared = experiments.config_of(trials[0])
+    monkeypatch.setattr(run_lib.Sweep, "config_of", lambda self, trial: shared)
+
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(where, name, fails)
+    run_lib.train_group(experiments, trials, run_lib.Costs())
+    assert all(results.record(tmp_path, i)["reason"].startswith(reason) for i in range(2))
+
+
 def test_another_error_is_no_failed_trial(ehr_config, tmp_path, monkeypatch):
     def broken(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
@@ -309,16 +337,75 @@ def test_trials_that_need_other_programs_or_data_are_groups_of_their_own(tiny_co
     assert [[trial.number for trial in group] for group in groups] == [[0, 2], [1, 4], [3]]
 
 
-@pytest.mark.slow
-def test_the_measured_number_of_lanes_is_the_faster_one(ehr_config):
+@pytest.mark.parametrize(
+    ("step_s", "tried"),
+    [
+        ({1: 5.0, 2: 4.0, 3: 3.0, 5: 2.0, 10: 1.0}, [1, 2, 3, 5, 10]),
+        ({1: 5.0, 2: 4.0, 3: 4.5}, [1, 2, 3]),  # slower: no more are tried
+        ({1: 5.0, 2: 4.0, 3: jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")}, [1, 2]),
+        ({1: MemoryError()}, []),
+    ],
+)
+def test_numbers_of_lanes_are_tried_one_by_one_while_they_are_faster(monkeypatch, step_s, tried):
+    class Stacked:
+        """Stands for the trials' states in the device's memory."""
+
+    alive = weakref.WeakSet()
+
+    def stack_with(lanes):
+        assert not alive, "one stack at a time"
+        alive.add(stacked := Stacked())
+        stacked.lanes = lanes
+        return stacked
+
+    def time_step(train_fn, stacked, batch, on):
+        if isinstance(step_s[stacked.lanes], Exception):
+            raise step_s[stacked.lanes]
+        return step_s[stacked.lanes]
+
+    monkeypatch.setattr(population, "_time_step", time_step)
+    assert list(population.measure_lanes(None, stack_with, 10, {}, [])) == tried
+
+
+def test_lanes_are_measured_on_trials_that_are_thrown_away(ehr_config):
     run = experiment.open_experiment(ehr_config, jax.local_devices()[:1])
-    states = [jax.device_get(run.fresh_state())] * 3
+    states = [jax.device_get(run.fresh_state())] * 2
     batch = next(run.batches("train", run.train_plan(epoch=1)))
     train_fn, on = population.compile_train(run.options, run.devices), run.devices
     times_s = population.measure_lanes(
-        train_fn, lambda lanes: population.stack(states, [0, 1, 2], [0.1] * 3, lanes, on), 3, batch, on
+        train_fn, lambda lanes: population.stack(states, [0, 1], [0.1] * 2, lanes, on), 2, batch, on
     )
-    assert set(times_s) == {1, 3} and all(0 < step_s < 60 for step_s in times_s.values())
+    assert set(times_s) == {1, 2} and all(0 < step_s < 60 for step_s in times_s.values())
+
+
+def test_a_group_measures_its_lanes_once(ehr_config, tmp_path, monkeypatch):
+    """Later rounds of it, and a resumed sweep whose first trial is done, take what was measured."""
+    measured = []
+
+    def measure(train_fn, stack_with, most, batch, on):
+        measured.append(most)
+        return {1: 1.0, most: 0.5}
+
+    monkeypatch.setattr(population, "measure_lanes", measure)
+    ehr_config.num_epochs = 1
+    trials = [search.Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(9)]
+    first = run_lib.Sweep(ehr_config, tmp_path, {})
+    run_lib.train_group(first, trials[:3], run_lib.Costs())
+    run_lib.train_group(first, trials[3:6], run_lib.Costs())
+    run_lib.train_group(run_lib.Sweep(ehr_config, tmp_path, {}), trials[2:9], run_lib.Costs())
+    assert measured == [2]
+    (path,) = (tmp_path / "lanes").iterdir()
+    path.write_text('{"lanes": 5}')
+    (program,) = first.programs.values()
+    lives = [types.SimpleNamespace(trial=trial) for trial in trials[:5]]
+    assert run_lib._choose_lanes(first, program, lives) == 5  # of a wave that lost trials, as before a resume
+    program.at_once = 5
+    assert run_lib._choose_lanes(first, program, lives) == 3, "out of memory: no lanes beyond the trials that fit"
+    path.write_text(path.read_text()[:5])
+    for number in range(3):
+        trials.append(search.Trial(9 + number, {"learning_rate": 1e-2 * (number + 1)}))
+    with pytest.raises(UserError, match=r"lanes/\w+\.json cannot be read .* delete it"):
+        run_lib.train_group(first, trials, run_lib.Costs())
 
 
 def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path, monkeypatch):
@@ -349,3 +436,124 @@ def test_ways_of_augmenting_are_refused_where_films_are_encoded_once(tiny_config
     with pytest.raises(UserError, match=r"trial 0 \(film\.rotation_deg .*\): film\.rotation_deg changes nothing"):
         sweep(tiny_config, tmp_path, ["film.rotation_deg:uniform(0,45)"])
     assert not any(tmp_path.iterdir())
+
+
+def _untrained(config, workdir):
+    """A run as train.train leaves it, with its first weights."""
+    run = experiment.open_experiment(config)
+    workdir_lib.claim(workdir, run)
+    with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
+        checkpoints.save(manager, run.fresh_state(), optim.Progress(epoch=1, learning_rate=0.1, best_epoch=1), True)
+    return workdir, run
+
+
+@pytest.fixture(scope="module")
+def encoders(shared_tiny_config, tmp_path_factory):
+    runs = {"ehr": {"method": "uni_ehr"}, "cxr": {"method": "uni_cxr", "task": "radiology"}}
+    made = {}
+    for name, changes in runs.items():
+        config = shared_tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        made[name] = _untrained(config, tmp_path_factory.mktemp("encoders") / name)
+    return made
+
+
+@pytest.fixture
+def frozen_config(tiny_config, encoders):
+    tiny_config.method, tiny_config.model.freeze_encoders = "medfuse", True
+    for name, (folder, _) in encoders.items():
+        tiny_config.init[name] = str(folder)
+    return tiny_config
+
+
+_CAN_FREEZE = [name for name, (module, _) in methods.METHODS.items() if hasattr(module, "frozen_encoders")]
+
+
+def test_heads_of_every_method_that_freezes_its_encoders_run_or_are_no_heads(frozen_config, encoders, tmp_path):
+    """One encoding serves them all, but for the one whose batches hold a modality more."""
+    trials = [search.Trial(i, {"method": name}) for i, name in enumerate(_CAN_FREEZE)]
+    trials.append(search.Trial(len(trials), {"method": "medfuse", "model.modalities": "static"}))
+    together, costs, of_heads = run_lib.Sweep(frozen_config, tmp_path, encoders), run_lib.Costs(), []
+    for trial in trials:
+        if not heads.can_cache(trial.config(frozen_config), encoders):
+            continue
+        of_heads.append(trial.values["method"])
+        run = run_lib._program(together, trial, costs).run
+        (state,) = heads.fresh_heads(run, [0])
+        score_BK = _scores_of_first_batch(run, state)
+        assert np.isfinite(score_BK).all()
+    assert of_heads == ["early", "joint", "joint_zeros", "joint_learnable", "medfuse", "medfuse"]
+    assert len(together.features) == 2 and costs.encode_s > 0
+    whole = experiment.open_experiment(together.config_of(trials[-1]), jax.local_devices()[:1])
+    whole_state = starts.begin(whole.fresh_state(), encoders)
+    np.testing.assert_allclose(_scores_of_first_batch(whole, whole_state), score_BK, atol=1e-5)
+
+
+def _scores_of_first_batch(run, state):
+    plan = run.eval_plans("val", run.selects("val"))[0]
+    batch = parallel.merge(next(run.batches("val", plan)))
+    return np.asarray(jax.jit(functools.partial(step.eval_step, run.options))(state, batch)[0])
+
+
+def test_features_are_computed_once_for_all_that_shares_them(frozen_config, encoders, tmp_path, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(heads, "encode", lambda run, encoders: encoded.append(run.config) or {})
+    values = [{}, {"beta2": 0.9}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16}, {"model.fusion_hidden": 4}]
+    values += [{"method": "early"}, {"film.resize_px": 48, "film.crop_px": 48}, {"data.val_stays": "paired"}]
+    together, costs = run_lib.Sweep(frozen_config, tmp_path, encoders), run_lib.Costs()
+    for i, changed in enumerate(values):
+        run_lib._program(together, search.Trial(i, changed), costs)
+    assert [config.film.resize_px for config in encoded] == [32, 48, 32] and len(together.programs) == len(values)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("model.ehr_hidden:choice(8,16)", r"trial \d \(model.ehr_hidden 16\): the ehr encoder .* has other sizes"),
+        ("method:choice(uni_ehr,joint)", r"trial \d \(method uni_ehr\): .* the method uni_ehr has no cxr_encoder"),
+    ],
+)
+def test_a_trial_that_the_shared_encoders_do_not_fit_is_refused_before_any_is_trained(
+    frozen_config, tmp_path, spec, said
+):
+    frozen_config.method, frozen_config.model.freeze_encoders = "joint", False
+    with pytest.raises(UserError, match=said):
+        sweep(frozen_config, tmp_path, [spec], num_trials=2)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_trial_runs_on_one_device_whatever_the_batch(ehr_config, tmp_path):
+    """A batch of 31 divides over no two devices."""
+    ehr_config.batch_size = ehr_config.eval.batch_size = 31
+    ehr_config.num_epochs = 1
+    assert [row["status"] for row in sweep(ehr_config, tmp_path, _RATES, num_trials=2, lanes=1)] == ["finished"] * 2
+
+
+def test_groups_of_one_are_dealt_to_all_processes(ehr_config, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(run_lib, "train_group", lambda sweep, trials, costs: trained.extend(t.number for t in trials))
+    monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: [True])
+    monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (tmp_path / "sweep.csv").touch())
+    shares = []
+    for process in range(4):
+        sweep(ehr_config, tmp_path, ["ehr_only_ratio:uniform(0,1)"], 8, process=process, num_processes=4)
+        shares.append(trained[:])
+        trained.clear()
+    assert [len(share) for share in shares] == [2] * 4 and sorted(
+        number for share in shares for number in share
+    ) == list(range(8))
+
+
+def test_what_is_said_of_the_costs_is_of_this_start(tiny_config, tmp_path, capsys, monkeypatch):
+    """Pre-training beside start-up, and no trial that an earlier start had trained."""
+    monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (tmp_path / "sweep.csv").touch())
+    monkeypatch.setattr(command.train, "pretrain", lambda stages: time.sleep(1))
+    tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
+    said = []
+    for num_trials in (2, 2):
+        sweep(tiny_config, tmp_path, _RATES, num_trials, lanes=1)
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("once for "))
+        said.append([float(number) for number in re.findall(r"[\d.]+(?= s|\b trials)", line)])
+    (trials, pretrain_s, *_), (trials_again, pretrain_again_s, startup_again_s, *_) = said
+    assert (trials, trials_again) == (2, 0) and pretrain_s == pretrain_again_s == 1.0
+    assert startup_again_s < 1.0, "pre-training is no part of it"

@@ -1,6 +1,7 @@
 """The sweep's command: several processes, a kill at any moment, its flags, and the job files that start it."""
 
 import csv
+import os
 import re
 import shutil
 import signal
@@ -48,13 +49,16 @@ def _table(workdir):
         return list(csv.DictReader(file))
 
 
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_processes_share_the_trials(tmp_path, shards, num_processes):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator=localhost:{port}", f"--num_processes={num_processes}"]
+    flags = [f"--coordinator=localhost:{_free_port()}", f"--num_processes={num_processes}"]
     running = [_start(_command(tmp_path, shards, "together", *flags, f"--process={i}")) for i in range(num_processes)]
     said = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0] * num_processes, said
@@ -88,6 +92,55 @@ def test_a_sweep_killed_again_and_again_gives_the_same_table(tmp_path, shards):
     assert _table(tmp_path / "killed") == _table(tmp_path / "whole")
 
 
+_TWO = """
+import sys, time
+from medfuse_jax import errors
+from medfuse_jax.sweep import pods
+
+process = int(sys.argv.pop())
+
+def work():
+    print("at work", flush=True)
+    if process == 1:
+        {fails}
+    time.sleep(600)
+
+def main(argv):
+    pods.start("localhost:{port}", 2, process, detect=False)
+    pods.run(work)
+
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "by_signal", "said"),
+    [
+        ("", signal.SIGTERM, "stopped; the same command goes on"),
+        ("", signal.SIGINT, "stopped; the same command goes on"),
+        ("raise KeyError('a bug')", None, "KeyError: 'a bug'"),
+        ("raise OSError('No space left on device')", None, "error: no space is left on the disk"),
+        ("raise errors.UserError('a wrong field')", None, "error: a wrong field"),
+    ],
+)
+def test_a_process_that_ends_early_leaves_at_once(fails, by_signal, said):
+    """Not after the other process, which waits for its trials. scancel and a pod's eviction are a SIGTERM."""
+    script = _TWO.format(fails=fails or "pass", port=_free_port())
+    both = [_start([sys.executable, "-c", script, str(process)]) for process in range(2)]
+    try:
+        assert [process.stdout.readline() for process in both] == ["at work\n"] * 2
+        if by_signal:
+            both[1].send_signal(by_signal)
+        assert both[1].wait(timeout=30) == 1 and both[0].poll() is None
+        text = both[1].stdout.read()
+        assert said in text
+        assert ("Traceback" in text) == ("a bug" in said)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
@@ -118,12 +171,23 @@ def test_processes_that_cannot_start_are_refused(coordinator, num_processes, pro
         pods.start(coordinator, num_processes, process, detect=False)
 
 
-def test_each_trial_is_one_process_own():
-    parts = [pods.mine(list(range(10)), process, 3) for process in range(3)]
-    assert (
-        sorted(item for part in parts for item in part) == list(range(10))
-        and max(map(len, parts)) - min(map(len, parts)) <= 1
-    )
+def test_a_port_in_use_is_one_line():
+    with socket.create_server(("", 0)) as taken:
+        coordinator = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--coordinator={coordinator}: the port is taken .* give another"):
+            pods.start(coordinator, 2, 0, detect=False)
+
+
+@pytest.mark.parametrize("sizes", [[10], [1] * 8, [2, 1, 4, 3]])
+def test_each_trial_is_one_process_own_and_no_process_has_more_than_its_share(sizes):
+    """Also where every trial is a group of its own."""
+    parts, dealt = [[] for _ in range(3)], 0
+    for size in sizes:
+        for process, part in enumerate(parts):
+            part += pods.mine(list(range(dealt, dealt + size)), process, 3, dealt)
+        dealt += size
+    assert sorted(item for part in parts for item in part) == list(range(sum(sizes)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_the_slurm_file_is_a_script(tmp_path):
@@ -135,6 +199,40 @@ def test_the_slurm_file_is_a_script(tmp_path):
     assert subprocess.run(["bash", "-n", broken], capture_output=True).returncode != 0
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", path], check=True)
+
+
+def test_every_task_of_the_slurm_file_sees_the_gpus_of_its_node():
+    """jax takes the GPU of the task's number on its node (jax/_src/clusters/cluster.py), of those that it sees."""
+    flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", (_ROOT / "jobs" / "slurm.sh").read_text(), re.M))
+    assert flags["gpus-per-node"] == flags["ntasks-per-node"] and flags["gpu-bind"] == "none"
+    assert "gpus-per-task" not in flags
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(60, True), (0, False)])
+def test_slurms_warning_before_the_time_limit_queues_the_job_again(tmp_path, seconds, warned):
+    """With a stand-in for each of Slurm's commands; the job ends as its step does."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").touch()
+    runs = f"exec sleep {seconds}" if seconds else "exit 3"
+    for name, does in {
+        "srun": f"echo $$ > step.pid; echo step; {runs}",
+        "scontrol": 'echo "$@"; kill "$(cat step.pid)"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(
+        ["bash", _ROOT / "jobs" / "slurm.sh"],
+        cwd=tmp_path,
+        env=environment | {"MEDFUSE_VENV": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout.readline() == "step\n"
+    if warned:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == (128 + signal.SIGTERM if warned else 3)
+    assert job.stdout.read() == ("requeue 7\n" if warned else "")
 
 
 def test_the_gke_file_starts_one_sweep_on_every_host():

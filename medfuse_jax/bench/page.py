@@ -148,8 +148,8 @@ def _remarks(row: dict) -> list[str]:
         tried = ", ".join(f"{lanes} together {table.seconds(step_s)}" for lanes, step_s in row["lanes_step_s"].items())
         out.append(f"{row['num_trials']} trials, a step of all: {tried}")
     if "startup_s" in row:
-        once = ("start-up", row["startup_s"]), ("compilation", row["compile_cached_s"]), ("input", row["input_s"])
-        spent = ", ".join(f"{what} {s:.1f} s" for what, s in once)
+        once = {"startup_s": "start-up", "encode_s": "encoding", "compile_cached_s": "compilation", "input_s": "input"}
+        spent = ", ".join(f"{what} {row[field]:.1f} s" for field, what in once.items() if field in row)
         out.append(f"once for {row['num_trials']} trials: {spent}; {row['steps']} steps of all {row['train_s']:.1f} s")
     if "scaled_from_resamples" in row:
         out.append("scaled from 1 resample a repeat")

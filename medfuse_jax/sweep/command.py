@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, main, starts, train
+from medfuse_jax import evaluate, experiment, main, parallel, starts, train
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.sweep import adaptive, heads, page, pods, results, search
@@ -53,36 +53,39 @@ def run(
         raise UserError("several processes need --config.data.dir: a folder that all of them see")
     if config.data.order_seed < 0:  # a trial's own seed leaves the order of the data alone
         config.data.order_seed = config.seed
-    compile_s = _count_compilation()
-    base = experiment.open_experiment(config)
-    encoders, stages = starts.find(base, workdir)
-    check = functools.partial(_check, config=config, encoders=encoders | stages)
+    costs = run_lib.Costs()
+    _count_compilation(costs)
+    base = experiment.open_experiment(config, parallel.devices()[:1])
+    given, stages = starts.find(base, workdir)
+    encoders = given | stages
+    sweep = run_lib.Sweep(_with_encoders(config, encoders), workdir, encoders, lanes)
+    check = functools.partial(_check, sweep=sweep, fitting=set())
     for trial in search_plan.drawn:
         check(trial)
     claim = functools.partial(results.claim, workdir, config, base.dataset.digest, search_plan.identity, is_first)
     with workdir_lib.locked(workdir) if is_first else contextlib.nullcontext():
         if is_first:
             claim()
-            train.pretrain(stages)
+            with costs.spent("pretrain_s"):
+                train.pretrain(stages)
             results.write_whole(workdir / "started.json", "{}\n")
         else:
-            pods.wait_for(lambda: [(workdir / "started.json").exists()], "the first process to pre-train the encoders")
+            ready = workdir / "started.json"
+            with costs.spent("pretrain_s"):
+                pods.wait_for(lambda: [ready.exists()], "the first process to pre-train the encoders")
             claim()
-        encoders |= stages
-        shared = _with_encoders(config, encoders)
-        costs = run_lib.Costs()
-        startup_s = time.perf_counter() - started_s - compile_s[0]
-        sweep = run_lib.Sweep(shared, workdir, encoders, lanes)
-        trials, trained = [], 0
+        costs.startup_s = time.perf_counter() - started_s - costs.pretrain_s - costs.compile_s
+        trials = []
         for drawn in search_plan.rounds(check):
+            dealt = len(trials)
             for group in run_lib.groups(sweep, drawn):
-                part = pods.mine(group, process, num_processes)
-                run_lib.train_group(sweep, part, costs)
-                trained += len(part)
+                run_lib.train_group(sweep, pods.mine(group, process, num_processes, dealt), costs)
+                dealt += len(group)
             trials += drawn
             pods.wait_for(functools.partial(_are_recorded, workdir, drawn), "the other processes")
         print(
-            f"once for {trained} trials: start-up {startup_s:.1f} s, compilation {compile_s[0]:.1f} s, "
+            f"once for {costs.trials} trials: pre-training {costs.pretrain_s:.1f} s, start-up {costs.startup_s:.1f} s, "
+            f"encoding {costs.encode_s:.1f} s, compilation {costs.compile_s:.1f} s, "
             f"waiting for input {costs.input_s:.1f} s; {costs.steps} steps of all in {costs.train_s:.1f} s"
         )
         if is_first:
@@ -144,13 +147,20 @@ def _plan(
     )
 
 
-def _check(trial: search.Trial, config: ConfigDict, encoders: dict) -> None:
-    """What is wrong with a trial is said before any is trained."""
+def _check(trial: search.Trial, sweep: run_lib.Sweep, fitting: set) -> None:
+    """What is wrong with a trial is said before any is trained: its values, or that shared encoders do not fit it.
+
+    fitting: the models that they do fit, to which this one is added.
+    """
     try:
-        trial_config = trial.config(config)
-        config_lib.validate(trial_config)
-        experiment.open_experiment(trial_config)
-        heads.check_values(trial.values, trial_config, encoders)
+        config = trial.config(sweep.config)
+        config_lib.validate(config)
+        run = experiment.open_experiment(config, parallel.devices()[:1])
+        heads.check_values(trial.values, config, sweep.encoders)
+        if run.options.model not in fitting:
+            for name, (folder, source) in sweep.encoders.items():
+                starts.check(run, name, folder, source)
+            fitting.add(run.options.model)
     except (UserError, TypeError) as error:
         raise UserError(f"trial {trial.number} ({trial.describe()}): {error}") from None
 
@@ -164,16 +174,14 @@ def _with_encoders(config: ConfigDict, encoders: dict) -> ConfigDict:
     return config
 
 
-def _count_compilation() -> list[float]:
-    """[seconds compiled so far], kept up to date."""
-    total_s = [0.0]
+def _count_compilation(costs: run_lib.Costs) -> None:
+    """Keeps costs.compile_s up to date."""
 
     def listen(event: str, duration_s: float, **_) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            total_s[0] += duration_s
+            costs.compile_s += duration_s
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    return total_s
 
 
 def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
@@ -191,7 +199,7 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
         chosen_config = config_lib.load(folder / "config.json")
         if (folder / "state.npz").exists():
             heads.export(chosen_config, folder, sweep.encoders)
-        result = evaluate.evaluate(folder)  # the test split, once, for the chosen trial alone
+        result = evaluate.evaluate(folder, on=parallel.devices()[:1])  # the test split, once, for the chosen alone
         assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
     path = page.write(workdir, sweep.config.to_dict(), records)
     print(f"chosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")

@@ -9,6 +9,7 @@ off, and `medfuse_jax.main` with such a config gives the same numbers.
 import contextlib
 import dataclasses
 import functools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import checkpoints, parallel, starts
+from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
@@ -26,6 +28,27 @@ from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import keep
 
 _ENCODERS = ("ehr_encoder", "cxr_encoder")
+# Their heads read nothing of an encoder but its features. medfuse_attention reads all hours of a stay, and unified's
+# classifier of films other films; the rest cannot freeze their encoders.
+_OF_FEATURES = ("early", "joint", "joint_zeros", "joint_learnable", "medfuse")
+# Changing these changes no feature; any other field is taken to.
+_WITHOUT_EFFECT = (
+    "method",
+    "seed",
+    "learning_rate",
+    "beta2",
+    "batch_size",
+    "films_per_batch",
+    "num_epochs",
+    "early_stop_epochs",
+    "plateau_epochs",
+    "checkpoint_every_steps",
+    "data.ehr_only_ratio",
+    "model.dropout",
+    "model.fusion_hidden",
+    "model.freeze_encoders",
+    "model.missing_film",
+)
 _NO_AUGMENTATION = {
     "film.flip": False,
     "film.rotation_deg": 0.0,
@@ -72,12 +95,15 @@ class HeadExperiment(experiment_lib.Experiment):
             record_1P = np.append(safe_1B, 0)[film_row_1P]
             batch["film_row"] = film_row_1P.astype(np.int32)
             batch["film_features"] = features.film_JE[features.film_N[record_1P]]
+        for name, by_split in self.dataset.extra.items():
+            batch[f"extra_{name}"] = by_split[split][safe_1B]
+            batch[f"extra_{name}"][~valid_1B] = np.nan
         return batch
 
 
 def can_cache(config: ConfigDict, encoders: dict) -> bool:
     """Whether a config's trials are heads on encoders that all share, of films that stay as they are."""
-    is_frozen = config.method == "early" or (config.model.freeze_encoders and config.method != "unified")
+    is_frozen = config.method in _OF_FEATURES and (config.method == "early" or config.model.freeze_encoders)
     # With an odd margin the centre crop of training lies half a pixel beside evaluation's.
     return is_frozen and set(encoders) == {"ehr", "cxr"} and (config.film.resize_px - config.film.crop_px) % 2 == 0
 
@@ -97,19 +123,28 @@ def without_augmentation(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def encode_once(run: experiment_lib.Experiment, encoders: dict) -> HeadExperiment:
-    """Runs the trained encoders over the stays that training and validation use."""
+def decides_features(config: ConfigDict) -> str:
+    """All of a config that changes what the encoders make of its data."""
+    return json.dumps({k: v for k, v in config_lib.flat(config).items() if k not in _WITHOUT_EFFECT}, sort_keys=True)
+
+
+def with_features(run: experiment_lib.Experiment, features: dict[str, Features]) -> HeadExperiment:
+    return HeadExperiment(run.config, run.dataset, run.options, run.devices, features)
+
+
+def encode(run: experiment_lib.Experiment, encoders: dict) -> dict[str, Features]:
+    """What the trained encoders make of the stays that training and validation use, by split."""
     state = starts.begin(run.fresh_state(), encoders)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
 
     @jax.jit
-    def encode(variables, batch):
+    def encode_batch(variables, batch):
         batch = parallel.merge(batch)
         inputs = step_lib.model_inputs(run.options, batch, key=None)
         return run.options.model.apply(variables, inputs, method=_encode)
 
-    features = {split: _encode_split(run, functools.partial(encode, variables), split) for split in ("train", "val")}
-    return HeadExperiment(run.config, run.dataset, run.options, run.devices, features)
+    of_trained = functools.partial(encode_batch, variables)
+    return {split: _encode_split(run, of_trained, split) for split in ("train", "val")}
 
 
 def _encode(model, inputs: dict) -> tuple[jax.Array, jax.Array | None]:

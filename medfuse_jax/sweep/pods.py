@@ -5,12 +5,15 @@ between processes. jax.distributed gives each its number and its devices.
 """
 
 import os
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 
 import jax
 
+from medfuse_jax import errors
 from medfuse_jax.errors import UserError
 
 _WAIT_S = 2.0
@@ -22,6 +25,7 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
 
     By flags (coordinator 'host:port'), or detect: by what jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes).
     """
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself, and nothing stops
     given = [value is not None for value in (coordinator, num_processes, process)]
     if any(given) and not all(given):
         raise UserError("give --coordinator=HOST:PORT, --num_processes and --process together, or none of them")
@@ -31,32 +35,54 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"--coordinator={coordinator} is not HOST:PORT, such as node1:8476")
-        jax.distributed.initialize(coordinator, num_processes, process, shutdown_timeout_seconds=_SHUTDOWN_S)
+        if process == 0:
+            _check_free(coordinator, int(port))
+        try:
+            jax.distributed.initialize(coordinator, num_processes, process, shutdown_timeout_seconds=_SHUTDOWN_S)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                f"--coordinator={coordinator}: process {process} cannot start ({_first_line(error)}); do all "
+                "processes name the same one, and do they all run?"
+            ) from None
     elif detect:
         try:
             jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_S)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
             raise UserError(
-                f"--distributed: jax finds no cluster here ({str(error).splitlines()[0]}); "
+                f"--distributed: jax finds no cluster here ({_first_line(error)}); "
                 "give --coordinator=HOST:PORT, --num_processes and --process"
             ) from None
     return jax.process_index(), jax.process_count()
 
 
+def _check_free(coordinator: str, port: int) -> None:
+    """UserError where another program has the port: jax 0.10 then ends in a segmentation fault."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(f"--coordinator={coordinator}: the port is taken ({error.strerror}); give another") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def run(work: Callable[[], None]) -> None:
-    """Runs one process' work. One that a UserError ends leaves at once: else all would wait for it at their end."""
+    """Runs one process' work. One that an error or a signal ends leaves at once: at jax's own end of a process it
+    would wait for all others, and they for its trials."""
     try:
         work()
-    except UserError as error:
+    except BaseException as error:
         if jax.process_count() == 1:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(errors.in_one_line(error) or traceback.format_exc().rstrip(), file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(1)
 
 
-def mine(items: list, process: int, num_processes: int) -> list:
-    """Every num_processes-th item from this process' number on."""
-    return items[process::num_processes]
+def mine(items: list, process: int, num_processes: int, dealt: int = 0) -> list:
+    """This process' part of items dealt in turn. dealt: how many were before; the next process after them begins."""
+    return items[(process - dealt) % num_processes :: num_processes]
 
 
 def wait_for(are_there: Callable[[], Iterable[bool]], what: str) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from medfuse_jax import parallel
 from medfuse_jax import step as step_lib
 
+OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # a device's memory, the host's
 _AXIS = "device"
 # All trials of a stack are at the same step.
 _TRIAL_AXES = step_lib.TrainState(step=None, params=0, batch_stats=0, opt_state=0, learning_rate=0)
@@ -153,27 +154,35 @@ def lanes_for(num_trials: int, most: int, num_devices: int) -> int:
 def measure_lanes(
     train_fn: Callable, stack_with: Callable[[int], list[Stack]], most: int, batch: dict, on: list[jax.Device]
 ) -> dict[int, float]:
-    """Seconds a step of all trials takes, with one lane a device and with `most`: the median of five, in turn.
+    """Seconds a step of all trials takes, the median of five, by lanes a device: 1, and on to `most` by doubling.
 
-    stack_with: lanes -> the trials stacked anew; what is trained here is thrown away. A number of
-    lanes that does not fit the memory is left out.
+    Every number makes 2 ** n stacks of equal size, so none is padded with trials that nobody wants (ten trials: 1, 2,
+    3, 5, 10). It ends with the first that is slower than one before it, or that does not fit the memory, which is left
+    out. stack_with: lanes -> the trials stacked anew, one number at a time; what is trained here is thrown away.
     """
-    stacks, times_s = {}, {}
-    for lanes in sorted({1, most}):
+    times_s = {}
+    for lanes in sorted({math.ceil(most / 2**n) for n in range(most.bit_length() + 1)}):
         try:
-            stacks[lanes] = stack_with(lanes)
-            jax.block_until_ready(train_all(train_fn, stacks[lanes], batch, on))  # compiles
-        except jax.errors.JaxRuntimeError as error:
+            times_s[lanes] = _time_step(train_fn, stack_with(lanes), batch, on)
+        except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
-            stacks.pop(lanes, None)
+            break
+        if times_s[lanes] > min(times_s.values()):
+            break
+    return times_s
+
+
+def _time_step(train_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.Device]) -> float:
+    jax.block_until_ready(train_all(train_fn, stacks, batch, on))  # compiles
+    taken_s = []
     for _ in range(5):
-        for lanes, tried in stacks.items():
-            start_s = time.perf_counter()
-            jax.block_until_ready(train_all(train_fn, tried, batch, on))
-            times_s.setdefault(lanes, []).append(time.perf_counter() - start_s)
-    return {lanes: float(np.median(taken_s)) for lanes, taken_s in times_s.items()}
+        start_s = time.perf_counter()
+        jax.block_until_ready(train_all(train_fn, stacks, batch, on))
+        taken_s.append(time.perf_counter() - start_s)
+    return float(np.median(taken_s))
 
 
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Of an OUT_OF_MEMORY, as jax raises its own for other things too."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -6,8 +6,10 @@ group: they see the same batches, read and sent once, in one compiled program.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -31,7 +33,8 @@ _WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
 class Sweep:
     """What all trials share. config: of a trial, but for the trial's values; lanes: None to measure.
 
-    programs: each group's, by what its trials share, kept for the rounds of trials that follow.
+    programs: each group's, by what its trials share, kept for the rounds of trials that follow. features: of the
+    frozen encoders, by what decides them.
     """
 
     config: ConfigDict
@@ -39,6 +42,7 @@ class Sweep:
     encoders: dict
     lanes: int | None = None
     programs: dict = dataclasses.field(default_factory=dict)
+    features: dict = dataclasses.field(default_factory=dict)
 
     def config_of(self, trial: Trial) -> ConfigDict:
         """The trial's whole config, with which `medfuse_jax.main` gives its numbers."""
@@ -72,11 +76,27 @@ class Live:
 
 @dataclasses.dataclass
 class Costs:
-    """Where the time went, in seconds: waiting for batches, and the steps themselves."""
+    """Where the time of this start went, in seconds, and on how many trials.
 
+    startup_s, pretrain_s (or waiting for the process that does) and encode_s are without compile_s.
+    """
+
+    trials: int = 0
+    startup_s: float = 0.0
+    pretrain_s: float = 0.0
+    encode_s: float = 0.0
+    compile_s: float = 0.0
     input_s: float = 0.0
     train_s: float = 0.0
     steps: int = 0
+
+    @contextlib.contextmanager
+    def spent(self, field: str) -> Iterator[None]:
+        """Counts the block's time, but for what it compiles."""
+        start_s, compiled_s = time.perf_counter(), self.compile_s
+        yield
+        taken_s = time.perf_counter() - start_s - (self.compile_s - compiled_s)
+        setattr(self, field, getattr(self, field) + taken_s)
 
 
 def groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
@@ -96,42 +116,52 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     todo = _without_record(sweep, trials)
     if not todo:
         return
-    program = _program(sweep, todo[0])
-    on, at_once = program.on, len(todo)
+    costs.trials += len(todo)
+    try:
+        program = _program(sweep, todo[0], costs)
+    except population.OUT_OF_MEMORY as error:
+        if not population.is_out_of_memory(error):
+            raise
+        why = "out of memory before the first step: try a smaller config.eval.batch_size"
+        for trial in todo:
+            results.write_record(sweep.workdir, trial, results.FAILED, why)
+        return
     while todo:
-        wave = todo[:at_once]
+        wave = todo[: program.at_once]
         try:
             _train_wave(sweep, program, wave, costs)
-        except jax.errors.JaxRuntimeError as error:
+        except population.OUT_OF_MEMORY as error:
             if not population.is_out_of_memory(error):
                 raise
-            if at_once <= len(on):
+            if len(wave) <= len(program.on):
                 for trial in _without_record(sweep, wave):
                     results.write_record(sweep.workdir, trial, results.FAILED, "out of memory")
-            at_once = max(len(on), min(at_once, len(todo)) // 2)
-            print(f"out of memory: {at_once} trials at once from here on", flush=True)
+            program.at_once = max(len(program.on), len(wave) // 2)
+            print(f"out of memory: {program.at_once} trials at once from here on", flush=True)
         todo = _without_record(sweep, todo)
 
 
 class Program:
-    """One group's compiled steps, and the devices they run on."""
+    """One group's compiled steps, and the devices they run on. at_once: how many trials fit, None: all so far."""
 
     def __init__(self, run: experiment_lib.Experiment, on: list[jax.Device]):
-        self.run, self.on = run, on
+        self.run, self.on, self.at_once = run, on, None
         self.train_fn = population.compile_train(run.options, on)
         self.eval_fn = population.compile_eval(run.options, on)
 
 
-def _program(sweep: Sweep, trial: Trial) -> Program:
+def _program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
     """The program of a trial's group, made once."""
     shared = sweep.shared_by(trial)
     if shared not in sweep.programs:
         on = parallel.devices()
         run = experiment_lib.open_experiment(sweep.config_of(trial), on[:1])
         if heads.can_cache(run.config, sweep.encoders):
-            start_s = time.perf_counter()
-            run = heads.encode_once(run, sweep.encoders)
-            print(f"frozen encoders run once over the data: {time.perf_counter() - start_s:.1f} s", flush=True)
+            decides = heads.decides_features(run.config)
+            if decides not in sweep.features:
+                with costs.spent("encode_s"):
+                    sweep.features[decides] = heads.encode(run, sweep.encoders)
+            run = heads.with_features(run, sweep.features[decides])
         sweep.programs[shared] = Program(run, on)
     return sweep.programs[shared]
 
@@ -218,11 +248,15 @@ def _stack(lives: list[Live], lanes: int, on: list[jax.Device]) -> list[populati
 
 
 def _choose_lanes(sweep: Sweep, program: Program, lives: list[Live]) -> int:
-    """Lanes a device: as given, or as measured on the first batch of the first start (then kept in a file)."""
+    """Lanes a device: as given, or as measured on the first batch of the group's first start (then kept in a file).
+
+    Never more than the memory has room for.
+    """
     most = -(-len(lives) // len(program.on))
     if sweep.lanes or most <= 1:
         return min(sweep.lanes or 1, max(most, 1))
-    path = results.trial_dir(sweep.workdir, lives[0].trial.number) / "lanes.json"
+    group = hashlib.sha256(sweep.shared_by(lives[0].trial).encode()).hexdigest()[:12]
+    path = sweep.workdir / "lanes" / f"{group}_{jax.process_index()}.json"  # each process has devices of its own
     if not path.exists():
         here = [live for live in lives if live.step == lives[0].step]
         plan = program.run.train_plan(epoch=1)
@@ -233,7 +267,11 @@ def _choose_lanes(sweep: Sweep, program: Program, lives: list[Live]) -> int:
         shown = ", ".join(f"{lanes} together {step_s:.3f} s" for lanes, step_s in times_s.items())
         print(f"a step of {len(here)} trials: {shown}", flush=True)
         results.write_whole(path, json.dumps({"lanes": min(times_s, key=times_s.get, default=1), "step_s": times_s}))
-    return json.loads(path.read_text())["lanes"]
+    try:
+        kept = json.loads(path.read_text())["lanes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, and the lanes are measured again") from None
+    return min(kept, most) if program.at_once else kept
 
 
 def _next_stop(step: int, steps_per_epoch: int, config: ConfigDict) -> int:
