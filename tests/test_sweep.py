@@ -284,7 +284,7 @@ def test_memory_may_end_anywhere(ehr_config, tmp_path, monkeypatch, where, name,
 
     monkeypatch.setattr(where, name, fails)
     run_lib.train_group(experiments, trials, run_lib.Costs())
-    assert all(results.record(tmp_path, i)["reason"].startswith(reason) for i in range(2))
+    assert all(results.record(tmp_path, trial)["reason"].startswith(reason) for trial in trials)
 
 
 def test_another_error_is_no_failed_trial(ehr_config, tmp_path, monkeypatch):
