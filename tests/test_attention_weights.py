@@ -1,12 +1,13 @@
 """The predictions file of a run with attention: a row of weights a stay, whatever the buckets and devices are."""
 
+import contextlib
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import attention_weights, evaluate, experiment, parallel, records, train, workdir
+from medfuse_jax import attention_weights, checkpoints, evaluate, experiment, optim, parallel, records, workdir
 from medfuse_jax.report import page
 
 
@@ -17,10 +18,10 @@ def attention_config(tiny_config):
 
 
 def test_a_runs_predictions_hold_its_weights_and_its_page_shows_them(attention_config, tmp_path):
-    attention_config.learning_rate = 0.01  # weights start equal: enough to move them in an epoch
     run = experiment.open_experiment(attention_config)
     workdir.claim(tmp_path, run)
-    train.train(run, tmp_path)
+    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
+        checkpoints.save(manager, _moved(run.fresh_state()), optim.Progress(), is_best=True)
     evaluate.evaluate(tmp_path)
     with np.load(tmp_path / "predictions_test.npz") as stored:
         found = dict(stored)
@@ -40,14 +41,17 @@ def test_a_runs_predictions_hold_its_weights_and_its_page_shows_them(attention_c
     assert "What was weighed" in (tmp_path / "report" / "index.html").read_text()
 
 
+def _moved(state):
+    """Weights start equal: other numbers than the initial ones tell rows apart."""
+    rng = np.random.default_rng(0)
+    return state.replace(params=jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), state.params))
+
+
 @pytest.mark.slow
 def test_weights_are_the_same_on_one_device_and_on_two(attention_config):
     run = experiment.open_experiment(attention_config)
     state, include_N = run.fresh_state(), run.dataset.usable("test")
-    # Weights start equal: other numbers than the initial ones tell rows apart.
-    rng = np.random.default_rng(0)
-    state = state.replace(params=jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), state.params))
-    made = []
+    state, made = _moved(state), []
     for devices, mode in ((1, "jit"), (2, "pmap")):
         attention_config.parallel = mode
         other = dataclasses.replace(run, devices=parallel.devices(devices), config=attention_config)

@@ -57,10 +57,11 @@ def test_a_target_is_reached_or_missed(tmp_path, median, verdict):
 def test_every_target_names_a_case_of_a_preset():
     from medfuse_jax.bench import cases
 
-    names = {"cpu": [c.name for c in cases.preset("cpu")[0]], "gpu": [c.name for c in cases.preset("h200")[0]]}
+    presets = {"cpu": ("cpu", "sweeps"), "gpu": ("h200",)}
+    names = {platform: [c.name for p in held for c in cases.preset(p)[0]] for platform, held in presets.items()}
     for platform, case, contender, _ in page.TARGETS:
         assert any(name.startswith(case) for name in names[platform]), case
-        assert contender in (*cases.PEERS, "sklearn_loop")
+        assert contender in (*cases.PEERS, "sklearn_loop", "runs_alone", "one_run")
 
 
 @pytest.mark.parametrize("line", ["", "not json\n", '{"case": "a"}\n', "[]\n"])

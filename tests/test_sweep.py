@@ -108,6 +108,7 @@ def test_a_trial_is_the_run_alone_with_its_config(tiny_config, tmp_path, monkeyp
     assert _difference(_best(best), _best(second)) > 1e-2  # the tolerance shows a trial that got another's numbers
 
 
+@pytest.mark.slow  # its shorter sibling is test_heads_of_every_method_that_freezes_its_encoders
 def test_trials_of_frozen_encoders_are_runs_alone_and_encode_once(tiny_config, tmp_path, monkeypatch):
     for name, changes in {
         "ehr": {"method": "uni_ehr", "seed": 5},
