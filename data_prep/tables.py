@@ -36,9 +36,9 @@ MIMIC_CXR = {
     "chexpert": ("study_id",),
     "split": ("dicom_id",),
 }
-# Rows of diagnoses_icd in the whole releases: the layout is the same, and 3.1 left out the rows of two patients whom
-# `patients` does not know (its release notes; 3.1's count is that of mimic-code's buildmimic/mysql/validate.sql).
-DIAGNOSES_OF = {6_364_520: "3.0", 6_364_488: "3.1"}
+# Rows of diagnoses_icd in the whole of 3.1, whose layout is 3.0's: it left out the rows of two patients whom `patients`
+# does not know (its release notes; the count is that of mimic-code's buildmimic/mysql/validate.sql).
+DIAGNOSES_OF = {6_364_488: "3.1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def mimic_cxr_version(tables: dict[str, Table]) -> str:
     """The MIMIC-CXR-JPG version, where the folder tells it.
 
     2.1.0 has the tables and films of 2.0.0 and adds IMAGE_FILENAMES and a labelled test set (its release notes and
-    list of files). Its README is the one of 2.0.0 and LICENSE.txt names no version, so neither is asked.
+    list of files). Their README and LICENSE.txt are not asked: that of 2.1.0 may be the one of 2.0.0.
     """
     metadata = tables["metadata"].path
     root = metadata.parent
