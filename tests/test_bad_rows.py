@@ -215,6 +215,7 @@ def test_the_folder_may_be_the_one_we_are_in(tmp_path, wanted, monkeypatch):
     _equal({r["stay_id"] - 30_000_000: r for r in rows}, wanted)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_said_and_the_build_goes_on_after_it(tmp_path, wanted):
     """A limit on the size of files stands in for the disk: a real error of the real writers."""
     iv = write_mimic_iv(tmp_path / "iv", [stay(0), stay(1)], _charts(), codes=[(0, "4019", 9)])

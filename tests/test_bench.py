@@ -134,6 +134,7 @@ def test_feeding_is_set_beside_the_step_alone(placement):
     assert all("time_over_ours" in row for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_trials_are_set_beside_runs_alone():
     case = dataclasses.replace(_TINY["trials"], method="uni_ehr", repeats=2, num_batches=1, num_trials=3)
     ours, alone, one = trials_case.measure(case)

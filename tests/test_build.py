@@ -498,19 +498,27 @@ def _break(root, table, how):
         ("cxr/files", "missing", "more than 1 %"),
     ],
 )
-def test_bad_input_is_one_line_from_the_command(tmp_path, table, how, message):
+def test_bad_input_is_one_line(tmp_path, table, how, message):
     iv, films = _tree(tmp_path)
     if table == "cxr/files":
         next((films / "files").rglob("*.jpg")).write_bytes(b"broken")
     else:
         _break(tmp_path if table.startswith("cxr") else iv, table, how)
+    with pytest.raises(UserError) as caught:
+        build.build(iv, films, tmp_path / "out", timestep_h=1)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not any((tmp_path / "out" / task).exists() for task in tasks.TASKS)
+
+
+def test_the_command_ends_in_that_line(tmp_path):
+    iv, films = _tree(tmp_path)
+    _break(iv, "icu/chartevents", "truncated")
     done = subprocess.run(
         _command((iv, films), tmp_path / "out", {}), cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and done.stdout == ""
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and message in last and "Traceback" not in done.stderr
-    assert not any((tmp_path / "out" / task).exists() for task in tasks.TASKS)
+    assert last.startswith("error: ") and "it ends too early" in last and "Traceback" not in done.stderr
 
 
 def test_the_command_knows_its_flags_and_explains(capsys):

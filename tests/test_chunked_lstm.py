@@ -88,6 +88,7 @@ def test_a_length_beyond_the_series_is_its_end():
     )
 
 
+@pytest.mark.slow
 def test_several_trials_at_once_are_the_trials_one_by_one():
     cases = [_case(20, [20, 9], seed=seed) for seed in (0, 1, 2)]
     x_BTF, length_B = cases[0][1:]

@@ -20,6 +20,7 @@ def _rows(table: str = _TABLE) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
+@pytest.mark.slow
 def test_every_method_is_in_the_table_with_its_parameters():
     assert {method: row[2] for method, row in _rows().items()} == {
         method: f"{costs.num_params(method):,}" for method in methods.METHODS

@@ -110,8 +110,11 @@ def _without(batch, part):
 @pytest.mark.parametrize(
     "method",
     [
-        *("uni_cxr", "medfuse", "medfuse_attention", "mmtm3"),
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("uni_ehr", "joint_learnable", "unified", "daft3")),
+        *("uni_cxr", "medfuse"),
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in ("uni_ehr", "joint_learnable", "unified", "daft3", "medfuse_attention", "mmtm3")
+        ),
     ],
 )
 def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method):

@@ -379,6 +379,7 @@ def test_lanes_are_measured_on_trials_that_are_thrown_away(ehr_config):
     assert set(times_s) == {1, 2} and all(0 < step_s < 60 for step_s in times_s.values())
 
 
+@pytest.mark.slow
 def test_a_group_measures_its_lanes_once(ehr_config, tmp_path, monkeypatch):
     """Later rounds of it, and a resumed sweep whose first trial is done, take what was measured."""
     measured = []

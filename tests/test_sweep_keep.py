@@ -19,6 +19,7 @@ def ehr_config(tiny_config):
     return tiny_config
 
 
+@pytest.mark.slow
 def test_a_sweep_begun_as_one_process_goes_on_as_several(ehr_config, tmp_path, monkeypatch):
     """Several keep each trial in a file; stopped when one of two trials has saved its last epoch."""
     whole = sweep(ehr_config, tmp_path / "whole", _RATES, num_trials=2, lanes=1)

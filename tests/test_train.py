@@ -32,7 +32,7 @@ def _latest(config, workdir):
 
 
 @pytest.mark.parametrize(
-    ("method", "placement"), [("medfuse", "stream"), pytest.param("uni_ehr", "device", marks=pytest.mark.slow)]
+    ("method", "placement"), [pytest.param("medfuse", "stream", marks=pytest.mark.slow), ("uni_ehr", "device")]
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, method, placement):
     """Stopped within the second epoch: the same numbers as an undisturbed run, each line written once."""
