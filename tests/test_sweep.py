@@ -524,6 +524,7 @@ def test_a_trial_that_the_shared_encoders_do_not_fit_is_refused_before_any_is_tr
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_trial_runs_on_one_device_whatever_the_batch(ehr_config, tmp_path):
     """A batch of 31 divides over no two devices."""
     ehr_config.batch_size = ehr_config.eval.batch_size = 31
@@ -546,6 +547,7 @@ def test_groups_of_one_are_dealt_to_all_processes(ehr_config, tmp_path, monkeypa
     ) == list(range(8))
 
 
+@pytest.mark.slow
 def test_what_is_said_of_the_costs_is_of_this_start(tiny_config, tmp_path, capsys, monkeypatch):
     """Pre-training beside start-up, and no trial that an earlier start had trained."""
     monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (tmp_path / "sweep.csv").touch())

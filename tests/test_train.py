@@ -67,6 +67,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_config, tmp_path, monk
 
 
 @pytest.mark.parametrize("placement", [pytest.param("stream", marks=pytest.mark.slow), "device"])
+@pytest.mark.slow
 def test_a_trace_of_the_wanted_steps_is_written(tiny_config, tmp_path, monkeypatch, placement):
     tiny_config.method, tiny_config.num_epochs, tiny_config.placement = "uni_ehr", 1, placement
     tiny_config.profile_steps = "2:3"
@@ -173,6 +174,7 @@ def test_unified_learns_from_films_with_their_own_labels(tiny_config, tmp_path):
     assert experiment.open_experiment(tiny_config).dataset.films is None
 
 
+@pytest.mark.slow
 def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, monkeypatch):
     """Untrained, so that nothing waits for it."""
     tiny_config.method = "unified"
@@ -269,6 +271,7 @@ def test_the_whole_evaluation_scores_every_test_stay_once(tiny_config, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["num_params"] == result["num_params"] > 1000
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_its_batch_size(tiny_config, tmp_path):
     tiny_config.num_epochs = 1
     _train(tiny_config, tmp_path)
