@@ -190,7 +190,8 @@ def _check_batches(run: Experiment) -> None:
                 f"config.films_per_batch is {config.films_per_batch}, the whole batch, which leaves no row for the "
                 "stays without a film: choose fewer, or config.data.train_stays=paired"
             )
-    if not len(run.train_plan(epoch=1)):
+    # Only then: a plan takes a while, and a whole one holds what was counted above.
+    if config.data.ehr_only_ratio < 1 and not len(run.train_plan(epoch=1)):
         raise UserError(
             f"config.data.ehr_only_ratio is {config.data.ehr_only_ratio}, which leaves no record of "
             f"{config.data.dir}/{config.task} to train {config.method} on: choose a larger part"

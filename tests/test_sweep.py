@@ -44,6 +44,21 @@ def sweep(config, workdir, specs, num_trials=3, lanes=None, **more):
         return list(csv.DictReader(file))
 
 
+def stop_at_save(monkeypatch, number) -> list:
+    """Interrupts a sweep right after its so many-th save of a trial; returns a list of the keepers that saved."""
+    save, saved = keep.WholeKeeper.save, []
+
+    def stop(keeper, *args):
+        save(keeper, *args)
+        saved.append(keeper)
+        if len(saved) == number:
+            keeper.finish()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(keep.WholeKeeper, "save", stop)
+    return saved
+
+
 @pytest.fixture
 def ehr_config(tiny_config):
     """Without films: compiled in a second."""
@@ -182,19 +197,10 @@ def test_a_stopped_sweep_goes_on_to_the_same_table(ehr_config, tmp_path, monkeyp
     """Stopped between two trials' saves in the second epoch: one trial is then an epoch ahead."""
     ehr_config.num_epochs = 3
     whole = sweep(ehr_config, tmp_path / "whole", _RATES, lanes=1)
-    save, saves = keep.WholeKeeper.save, []
-
-    def stop_at_the_fifth(keeper, *args):
-        save(keeper, *args)
-        saves.append(args)
-        if len(saves) == 5:
-            keeper.finish()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(keep.WholeKeeper, "save", stop_at_the_fifth)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(ehr_config, tmp_path / "stopped", _RATES, lanes=1)
-    monkeypatch.setattr(keep.WholeKeeper, "save", save)
+    with monkeypatch.context() as patched:
+        stop_at_save(patched, 5)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(ehr_config, tmp_path / "stopped", _RATES, lanes=1)
     assert not (tmp_path / "stopped" / "sweep.csv").exists()
     assert sweep(ehr_config, tmp_path / "stopped", _RATES, lanes=1) == whole
     for number in range(3):

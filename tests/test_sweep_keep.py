@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_sweep import sweep
+from test_sweep import stop_at_save, sweep
 
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import keep, results
@@ -23,16 +23,7 @@ def ehr_config(tiny_config):
 def test_a_sweep_begun_as_one_process_goes_on_as_several(ehr_config, tmp_path, monkeypatch):
     """Several keep each trial in a file; stopped when one of two trials has saved its last epoch."""
     whole = sweep(ehr_config, tmp_path / "whole", _RATES, num_trials=2, lanes=1)
-    save, saved = keep.WholeKeeper.save, []
-
-    def stop_at_the_third(keeper, *args):
-        save(keeper, *args)
-        saved.append(keeper)
-        if len(saved) == 3:
-            keeper.finish()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(keep.WholeKeeper, "save", stop_at_the_third)
+    saved = stop_at_save(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         sweep(ehr_config, tmp_path / "stopped", _RATES, num_trials=2, lanes=1)
     monkeypatch.setattr(keep, "new_keeper", keep.FileKeeper)
