@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.model.fusion_hidden = 128
     config.model.resnet_stage_sizes = (1, 1, 1, 1)
     config.model.resnet_width = 16
+    config.model.freeze_encoders = True  # the fusion alone is trained: 535 stays with a film are too few for more
     config.batch_size = 16
     config.num_epochs = 10
     config.learning_rate = 3e-3
