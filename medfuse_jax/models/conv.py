@@ -12,6 +12,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# On a CPU the gradient of a kernel takes up to three times as long for many large films at once as for one after
+# another (docs/notes.md): it is a convolution whose window is all of them.
+_PIXELS_A_PART = 56 * 56
+_MOST_PARTS = 16  # each is compiled
+
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -32,10 +37,27 @@ def _forward(x_PHWC, kernel, stride, padding):
 
 
 def _backward(stride, padding, saved, d_output_PHWC):
-    def gradients(x_PHWC, kernel, d_output_PHWC):
-        return jax.vjp(functools.partial(_conv, stride, padding), x_PHWC, kernel)[1](d_output_PHWC)
-
+    whole = functools.partial(_gradients, stride, padding)
+    by_parts = functools.partial(_gradients_by_parts, stride, padding)
+    gradients = functools.partial(jax.lax.platform_dependent, cpu=by_parts, default=whole)
     return _apart(gradients)(*saved, d_output_PHWC)
+
+
+def _gradients(stride, padding, x_PHWC, kernel, d_output_PHWC):
+    return jax.vjp(functools.partial(_conv, stride, padding), x_PHWC, kernel)[1](d_output_PHWC)
+
+
+def _gradients_by_parts(stride, padding, x_PHWC, kernel, d_output_PHWC):
+    """The same, the kernel's gradient as the sum of those of few films each."""
+    _, d_x = jax.vjp(lambda x_PHWC: _conv(stride, padding, x_PHWC, kernel), x_PHWC)
+    num_films, height, width, _ = d_output_PHWC.shape
+    films_a_part = max(1, _PIXELS_A_PART // (height * width), -(-num_films // _MOST_PARTS))
+    d_kernel = 0
+    for first in range(0, num_films, films_a_part):
+        part = slice(first, first + films_a_part)
+        _, d_k = jax.vjp(functools.partial(_conv, stride, padding, x_PHWC[part]), kernel)
+        d_kernel += d_k(d_output_PHWC[part])[0]
+    return d_x(d_output_PHWC)[0], d_kernel
 
 
 def _apart(fn):
