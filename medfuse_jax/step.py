@@ -106,7 +106,7 @@ def train_step(
     axis: str | None = None,
     dropout: jax.Array | None = None,
 ) -> tuple[TrainState, dict]:
-    """One update. Returns the new state and {'loss', 'grad_norm'} of the whole batch.
+    """One update. Returns the new state and {'loss'} of the whole batch.
 
     key is the run's: the step's own keys are folded from it by step number, and each row's
     by its row_id, so a resumed run and any layout over devices draw the same numbers.
@@ -140,7 +140,7 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return state, {"loss": loss}
 
 
 def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax.Array, jax.Array]:
