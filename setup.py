@@ -27,6 +27,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pillow",
         "polars>=1.34",
+        "protobuf",
         "pyyaml",
         "scikit-learn>=1.5",
         "scipy>=1.13",

@@ -1,9 +1,14 @@
-"""The whole way in minutes on two CPU cores: a synthetic cohort, small encoders, MedFuse beside the LSTM.
+"""The whole pipeline in minutes on two CPU cores: a synthetic cohort, small encoders, MedFuse compared with the LSTM.
 
 Command: python -m medfuse_jax.main --config=configs/demo.py
-Hardware and time: 2 CPU cores, under 2 minutes. Result to expect (seed 0, 2026-11-22, jax 0.10.2, one run), macro AUROC
-[95 % CI] on 305 synthetic test stays: LSTM 0.663 [0.642, 0.681], MedFuse 0.707 [0.685, 0.727]; difference on the 144
-with a film +0.076 [+0.047, +0.105]. Another version of jax, or of this code, moves these by some hundredths.
+Hardware and time: 2 CPU cores, 57 to 100 s for the whole command.
+Result to expect (2026-11-25, jax 0.10.2, one machine): macro AUROC [95 % CI] on the 305 synthetic test stays, and the
+difference of MedFuse to the LSTM on them and on the 144 with a film.
+Seed 0: LSTM 0.661 [0.641, 0.680], MedFuse 0.743 [0.723, 0.760], +0.082 [+0.064, +0.100]; film +0.119 [+0.090, +0.147].
+Seed 1: LSTM 0.646, MedFuse 0.722, +0.077 [+0.057, +0.096]; film +0.127.
+Seed 2: LSTM 0.661, MedFuse 0.742, +0.082 [+0.064, +0.101]; film +0.139.
+Another machine, or another version of jax or of this code, moves these by some hundredths. How the setting was chosen:
+docs/notes.md.
 """
 
 from ml_collections import ConfigDict

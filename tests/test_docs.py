@@ -1,4 +1,4 @@
-"""Every command that the README, the docs, a config or a module shows is one that exists, flags and values included."""
+"""Every command in the README, the docs, the job files or a docstring is one that exists, flags and values included."""
 
 import ast
 import functools
@@ -19,7 +19,14 @@ def _texts() -> dict[str, str]:
     texts = {str(p.relative_to(_ROOT)): p.read_text() for p in [*_ROOT.glob("*.md"), *_ROOT.glob("docs/*.md")]}
     for path in (p for folder in ("medfuse_jax", "data_prep", "configs") for p in (_ROOT / folder).rglob("*.py")):
         texts[str(path.relative_to(_ROOT))] = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return texts
+    return texts | _jobs()
+
+
+def _jobs() -> dict[str, str]:
+    """The job files, each with its command on one line and with the options that the file's comment gives it."""
+    slurm, gke = ((_ROOT / "jobs" / name).read_text() for name in ("slurm.sh", "gke_tpu.yaml"))
+    options = re.search(r"^#\s+sbatch jobs/slurm.sh (.*)", slurm, re.M)[1]
+    return {"jobs/slurm.sh": slurm.replace('"$@"', options), "jobs/gke_tpu.yaml": re.sub(r"\n\s+- ", " ", gke)}
 
 
 def _commands() -> list[tuple[str, str, str]]:
@@ -62,10 +69,14 @@ def test_a_command_that_is_shown_exists(where, module, flags):
     _check(module, flags)
 
 
-def test_the_search_finds_the_commands_of_the_readme():
+def test_the_search_finds_the_commands_of_the_readme_and_the_job_files():
     found = {(where, module) for where, module, _ in _commands()}
-    wanted = {"medfuse_jax.main", "medfuse_jax.evaluate", "data_prep.build"}
+    wanted = {"medfuse_jax.main", "medfuse_jax.evaluate", "medfuse_jax.sweep", "data_prep.build"}
     assert {("README.md", module) for module in wanted} <= found and len(found) > 15
+    flags_of = {where: flags for where, _, flags in _commands() if where.startswith("jobs/")}
+    assert set(flags_of) == {f"jobs/{path.name}" for path in (_ROOT / "jobs").iterdir()}
+    for flags in flags_of.values():
+        assert all(name in flags for name in (" --distributed", " --config=", " --config.data.dir=", " --workdir="))
 
 
 @pytest.mark.parametrize(

