@@ -99,7 +99,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         ],
         "environment": evaluate.environment(parallel.devices()),
     }
-    evaluate.save(workdir, scored, result)
+    evaluate.save(workdir, evaluate.Scored(), scored, result)
     return result
 
 
@@ -130,10 +130,10 @@ def _read_json(path: Path, hint: str = "it is not of a finished run") -> dict:
 def _scored(run: str, split: str) -> tuple[Member, dict]:
     """A member and its predictions on a split, made where they are not there."""
     workdir, head = _folder_and_head(run)
-    path = evaluate.predictions_path(workdir, split, head)
-    result_path = evaluate.result_path(workdir, split, head)
+    what = evaluate.Scored(split, head)
+    path, result_path = what.predictions_path(workdir), what.result_path(workdir)
     if not (path.exists() and result_path.exists()):
-        evaluate.evaluate(workdir, split, head)
+        evaluate.evaluate(workdir, what)
     try:
         result = json.loads(result_path.read_text())
         with np.load(path) as stored:

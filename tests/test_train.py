@@ -182,17 +182,17 @@ def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, 
     workdir_lib.claim(tmp_path / "unified", run)
     fresh, index = run.fresh_state(), run.dataset.index["test"]
     monkeypatch.setattr(checkpoints, "restore_best", lambda workdir, state: fresh)
-    result = evaluate.evaluate(tmp_path / "unified", head="joint")
+    result = evaluate.evaluate(tmp_path / "unified", evaluate.Scored(head="joint"))
     assert (result["head"], list(result["subsets"])) == ("joint", ["all"])
     with np.load(tmp_path / "unified" / "predictions_test_joint.npz") as stored:
         np.testing.assert_array_equal(stored["stay_id"], index["stay_id"][index["has_cxr"]])
     assert json.loads((tmp_path / "unified" / "result_test_joint.json").read_text())["head"] == "joint"
     with pytest.raises(UserError, match="Did you mean 'ehr_only'"):
-        evaluate.evaluate(tmp_path / "unified", head="ehr_onyl")
+        evaluate.evaluate(tmp_path / "unified", evaluate.Scored(head="ehr_onyl"))
     tiny_config.method = "medfuse"
     workdir_lib.claim(tmp_path / "medfuse", experiment.open_experiment(tiny_config))
     with pytest.raises(UserError, match="the method 'medfuse' has one classifier"):
-        evaluate.evaluate(tmp_path / "medfuse", head="ehr_only")
+        evaluate.evaluate(tmp_path / "medfuse", evaluate.Scored(head="ehr_only"))
 
 
 @pytest.mark.parametrize(

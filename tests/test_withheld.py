@@ -63,7 +63,8 @@ def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
     workdir.claim(tmp_path, run)
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
         checkpoints.save(manager, run.fresh_state(), optim.Progress(), is_best=True)
-    whole, less = evaluate.evaluate(tmp_path), evaluate.evaluate(tmp_path, drop_film=1.0)
+    whole = evaluate.evaluate(tmp_path)
+    less = evaluate.evaluate(tmp_path, evaluate.Scored(drop_film=1.0))
     assert set(whole["subsets"]) == {"all", "paired", "unpaired"} and set(less["subsets"]) == {"all"}
     stored = json.loads((tmp_path / "result_test_drop_film_1.json").read_text())
     assert stored["dropped"] == {"film": 1.0} and "dropped" not in json.loads((tmp_path / "result.json").read_text())
