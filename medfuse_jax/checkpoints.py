@@ -66,6 +66,11 @@ def restore_latest(manager: ocp.CheckpointManager, state) -> tuple[object, optim
 
 def restore_best(workdir: Path, state):
     """The state of the best validation AUROC, laid out as `state`; UserError where there is none."""
+    return restore_best_with_progress(workdir, state)[0]
+
+
+def restore_best_with_progress(workdir: Path, state) -> tuple[object, optim.Progress]:
+    """The same, and the progress at it."""
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: {workdir} holds no trained model; run medfuse_jax.main first")
@@ -73,7 +78,7 @@ def restore_best(workdir: Path, state):
         found = best(manager, state)
         if found is None:
             raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main with --workdir={workdir} first")
-        return found[0]
+        return found
 
 
 def best(manager: ocp.CheckpointManager, state) -> tuple[object, optim.Progress] | None:

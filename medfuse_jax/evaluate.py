@@ -123,14 +123,13 @@ def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None
     check_choice("--split", what.split, tasks.SPLITS)
     run = workdir_lib.open_run(workdir, on)
     run = dataclasses.replace(run, dataset=withheld.withhold(run.dataset, what.drop_ehr, what.drop_film))
-    state = checkpoints.restore_best(workdir, run.abstract_state())
+    state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
     imported = checkpoints.imported(workdir)
     if imported and not set(state.params) <= set(imported["modules"]):
         raise UserError(
             f"{workdir} holds imported weights of the {' and '.join(imported['modules'])} alone, which score nothing: "
             f"start a run from them, with --config.init.cxr={workdir}"
         )
-    best_epoch = int(state.step) // len(run.train_plan(epoch=1))
     include_N = run.dataset.usable(what.split)
     if what.head:
         run, include_N = _for_head(run, what)
@@ -139,10 +138,8 @@ def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None
     result = {
         **_described(run, what),
         "num_params": experiment_lib.num_params(state),
-        "best_epoch": best_epoch,
-        "selected_by": f"imported from {imported['file']}"
-        if imported
-        else f"AUROC of the {config.data.val_stays} validation stays",
+        "best_epoch": progress.best_epoch,
+        "selected_by": _selected_by(config, imported, progress.best_epoch),
         "loss": loss,
         "subsets": subsets(scored, config.eval.num_bootstrap, config.seed),
         "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored),
@@ -253,6 +250,14 @@ def _masks(scored: dict) -> dict[str, np.ndarray]:
     parts = {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "film_only": has_cxr_N & ~has_ehr_N}
     parts = {name: mask for name, mask in parts.items() if mask.any()}
     return masks | (parts if len(parts) > 1 else {})
+
+
+def _selected_by(config, imported: dict, best_epoch: int) -> str:
+    if imported:
+        return f"imported from {imported['file']}"
+    if not best_epoch:
+        return "not selected: its first epoch is not validated yet"
+    return f"AUROC of the {config.data.val_stays} validation stays"
 
 
 def _describe_data(config) -> dict:

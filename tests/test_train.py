@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import checkpoints, evaluate, experiment, feed, starts, train
+from medfuse_jax import checkpoints, evaluate, experiment, feed, optim, starts, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
@@ -180,8 +180,8 @@ def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, 
     tiny_config.method = "unified"
     run = experiment.open_experiment(tiny_config)
     workdir_lib.claim(tmp_path / "unified", run)
-    fresh, index = run.fresh_state(), run.dataset.index["test"]
-    monkeypatch.setattr(checkpoints, "restore_best", lambda workdir, state: fresh)
+    fresh, index = (run.fresh_state(), optim.Progress()), run.dataset.index["test"]
+    monkeypatch.setattr(checkpoints, "restore_best_with_progress", lambda workdir, state: fresh)
     result = evaluate.evaluate(tmp_path / "unified", evaluate.Scored(head="joint"))
     assert (result["head"], list(result["subsets"])) == ("joint", ["all"])
     with np.load(tmp_path / "unified" / "predictions_test_joint.npz") as stored:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,12 +60,17 @@ def test_a_config_without_ehr_trains_on_films_alone(tiny_config):
 
 
 def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
+    """Of a run on paired stays: none of which is left to count an epoch's steps by."""
+    tiny_config.data.train_stays = tiny_config.data.val_stays = "paired"
     run = experiment.open_experiment(tiny_config)
     workdir.claim(tmp_path, run)
+    state = run.fresh_state().replace(step=jnp.int32(3 * len(run.train_plan(1))))
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
-        checkpoints.save(manager, run.fresh_state(), optim.Progress(), is_best=True)
+        checkpoints.save(manager, state, optim.Progress(epoch=3, best_epoch=3), is_best=True)
     whole = evaluate.evaluate(tmp_path)
     less = evaluate.evaluate(tmp_path, evaluate.Scored(drop_film=1.0))
+    assert whole["best_epoch"] == less["best_epoch"] == 3
+    assert less["selected_by"] == "AUROC of the paired validation stays"
     assert set(whole["subsets"]) == {"all", "paired", "unpaired"} and set(less["subsets"]) == {"all"}
     stored = json.loads((tmp_path / "result_test_drop_film_1.json").read_text())
     assert stored["dropped"] == {"film": 1.0} and "dropped" not in json.loads((tmp_path / "result.json").read_text())
