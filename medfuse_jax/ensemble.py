@@ -87,6 +87,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         "best_epoch": None,
         "selected_by": selected_by,
         "loss": _mean_bce(scored),
+        "num_left_out": _num_left_out(tests, len(together["stay_id"])),
         "members": [
             {"run": m.name, "method": m.result["method"], "weight": None if rule == "by_film" else float(w)}
             for m, w in zip(members, weight_M)
@@ -245,6 +246,12 @@ def _chosen_weights(together: dict) -> tuple[np.ndarray, str]:
 def _mean_bce(scored: dict) -> float:
     score_NK = np.clip(scored["scores"].astype(np.float64), 1e-7, 1 - 1e-7)
     return float(-np.where(scored["labels"] == 1, np.log(score_NK), np.log1p(-score_NK)).mean())
+
+
+def _num_left_out(scored: list[tuple[Member, dict]], num_scored: int) -> int:
+    """Stays of the split that no member scores."""
+    in_split = max(len(part["stay_id"]) + member.result.get("num_left_out", 0) for member, part in scored)
+    return max(0, in_split - num_scored)
 
 
 def _title(member: Member) -> str:

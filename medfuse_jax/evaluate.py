@@ -116,9 +116,9 @@ class Scored:
 def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None = None) -> dict:
     """Evaluates a run's best checkpoint on one split, and returns the result.
 
-    Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; with attention its
-    weights too) and result.json (for test; result_<split>.json else), under the names that `what` gives
-    them. on: the devices, by default all of this process.
+    Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; had_ehr and had_cxr where
+    a modality was dropped; with attention its weights) and result.json (for test; result_<split>.json else),
+    under the names that `what` gives them. on: the devices, by default all of this process.
     """
     check_choice("--split", what.split, tasks.SPLITS)
     run = workdir_lib.open_run(workdir, on)
@@ -141,6 +141,7 @@ def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None
         "best_epoch": progress.best_epoch,
         "selected_by": _selected_by(config, imported, progress.best_epoch),
         "loss": loss,
+        "num_left_out": int((~include_N).sum()),  # records of the split that the method, or the head, cannot score
         "subsets": subsets(scored, config.eval.num_bootstrap, config.seed),
         "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored),
         "environment": environment(run.devices),
@@ -159,6 +160,7 @@ def _score(
     part = {name: values[predictions.record_N] for name, values in run.dataset.index[split].items()}
     scored = {"stay_id": part["stay_id"], "scores": predictions.score_NK, "labels": predictions.label_NK}
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
+    scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
     return scored, attention_weights.collect(run, state, split, include_N), predictions.loss
 
 
@@ -242,14 +244,19 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> lis
 
 
 def _masks(scored: dict) -> dict[str, np.ndarray]:
-    """The subsets that a result is given for, those that hold any record."""
+    """The subsets that a result is given for, those that hold any record; of a task of films there is but one.
+
+    had_both: the stays with both before a modality of some was dropped (Hayat et al. 2022, Figure A2).
+    """
     has_cxr_N, has_ehr_N = scored["has_cxr"], scored["has_ehr"]
+    had_cxr_N, had_ehr_N = scored.get("had_cxr", has_cxr_N), scored.get("had_ehr", has_ehr_N)
     masks = {"all": np.ones_like(has_cxr_N)}
-    if not has_ehr_N.any():
+    if not had_ehr_N.any():
         return masks
-    parts = {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "film_only": has_cxr_N & ~has_ehr_N}
-    parts = {name: mask for name, mask in parts.items() if mask.any()}
-    return masks | (parts if len(parts) > 1 else {})
+    masks |= {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "film_only": has_cxr_N & ~has_ehr_N}
+    if "had_cxr" in scored:
+        masks["had_both"] = had_cxr_N & had_ehr_N
+    return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def _selected_by(config, imported: dict, best_epoch: int) -> str:

@@ -199,6 +199,39 @@ def test_several_runs_stand_in_one_table(mortality, tmp_path):
     assert rows.count("EHR only (LSTM) (one)") == rows.count("EHR only (LSTM) (two)") > 0
 
 
+def test_a_run_that_cannot_score_all_stands_beside_others_on_the_same_stays_alone(tmp_path):
+    data = example_runs.simulate("pheno", 120)
+    for method in ("uni_ehr", "medfuse", "uni_cxr"):
+        example_runs.write_run(tmp_path / "runs" / method, "pheno", method, data, against=("uni_ehr",))
+    path = tmp_path / "runs" / "uni_cxr" / "result.json"
+    result = json.loads(path.read_text())
+    num_paired = int(data["has_cxr"].sum())
+    result["subsets"] = dict.fromkeys(("all", "paired"), result["subsets"]["paired"])
+    result["comparisons"] = [{**result["comparisons"][1], "subset": name} for name in ("all", "paired")]
+    path.write_text(json.dumps(result | {"num_left_out": 120 - num_paired}))
+    shown = Page(make(tmp_path / "runs", tmp_path / "out"))
+    group, stays = "", {}
+    for row in shown.rows:
+        group = row[0] if len(row) == 1 else group
+        if row[0] in ("MedFuse", "Film only (ResNet)") and len(row) == 7:
+            stays.setdefault(group, []).append(row[1])
+    assert stays == {
+        "All test stays": ["120"],
+        "Test stays with a film": [str(num_paired)] * 2,
+        "Test stays without a film": [str(120 - num_paired)],
+    }
+    differences = [row[1] for row in shown.rows if row[0] == "Film only (ResNet) − EHR only (LSTM)"]
+    assert differences == ["Test stays with a film"]
+    words = " ".join(shown.text)
+    assert f"Each label, on the {num_paired} of 120 test stays that it can score" in words
+    labels = [value for name, value in shown.attributes if name == "aria-label"]
+    assert "ROC curves, mean over labels, of MedFuse, EHR only (LSTM)" in labels
+    alone = page.write(tmp_path / "runs" / "uni_cxr", tmp_path / "out")
+    assert not re.search(r"Film only \(ResNet\) +all", alone) and re.search(r"Film only \(ResNet\) +paired", alone)
+    shown = " ".join(Page((tmp_path / "out" / "index.html").read_text()).text)
+    assert f"on {num_paired} test stays (it cannot score {120 - num_paired} others) is" in shown
+
+
 def test_the_text_table_fits_and_holds_the_results(pheno, mortality):
     folders = (pheno / "pretrain_ehr", pheno, mortality)
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]

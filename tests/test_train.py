@@ -183,7 +183,8 @@ def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, 
     fresh, index = (run.fresh_state(), optim.Progress()), run.dataset.index["test"]
     monkeypatch.setattr(checkpoints, "restore_best_with_progress", lambda workdir, state: fresh)
     result = evaluate.evaluate(tmp_path / "unified", evaluate.Scored(head="joint"))
-    assert (result["head"], list(result["subsets"])) == ("joint", ["all"])
+    assert (result["head"], list(result["subsets"])) == ("joint", ["all", "paired"])
+    assert result["num_left_out"] == (~index["has_cxr"]).sum()
     with np.load(tmp_path / "unified" / "predictions_test_joint.npz") as stored:
         np.testing.assert_array_equal(stored["stay_id"], index["stay_id"][index["has_cxr"]])
     assert json.loads((tmp_path / "unified" / "result_test_joint.json").read_text())["head"] == "joint"

@@ -42,7 +42,7 @@ TASK_NAMES = {
     "decompensation": "Decompensation",
     "length_of_stay": "Length of stay",
 }
-SUBSETS = ("all", "paired", "unpaired", "film_only")
+SUBSETS = ("all", "paired", "unpaired", "film_only", "had_both")
 _ATTENTION = ("time_weights", "length", "modality_weights", "modalities")
 _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
@@ -138,6 +138,30 @@ def read_run(folder: Path) -> Run:
     return Run(folder, "", config, result, train, val, predictions, problems, folder.name.startswith("pretrain_"))
 
 
+def scores_all(result: dict | None) -> bool:
+    """Whether a run scores every record of its split, so that its scores of all are beside others' of all."""
+    return not (result or {}).get("num_left_out")
+
+
+def subsets(result: dict) -> dict[str, dict]:
+    """The subsets' scores that tables set beside other runs'; 'all' only of a run that scores all, or has no part."""
+    found = {name: section(result["subsets"], name) for name in SUBSETS}
+    found = {name: scores for name, scores in found.items() if scores}
+    if not scores_all(result) and len(found) > 1:
+        found.pop("all", None)
+    return found
+
+
+def comparisons(result: dict) -> list[dict]:
+    """The differences to other runs; that on 'all' only where both score all."""
+    number_of_all = section(result["subsets"], "all").get("num_samples")
+    return [
+        other
+        for other in result.get("comparisons") or []
+        if other.get("subset") != "all" or (scores_all(result) and other.get("num_samples") == number_of_all)
+    ]
+
+
 def series(lines: dict[int, dict], field: str) -> dict[int, float]:
     """One field by epoch, where it is a finite number."""
     values = {epoch: line.get(field) for epoch, line in sorted(lines.items())}
@@ -194,6 +218,8 @@ def _read_json(path: Path, problems: list[str] | None = None) -> dict:
 def _is_result(result: dict) -> bool:
     labels, subsets, comparisons = (result.get(key) for key in ("labels", "subsets", "comparisons"))
     if not isinstance(labels, list) or not isinstance(subsets, dict) or not isinstance(comparisons, list):
+        return False
+    if not isinstance(result.get("num_left_out", 0), int):
         return False
     per_label = ("auroc", "auprc", "auroc_ci", "auprc_ci", "num_positive")
     for scores in subsets.values():
