@@ -118,7 +118,8 @@ def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None
 
     Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; had_ehr and had_cxr where
     a modality was dropped; with attention its weights) and result.json (for test; result_<split>.json else),
-    under the names that `what` gives them. on: the devices, by default all of this process.
+    under the names that `what` gives them, both stamped with the checkpoint's step. on: the devices, by
+    default all of this process.
     """
     check_choice("--split", what.split, tasks.SPLITS)
     run = workdir_lib.open_run(workdir, on)
@@ -138,6 +139,7 @@ def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None
     result = {
         **_described(run, what),
         "num_params": experiment_lib.num_params(state),
+        "step": int(state.step),
         "best_epoch": progress.best_epoch,
         "selected_by": _selected_by(config, imported, progress.best_epoch),
         "loss": loss,
@@ -193,9 +195,13 @@ def _for_head(run: experiment_lib.Experiment, what: Scored) -> tuple[experiment_
 
 
 def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
-    """Writes predictions and their result to the workdir, under their names."""
+    """Writes predictions and their result to the workdir, under their names.
+
+    Where the result has a step, the predictions get it too: a kill between the two files leaves two steps.
+    """
+    stamp = {"step": result["step"]} if "step" in result else {}
     with files.written_whole(what.predictions_path(workdir)) as unfinished:
-        np.savez(unfinished, **scored)
+        np.savez(unfinished, **scored, **stamp)
     files.write_text(what.result_path(workdir), json.dumps(metrics.to_json(result), indent=1) + "\n")
 
 
