@@ -145,6 +145,11 @@ def test_mortality_has_age_groups_with_bounds(mortality, tmp_path):
     np.testing.assert_allclose([low, high], expected, atol=0.02)  # other resamples
     counts = [int(rows[name][1].split(" / ")[1]) for name in ("18 to 39", "40 to 59", "60 to 79", "80 and over")]
     assert sum(counts) == len(stored["age"])
+    at = next(i for i, row in enumerate(Page(page).rows) if row[0].startswith("Those with a film"))
+    of_paired = Page(page).rows[at + 1 : at + 5]
+    assert sum(int(row[1].split(" / ")[1]) for row in of_paired) == stored["has_cxr"].sum() < len(stored["age"])
+    include &= stored["has_cxr"]
+    assert of_paired[1][2] == f"{roc_auc_score(stored['labels'][include, 0], stored['scores'][include, 0]):.3f}"
     assert "released code" not in tables.results("mortality", [workdirs.read_run(mortality)])  # one label
 
 

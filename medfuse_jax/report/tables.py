@@ -104,17 +104,24 @@ def labels(run: Run, runs: list[Run]) -> str:
 
 
 def ages(run: Run) -> str:
-    """A row an age group, for mortality; '' where the ages are not known."""
+    """A row an age group, for mortality, of the stays scored and of the paired; '' where the ages are not known."""
     if run.task != "mortality" or not run.predictions or run.predictions["age"] is None:
         return ""
-    groups = _age_groups(run)
-    axis = _axis([x for *_, values in groups for x in (values[0], *values[1])])
-    body = "".join(
-        f'<tr><th scope="row">{name}</th><td class="num soft">{number(positive, 0)} / {number(count, 0)}</td>'
-        f"{_score_cells(*values, axis, run.color)}</tr>"
-        for name, positive, count, values in groups
-    )
-    head = _th("Age in years", "text") + _th("Deaths / stays") + _score_heads(axis)
+    paired_N = run.predictions["paired"]
+    parts = [("All that it scores", np.ones(len(run.predictions["age"]), bool))]
+    if paired_N is not None and paired_N.any():
+        parts.append(("Those with a film (the paper\u2019s Table 5)", paired_N))
+    groups = [(title, _age_groups(run, include_N)) for title, include_N in parts]
+    axis = _axis([x for _, rows in groups for *_, values in rows for x in (values[0], *values[1])])
+    body = ""
+    for title, rows in groups:
+        body += f'<tr class="group"><th colspan="7" scope="rowgroup">{title}</th></tr>'
+        body += "".join(
+            f'<tr><th scope="row">{name}</th><td class="num soft">{number(positive, 0)} / {number(count, 0)}</td>'
+            f"{_score_cells(*values, axis, run.color)}</tr>"
+            for name, positive, count, values in rows
+        )
+    head = _th("Age in years", "text") + _th("Deaths / test stays") + _score_heads(axis)
     return f"<h4>By age</h4>{_table(head, body, 'Results by age group')}"
 
 
@@ -225,12 +232,12 @@ def _at(scores: dict, field: str, k: int):
     return values[k] if len(values) > k else None
 
 
-def _age_groups(run: Run) -> list[tuple[str, int, int, list]]:
-    """(group, deaths, stays, [AUROC, bounds, AUPRC, bounds]) of every age group that holds a stay."""
+def _age_groups(run: Run, include_N: np.ndarray) -> list[tuple[str, int, int, list]]:
+    """(group, deaths, stays, [AUROC, bounds, AUPRC, bounds]) of every age group that holds an included stay."""
     rng = np.random.default_rng(0)
     groups = []
     for low, high in _AGE_GROUPS:
-        rows = np.flatnonzero((run.predictions["age"] >= low) & (run.predictions["age"] < high))
+        rows = np.flatnonzero(include_N & (run.predictions["age"] >= low) & (run.predictions["age"] < high))
         if not len(rows):
             continue
         label_N, score_N = (run.predictions[key][rows, 0] for key in ("labels", "scores"))

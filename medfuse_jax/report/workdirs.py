@@ -52,8 +52,8 @@ class Run:
     """What is known of one run; None or empty where it has not come to it.
 
     name: unique among the runs shown. train, val: the lines of metrics.jsonl by epoch.
-    predictions: scores [N, K], labels bool [N, K], age [N] or None, attention: {} or time_weights [N, T],
-    length [N], modality_weights [N, M], modalities [M]. problems: what could not be read.
+    predictions: scores [N, K], labels bool [N, K], age [N] or None, paired bool [N] or None, attention: {} or
+    time_weights [N, T], length [N], modality_weights [N, M], modalities [M]. problems: what could not be read.
     """
 
     folder: Path
@@ -256,6 +256,7 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
         with np.load(path) as stored:
             scores_NK, labels_NK = stored["scores"], stored["labels"]
             age_N = stored.get("age")
+            has = [stored[name] for name in ("has_ehr", "has_cxr") if name in stored]
             attention = {name: stored[name] for name in _ATTENTION if name in stored}
     except FileNotFoundError:
         return None
@@ -270,10 +271,14 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
     if age_N is not None and age_N.shape != (len(scores_NK),):
         problems.append(f"{path}: ages have shape {age_N.shape}, scores {scores_NK.shape}")
         age_N = None
+    if any(has_N.shape != (len(scores_NK),) or has_N.dtype != bool for has_N in has):
+        problems.append(f"{path}: has_ehr and has_cxr are not one bool a stay: run medfuse_jax.evaluate again")
+        has = []
+    paired_N = has[0] & has[1] if len(has) == 2 else None
     if attention and not _is_attention(attention, len(scores_NK)):
         problems.append(f"{path}: the attention weights are not one row a stay: run medfuse_jax.evaluate again")
         attention = {}
-    return {"scores": scores_NK, "labels": labels_NK, "age": age_N, "attention": attention}
+    return {"scores": scores_NK, "labels": labels_NK, "age": age_N, "paired": paired_N, "attention": attention}
 
 
 def _is_attention(found: dict, num_stays: int) -> bool:
