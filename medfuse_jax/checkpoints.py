@@ -81,6 +81,14 @@ def reached(workdir: Path) -> tuple[int, optim.Progress]:
         return _best_step(manager), _latest_progress(manager)
 
 
+def any_saved(workdir: Path) -> bool:
+    """Whether there is a checkpoint to go on from; makes no folder."""
+    if not (workdir / "checkpoints").is_dir():
+        return False
+    with contextlib.closing(open_manager(workdir)) as manager, _damage_named(manager.directory):
+        return manager.latest_step() is not None
+
+
 @contextlib.contextmanager
 def _open_trained(workdir: Path) -> Iterator[ocp.CheckpointManager]:
     """A run's checkpoints, of which there is at least one; else UserError, and nothing is made."""

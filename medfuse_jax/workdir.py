@@ -16,9 +16,10 @@ def locked(workdir: Path) -> contextlib.AbstractContextManager:
 
 
 def claim(workdir: Path, run: experiment.Experiment) -> None:
-    """Makes the workdir this run's, or refuses one that is another's: of another config, or of other shards."""
+    """Makes the workdir this run's, or refuses one that is no run's or another's: of another config or other shards."""
+    _check_a_runs(workdir)
     # A start that failed before anything was trained claims nothing.
-    if any(workdir.glob("checkpoints")) or any(workdir.glob("pretrain_*/checkpoints")):
+    if any(any(workdir.glob(made)) for made in ("checkpoints", "pretrain_*/checkpoints", "result*.json")):
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir")
         _check_data(workdir, run)
@@ -26,6 +27,20 @@ def claim(workdir: Path, run: experiment.Experiment) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / "data.json", json.dumps({"digest": run.dataset.digest}) + "\n")
         config_lib.save(run.config, workdir / "config.json")
+
+
+def _check_a_runs(workdir: Path) -> None:
+    """Raises UserError where the workdir holds an ensemble, a sweep or whatever else has no run's config."""
+    path, what = workdir / "config.json", ""
+    if (workdir / "sweep.json").exists():
+        what = "a sweep"
+    elif path.exists():
+        try:
+            config_lib.load(path)
+        except UserError as error:
+            what = f"no run of this version ({error})"
+    if what:
+        raise UserError(f"{workdir} holds {what}: choose another --workdir")
 
 
 def open_run(workdir: Path, on: list | None = None) -> experiment.Experiment:

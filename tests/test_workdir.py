@@ -43,6 +43,30 @@ def test_another_config_is_refused(run, tmp_path):
         workdir.claim(tmp_path, run)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", {"name": "ensemble", "rule": "average", "runs": ["a", "b"]}, "holds no run of this version"),
+        ("sweep.json", {}, "holds a sweep"),
+        ("result.json", {}, r"config\.json is missing"),
+    ],
+)
+def test_what_is_no_run_is_left_as_it_is(run, tmp_path, name, content, said):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        workdir.claim(tmp_path, run)
+    assert json.loads((tmp_path / name).read_text()) == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_scored_run_without_its_checkpoints_is_still_another(run, tmp_path):
+    workdir.claim(tmp_path, run)
+    (tmp_path / "result.json").write_text("{}")
+    workdir.claim(tmp_path, run)
+    run.config.learning_rate *= 2
+    with pytest.raises(UserError, match="holds another run"):
+        workdir.claim(tmp_path, run)
+
+
 @pytest.mark.parametrize("use", [lambda path, run: workdir.claim(path, run), lambda path, run: workdir.open_run(path)])
 def test_other_shards_in_the_same_place_are_refused(run, tmp_path, use):
     workdir.claim(tmp_path, run)
