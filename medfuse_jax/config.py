@@ -7,6 +7,7 @@ not here cannot be set, and `validate` refuses a wrong value before any work is 
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -16,13 +17,15 @@ from medfuse_jax.errors import UserError, check_choice
 
 # Per stage of pre-training, only what differs from the fusion run is given.
 _STAGE_NAMES = ("ehr", "cxr")
+# A stage trains an encoder from random weights, on its own.
+_NOT_OF_A_STAGE = ("init", "encoders", "pretrain")
 # A stopped run may go on with others: they change how it is run, and none of its numbers (a workdir knows its shards
 # by their content, wherever they lie).
 _WITHOUT_EFFECT = {"data.dir", "placement", "profile_steps"}
 
 
 def default() -> ConfigDict:
-    """Every field with its default: the paper's values (Hayat et al. 2022, 4.4 and A.1)."""
+    """Every field with its default: the paper's values (Hayat et al. 2022, 4.4 and A.1), but for the crop of films."""
     config = ConfigDict()
     config.name = "experiment"
     config.task = "pheno"
@@ -102,11 +105,12 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
     """The whole config of one pre-training stage."""
     derived = config.copy_and_resolve_references()
     changes = derived.pretrain[name]
-    derived.pretrain = ConfigDict()
+    derived.pretrain, derived.init, derived.encoders = ConfigDict(), default().init, default().encoders
+    derived.profile_steps = ""
     # The fusion's, not an encoder's: an encoder is pre-trained on every stay, whole, with statistics of its own.
     derived.model.missing_film = derived.model.modalities = ""
     derived.model.freeze_encoders, derived.model.batch_norm = False, "batch"
-    derived.data.ehr_only_ratio = 1.0
+    derived.data.ehr_only_ratio, derived.data.drop_ehr, derived.data.drop_film = 1.0, 0.0, 0.0
     derived.loss = default().loss
     derived.update(changes)
     derived.name = f"{config.name}_pretrain_{name}"
@@ -194,8 +198,19 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.model.resnet_stage_sizes is {config.model.resnet_stage_sizes}; give four numbers >= 1")
     _check_range("config.eval.batch_size", config.eval.batch_size, 1)
     _check_range("config.eval.num_bootstrap", config.eval.num_bootstrap, 1)
+    if config.init.model and (beside := [name for name in _STAGE_NAMES if config.init[name]]):
+        raise UserError(
+            f"config.init.model is {config.init.model!r}, a whole model, and config.init.{beside[0]} is "
+            f"{config.init[beside[0]]!r}, for a part of it: leave one of them out"
+        )
     for name in config.pretrain:
         check_choice("config.pretrain stage", name, _STAGE_NAMES)
+        for field in _NOT_OF_A_STAGE:
+            if field in config.pretrain[name]:
+                raise UserError(
+                    f"config.pretrain.{name}.{field} is given, and a stage starts at random: train it as a run of its "
+                    f"own, with config.init there, and give that run here as config.init.{name}"
+                )
         try:
             validate(stage(config, name))
         except UserError as error:
@@ -287,16 +302,22 @@ def _check_fields(config: ConfigDict, allowed: ConfigDict, where: str) -> None:
             hint = f" Did you mean {where}.{near[0]}?" if near else f" There are: {', '.join(sorted(allowed))}."
             raise UserError(f"{where}.{key} is not a field of a config.{hint}")
         if key == "pretrain":
-            for name in config.pretrain:
-                if isinstance(config.pretrain[name], ConfigDict) and name in _STAGE_NAMES:
-                    _check_fields(config.pretrain[name], allowed, f"{where}.pretrain.{name}")
+            _check_section(config.pretrain, _STAGE_NAMES, f"{where}.pretrain")
+            for name in [name for name in config.pretrain if name in _STAGE_NAMES]:
+                of_a_stage = [field for field in allowed if field not in _NOT_OF_A_STAGE]
+                _check_section(config.pretrain[name], of_a_stage, f"{where}.pretrain.{name}")
+                _check_fields(config.pretrain[name], allowed, f"{where}.pretrain.{name}")
         elif isinstance(allowed[key], ConfigDict):
-            if not isinstance(config[key], ConfigDict):
-                raise UserError(f"{where}.{key} is {config[key]!r}; it must hold the fields {', '.join(allowed[key])}")
+            _check_section(config[key], allowed[key], f"{where}.{key}")
             _check_fields(config[key], allowed[key], f"{where}.{key}")
         elif not _same_kind(config[key], allowed[key]):
             kind = type(allowed[key]).__name__
             raise UserError(f"{where}.{key} is {config[key]!r}, a {type(config[key]).__name__}; it must be a {kind}")
+
+
+def _check_section(value, fields: Iterable[str], where: str) -> None:
+    if not isinstance(value, ConfigDict):
+        raise UserError(f"{where} is {value!r}; it must hold the fields {', '.join(fields)}")
 
 
 def _check_complete(config: ConfigDict, wanted: ConfigDict, where: str) -> None:
