@@ -62,12 +62,16 @@ def _check_data(workdir: Path, run: experiment.Experiment) -> None:
     if digest != run.dataset.digest:
         raise UserError(
             f"{run.config.data.dir}/{run.config.task} is no longer the build that {workdir} was trained on, so its "
-            f"test stays may have been trained on{_and_modalities(run)}: put the shards back, or start anew in "
+            f"test stays may have been trained on{_or_else(run)}: put the shards back, or start anew in "
             "another --workdir"
         )
 
 
-def _and_modalities(run: experiment.Experiment) -> str:
-    if not run.dataset.extra:
-        return ""
-    return f" (or what table() of config.model.modalities={run.config.model.modalities} gives has changed)"
+def _or_else(run: experiment.Experiment) -> str:
+    """What beside the build may have changed."""
+    config, others = run.config, []
+    if run.dataset.extra:
+        others.append(f"what table() of config.model.modalities={config.model.modalities} gives")
+    if config.data.statistics != "train":
+        others.append(f"what config.data.statistics={config.data.statistics} holds")
+    return f" (or {' or '.join(others)} has changed)" if others else ""

@@ -79,6 +79,16 @@ def test_other_shards_in_the_same_place_are_refused(run, tmp_path, use):
         use(tmp_path, run)
 
 
+def test_statistics_that_have_changed_are_refused(run, tmp_path):
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps({"mean": [0.0] * 76, "std": [1.0] * 76}))
+    run.config.data.statistics = str(path)
+    workdir.claim(tmp_path / "run", experiment.open_experiment(run.config))
+    path.write_text(json.dumps({"mean": [50.0] * 76, "std": [9.0] * 76}))
+    with pytest.raises(UserError, match=r"\(or what config\.data\.statistics=.*statistics\.json holds has changed\)"):
+        workdir.open_run(tmp_path / "run")
+
+
 def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
     hold = (
         "import sys, pathlib, medfuse_jax.workdir as w\n"
