@@ -1,5 +1,6 @@
 """Training: learns, goes on after a stop as if there was none, starts from encoders, refuses what cannot work."""
 
+import contextlib
 import functools
 import gzip
 import json
@@ -250,6 +251,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path, m
     monkeypatch.setattr(experiment.Experiment, "fresh_state", broken)
     with pytest.raises(UserError, match=r"the loss of step \d+ is nan; try a lower config.learning_rate"):
         _train(tiny_config, tmp_path)
+
+
+def test_weights_of_a_loss_that_is_not_finite_are_not_kept(tiny_config, tmp_path, monkeypatch):
+    """Within an epoch, whose steps are made up here: the third one's loss is nan, of weights of the second."""
+    tiny_config.method, tiny_config.checkpoint_every_steps, tiny_config.batch_size = "uni_ehr", 1, 8
+
+    def open_feed(*args, **kwargs):
+        def feed(state, plan, start, stops, key):
+            for step in range(start, len(plan)):
+                state = state.replace(step=state.step + 1)
+                yield state, np.float32(0.5 if step < 2 else np.nan)
+
+        return feed
+
+    monkeypatch.setattr(feed, "open_feed", open_feed)
+    with pytest.raises(UserError, match="the loss of step 3 is nan"):
+        _train(tiny_config, tmp_path)
+    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
+        assert manager.latest_step() == 2
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tiny_config):
