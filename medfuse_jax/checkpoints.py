@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from medfuse_jax import optim
+from medfuse_jax import errors, optim
 from medfuse_jax.errors import UserError
 
 IMPORT_NOTE = "import.json"  # beside weights that were imported, not trained here
@@ -156,6 +156,10 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax raises a bare Exception for a damaged file
+        if errors.is_out_of_memory(error):  # the checkpoint is whole, and a sweep goes on with fewer trials at once
+            raise
+        if errors.is_disk_full(error):
+            raise UserError(f"no space is left on the disk of {path}: free some, and it can be read") from None
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} does not fit this run's model or is damaged ({first_line[:200]}): put a whole copy in its "
