@@ -89,15 +89,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         "selected_by": selected_by,
         "loss": _mean_bce(scored),
         "num_left_out": _num_left_out(tests, len(together["stay_id"])),
-        "members": [
-            {
-                "run": m.name,
-                "method": m.result["method"],
-                "weight": None if rule == "by_film" else float(w),
-                "step": m.result.get("step"),
-            }
-            for m, w in zip(members, weight_M)
-        ],
+        "members": [_listed(m, None if rule == "by_film" else float(w)) for m, w in zip(members, weight_M)],
         "subsets": evaluate.subsets(scored, *bounds),
         "comparisons": [
             difference
@@ -108,6 +100,11 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     }
     evaluate.save(workdir, evaluate.Scored(), scored, result)
     return result
+
+
+def _listed(member: Member, weight: float | None) -> dict:
+    result = member.result
+    return {"run": member.name, "method": result["method"], "weight": weight, "step": result.get("step")}
 
 
 def _check_free(workdir: Path, content: dict) -> None:
