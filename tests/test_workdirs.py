@@ -71,6 +71,14 @@ def test_pairing_that_is_not_a_bool_a_stay_is_said(tmp_path):
         assert len(run.problems) == 1 and "run medfuse_jax.evaluate again" in run.problems[0]
 
 
+def test_a_result_that_nothing_was_chosen_for_has_no_chosen_epoch(tmp_path):
+    folder = unfinished(tmp_path / "run")
+    run = workdirs.read_run(folder)
+    assert run.chosen_epoch == 3
+    run.result = {"best_epoch": 0}
+    assert run.chosen_epoch is None
+
+
 def test_nan_in_a_log_is_no_point(tmp_path):
     lines = [{"phase": "val", "epoch": e, "step": e, "val_auroc": v} for e, v in enumerate((0.5, float("nan"), None))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -96,9 +96,9 @@ class Run:
 
     @property
     def chosen_epoch(self) -> int | None:
-        """The epoch of the best checkpoint; of an unfinished run, the best so far."""
+        """The epoch of the best checkpoint, None where nothing was chosen; of an unfinished run, the best so far."""
         if self.result and isinstance(self.result.get("best_epoch"), int):
-            return self.result["best_epoch"]
+            return self.result["best_epoch"] or None  # 0: imported, or evaluated before the first validation
         aurocs = series(self.val, "val_auroc")
         return max(aurocs, key=aurocs.get) if aurocs else None
 
