@@ -20,6 +20,7 @@ class FilmOptions:
     crop: 'center' (as the released code) or 'random' (as the paper says), in training.
     rotation_deg, translation (part of the side): drawn from plus or minus that;
     scale: drawn between the two; flip: horizontally, with probability a half.
+    Differs from the paper (A.1): no shear, of which it gives no size; the released code has none.
     """
 
     resize_px: int = 256

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from medfuse_jax import optim
+from medfuse_jax import errors, optim
 from medfuse_jax.errors import UserError
 
 IMPORT_NOTE = "import.json"  # beside weights that were imported, not trained here
@@ -66,29 +66,62 @@ def restore_latest(manager: ocp.CheckpointManager, state) -> tuple[object, optim
 
 def restore_best(workdir: Path, state):
     """The state of the best validation AUROC, laid out as `state`; UserError where there is none."""
+    return restore_best_with_progress(workdir, state)[0]
+
+
+def restore_best_with_progress(workdir: Path, state) -> tuple[object, optim.Progress]:
+    """The same, and the progress at it."""
+    with _open_trained(workdir) as manager:
+        return best(manager, state)
+
+
+def reached(workdir: Path) -> tuple[int, optim.Progress]:
+    """The step of the best checkpoint, and the progress at the latest; no state is read. UserError as restore_best."""
+    with _open_trained(workdir) as manager:
+        return _best_step(manager), _latest_progress(manager)
+
+
+def any_saved(workdir: Path) -> bool:
+    """Whether there is a checkpoint to go on from; makes no folder."""
+    if not (workdir / "checkpoints").is_dir():
+        return False
+    with contextlib.closing(open_manager(workdir)) as manager, _damage_named(manager.directory):
+        return manager.latest_step() is not None
+
+
+@contextlib.contextmanager
+def _open_trained(workdir: Path) -> Iterator[ocp.CheckpointManager]:
+    """A run's checkpoints, of which there is at least one; else UserError, and nothing is made."""
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: {workdir} holds no trained model; run medfuse_jax.main first")
     with contextlib.closing(open_manager(workdir)) as manager:
-        found = best(manager, state)
-        if found is None:
+        if _best_step(manager) is None:
             raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main with --workdir={workdir} first")
-        return found[0]
+        yield manager
 
 
 def best(manager: ocp.CheckpointManager, state) -> tuple[object, optim.Progress] | None:
     """The (state, progress) of the best validation AUROC, laid out as `state`, or None where nothing is saved."""
-    folder = manager.directory
-    with _damage_named(folder):
-        step = manager.best_step()
+    step = _best_step(manager)
     if step is None:
         return None
-    with _damage_named(folder):
-        latest = manager.restore(manager.latest_step(), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+    epoch = _latest_progress(manager).best_epoch
     restored, progress = _restore(manager, step, state)
-    if (epoch := latest["progress"]["best_epoch"]) and progress.epoch != epoch:
-        raise UserError(f"{folder} no longer holds the best, of epoch {epoch}: put it back, or train anew")
+    if epoch and progress.epoch != epoch:
+        raise UserError(f"{manager.directory} no longer holds the best, of epoch {epoch}: put it back, or train anew")
     return restored, progress
+
+
+def _best_step(manager: ocp.CheckpointManager) -> int | None:
+    with _damage_named(manager.directory):
+        return manager.best_step()
+
+
+def _latest_progress(manager: ocp.CheckpointManager) -> optim.Progress:
+    with _damage_named(manager.directory):
+        latest = manager.restore(manager.latest_step(), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        return optim.Progress(**latest["progress"])
 
 
 def imported(workdir: Path) -> dict:
@@ -123,6 +156,10 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax raises a bare Exception for a damaged file
+        if errors.is_out_of_memory(error):  # the checkpoint is whole, and a sweep goes on with fewer trials at once
+            raise
+        if errors.is_disk_full(error):
+            raise UserError(f"no space is left on the disk of {path}: free some, and it can be read") from None
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} does not fit this run's model or is damaged ({first_line[:200]}): put a whole copy in its "

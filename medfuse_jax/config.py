@@ -6,7 +6,9 @@ not here cannot be set, and `validate` refuses a wrong value before any work is 
 
 import dataclasses
 import difflib
+import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -16,13 +18,54 @@ from medfuse_jax.errors import UserError, check_choice
 
 # Per stage of pre-training, only what differs from the fusion run is given.
 _STAGE_NAMES = ("ehr", "cxr")
+# A stage trains an encoder from random weights, on its own.
+_NOT_OF_A_STAGE = ("init", "encoders", "pretrain")
 # A stopped run may go on with others: they change how it is run, and none of its numbers (a workdir knows its shards
 # by their content, wherever they lie).
 _WITHOUT_EFFECT = {"data.dir", "placement", "profile_steps"}
 
+_CHOICES = {
+    "data.train_stays": ("partial", "paired"),
+    "data.val_stays": ("partial", "paired"),
+    "data.film_task": tuple(name for name, task in tasks.TASKS.items() if task.films_only),
+    "encoders": ("pretrained", "random"),
+    "model.missing_film": ("", "zeros", "learnt"),
+    "film.crop": ("center", "random"),
+    "model.batch_norm": ("batch", "frozen"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "parallel": ("pmap", "jit"),
+    "placement": ("stream", "device"),
+}
+_RANGES = {  # the least and, where there is one, the most
+    "seed": (0, 2**32 - 1),
+    "batch_size": (1,),
+    "num_epochs": (1,),
+    "learning_rate": (0.0, 1.0),
+    "beta2": (0.0, 0.999999),
+    "early_stop_epochs": (1,),
+    "plateau_epochs": (1,),
+    "checkpoint_every_steps": (0,),
+    "data.synthetic_stays": (50,),
+    "data.synthetic_film_fraction": (0.05, 1.0),
+    "data.ehr_only_ratio": (0.0, 1.0),
+    "data.drop_ehr": (0.0, 1.0),
+    "data.drop_film": (0.0, 1.0),
+    "data.max_buckets": (1, 32),
+    "data.order_seed": (-1,),
+    "film.resize_px": (32, 1024),
+    "film.rotation_deg": (0.0, 180.0),
+    "film.translation": (0.0, 1.0),
+    "model.dropout": (0.0, 0.99),
+    "model.ehr_hidden": (1,),
+    "model.fusion_hidden": (1,),
+    "model.resnet_width": (1,),
+    "eval.batch_size": (1,),
+    "eval.num_bootstrap": (1,),
+}
+
 
 def default() -> ConfigDict:
-    """Every field with its default: the paper's values (Hayat et al. 2022, 4.4 and A.1)."""
+    """Every field with its default: the paper's values (Hayat et al. 2022, 4.4 and A.1), but for the crop of films."""
     config = ConfigDict()
     config.name = "experiment"
     config.task = "pheno"
@@ -102,11 +145,12 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
     """The whole config of one pre-training stage."""
     derived = config.copy_and_resolve_references()
     changes = derived.pretrain[name]
-    derived.pretrain = ConfigDict()
+    derived.pretrain, derived.init, derived.encoders = ConfigDict(), default().init, default().encoders
+    derived.profile_steps = ""
     # The fusion's, not an encoder's: an encoder is pre-trained on every stay, whole, with statistics of its own.
     derived.model.missing_film = derived.model.modalities = ""
     derived.model.freeze_encoders, derived.model.batch_norm = False, "batch"
-    derived.data.ehr_only_ratio = 1.0
+    derived.data.ehr_only_ratio, derived.data.drop_ehr, derived.data.drop_film = 1.0, 0.0, 0.0
     derived.loss = default().loss
     derived.update(changes)
     derived.name = f"{config.name}_pretrain_{name}"
@@ -115,8 +159,26 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError for the first field that is unknown, missing, of the wrong type or out of its range."""
-    _check_fields(config, default(), "config")
-    _check_complete(config, default(), "config")
+    defaults = default()
+    _check_fields(config, defaults, "config")
+    _check_complete(config, defaults, "config")
+    _check_task(config)
+    from medfuse_jax.models import methods  # late: importing flax takes a second that --help need not pay
+
+    check_choice("config.method", config.method, methods.METHODS)
+    for field, allowed in _CHOICES.items():
+        check_choice(f"config.{field}", _value(config, field), allowed)
+    _check_of_method(config, methods.METHODS)
+    profile_steps(config)
+    for field, limits in _RANGES.items():
+        _check_range(f"config.{field}", _value(config, field), *limits)
+    _check_sizes(config)
+    _check_losses(config, methods.METHODS, defaults.loss)
+    _check_init(config)
+    _check_stages(config)
+
+
+def _check_task(config: ConfigDict) -> None:
     if config.task not in tasks.TASKS:
         check_choice("config.task", config.task, tasks.TRAINABLE_TASKS)
     if config.task not in tasks.TRAINABLE_TASKS:
@@ -124,78 +186,69 @@ def validate(config: ConfigDict) -> None:
             f"config.task is {config.task!r}, whose labels are per step: its data can be built and read, but not "
             f"trained on yet; choose one of {', '.join(tasks.TRAINABLE_TASKS)}"
         )
-    from medfuse_jax.modalities import loading  # late: importing flax takes a second that --help need not pay
-    from medfuse_jax.models import methods
 
-    check_choice("config.method", config.method, methods.METHODS)
-    check_choice("config.data.train_stays", config.data.train_stays, ("partial", "paired"))
-    check_choice("config.data.val_stays", config.data.val_stays, ("partial", "paired"))
-    check_choice(
-        "config.data.film_task", config.data.film_task, [t for t, task in tasks.TASKS.items() if task.films_only]
-    )
-    check_choice("config.encoders", config.encoders, ("pretrained", "random"))
-    check_choice("config.model.missing_film", config.model.missing_film, ("", "zeros", "learnt"))
-    if config.model.missing_film and not hasattr(methods.METHODS[config.method][0], "missing"):
+
+def _check_of_method(config: ConfigDict, methods: dict) -> None:
+    """What only some methods have is refused for the others."""
+    from medfuse_jax.modalities import loading  # late, as methods are
+
+    method, _ = methods[config.method]
+    if config.model.missing_film and not hasattr(method, "missing"):
         raise UserError(
             f"config.model.missing_film is {config.model.missing_film!r}, and the method {config.method!r} puts "
             "nothing in a missing film's place: leave it out, or take early or joint"
         )
-    if config.model.freeze_encoders and not hasattr(methods.METHODS[config.method][0], "frozen_encoders"):
+    if config.model.freeze_encoders and not hasattr(method, "frozen_encoders"):
         raise UserError(
             f"config.model.freeze_encoders is true, and the method {config.method!r} has no fusion that could be "
             "trained alone: leave it out, or take early, joint, medfuse or unified"
         )
-    if loading.load(config.model.modalities) and not hasattr(methods.METHODS[config.method][0], "modalities"):
+    if loading.load(config.model.modalities) and not hasattr(method, "modalities"):
+        with_them = [name for name, (module, _) in methods.items() if hasattr(module, "modalities")]
         raise UserError(
             f"config.model.modalities is {config.model.modalities!r}, and the method {config.method!r} fuses EHR and "
-            f"film alone: leave it out, or take {' or '.join(_with_modalities(methods.METHODS))}"
+            f"film alone: leave it out, or take {' or '.join(with_them)}"
         )
-    check_choice("config.film.crop", config.film.crop, ("center", "random"))
-    check_choice("config.model.batch_norm", config.model.batch_norm, ("batch", "frozen"))
-    check_choice("config.precision", config.precision, ("auto", "float32", "bfloat16"))
-    check_choice("config.parallel", config.parallel, ("pmap", "jit"))
-    check_choice("config.placement", config.placement, ("stream", "device"))
-    profile_steps(config)
-    _check_range("config.seed", config.seed, 0, 2**32 - 1)
-    _check_range("config.batch_size", config.batch_size, 1)
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    """The ranges that depend on another field, and those of several numbers."""
     _check_range("config.films_per_batch", config.films_per_batch, 0, config.batch_size)
-    _check_range("config.num_epochs", config.num_epochs, 1)
-    _check_range("config.learning_rate", config.learning_rate, 0.0, 1.0)
-    _check_range("config.beta2", config.beta2, 0.0, 0.999999)
-    _check_range("config.early_stop_epochs", config.early_stop_epochs, 1)
-    _check_range("config.plateau_epochs", config.plateau_epochs, 1)
-    _check_range("config.checkpoint_every_steps", config.checkpoint_every_steps, 0)
-    _check_range("config.data.synthetic_stays", config.data.synthetic_stays, 50)
-    _check_range("config.data.synthetic_film_fraction", config.data.synthetic_film_fraction, 0.05, 1.0)
-    _check_range("config.data.ehr_only_ratio", config.data.ehr_only_ratio, 0.0, 1.0)
-    _check_range("config.data.drop_ehr", config.data.drop_ehr, 0.0, 1.0)
-    _check_range("config.data.drop_film", config.data.drop_film, 0.0, 1.0)
-    _check_range("config.data.max_buckets", config.data.max_buckets, 1, 32)
-    _check_range("config.data.order_seed", config.data.order_seed, -1)
-    _check_range("config.film.resize_px", config.film.resize_px, 32, 1024)
     _check_range("config.film.crop_px", config.film.crop_px, 32, config.film.resize_px)
-    _check_range("config.film.rotation_deg", config.film.rotation_deg, 0.0, 180.0)
-    _check_range("config.film.translation", config.film.translation, 0.0, 1.0)
     if len(config.film.scale) != 2 or not 0.1 <= config.film.scale[0] <= config.film.scale[1] <= 10:
         raise UserError(f"config.film.scale is {config.film.scale}; give the least and the most, between 0.1 and 10")
+    if len(config.model.resnet_stage_sizes) != 4 or min(config.model.resnet_stage_sizes) < 1:
+        raise UserError(f"config.model.resnet_stage_sizes is {config.model.resnet_stage_sizes}; give four numbers >= 1")
+
+
+def _check_losses(config: ConfigDict, methods: dict, defaults: ConfigDict) -> None:
     for name, weight in config.loss.items():
         _check_range(f"config.loss.{name}", weight, 0.0, 1e6)
-        read_by = [method for method, (module, _) in methods.METHODS.items() if name in module.loss_weights()]
-        if weight != default().loss[name] and config.method not in read_by:
+        read_by = [method for method, (module, _) in methods.items() if name in module.loss_weights()]
+        if weight != defaults[name] and config.method not in read_by:
             raise UserError(
                 f"config.loss.{name} is {weight}, and the method {config.method!r} has no such loss: leave it out, or "
                 f"take {' or '.join(read_by)}"
             )
-    _check_range("config.model.dropout", config.model.dropout, 0.0, 0.99)
-    _check_range("config.model.ehr_hidden", config.model.ehr_hidden, 1)
-    _check_range("config.model.fusion_hidden", config.model.fusion_hidden, 1)
-    _check_range("config.model.resnet_width", config.model.resnet_width, 1)
-    if len(config.model.resnet_stage_sizes) != 4 or min(config.model.resnet_stage_sizes) < 1:
-        raise UserError(f"config.model.resnet_stage_sizes is {config.model.resnet_stage_sizes}; give four numbers >= 1")
-    _check_range("config.eval.batch_size", config.eval.batch_size, 1)
-    _check_range("config.eval.num_bootstrap", config.eval.num_bootstrap, 1)
+
+
+def _check_init(config: ConfigDict) -> None:
+    if config.init.model and (beside := [name for name in _STAGE_NAMES if config.init[name]]):
+        raise UserError(
+            f"config.init.model is {config.init.model!r}, a whole model, and config.init.{beside[0]} is "
+            f"{config.init[beside[0]]!r}, for a part of it: leave one of them out"
+        )
+
+
+def _check_stages(config: ConfigDict) -> None:
     for name in config.pretrain:
         check_choice("config.pretrain stage", name, _STAGE_NAMES)
+        for field in _NOT_OF_A_STAGE:
+            if field in config.pretrain[name]:
+                raise UserError(
+                    f"config.pretrain.{name}.{field} is given, and a stage starts at random: train it as a run of its "
+                    f"own, with config.init there, and give that run here as config.init.{name}"
+                )
         try:
             validate(stage(config, name))
         except UserError as error:
@@ -212,10 +265,6 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
             f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25'"
         )
     return int(first), int(last)
-
-
-def _with_modalities(methods: dict) -> list[str]:
-    return [name for name, (module, _) in methods.items() if hasattr(module, "modalities")]
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
@@ -287,16 +336,22 @@ def _check_fields(config: ConfigDict, allowed: ConfigDict, where: str) -> None:
             hint = f" Did you mean {where}.{near[0]}?" if near else f" There are: {', '.join(sorted(allowed))}."
             raise UserError(f"{where}.{key} is not a field of a config.{hint}")
         if key == "pretrain":
-            for name in config.pretrain:
-                if isinstance(config.pretrain[name], ConfigDict) and name in _STAGE_NAMES:
-                    _check_fields(config.pretrain[name], allowed, f"{where}.pretrain.{name}")
+            _check_section(config.pretrain, _STAGE_NAMES, f"{where}.pretrain")
+            for name in [name for name in config.pretrain if name in _STAGE_NAMES]:
+                of_a_stage = [field for field in allowed if field not in _NOT_OF_A_STAGE]
+                _check_section(config.pretrain[name], of_a_stage, f"{where}.pretrain.{name}")
+                _check_fields(config.pretrain[name], allowed, f"{where}.pretrain.{name}")
         elif isinstance(allowed[key], ConfigDict):
-            if not isinstance(config[key], ConfigDict):
-                raise UserError(f"{where}.{key} is {config[key]!r}; it must hold the fields {', '.join(allowed[key])}")
+            _check_section(config[key], allowed[key], f"{where}.{key}")
             _check_fields(config[key], allowed[key], f"{where}.{key}")
         elif not _same_kind(config[key], allowed[key]):
             kind = type(allowed[key]).__name__
             raise UserError(f"{where}.{key} is {config[key]!r}, a {type(config[key]).__name__}; it must be a {kind}")
+
+
+def _check_section(value, fields: Iterable[str], where: str) -> None:
+    if not isinstance(value, ConfigDict):
+        raise UserError(f"{where} is {value!r}; it must hold the fields {', '.join(fields)}")
 
 
 def _check_complete(config: ConfigDict, wanted: ConfigDict, where: str) -> None:
@@ -311,6 +366,10 @@ def _same_kind(value, example) -> bool:
     if isinstance(example, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(example)
+
+
+def _value(config: ConfigDict, field: str):
+    return functools.reduce(lambda section, name: section[name], field.split("."), config)
 
 
 def _check_range(field: str, value: float, low: float, high: float = float("inf")) -> None:

@@ -1,7 +1,7 @@
 """Finished runs scored together: `python -m medfuse_jax.ensemble --runs=A,B --workdir=C`.
 
 A member is a workdir, or one classifier of its model: `DIR:ehr_only`. Its predictions are read
-from its workdir, and made first where they are not there. What stands for a stay is, by --rule:
+from its workdir, and made first where they are not there or of older weights. What stands for a stay is, by --rule:
 
     average    the mean of the members' probabilities, of those that score the stay: the late
                average of uni_ehr and uni_cxr, or of MMTM's two classifiers of one modality
@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from medfuse_jax import errors, evaluate, experiment, files, metrics, parallel, tasks
+from medfuse_jax import checkpoints, errors, evaluate, experiment, files, metrics, parallel, tasks, train
+from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.report import text
@@ -87,10 +88,8 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         "best_epoch": None,
         "selected_by": selected_by,
         "loss": _mean_bce(scored),
-        "members": [
-            {"run": m.name, "method": m.result["method"], "weight": None if rule == "by_film" else float(w)}
-            for m, w in zip(members, weight_M)
-        ],
+        "num_left_out": _num_left_out(tests, len(together["stay_id"])),
+        "members": [_listed(m, None if rule == "by_film" else float(w)) for m, w in zip(members, weight_M)],
         "subsets": evaluate.subsets(scored, *bounds),
         "comparisons": [
             difference
@@ -99,8 +98,13 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         ],
         "environment": evaluate.environment(parallel.devices()),
     }
-    evaluate.save(workdir, scored, result)
+    evaluate.save(workdir, evaluate.Scored(), scored, result)
     return result
+
+
+def _listed(member: Member, weight: float | None) -> dict:
+    result = member.result
+    return {"run": member.name, "method": result["method"], "weight": weight, "step": result.get("step")}
 
 
 def _check_free(workdir: Path, content: dict) -> None:
@@ -128,18 +132,57 @@ def _read_json(path: Path, hint: str = "it is not of a finished run") -> dict:
 
 
 def _scored(run: str, split: str) -> tuple[Member, dict]:
-    """A member and its predictions on a split, made where they are not there."""
+    """A member and its predictions on a split, made where they are not there or not of its best checkpoint."""
     workdir, head = _folder_and_head(run)
-    path = evaluate.predictions_path(workdir, split, head)
-    result_path = evaluate.result_path(workdir, split, head)
+    what, step = evaluate.Scored(split, head), _best_step(workdir)
+    found = _stored(run, workdir, what, step)
+    if found is None:
+        evaluate.evaluate(workdir, what)
+        found = _stored(run, workdir, what, step)
+        assert found, "they are of the checkpoint that was there a moment ago"
+    return found
+
+
+def _stored(run: str, workdir: Path, what: evaluate.Scored, step: int | None) -> tuple[Member, dict] | None:
+    """A member as its files say; None where one is missing, or they are not of the checkpoint `step`.
+
+    step: None where any will do, but the same for both files.
+    """
+    path, result_path = what.predictions_path(workdir), what.result_path(workdir)
     if not (path.exists() and result_path.exists()):
-        evaluate.evaluate(workdir, split, head)
+        return None
     try:
         result = json.loads(result_path.read_text())
         with np.load(path) as stored:
-            return Member(workdir, head, result), {name: stored[name] for name in ("scores", *_FIELDS)}
+            part = {name: stored[name] for name in ("scores", *_FIELDS)}
+            steps = {result.get("step"), int(stored["step"]) if "step" in stored else None}
     except files.DAMAGED_NPZ as error:
-        raise UserError(f"the {split} predictions of {run} cannot be read ({error}); evaluate it again") from None
+        raise UserError(f"the {what.split} predictions of {run} cannot be read ({error}); evaluate it again") from None
+    is_of = len(steps) == 1 if step is None else steps == {step}
+    return (Member(workdir, what.head, result), part) if is_of else None
+
+
+def _best_step(workdir: Path) -> int | None:
+    """The step of a member's best checkpoint, None where only its predictions are left; UserError if unfinished."""
+    if not (workdir / "checkpoints").is_dir():
+        return _check_up_to_date(workdir)
+    step, progress = checkpoints.reached(workdir)
+    config = config_lib.load(workdir / "config.json")
+    # Of a trial that its sweep ended, the best alone may be kept.
+    if not train.finished(progress, config) and not (workdir / "trial.json").exists():
+        raise UserError(
+            f"{workdir} is not finished (epoch {progress.epoch} of {config.num_epochs}): let medfuse_jax.main end it"
+        )
+    return step
+
+
+def _check_up_to_date(workdir: Path) -> None:
+    """Raises UserError where an ensemble was made of weights that its members have since trained on from."""
+    path = evaluate.Scored().result_path(workdir)
+    members = _read_json(path).get("members", []) if path.exists() else []
+    for member in members:
+        if _best_step(_folder_and_head(member["run"])[0]) != member.get("step"):
+            raise UserError(f"{workdir} was made of older weights of {member['run']}: make that ensemble again")
 
 
 def _check_fit(members: list[Member]) -> None:
@@ -245,6 +288,12 @@ def _chosen_weights(together: dict) -> tuple[np.ndarray, str]:
 def _mean_bce(scored: dict) -> float:
     score_NK = np.clip(scored["scores"].astype(np.float64), 1e-7, 1 - 1e-7)
     return float(-np.where(scored["labels"] == 1, np.log(score_NK), np.log1p(-score_NK)).mean())
+
+
+def _num_left_out(scored: list[tuple[Member, dict]], num_scored: int) -> int:
+    """Stays of the split that no member scores."""
+    in_split = max(len(part["stay_id"]) + member.result.get("num_left_out", 0) for member, part in scored)
+    return max(0, in_split - num_scored)
 
 
 def _title(member: Member) -> str:

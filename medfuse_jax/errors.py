@@ -59,13 +59,23 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False) -> Non
     app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small, the host's or a device's: jax raises its own error, for other things too."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no room on a disk: orbax, numpy and others each say it in another type."""
+    return "No space left on device" in str(error)
+
+
 def in_one_line(error: BaseException) -> str:
     """What a command says of an error that its user can put right; '' of one that needs its traceback."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command goes on where this one was"
-    if "No space left on device" in str(error):  # orbax, numpy and others each say it in another type
+    if is_disk_full(error):
         return "error: no space is left on the disk: free some, and the same command goes on"
     return ""
 

@@ -83,104 +83,126 @@ def _store(record_DB, score_MDBK, loss_MDB, score_MNK: np.ndarray, loss_MN: np.n
     loss_MN[:, record_R[real_R]] = np.asarray(loss_MDB).reshape(num_models, -1)[:, real_R]
 
 
-def evaluate(
-    workdir: Path,
-    split: str = "test",
-    head: str = "",
-    drop_ehr: float = 0.0,
-    drop_film: float = 0.0,
-    on: list[jax.Device] | None = None,
-) -> dict:
-    """Evaluates a run's best checkpoint on one split.
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What of a run is scored, and with that the names of the files that say how well.
 
-    Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; with attention its
-    weights too) and result.json (for test; result_<split>.json else), and returns the result.
-    head: one of the model's classifiers beside the main one, such as 'ehr_only'; the stays it can
-    score, in predictions_<split>_<head>.npz and result_<split>_<head>.json.
-    drop_ehr, drop_film: the part of the stays with both that is scored without the one (withheld.py), with
-    drop_film_0.5 or the like in the files' names. on: the devices, by default all of this process.
+    head: one of the model's classifiers beside the main one, such as 'ehr_only', on the stays that it can score.
+    drop_ehr, drop_film: the part of the stays with both that is scored without the one (withheld.py).
     """
-    check_choice("--split", split, tasks.SPLITS)
+
+    split: str = "test"
+    head: str = ""
+    drop_ehr: float = 0.0
+    drop_film: float = 0.0
+
+    @property
+    def dropped(self) -> dict[str, float]:
+        return {name: part for name, part in (("ehr", self.drop_ehr), ("film", self.drop_film)) if part}
+
+    def predictions_path(self, workdir: Path) -> Path:
+        """predictions_test.npz, predictions_val_joint_drop_film_0.5.npz or the like."""
+        return workdir / f"predictions_{'_'.join([self.split, *self._beside()])}.npz"
+
+    def result_path(self, workdir: Path) -> Path:
+        """result.json for the test split itself; result_val_joint_drop_film_0.5.json or the like else."""
+        name = "" if self == Scored() else "_" + "_".join([self.split, *self._beside()])
+        return workdir / f"result{name}.json"
+
+    def _beside(self) -> list[str]:
+        return [self.head] * bool(self.head) + [f"drop_{name}_{part:g}" for name, part in self.dropped.items()]
+
+
+def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None = None) -> dict:
+    """Evaluates a run's best checkpoint on one split, and returns the result.
+
+    Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; had_ehr and had_cxr where
+    a modality was dropped; with attention its weights) and result.json (for test; result_<split>.json else),
+    under the names that `what` gives them, both stamped with the checkpoint's step. on: the devices, by
+    default all of this process.
+    """
+    check_choice("--split", what.split, tasks.SPLITS)
     run = workdir_lib.open_run(workdir, on)
-    run = dataclasses.replace(run, dataset=withheld.withhold(run.dataset, drop_ehr, drop_film))
-    dropped = {name: part for name, part in (("ehr", drop_ehr), ("film", drop_film)) if part}
-    config = run.config
-    state = checkpoints.restore_best(workdir, run.abstract_state())
+    run = dataclasses.replace(run, dataset=withheld.withhold(run.dataset, what.drop_ehr, what.drop_film))
+    state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
     imported = checkpoints.imported(workdir)
     if imported and not set(state.params) <= set(imported["modules"]):
         raise UserError(
             f"{workdir} holds imported weights of the {' and '.join(imported['modules'])} alone, which score nothing: "
             f"start a run from them, with --config.init.cxr={workdir}"
         )
-    best_epoch = int(state.step) // len(run.train_plan(epoch=1))
-    include_N = run.dataset.usable(split)
-    if head:
-        run, include_N = _for_head(run, head, split)
-    state = parallel.replicate(state, run.devices)
-    eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
-    predictions = predict(run, eval_fn, state, split, include_N)
-
-    part = {name: values[predictions.record_N] for name, values in run.dataset.index[split].items()}
-    scored = {"stay_id": part["stay_id"], "scores": predictions.score_NK, "labels": predictions.label_NK}
-    scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
-    weights = attention_weights.collect(run, state, split, include_N)
+    include_N = run.dataset.usable(what.split)
+    if what.head:
+        run, include_N = _for_head(run, what)
+    scored, weights, loss = _score(run, state, what.split, include_N)
+    config = run.config
     result = {
-        "name": config.name,
-        "task": config.task,
-        "method": config.method,
-        **({"head": head} if head else {}),
-        **({"dropped": dropped} if dropped else {}),
-        "split": split,
-        "seed": config.seed,
+        **_described(run, what),
         "num_params": experiment_lib.num_params(state),
-        "best_epoch": best_epoch,
-        "selected_by": f"imported from {imported['file']}"
-        if imported
-        else f"AUROC of the {config.data.val_stays} validation stays",
-        "data": _describe_data(config),
-        "labels": list(run.dataset.labels),
-        "loss": predictions.loss,
+        "step": int(state.step),
+        "best_epoch": progress.best_epoch,
+        "selected_by": _selected_by(config, imported, progress.best_epoch),
+        "loss": loss,
+        "num_left_out": int((~include_N).sum()),  # records of the split that the method, or the head, cannot score
         "subsets": subsets(scored, config.eval.num_bootstrap, config.seed),
-        "comparisons": [] if dropped else _against_pretraining(config, workdir, split, scored),
+        "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored),
         "environment": environment(run.devices),
     }
-    save(workdir, scored | weights, result)
+    save(workdir, what, scored | weights, result)
     return result
 
 
-def _for_head(run: experiment_lib.Experiment, head: str, split: str) -> tuple[experiment_lib.Experiment, np.ndarray]:
+def _score(
+    run: experiment_lib.Experiment, state: step_lib.TrainState, split: str, include_N: np.ndarray
+) -> tuple[dict, dict, float]:
+    """(what is known of the included stays and their scores, what attention weighed, the mean loss)."""
+    state = parallel.replicate(state, run.devices)
+    eval_fn = parallel.compile_eval(run.options, run.config.parallel, run.devices)
+    predictions = predict(run, eval_fn, state, split, include_N)
+    part = {name: values[predictions.record_N] for name, values in run.dataset.index[split].items()}
+    scored = {"stay_id": part["stay_id"], "scores": predictions.score_NK, "labels": predictions.label_NK}
+    scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
+    scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
+    return scored, attention_weights.collect(run, state, split, include_N), predictions.loss
+
+
+def _described(run: experiment_lib.Experiment, what: Scored) -> dict:
+    """What a result says of the run and of what was scored, before any score."""
+    config = run.config
+    return {
+        "name": config.name,
+        "task": config.task,
+        "method": config.method,
+        **({"head": what.head} if what.head else {}),
+        **({"dropped": what.dropped} if what.dropped else {}),
+        "split": what.split,
+        "seed": config.seed,
+        "data": _describe_data(config),
+        "labels": list(run.dataset.labels),
+    }
+
+
+def _for_head(run: experiment_lib.Experiment, what: Scored) -> tuple[experiment_lib.Experiment, np.ndarray]:
     """The run with another classifier of its model scored, and which records that can score."""
     heads = {h.logits.removesuffix("_logits"): h for h in run.options.model.heads if h.label == "label"}
     heads.pop("logits", None)
     if not heads:
-        raise UserError(f"--head={head}: the method {run.config.method!r} has one classifier; leave --head out")
-    check_choice("--head", head, heads)
-    options = dataclasses.replace(run.options, head=heads[head].logits)
-    dataset = dataclasses.replace(run.dataset, needs=heads[head].needs)
-    return dataclasses.replace(run, options=options, dataset=dataset), dataset.usable(split)
+        raise UserError(f"--head={what.head}: the method {run.config.method!r} has one classifier; leave --head out")
+    check_choice("--head", what.head, heads)
+    options = dataclasses.replace(run.options, head=heads[what.head].logits)
+    dataset = dataclasses.replace(run.dataset, needs=heads[what.head].needs)
+    return dataclasses.replace(run, options=options, dataset=dataset), dataset.usable(what.split)
 
 
-def save(workdir: Path, scored: dict, result: dict) -> None:
-    """Writes the predictions and the result of one split (and head) to the workdir, under their names."""
-    part = result["split"], part_name(result)
-    with files.written_whole(predictions_path(workdir, *part)) as unfinished:
-        np.savez(unfinished, **scored)
-    files.write_text(result_path(workdir, *part), json.dumps(metrics.to_json(result), indent=1) + "\n")
+def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
+    """Writes predictions and their result to the workdir, under their names.
 
-
-def part_name(result: dict) -> str:
-    """What tells a result from the split's own, in the files' names: the head, and what was dropped."""
-    dropped = [f"drop_{name}_{part:g}" for name, part in result.get("dropped", {}).items()]
-    return "_".join(([result["head"]] if "head" in result else []) + dropped)
-
-
-def predictions_path(workdir: Path, split: str, part: str = "") -> Path:
-    return workdir / f"predictions_{split}{'_' if part else ''}{part}.npz"
-
-
-def result_path(workdir: Path, split: str, part: str = "") -> Path:
-    name = "" if (split, part) == ("test", "") else f"_{split}{'_' if part else ''}{part}"
-    return workdir / f"result{name}.json"
+    Where the result has a step, the predictions get it too: a kill between the two files leaves two steps.
+    """
+    stamp = {"step": result["step"]} if "step" in result else {}
+    with files.written_whole(what.predictions_path(workdir)) as unfinished:
+        np.savez(unfinished, **scored, **stamp)
+    files.write_text(what.result_path(workdir), json.dumps(metrics.to_json(result), indent=1) + "\n")
 
 
 def subsets(scored: dict, num_bootstrap: int, seed: int) -> dict:
@@ -215,7 +237,7 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> lis
     comparisons = []
     for stage in config.pretrain:
         staged = config_lib.stage(config, stage)
-        path = predictions_path(workdir / f"pretrain_{stage}", split)
+        path = Scored(split).predictions_path(workdir / f"pretrain_{stage}")
         if not path.exists() or staged.task != config.task:
             continue
         try:
@@ -228,14 +250,27 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> lis
 
 
 def _masks(scored: dict) -> dict[str, np.ndarray]:
-    """The subsets that a result is given for, those that hold any record."""
+    """The subsets that a result is given for, those that hold any record; of a task of films there is but one.
+
+    had_both: the stays with both before a modality of some was dropped (Hayat et al. 2022, Figure A2).
+    """
     has_cxr_N, has_ehr_N = scored["has_cxr"], scored["has_ehr"]
+    had_cxr_N, had_ehr_N = scored.get("had_cxr", has_cxr_N), scored.get("had_ehr", has_ehr_N)
     masks = {"all": np.ones_like(has_cxr_N)}
-    if not has_ehr_N.any():
+    if not had_ehr_N.any():
         return masks
-    parts = {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "film_only": has_cxr_N & ~has_ehr_N}
-    parts = {name: mask for name, mask in parts.items() if mask.any()}
-    return masks | (parts if len(parts) > 1 else {})
+    masks |= {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "film_only": has_cxr_N & ~has_ehr_N}
+    if "had_cxr" in scored:
+        masks["had_both"] = had_cxr_N & had_ehr_N
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def _selected_by(config, imported: dict, best_epoch: int) -> str:
+    if imported:
+        return f"imported from {imported['file']}"
+    if not best_epoch:
+        return "not selected: its first epoch is not validated yet"
+    return f"AUROC of the {config.data.val_stays} validation stays"
 
 
 def _describe_data(config) -> dict:
@@ -269,10 +304,10 @@ def main(argv: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir)
     experiment_lib.use_compilation_cache()
     given = flags.FLAGS
-    result = evaluate(workdir, given.split, given.head, given.drop_ehr, given.drop_film)
+    what = Scored(given.split, given.head, given.drop_ehr, given.drop_film)
+    result = evaluate(workdir, what)
     print(text.table([result]))
-    part = given.split, part_name(result)
-    print(f"\nwritten: {result_path(workdir, *part)}, {predictions_path(workdir, *part)}")
+    print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")
 
 
 if __name__ == "__main__":

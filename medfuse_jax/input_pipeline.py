@@ -17,6 +17,7 @@ In a batch of `Dataset.films` the labels are named `film_label`.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ class Dataset:
     needs: the modalities, 'ehr' and 'cxr', without which it has no prediction.
     buckets: padded lengths shared by all splits.
     extra: name -> split -> values [N, ...] of the further modalities (modalities/loading.py).
-    digest: of the content of the shards and of `extra`.
+    digest: of the content of the shards and of `extra`, and of other statistics than the train split's.
     label_field: what the labels are called in a batch.
     films: the films with labels of their own that take turns with the stays in training, or None.
     """
@@ -123,7 +124,7 @@ def open_dataset(
         task=tasks.TASKS[task],
         labels=tuple(manifest["labels"]),
         splits=splits,
-        digest=loading.digest(records.digest(data_dir, task), extra),
+        digest=loading.digest(_with_statistics(records.digest(data_dir, task), manifest, mean_F, std_F), extra),
         index=index,
         manifest=manifest,
         mean_F=mean_F,
@@ -241,16 +242,25 @@ def _statistics(manifest: dict, statistics: str) -> tuple[np.ndarray, np.ndarray
     if statistics == "train":
         mean, std, where = manifest["train_mean"], manifest["train_std"], "manifest.json"
     else:
-        where = statistics
+        where = f"config.data.statistics={statistics}"
         try:
             content = json.loads(Path(statistics).read_text())
             mean, std = content["mean"], content["std"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"config.data.statistics={statistics}: not 'train', nor a JSON file with 'mean' and 'std' ({error!r})"
-            ) from None
-    mean_F, std_F = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+            raise UserError(f"{where}: not 'train', nor a JSON file with 'mean' and 'std' ({error!r})") from None
     channels = len(tasks.CHANNELS)
-    if mean_F.shape != (channels,) or std_F.shape != (channels,) or not (std_F > 0).all():
-        raise UserError(f"{where}: mean and std must be {channels} numbers each, every std above 0")
+    try:
+        mean_F, std_F = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        fits = mean_F.shape == std_F.shape == (channels,) and np.isfinite([mean_F, std_F]).all() and (std_F > 0).all()
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{where}: mean and std must be {channels} finite numbers each, every std above 0")
     return mean_F, std_F
+
+
+def _with_statistics(digest: str, manifest: dict, mean_F: np.ndarray, std_F: np.ndarray) -> str:
+    """The shards' digest; one of the statistics too where they are not the train split's, which come of the shards."""
+    if np.array_equal([mean_F, std_F], _statistics(manifest, "train")):
+        return digest
+    return hashlib.sha256(digest.encode() + mean_F.tobytes() + std_F.tobytes()).hexdigest()

@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
 
     # What is missing is said now, not after hours of pre-training.
     run = experiment.open_experiment(config)
+    run.check_any("test", run.dataset.usable("test"))
     given, stages = starts.find(run, folder)
     for trained in (run, *(staged for _, staged in stages.values())):
         feed.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
@@ -34,8 +35,11 @@ def main(argv: list[str]) -> None:
     with workdir.locked(folder):
         workdir.claim(folder, run)
         train.pretrain(stages)
-        for stage_folder, _ in stages.values():
-            evaluate.evaluate(stage_folder)
+        for stage_folder, staged in stages.values():
+            if staged.dataset.usable("test").any():
+                evaluate.evaluate(stage_folder)
+            else:
+                print(f"{stage_folder} is not scored: the test split of {staged.config.task} has no record for it")
         train.train(run, folder, given | stages)
         evaluate.evaluate(folder)
     print(page.write(folder, folder / "report"))

@@ -14,6 +14,9 @@ LEVEL_PERCENT = 95.0
 def check(labels, scores, name: str = "scores") -> tuple[np.ndarray, np.ndarray]:
     """Labels as bool [N, K] and scores as float [N, K]; UserError where they are not that."""
     labels, scores = np.asarray(labels), np.asarray(scores)
+    for what, values in (("labels", labels), (name, scores)):
+        if not _is_real(values.dtype):
+            raise UserError(f"{what} are of type {values.dtype}; they must be real numbers")
     if labels.shape != scores.shape or labels.ndim != 2:
         raise UserError(
             f"labels have shape {labels.shape} and {name} {scores.shape}: "
@@ -35,6 +38,11 @@ def check(labels, scores, name: str = "scores") -> tuple[np.ndarray, np.ndarray]
             f"({len(wrong)} such of {scores.size}): look for a diverged run or a damaged input"
         )
     return labels.astype(bool), scores
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    """Whether values are bool, integers or floats, jax's short floats (which numpy calls void) among them."""
+    return dtype.kind in "biuf" or (dtype.kind == "V" and np.can_cast(dtype, np.float64))
 
 
 def ranked(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

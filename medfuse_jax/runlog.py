@@ -4,12 +4,15 @@ On a terminal there is one bar a run; elsewhere a plain line an epoch.
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from medfuse_jax import files
 
 
 class RunLog:
@@ -49,7 +52,8 @@ class RunLog:
 
     def write(self, phase: str, epoch: int, step: int, **values: float) -> None:
         """Adds one line to metrics.jsonl and the same values to TensorBoard."""
-        line = {"phase": phase, "epoch": epoch, "step": step, **values}
+        known = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        line = {"phase": phase, "epoch": epoch, "step": step, **known}
         line["time_s"] = round(time.perf_counter() - self._start_s, 3)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -68,14 +72,14 @@ class RunLog:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keeps the whole lines up to `step` (a kill can leave half a line)."""
+    """Keeps the whole lines up to `step` (a kill can leave half a line, a full disk a damaged one)."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept))
+    files.write_text(path, "".join(kept))

@@ -1,5 +1,6 @@
 """Where a run's first weights come from: finished or imported runs, for an encoder each or the whole model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -18,8 +19,11 @@ from medfuse_jax.models import methods
 def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
     """What the run of workdir `folder` starts from, by name -> (workdir, run): what is given, and what to pre-train.
 
-    UserError where one does not fit the run, or an encoder that is frozen has nothing to start from.
+    Nothing where the run has begun: it goes on from a checkpoint of its own. UserError where one does not fit the
+    run or holds no weights, or what is frozen has nothing to start from.
     """
+    if checkpoints.any_saved(folder):
+        return {}, {}
     paths = {name: Path(path) for name, path in run.config.init.items() if path}
     given = {name: (path, workdir_lib.open_run(path, run.devices)) for name, path in paths.items()}
     stages = {
@@ -29,13 +33,32 @@ def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
     }
     for name, (source_folder, source) in (given | stages).items():
         check(run, name, source_folder, source)
+    for path in paths.values():
+        checkpoints.reached(path)
+    check_frozen(run, (given | stages).keys())
+    for _, staged in stages.values():
+        check_frozen(staged, ())
+    return given, stages
+
+
+def check_frozen(run: Experiment, starts_from: Iterable[str]) -> None:
+    """Raises UserError where the run trains nothing of a part that would stay as it was initialised.
+
+    starts_from: what has weights to start from, 'ehr', 'cxr' or 'model'.
+    """
+    model, names = run.options.model, set(starts_from)
     for name in ("ehr", "cxr"):
-        if getattr(run.options.model, "frozen_encoders", False) and not {name, "model"} & (given | stages).keys():
+        if getattr(model, "frozen_encoders", False) and not {name, "model"} & names:
             raise UserError(
                 f"the {name} encoder is frozen (method {run.config.method}), and nothing trains it before, so it would "
                 f"stay random: give config.pretrain.{name} with config.encoders=pretrained, or config.init.{name}"
             )
-    return given, stages
+    if model.frozen_stats and model.uses_film and not {"cxr", "model"} & names:
+        raise UserError(
+            f"config.model.batch_norm is 'frozen' ({run.config.name}), and nothing trains the cxr encoder before, so "
+            "its statistics would stay 0 and 1: give config.pretrain.cxr with config.encoders=pretrained, or "
+            "config.init.cxr"
+        )
 
 
 def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None:

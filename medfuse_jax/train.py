@@ -87,11 +87,8 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                     log.show(loss=f"{shown:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.1f} stays/s")
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
-                if (
-                    config.checkpoint_every_steps
-                    and step % config.checkpoint_every_steps == 0
-                    and step % steps_per_epoch
-                ):
+                if step < epoch_end and _saves_at(step, config):
+                    check_finite(losses[-1], step, config)  # or a resume would go on from weights that are not
                     checkpoints.save(manager, state, progress, is_best=False)
             check_finite(losses[-1], step, config)
             losses = np.concatenate([np.atleast_1d(loss) for loss in jax.device_get(losses)])
@@ -149,9 +146,12 @@ def _profile(profile: contextlib.ExitStack, profiled: tuple[int, int], workdir: 
 def _stops(step: int, epoch_end: int, config: ConfigDict, profiled: tuple[int, int]) -> list[int]:
     """The steps after which the state is wanted, from here to the end of the epoch."""
     wanted = {profiled[0] - 1, profiled[1], epoch_end}
-    if every := config.checkpoint_every_steps:
-        wanted |= set(range(0, epoch_end, every))
-    return sorted(s for s in wanted if step < s <= epoch_end)
+    return [s for s in range(step + 1, epoch_end + 1) if s in wanted or _saves_at(s, config)]
+
+
+def _saves_at(step: int, config: ConfigDict) -> bool:
+    """Whether a step is one of config.checkpoint_every_steps."""
+    return bool(config.checkpoint_every_steps) and step % config.checkpoint_every_steps == 0
 
 
 def check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:

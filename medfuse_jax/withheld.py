@@ -17,7 +17,8 @@ def withhold(dataset: Dataset, drop_ehr: float, drop_film: float) -> Dataset:
     """The dataset without the EHR, or without the film, of a share of the stays that have both.
 
     Which stays, a hash of stay_id decides: those of a smaller share are among those of a larger one, whatever the
-    seed, and no stay loses both. UserError where the shares are not such.
+    seed, and no stay loses both. The index says what a stay had before, in had_ehr and had_cxr. UserError where the
+    shares are not such.
     """
     if not (drop_ehr >= 0 and drop_film >= 0 and drop_ehr + drop_film <= 1):
         raise UserError(
@@ -32,7 +33,8 @@ def withhold(dataset: Dataset, drop_ehr: float, drop_film: float) -> Dataset:
         place_N = np.array([_place(stay_id) for stay_id in part["stay_id"].tolist()])
         without_film_N = has_both_N & (place_N < drop_film)
         without_ehr_N = has_both_N & (place_N >= 1 - drop_ehr)
-        index[split] = part | {
+        had = {"had_ehr": part["length"] > 0, "had_cxr": part["has_cxr"]}
+        index[split] = (had | part) | {  # of a dataset that has been thinned before, what was there at first
             "has_cxr": part["has_cxr"] & ~without_film_N,
             "length": np.where(without_ehr_N, 0, part["length"]).astype(part["length"].dtype),
         }

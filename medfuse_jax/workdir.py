@@ -16,9 +16,10 @@ def locked(workdir: Path) -> contextlib.AbstractContextManager:
 
 
 def claim(workdir: Path, run: experiment.Experiment) -> None:
-    """Makes the workdir this run's, or refuses one that is another's: of another config, or of other shards."""
+    """Makes the workdir this run's, or refuses one that is no run's or another's: of another config or other shards."""
+    _check_a_runs(workdir)
     # A start that failed before anything was trained claims nothing.
-    if any(workdir.glob("checkpoints")) or any(workdir.glob("pretrain_*/checkpoints")):
+    if any(any(workdir.glob(made)) for made in ("checkpoints", "pretrain_*/checkpoints", "result*.json")):
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir")
         _check_data(workdir, run)
@@ -26,6 +27,20 @@ def claim(workdir: Path, run: experiment.Experiment) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / "data.json", json.dumps({"digest": run.dataset.digest}) + "\n")
         config_lib.save(run.config, workdir / "config.json")
+
+
+def _check_a_runs(workdir: Path) -> None:
+    """Raises UserError where the workdir holds an ensemble, a sweep or whatever else has no run's config."""
+    path, what = workdir / "config.json", ""
+    if (workdir / "sweep.json").exists():
+        what = "a sweep"
+    elif path.exists():
+        try:
+            config_lib.load(path)
+        except UserError as error:
+            what = f"no run of this version ({error})"
+    if what:
+        raise UserError(f"{workdir} holds {what}: choose another --workdir")
 
 
 def open_run(workdir: Path, on: list | None = None) -> experiment.Experiment:
@@ -47,12 +62,16 @@ def _check_data(workdir: Path, run: experiment.Experiment) -> None:
     if digest != run.dataset.digest:
         raise UserError(
             f"{run.config.data.dir}/{run.config.task} is no longer the build that {workdir} was trained on, so its "
-            f"test stays may have been trained on{_and_modalities(run)}: put the shards back, or start anew in "
+            f"test stays may have been trained on{_or_else(run)}: put the shards back, or start anew in "
             "another --workdir"
         )
 
 
-def _and_modalities(run: experiment.Experiment) -> str:
-    if not run.dataset.extra:
-        return ""
-    return f" (or what table() of config.model.modalities={run.config.model.modalities} gives has changed)"
+def _or_else(run: experiment.Experiment) -> str:
+    """What beside the build may have changed."""
+    config, others = run.config, []
+    if run.dataset.extra:
+        others.append(f"what table() of config.model.modalities={config.model.modalities} gives")
+    if config.data.statistics != "train":
+        others.append(f"what config.data.statistics={config.data.statistics} holds")
+    return f" (or {' or '.join(others)} has changed)" if others else ""

@@ -1,6 +1,7 @@
 """checkpoints: the best is the one that training called so; damage is named, never a traceback."""
 
 import contextlib
+import errno
 import shutil
 from pathlib import Path
 
@@ -97,3 +98,17 @@ def test_no_checkpoint_is_said(tmp_path):
     checkpoints.open_manager(tmp_path).close()
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoints.restore_best(tmp_path, _state(0))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")])
+def test_too_little_memory_is_no_damage(error):
+    """A sweep goes on with fewer trials at once."""
+    with pytest.raises(type(error)) as caught, checkpoints._damage_named(Path("run/checkpoints/3")):
+        raise error
+    assert caught.value is error
+
+
+def test_a_full_disk_is_no_damage():
+    full = r"no space is left on the disk of run/checkpoints/3"
+    with pytest.raises(UserError, match=full), checkpoints._damage_named(Path("run/checkpoints/3")):
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -81,11 +81,12 @@ def test_a_stage_is_of_whole_stays_and_trains_all_of_its_encoder():
     """What is of the fusion alone does not reach it; what the stage itself sets does."""
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     fusion = {"data.ehr_only_ratio": 0.2, "model.batch_norm": "frozen", "model.freeze_encoders": True}
+    fusion |= {"data.drop_ehr": 0.1, "data.drop_film": 0.5, "profile_steps": "500:510", "init.ehr": "runs/other"}
     config.update_from_flattened_dict(fusion)
     config_lib.validate(config)
     for name in ("ehr", "cxr"):
         stage = config_lib.flat(config_lib.stage(config, name))
-        assert [stage[field] for field in fusion] == [1.0, "batch", False]
+        assert [stage[field] for field in fusion] == [1.0, "batch", False, 0.0, 0.0, "", ""]
     config.pretrain.cxr.model = ConfigDict({"batch_norm": "frozen"})
     assert config_lib.stage(config, "cxr").model.batch_norm == "frozen"
 
@@ -130,13 +131,28 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("data.film_task", "pheno", "config.data.film_task is 'pheno'; it must be one of radiology"),
         ("loss.align", -1.0, "config.loss.align is -1.0; it must be between"),
         ("loss.align", 0.1, "the method 'medfuse' has no such loss: leave it out, or take mmtm3 or mmtm4"),
+        ("pretrain", 5, "config.pretrain is 5; it must hold the fields ehr, cxr"),
+        ("pretrain.ehr", 5, "config.pretrain.ehr is 5; it must hold the fields batch_size, beta2"),
+        ("pretrain.cxr", {"init": {"cxr": "a"}}, "config.pretrain.cxr.init is given, and a stage starts at random"),
+        ("pretrain.cxr", {"encoders": "random"}, "config.pretrain.cxr.encoders is given"),
+        ("pretrain.cxr", {"pretrain": {"ehr": {}}}, "give that run here as config.init.cxr"),
+        ("pretrain.cx", {}, "Did you mean 'cxr'?"),
         ("loss.cxr_only", 0.0, "'medfuse' has no such loss: leave it out, or take unified or mmtm3 or mmtm4"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field, value, said):
     config = config_lib.default()
-    config.update_from_flattened_dict({field: value})
+    section, _, name = field.rpartition(".")
+    with (config[section] if section else config).ignore_type():
+        (config[section] if section else config)[name] = value
     with pytest.raises(UserError, match=re.escape(said)):
+        config_lib.validate(config)
+
+
+def test_a_whole_model_and_a_part_of_one_are_not_both_a_start():
+    config = config_lib.default()
+    config.init.model, config.init.cxr = "runs/a", "runs/b"
+    with pytest.raises(UserError, match=r"config\.init\.model is 'runs/a', a whole model, and config\.init\.cxr is"):
         config_lib.validate(config)
 
 

@@ -1,15 +1,17 @@
 """Runs combined: the same stays, the right scores for each, weights from validation alone, errors in one line."""
 
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
 from example_runs import simulate, write_config, write_evaluation
 
-from medfuse_jax import ensemble, evaluate, experiment, train, workdir
+from medfuse_jax import checkpoints, ensemble, evaluate, experiment, metrics, optim, train, workdir
 from medfuse_jax.errors import UserError
 from medfuse_jax.report import page, text, workdirs
 
@@ -61,6 +63,9 @@ def test_the_late_average_is_of_those_that_score_a_stay(runs, tmp_path, data):
     assert low < expected < high
     compared = {(c["against"], c["subset"]): c["num_samples"] for c in result["comparisons"]}
     assert compared[("uni_ehr", "all")] == 300 and compared[("uni_cxr", "all")] == has_cxr.sum()
+    assert compared[("uni_cxr", "paired")] == has_cxr.sum() and result["num_left_out"] == 0
+    to_film = [line.split()[-7] for line in text.table([result]).splitlines() if "average − Film only" in line]
+    assert to_film == ["paired"]  # its "all" are those
 
 
 def test_the_ensemble_of_the_paper_takes_a_run_by_whether_there_is_a_film(runs, tmp_path, data):
@@ -171,6 +176,47 @@ def test_predictions_that_are_not_there_are_made(tiny_config, tmp_path):
         assert made == {"predictions_test.npz", "predictions_val.npz"}
     assert [member["weight"] for member in result["members"]] == [0.5, 0.5]
     np.testing.assert_allclose(_scores(tmp_path / "both")["scores"], _scores(tmp_path / "a")["scores"], rtol=1e-5)
+
+
+def _save(folder, run, epoch, seed):
+    """A checkpoint of made-up weights at an epoch's end, the best so far."""
+    state = next(run.fresh_states([seed])).replace(step=jnp.int32(epoch * len(run.train_plan(1))))
+    progress = optim.Progress(epoch=epoch, best_epoch=epoch, best_auroc=0.5, learning_rate=1e-4)
+    with contextlib.closing(checkpoints.open_manager(folder)) as manager:
+        checkpoints.save(manager, state, progress, is_best=True)
+
+
+def test_predictions_of_older_weights_are_made_again_and_an_unfinished_run_is_refused(tiny_config, tmp_path):
+    tiny_config.method, tiny_config.num_epochs = "uni_ehr", 2
+    run = experiment.open_experiment(tiny_config)
+    for name in "ab":
+        workdir.claim(tmp_path / name, run)
+        _save(tmp_path / name, run, epoch=1, seed=0)
+    names = [str(tmp_path / name) for name in "ab"]
+    with pytest.raises(UserError, match=r"a is not finished \(epoch 1 of 2\)") as caught:
+        ensemble.ensemble(names, tmp_path / "both")
+    assert "\n" not in str(caught.value) and not (tmp_path / "both").exists()
+    evaluate.evaluate(tmp_path / "a")
+    old = _scores(tmp_path / "a")
+    for name in "ab":
+        _save(tmp_path / name, run, epoch=2, seed=5)
+    made = ensemble.ensemble(names, tmp_path / "both")
+    new = _scores(tmp_path / "a")
+    assert int(old["step"]) < int(new["step"]) == json.loads((tmp_path / "a" / "result.json").read_text())["step"]
+    assert np.abs(new["scores"] - old["scores"]).max() > 1e-3
+    np.testing.assert_allclose(_scores(tmp_path / "both")["scores"], new["scores"], rtol=1e-5)
+    assert [member["step"] for member in made["members"]] == [int(new["step"])] * 2
+
+    # A kill between the two files: the predictions are new, their result is not.
+    np.savez(tmp_path / "b" / "predictions_test.npz", **{**new, "step": old["step"], "scores": old["scores"]})
+    ensemble.ensemble(names, tmp_path / "both")
+    np.testing.assert_array_equal(_scores(tmp_path / "b")["scores"], new["scores"])
+
+    path = tmp_path / "both" / "result.json"
+    made["members"][0]["step"] -= 1
+    path.write_text(json.dumps(metrics.to_json(made)))
+    with pytest.raises(UserError, match=r"both was made of older weights of .*a: make that ensemble again"):
+        ensemble.ensemble([str(tmp_path / "both"), names[0]], tmp_path / "more")
 
 
 def test_one_run_or_a_folder_without_one_is_refused(runs, tmp_path):

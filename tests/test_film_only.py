@@ -58,6 +58,7 @@ def test_a_method_of_both_scores_every_stay_and_reports_those_with_a_film_alone(
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
         checkpoints.save(manager, run.fresh_state(), optim.Progress(), is_best=True)
     result = evaluate.evaluate(tmp_path)
+    assert result["best_epoch"] == 0 and result["selected_by"].startswith("not selected")
     with np.load(tmp_path / "predictions_test.npz") as stored:
         scored = dict(stored)
     index = records.index(film_only_config.data.dir, "pheno", "test")

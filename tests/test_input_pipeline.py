@@ -202,11 +202,23 @@ def test_statistics_from_a_file(shards, tmp_path):
     path = tmp_path / "statistics.json"
     path.write_text(json.dumps({"mean": [1.0] * 76, "std": [2.0] * 76}))
     assert input_pipeline.open_dataset(shards, "pheno", statistics=str(path)).mean_F.tolist() == [1.0] * 76
-    path.write_text(json.dumps({"mean": [1.0] * 76, "std": [0.0] * 76}))
-    with pytest.raises(UserError, match="every std above 0"):
-        input_pipeline.open_dataset(shards, "pheno", statistics=str(path))
+    nan, inf = float("nan"), float("inf")
+    for mean, std in ((1.0, 0.0), (nan, 1.0), (0.0, inf), ("a", 1.0), ([1.0], 1.0), (None, {})):
+        path.write_text(json.dumps({"mean": [mean] * 76, "std": [std] * 76}))
+        with pytest.raises(UserError, match="must be 76 finite numbers each, every std above 0") as caught:
+            input_pipeline.open_dataset(shards, "pheno", statistics=str(path))
+        assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="not 'train'"):
         input_pipeline.open_dataset(shards, "pheno", statistics="trian")
+
+
+def test_other_statistics_are_part_of_what_a_run_is_trained_on(shards, tmp_path):
+    train = input_pipeline.open_dataset(shards, "pheno")
+    path, digests = tmp_path / "statistics.json", []
+    for mean_F in (train.mean_F, train.mean_F + 1, train.mean_F + 2):
+        path.write_text(json.dumps({"mean": mean_F.tolist(), "std": train.std_F.tolist()}))
+        digests.append(input_pipeline.open_dataset(shards, "pheno", statistics=str(path)).digest)
+    assert digests[0] == train.digest == records.digest(shards, "pheno") and len(set(digests)) == 3
 
 
 def test_a_method_of_films_alone_needs_films(shards, tmp_path):

@@ -1,12 +1,15 @@
 """main: stages in order, and on from where they were; what cannot work is refused before any of it."""
 
+import contextlib
+import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
 
-from medfuse_jax import experiment, main, starts, train
+from medfuse_jax import checkpoints, evaluate, experiment, input_pipeline, main, optim, starts, train, workdir
 from medfuse_jax.errors import UserError
 
 
@@ -69,6 +72,84 @@ def test_a_stopped_command_goes_on_and_ends_in_results_and_a_report(
 def test_stages_that_the_method_does_not_need_are_left_out(fusion_config, tmp_path, method, wanted):
     fusion_config.method = method
     assert set(starts.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == wanted
+
+
+def _keep(folder, config, **progress):
+    """A workdir with a checkpoint of made-up weights; returns its run."""
+    run = experiment.open_experiment(config)
+    workdir.claim(folder, run)
+    with contextlib.closing(checkpoints.open_manager(folder)) as manager:
+        checkpoints.save(manager, run.fresh_state(), optim.Progress(**progress), is_best=True)
+    return run
+
+
+def test_a_given_run_without_weights_is_refused_and_a_run_that_has_begun_needs_none(tiny_config, tmp_path):
+    """What a run starts from is read once: after that it may go."""
+    source = tiny_config.copy_and_resolve_references()
+    source.method = tiny_config.method = "uni_ehr"
+    tiny_config.init.ehr = str(tmp_path / "source")
+    workdir.claim(tmp_path / "source", experiment.open_experiment(source))
+    run = experiment.open_experiment(tiny_config)
+    with pytest.raises(UserError, match="source holds no trained model"):
+        starts.find(run, tmp_path / "run")
+    (tmp_path / "source" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        starts.find(run, tmp_path / "run")
+    _keep(tmp_path / "source", source)
+    assert set(starts.find(run, tmp_path / "run")[0]) == {"ehr"}
+    _keep(tmp_path / "run", tiny_config)
+    shutil.rmtree(tmp_path / "source")
+    assert starts.find(run, tmp_path / "run") == ({}, {})
+    with pytest.raises(UserError, match=r"source/config\.json is missing"):
+        starts.find(run, tmp_path / "other")
+
+
+def _without_test(monkeypatch, task):
+    """Opens every dataset of a task as if its test split held nothing."""
+    open_dataset = input_pipeline.open_dataset
+
+    def opened(data_dir, name, **options):
+        dataset = open_dataset(data_dir, name, **options)
+        if name != task:
+            return dataset
+        part = {field: values[:0] for field, values in dataset.index["test"].items()}
+        return dataclasses.replace(dataset, index=dataset.index | {"test": part})
+
+    monkeypatch.setattr(input_pipeline, "open_dataset", opened)
+
+
+def test_a_run_without_test_records_is_refused_at_its_start(fusion_config, run_main, tmp_path, monkeypatch):
+    _without_test(monkeypatch, "pheno")
+    with pytest.raises(UserError, match=r"the test split of .*/pheno has no record that the run uses"):
+        run_main(fusion_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_without_test_records_is_not_scored_and_holds_up_nothing(
+    fusion_config, run_main, tmp_path, monkeypatch, capsys
+):
+    _without_test(monkeypatch, "radiology")
+    del fusion_config.pretrain.ehr
+    trained = []
+    monkeypatch.setattr(train, "train", lambda run, folder, encoders=None: trained.append(folder.name))
+    monkeypatch.setattr(evaluate, "evaluate", lambda folder: (folder / "result.json").write_text("{}"))
+    run_main(fusion_config, tmp_path / "run")
+    assert trained == ["pretrain_cxr", "run"] and (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "pretrain_cxr" / "result.json").exists()
+    assert "pretrain_cxr is not scored: the test split of radiology has no record for it" in capsys.readouterr().out
+
+
+def test_batch_statistics_that_nothing_trains_are_not_frozen(fusion_config, tmp_path):
+    fusion_config.model.batch_norm = "frozen"
+    assert set(starts.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
+    fusion_config.pretrain.cxr.model = {"batch_norm": "frozen"}
+    with pytest.raises(UserError, match=r"config\.model\.batch_norm is 'frozen' \(experiment_pretrain_cxr\)"):
+        starts.find(experiment.open_experiment(fusion_config), tmp_path)
+    fusion_config.encoders = "random"
+    with pytest.raises(UserError, match=r"is 'frozen' \(experiment\), and nothing trains the cxr encoder before"):
+        starts.find(experiment.open_experiment(fusion_config), tmp_path)
+    fusion_config.method = "uni_ehr"
+    starts.find(experiment.open_experiment(fusion_config), tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"method": "early"}, {"model.freeze_encoders": True}])

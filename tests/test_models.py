@@ -338,3 +338,13 @@ def test_a_wrong_method_option_or_label_count_is_named():
         methods.build("medfuse", 3, resnet_widht=3)
     with pytest.raises(UserError, match="num_labels is 0"):
         methods.build("medfuse", 0)
+
+
+def test_lengths_may_come_as_floats():
+    """As they do from a table with a missing value, or from the default type of another library."""
+    model, one = tiny_model("uni_ehr"), batch()
+    variables = random_variables(model)
+    whole, as_float = (
+        model.apply(variables, ehr=one["ehr"], length=one["length"].astype(dtype))["logits"] for dtype in (int, float)
+    )
+    np.testing.assert_array_equal(whole, as_float)

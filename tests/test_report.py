@@ -145,6 +145,11 @@ def test_mortality_has_age_groups_with_bounds(mortality, tmp_path):
     np.testing.assert_allclose([low, high], expected, atol=0.02)  # other resamples
     counts = [int(rows[name][1].split(" / ")[1]) for name in ("18 to 39", "40 to 59", "60 to 79", "80 and over")]
     assert sum(counts) == len(stored["age"])
+    at = next(i for i, row in enumerate(Page(page).rows) if row[0].startswith("Those with a film"))
+    of_paired = Page(page).rows[at + 1 : at + 5]
+    assert sum(int(row[1].split(" / ")[1]) for row in of_paired) == stored["has_cxr"].sum() < len(stored["age"])
+    include &= stored["has_cxr"]
+    assert of_paired[1][2] == f"{roc_auc_score(stored['labels'][include, 0], stored['scores'][include, 0]):.3f}"
     assert "released code" not in tables.results("mortality", [workdirs.read_run(mortality)])  # one label
 
 
@@ -197,6 +202,39 @@ def test_several_runs_stand_in_one_table(mortality, tmp_path):
     page = Page(make(tmp_path / "runs", tmp_path / "out"))
     rows = [row[0] for row in page.rows]
     assert rows.count("EHR only (LSTM) (one)") == rows.count("EHR only (LSTM) (two)") > 0
+
+
+def test_a_run_that_cannot_score_all_stands_beside_others_on_the_same_stays_alone(tmp_path):
+    data = example_runs.simulate("pheno", 120)
+    for method in ("uni_ehr", "medfuse", "uni_cxr"):
+        example_runs.write_run(tmp_path / "runs" / method, "pheno", method, data, against=("uni_ehr",))
+    path = tmp_path / "runs" / "uni_cxr" / "result.json"
+    result = json.loads(path.read_text())
+    num_paired = int(data["has_cxr"].sum())
+    result["subsets"] = dict.fromkeys(("all", "paired"), result["subsets"]["paired"])
+    result["comparisons"] = [{**result["comparisons"][1], "subset": name} for name in ("all", "paired")]
+    path.write_text(json.dumps(result | {"num_left_out": 120 - num_paired}))
+    shown = Page(make(tmp_path / "runs", tmp_path / "out"))
+    group, stays = "", {}
+    for row in shown.rows:
+        group = row[0] if len(row) == 1 else group
+        if row[0] in ("MedFuse", "Film only (ResNet)") and len(row) == 7:
+            stays.setdefault(group, []).append(row[1])
+    assert stays == {
+        "All test stays": ["120"],
+        "Test stays with a film": [str(num_paired)] * 2,
+        "Test stays without a film": [str(120 - num_paired)],
+    }
+    differences = [row[1] for row in shown.rows if row[0] == "Film only (ResNet) − EHR only (LSTM)"]
+    assert differences == ["Test stays with a film"]
+    words = " ".join(shown.text)
+    assert f"Each label, on the {num_paired} of 120 test stays that it can score" in words
+    labels = [value for name, value in shown.attributes if name == "aria-label"]
+    assert "ROC curves, mean over labels, of MedFuse, EHR only (LSTM)" in labels
+    alone = page.write(tmp_path / "runs" / "uni_cxr", tmp_path / "out")
+    assert not re.search(r"Film only \(ResNet\) +all", alone) and re.search(r"Film only \(ResNet\) +paired", alone)
+    shown = " ".join(Page((tmp_path / "out" / "index.html").read_text()).text)
+    assert f"on {num_paired} test stays (it cannot score {120 - num_paired} others) is" in shown
 
 
 def test_the_text_table_fits_and_holds_the_results(pheno, mortality):

@@ -46,6 +46,12 @@ def test_the_page_shows_hours_modalities_and_stays_without_naming_them(run_dir, 
     assert [float(hours) for hours in rows] == [2.0 * int(steps) for steps in strips]
 
 
+def test_a_modality_that_no_shown_stay_has_is_left_out():
+    weight_NM = np.array([[0, 0.5, 0.5], [0, 0.4, 0.6]], np.float32)
+    svg = plots.weight_by_modality(weight_NM, ["notes", "time series", "film"], 0)
+    assert "notes" not in svg and ">0.45<" in svg and ">0.55<" in svg
+
+
 def test_stays_of_one_length_have_one_chart_by_hour(run_dir):
     run = workdirs.read_run(run_dir)
     assert attention.shown(run).count("<figure") == 3

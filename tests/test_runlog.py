@@ -1,6 +1,9 @@
 """What a run writes down: whole lines, none twice after a resume, the same values for TensorBoard."""
 
 import json
+from pathlib import Path
+
+import pytest
 
 from medfuse_jax.runlog import RunLog
 
@@ -31,6 +34,30 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint_and_a_half_line(tmp_
     log.write("train", 2, 10, train_loss=0.25)
     log.close()
     assert [(line["step"], line["train_loss"]) for line in _lines(tmp_path)] == [(5, 0.2), (10, 0.25)]
+
+
+def test_a_value_that_is_no_number_is_null(tmp_path):
+    log = RunLog(tmp_path, "run", num_steps=10, quiet=True)
+    log.write("val", 1, 5, val_auroc=float("nan"), val_loss=float("inf"), lr=0.5)
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (line,) = (json.loads(t, parse_constant=refuse) for t in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (line["val_auroc"], line["val_loss"], line["lr"]) == (None, None, 0.5)
+
+
+def test_a_damaged_line_is_dropped_at_a_resume_and_a_kill_within_it_loses_none(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1}\n{"step": 2, "ph\xff\n{"step": 3}\n{"step": 4}\n'
+    path.write_bytes(content)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        RunLog(tmp_path, "run", num_steps=10, resume_step=3, quiet=True)
+    assert path.read_bytes() == content
+    RunLog(tmp_path, "run", num_steps=10, resume_step=3, quiet=True).close()
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
 
 
 def test_a_plain_line_is_printed_where_there_is_no_terminal(tmp_path, capsys):

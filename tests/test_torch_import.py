@@ -60,6 +60,16 @@ def _assert_same_bits(a, b):
     assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_names_of_a_data_parallel_model_are_read_and_a_mix_is_named():
+    state_dict = _tiny_state_dict()
+    wrapped = {f"module.{name}": value for name, value in state_dict.items()}
+    jax.tree.map(_assert_same_bits, _load_tiny(wrapped)[1], _load_tiny(state_dict)[1])
+    mixed = {**state_dict, **dict(list(wrapped.items())[:1])}
+    with pytest.raises(UserError, match=r"has names with 'module\.' before them \(module\.\S+\) and without") as caught:
+        _load_tiny(mixed)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("method", TABLES)
 def test_export_and_load_are_inverse_to_the_bit(method):
     model, variables = _tiny(method)

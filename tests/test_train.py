@@ -1,5 +1,6 @@
 """Training: learns, goes on after a stop as if there was none, starts from encoders, refuses what cannot work."""
 
+import contextlib
 import functools
 import gzip
 import json
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import checkpoints, evaluate, experiment, feed, starts, train
+from medfuse_jax import checkpoints, evaluate, experiment, feed, optim, starts, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
@@ -180,19 +181,20 @@ def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, 
     tiny_config.method = "unified"
     run = experiment.open_experiment(tiny_config)
     workdir_lib.claim(tmp_path / "unified", run)
-    fresh, index = run.fresh_state(), run.dataset.index["test"]
-    monkeypatch.setattr(checkpoints, "restore_best", lambda workdir, state: fresh)
-    result = evaluate.evaluate(tmp_path / "unified", head="joint")
-    assert (result["head"], list(result["subsets"])) == ("joint", ["all"])
+    fresh, index = (run.fresh_state(), optim.Progress()), run.dataset.index["test"]
+    monkeypatch.setattr(checkpoints, "restore_best_with_progress", lambda workdir, state: fresh)
+    result = evaluate.evaluate(tmp_path / "unified", evaluate.Scored(head="joint"))
+    assert (result["head"], list(result["subsets"])) == ("joint", ["all", "paired"])
+    assert result["num_left_out"] == (~index["has_cxr"]).sum()
     with np.load(tmp_path / "unified" / "predictions_test_joint.npz") as stored:
         np.testing.assert_array_equal(stored["stay_id"], index["stay_id"][index["has_cxr"]])
     assert json.loads((tmp_path / "unified" / "result_test_joint.json").read_text())["head"] == "joint"
     with pytest.raises(UserError, match="Did you mean 'ehr_only'"):
-        evaluate.evaluate(tmp_path / "unified", head="ehr_onyl")
+        evaluate.evaluate(tmp_path / "unified", evaluate.Scored(head="ehr_onyl"))
     tiny_config.method = "medfuse"
     workdir_lib.claim(tmp_path / "medfuse", experiment.open_experiment(tiny_config))
     with pytest.raises(UserError, match="the method 'medfuse' has one classifier"):
-        evaluate.evaluate(tmp_path / "medfuse", head="ehr_only")
+        evaluate.evaluate(tmp_path / "medfuse", evaluate.Scored(head="ehr_only"))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path, m
     monkeypatch.setattr(experiment.Experiment, "fresh_state", broken)
     with pytest.raises(UserError, match=r"the loss of step \d+ is nan; try a lower config.learning_rate"):
         _train(tiny_config, tmp_path)
+
+
+def test_weights_of_a_loss_that_is_not_finite_are_not_kept(tiny_config, tmp_path, monkeypatch):
+    """Within an epoch, whose steps are made up here: the third one's loss is nan, of weights of the second."""
+    tiny_config.method, tiny_config.checkpoint_every_steps, tiny_config.batch_size = "uni_ehr", 1, 8
+
+    def open_feed(*args, **kwargs):
+        def feed(state, plan, start, stops, key):
+            for step in range(start, len(plan)):
+                state = state.replace(step=state.step + 1)
+                yield state, np.float32(0.5 if step < 2 else np.nan)
+
+        return feed
+
+    monkeypatch.setattr(feed, "open_feed", open_feed)
+    with pytest.raises(UserError, match="the loss of step 3 is nan"):
+        _train(tiny_config, tmp_path)
+    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
+        assert manager.latest_step() == 2
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tiny_config):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,6 +45,14 @@ def test_a_larger_share_takes_from_more_of_the_same(whole):
     assert few.sum() == pytest.approx(0.7 * _both(whole).sum(), abs=4 * _both(whole).sum() ** 0.5)
 
 
+def test_what_a_stay_had_at_first_is_kept_however_often_something_is_taken(whole):
+    twice = withheld.withhold(withheld.withhold(whole, 0.0, 0.5), 0.5, 0.0)
+    for split, before in whole.index.items():
+        np.testing.assert_array_equal(twice.index[split]["had_cxr"], before["has_cxr"])
+        np.testing.assert_array_equal(twice.index[split]["had_ehr"], before["length"] > 0)
+        assert (twice.index[split]["has_cxr"] != before["has_cxr"]).any()
+
+
 @pytest.mark.parametrize("shares", [(-0.1, 0.0), (0.6, 0.6), (0.0, float("nan"))])
 def test_shares_that_cannot_be_are_refused(whole, shares):
     with pytest.raises(UserError, match="give shares from 0 to 1"):
@@ -59,12 +68,20 @@ def test_a_config_without_ehr_trains_on_films_alone(tiny_config):
 
 
 def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
+    """Of a run on paired stays: none of which is left to count an epoch's steps by."""
+    tiny_config.data.train_stays = tiny_config.data.val_stays = "paired"
     run = experiment.open_experiment(tiny_config)
     workdir.claim(tmp_path, run)
+    state = run.fresh_state().replace(step=jnp.int32(3 * len(run.train_plan(1))))
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
-        checkpoints.save(manager, run.fresh_state(), optim.Progress(), is_best=True)
-    whole, less = evaluate.evaluate(tmp_path), evaluate.evaluate(tmp_path, drop_film=1.0)
-    assert set(whole["subsets"]) == {"all", "paired", "unpaired"} and set(less["subsets"]) == {"all"}
+        checkpoints.save(manager, state, optim.Progress(epoch=3, best_epoch=3), is_best=True)
+    whole = evaluate.evaluate(tmp_path)
+    less = evaluate.evaluate(tmp_path, evaluate.Scored(drop_film=1.0))
+    assert whole["best_epoch"] == less["best_epoch"] == 3
+    assert less["selected_by"] == "AUROC of the paired validation stays"
+    counts, counts_less = ({name: part["num_samples"] for name, part in r["subsets"].items()} for r in (whole, less))
+    assert set(counts) == {"all", "paired", "unpaired"}
+    assert counts_less == {"all": counts["all"], "unpaired": counts["all"], "had_both": counts["paired"]}
     stored = json.loads((tmp_path / "result_test_drop_film_1.json").read_text())
     assert stored["dropped"] == {"film": 1.0} and "dropped" not in json.loads((tmp_path / "result.json").read_text())
     with (
@@ -73,5 +90,7 @@ def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
     ):
         has_film_N = w["has_cxr"]
         assert not scored["has_cxr"].any() and has_film_N.any()
+        np.testing.assert_array_equal(scored["had_cxr"], has_film_N)
+        assert scored["had_ehr"].all() and "had_cxr" not in w
         np.testing.assert_allclose(scored["scores"][~has_film_N], w["scores"][~has_film_N], atol=1e-6)
         assert np.abs(scored["scores"][has_film_N] - w["scores"][has_film_N]).max() > 1e-4

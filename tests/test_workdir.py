@@ -43,6 +43,30 @@ def test_another_config_is_refused(run, tmp_path):
         workdir.claim(tmp_path, run)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", {"name": "ensemble", "rule": "average", "runs": ["a", "b"]}, "holds no run of this version"),
+        ("sweep.json", {}, "holds a sweep"),
+        ("result.json", {}, r"config\.json is missing"),
+    ],
+)
+def test_what_is_no_run_is_left_as_it_is(run, tmp_path, name, content, said):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        workdir.claim(tmp_path, run)
+    assert json.loads((tmp_path / name).read_text()) == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_scored_run_without_its_checkpoints_is_still_another(run, tmp_path):
+    workdir.claim(tmp_path, run)
+    (tmp_path / "result.json").write_text("{}")
+    workdir.claim(tmp_path, run)
+    run.config.learning_rate *= 2
+    with pytest.raises(UserError, match="holds another run"):
+        workdir.claim(tmp_path, run)
+
+
 @pytest.mark.parametrize("use", [lambda path, run: workdir.claim(path, run), lambda path, run: workdir.open_run(path)])
 def test_other_shards_in_the_same_place_are_refused(run, tmp_path, use):
     workdir.claim(tmp_path, run)
@@ -53,6 +77,16 @@ def test_other_shards_in_the_same_place_are_refused(run, tmp_path, use):
     (tmp_path / "data.json").unlink()
     with pytest.raises(UserError, match=r"data\.json cannot be read"):
         use(tmp_path, run)
+
+
+def test_statistics_that_have_changed_are_refused(run, tmp_path):
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps({"mean": [0.0] * 76, "std": [1.0] * 76}))
+    run.config.data.statistics = str(path)
+    workdir.claim(tmp_path / "run", experiment.open_experiment(run.config))
+    path.write_text(json.dumps({"mean": [50.0] * 76, "std": [9.0] * 76}))
+    with pytest.raises(UserError, match=r"\(or what config\.data\.statistics=.*statistics\.json holds has changed\)"):
+        workdir.open_run(tmp_path / "run")
 
 
 def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):

@@ -63,6 +63,22 @@ def test_predictions_that_make_no_curve_are_left_out(tmp_path, arrays, message):
     assert re.search(message, run.problems[0]) and len(run.problems) == 1
 
 
+def test_pairing_that_is_not_a_bool_a_stay_is_said(tmp_path):
+    arrays = {"scores": np.array([[0.1], [0.2]]), "labels": np.array([[0], [1]]), "has_ehr": np.ones(2, bool)}
+    for has_cxr in (np.ones(3, bool), np.ones(2)):
+        np.savez(tmp_path / "predictions_test.npz", **arrays, has_cxr=has_cxr)
+        run = workdirs.read_run(tmp_path)
+        assert len(run.problems) == 1 and "run medfuse_jax.evaluate again" in run.problems[0]
+
+
+def test_a_result_that_nothing_was_chosen_for_has_no_chosen_epoch(tmp_path):
+    folder = unfinished(tmp_path / "run")
+    run = workdirs.read_run(folder)
+    assert run.chosen_epoch == 3
+    run.result = {"best_epoch": 0}
+    assert run.chosen_epoch is None
+
+
 def test_nan_in_a_log_is_no_point(tmp_path):
     lines = [{"phase": "val", "epoch": e, "step": e, "val_auroc": v} for e, v in enumerate((0.5, float("nan"), None))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

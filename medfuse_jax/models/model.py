@@ -83,7 +83,7 @@ class Model(nn.Module):
     ) -> dict:
         """Scores a batch in which each row may lack its stay or its film.
 
-        ehr: float [B, T, F], standardised, with length int [B] (default T; 0: no stay), or None.
+        ehr: float [B, T, F], standardised, with length [B] in whole steps (default T; 0: no stay), or None.
         image: [P, H, W] or [P, H, W, C] (see resnet.StemConv for C), or None.
         Films listed: film_row int [P] is each film's row, film_mask bool [P] False (film_row
         then B) an empty slot, and has_cxr is derived. Films dense (film_row None): P = B and
@@ -99,12 +99,13 @@ class Model(nn.Module):
             ehr = None  # films without stays: no step to compute
         if length is None:
             length = jnp.full(num_rows, 0 if ehr is None else ehr.shape[1])
+        length = jnp.asarray(length, jnp.int32)
         if ehr is None:
             length = jnp.zeros_like(length)
         films = self.find_films(image, num_rows, has_cxr, film_row, film_mask, train)
         further = {"extra": extra} if extra else {}  # the methods that have none do not know the word
         with products(self.dtype):
-            return self.forward(ehr, jnp.asarray(length), films, train, dropout_rows, axis_name, **further)
+            return self.forward(ehr, length, films, train, dropout_rows, axis_name, **further)
 
     def find_films(self, image, num_rows, has_cxr, film_row, film_mask, train) -> Films | None:
         return films_of(image, num_rows, has_cxr, film_row, film_mask)

@@ -101,9 +101,11 @@ def _lead(runs: list[Run]) -> str:
         return f'<p class="lead">{escape(f"{main.name} has no evaluation yet: {_progress(main)}.")}</p>'
     low, high = pair(scores.get("auroc_macro_ci"))
     mean = "The mean AUROC" if len(main.label_names) > 1 else "The AUROC"
+    left = main.result.get("num_left_out")
     text = (
         f"{mean} of {main.name} on {number(scores.get('num_samples'), 0)} "
-        f"{tables.subset_title('all', main.task)[4:]} is {number(scores.get('auroc_macro'))} "
+        f"{tables.subset_title('all', main.task)[4:]}{f' (it cannot score {number(left, 0)} others)' if left else ''} "
+        f"is {number(scores.get('auroc_macro'))} "
         f"(95 % bounds {number(low)} to {number(high)})."
     )
     for other in main.result.get("comparisons") or []:
@@ -146,14 +148,15 @@ def _chart(svg: str, title: str) -> str:
 
 
 def _overlays(runs: list[Run]) -> str:
-    """The mean curves of runs of one task together, where there are several."""
-    shown = [run for run in _in_order(runs) if run.predictions][:_MAX_TOGETHER]
+    """The mean curves of runs of one task together, where there are several that score all."""
+    whole = [run for run in _in_order(runs) if run.predictions and workdirs.scores_all(run.result)]
+    shown = whole[:_MAX_TOGETHER]
     if len(shown) < 2:
         return ""
     curves = [(run.name, run.color, run.predictions["labels"], run.predictions["scores"]) for run in shown]
     several = shown[0].predictions["labels"].shape[1] > 1
     which = ", mean of the labels" if several else ""
-    left = f"; the first {len(shown)} runs" if len(shown) < sum(bool(run.predictions) for run in runs) else ""
+    left = f"; the first {len(shown)} runs" if len(shown) < len(whole) else ""
     return (
         '<div class="charts">'
         + _chart(plots.overlay("ROC", curves), f"ROC{which}, all test stays{left}")

@@ -153,14 +153,15 @@ def _shares(weight_NT: np.ndarray, length_N: np.ndarray, to_end: bool) -> np.nda
 
 
 def weight_by_modality(weight_NM: np.ndarray, names: Sequence[str], color: int) -> str:
-    """A row a modality: mean weight, and the 10th to 90th percentile of the stays that have it."""
+    """A row a modality that any stay has: mean weight, and the 10th to 90th percentile of the stays that have it."""
+    shown = [(name, weight_N[weight_N > 0]) for name, weight_N in zip(names, weight_NM.T) if (weight_N > 0).any()]
+    names = [name for name, _ in shown]
     with mpl.rc_context(_STYLE):
         figure = new_figure(_WIDTH_PX, 70 + 38 * len(names))
         bottom = 50 / (70 + 38 * len(names))
         axes = figure.add_axes((0.25, bottom, 0.71, 0.96 - bottom))
         axes.grid(axis="y", visible=False)
-        for row, weight_N in enumerate(weight_NM.T):
-            weight_N = weight_N[weight_N > 0]
+        for row, (_, weight_N) in enumerate(shown):
             low, high = np.percentile(weight_N, (10, 90))
             axes.plot([low, high], [row, row], color=run_color(color), alpha=0.4, linewidth=5)
             axes.plot([weight_N.mean()], [row], "o", color=run_color(color), markersize=7)

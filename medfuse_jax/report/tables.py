@@ -5,7 +5,7 @@ from html import escape
 import numpy as np
 
 from medfuse_jax import ranking, tasks
-from medfuse_jax.report import plots
+from medfuse_jax.report import plots, workdirs
 from medfuse_jax.report.workdirs import METHOD_NAMES, SUBSETS, Run, number, pair, section
 
 _SUBSET_TITLES = {
@@ -13,6 +13,7 @@ _SUBSET_TITLES = {
     "paired": "Test stays with a film",
     "unpaired": "Test stays without a film",
     "film_only": "Test films without time series",
+    "had_both": "Test stays with time series and film, before one was dropped",
 }
 _AGE_GROUPS = ((18, 40), (40, 60), (60, 80), (80, np.inf))  # years, low <= age < high; paper, Table 5
 _NUM_BOOTSTRAP = 1000
@@ -23,8 +24,8 @@ _CHANCE = 0.5
 def results(task: str, runs: list[Run]) -> str:
     """A row a run and subset, methods beside one another; '' where no run has a result."""
     finished = [run for run in runs if run.result]
-    rows = [(name, run, section(run.result["subsets"], name)) for name in SUBSETS for run in finished]
-    rows = [row for row in rows if row[2]]
+    shown = [(run, workdirs.subsets(run.result)) for run in finished]
+    rows = [(name, run, subsets[name]) for name in SUBSETS for run, subsets in shown if name in subsets]
     if not rows:
         return ""
     axis = _axis([x for *_, s in rows for x in (s.get("auroc_macro"), *pair(s.get("auroc_macro_ci")))])
@@ -52,7 +53,7 @@ def results(task: str, runs: list[Run]) -> str:
 
 def differences(runs: list[Run]) -> str:
     """The paired comparisons that the runs' results hold; '' where there is none."""
-    rows = [(run, other) for run in runs if run.result for other in run.result.get("comparisons") or []]
+    rows = [(run, other) for run in runs if run.result for other in workdirs.comparisons(run.result)]
     if not rows:
         return ""
     ends = [x for _, other in rows for x in (0.0, other.get("auroc_macro"), *pair(other.get("auroc_macro_ci")))]
@@ -75,18 +76,20 @@ def differences(runs: list[Run]) -> str:
 
 
 def labels(run: Run, runs: list[Run]) -> str:
-    """A row a label; other runs of the task are dots in the bars. '' where there is one label, or no result."""
+    """A row a label; other runs of the task that score as many are dots. '' where there is one label, or no result."""
     scores = section(section(run.result or {}, "subsets"), "all")
     names = run.label_names
     if len(names) < 2 or not scores:
         return ""
-    others = [other for other in runs if other is not run and other.task == run.task and other.result][:_MAX_BESIDE]
+    others = [other for other in runs if other is not run and other.task == run.task and other.result]
+    count = scores.get("num_samples")
+    others = [o for o in others if section(o.result["subsets"], "all").get("num_samples") == count][:_MAX_BESIDE]
     kinds = {p.name: p.kind for p in tasks.PHENOTYPES} if run.task == "pheno" else {}
     axis = _axis(scores["auroc"] + [x for bounds in scores.get("auroc_ci") or [] for x in pair(bounds)])
     body = ""
     for k, name in enumerate(names):
         values = [_at(scores, key, k) for key in ("auroc", "auroc_ci", "auprc", "auprc_ci")]
-        positive, count = _at(scores, "num_positive", k), scores.get("num_samples")
+        positive = _at(scores, "num_positive", k)
         prevalence = f"{number(100 * positive / count, 1)} %" if positive is not None and count else "–"
         beside = [(_at(section(other.result["subsets"], "all"), "auroc", k), other.color) for other in others]
         kind = f'<td class="soft">{escape(kinds.get(name, "–"))}</td>' if kinds else ""
@@ -97,21 +100,28 @@ def labels(run: Run, runs: list[Run]) -> str:
     head = f"{_th('Label', 'text')}{_th('Type', 'text') if kinds else ''}{_th('Prevalence')}{_score_heads(axis)}"
     key = "".join(f"<span>{dot(other)}{escape(other.name)}</span>" for other in others)
     note = f'<p class="note key">Small dots: {key}</p>' if others else ""
-    return f"<h4>Each label</h4>{_table(head, body, f'Labels of {run.name}')}{note}"
+    return f"<h4>Each label{_of_how_many(run)}</h4>{_table(head, body, f'Labels of {run.name}')}{note}"
 
 
 def ages(run: Run) -> str:
-    """A row an age group, for mortality; '' where the ages are not known."""
+    """A row an age group, for mortality, of the stays scored and of the paired; '' where the ages are not known."""
     if run.task != "mortality" or not run.predictions or run.predictions["age"] is None:
         return ""
-    groups = _age_groups(run)
-    axis = _axis([x for *_, values in groups for x in (values[0], *values[1])])
-    body = "".join(
-        f'<tr><th scope="row">{name}</th><td class="num soft">{number(positive, 0)} / {number(count, 0)}</td>'
-        f"{_score_cells(*values, axis, run.color)}</tr>"
-        for name, positive, count, values in groups
-    )
-    head = _th("Age in years", "text") + _th("Deaths / stays") + _score_heads(axis)
+    paired_N = run.predictions["paired"]
+    parts = [("All that it scores", np.ones(len(run.predictions["age"]), bool))]
+    if paired_N is not None and paired_N.any():
+        parts.append(("Those with a film (the paper\u2019s Table 5)", paired_N))
+    groups = [(title, _age_groups(run, include_N)) for title, include_N in parts]
+    axis = _axis([x for _, rows in groups for *_, values in rows for x in (values[0], *values[1])])
+    body = ""
+    for title, rows in groups:
+        body += f'<tr class="group"><th colspan="7" scope="rowgroup">{title}</th></tr>'
+        body += "".join(
+            f'<tr><th scope="row">{name}</th><td class="num soft">{number(positive, 0)} / {number(count, 0)}</td>'
+            f"{_score_cells(*values, axis, run.color)}</tr>"
+            for name, positive, count, values in rows
+        )
+    head = _th("Age in years", "text") + _th("Deaths / test stays") + _score_heads(axis)
     return f"<h4>By age</h4>{_table(head, body, 'Results by age group')}"
 
 
@@ -129,6 +139,16 @@ def subset_title(subset: str, task: str) -> str:
     """What a subset of the test split is called in this task."""
     title = _SUBSET_TITLES.get(subset, subset)
     return title.replace("stays", "films") if films_only(task) else title
+
+
+def _of_how_many(run: Run) -> str:
+    """Which records a run scores, where that is not all."""
+    if workdirs.scores_all(run.result):
+        return ""
+    scored = section(run.result["subsets"], "all").get("num_samples") or 0
+    kind = "films" if films_only(run.task) else "stays"
+    of = number(scored + run.result["num_left_out"], 0)
+    return f", on the {number(scored, 0)} of {of} test {kind} that it can score"
 
 
 def films_only(task: str) -> bool:
@@ -212,12 +232,12 @@ def _at(scores: dict, field: str, k: int):
     return values[k] if len(values) > k else None
 
 
-def _age_groups(run: Run) -> list[tuple[str, int, int, list]]:
-    """(group, deaths, stays, [AUROC, bounds, AUPRC, bounds]) of every age group that holds a stay."""
+def _age_groups(run: Run, include_N: np.ndarray) -> list[tuple[str, int, int, list]]:
+    """(group, deaths, stays, [AUROC, bounds, AUPRC, bounds]) of every age group that holds an included stay."""
     rng = np.random.default_rng(0)
     groups = []
     for low, high in _AGE_GROUPS:
-        rows = np.flatnonzero((run.predictions["age"] >= low) & (run.predictions["age"] < high))
+        rows = np.flatnonzero(include_N & (run.predictions["age"] >= low) & (run.predictions["age"] < high))
         if not len(rows):
             continue
         label_N, score_N = (run.predictions[key][rows, 0] for key in ("labels", "scores"))

@@ -1,5 +1,6 @@
 """Results as a table for the terminal. Needs neither jax nor matplotlib."""
 
+from medfuse_jax.report import workdirs
 from medfuse_jax.report.workdirs import METHOD_NAMES, SUBSETS, TASK_NAMES, number, pair, section
 
 
@@ -28,7 +29,7 @@ def table(results: list[dict]) -> str:
 
 
 def _result_rows(result: dict, subset: str) -> list[tuple[str, ...]]:
-    scores = result["subsets"].get(subset)
+    scores = workdirs.subsets(result).get(subset)
     if not scores:
         return []
     method = _short(METHOD_NAMES.get(result.get("method"), str(result.get("method"))))
@@ -39,7 +40,7 @@ def _result_rows(result: dict, subset: str) -> list[tuple[str, ...]]:
 def _difference_rows(result: dict) -> list[tuple[str, ...]]:
     method = METHOD_NAMES.get(result.get("method"), str(result.get("method")))
     rows = []
-    for scores in result.get("comparisons") or []:
+    for scores in workdirs.comparisons(result):
         against = METHOD_NAMES.get(scores.get("against"), str(scores.get("against")))
         values = (_bracketed(scores, name, sign=True) for name in ("auroc_macro", "auprc_macro"))
         rows.append((_short(f"{method} − {against}"), str(scores.get("subset")), "", *values))

@@ -42,7 +42,7 @@ TASK_NAMES = {
     "decompensation": "Decompensation",
     "length_of_stay": "Length of stay",
 }
-SUBSETS = ("all", "paired", "unpaired", "film_only")
+SUBSETS = ("all", "paired", "unpaired", "film_only", "had_both")
 _ATTENTION = ("time_weights", "length", "modality_weights", "modalities")
 _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
@@ -52,8 +52,8 @@ class Run:
     """What is known of one run; None or empty where it has not come to it.
 
     name: unique among the runs shown. train, val: the lines of metrics.jsonl by epoch.
-    predictions: scores [N, K], labels bool [N, K], age [N] or None, attention: {} or time_weights [N, T],
-    length [N], modality_weights [N, M], modalities [M]. problems: what could not be read.
+    predictions: scores [N, K], labels bool [N, K], age [N] or None, paired bool [N] or None, attention: {} or
+    time_weights [N, T], length [N], modality_weights [N, M], modalities [M]. problems: what could not be read.
     """
 
     folder: Path
@@ -96,9 +96,9 @@ class Run:
 
     @property
     def chosen_epoch(self) -> int | None:
-        """The epoch of the best checkpoint; of an unfinished run, the best so far."""
+        """The epoch of the best checkpoint, None where nothing was chosen; of an unfinished run, the best so far."""
         if self.result and isinstance(self.result.get("best_epoch"), int):
-            return self.result["best_epoch"]
+            return self.result["best_epoch"] or None  # 0: imported, or evaluated before the first validation
         aurocs = series(self.val, "val_auroc")
         return max(aurocs, key=aurocs.get) if aurocs else None
 
@@ -136,6 +136,30 @@ def read_run(folder: Path) -> Run:
     train, val = _read_lines(folder / "metrics.jsonl", problems)
     predictions = _read_predictions(folder / "predictions_test.npz", problems)
     return Run(folder, "", config, result, train, val, predictions, problems, folder.name.startswith("pretrain_"))
+
+
+def scores_all(result: dict | None) -> bool:
+    """Whether a run scores every record of its split, so that its scores of all are beside others' of all."""
+    return not (result or {}).get("num_left_out")
+
+
+def subsets(result: dict) -> dict[str, dict]:
+    """The subsets' scores that tables set beside other runs'; 'all' only of a run that scores all, or has no part."""
+    found = {name: section(result["subsets"], name) for name in SUBSETS}
+    found = {name: scores for name, scores in found.items() if scores}
+    if not scores_all(result) and len(found) > 1:
+        found.pop("all", None)
+    return found
+
+
+def comparisons(result: dict) -> list[dict]:
+    """The differences to other runs; that on 'all' only where both score all."""
+    number_of_all = section(result["subsets"], "all").get("num_samples")
+    return [
+        other
+        for other in result.get("comparisons") or []
+        if other.get("subset") != "all" or (scores_all(result) and other.get("num_samples") == number_of_all)
+    ]
 
 
 def series(lines: dict[int, dict], field: str) -> dict[int, float]:
@@ -195,6 +219,8 @@ def _is_result(result: dict) -> bool:
     labels, subsets, comparisons = (result.get(key) for key in ("labels", "subsets", "comparisons"))
     if not isinstance(labels, list) or not isinstance(subsets, dict) or not isinstance(comparisons, list):
         return False
+    if not isinstance(result.get("num_left_out", 0), int):
+        return False
     per_label = ("auroc", "auprc", "auroc_ci", "auprc_ci", "num_positive")
     for scores in subsets.values():
         if not isinstance(scores, dict):
@@ -230,6 +256,7 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
         with np.load(path) as stored:
             scores_NK, labels_NK = stored["scores"], stored["labels"]
             age_N = stored.get("age")
+            has = [stored[name] for name in ("has_ehr", "has_cxr") if name in stored]
             attention = {name: stored[name] for name in _ATTENTION if name in stored}
     except FileNotFoundError:
         return None
@@ -244,10 +271,14 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
     if age_N is not None and age_N.shape != (len(scores_NK),):
         problems.append(f"{path}: ages have shape {age_N.shape}, scores {scores_NK.shape}")
         age_N = None
+    if any(has_N.shape != (len(scores_NK),) or has_N.dtype != bool for has_N in has):
+        problems.append(f"{path}: has_ehr and has_cxr are not one bool a stay: run medfuse_jax.evaluate again")
+        has = []
+    paired_N = has[0] & has[1] if len(has) == 2 else None
     if attention and not _is_attention(attention, len(scores_NK)):
         problems.append(f"{path}: the attention weights are not one row a stay: run medfuse_jax.evaluate again")
         attention = {}
-    return {"scores": scores_NK, "labels": labels_NK, "age": age_N, "attention": attention}
+    return {"scores": scores_NK, "labels": labels_NK, "age": age_N, "paired": paired_N, "attention": attention}
 
 
 def _is_attention(found: dict, num_stays: int) -> bool:

@@ -156,10 +156,12 @@ def _check(trial: search.Trial, sweep: run_lib.Sweep, fitting: set) -> None:
         config = trial.config(sweep.config)
         config_lib.validate(config)
         run = experiment.open_experiment(config, parallel.devices()[:1])
+        run.check_any("test", run.dataset.usable("test"))  # whichever is chosen is scored on it at the end
         heads.check_values(trial.values, config, sweep.encoders)
         if run.options.model not in fitting:
             for name, (folder, source) in sweep.encoders.items():
                 starts.check(run, name, folder, source)
+            starts.check_frozen(run, sweep.encoders.keys())
             fitting.add(run.options.model)
     except (UserError, TypeError) as error:
         raise UserError(f"trial {trial.number} ({trial.describe()}): {error}") from None

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medfuse_jax import parallel
+from medfuse_jax import errors, parallel
 from medfuse_jax import step as step_lib
 
 OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # a device's memory, the host's
@@ -165,7 +165,7 @@ def measure_lanes(
         try:
             times_s[lanes] = _time_step(train_fn, stack_with(lanes), batch, on)
         except OUT_OF_MEMORY as error:
-            if not is_out_of_memory(error):
+            if not errors.is_out_of_memory(error):
                 raise
             break
         if times_s[lanes] > min(times_s.values()):
@@ -181,8 +181,3 @@ def _time_step(train_fn: Callable, stacks: list[Stack], batch: dict, on: list[ja
         jax.block_until_ready(train_all(train_fn, stacks, batch, on))
         taken_s.append(time.perf_counter() - start_s)
     return float(np.median(taken_s))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of an OUT_OF_MEMORY, as jax raises its own for other things too."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

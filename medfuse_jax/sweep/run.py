@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, metrics, optim, parallel, starts, train
+from medfuse_jax import errors, evaluate, metrics, optim, parallel, starts, train
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
@@ -120,7 +120,7 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     try:
         program = _program(sweep, todo[0], costs)
     except population.OUT_OF_MEMORY as error:
-        if not population.is_out_of_memory(error):
+        if not errors.is_out_of_memory(error):
             raise
         why = "out of memory before the first step: try a smaller config.eval.batch_size"
         for trial in todo:
@@ -131,7 +131,7 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
         try:
             _train_wave(sweep, program, wave, costs)
         except population.OUT_OF_MEMORY as error:
-            if not population.is_out_of_memory(error):
+            if not errors.is_out_of_memory(error):
                 raise
             if len(wave) <= len(program.on):
                 for trial in _without_record(sweep, wave):

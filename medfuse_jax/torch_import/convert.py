@@ -10,14 +10,25 @@ from flax import traverse_util
 
 from medfuse_jax.errors import UserError
 from medfuse_jax.models import methods
-from medfuse_jax.torch_import.names import LAYOUTS, RESNET34_STAGES, TABLES, Row, backbone_rows, known_names, table
+from medfuse_jax.torch_import.names import (
+    LAYOUTS,
+    RESNET34_STAGES,
+    TABLES,
+    WRAPPER,
+    Row,
+    backbone_rows,
+    known_names,
+    table,
+    unwrapped,
+)
 
 
 def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **options):
     """A released model: (model, variables) from a state dict of numpy arrays.
 
-    options: fields of `methods.Model`, for sizes other than the released ones. UserError for
-    an unknown or missing name, a wrong shape or label count, or a value that is not finite.
+    Names may all begin with `module.`, as torch's DataParallel saves them. options: fields of
+    `methods.Model`, for sizes other than the released ones. UserError for an unknown or missing
+    name, a wrong shape or label count, or a value that is not finite.
     """
     model = methods.build(method, num_labels, **options)
     return model, fill(model, method, state_dict)
@@ -25,6 +36,7 @@ def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **o
 
 def fill(model: methods.Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
     """The variables of a model that `methods.build` made for `method`; UserError as in `load`."""
+    state_dict = unwrapped(state_dict)
     stages = model.resnet_stage_sizes
     rows = table(method, stages, getattr(model, "missing", ""))
     _check_names(state_dict, rows, method, known_names(stages), _hint(state_dict, stages))
@@ -43,6 +55,7 @@ def fill_backbone(model: methods.Model, state_dict: Mapping[str, np.ndarray]) ->
 
     Its ImageNet head (fc.weight, fc.bias) is left out, and the stages that the model has not. UserError as in `load`.
     """
+    state_dict = unwrapped(state_dict)
     expected = _shapes(model)
     rows = backbone_rows(model.resnet_stage_sizes, prefix="")
     known = {name for row in rows for name in row.names} | {"fc.weight", "fc.bias"}
@@ -99,6 +112,13 @@ def _shapes(model: methods.Model) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _check_names(state_dict, rows: list[Row], what: str, known: set[str], hint: str = "") -> None:
+    wrapped = [name for name in state_dict if name.startswith(WRAPPER)]
+    if wrapped:  # all of them would have been unwrapped
+        rest = [name for name in state_dict if name not in wrapped]
+        raise UserError(
+            f"the checkpoint has names with {WRAPPER!r} before them ({_listed(wrapped)}) and without "
+            f"({_listed(rest)}): give one model's"
+        )
     needed = {name for row in rows for name in row.names}
     missing = [name for name in sorted(needed) if name not in state_dict]
     if missing:

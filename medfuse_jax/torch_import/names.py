@@ -4,13 +4,21 @@ Names and layouts are those of the released MedFuse's modules and of torchvision
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.models import methods
 
 RESNET34_STAGES = (3, 4, 6, 3)
 _BACKBONE = "cxr_model.vision_backbone."
+WRAPPER = "module."  # before every name where torch's DataParallel was saved with its model
+
+
+def unwrapped(state_dict: Mapping) -> dict:
+    """The entries without the wrapper's name, where every one has it."""
+    if all(name.startswith(WRAPPER) for name in state_dict):
+        return {name.removeprefix(WRAPPER): value for name, value in state_dict.items()}
+    return dict(state_dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from medfuse_jax import files
 from medfuse_jax.errors import UserError
+from medfuse_jax.torch_import.names import unwrapped
 
 # What torch.load and zipfile raised for checkpoints that were cut off at any place or had bytes changed.
 _DAMAGED = (
@@ -45,9 +46,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not tensors:
         raise UserError(f"{path} holds no weights")
-    if all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+    return unwrapped(tensors)
 
 
 def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
