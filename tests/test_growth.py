@@ -36,6 +36,11 @@ def test_the_model_finds_what_was_planted():
     assert abs(found[0] - other[0]) > 5e-6
 
 
+def test_an_epoch_is_as_many_batches_as_its_stays_fill():
+    rows = _rows(lambda row_steps, films: 2e-4 * row_steps + 0.2 * films)
+    assert "| 5.7 min |" in growth._growth_table(rows)  # 42,628 stays, 16 a batch, 0.128 s each
+
+
 def test_the_parts_and_the_rest_are_the_step():
     taken = dict(zip(("ours", *parts_case.PARTS), (10.0, 0.5, 1.0, 3.0, 6.0, 2.0, 0.25)))
     rows = [{"contender": name, "seconds": 2 * s, "batches_per_repeat": 2} for name, s in taken.items()]

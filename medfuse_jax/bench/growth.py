@@ -17,6 +17,7 @@ from medfuse_jax import errors, files
 from medfuse_jax.bench import page, parts_case, table
 from medfuse_jax.errors import UserError
 
+_STAYS = 42_628  # phenotyping's train split (Hayat et al. 2022, Table 1)
 _BEGIN, _END = "<!-- made by python -m medfuse_jax.bench.growth -->", "<!-- end -->"
 _PARTS = {
     "augment": "augmentation",
@@ -63,8 +64,8 @@ def write(results: Path, docs: Path) -> None:
         raise UserError(f"{folder}/growth.json holds no case of its parts, or of medfuse: run all of --preset=growth")
     parts = _shares(parts)
     text = "\n".join(
-        [f"From `results/{folder.name}`.\n", _parts_table(parts), _growth_table(steps), _devices_table(devices)]
-        + [_predicted_table(steps)]
+        [f"From `results/{folder.name}`.\n", "![Where the time of a training step goes](step_time.svg)\n"]
+        + [_parts_table(parts), _growth_table(steps), _devices_table(devices), _predicted_table(steps)]
     )
     path = docs / "performance.md"
     before, _, rest = path.read_text().partition(_BEGIN)
@@ -112,6 +113,11 @@ def _seconds(row: dict) -> float:
     return row["seconds"] / row["batches_per_repeat"]
 
 
+def _epoch_s(row: dict) -> float:
+    """Of phenotyping's train split."""
+    return _seconds(row) * _STAYS / row["settings"]["batch_size"]
+
+
 def _growth_table(rows: list[dict]) -> str:
     a, b, alone, fused = fit(rows)
     cells = []
@@ -120,10 +126,10 @@ def _growth_table(rows: list[dict]) -> str:
         settings, modelled = row["settings"], float(_terms(row) @ np.array([a, b, alone, fused]))
         cells.append(
             (settings["method"], str(settings["batch_size"]), f"{row_steps / settings['batch_size']:.0f}", f"{films:g}")
-            + (table.seconds(_seconds(row)), f"{_seconds(row) / settings['batch_size'] * 42.628:.0f} s")
+            + (table.seconds(_seconds(row)), f"{_epoch_s(row) / 60:.1f} min")
             + (f"{table.seconds(modelled)} ({modelled / _seconds(row) - 1:+.0%})",)
         )
-    header = ("method", "rows", "time steps", "films", "a batch", "an epoch of 42,628 stays", "by the model")
+    header = ("method", "rows", "time steps", "films", "a batch", f"an epoch of {_STAYS:,} stays", "by the model")
     formula = f"a = {a * 1e6:.0f} us a row and time step, b = {b * 1e3:.0f} ms a film, "
     formula += f"c = {alone * 1e3:.0f} ms (LSTM alone) or {fused * 1e3:.0f} ms (MedFuse)"
     return page.markdown(header, cells) + f"\nFitted: {formula}. An epoch is as many batches as its stays fill.\n"
@@ -152,7 +158,7 @@ def _predicted_table(rows: list[dict]) -> str:
         rate = device.batch * device.num_devices / step_s
         cells.append(
             (device.name, str(device.batch), table.seconds(compute_s), table.seconds(time_steps * device.time_step_s))
-            + (table.seconds(sum_s), table.seconds(step_s), f"{rate:,.0f}", table.seconds(42_628 / rate))
+            + (table.seconds(sum_s), table.seconds(step_s), f"{rate:,.0f}", table.seconds(_STAYS / rate))
         )
     header = ("predicted", "rows a device", "films", "recurrence", "gradients' sum", "a step", "stays/s", "an epoch")
     return page.markdown(header, cells)

@@ -6,7 +6,7 @@ Shapes: P films, C pixels a side, D LSTM width; a batch's as in `input_pipeline`
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from medfuse_jax import augment, optim
 from medfuse_jax import step as step_lib
@@ -27,59 +27,62 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     state = step_case.fresh_state(options, batches[0])
     trainer = step_case.Trainer(case, data, batches, say)
     runs = {step_case.OURS: trainer.run}
-    for name, part in _parts(options, state).items():
+    alone = [{key: x[0] for key, x in batch.items()} for batch in batches]
+    for batch in alone:
+        batch["prepared"] = np.ones((len(batch["image"]), case.crop_px, case.crop_px, 2), np.float32)
+    for name, part in _parts(options).items():
         say(f"{name}: compiling")
-        runs[name] = _over(part, [{key: x[0] for key, x in batch.items()} for batch in batches])
+        runs[name] = _over(part, state, alone)
     seconds = clock.interleave(runs, case.warm_up, case.repeats, say)
     return [
         {"contender": name} | clock.summary(taken) | step_case.counts(plan, batches) for name, taken in seconds.items()
     ]
 
 
-def _parts(options: step_lib.StepOptions, state: step_lib.TrainState) -> dict[str, Callable]:
-    """name -> a function of a batch: forward and backward, the films' and the series' own gradients left out."""
+def _parts(options: step_lib.StepOptions) -> dict[str, Callable]:
+    """name -> a function of a state and a batch: forward and backward, without gradients of films and series.
+
+    Both are arguments: of constants the compiler would compute a part itself.
+    """
     model, key = options.model, jax.random.key(0)
     film = resnet.ResNet(model.resnet_stage_sizes, model.resnet_width, model.dtype)
     ehr = lstm.EhrEncoder(model.ehr_hidden, model.dropout, model.dtype)
-    of_film = {"batch_stats": state.batch_stats["cxr_encoder"]}
 
-    def augmented(batch):
+    def augmented(state, batch):
         return augment.prepare_augmented(key, batch["film_row"], batch["image"], options.film)
 
     def until(last):
-        def loss(params, image_PCC2, there_P):
-            arguments = (last, image_PCC2, True, there_P)
-            return film.apply(of_film | {"params": params}, *arguments, method="until", mutable=["batch_stats"])[
-                0
-            ].sum()
-
-        def run(batch):
-            image_PCC2 = jnp.ones((len(batch["image"]), options.film.crop_px, options.film.crop_px, 2))
+        def loss(params, batch_stats, batch):
             there_P = batch["film_row"] < len(batch["valid"])
-            return jax.grad(loss)(state.params["cxr_encoder"], image_PCC2, there_P)
+            variables = {"params": params, "batch_stats": batch_stats}
+            given = (last, batch["prepared"], True, there_P)
+            return film.apply(variables, *given, method="until", mutable=["batch_stats"])[0].sum()
+
+        def run(state, batch):
+            return jax.grad(loss)(state.params["cxr_encoder"], state.batch_stats["cxr_encoder"], batch)
 
         return run
 
     def encode(params, batch):
         return ehr.apply({"params": params}, batch["ehr"], batch["length"]).sum()
 
-    def update(batch):
+    def update(state, batch):
         grads = jax.tree.map(lambda p: p * batch["label"][0, 0], state.params)
         direction, opt_state = options.optimizer.update(grads, state.opt_state, state.params)
         return optim.descend(state.params, direction, state.learning_rate), opt_state
 
     stages = len(model.resnet_stage_sizes)
     parts = (augmented, until(0), until(stages // 2), until(stages))
-    parts += (lambda batch: jax.grad(encode)(state.params["ehr_encoder"], batch), update)
+    parts += (lambda state, batch: jax.grad(encode)(state.params["ehr_encoder"], batch), update)
     return dict(zip(PARTS, parts, strict=True))
 
 
-def _over(part: Callable, batches: list[dict]) -> Callable[[], None]:
+def _over(part: Callable, state: step_lib.TrainState, batches: list[dict]) -> Callable[[], None]:
     compiled, placed = jax.jit(part), jax.device_put(batches)
 
     def run() -> None:
         for batch in placed:
-            out = compiled(batch)
+            out = compiled(state, batch)
         jax.block_until_ready(out)
 
     return run
