@@ -1,10 +1,12 @@
 """Where a run's first weights come from: finished or imported runs, for an encoder each or the whole model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from medfuse_jax import checkpoints
 from medfuse_jax import config as config_lib
@@ -20,22 +22,37 @@ def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
 
     UserError where one does not fit the run, or an encoder that is frozen has nothing to start from.
     """
-    paths = {name: Path(path) for name, path in run.config.init.items() if path}
-    given = {name: (path, workdir_lib.open_run(path, run.devices)) for name, path in paths.items()}
-    stages = {
-        name: (folder / f"pretrain_{name}", open_experiment(staged))
-        for name, staged in config_lib.stages(run.config).items()
-        if name not in given and "model" not in given and run.has_encoder(name)
-    }
+    given, stages = open_sources(run.config, folder, staged(run.config), run.devices)
     for name, (source_folder, source) in (given | stages).items():
         check(run, name, source_folder, source)
+    check_frozen(run, given | stages)
+    return given, stages
+
+
+def staged(config: ConfigDict) -> list[str]:
+    """The encoders that a config has pre-trained: those of its method that config.init does not give."""
+    given = {name for name, path in config.init.items() if path}
+    method, _ = methods.METHODS[config.method]
+    has = {"ehr": method.uses_ehr, "cxr": method.uses_film}
+    return [name for name in config_lib.stages(config) if has[name] and not given & {name, "model"}]
+
+
+def open_sources(config: ConfigDict, folder: Path, names: list[str], on: list[jax.Device]) -> tuple[dict, dict]:
+    """What config.init gives, opened on the devices `on`, and the stages `names` of config.pretrain, as in `find`."""
+    paths = {name: Path(path) for name, path in config.init.items() if path}
+    given = {name: (path, workdir_lib.open_run(path, on)) for name, path in paths.items()}
+    stages = {name: (folder / f"pretrain_{name}", open_experiment(config_lib.stage(config, name))) for name in names}
+    return given, stages
+
+
+def check_frozen(run: Experiment, names: Iterable[str]) -> None:
+    """Raises UserError where an encoder that the run freezes is none of those that something trains (`names`)."""
     for name in ("ehr", "cxr"):
-        if getattr(run.options.model, "frozen_encoders", False) and not {name, "model"} & (given | stages).keys():
+        if getattr(run.options.model, "frozen_encoders", False) and not {name, "model"} & set(names):
             raise UserError(
                 f"the {name} encoder is frozen (method {run.config.method}), and nothing trains it before, so it would "
                 f"stay random: give config.pretrain.{name} with config.encoders=pretrained, or config.init.{name}"
             )
-    return given, stages
 
 
 def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None:

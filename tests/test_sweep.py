@@ -446,6 +446,68 @@ def test_ways_of_augmenting_are_refused_where_films_are_encoded_once(tiny_config
     assert not any(tmp_path.iterdir())
 
 
+_PRETRAIN = {"ehr": {"method": "uni_ehr"}, "cxr": {"method": "uni_cxr", "task": "radiology"}}
+
+
+def _stages_and_trials(config, workdir, specs, monkeypatch, **more) -> tuple[dict, dict]:
+    """The pre-training of a sweep of two trials, and the encoders that each starts from, by method; trains nothing."""
+    stages, started = {}, {}
+
+    def note(sweep, trials, costs):
+        for of_trial in map(sweep.config_of, trials):
+            started[of_trial.method] = {name: Path(path).name for name, path in of_trial.init.items() if path}
+
+    monkeypatch.setattr(command.train, "pretrain", stages.update)
+    monkeypatch.setattr(run_lib, "train_group", note)
+    monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: [True])
+    monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (workdir / "sweep.csv").touch())
+    sweep(config, workdir, specs, num_trials=2, **more)
+    return stages, started
+
+
+@pytest.mark.parametrize("method", ["uni_ehr", "medfuse"])
+def test_each_trial_starts_from_the_encoders_that_it_alone_would_have_trained(
+    tiny_config, tmp_path, monkeypatch, method
+):
+    """Whatever the config's own method. That of uni_ehr would be trained as the run itself is."""
+    tiny_config.method = method
+    for name, changes in _PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    stages, started = _stages_and_trials(tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch)
+    assert sorted(stages) == ["cxr", "ehr"] and stages["cxr"][1].config.method == "uni_cxr"
+    assert started == {"uni_ehr": {}, "medfuse": {"ehr": "pretrain_ehr", "cxr": "pretrain_cxr"}}
+
+
+def test_processes_wait_for_an_encoder_that_only_trials_added_later_start_from(tiny_config, tmp_path, monkeypatch):
+    for name, changes in _PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    _stages_and_trials(tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch)
+    waited = []
+    monkeypatch.setattr(command.pods, "wait_for", lambda are_there, what: waited.append(list(are_there())))
+    (tmp_path / "pretrain_cxr" / "trained.json").unlink()
+    _stages_and_trials(
+        tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch, process=1, num_processes=2
+    )
+    assert waited[0].count(False) == 1 and len(waited[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "spec", "said"),
+    [
+        ("medfuse", "method:choice(early,medfuse)", "method early"),
+        ("early", "method:choice(early,medfuse)", "method early"),
+        ("medfuse", "model.freeze_encoders:choice(true,false)", "model.freeze_encoders True"),
+    ],
+)
+def test_a_trial_that_freezes_random_encoders_is_refused(tiny_config, tmp_path, method, spec, said):
+    tiny_config.method, tiny_config.encoders = method, "random"
+    for name, changes in _PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    with pytest.raises(UserError, match=rf"trial \d \({said}\): the ehr encoder is frozen .* would stay random"):
+        sweep(tiny_config, tmp_path, [spec], num_trials=2)
+    assert not any(tmp_path.iterdir())
+
+
 def _untrained(config, workdir):
     """A run as train.train leaves it, with its first weights."""
     run = experiment.open_experiment(config)

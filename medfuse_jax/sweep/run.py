@@ -31,7 +31,7 @@ _WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What all trials share. config: of a trial, but for the trial's values; lanes: None to measure.
+    """What all trials share. config: as given; encoders: all that a trial may start from; lanes: None to measure.
 
     programs: each group's, by what its trials share, kept for the rounds of trials that follow. features: of the
     frozen encoders, by what decides them.
@@ -45,9 +45,19 @@ class Sweep:
     features: dict = dataclasses.field(default_factory=dict)
 
     def config_of(self, trial: Trial) -> ConfigDict:
-        """The trial's whole config, with which `medfuse_jax.main` gives its numbers."""
+        """The trial's whole config, with which `medfuse_jax.main` gives its numbers.
+
+        Its pre-training is done: it starts from the encoders that the trials share, those that it would have trained.
+        """
         config = trial.config(self.config)
-        return heads.without_augmentation(config) if heads.can_cache(config, self.encoders) else config
+        for name in starts.staged(config):
+            config.init[name] = str(self.encoders[name][0])
+        config.pretrain = ConfigDict()
+        return heads.without_augmentation(config) if heads.can_cache(config, self.encoders_of(config)) else config
+
+    def encoders_of(self, config: ConfigDict) -> dict:
+        """What a trial of that config (of `config_of`) starts from."""
+        return {name: self.encoders[name] for name, path in config.init.items() if path}
 
     def shared_by(self, trial: Trial) -> str:
         """What a trial has in common with all of its group."""
@@ -156,11 +166,12 @@ def _program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
     if shared not in sweep.programs:
         on = parallel.devices()
         run = experiment_lib.open_experiment(sweep.config_of(trial), on[:1])
-        if heads.can_cache(run.config, sweep.encoders):
+        encoders = sweep.encoders_of(run.config)
+        if heads.can_cache(run.config, encoders):
             decides = heads.decides_features(run.config)
             if decides not in sweep.features:
                 with costs.spent("encode_s"):
-                    sweep.features[decides] = heads.encode(run, sweep.encoders)
+                    sweep.features[decides] = heads.encode(run, encoders)
             run = heads.with_features(run, sweep.features[decides])
         sweep.programs[shared] = Program(run, on)
     return sweep.programs[shared]
@@ -212,7 +223,7 @@ def _open(sweep: Sweep, run, trials: list[Trial], steps_per_epoch: int, closing:
         state, progress = keeper.latest(abstract) or (None, None)
         lives.append(Live(trial, config, workdir, state, progress, None, keeper))
     fresh = [live for live in lives if live.state is None]
-    for live, state in zip(fresh, _fresh_states(run, fresh, sweep.encoders)):
+    for live, state in zip(fresh, _fresh_states(run, fresh, sweep.encoders_of(run.config))):
         rate = live.config.learning_rate
         live.state = jax.device_get(state.replace(learning_rate=np.float32(rate)))
         live.progress = optim.Progress(learning_rate=rate)
