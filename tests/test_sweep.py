@@ -565,6 +565,28 @@ def _scores_of_first_batch(run, state):
     return np.asarray(jax.jit(functools.partial(step.eval_step, run.options))(state, batch)[0])
 
 
+def _precisions(jaxpr) -> list:
+    """Of each product and convolution, those of the programs within among them."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.append(equation.params["precision"])
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += _precisions(inner)
+    return found
+
+
+def test_features_are_as_precise_as_the_whole_model_makes_them(frozen_config):
+    """In float32, accelerators round what a product multiplies unless it says not to."""
+    frozen_config.precision = "float32"
+    run = experiment.open_experiment(frozen_config, jax.local_devices()[:1])
+    batch = parallel.merge(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
+    variables = jax.eval_shape(lambda: {k: getattr(run.fresh_state(), k) for k in ("params", "batch_stats")})
+    encode = functools.partial(heads.encode_step, run.options)
+    precisions = _precisions(jax.make_jaxpr(encode)(variables, batch).jaxpr)
+    assert len(precisions) > 8 and set(precisions) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
 def test_features_are_computed_once_for_all_that_shares_them(frozen_config, encoders, tmp_path, monkeypatch):
     encoded = []
     monkeypatch.setattr(heads, "encode", lambda run, encoders: encoded.append(run.config) or {})
