@@ -1,6 +1,8 @@
 """What a run writes down: whole lines, none twice after a resume, the same values for TensorBoard."""
 
 import json
+import threading
+from pathlib import Path
 
 from medfuse_jax.runlog import RunLog
 
@@ -31,6 +33,20 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint_and_a_half_line(tmp_
     log.write("train", 2, 10, train_loss=0.25)
     log.close()
     assert [(line["step"], line["train_loss"]) for line in _lines(tmp_path)] == [(5, 0.2), (10, 0.25)]
+
+
+def test_hundreds_of_quiet_logs_hold_no_file_open_and_no_thread(tmp_path):
+    """As a sweep's trials have them, all at once."""
+    open_files = Path("/proc/self/fd") if Path("/proc/self/fd").exists() else Path("/dev/fd")
+    before, logs = (len(list(open_files.iterdir())), threading.active_count()), []
+    for number in range(20):
+        (tmp_path / str(number)).mkdir()
+        logs.append(RunLog(tmp_path / str(number), "run", num_steps=10, quiet=True))
+        logs[-1].write("val", 1, 5, val_loss=0.4)
+    assert (len(list(open_files.iterdir())), threading.active_count()) == before
+    for log in logs:
+        log.close()
+    assert [line["val_loss"] for line in _lines(tmp_path / "19")] == [0.4]
 
 
 def test_a_plain_line_is_printed_where_there_is_no_terminal(tmp_path, capsys):
