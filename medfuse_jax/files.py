@@ -25,6 +25,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Removes what `written_whole(path)` left where it was killed; for the file's only writer."""
+    for unfinished in path.parent.glob(f".{path.name}.*.partial{path.suffix}"):
+        unfinished.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     with written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
