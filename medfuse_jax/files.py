@@ -1,9 +1,11 @@
 """Files that are whole or not there: what a kill may interrupt is written beside its place and renamed."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ from medfuse_jax.errors import UserError
 
 # What np.load raised for .npz files that were cut off at any place, had bytes changed, or lacked an array.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+# How a filesystem says that it has no locks: a bucket mounted as a folder, NFS or Lustre without theirs.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -50,16 +54,26 @@ def locked(path: Path, what: str, busy: str) -> Iterator[None]:
     """Keeps a second process out of the block; the lock goes with the process, however it ends.
 
     path: the file to lock, made with its folder. UserError: `busy` where another process holds it, and as
-    `must_write(what)` where it cannot be made.
+    `must_write(what)` where it cannot be made. A filesystem without locks is said, and nobody is kept out.
     """
     with must_write(what):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"warning: the filesystem of {path.parent} has no locks ({error.strerror}): see to it that no second "
+                "process writes there",
+                file=sys.stderr,
+                flush=True,
+            )
         yield
-    except BlockingIOError:
-        raise UserError(busy) from None
     finally:
         os.close(lock)
 
