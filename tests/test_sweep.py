@@ -176,6 +176,13 @@ def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
         sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
 
 
+def test_a_trace_of_trials_is_refused(ehr_config, tmp_path):
+    ehr_config.profile_steps = "1:2"
+    with pytest.raises(UserError, match=r"config\.profile_steps is of a run alone"):
+        sweep(ehr_config, tmp_path / "sweep", _RATES)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_two_sweeps_do_not_share_a_folder(ehr_config, tmp_path):
     with workdir_lib.locked(tmp_path), pytest.raises(UserError, match="another process is at work in"):
         sweep(ehr_config, tmp_path, _RATES)

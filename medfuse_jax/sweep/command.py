@@ -44,6 +44,8 @@ def run(
     first makes what all need, and what they come to.
     """
     config_lib.validate(config)
+    if config.profile_steps:
+        raise UserError("config.profile_steps is of a run alone, not of trials: leave it out")
     experiment.use_compilation_cache()
     is_first = process == 0
     search_plan = _plan(config, config_path, workdir, specs, num_trials, seed, algorithm, per_round, is_first)
