@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from medfuse_jax.errors import UserError
+from medfuse_jax.errors import TryLater, UserError
 
 # What np.load raised for .npz files that were cut off at any place, had bytes changed, or lacked an array.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -53,7 +53,7 @@ def must_write(what: object, hint: str = "") -> Iterator[None]:
 def locked(path: Path, what: str, busy: str) -> Iterator[None]:
     """Keeps a second process out of the block; the lock goes with the process, however it ends.
 
-    path: the file to lock, made with its folder. UserError: `busy` where another process holds it, and as
+    path: the file to lock, made with its folder. TryLater: `busy` where another process holds it; UserError as
     `must_write(what)` where it cannot be made. A filesystem without locks is said, and nobody is kept out.
     """
     with must_write(what):
@@ -63,7 +63,7 @@ def locked(path: Path, what: str, busy: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(busy) from None
+            raise TryLater(busy) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
