@@ -351,6 +351,25 @@ def test_trials_that_need_other_programs_or_data_are_groups_of_their_own(tiny_co
     assert [[trial.number for trial in group] for group in groups] == [[0, 2], [1, 4], [3]]
 
 
+def test_groups_share_the_programs_of_equal_steps_and_keep_none_that_no_trial_needs(ehr_config, tmp_path, monkeypatch):
+    together, costs = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True), run_lib.Costs()
+    values = [{}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16, "model.dropout": 0.1}, {"beta2": 0.9}]
+    trials = [search.Trial(i, changed) for i, changed in enumerate(values)]
+    programs = [run_lib._program(together, trial, costs) for trial in trials]
+    assert [program.train_fn is programs[0].train_fn for program in programs] == [True, True, True, False]
+    assert [program.eval_fn is programs[0].eval_fn for program in programs] == [True, True, True, False]
+
+    def train(sweep, program, wave, costs):
+        for trial in wave:
+            results.write_record(sweep.workdir, trial, results.FAILED, "")
+
+    monkeypatch.setattr(run_lib, "_train_wave", train)
+    once = run_lib.Sweep(ehr_config, tmp_path, {})
+    run_lib.train_group(once, trials[:1], costs)
+    run_lib.train_group(together, trials[1:2], costs)
+    assert len(once.programs) == 0 and len(together.programs) == len(values)
+
+
 @pytest.mark.parametrize(
     ("step_s", "tried"),
     [
@@ -404,7 +423,7 @@ def test_a_group_measures_its_lanes_once(ehr_config, tmp_path, monkeypatch):
     monkeypatch.setattr(population, "measure_lanes", measure)
     ehr_config.num_epochs = 1
     trials = [search.Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(9)]
-    first = run_lib.Sweep(ehr_config, tmp_path, {})
+    first = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True)
     run_lib.train_group(first, trials[:3], run_lib.Costs())
     run_lib.train_group(first, trials[3:6], run_lib.Costs())
     run_lib.train_group(run_lib.Sweep(ehr_config, tmp_path, {}), trials[2:9], run_lib.Costs())

@@ -60,7 +60,7 @@ def run(
     base = experiment.open_experiment(config, parallel.devices()[:1])
     staged = list(dict.fromkeys(name for trial in search_plan.drawn for name in _staged(trial, config)))
     given, stages = starts.open_sources(config, workdir, staged, base.devices)
-    sweep = run_lib.Sweep(config, workdir, given | stages, lanes)
+    sweep = run_lib.Sweep(config, workdir, given | stages, lanes, in_rounds=algorithm != "random")
     check = functools.partial(_check, sweep=sweep, fitting=set())
     for trial in search_plan.drawn:
         check(trial)

@@ -6,10 +6,11 @@ group: they see the same batches, read and sent once, in one compiled program.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, metrics, optim, parallel, starts, train
 from medfuse_jax import experiment as experiment_lib
+from medfuse_jax import step as step_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
@@ -33,14 +35,15 @@ _WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
 class Sweep:
     """What all trials share. config: as given; encoders: all that a trial may start from; lanes: None to measure.
 
-    programs: each group's, by what its trials share, kept for the rounds of trials that follow. features: of the
-    frozen encoders, by what decides them.
+    in_rounds: whether trials of a group may follow once those there are trained. programs: each group's, by what its
+    trials share, as long as trials may follow. features: of the frozen encoders, by what decides them.
     """
 
     config: ConfigDict
     workdir: Path
     encoders: dict
     lanes: int | None = None
+    in_rounds: bool = False
     programs: dict = dataclasses.field(default_factory=dict)
     features: dict = dataclasses.field(default_factory=dict)
 
@@ -149,6 +152,8 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
             program.at_once = max(len(program.on), len(wave) // 2)
             print(f"out of memory: {program.at_once} trials at once from here on", flush=True)
         todo = _without_record(sweep, todo)
+    if not sweep.in_rounds:
+        sweep.programs.clear()
 
 
 class Program:
@@ -156,8 +161,14 @@ class Program:
 
     def __init__(self, run: experiment_lib.Experiment, on: list[jax.Device]):
         self.run, self.on, self.at_once = run, on, None
-        self.train_fn = population.compile_train(run.options, on)
-        self.eval_fn = population.compile_eval(run.options, on)
+        # A step takes each trial's dropout as an argument: that of the group's first trial decides nothing.
+        options = dataclasses.replace(run.options, model=run.options.model.clone(dropout=0.0))
+        self.train_fn, self.eval_fn = _compiled(options, tuple(on))
+
+
+@functools.lru_cache(maxsize=4)  # groups that differ in their data alone share them; of other groups, the last few stay
+def _compiled(options: step_lib.StepOptions, on: tuple[jax.Device, ...]) -> tuple[Callable, Callable]:
+    return population.compile_train(options, list(on)), population.compile_eval(options, list(on))
 
 
 def _program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
