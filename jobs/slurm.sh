@@ -22,7 +22,10 @@ set -euo pipefail
 source "${MEDFUSE_VENV:-$HOME/medfuse_venv}/bin/activate" # <- the environment with '.[gpu]' installed
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 
-# jax reads the coordinator, the number of processes and each one's number from Slurm.
-srun --kill-on-bad-exit=1 python -m medfuse_jax.sweep --distributed "$@" &
+# jax reads the coordinator, the number of processes and each one's number from Slurm. Since Slurm 22.05 srun no longer
+# takes --cpus-per-task from above: without it a task would have one core.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 python -m medfuse_jax.sweep --distributed "$@" &
 step=$!
-wait "$step" || wait "$step" # a signal ends a wait, and the step goes on
+# A signal ends a wait, and the step goes on: so a second wait. The signal is sent once, and if the step ended instead,
+# bash still knows how and the second wait says it at once.
+wait "$step" || wait "$step"

@@ -10,12 +10,19 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
+
+_USER_ERROR = 2  # as argparse and shells have it; jobs/gke_tpu.yaml asks for it
 
 
 class UserError(ValueError):
     """Something the user can put right: the message says what, where and what to do."""
+
+
+class TryLater(UserError):
+    """What the very same command may get past: another process at work, a cluster that is not there yet."""
 
 
 def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
@@ -39,7 +46,7 @@ def of_file(path: str | Path, error: Exception) -> str:
 
 
 def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False) -> None:
-    """Runs a command's `main(argv)` under absl; a UserError ends it with one line and status 1.
+    """Runs a command's `main(argv)` under absl; a UserError ends it with one line, and with the status of `status`.
 
     pass_on_unknown: whether options that are none of absl's go to `main` rather than being refused.
     """
@@ -53,7 +60,7 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False) -> Non
             main(argv)
         except (Exception, KeyboardInterrupt) as error:
             if line := in_one_line(error):
-                sys.exit(line)
+                _end(line, status(error))
             raise
 
     app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
@@ -80,23 +87,33 @@ def in_one_line(error: BaseException) -> str:
     return ""
 
 
+def status(error: BaseException) -> int:
+    """What a command exits with: 2 where the same command would fail again until its user puts something right."""
+    return _USER_ERROR if isinstance(error, UserError) and not isinstance(error, TryLater) else 1
+
+
+def _end(line: str, status: int = _USER_ERROR) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
 def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
     """Parses the command line; what is wrong with it is one line, whoever finds it.
 
     absl raises flags.Error; ml_collections, for a field of --config, whatever setting it raises.
     """
     if problem := _config_problem(argv):
-        sys.exit(f"error: {problem}")
+        _end(f"error: {problem}")
     try:
         left = flags.FLAGS(argv, known_only=pass_on_unknown)
     except (flags.Error, TypeError, ValueError) as error:
         if "must have a value other than None" in str(error):
             missing = re.search(r"--(\w+)", str(error))[1]
             example = "=configs/pheno.py" if missing == "config" else "=..."
-            sys.exit(f"error: --{missing}{example} is missing; --help lists the flags")
-        sys.exit(f"error: {error}")
+            _end(f"error: --{missing}{example} is missing; --help lists the flags")
+        _end(f"error: {error}")
     if len(left) > 1 and not pass_on_unknown:
-        sys.exit(f"error: unknown argument {left[1]!r}: every option starts with --; see --help")
+        _end(f"error: unknown argument {left[1]!r}: every option starts with --; see --help")
     return left
 
 

@@ -1,17 +1,21 @@
 """Files that are whole or not there: what a kill may interrupt is written beside its place and renamed."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from medfuse_jax.errors import UserError
+from medfuse_jax.errors import TryLater, UserError
 
 # What np.load raised for .npz files that were cut off at any place, had bytes changed, or lacked an array.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+# How a filesystem says that it has no locks: a bucket mounted as a folder, NFS or Lustre without theirs.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -22,6 +26,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.replace(path)
     finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what `written_whole(path)` left where it was killed; for the file's only writer."""
+    for unfinished in path.parent.glob(f".{path.name}.*.partial{path.suffix}"):
         unfinished.unlink(missing_ok=True)
 
 
@@ -43,17 +53,27 @@ def must_write(what: object, hint: str = "") -> Iterator[None]:
 def locked(path: Path, what: str, busy: str) -> Iterator[None]:
     """Keeps a second process out of the block; the lock goes with the process, however it ends.
 
-    path: the file to lock, made with its folder. UserError: `busy` where another process holds it, and as
-    `must_write(what)` where it cannot be made.
+    path: the file to lock, made with its folder. TryLater: `busy` where another process holds it; UserError as
+    `must_write(what)` where it cannot be made. A filesystem without locks is said, and nobody is kept out.
     """
     with must_write(what):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TryLater(busy) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"warning: the filesystem of {path.parent} has no locks ({error.strerror}): see to it that no second "
+                "process writes there",
+                file=sys.stderr,
+                flush=True,
+            )
         yield
-    except BlockingIOError:
-        raise UserError(busy) from None
     finally:
         os.close(lock)
 

@@ -1,6 +1,7 @@
 """The optimiser, and what validation changes about it: the learning rate and the end."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ import optax
 _PLATEAU_THRESHOLD = 1e-4
 
 
+@functools.lru_cache  # so that equal options are equal: steps compiled for one serve the other
 def adam(beta2: float) -> optax.GradientTransformation:
     """Adam's direction, without the learning rate: that is a traced argument of the step.
 

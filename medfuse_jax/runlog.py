@@ -18,7 +18,7 @@ from medfuse_jax import files
 class RunLog:
     """One run's record. Lines of steps after `resume_step` (a kill came before their checkpoint) are dropped.
 
-    quiet: no bar and no lines, for one run of many.
+    quiet: for one run of many: no bar, no lines, no TensorBoard (a thread and an open file each).
     """
 
     def __init__(self, workdir: Path, name: str, num_steps: int, resume_step: int = 0, quiet: bool = False):
@@ -26,8 +26,7 @@ class RunLog:
         self._name = name
         self._path = workdir / "metrics.jsonl"
         _drop_after(self._path, resume_step)
-        self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._tensorboard = None if quiet else SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         self._bar = tqdm(
             total=num_steps,
             initial=resume_step,
@@ -55,9 +54,9 @@ class RunLog:
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         line = {"phase": phase, "epoch": epoch, "step": step, **known}
         line["time_s"] = round(time.perf_counter() - self._start_s, 3)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for key, value in values.items():
+        with self._path.open("a") as file:  # not kept open: a sweep has hundreds of runs
+            file.write(json.dumps(line) + "\n")
+        for key, value in values.items() if self._tensorboard else ():
             self._tensorboard.add_scalar(f"{phase}/{key}", value, step)
 
     def line(self, text: str) -> None:
@@ -67,8 +66,8 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard:
+            self._tensorboard.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from medfuse_jax import checkpoints
 from medfuse_jax import config as config_lib
@@ -24,20 +25,30 @@ def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
     """
     if checkpoints.any_saved(folder):
         return {}, {}
-    paths = {name: Path(path) for name, path in run.config.init.items() if path}
-    given = {name: (path, workdir_lib.open_run(path, run.devices)) for name, path in paths.items()}
-    stages = {
-        name: (folder / f"pretrain_{name}", open_experiment(staged))
-        for name, staged in config_lib.stages(run.config).items()
-        if name not in given and "model" not in given and run.has_encoder(name)
-    }
+    given, stages = open_sources(run.config, folder, staged(run.config), run.devices)
     for name, (source_folder, source) in (given | stages).items():
         check(run, name, source_folder, source)
+    check_frozen(run, given | stages)
+    for _, stage in stages.values():
+        check_frozen(stage, ())
+    return given, stages
+
+
+def staged(config: ConfigDict) -> list[str]:
+    """The encoders that a config has pre-trained: those of its method that config.init does not give."""
+    given = {name for name, path in config.init.items() if path}
+    method, _ = methods.METHODS[config.method]
+    has = {"ehr": method.uses_ehr, "cxr": method.uses_film}
+    return [name for name in config_lib.stages(config) if has[name] and not given & {name, "model"}]
+
+
+def open_sources(config: ConfigDict, folder: Path, names: list[str], on: list[jax.Device]) -> tuple[dict, dict]:
+    """What config.init gives, opened on the devices `on`, and the stages `names` of config.pretrain, as in `find`."""
+    paths = {name: Path(path) for name, path in config.init.items() if path}
+    given = {name: (path, workdir_lib.open_run(path, on)) for name, path in paths.items()}
     for path in paths.values():
-        checkpoints.reached(path)
-    check_frozen(run, (given | stages).keys())
-    for _, staged in stages.values():
-        check_frozen(staged, ())
+        checkpoints.reached(path)  # UserError where it holds no weights
+    stages = {name: (folder / f"pretrain_{name}", open_experiment(config_lib.stage(config, name))) for name in names}
     return given, stages
 
 

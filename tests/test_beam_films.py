@@ -124,4 +124,4 @@ def test_what_beam_would_leave_out_without_a_word_is_named(arguments, message, m
 def test_the_command_says_in_one_line_what_is_missing(tmp_path):
     command = [sys.executable, "-m", "data_prep.beam_films", "--project=c", "--mimic_cxr", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "error: --out=DIR is missing\n")
+    assert (done.returncode, done.stderr) == (2, "error: --out=DIR is missing\n")

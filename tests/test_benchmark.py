@@ -114,4 +114,4 @@ def test_the_command_prints_a_line_a_measurement(tree, films, tmp_path):
 def test_the_command_names_what_is_missing(tmp_path):
     command = [sys.executable, "-m", "data_prep.benchmark"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: --out=DIR is missing"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: --out=DIR is missing"

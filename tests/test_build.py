@@ -516,7 +516,7 @@ def test_the_command_ends_in_that_line(tmp_path):
     done = subprocess.run(
         _command((iv, films), tmp_path / "out", {}), cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and "it ends too early" in last and "Traceback" not in done.stderr
 

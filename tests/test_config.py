@@ -206,10 +206,10 @@ def test_a_wrong_flag_ends_the_command_in_one_line(argument, said):
         [sys.executable, "-m", "medfuse_jax.main", *config, argument], cwd=_ROOT, capture_output=True, text=True
     )
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ") and said in lines[0]
 
 
 def test_no_config_at_all_says_which_there_are():
     done = subprocess.run([sys.executable, "-m", "medfuse_jax.main"], cwd=_ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "--config" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "--config" in done.stderr

@@ -285,7 +285,7 @@ def test_the_command_runs_without_jax(mortality, tmp_path):
     failed = subprocess.run(
         [sys.executable, "-c", code, f"--runs={tmp_path / 'no'}", "--out=x"], cwd=root, capture_output=True, text=True
     )
-    assert failed.returncode == 1 and failed.stderr.startswith("error: --runs=") and failed.stderr.count("\n") == 1
+    assert failed.returncode == 2 and failed.stderr.startswith("error: --runs=") and failed.stderr.count("\n") == 1
 
 
 def test_every_method_of_the_paper_has_a_name():

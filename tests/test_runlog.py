@@ -1,6 +1,7 @@
 """What a run writes down: whole lines, none twice after a resume, the same values for TensorBoard."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_a_damaged_line_is_dropped_at_a_resume_and_a_kill_within_it_loses_none(t
     assert path.read_bytes() == content
     RunLog(tmp_path, "run", num_steps=10, resume_step=3, quiet=True).close()
     assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
+
+
+def test_hundreds_of_quiet_logs_hold_no_file_open_and_no_thread(tmp_path):
+    """As a sweep's trials have them, all at once."""
+    open_files = Path("/proc/self/fd") if Path("/proc/self/fd").exists() else Path("/dev/fd")
+    before, logs = (len(list(open_files.iterdir())), threading.active_count()), []
+    for number in range(20):
+        (tmp_path / str(number)).mkdir()
+        logs.append(RunLog(tmp_path / str(number), "run", num_steps=10, quiet=True))
+        logs[-1].write("val", 1, 5, val_loss=0.4)
+    assert (len(list(open_files.iterdir())), threading.active_count()) == before
+    for log in logs:
+        log.close()
+    assert [line["val_loss"] for line in _lines(tmp_path / "19")] == [0.4]
 
 
 def test_a_plain_line_is_printed_where_there_is_no_terminal(tmp_path, capsys):

@@ -176,6 +176,13 @@ def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
         sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
 
 
+def test_a_trace_of_trials_is_refused(ehr_config, tmp_path):
+    ehr_config.profile_steps = "1:2"
+    with pytest.raises(UserError, match=r"config\.profile_steps is of a run alone"):
+        sweep(ehr_config, tmp_path / "sweep", _RATES)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_two_sweeps_do_not_share_a_folder(ehr_config, tmp_path):
     with workdir_lib.locked(tmp_path), pytest.raises(UserError, match="another process is at work in"):
         sweep(ehr_config, tmp_path, _RATES)
@@ -344,6 +351,25 @@ def test_trials_that_need_other_programs_or_data_are_groups_of_their_own(tiny_co
     assert [[trial.number for trial in group] for group in groups] == [[0, 2], [1, 4], [3]]
 
 
+def test_groups_share_the_programs_of_equal_steps_and_keep_none_that_no_trial_needs(ehr_config, tmp_path, monkeypatch):
+    together, costs = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True), run_lib.Costs()
+    values = [{}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16, "model.dropout": 0.1}, {"beta2": 0.9}]
+    trials = [search.Trial(i, changed) for i, changed in enumerate(values)]
+    programs = [run_lib._program(together, trial, costs) for trial in trials]
+    assert [program.train_fn is programs[0].train_fn for program in programs] == [True, True, True, False]
+    assert [program.eval_fn is programs[0].eval_fn for program in programs] == [True, True, True, False]
+
+    def train(sweep, program, wave, costs):
+        for trial in wave:
+            results.write_record(sweep.workdir, trial, results.FAILED, "")
+
+    monkeypatch.setattr(run_lib, "_train_wave", train)
+    once = run_lib.Sweep(ehr_config, tmp_path, {})
+    run_lib.train_group(once, trials[:1], costs)
+    run_lib.train_group(together, trials[1:2], costs)
+    assert len(once.programs) == 0 and len(together.programs) == len(values)
+
+
 @pytest.mark.parametrize(
     ("step_s", "tried"),
     [
@@ -397,7 +423,7 @@ def test_a_group_measures_its_lanes_once(ehr_config, tmp_path, monkeypatch):
     monkeypatch.setattr(population, "measure_lanes", measure)
     ehr_config.num_epochs = 1
     trials = [search.Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(9)]
-    first = run_lib.Sweep(ehr_config, tmp_path, {})
+    first = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True)
     run_lib.train_group(first, trials[:3], run_lib.Costs())
     run_lib.train_group(first, trials[3:6], run_lib.Costs())
     run_lib.train_group(run_lib.Sweep(ehr_config, tmp_path, {}), trials[2:9], run_lib.Costs())
@@ -443,6 +469,68 @@ def test_ways_of_augmenting_are_refused_where_films_are_encoded_once(tiny_config
     tiny_config.pretrain.cxr = {"method": "uni_cxr", "task": "radiology"}
     with pytest.raises(UserError, match=r"trial 0 \(film\.rotation_deg .*\): film\.rotation_deg changes nothing"):
         sweep(tiny_config, tmp_path, ["film.rotation_deg:uniform(0,45)"])
+    assert not any(tmp_path.iterdir())
+
+
+_PRETRAIN = {"ehr": {"method": "uni_ehr"}, "cxr": {"method": "uni_cxr", "task": "radiology"}}
+
+
+def _stages_and_trials(config, workdir, specs, monkeypatch, **more) -> tuple[dict, dict]:
+    """The pre-training of a sweep of two trials, and the encoders that each starts from, by method; trains nothing."""
+    stages, started = {}, {}
+
+    def note(sweep, trials, costs):
+        for of_trial in map(sweep.config_of, trials):
+            started[of_trial.method] = {name: Path(path).name for name, path in of_trial.init.items() if path}
+
+    monkeypatch.setattr(command.train, "pretrain", stages.update)
+    monkeypatch.setattr(run_lib, "train_group", note)
+    monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: [True])
+    monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (workdir / "sweep.csv").touch())
+    sweep(config, workdir, specs, num_trials=2, **more)
+    return stages, started
+
+
+@pytest.mark.parametrize("method", ["uni_ehr", "medfuse"])
+def test_each_trial_starts_from_the_encoders_that_it_alone_would_have_trained(
+    tiny_config, tmp_path, monkeypatch, method
+):
+    """Whatever the config's own method. That of uni_ehr would be trained as the run itself is."""
+    tiny_config.method = method
+    for name, changes in _PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    stages, started = _stages_and_trials(tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch)
+    assert sorted(stages) == ["cxr", "ehr"] and stages["cxr"][1].config.method == "uni_cxr"
+    assert started == {"uni_ehr": {}, "medfuse": {"ehr": "pretrain_ehr", "cxr": "pretrain_cxr"}}
+
+
+def test_processes_wait_for_an_encoder_that_only_trials_added_later_start_from(tiny_config, tmp_path, monkeypatch):
+    for name, changes in _PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    _stages_and_trials(tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch)
+    waited = []
+    monkeypatch.setattr(command.pods, "wait_for", lambda are_there, what: waited.append(list(are_there())))
+    (tmp_path / "pretrain_cxr" / "trained.json").unlink()
+    _stages_and_trials(
+        tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch, process=1, num_processes=2
+    )
+    assert waited[0].count(False) == 1 and len(waited[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "spec", "said"),
+    [
+        ("medfuse", "method:choice(early,medfuse)", "method early"),
+        ("early", "method:choice(early,medfuse)", "method early"),
+        ("medfuse", "model.freeze_encoders:choice(true,false)", "model.freeze_encoders True"),
+    ],
+)
+def test_a_trial_that_freezes_random_encoders_is_refused(tiny_config, tmp_path, method, spec, said):
+    tiny_config.method, tiny_config.encoders = method, "random"
+    for name, changes in _PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    with pytest.raises(UserError, match=rf"trial \d \({said}\): the ehr encoder is frozen .* would stay random"):
+        sweep(tiny_config, tmp_path, [spec], num_trials=2)
     assert not any(tmp_path.iterdir())
 
 
@@ -501,6 +589,28 @@ def _scores_of_first_batch(run, state):
     plan = run.eval_plans("val", run.selects("val"))[0]
     batch = parallel.merge(next(run.batches("val", plan)))
     return np.asarray(jax.jit(functools.partial(step.eval_step, run.options))(state, batch)[0])
+
+
+def _precisions(jaxpr) -> list:
+    """Of each product and convolution, those of the programs within among them."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.append(equation.params["precision"])
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += _precisions(inner)
+    return found
+
+
+def test_features_are_as_precise_as_the_whole_model_makes_them(frozen_config):
+    """In float32, accelerators round what a product multiplies unless it says not to."""
+    frozen_config.precision = "float32"
+    run = experiment.open_experiment(frozen_config, jax.local_devices()[:1])
+    batch = parallel.merge(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
+    variables = jax.eval_shape(lambda: {k: getattr(run.fresh_state(), k) for k in ("params", "batch_stats")})
+    encode = functools.partial(heads.encode_step, run.options)
+    precisions = _precisions(jax.make_jaxpr(encode)(variables, batch).jaxpr)
+    assert len(precisions) > 8 and set(precisions) == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def test_features_are_computed_once_for_all_that_shares_them(frozen_config, encoders, tmp_path, monkeypatch):

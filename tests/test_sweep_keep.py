@@ -1,11 +1,15 @@
 """How trials are kept: what a trial was begun with it goes on with, and a damaged file is named with what to do."""
 
+import contextlib
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sweep import stop_at_save, sweep
 
+from medfuse_jax import step
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import keep, results
 
@@ -63,6 +67,30 @@ def test_a_damaged_file_says_what_to_delete_and_the_trial_starts_anew(ehr_config
     for name in ("state.npz", "trial.json"):
         (folder / name).unlink()
     assert sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1) == whole
+
+
+def test_what_a_kill_left_unfinished_is_removed_by_the_next_start(tmp_path):
+    (tmp_path / ".state.npz.4711.partial.npz").write_bytes(b"half a file")
+    (tmp_path / ".trial.json.4711.partial.json").write_text("another file's")
+    keeper = keep.new_keeper(tmp_path, is_head=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".trial.json.4711.partial.json"]
+    keeper.save({"w": np.zeros(3)}, keep.optim.Progress(learning_rate=0.1), True)
+    assert (tmp_path / "state.npz").exists()
+
+
+def test_the_state_of_a_resumed_trial_lies_on_the_host(tmp_path):
+    """However many trials there are, no device holds them all."""
+    weights = {"w": jnp.arange(3.0)}
+    state = step.TrainState(jnp.int32(1), weights, {}, weights, jnp.float32(0.1))
+    with contextlib.closing(keep.WholeKeeper(tmp_path)) as keeper:
+        assert keeper.latest(jax.eval_shape(lambda: state)) is None
+        keeper.save(state, keep.optim.Progress(learning_rate=0.1), True)
+        keeper.finish()
+        latest, _ = keeper.latest(jax.eval_shape(lambda: state))
+        of_file, _ = keep.FileKeeper(tmp_path).latest(jax.eval_shape(lambda: state))
+    for leaf in jax.tree.leaves((latest, of_file)):
+        assert not isinstance(leaf, jax.Array)
+    assert latest.params["w"].tolist() == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(

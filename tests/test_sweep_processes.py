@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from medfuse_jax import errors, files
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import pods
 
@@ -92,6 +93,19 @@ def test_a_sweep_killed_again_and_again_gives_the_same_table(tmp_path, shards):
     assert _table(tmp_path / "killed") == _table(tmp_path / "whole")
 
 
+def test_what_may_pass_by_itself_exits_with_another_status(tmp_path):
+    """A job is not given up because the lock of a killed process, or a cluster, is not there yet."""
+    lock = (tmp_path / ".lock", "--workdir", "busy")
+    with files.locked(*lock), pytest.raises(UserError) as busy, files.locked(*lock):
+        pass
+    assert [errors.status(error) for error in (UserError(), busy.value, KeyboardInterrupt(), KeyError())] == [
+        2,
+        1,
+        1,
+        1,
+    ]
+
+
 _TWO = """
 import sys, time
 from medfuse_jax import errors
@@ -133,7 +147,7 @@ def test_a_process_that_ends_early_leaves_at_once(fails, by_signal, said):
         assert [process.stdout.readline() for process in both] == ["at work\n"] * 2
         if by_signal:
             both[1].send_signal(by_signal)
-        assert both[1].wait(timeout=30) == 1 and both[0].poll() is None
+        assert both[1].wait(timeout=30) == (2 if "a wrong field" in said else 1) and both[0].poll() is None
         text = both[1].stdout.read()
         assert said in text
         assert ("Traceback" in text) == ("a bug" in said)
@@ -155,7 +169,7 @@ def test_a_wrong_flag_ends_the_command_in_one_line(tmp_path, flag, said):
     command = [sys.executable, "-m", "medfuse_jax.sweep", "--config=configs/pheno.py", f"--workdir={tmp_path}", flag]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ") and said in lines[0]
 
 
@@ -194,7 +208,7 @@ def test_each_trial_is_one_process_own_and_no_process_has_more_than_its_share(si
 def test_the_slurm_file_is_a_script(tmp_path):
     path = _ROOT / "jobs" / "slurm.sh"
     subprocess.run(["bash", "-n", path], check=True)
-    assert re.search(r"srun .*python -m medfuse_jax\.sweep --distributed", path.read_text())
+    assert re.search(r"^srun .*python -m medfuse_jax\.sweep --distributed", path.read_text(), re.M)
     broken = tmp_path / "broken.sh"
     broken.write_text(path.read_text() + "\nif true; then\n")
     assert subprocess.run(["bash", "-n", broken], capture_output=True).returncode != 0
@@ -216,20 +230,23 @@ def test_slurms_warning_before_the_time_limit_queues_the_job_again(tmp_path, sec
     (tmp_path / "bin" / "activate").touch()
     runs = f"exec sleep {seconds}" if seconds else "exit 3"
     for name, does in {
-        "srun": f"echo $$ > step.pid; echo step; {runs}",
+        "srun": f'echo $$ > step.pid; echo "$@" > srun.txt; echo step; {runs}',
         "scontrol": 'echo "$@"; kill "$(cat step.pid)"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    of_slurm = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4", "MEDFUSE_VENV": str(tmp_path)}
     job = subprocess.Popen(
-        ["bash", _ROOT / "jobs" / "slurm.sh"],
+        ["bash", _ROOT / "jobs" / "slurm.sh", "--workdir=with a space"],
         cwd=tmp_path,
-        env=environment | {"MEDFUSE_VENV": str(tmp_path)},
+        env=os.environ | of_slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         text=True,
     )
     assert job.stdout.readline() == "step\n"
+    own, _, program = (tmp_path / "srun.txt").read_text().partition(" python ")
+    assert own.split() == ["--cpus-per-task=4", "--kill-on-bad-exit=1"]
+    assert program == "-m medfuse_jax.sweep --distributed --workdir=with a space\n"
     if warned:
         job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=30) == (128 + signal.SIGTERM if warned else 3)
@@ -244,6 +261,14 @@ def test_the_gke_file_starts_one_sweep_on_every_host():
     pod = spec["template"]["spec"]
     assert pod["subdomain"] == service["metadata"]["name"]
     (container,) = pod["containers"]
+    evicted, wrong = spec["podFailurePolicy"]["rules"]  # the first that fits decides
+    assert pod["restartPolicy"] == "Never", "Kubernetes takes a policy with no other"
+    assert evicted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    codes = wrong["onExitCodes"]
+    assert wrong["action"] == "FailJob" and codes["containerName"] == container["name"]
+    assert (codes["operator"], codes["values"]) == ("In", [errors.status(UserError())])
+    config = next(flag.partition("=")[2] for flag in container["command"] if flag.startswith("--config="))
+    assert container["workingDir"] and (_ROOT / config).is_file(), "a path in the clone"
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert rows * columns == spec["completions"] * container["resources"]["limits"]["google.com/tpu"]
     assert container["command"][:4] == ["python", "-m", "medfuse_jax.sweep", "--distributed"]

@@ -119,6 +119,13 @@ def test_a_config_lists_its_own_trials(tmp_path):
     assert search.listed(_config_file(tmp_path, "")) is None
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    body = "import numpy as np\ndef sweep(add):\n    add(lr=np.float64(1e-4), seed=np.arange(4)[3])"
+    (trial,) = search.collect(search.listed(_config_file(tmp_path, body)), config_lib.default(), None)
+    assert trial.values == {"learning_rate": 1e-4, "seed": 3} and type(trial.values["seed"]) is int
+    config_lib.validate(trial.config(config_lib.default()))
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -129,6 +136,10 @@ def test_a_config_lists_its_own_trials(tmp_path):
         ("def sweep(add):\n    add(1e-3)", "calls add(0.001): name the parameter, as add(lr=1e-4)"),
         ("def sweep(add):\n    add(lr=1e-3, learning_rate=1e-4)", "gives one trial learning_rate twice"),
         ("def sweep(add):\n    add(encoders='random')", "the config's sweep(add): encoders is not tried"),
+        (
+            "def sweep(add):\n    for lr in 1e-4:\n        add(lr=lr)",
+            "the config's sweep(add) fails (line 2: TypeError: 'float' object is not iterable)",
+        ),
     ],
 )
 def test_a_list_that_cannot_be_tried_is_refused(tmp_path, body, said):

@@ -379,7 +379,7 @@ def test_the_command_says_what_can_be_reached(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "10 stays, 15 films" in done.stdout and "paired stays: both 0." in done.stdout
     failed = run(f"--out={tmp_path / 'other'}", "--film_fraction=2")
-    assert failed.returncode == 1 and len(failed.stderr.strip().splitlines()) == 1 and "film_fraction" in failed.stderr
+    assert failed.returncode == 2 and len(failed.stderr.strip().splitlines()) == 1 and "film_fraction" in failed.stderr
 
 
 def test_time_grows_no_faster_than_the_cohort():

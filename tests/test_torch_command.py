@@ -199,7 +199,7 @@ def test_a_wrong_command_ends_in_one_line(arguments, said):
         text=True,
     )
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1 and said in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1 and said in lines[0], done.stderr
 
 
 _PAGE = (_ROOT / "docs" / "weights.md").read_text()

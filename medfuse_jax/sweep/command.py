@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -44,6 +44,8 @@ def run(
     first makes what all need, and what they come to.
     """
     config_lib.validate(config)
+    if config.profile_steps:
+        raise UserError("config.profile_steps is of a run alone, not of trials: leave it out")
     experiment.use_compilation_cache()
     is_first = process == 0
     search_plan = _plan(config, config_path, workdir, specs, num_trials, seed, algorithm, per_round, is_first)
@@ -56,23 +58,24 @@ def run(
     costs = run_lib.Costs()
     _count_compilation(costs)
     base = experiment.open_experiment(config, parallel.devices()[:1])
-    given, stages = starts.find(base, workdir)
-    encoders = given | stages
-    sweep = run_lib.Sweep(_with_encoders(config, encoders), workdir, encoders, lanes)
+    staged = list(dict.fromkeys(name for trial in search_plan.drawn for name in _staged(trial, config)))
+    given, stages = starts.open_sources(config, workdir, staged, base.devices)
+    sweep = run_lib.Sweep(config, workdir, given | stages, lanes, in_rounds=algorithm != "random")
     check = functools.partial(_check, sweep=sweep, fitting=set())
     for trial in search_plan.drawn:
         check(trial)
     claim = functools.partial(results.claim, workdir, config, base.dataset.digest, search_plan.identity, is_first)
+    ready = [workdir / "started.json", *(folder / "trained.json" for folder, _ in stages.values())]
     with workdir_lib.locked(workdir) if is_first else contextlib.nullcontext():
         if is_first:
             claim()
             with costs.spent("pretrain_s"):
                 train.pretrain(stages)
-            results.write_whole(workdir / "started.json", "{}\n")
+            for path in ready:
+                results.write_whole(path, "{}\n")
         else:
-            ready = workdir / "started.json"
             with costs.spent("pretrain_s"):
-                pods.wait_for(lambda: [ready.exists()], "the first process to pre-train the encoders")
+                pods.wait_for(lambda: [p.exists() for p in ready], "the first process to pre-train the encoders")
             claim()
         costs.startup_s = time.perf_counter() - started_s - costs.pretrain_s - costs.compile_s
         trials = []
@@ -148,32 +151,40 @@ def _plan(
 
 
 def _check(trial: search.Trial, sweep: run_lib.Sweep, fitting: set) -> None:
-    """What is wrong with a trial is said before any is trained: its values, or that shared encoders do not fit it.
+    """What is wrong with a trial is said before any is trained: its values, or what it starts from.
 
-    fitting: the models that they do fit, to which this one is added.
+    fitting: the models that their encoders do fit, with the encoders' names; this one is added.
     """
-    try:
-        config = trial.config(sweep.config)
-        config_lib.validate(config)
+    with _named(trial):
+        if lacking := [name for name in _staged(trial, sweep.config) if name not in sweep.encoders]:
+            raise UserError(f"it needs config.pretrain.{lacking[0]}, which none of the trials has that are drawn first")
+        config = sweep.config_of(trial)
+        encoders = sweep.encoders_of(config)
         run = experiment.open_experiment(config, parallel.devices()[:1])
         run.check_any("test", run.dataset.usable("test"))  # whichever is chosen is scored on it at the end
-        heads.check_values(trial.values, config, sweep.encoders)
-        if run.options.model not in fitting:
-            for name, (folder, source) in sweep.encoders.items():
+        heads.check_values(trial.values, config, encoders)
+        if (run.options.model, *encoders) not in fitting:
+            for name, (folder, source) in encoders.items():
                 starts.check(run, name, folder, source)
-            starts.check_frozen(run, sweep.encoders.keys())
-            fitting.add(run.options.model)
+            starts.check_frozen(run, encoders)
+            fitting.add((run.options.model, *encoders))
+
+
+def _staged(trial: search.Trial, config: ConfigDict) -> list[str]:
+    """The encoders that the trial's config would have pre-trained; UserError where it is wrong."""
+    with _named(trial):
+        config = trial.config(config)
+        config_lib.validate(config)
+        return starts.staged(config)
+
+
+@contextlib.contextmanager
+def _named(trial: search.Trial) -> Iterator[None]:
+    """What is wrong with a trial is said with its number and values."""
+    try:
+        yield
     except (UserError, TypeError) as error:
         raise UserError(f"trial {trial.number} ({trial.describe()}): {error}") from None
-
-
-def _with_encoders(config: ConfigDict, encoders: dict) -> ConfigDict:
-    """The config with its pre-training done: it starts from the encoders that all trials share."""
-    config = config.copy_and_resolve_references()
-    config.pretrain = ConfigDict()
-    for name, (folder, _) in encoders.items():
-        config.init[name] = str(folder)
-    return config
 
 
 def _count_compilation(costs: run_lib.Costs) -> None:
@@ -200,7 +211,7 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
     if not (folder / "result.json").exists():
         chosen_config = config_lib.load(folder / "config.json")
         if (folder / "state.npz").exists():
-            heads.export(chosen_config, folder, sweep.encoders)
+            heads.export(chosen_config, folder, sweep.encoders_of(chosen_config))
         result = evaluate.evaluate(folder, on=parallel.devices()[:1])  # the test split, once, for the chosen alone
         assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
     path = page.write(workdir, sweep.config.to_dict(), records)

@@ -25,6 +25,7 @@ from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.errors import UserError
+from medfuse_jax.models.model import products
 from medfuse_jax.sweep import keep
 
 _ENCODERS = ("ehr_encoder", "cxr_encoder")
@@ -139,12 +140,17 @@ def encode(run: experiment_lib.Experiment, encoders: dict) -> dict[str, Features
 
     @jax.jit
     def encode_batch(variables, batch):
-        batch = parallel.merge(batch)
-        inputs = step_lib.model_inputs(run.options, batch, key=None)
-        return run.options.model.apply(variables, inputs, method=_encode)
+        return encode_step(run.options, variables, parallel.merge(batch))
 
     of_trained = functools.partial(encode_batch, variables)
     return {split: _encode_split(run, of_trained, split) for split in ("train", "val")}
+
+
+def encode_step(options: step_lib.StepOptions, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array | None]:
+    """(stays' features [B, D], films' features [P, E]) of a batch, in the precision that the whole model has."""
+    inputs = step_lib.model_inputs(options, batch, key=None)
+    with products(options.model.dtype):
+        return options.model.apply(variables, inputs, method=_encode)
 
 
 def _encode(model, inputs: dict) -> tuple[jax.Array, jax.Array | None]:

@@ -23,7 +23,8 @@ class WholeKeeper:
         self._manager = checkpoints.open_manager(workdir)
 
     def latest(self, abstract) -> tuple | None:
-        return checkpoints.restore_latest(self._manager, abstract)
+        """On the host: on a device, the states of all trials would lie in the memory of the first."""
+        return jax.device_get(checkpoints.restore_latest(self._manager, abstract))
 
     def save(self, state, progress: optim.Progress, is_best: bool) -> None:
         checkpoints.save(self._manager, state, progress, is_best)
@@ -87,11 +88,12 @@ class FileKeeper:
             found = checkpoints.best(manager, abstract)
             if found is not None:
                 self._best = _to_arrays("best", *found)
-            return checkpoints.restore_latest(manager, abstract)
+            return jax.device_get(checkpoints.restore_latest(manager, abstract))
 
 
 def new_keeper(workdir: Path, is_head: bool) -> WholeKeeper | FileKeeper:
-    """What a trial is kept by; one that began in a file stays in it."""
+    """What a trial is kept by, for the process that trains it; one that began in a file stays in it."""
+    files.remove_unfinished(workdir / "state.npz")
     in_a_file = is_head or jax.process_count() > 1 or (workdir / "state.npz").exists()
     return FileKeeper(workdir, is_head) if in_a_file else WholeKeeper(workdir)
 

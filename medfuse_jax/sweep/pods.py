@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import jax
 
 from medfuse_jax import errors
-from medfuse_jax.errors import UserError
+from medfuse_jax.errors import TryLater, UserError
 
 _WAIT_S = 2.0
 _SHUTDOWN_S = 3600  # the others wait so long at their end for the first one's test result and page
@@ -40,7 +40,7 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         try:
             jax.distributed.initialize(coordinator, num_processes, process, shutdown_timeout_seconds=_SHUTDOWN_S)
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(
+            raise TryLater(
                 f"--coordinator={coordinator}: process {process} cannot start ({_first_line(error)}); do all "
                 "processes name the same one, and do they all run?"
             ) from None
@@ -48,7 +48,7 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         try:
             jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_S)
         except (ValueError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
-            raise UserError(
+            raise TryLater(
                 f"--distributed: jax finds no cluster here ({_first_line(error)}); "
                 "give --coordinator=HOST:PORT, --num_processes and --process"
             ) from None
@@ -77,7 +77,7 @@ def run(work: Callable[[], None]) -> None:
             raise
         print(errors.in_one_line(error) or traceback.format_exc().rstrip(), file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(errors.status(error))
 
 
 def mine(items: list, process: int, num_processes: int, dealt: int = 0) -> list:

@@ -6,10 +6,11 @@ group: they see the same batches, read and sent once, in one compiled program.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from medfuse_jax import config as config_lib
 from medfuse_jax import errors, evaluate, metrics, optim, parallel, starts, train
 from medfuse_jax import experiment as experiment_lib
+from medfuse_jax import step as step_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
@@ -31,23 +33,34 @@ _WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What all trials share. config: of a trial, but for the trial's values; lanes: None to measure.
+    """What all trials share. config: as given; encoders: all that a trial may start from; lanes: None to measure.
 
-    programs: each group's, by what its trials share, kept for the rounds of trials that follow. features: of the
-    frozen encoders, by what decides them.
+    in_rounds: whether trials of a group may follow once those there are trained. programs: each group's, by what its
+    trials share, as long as trials may follow. features: of the frozen encoders, by what decides them.
     """
 
     config: ConfigDict
     workdir: Path
     encoders: dict
     lanes: int | None = None
+    in_rounds: bool = False
     programs: dict = dataclasses.field(default_factory=dict)
     features: dict = dataclasses.field(default_factory=dict)
 
     def config_of(self, trial: Trial) -> ConfigDict:
-        """The trial's whole config, with which `medfuse_jax.main` gives its numbers."""
+        """The trial's whole config, with which `medfuse_jax.main` gives its numbers.
+
+        Its pre-training is done: it starts from the encoders that the trials share, those that it would have trained.
+        """
         config = trial.config(self.config)
-        return heads.without_augmentation(config) if heads.can_cache(config, self.encoders) else config
+        for name in starts.staged(config):
+            config.init[name] = str(self.encoders[name][0])
+        config.pretrain = ConfigDict()
+        return heads.without_augmentation(config) if heads.can_cache(config, self.encoders_of(config)) else config
+
+    def encoders_of(self, config: ConfigDict) -> dict:
+        """What a trial of that config (of `config_of`) starts from."""
+        return {name: self.encoders[name] for name, path in config.init.items() if path}
 
     def shared_by(self, trial: Trial) -> str:
         """What a trial has in common with all of its group."""
@@ -139,6 +152,8 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
             program.at_once = max(len(program.on), len(wave) // 2)
             print(f"out of memory: {program.at_once} trials at once from here on", flush=True)
         todo = _without_record(sweep, todo)
+    if not sweep.in_rounds:
+        sweep.programs.clear()
 
 
 class Program:
@@ -146,8 +161,14 @@ class Program:
 
     def __init__(self, run: experiment_lib.Experiment, on: list[jax.Device]):
         self.run, self.on, self.at_once = run, on, None
-        self.train_fn = population.compile_train(run.options, on)
-        self.eval_fn = population.compile_eval(run.options, on)
+        # A step takes each trial's dropout as an argument: that of the group's first trial decides nothing.
+        options = dataclasses.replace(run.options, model=run.options.model.clone(dropout=0.0))
+        self.train_fn, self.eval_fn = _compiled(options, tuple(on))
+
+
+@functools.lru_cache(maxsize=4)  # groups that differ in their data alone share them; of other groups, the last few stay
+def _compiled(options: step_lib.StepOptions, on: tuple[jax.Device, ...]) -> tuple[Callable, Callable]:
+    return population.compile_train(options, list(on)), population.compile_eval(options, list(on))
 
 
 def _program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
@@ -156,11 +177,12 @@ def _program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
     if shared not in sweep.programs:
         on = parallel.devices()
         run = experiment_lib.open_experiment(sweep.config_of(trial), on[:1])
-        if heads.can_cache(run.config, sweep.encoders):
+        encoders = sweep.encoders_of(run.config)
+        if heads.can_cache(run.config, encoders):
             decides = heads.decides_features(run.config)
             if decides not in sweep.features:
                 with costs.spent("encode_s"):
-                    sweep.features[decides] = heads.encode(run, sweep.encoders)
+                    sweep.features[decides] = heads.encode(run, encoders)
             run = heads.with_features(run, sweep.features[decides])
         sweep.programs[shared] = Program(run, on)
     return sweep.programs[shared]
@@ -212,7 +234,7 @@ def _open(sweep: Sweep, run, trials: list[Trial], steps_per_epoch: int, closing:
         state, progress = keeper.latest(abstract) or (None, None)
         lives.append(Live(trial, config, workdir, state, progress, None, keeper))
     fresh = [live for live in lives if live.state is None]
-    for live, state in zip(fresh, _fresh_states(run, fresh, sweep.encoders)):
+    for live, state in zip(fresh, _fresh_states(run, fresh, sweep.encoders_of(run.config))):
         rate = live.config.learning_rate
         live.state = jax.device_get(state.replace(learning_rate=np.float32(rate)))
         live.progress = optim.Progress(learning_rate=rate)

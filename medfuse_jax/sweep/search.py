@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax.errors import UserError, check_choice, of_file
 
 # Short names; any other parameter goes by its field's name.
 ALIASES = {"lr": "learning_rate", "dropout": "model.dropout", "ehr_only_ratio": "data.ehr_only_ratio"}
@@ -207,10 +207,16 @@ def collect(sweep: Callable, config: ConfigDict, num_trials: int | None) -> list
             field = find_field(name, config, "the config's sweep(add)")
             if field in fields:
                 raise UserError(f"the config's sweep(add) gives one trial {field} twice ({short_name(field)}, {field})")
-            fields[field] = value
+            fields[field] = value.item() if isinstance(value, np.generic) else value
         trials.append(Trial(len(trials), fields))
 
-    sweep(add)
+    try:
+        sweep(add)
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's own, and may fail in any way
+        path = sweep.__code__.co_filename if inspect.isfunction(sweep) else ""
+        raise UserError(f"the config's sweep(add) fails ({of_file(path, error)})") from None
     if not trials:
         raise UserError("the config's sweep(add) adds no trial")
     if num_trials is not None and num_trials > len(trials):
