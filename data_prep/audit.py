@@ -117,6 +117,8 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["length_h"] = cells(counts["length_h"], hide_sum=hidden)
         audit["variables"] = _variables(counts, counts["time_check"]["records"], hidden, index)
         audit["event_rows"] = _event_rows(counts["event_rows"])
+        if manifest["rules"]["stored_in_time"]["value"]:
+            audit["events_stored_too_late"] = _shown(counts["events_stored_too_late"])
         if "diagnosis_codes" in counts:
             audit["diagnosis_codes"] = _codes(counts["diagnosis_codes"], left)
     if "films" in counts:
@@ -181,7 +183,10 @@ def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dic
     """
     paper = published.PREVALENCE.get(name, {})
     rows = []
-    times = {split: _of_times(n) for split, n in counts.get("predictions", {}).items()}
+    times = {}
+    for split, predictions in counts.get("predictions", {}).items():
+        stays_with = dict(zip(labels, index[split]["label"].sum(0, dtype=int).tolist(), strict=True))
+        times[split] = _of_times(predictions, stays_with, len(index[split]["label"]))
     for k, label in enumerate(labels):
         row = {"label": label}
         positives = {split: fields["label"][:, k] == 1 for split, fields in index.items()}
@@ -201,13 +206,21 @@ def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dic
     return rows
 
 
-def _of_times(predictions: dict) -> dict[str, dict]:
-    """Label -> its share of a split's prediction times; of labels that exclude each other, the rest tell one."""
+def _of_times(predictions: dict, stays_with: dict[str, int], stays: int) -> dict[str, dict]:
+    """Label -> its share of a split's prediction times, where 10 stays or more have the label and as many do not.
+
+    A stay has many times: of one who died, 24 hours are positive, so the times' own number hides nobody.
+    stays_with: label -> how many of the split's `stays` have it at any time. Of labels that exclude each other, the
+    rest tell one.
+    """
     positives, times = predictions["positives"], predictions["times"]
-    total = _shown(times)
     exclusive = len(positives) > 1 and sum(positives.values()) == times
-    shown = cells(positives) if exclusive else positives
-    return {label: _prevalence(n, times, total, isinstance(shown[label], str)) for label, n in positives.items()}
+    shown = privacy.many(positives, {k: min(n, stays - n) for k, n in stays_with.items()}, exclusive)
+    total = times if stays >= privacy.SMALLEST else None
+    return {
+        label: {"positive": n, "of": total, "share": None if n is None or total is None else share(n, times)}
+        for label, n in shown.items()
+    }
 
 
 def _prevalence(positive: int, total: int, total_shown: int | str, hide: bool = False) -> dict:
@@ -246,7 +259,7 @@ def _variables(counts: dict, stays: int, stays_hidden: bool, index: dict) -> lis
         row["stays_observed"] = part(fact["observed_stays"], stays, not stays_hidden)
         row["steps_observed_share"] = None if few else share(fact["observed_steps"], steps)
         if variable.classes:
-            row["classes"] = cells(fact["classes"])
+            row["classes"] = privacy.many(fact["classes"], fact["class_stays"], known_sum=True)
         else:
             row["percentiles"] = dict.fromkeys(fact["percentiles"]) if few else fact["percentiles"]
         rows.append(row)
@@ -261,8 +274,7 @@ def _event_rows(event_rows: dict) -> dict:
         clipped = fates.pop("clipped (and kept)", 0)
         kept = fates.get("kept", 0)
         shown = cells({reason: n for reason, n in fates.items() if n or reason == "kept"})
-        of_kept = part(clipped, kept, isinstance(shown["kept"], int)) if clipped else 0
-        result[variable.name] = shown | {"of the kept, clipped": of_kept}
+        result[variable.name] = shown | {"of the kept, clipped": part(clipped, kept, isinstance(shown["kept"], int))}
     return result
 
 

@@ -183,6 +183,7 @@ def _labels(name: str, labels: list[dict]) -> str:
         title += ", at any hour of the stay"
         timed = [[escape(r["label"]), *(_prevalence(r["prediction_times"][s]) for s in tasks.SPLITS)] for r in labels]
         content += f"<h3>Share of positives, of all prediction times</h3>{table(['', *tasks.SPLITS], timed)}"
+        content += '<p class="note">Where at least 10 stays of the split have the label, and at least 10 do not.</p>'
     chart = ""
     if paper and len(labels) > 1:
         svg = audit_plots.prevalence(
@@ -214,7 +215,7 @@ def _variables(content: dict) -> str:
                 *(number(p.get(q)) for q in ("1", "5", "50", "95", "99")),
                 number(row["stays_observed"]),
                 percent(row["steps_observed_share"]),
-                number(fates["of the kept, clipped"] or None),
+                number(fates["of the kept, clipped"]),
             ]
         )
     head = ["", '<span style="float:left">unit</span>', "1 %", "5 %", "median", "95 %", "99 %"]
@@ -235,6 +236,8 @@ def _variables(content: dict) -> str:
         charts.append(("From the film to the cut-off", audit_plots.bars(film, "films", "hours")))
     figures = "".join(f'<figure class="chart"><figcaption>{t}</figcaption>{svg}</figure>' for t, svg in charts)
     note = "Percentiles of the observed steps, where at least 10 lie on either side."
+    if "events_stored_too_late" in content:
+        note += f" Events left out because they were stored too late: {number(content['events_stored_too_late'])}."
     return f'<div class="charts">{figures}</div><h3>Variables</h3>{table(head, rows)}<p class="note">{note}</p>'
 
 
