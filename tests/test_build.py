@@ -276,6 +276,35 @@ def test_killed_at_any_time_it_goes_on_and_gives_the_same_bytes(tree, lists, bui
     assert _files(tmp_path) == _files(built)
 
 
+@pytest.mark.parametrize("harm", [os.unlink, damage.cut])
+@pytest.mark.parametrize("pattern", ["events-*/*/*.parquet", "events-*/counts.json", "events-*/stage.json"])
+def test_a_damaged_stage_is_made_anew(small, tmp_path, capsys, pattern, harm):
+    tree, out = small
+    shutil.copytree(out, tmp_path / "out")
+    for path in (tmp_path / "out/.stages").glob(pattern):
+        harm(path)
+    shutil.rmtree(tmp_path / "out/pheno")
+    capsys.readouterr()
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    assert capsys.readouterr().err.count("is damaged and is made anew") == 1
+    assert _files(tmp_path / "out") == _files(out)
+
+
+def test_a_stage_with_a_file_more_or_less_is_not_whole(tmp_path):
+    made = []
+
+    def write(folder):
+        made.append(folder)
+        (folder / "sub").mkdir()
+        (folder / "sub/a").write_text("content")
+
+    folder = stages.run(tmp_path, "name", "key", write)
+    assert stages.run(tmp_path, "name", "key", write) == folder and len(made) == 1
+    (folder / "sub/b").write_text("")
+    assert stages.run(tmp_path, "name", "key", write) == folder and len(made) == 2
+    assert sorted(p.name for p in folder.rglob("*")) == ["a", "stage.json", "sub"]
+
+
 def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tree, tmp_path, monkeypatch):
     def fails(folder, *rest):
         (folder / "half").write_text("")
