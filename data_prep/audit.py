@@ -110,6 +110,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
     audit["labels"] = _labels(name, manifest["labels"], index, counts, ours)
     if "cohort" in counts:
         audit["cohort"] = privacy.flow(counts["cohort"])
+        audit["unreadable_times"] = {column: _shown(n) for column, n in counts["unreadable_times"].items()}
         left = [step["stays"] for step in audit["cohort"]]
         audit["time_check"] = _time_check(counts["time_check"], ours, left)
         # What these add up to may be known only where it is no step of the flow that had to be hidden.

@@ -118,7 +118,8 @@ def _task(name: str, content: dict, audit: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
         _splits(content["splits"], tasks.TASKS[name].films_only),
-        _other_words(content["other_words"]),
+        _many("Records whose text was no known word and became OTHER", content["other_words"]),
+        _many("Times that cannot be read, each no death or no admission", content.get("unreadable_times", {})),
     ]
     parts.append(_labels(name, content["labels"]))
     if "variables" in content:
@@ -159,10 +160,10 @@ def _splits(splits: dict, films_only: bool) -> str:
     return f"<h3>Splits and pairs</h3>{table(head, rows)}"
 
 
-def _other_words(words: dict) -> str:
-    """Said only where there are as many that a new version's words are likely."""
-    many = ", ".join(f"{field} {number(n)}" for field, n in words.items() if n != privacy.FEW)
-    return f'<p class="note">Records whose text was no known word and became OTHER: {many}.</p>' if many else ""
+def _many(what: str, counts: dict) -> str:
+    """Said only where there are as many that it is no slip: new words, other forms."""
+    many = ", ".join(f"{field} {number(n)}" for field, n in counts.items() if n != privacy.FEW)
+    return f'<p class="note">{what}: {many}.</p>' if many else ""
 
 
 def _labels(name: str, labels: list[dict]) -> str:

@@ -79,6 +79,14 @@ def test_prevalence_beside_table_4(found):
     np.testing.assert_allclose(sums, [4.596, 5.461], atol=1e-9)  # of Table 4's columns
 
 
+def test_times_that_could_not_be_read(found, built):
+    counts = records.manifest(built, "pheno")["counts"]["unreadable_times"]
+    assert counts == dict.fromkeys(
+        ("admissions.admittime", "admissions.dischtime", "admissions.deathtime", "patients.dod"), 0
+    )
+    assert found["tasks"]["mortality"]["unreadable_times"] == dict.fromkeys(counts, "<10")
+
+
 def test_variables_lengths_and_raw_rows(found, built):
     pheno = found["tasks"]["pheno"]
     rate = next(row for row in pheno["variables"] if row["variable"] == "Heart Rate")
