@@ -5,6 +5,7 @@ may be shown to others: aggregates only, no name of a patient, stay or film, no 
 The checks (times, patients in one split) are repeated on what is on disk, and a build that fails one fails.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -70,12 +71,16 @@ def gather(out: Path) -> dict:
 
 
 def _patients(out: Path, manifests: dict, shown_tasks: dict) -> dict:
-    """Patients by split, over all tasks that share a split rule, and that none is in two."""
+    """Patients by split, over all tasks that share tables and a split rule, and that none is in two.
+
+    Between tasks that do not, patients may be in two: `crossings` says of how many.
+    """
     groups: dict[str, list[str]] = {}
     for name, manifest in manifests.items():
-        rule = json.dumps([manifest["source"], *(manifest["options"][k] for k in ("val_ids", "test_ids", "seed"))])
+        options, files = manifest["options"], manifest["source"]["mimic_iv_files"]
+        rule = json.dumps([files, *(options[k] for k in ("val_ids", "test_ids", "seed"))])
         groups.setdefault(rule, []).append(name)
-    found = []
+    found, members_of = [], {}
     for names in groups.values():
         of_task = {
             name: {split: set(records.index(out, name, split)["subject_id"].tolist()) for split in tasks.SPLITS}
@@ -91,7 +96,13 @@ def _patients(out: Path, manifests: dict, shown_tasks: dict) -> dict:
             same = [name for name in names if name in shown_tasks and of_task[name][split] == members[split]]
             shown |= apart({split: shown[split]}, [shown_tasks[n]["splits"]["ours"][split]["records"] for n in same])
         found.append({"tasks": names, "by_split": shown, "in_two_splits": in_two})
-    return {"groups": found}
+        members_of[tuple(names)] = members
+    crossings = []
+    for (some, here), (others, there) in itertools.combinations(members_of.items(), 2):
+        crossing = sum(len(here[a] & there[b]) for a, b in itertools.permutations(tasks.SPLITS, 2))
+        if crossing:
+            crossings.append({"between": [list(some), list(others)], "patients": _shown(crossing)})
+    return {"groups": found, "crossings": crossings}
 
 
 def _task(name: str, manifest: dict, index: dict) -> dict:
@@ -120,6 +131,8 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["event_rows"] = _event_rows(counts["event_rows"])
         if manifest["rules"]["stored_in_time"]["value"]:
             audit["events_stored_too_late"] = _shown(counts["events_stored_too_late"])
+        if manifest["rules"]["same_time"]["value"] == "mean":
+            audit["events_given_twice"] = _shown(counts["events_given_twice"])
         if "diagnosis_codes" in counts:
             audit["diagnosis_codes"] = _codes(counts["diagnosis_codes"], left)
     if "films" in counts:

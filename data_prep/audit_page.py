@@ -79,7 +79,17 @@ def _header(audit: dict) -> str:
         facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items())
     left_out = "".join(f"<li>{escape(NAMES[n])}: {escape(why)}</li>" for n, why in audit["not_audited"].items())
     notice = f'<div class="notice"><strong>Not in this audit:</strong><ul>{left_out}</ul></div>' if left_out else ""
+    notice += "".join(_crossing(found) for found in audit["patients"]["crossings"])
     return f'<header><h1>Data audit</h1>{lead}{notice}<dl class="facts">{facts}</dl></header>'
+
+
+def _crossing(found: dict) -> str:
+    here, there = (", ".join(NAMES[name].lower() for name in names) for names in found["between"])
+    return (
+        f'<div class="notice"><strong>Patients in two splits:</strong> {number(found["patients"])} are in one split of '
+        f"{escape(here)} and in another of {escape(there)}, which were built from other tables or by another split "
+        "rule: do not train on one and test on the other.</div>"
+    )
 
 
 def _films(count: int | str | None) -> str:
@@ -237,6 +247,8 @@ def _variables(content: dict) -> str:
         charts.append(("From the film to the cut-off", audit_plots.bars(film, "films", "hours")))
     figures = "".join(f'<figure class="chart"><figcaption>{t}</figcaption>{svg}</figure>' for t, svg in charts)
     note = "Percentiles of the observed steps, where at least 10 lie on either side."
+    if "events_given_twice" in content:
+        note += f" Events given twice, which count once: {number(content['events_given_twice'])}."
     if "events_stored_too_late" in content:
         note += f" Events left out because they were stored too late: {number(content['events_stored_too_late'])}."
     return f'<div class="charts">{figures}</div><h3>Variables</h3>{table(head, rows)}<p class="note">{note}</p>'

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import polars as pl
 from PIL import Image
 
@@ -20,6 +21,7 @@ from data_prep import progress, stages, tables
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
+DECODER = f"Pillow {PIL.__version__}"  # another may give other pixels
 VERSION = 1  # raise it when the same file gives other pixels
 CHUNK_FORMAT = 2  # raise it when a chunk's files hold something else
 CHUNK_FILMS = 1024  # 64 MiB: one file of the cache, and what a stopped build loses at most
@@ -169,7 +171,7 @@ def _facts(path: Path, made: dict) -> dict | None:
 
 
 def _made(film_shape: str) -> dict:
-    return {"film_shape": film_shape, "version": VERSION, "format": CHUNK_FORMAT}
+    return {"film_shape": film_shape, "version": VERSION, "format": CHUNK_FORMAT, "decoder": DECODER}
 
 
 class FilmStore:

@@ -169,6 +169,7 @@ def _stay_task(
     flow.append({"filter": "with an event in the time seen", "stays": len(arrays.row)})
     counts = {"cohort": flow, "unreadable_times": people.unreadable_times}
     counts["events_stored_too_late"] = arrays.num_stored_late
+    counts["events_given_twice"] = arrays.num_given_twice
     found = None
     if task.per_step:
         found, more = step_tasks.predictions(task, people.stays, arrays, source.options["timestep_h"])
@@ -202,7 +203,10 @@ def _read_cohort(source: Source, val_ids, test_ids) -> Cohort:
 
 def _events_stage(hidden: Path, source: Source, fingerprint: dict, people: Cohort) -> Path:
     key = stages.key(
-        files=fingerprint["mimic_iv_files"], rules=dataclasses.asdict(source.rules), version=events.VERSION
+        files=fingerprint["mimic_iv_files"],
+        cohort=cohort.digest(people.stays),  # an event holds its stay's row
+        rules=dataclasses.asdict(source.rules),
+        version=events.VERSION,
     )
     folder = stages.run(
         hidden, "events", key, lambda folder: events.extract(source.mimic_iv, people.stays, source.rules, folder)

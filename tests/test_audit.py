@@ -100,6 +100,7 @@ def test_variables_lengths_and_raw_rows(found, built):
     assert pheno["event_rows"]["Heart Rate"]["of the kept, clipped"] == 20
     assert pheno["event_rows"]["pH"]["of the kept, clipped"] == "<10"  # none, which is no other than a few
     assert pheno["event_rows"]["Heart Rate"]["kept"] == len(values)
+    assert pheno["events_given_twice"] == "<10"
     missing = next(row for row in pheno["variables"] if row["variable"] == "pH")
     assert missing["stays_observed"] == "<10" and set(missing["percentiles"].values()) == {None}
     assert pheno["length_h"]["24-36"] == "<10" and pheno["length_h"]["48-72"] == 24
@@ -139,6 +140,7 @@ def test_every_time_was_checked(found):
     assert found["patients"]["groups"] == [
         {"tasks": list(ALL), "by_split": {"train": 30, "val": 15, "test": 15}, "in_two_splits": 0}
     ]
+    assert found["patients"]["crossings"] == []
 
 
 def test_nobody_can_be_read_from_it(built):
@@ -326,6 +328,27 @@ def test_a_patient_in_two_splits_fails(built, monkeypatch):
     monkeypatch.setattr(records, "index", leaking)
     with pytest.raises(AssertionError, match="in two splits"):
         audit.gather(built)
+
+
+def test_patients_that_cross_splits_between_sources_are_listed_and_the_build_warns(tmp_path, capsys):
+    """Half of the second source's patients have no stay that counts, so that their films train."""
+    charts = [chart(n, 1, HEART_RATE, "60") for n in range(60)]
+    moved = [stay(n, last_careunit="PACU") if n % 2 else stay(n) for n in range(60)]
+    cxr = write_mimic_cxr(tmp_path / "cxr", [film(n, 3) for n in range(60)], size=(16, 16))
+    build.build(write_mimic_iv(tmp_path / "a", [stay(n) for n in range(60)], charts), cxr, tmp_path, tasks=["pheno"])
+    capsys.readouterr()
+    build.build(write_mimic_iv(tmp_path / "b", moved, charts), cxr, tmp_path, tasks=["radiology"])
+    said = capsys.readouterr().err
+    assert f"warning: {tmp_path / 'pheno'} was built from other tables" in said and "other options" not in said
+    crossing = set(records.index(tmp_path, "radiology", "train")["subject_id"].tolist())
+    crossing -= set(records.index(tmp_path, "pheno", "train")["subject_id"].tolist())
+    found = json.loads((tmp_path / "audit.json").read_text())["patients"]
+    shown = len(crossing) if len(crossing) >= 10 else "<10"
+    assert crossing and found["crossings"] == [{"between": [["pheno"], ["radiology"]], "patients": shown}]
+    assert "Patients in two splits" in (tmp_path / "audit.html").read_text()
+    build.build(tmp_path / "b", None, tmp_path, tasks=["mortality"])  # without films, of the same tables as radiology
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'pheno'} was built from other" in said and f"{tmp_path / 'radiology'} was" not in said
 
 
 @pytest.mark.parametrize(("fewer", "shown"), [(0, True), (1, False), (9, False), (10, True)])

@@ -27,6 +27,7 @@ def _charts(stays=(0, 1)):
 
 
 def _build(tmp_path, stays, charts, films=None):
+    """Records by stay, and the manifest's counts."""
     iv = write_mimic_iv(tmp_path / "iv", stays, charts, codes=[(0, "4019", 9)])
     cxr = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16)) if films else None
     build.build(iv, cxr, tmp_path / "out", tasks=["pheno"])
@@ -114,7 +115,7 @@ def test_rows_given_twice_change_nothing(tmp_path, wanted):
     films = [film(0, 3)]
     found, counts = _build(tmp_path, [stay(0), stay(1), stay(1)], _charts() + _charts(), films + films)
     _equal(found, wanted)
-    assert found[0]["dicom_id"] == "film-0000-00"
+    assert found[0]["dicom_id"] == "film-0000-00" and counts["events_given_twice"] == len(_charts())
     assert (counts["films"]["rows of metadata"], counts["films"]["films with ids"]) == (2, 1)
     icustays = tmp_path / "iv/icu/icustays.csv.gz"
     text = gzip.decompress(icustays.read_bytes()).decode()
