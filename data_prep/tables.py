@@ -86,7 +86,8 @@ def fingerprints(tables: Iterable[Table], cache: Path) -> list[dict]:
 
 
 def _scan(path: Path) -> pl.LazyFrame:
-    return pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True)
+    # Lossy: a byte that is no UTF-8, in a comment for example, is no reason to read none of the table.
+    return pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True, encoding="utf8-lossy")
 
 
 @contextlib.contextmanager
@@ -108,6 +109,8 @@ def _open(path: Path, root: Path, required: tuple[str, ...]) -> Table:
         present = tuple(_scan(path).collect_schema().names())
     missing = [column for column in required if column not in present]
     if missing:
+        if same := [column for column in present if column.lower() == missing[0]]:
+            raise UserError(f"{path} has a column {same[0]!r}: write its header as MIMIC does, {missing[0]!r}")
         raise UserError(
             f"{path} has no column {missing[0]!r} (it has: {', '.join(present[:20])}); "
             "is it the right table, downloaded whole?"
@@ -209,8 +212,16 @@ def mimic_cxr_version(tables: dict[str, Table]) -> str:
 
 
 def integer(column: str) -> pl.Expr:
-    """A text column as int64, null where it is no whole number."""
-    return pl.col(column).str.strip_chars().cast(pl.Int64, strict=False)
+    """A text column as int64, null where it is no whole number; '20000000.0' is one, as pandas writes ids."""
+    return pl.col(column).map_batches(_integers, return_dtype=pl.Int64)
+
+
+def _integers(text: pl.Series) -> pl.Series:
+    text = text.str.strip_chars()
+    found = text.cast(pl.Int64, strict=False)
+    if found.null_count() == text.null_count():  # as in every table as it was downloaded
+        return found
+    return found.zip_with(found.is_not_null(), text.str.extract(r"^(-?\d+)\.0*$", 1).cast(pl.Int64, strict=False))
 
 
 def number(column: str) -> pl.Expr:
@@ -220,5 +231,24 @@ def number(column: str) -> pl.Expr:
 
 
 def time(column: str) -> pl.Expr:
-    """A text column 'YYYY-MM-DD HH:MM:SS' as a datetime, null where it is none."""
-    return pl.col(column).str.slice(0, 19).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False)
+    """A text column 'YYYY-MM-DD HH:MM:SS' as a datetime, null where it is none.
+
+    A 'T' may stand between date and clock, the seconds may be missing.
+    """
+    return pl.col(column).map_batches(_times, return_dtype=pl.Datetime("us"))
+
+
+def _times(text: pl.Series) -> pl.Series:
+    whole = text.str.slice(0, 19).str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False)
+    if whole.null_count() == text.null_count():  # as in every table as it was downloaded
+        return whole
+    spaced = text.str.strip_chars().str.replace("T", " ", literal=True)
+    for form in ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M"):
+        other = spaced.str.slice(0, 19).str.to_datetime(form, time_unit="us", strict=False)
+        whole = whole.zip_with(whole.is_not_null(), other)
+    return whole
+
+
+def date(column: str) -> pl.Expr:
+    """A text column that begins 'YYYY-MM-DD' as a datetime at 00:00, null where it is none."""
+    return pl.col(column).str.strip_chars().str.slice(0, 10).str.to_datetime("%Y-%m-%d", time_unit="us", strict=False)

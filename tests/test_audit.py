@@ -12,7 +12,7 @@ from raw_tables import at, chart, film, stay, write_mimic_cxr, write_mimic_iv
 from data_prep import audit, build, describe, published
 from medfuse_jax import records, tasks
 
-HEART_RATE = 220045
+HEART_RATE, EYE = 220045, 220739
 ALL = tuple(tasks.TASKS)
 
 
@@ -30,6 +30,11 @@ def built(tmp_path_factory):
         ]
         codes += [(n, "4019", 9)] * (n < 33) + [(n, "I2510", 10)] * (n < 12) + [(n, "U9999", 10)] * (n < 15)
         codes += [(n, "U8888", 10)] * (n < 3)
+        # Of the classes, one is seen in few stays but in many steps.
+        eyes = {"To Pain": range(3), "To Speech": range(20), "Spontaneously": range(3, 60)}
+        charts += [
+            chart(n, h + i, EYE, text) for h in range(3, 25, 3) for i, text in enumerate(eyes) if n in eyes[text]
+        ]
         if n < 25:
             films += [film(n, 10), film(n, 20, k=1)]
     stays += [stay(100 + n, first_careunit="CCU") for n in range(11)]
@@ -74,6 +79,14 @@ def test_prevalence_beside_table_4(found):
     np.testing.assert_allclose(sums, [4.596, 5.461], atol=1e-9)  # of Table 4's columns
 
 
+def test_times_that_could_not_be_read(found, built):
+    counts = records.manifest(built, "pheno")["counts"]["unreadable_times"]
+    assert counts == dict.fromkeys(
+        ("admissions.admittime", "admissions.dischtime", "admissions.deathtime", "patients.dod"), 0
+    )
+    assert found["tasks"]["mortality"]["unreadable_times"] == dict.fromkeys(counts, "<10")
+
+
 def test_variables_lengths_and_raw_rows(found, built):
     pheno = found["tasks"]["pheno"]
     rate = next(row for row in pheno["variables"] if row["variable"] == "Heart Rate")
@@ -85,10 +98,23 @@ def test_variables_lengths_and_raw_rows(found, built):
     assert rate["percentiles"]["50"] == pytest.approx(np.percentile(values, 50), abs=0.6)
     assert rate["percentiles"]["5"] == pytest.approx(np.percentile(values, 5), abs=0.6)
     assert pheno["event_rows"]["Heart Rate"]["of the kept, clipped"] == 20
+    assert pheno["event_rows"]["pH"]["of the kept, clipped"] == "<10"  # none, which is no other than a few
     assert pheno["event_rows"]["Heart Rate"]["kept"] == len(values)
+    assert pheno["events_given_twice"] == "<10"
     missing = next(row for row in pheno["variables"] if row["variable"] == "pH")
     assert missing["stays_observed"] == "<10" and set(missing["percentiles"].values()) == {None}
     assert pheno["length_h"]["24-36"] == "<10" and pheno["length_h"]["48-72"] == 24
+
+
+def test_a_class_of_few_stays_is_hidden_whatever_its_steps(found, built):
+    name = "Glascow coma scale eye opening"
+    fact = records.manifest(built, "pheno")["counts"]["variables"][name]
+    assert fact["classes"]["To Pain"] > 10 and fact["class_stays"]["To Pain"] == 3
+    assert fact["class_stays"]["Spontaneously"] == 57 and fact["class_stays"]["To Speech"] == 20
+    row = next(row for row in found["tasks"]["pheno"]["variables"] if row["variable"] == name)
+    # Without the next smallest, the observed steps less the others would tell it.
+    assert row["classes"] | {"Spontaneously": None} == dict.fromkeys(row["classes"])
+    assert row["classes"]["Spontaneously"] == fact["classes"]["Spontaneously"]
 
 
 def test_codes_that_map_to_nothing_and_where_the_routes_differ(found):
@@ -114,6 +140,7 @@ def test_every_time_was_checked(found):
     assert found["patients"]["groups"] == [
         {"tasks": list(ALL), "by_split": {"train": 30, "val": 15, "test": 15}, "in_two_splits": 0}
     ]
+    assert found["patients"]["crossings"] == []
 
 
 def test_nobody_can_be_read_from_it(built):
@@ -229,9 +256,33 @@ def test_films_that_were_left_out_cannot_be_counted(built, monkeypatch, few):
 
 def test_hours_of_labels_that_exclude_each_other(built):
     predictions = {"times": 100, "positives": {"0-1": 60, "1-2": 36, "2-3": 4}}
-    shown = {label: row["positive"] for label, row in audit._of_times(predictions).items()}
-    assert shown == {"0-1": 60, "1-2": "≥10", "2-3": "<10"}
-    assert audit._of_times({"times": 100, "positives": {"died": 96}})["died"]["positive"] == "≥91"
+    shown = audit._of_times(predictions, {"0-1": 12, "1-2": 11, "2-3": 3}, 30)
+    assert {label: row["positive"] for label, row in shown.items()} == {"0-1": 60, "1-2": None, "2-3": None}
+
+
+@pytest.mark.parametrize(("died", "shown"), [(3, False), (9, False), (10, True), (30, True), (31, False), (40, False)])
+def test_hours_do_not_tell_how_few_died_or_lived(died, shown):
+    """Each death gives up to 24 positive hours: 72 of three."""
+    row = audit._of_times({"times": 4000, "positives": {"died": 24 * died}}, {"died": died}, 40)["died"]
+    assert (
+        row == {"positive": 24 * died, "of": 4000, "share": round(24 * died / 4000, 4)}
+        if shown
+        else ({"positive": None, "of": 4000, "share": None})
+    )
+    few = audit._of_times({"times": 400, "positives": {"died": 200}}, {"died": 4}, 9)["died"]
+    assert few == {"positive": None, "of": None, "share": None}
+
+
+def test_hours_are_shown_where_the_stays_are(found, built):
+    for name in ("decompensation", "length_of_stay"):
+        counts = records.manifest(built, name)["counts"]["predictions"]
+        for k, row in enumerate(found["tasks"][name]["labels"]):
+            for split in tasks.SPLITS:
+                stays = records.index(built, name, split)["label"][:, k].sum()
+                few = min(stays, len(records.index(built, name, split)["label"]) - stays) < 10
+                cell = row["prediction_times"][split]
+                assert cell["of"] == counts[split]["times"] and (not few or cell["positive"] is None)
+                assert few or name == "length_of_stay" or cell["positive"] == counts[split]["positives"][row["label"]]
 
 
 def _counts(node):
@@ -277,6 +328,27 @@ def test_a_patient_in_two_splits_fails(built, monkeypatch):
     monkeypatch.setattr(records, "index", leaking)
     with pytest.raises(AssertionError, match="in two splits"):
         audit.gather(built)
+
+
+def test_patients_that_cross_splits_between_sources_are_listed_and_the_build_warns(tmp_path, capsys):
+    """Half of the second source's patients have no stay that counts, so that their films train."""
+    charts = [chart(n, 1, HEART_RATE, "60") for n in range(60)]
+    moved = [stay(n, last_careunit="PACU") if n % 2 else stay(n) for n in range(60)]
+    cxr = write_mimic_cxr(tmp_path / "cxr", [film(n, 3) for n in range(60)], size=(16, 16))
+    build.build(write_mimic_iv(tmp_path / "a", [stay(n) for n in range(60)], charts), cxr, tmp_path, tasks=["pheno"])
+    capsys.readouterr()
+    build.build(write_mimic_iv(tmp_path / "b", moved, charts), cxr, tmp_path, tasks=["radiology"])
+    said = capsys.readouterr().err
+    assert f"warning: {tmp_path / 'pheno'} was built from other tables" in said and "other options" not in said
+    crossing = set(records.index(tmp_path, "radiology", "train")["subject_id"].tolist())
+    crossing -= set(records.index(tmp_path, "pheno", "train")["subject_id"].tolist())
+    found = json.loads((tmp_path / "audit.json").read_text())["patients"]
+    shown = len(crossing) if len(crossing) >= 10 else "<10"
+    assert crossing and found["crossings"] == [{"between": [["pheno"], ["radiology"]], "patients": shown}]
+    assert "Patients in two splits" in (tmp_path / "audit.html").read_text()
+    build.build(tmp_path / "b", None, tmp_path, tasks=["mortality"])  # without films, of the same tables as radiology
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'pheno'} was built from other" in said and f"{tmp_path / 'radiology'} was" not in said
 
 
 @pytest.mark.parametrize(("fewer", "shown"), [(0, True), (1, False), (9, False), (10, True)])

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import re
 import resource
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from raw_tables import at, chart, film, lab, stay, write_mimic_cxr, write_mimic_
 
 from data_prep import build, cohort, phenotypes, pipeline, tables
 from medfuse_jax import records, tasks
+from medfuse_jax.errors import UserError
 
 HEART_RATE, GLUCOSE = 220045, 50931
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,7 @@ def _charts(stays=(0, 1)):
 
 
 def _build(tmp_path, stays, charts, films=None):
+    """Records by stay, and the manifest's counts."""
     iv = write_mimic_iv(tmp_path / "iv", stays, charts, codes=[(0, "4019", 9)])
     cxr = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16)) if films else None
     build.build(iv, cxr, tmp_path / "out", tasks=["pheno"])
@@ -76,11 +79,12 @@ def test_rows_of_events_that_cannot_be_right_are_counted_and_left_out(tmp_path, 
 
 
 BAD_STAYS = [
-    ({"intime": "2150-02-31 00:00:00"}, "with ids, times and a length of stay"),
-    ({"los": "-1"}, "with ids, times and a length of stay"),
-    ({"los": "inf"}, "with ids, times and a length of stay"),
-    ({"hadm_id": "x"}, "with ids, times and a length of stay"),
-    ({"outtime": "2149-12-31 12:00:00"}, "with ids, times and a length of stay"),
+    ({"intime": "2150-02-31 00:00:00"}, "with times and a length of stay"),
+    ({"los": "-1"}, "with times and a length of stay"),
+    ({"los": "inf"}, "with times and a length of stay"),
+    ({"hadm_id": "x"}, "with ids"),
+    ({"outtime": "2149-12-31 12:00:00"}, "with times and a length of stay"),
+    ({"outtime": "2550-01-01 00:00:00", "los": "146097"}, "of a year at most"),
     ({"los": "300"}, "with a length of stay that is outtime - intime"),
     ({"anchor_age": "old"}, "18 years or older"),
 ]
@@ -111,14 +115,14 @@ def test_rows_given_twice_change_nothing(tmp_path, wanted):
     films = [film(0, 3)]
     found, counts = _build(tmp_path, [stay(0), stay(1), stay(1)], _charts() + _charts(), films + films)
     _equal(found, wanted)
-    assert found[0]["dicom_id"] == "film-0000-00"
+    assert found[0]["dicom_id"] == "film-0000-00" and counts["events_given_twice"] == len(_charts())
     assert (counts["films"]["rows of metadata"], counts["films"]["films with ids"]) == (2, 1)
     icustays = tmp_path / "iv/icu/icustays.csv.gz"
     text = gzip.decompress(icustays.read_bytes()).decode()
     icustays.write_bytes(gzip.compress((text + text.splitlines(keepends=True)[-1]).encode()))
     build.build(tmp_path / "iv", None, tmp_path / "again", tasks=["pheno"])
     flow = records.manifest(tmp_path / "again", "pheno")["counts"]["cohort"]
-    assert [step["stays"] for step in flow[:2]] == [3, 2]
+    assert [step["stays"] for step in flow[:3]] == [3, 3, 2]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +148,7 @@ def _rewritten(tree, root, change):
     shutil.copytree(tree, root)
     for path in root.rglob("*.csv.gz"):
         lines = gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)
-        path.write_bytes(gzip.compress("".join(change(lines)).encode()))
+        path.write_bytes(gzip.compress("".join(change(lines)).encode(errors="surrogateescape")))
     return root
 
 
@@ -168,9 +172,19 @@ def _all_rows_twice_from_a_header_that_ends_otherwise(lines):
     return [lines[0].replace("\n", "\r\n"), *lines[1:], *lines[1:]]
 
 
+def _ids_as_floats(lines):
+    return [re.sub(r"\b([1235]00000\d\d|220045|50931)(?=,)", r"\1.0", line) for line in lines]
+
+
+def _a_byte_that_is_no_utf8(lines):
+    return [lines[0], *(re.sub(r",*\n$", lambda end: end[0][:-1] + ",\udcb5\n", line) for line in lines[1:])]
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        _ids_as_floats,
+        _a_byte_that_is_no_utf8,
         _carriage_returns,
         _mixed_ends_and_a_byte_order_mark,
         _each_row_twice_and_no_last_end,
@@ -178,7 +192,7 @@ def _all_rows_twice_from_a_header_that_ends_otherwise(lines):
         _all_rows_twice_from_a_header_that_ends_otherwise,
     ],
 )
-def test_line_ends_and_rows_given_twice_change_no_byte(clean, tmp_path, change):
+def test_line_ends_odd_bytes_and_rows_given_twice_change_no_byte(clean, tmp_path, change):
     iv, cxr = (_rewritten(tree, tmp_path / tree.name, change) for tree in clean[:2])
     assert _shards(iv, cxr, tmp_path / "out") == clean[2]
 
@@ -193,6 +207,12 @@ def test_a_death_without_a_valid_time_is_none(tmp_path):
     iv = write_mimic_iv(tmp_path / "iv", [stay(n, **changes) for n, changes in enumerate(broken)], _charts((0, 1, 2)))
     stays, _ = cohort.read_stays(tables.mimic_iv(iv))
     assert stays["died"].to_list() == [False, False, True] and stays["death_h"].to_list() == [None, None, 60]
+
+
+def test_times_of_death_that_cannot_be_read_stop_the_build(tmp_path):
+    with pytest.raises(UserError, match="1 of the 2 times in the column 'deathtime' cannot be read"):
+        _build(tmp_path, [stay(0, deathtime=at(60)), stay(1, deathtime="yes")], _charts())
+    assert not (tmp_path / "out/pheno").exists()
 
 
 def test_a_diagnosis_that_cannot_be_right_labels_nobody(tmp_path):

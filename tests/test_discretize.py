@@ -92,6 +92,7 @@ def test_a_row_given_twice_weighs_once():
     once = _events((0, 0.5, HR, 80.0), (0, 0.5, HR, 90.0), (0, 0.5, EYE, 1.0), (0, 0.5, EYE, 3.0))
     seen = discretize.resolve_same_time(once, profiles.PAPER)
     assert sorted(seen["value"].to_list()) == [3, 85]
+    assert "80, 80 and 90 are 85" in profiles.explain("paper") and seen["rows"].to_list() == [2, 2]
     for row in range(4):
         assert discretize.resolve_same_time(pl.concat([once, once[row]]), profiles.PAPER).equals(seen)
     other_item = once[1].with_columns(item=pl.lit(99, pl.Int32))

@@ -136,14 +136,35 @@ def test_only_rows_of_the_stay_in_its_time_count_and_the_rest_is_counted(tmp_pat
 
 def test_batches_and_buckets_change_nothing(tmp_path, monkeypatch):
     charts = [chart(n, hour, HEART_RATE, str(60 + hour)) for hour in range(1, 40) for n in (1, 2, 3)]
+    labs = [lab(n, hour, GLUCOSE_LAB, str(90 + hour)) for hour in range(1, 20) for n in (1, 2, 3)]
     stays = [stay(1), stay(2), stay(3)]
-    usual, counts = _extract(tmp_path, charts, stays=stays)
+    usual, counts = _extract(tmp_path, charts, labs, stays=stays)
     monkeypatch.setattr(events, "ROWS_AT_ONCE", 5)
     monkeypatch.setattr(events, "ROWS_PER_WRITE", 10)
     monkeypatch.setattr(events, "STAYS_PER_BUCKET", 2)
+    # polars reads so small a table at once.
+    monkeypatch.setattr(pl.LazyFrame, "collect_batches", lambda self: self.collect().iter_slices(3))
     (tmp_path / "small").mkdir()
-    small, small_counts = _extract(tmp_path / "small", charts, stays=stays)
-    assert len(usual) == 117 and sorted(small) == sorted(usual) and small_counts == counts
+    small, small_counts = _extract(tmp_path / "small", charts, labs, stays=stays)
+    assert len(usual) == 174 and sorted(small) == sorted(usual) and small_counts == counts
+    # 117 and 57 rows, read 6 at a time, written when there are 12.
+    parts = {path.parent.name: path for path in sorted((tmp_path / "small/events").glob("*/*.parquet"))}
+    assert set(parts) == {"bucket=00000", "bucket=00001"} and {path.name for path in parts.values()} == {
+        "000014.parquet"
+    }
+    for n in range(3):  # in the order of the table
+        of_stay = [row for row in small if row[0] == n]
+        assert of_stay == [row for row in usual if row[0] == n]
+
+
+def test_a_time_too_far_to_be_written_is_out_of_the_stay(tmp_path):
+    far = chart(1, 1, HEART_RATE, "90", charttime="2240-01-01 00:00:00")
+    raw = tables.mimic_iv(write_mimic_iv(tmp_path / "raw", [stay(1)], [chart(1, 5, HEART_RATE, "80"), far]))
+    stays = cohort.read_stays(raw)[0].with_columns(los_h=pl.lit(24.0 * 365 * 400))
+    (tmp_path / "events").mkdir()
+    events.extract(raw, stays, profiles.PAPER, tmp_path / "events")
+    assert events.read_bucket(tmp_path / "events", 0)["time_s"].to_list() == [5 * 3600]
+    assert events.read_counts(tmp_path / "events")["before or after the stay"] == {"Heart Rate": 1}
 
 
 def test_quotes_line_ends_and_ragged_rows_are_read(tmp_path):

@@ -57,6 +57,14 @@ def test_part():
     assert privacy.share(25, 100) == 0.25 and privacy.share(5, 100) is None and privacy.share(0, 0) is None
 
 
+def test_what_one_has_many_of_is_hidden_with_its_people():
+    hours, people = {"a": 72, "b": 240, "c": 2400, "d": 0}, {"a": 3, "b": 10, "c": 100, "d": 0}
+    assert privacy.many(hours, people, False) == {"a": None, "b": 240, "c": 2400, "d": None}
+    assert privacy.many(hours, people, True) == {"a": None, "b": None, "c": 2400, "d": None}
+    assert privacy.many({"b": 240, "c": 2400}, people, True) == {"b": 240, "c": 2400}
+    assert privacy.many({"a": 72}, people, True) == {"a": None}
+
+
 def _flow(*stays):
     return privacy.flow([{"filter": str(i), "stays": n} for i, n in enumerate(stays)])
 

@@ -1,5 +1,7 @@
 """Arrays, labels and films that are earlier than they may be stop the build, whatever made them."""
 
+import json
+
 import numpy as np
 import pytest
 from raw_tables import at, chart, film, stay, write_mimic_cxr, write_mimic_iv
@@ -123,6 +125,10 @@ def test_strict_leaves_out_what_was_stored_after_the_cut_off(tmp_path):
         seen[profile] = record["ehr"][:, tasks.CHANNELS.index("mask->Heart Rate")].nonzero()[0].tolist()
         counts = records.manifest(tmp_path / profile, "mortality")["counts"]
         assert counts["events_stored_too_late"] == (2 if profile == "strict" else 0)
+        shown = json.loads((tmp_path / profile / "audit.json").read_text())["tasks"]["mortality"]
+        assert shown.get("events_stored_too_late") == ("<10" if profile == "strict" else None)
+        page = (tmp_path / profile / "audit.html").read_text()
+        assert ("stored too late: &lt;10." in page) == (profile == "strict")
     assert seen == {"paper": [14, 19, 22, 23], "strict": [14, 22]}
 
 
