@@ -168,8 +168,8 @@ def test_half_the_film_encoder_is_half():
     data = cohort.dataset(case)
     batches = cohort.collate_all(data, cohort.sample(cohort.train_plan(case, data), data.lengths("train"), 1), 1)
     options = step_case.step_options(case, data)
-    parts = parts_case._parts(options, step_case.fresh_state(options, batches[0]))
-    gradient = parts["film_half"]({name: x[0] for name, x in batches[0].items()})
+    state, batch = step_case.fresh_state(options, batches[0]), parts_case._with_prepared_films(batches[0], case)
+    gradient = parts_case._parts(options)["film_half"](state, batch)
     largest = {name: max(float(np.abs(x).max()) for x in jax.tree.leaves(g)) for name, g in gradient.items()}
     assert largest["stage1_block0"] > 0 == largest["stage2_block0"]
 

@@ -27,9 +27,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     state = step_case.fresh_state(options, batches[0])
     trainer = step_case.Trainer(case, data, batches, say)
     runs = {step_case.OURS: trainer.run}
-    alone = [{key: x[0] for key, x in batch.items()} for batch in batches]
-    for batch in alone:
-        batch["prepared"] = np.ones((len(batch["image"]), case.crop_px, case.crop_px, 2), np.float32)
+    alone = [_with_prepared_films(batch, case) for batch in batches]
     for name, part in _parts(options).items():
         say(f"{name}: compiling")
         runs[name] = _over(part, state, alone)
@@ -37,6 +35,12 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     return [
         {"contender": name} | clock.summary(taken) | step_case.counts(plan, batches) for name, taken in seconds.items()
     ]
+
+
+def _with_prepared_films(batch: dict, case: Case) -> dict:
+    """The batch of the one device, and 'prepared' [P, C, C, 2]: what the film encoder reads."""
+    alone = {key: x[0] for key, x in batch.items()}
+    return alone | {"prepared": np.ones((len(alone["image"]), case.crop_px, case.crop_px, 2), np.float32)}
 
 
 def _parts(options: step_lib.StepOptions) -> dict[str, Callable]:
