@@ -23,7 +23,7 @@ def prevalence(labels: list[str], ours: list[float | None], paper: list[float | 
             if ours[k] is not None:
                 axes.plot(ours[k], row, "o", markersize=6, color=_OURS)
         axes.set_yticks(range(len(order)), [_short(labels[k]) for k in order])
-        axes.set(ylim=(-0.7, len(order) - 0.3), xlabel="share of positives among the training stays")
+        axes.set(ylim=(-0.7, len(order) - 0.3), xlabel="share of the training stays")
         axes.set_xlim(left=0)
         axes.grid(axis="x")
         return svg(figure, "Share of positives by label, ours and the paper's")
@@ -73,7 +73,7 @@ def bars(counts: dict[str, int | str], what: str, unit: str) -> str:
         return svg(figure, f"{what} by {unit}: " + ", ".join(f"{k}: {v}" for k, v in counts.items()))
 
 
-def _short(name: str, longest: int = 34) -> str:
+def _short(name: str, longest: int = 28) -> str:
     name = name.split(" (")[0].replace("Glascow coma scale", "GCS")
     return name if len(name) <= longest else name[: longest - 1].rstrip(" ;,") + "…"
 
