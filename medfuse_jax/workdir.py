@@ -18,6 +18,9 @@ def locked(workdir: Path) -> contextlib.AbstractContextManager:
 def claim(workdir: Path, run: experiment.Experiment) -> None:
     """Makes the workdir this run's, or refuses one that is no run's or another's: of another config or other shards."""
     _check_a_runs(workdir)
+    shards = Path(run.config.data.dir).resolve()
+    if shards == workdir.resolve() or shards / run.config.task in (workdir.resolve(), *workdir.resolve().parents):
+        raise UserError(f"{workdir} holds the shards (config.data.dir): choose another --workdir")
     # A start that failed before anything was trained claims nothing.
     if any(any(workdir.glob(made)) for made in ("checkpoints", "pretrain_*/checkpoints", "result*.json")):
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config):

@@ -24,6 +24,14 @@ def test_a_claimed_workdir_is_opened_again_as_the_same_run(run, tmp_path):
     assert workdir.open_run(tmp_path / "run").dataset.digest == run.dataset.digest
 
 
+@pytest.mark.parametrize("inside", ["", "pheno", "pheno/run"])
+def test_the_shards_are_no_workdir(run, shards, inside):
+    before = sorted(shards.rglob("*"))
+    with pytest.raises(UserError, match="holds the shards"):
+        workdir.claim(shards / inside, run)
+    assert sorted(shards.rglob("*")) == before
+
+
 def test_shards_that_were_moved_are_the_same(run, tmp_path, shards):
     workdir.claim(tmp_path / "run", run)
     (tmp_path / "run" / "checkpoints").mkdir()
