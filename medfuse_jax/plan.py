@@ -40,6 +40,10 @@ class Plan:
     def films_per_batch(self) -> int:
         return self.paired_SP.shape[1]
 
+    def longest(self) -> int:
+        """The step whose series are padded to the most time steps."""
+        return int(self.steps_S.argmax())
+
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
@@ -61,6 +65,11 @@ class Turns:
         if (step + 1) * len(self.films) // len(self) > before:
             return "films", before
         return "stays", step - before
+
+    def longest(self) -> int:
+        """The step of stays whose series are padded to the most time steps."""
+        longest = self.stays.longest()
+        return next(step for step in range(len(self)) if self.at(step) == ("stays", longest))
 
 
 def take_turns(stays: Plan, films: Plan) -> Turns:

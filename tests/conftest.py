@@ -60,6 +60,13 @@ def tiny_config(shared_tiny_config):
     return shared_tiny_config.copy_and_resolve_references()
 
 
+@pytest.fixture
+def ehr_config(tiny_config):
+    """Without films: compiled in a second."""
+    tiny_config.method = "uni_ehr"
+    return tiny_config
+
+
 @pytest.fixture(scope="session")
 def shared_tiny_config(shards):
     """The same, for fixtures that outlive a test: copied, never changed."""

@@ -149,6 +149,9 @@ def test_films_take_turns_with_stays(num_stays, num_films):
     order = [turns.at(step) for step in range(len(turns))]
     for name, expected in (("stays", len(stays)), ("films", min(len(stays), len(films)))):
         assert [i for which, i in order if which == name] == list(range(expected))
+    assert (
+        turns.longest() == order.index(("stays", stays.steps_S.argmax())) and stays.longest() == stays.steps_S.argmax()
+    )
     at = np.flatnonzero([which == "films" for which, _ in order])
     assert np.diff(at, prepend=-1).max() <= -(-len(order) // len(at))  # spread evenly
     drawn = turns.films.paired_SP[turns.films.paired_SP != plan_lib.PADDING]

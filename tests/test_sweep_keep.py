@@ -7,33 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sweep import stop_at_save, sweep
+from sweep_cases import RATES, stop_at_save, sweep
 
 from medfuse_jax import step
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import keep, results
 
-_RATES = ["lr:loguniform(1e-3,1e-2)"]
-
-
-@pytest.fixture
-def ehr_config(tiny_config):
-    """Without films: compiled in a second."""
-    tiny_config.method = "uni_ehr"
-    return tiny_config
-
 
 @pytest.mark.slow
 def test_a_sweep_begun_as_one_process_goes_on_as_several(ehr_config, tmp_path, monkeypatch):
     """Several keep each trial in a file; stopped when one of two trials has saved its last epoch."""
-    whole = sweep(ehr_config, tmp_path / "whole", _RATES, num_trials=2, lanes=1)
+    whole = sweep(ehr_config, tmp_path / "whole", RATES, num_trials=2, lanes=1)
     saved = stop_at_save(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        sweep(ehr_config, tmp_path / "stopped", _RATES, num_trials=2, lanes=1)
+        sweep(ehr_config, tmp_path / "stopped", RATES, num_trials=2, lanes=1)
     monkeypatch.setattr(keep, "new_keeper", keep.FileKeeper)
     save_file = keep.FileKeeper.save
     monkeypatch.setattr(keep.FileKeeper, "save", lambda *args: (saved.append(args[0]), save_file(*args)))
-    assert sweep(ehr_config, tmp_path / "stopped", _RATES, num_trials=2, lanes=1) == whole
+    assert sweep(ehr_config, tmp_path / "stopped", RATES, num_trials=2, lanes=1) == whole
     assert len(saved) == 4, "no epoch of the two trials is trained twice"
     chosen = results.trial_dir(tmp_path / "stopped", int(whole[0]["trial"]))
     assert json.loads((chosen / "result.json").read_text())["best_epoch"] == int(whole[0]["best_epoch"])
@@ -42,7 +33,7 @@ def test_a_sweep_begun_as_one_process_goes_on_as_several(ehr_config, tmp_path, m
 def test_the_test_score_is_of_the_file_and_not_of_checkpoints_before_it(ehr_config, tmp_path, monkeypatch):
     monkeypatch.setattr(keep, "new_keeper", keep.FileKeeper)
     ehr_config.num_epochs = 1
-    sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
     folder = results.trial_dir(tmp_path, 0)
     stale = json.loads((folder / "result.json").read_text())
     with np.load(folder / "state.npz") as stored:
@@ -50,23 +41,23 @@ def test_the_test_score_is_of_the_file_and_not_of_checkpoints_before_it(ehr_conf
     entries["best/params.classifier.bias"] += 1
     np.savez(folder / "state.npz", **entries)
     (folder / "result.json").unlink()
-    sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
     assert json.loads((folder / "result.json").read_text())["loss"] > stale["loss"] + 0.01
 
 
 def test_a_damaged_file_says_what_to_delete_and_the_trial_starts_anew(ehr_config, tmp_path, monkeypatch):
     monkeypatch.setattr(keep, "new_keeper", keep.FileKeeper)
     ehr_config.num_epochs = 1
-    whole = sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+    whole = sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
     folder = results.trial_dir(tmp_path, 0)
     (folder / "result.json").unlink()
     (folder / "state.npz").write_bytes((folder / "state.npz").read_bytes()[:1000])
     with pytest.raises(UserError, match=r"state\.npz cannot be read .*: delete it and trial\.json beside it") as said:
-        sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1)
+        sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
     assert "\n" not in str(said.value)
     for name in ("state.npz", "trial.json"):
         (folder / name).unlink()
-    assert sweep(ehr_config, tmp_path, _RATES, num_trials=1, lanes=1) == whole
+    assert sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1) == whole
 
 
 def test_what_a_kill_left_unfinished_is_removed_by_the_next_start(tmp_path):
@@ -112,3 +103,25 @@ def test_a_file_that_lacks_an_entry_is_one_line(tmp_path, change, said):
     with pytest.raises(UserError, match=said) as refused:
         keep.FileKeeper(tmp_path).latest(state)
     assert "\n" not in str(refused.value) and "delete it and trial.json" in str(refused.value)
+
+
+def _head(value):
+    params = {"classifier": {"bias": np.full(3, value, np.float32)}}
+    return step.TrainState(np.int32(value), params, {}, params, np.float32(0.1))
+
+
+def test_a_file_keeps_the_latest_and_the_best_state_apart(tmp_path):
+    progress = keep.optim.Progress(epoch=1, learning_rate=0.1, best_auroc=0.6, best_epoch=1)
+    keeper = keep.FileKeeper(tmp_path)
+    assert keeper.latest(_head(0.0)) is None
+    keeper.save(_head(1.0), progress, True)
+    keep.FileKeeper(tmp_path).latest(_head(0.0))
+    again = keep.FileKeeper(tmp_path)
+    again.latest(_head(0.0))
+    again.save(_head(2.0), progress, False)
+    (latest, _), (best, reached) = again.latest(_head(0.0)), again.best(_head(0.0))
+    assert float(latest.params["classifier"]["bias"][0]) == 2.0 and float(best.params["classifier"]["bias"][0]) == 1.0
+    assert reached == progress
+    (tmp_path / "state.npz").write_bytes(b"half a file")
+    with pytest.raises(UserError, match=r"state\.npz cannot be read"):
+        again.latest(_head(0.0))

@@ -7,6 +7,7 @@ import jax
 
 from medfuse_jax.bench import clock, cohort, step_case
 from medfuse_jax.bench.cases import Case
+from medfuse_jax.sweep import lanes as lanes_lib
 from medfuse_jax.sweep import population
 
 
@@ -53,7 +54,7 @@ class Trials:
         say("trials: measuring how many at once")
         # On the longest batch, which decides what fits.
         longest = max(self._batches, key=lambda batch: batch["ehr"].shape[2] if "ehr" in batch else 0)
-        times_s = population.measure_lanes(self._train_fn, stack_with, case.num_trials, longest, self._on)
+        times_s = lanes_lib.measure(self._train_fn, stack_with, case.num_trials, longest, self._on)
         self.lanes = min(times_s, key=times_s.get)
         self.lanes_step_s = {str(lanes): round(step_s, 6) for lanes, step_s in times_s.items()}
         self._stacks = stack_with(self.lanes)

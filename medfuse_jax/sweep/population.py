@@ -10,14 +10,13 @@ device it is the program of a run alone, called once for every trial.
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medfuse_jax import errors, parallel
+from medfuse_jax import parallel
 from medfuse_jax import step as step_lib
 
 OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # a device's memory, the host's
@@ -139,45 +138,3 @@ def _lane(state: step_lib.TrainState) -> step_lib.TrainState:
 
 def _flat(x_DV: jax.Array) -> jax.Array:
     return x_DV.reshape(-1, *x_DV.shape[2:])
-
-
-def lanes_for(num_trials: int, most: int, num_devices: int) -> int:
-    """Lanes a device for so many trials: few different numbers, as each is a compilation.
-
-    As many as there are at first, then powers of two: of ten trials, the first that stop early
-    free their place when eight are left.
-    """
-    a_device = math.ceil(num_trials / num_devices)
-    return min(most, a_device if a_device >= most else 2 ** math.ceil(math.log2(a_device)))
-
-
-def measure_lanes(
-    train_fn: Callable, stack_with: Callable[[int], list[Stack]], most: int, batch: dict, on: list[jax.Device]
-) -> dict[int, float]:
-    """Seconds a step of all trials takes, the median of five, by lanes a device: 1, and on to `most` by doubling.
-
-    Every number makes 2 ** n stacks of equal size, so none is padded with trials that nobody wants (ten trials: 1, 2,
-    3, 5, 10). It ends with the first that is slower than one before it, or that does not fit the memory, which is left
-    out. stack_with: lanes -> the trials stacked anew, one number at a time; what is trained here is thrown away.
-    """
-    times_s = {}
-    for lanes in sorted({math.ceil(most / 2**n) for n in range(most.bit_length() + 1)}):
-        try:
-            times_s[lanes] = _time_step(train_fn, stack_with(lanes), batch, on)
-        except OUT_OF_MEMORY as error:
-            if not errors.is_out_of_memory(error):
-                raise
-            break
-        if times_s[lanes] > min(times_s.values()):
-            break
-    return times_s
-
-
-def _time_step(train_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.Device]) -> float:
-    jax.block_until_ready(train_all(train_fn, stacks, batch, on))  # compiles
-    taken_s = []
-    for _ in range(5):
-        start_s = time.perf_counter()
-        jax.block_until_ready(train_all(train_fn, stacks, batch, on))
-        taken_s.append(time.perf_counter() - start_s)
-    return float(np.median(taken_s))

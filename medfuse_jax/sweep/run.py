@@ -7,7 +7,6 @@ group: they see the same batches, read and sent once, in one compiled program.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
 from medfuse_jax.sweep import heads, keep, population, results
+from medfuse_jax.sweep import lanes as lanes_lib
 from medfuse_jax.sweep.search import Trial
 
 # What the trials of a group may differ in: arguments of the step, and how a state begins.
@@ -123,8 +123,8 @@ def groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
 def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     """Trains the trials that have no record yet, to a record each.
 
-    Goes on from each one's checkpoint. A trial whose loss is not finite fails alone. Where the
-    memory is too small, fewer trials run at once; a trial that does not fit alone fails.
+    Goes on from each one's checkpoint. A trial whose loss is not finite fails alone. Where the memory is too small,
+    fewer lanes run together, then fewer trials at once; a trial that does not fit alone fails.
     """
     todo = _without_record(sweep, trials)
     if not todo:
@@ -135,32 +135,35 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     except population.OUT_OF_MEMORY as error:
         if not errors.is_out_of_memory(error):
             raise
-        why = "out of memory before the first step: try a smaller config.eval.batch_size"
-        for trial in todo:
-            results.write_record(sweep.workdir, trial, results.FAILED, why)
+        _record_short_of_memory(sweep, todo, "out of memory before the first step")
         return
     while todo:
-        wave = todo[: program.at_once]
+        wave = program.fit.wave(todo, len(program.on))
         try:
             _train_wave(sweep, program, wave, costs)
         except population.OUT_OF_MEMORY as error:
             if not errors.is_out_of_memory(error):
                 raise
-            if len(wave) <= len(program.on):
-                for trial in _without_record(sweep, wave):
-                    results.write_record(sweep.workdir, trial, results.FAILED, "out of memory")
-            program.at_once = max(len(program.on), len(wave) // 2)
-            print(f"out of memory: {program.at_once} trials at once from here on", flush=True)
+            if not program.fit.halve(len(wave), len(program.on)):
+                _record_short_of_memory(sweep, _without_record(sweep, wave), "out of memory")
         todo = _without_record(sweep, todo)
     if not sweep.in_rounds:
         sweep.programs.clear()
 
 
-class Program:
-    """One group's compiled steps, and the devices they run on. at_once: how many trials fit, None: all so far."""
+def _record_short_of_memory(sweep: Sweep, trials: list[Trial], what: str) -> None:
+    """Not tried again by itself: what fails for its size would fail at every start."""
+    for trial in trials:
+        record = results.trial_dir(sweep.workdir, trial.number).relative_to(sweep.workdir) / "trial.json"
+        why = f"{what}: where there is more, delete {record} and start again; else train smaller batches in a new sweep"
+        results.write_record(sweep.workdir, trial, results.FAILED, why)
 
-    def __init__(self, run: experiment_lib.Experiment, on: list[jax.Device]):
-        self.run, self.on, self.at_once = run, on, None
+
+class Program:
+    """One group's compiled steps, the devices they run on, and how many trials these fit."""
+
+    def __init__(self, run: experiment_lib.Experiment, on: list[jax.Device], fit: lanes_lib.Fit):
+        self.run, self.on, self.fit = run, on, fit
         # A step takes each trial's dropout as an argument: that of the group's first trial decides nothing.
         options = dataclasses.replace(run.options, model=run.options.model.clone(dropout=0.0))
         self.train_fn, self.eval_fn = _compiled(options, tuple(on))
@@ -184,7 +187,8 @@ def _program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
                 with costs.spent("encode_s"):
                     sweep.features[decides] = heads.encode(run, encoders)
             run = heads.with_features(run, sweep.features[decides])
-        sweep.programs[shared] = Program(run, on)
+        fit = lanes_lib.read(sweep.workdir, shared, sweep.lanes)
+        sweep.programs[shared] = Program(run, on, fit)
     return sweep.programs[shared]
 
 
@@ -198,14 +202,14 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
     with contextlib.ExitStack() as closing:
         lives = _open(sweep, run, trials, steps_per_epoch, closing)
         lives = _settle(sweep, lives)
-        most = _choose_lanes(sweep, program, lives)
+        most = _choose_lanes(program, lives)
         stacks, stacked = [], []
         while lives:
             # A kill between two trials' saves leaves some a stop ahead: they wait for the others.
             first = min(live.step for live in lives)
             here = [live for live in lives if live.step == first]
             if here != stacked:
-                stacks, stacked = _stack(here, population.lanes_for(len(here), most, len(on)), on), here
+                stacks, stacked = _stack(here, lanes_lib.lanes_for(len(here), most, len(on)), on), here
             last = _next_stop(first, steps_per_epoch, run.config)
             rate = _train_until(last, program, here, stacks, steps_per_epoch, costs)
             for live, state in zip(here, population.unstack(stacks)):
@@ -269,31 +273,19 @@ def _stack(lives: list[Live], lanes: int, on: list[jax.Device]) -> list[populati
     return population.stack([live.state for live in lives], seeds, dropouts, lanes, on)
 
 
-def _choose_lanes(sweep: Sweep, program: Program, lives: list[Live]) -> int:
-    """Lanes a device: as given, or as measured on the first batch of the group's first start (then kept in a file).
-
-    Never more than the memory has room for.
-    """
+def _choose_lanes(program: Program, lives: list[Live]) -> int:
+    """Lanes a device, measured on the group's longest batch: what fits it fits all."""
     most = -(-len(lives) // len(program.on))
-    if sweep.lanes or most <= 1:
-        return min(sweep.lanes or 1, max(most, 1))
-    group = hashlib.sha256(sweep.shared_by(lives[0].trial).encode()).hexdigest()[:12]
-    path = sweep.workdir / "lanes" / f"{group}_{jax.process_index()}.json"  # each process has devices of its own
-    if not path.exists():
+
+    def measure() -> dict[int, float]:
         here = [live for live in lives if live.step == lives[0].step]
         plan = program.run.train_plan(epoch=1)
-        batch = next(program.run.batches("train", plan))
-        times_s = population.measure_lanes(
+        batch = next(program.run.batches("train", plan, start=plan.longest()))
+        return lanes_lib.measure(
             program.train_fn, lambda lanes: _stack(here, lanes, program.on), most, batch, program.on
         )
-        shown = ", ".join(f"{lanes} together {step_s:.3f} s" for lanes, step_s in times_s.items())
-        print(f"a step of {len(here)} trials: {shown}", flush=True)
-        results.write_whole(path, json.dumps({"lanes": min(times_s, key=times_s.get, default=1), "step_s": times_s}))
-    try:
-        kept = json.loads(path.read_text())["lanes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it, and the lanes are measured again") from None
-    return min(kept, most) if program.at_once else kept
+
+    return lanes_lib.choose(program.fit, most, measure)
 
 
 def _next_stop(step: int, steps_per_epoch: int, config: ConfigDict) -> int:
