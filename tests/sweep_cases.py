@@ -12,26 +12,25 @@ import pytest
 from medfuse_jax import checkpoints, experiment, parallel, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
-from medfuse_jax.sweep import command, keep
+from medfuse_jax.sweep import command, keep, pods
 
-_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "pheno.py"  # lists no trials of its own
+CONFIG_FILE = Path(__file__).parent.parent / "configs" / "pheno.py"  # lists no trials of its own
 
 RATES = ["lr:loguniform(1e-3,1e-2)"]
 PRETRAIN = {"ehr": {"method": "uni_ehr"}, "cxr": {"method": "uni_cxr", "task": "radiology"}}
 
 
-def sweep(config, workdir, specs, num_trials=3, lanes=None, **more):
-    command.run(
+def sweep(config, workdir, specs, num_trials=3, lanes=None, process=None, **more):
+    request = command.Request(
         config.copy_and_resolve_references(),
-        _CONFIG_FILE,
+        CONFIG_FILE,
         workdir,
-        specs=specs,
-        num_trials=num_trials,
-        seed=0,
+        specs,
+        num_trials,
         lanes=lanes,
-        started_s=time.perf_counter(),
         **more,
     )
+    command.run(request, process or pods.Process(), time.perf_counter())
     with (workdir / "sweep.csv").open() as file:
         return list(csv.DictReader(file))
 

@@ -13,7 +13,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import records
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
-from medfuse_jax.sweep import command, results
+from medfuse_jax.sweep import command, pods, results
 from medfuse_jax.sweep import run as run_lib
 
 
@@ -132,7 +132,7 @@ def test_processes_wait_for_an_encoder_that_only_trials_added_later_start_from(t
     monkeypatch.setattr(command.pods, "wait_for", lambda are_there, what: waited.append(list(are_there())))
     (tmp_path / "pretrain_cxr" / "trained.json").unlink()
     _stages_and_trials(
-        tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch, process=1, num_processes=2
+        tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch, process=pods.Process(1, 2)
     )
     assert waited[0].count(False) == 1 and len(waited[0]) == 3
 
@@ -161,7 +161,7 @@ def test_groups_of_one_are_dealt_to_all_processes(ehr_config, tmp_path, monkeypa
     monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (tmp_path / "sweep.csv").touch())
     shares = []
     for process in range(4):
-        sweep(ehr_config, tmp_path, ["ehr_only_ratio:uniform(0,1)"], 8, process=process, num_processes=4)
+        sweep(ehr_config, tmp_path, ["ehr_only_ratio:uniform(0,1)"], 8, process=pods.Process(process, 4))
         shares.append(trained[:])
         trained.clear()
     assert [len(share) for share in shares] == [2] * 4 and sorted(

@@ -81,9 +81,9 @@ def test_every_trial_is_new_and_a_failed_one_is_no_hindrance(tmp_path):
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, given, said):
-    wanted = {"specs": [], "num_trials": 3, "seed": 0, "algorithm": "random", "per_round": None} | given
+    request = command.Request(config_lib.default(), _PHENO, tmp_path, **{"specs": [], "num_trials": 3} | given)
     with pytest.raises(UserError, match=said):
-        command._plan(config_lib.default(), _PHENO, tmp_path, is_first=True, **wanted)
+        command._search(request, draws=True)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_a_sweep_goes_on_with_its_own_rounds_on_more_devices(tmp_path, monkeypat
     config = config_lib.default()
 
     def plan(**more):
-        wanted = {"specs": [], "num_trials": 20, "seed": 0, "algorithm": "optuna", "per_round": None} | more
-        return command._plan(config, _PHENO, tmp_path, is_first=True, **wanted).identity
+        request = command.Request(config, _PHENO, tmp_path, [], num_trials=20, algorithm="optuna", **more)
+        return command._search(request, draws=True).identity
 
     begun = plan()
     assert begun["round"] == 5

@@ -12,7 +12,7 @@ from medfuse_jax import checkpoints, experiment, optim, parallel, starts, step
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.models import methods
-from medfuse_jax.sweep import heads, keep, results, search
+from medfuse_jax.sweep import heads, keep, results, search, spent
 from medfuse_jax.sweep import run as run_lib
 
 
@@ -78,7 +78,7 @@ def test_heads_of_every_method_that_freezes_its_encoders_run_or_are_no_heads(fro
     """One encoding serves them all, but for the one whose batches hold a modality more."""
     trials = [search.Trial(i, {"method": name}) for i, name in enumerate(_CAN_FREEZE)]
     trials.append(search.Trial(len(trials), {"method": "medfuse", "model.modalities": "static"}))
-    together, costs, of_heads = run_lib.Sweep(frozen_config, tmp_path, encoders), run_lib.Costs(), []
+    together, costs, of_heads = run_lib.Sweep(frozen_config, tmp_path, encoders), spent.Costs(), []
     for trial in trials:
         if not heads.can_cache(trial.config(frozen_config), encoders):
             continue
@@ -129,7 +129,7 @@ def test_features_are_computed_once_for_all_that_shares_them(frozen_config, enco
     monkeypatch.setattr(heads, "encode", lambda run, encoders: encoded.append(run.config) or {})
     values = [{}, {"beta2": 0.9}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16}, {"model.fusion_hidden": 4}]
     values += [{"method": "early"}, {"film.resize_px": 48, "film.crop_px": 48}, {"data.val_stays": "paired"}]
-    together, costs = run_lib.Sweep(frozen_config, tmp_path, encoders), run_lib.Costs()
+    together, costs = run_lib.Sweep(frozen_config, tmp_path, encoders), spent.Costs()
     for i, changed in enumerate(values):
         run_lib._program(together, search.Trial(i, changed), costs)
     assert [config.film.resize_px for config in encoded] == [32, 48, 32] and len(together.programs) == len(values)

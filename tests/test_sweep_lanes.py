@@ -8,7 +8,7 @@ import pytest
 
 from medfuse_jax import experiment
 from medfuse_jax.errors import UserError
-from medfuse_jax.sweep import lanes, population, search
+from medfuse_jax.sweep import lanes, population, search, spent
 from medfuse_jax.sweep import run as run_lib
 
 
@@ -92,9 +92,9 @@ def test_a_group_measures_its_lanes_once(ehr_config, tmp_path, monkeypatch):
     steps_S = _steps_of_an_order_that_begins_short(ehr_config)
     trials = [search.Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(9)]
     first = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True)
-    run_lib.train_group(first, trials[:3], run_lib.Costs())
-    run_lib.train_group(first, trials[3:6], run_lib.Costs())
-    run_lib.train_group(run_lib.Sweep(ehr_config, tmp_path, {}), trials[2:9], run_lib.Costs())
+    run_lib.train_group(first, trials[:3], spent.Costs())
+    run_lib.train_group(first, trials[3:6], spent.Costs())
+    run_lib.train_group(run_lib.Sweep(ehr_config, tmp_path, {}), trials[2:9], spent.Costs())
     assert measured == [(2, steps_S.max())]
 
 

@@ -199,7 +199,7 @@ def test_each_trial_is_one_process_own_and_no_process_has_more_than_its_share(si
     parts, dealt = [[] for _ in range(3)], 0
     for size in sizes:
         for process, part in enumerate(parts):
-            part += pods.mine(list(range(dealt, dealt + size)), process, 3, dealt)
+            part += pods.Process(process, 3).part(list(range(dealt, dealt + size)), dealt)
         dealt += size
     assert sorted(item for part in parts for item in part) == list(range(sum(sizes)))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

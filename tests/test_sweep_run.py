@@ -10,7 +10,7 @@ from sweep_cases import RATES, assert_as_alone, best_state, difference, read_lin
 
 from medfuse_jax import experiment, optim
 from medfuse_jax.errors import UserError
-from medfuse_jax.sweep import heads, population, results, search
+from medfuse_jax.sweep import heads, population, results, search, spent
 from medfuse_jax.sweep import run as run_lib
 
 
@@ -138,7 +138,7 @@ def test_memory_may_end_anywhere(ehr_config, tmp_path, monkeypatch, where, name,
         raise error
 
     monkeypatch.setattr(where, name, fails)
-    run_lib.train_group(experiments, trials, run_lib.Costs())
+    run_lib.train_group(experiments, trials, spent.Costs())
     assert all(results.record(tmp_path, trial)["reason"].startswith(reason) for trial in trials)
 
 
@@ -185,7 +185,7 @@ def test_trials_that_need_other_programs_or_data_are_groups_of_their_own(tiny_co
 
 
 def test_groups_share_the_programs_of_equal_steps_and_keep_none_that_no_trial_needs(ehr_config, tmp_path, monkeypatch):
-    together, costs = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True), run_lib.Costs()
+    together, costs = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True), spent.Costs()
     values = [{}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16, "model.dropout": 0.1}, {"beta2": 0.9}]
     trials = [search.Trial(i, changed) for i, changed in enumerate(values)]
     programs = [run_lib._program(together, trial, costs) for trial in trials]

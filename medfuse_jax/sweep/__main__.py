@@ -21,23 +21,19 @@ def main(argv: list[str]) -> None:
     for name, least in (("trials", 1), ("lanes", 1), ("round", 1), ("seed", 0)):
         if given[name].value is not None and given[name].value < least:
             raise UserError(f"--{name}={given[name].value}: give at least {least}")
-    process, num_processes = pods.start(given.coordinator, given.num_processes, given.process, given.distributed)
-    work = functools.partial(
-        command.run,
+    process = pods.start(given.coordinator, given.num_processes, given.process, given.distributed)
+    request = command.Request(
         given.config,
         Path(config_flags.get_config_filename(given["config"])),
         Path(given.workdir),
-        specs=given.search,
+        given.search,
         num_trials=given.trials,
         seed=given.seed,
         lanes=given.lanes,
         algorithm=given.algorithm,
         per_round=given.round,
-        process=process,
-        num_processes=num_processes,
-        started_s=_STARTED_S,
     )
-    pods.run(work)
+    pods.run(functools.partial(command.run, request, process, _STARTED_S))
 
 
 _STARTED_S = time.perf_counter()

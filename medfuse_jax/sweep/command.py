@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, experiment, main, parallel, starts, train
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
-from medfuse_jax.sweep import adaptive, heads, page, pods, results, search
+from medfuse_jax.sweep import adaptive, heads, page, pods, results, search, spent
 from medfuse_jax.sweep import run as run_lib
 
 ALGORITHMS = ("random", "optuna")
@@ -22,77 +21,98 @@ _DEFAULT_TRIALS = 10
 _DEFAULT_ROUND = 5  # trials of an adaptive search's round, where there are no more devices than that
 
 
-def run(
-    config: ConfigDict,
-    config_path: Path,
-    workdir: Path,
-    *,
-    specs: list[str],
-    num_trials: int | None,
-    seed: int,
-    lanes: int | None,
-    started_s: float,
-    algorithm: str = "random",
-    per_round: int | None = None,
-    process: int = 0,
-    num_processes: int = 1,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command is asked for, by its flags.
+
+    specs: of --search. num_trials, lanes, per_round: None for what a sweep takes by itself. algorithm: 'random' draws
+    all trials at once, 'optuna' `per_round` at a time, from what those before reached.
+    """
+
+    config: ConfigDict
+    config_path: Path
+    workdir: Path
+    specs: list[str]
+    num_trials: int | None = None
+    seed: int = 0
+    lanes: int | None = None
+    algorithm: str = "random"
+    per_round: int | None = None
+
+
+def run(request: Request, process: pods.Process, started_s: float) -> None:
     """Runs or goes on with a sweep; leaves sweep.csv, sweep.html and best_config.py in the workdir.
 
-    algorithm, per_round: 'random' draws all trials at once, 'optuna' so many a round, from what those before reached.
-    process, num_processes: of several processes that share the workdir each trains its part of the trials; the
-    first makes what all need, and what they come to.
+    process: of several that share the workdir each trains its part of the trials; the first makes what all need, and
+    what they come to.
     """
+    config, workdir = request.config, request.workdir
     config_lib.validate(config)
     if config.profile_steps:
         raise UserError("config.profile_steps is of a run alone, not of trials: leave it out")
     experiment.use_compilation_cache()
-    is_first = process == 0
-    search_plan = _plan(config, config_path, workdir, specs, num_trials, seed, algorithm, per_round, is_first)
+    tried = _search(request, process.is_first)
+    _name_data(config, process.is_first)
+    costs = spent.Costs()
+    costs.count_compilation()
+    base = experiment.open_experiment(config, parallel.devices()[:1])
+    staged = list(dict.fromkeys(name for trial in tried.drawn for name in _staged(trial, config)))
+    given, stages = starts.open_sources(config, workdir, staged, base.devices)
+    in_rounds = request.algorithm != "random"
+    sweep = run_lib.Sweep(config, workdir, given | stages, request.lanes, in_rounds)
+    check = functools.partial(_check, sweep=sweep, fitting=set())
+    for trial in tried.drawn:
+        check(trial)
+    claim = functools.partial(
+        results.claim, workdir, config, base.dataset.digest, tried.identity, writes=process.is_first
+    )
+    with workdir_lib.locked(workdir) if process.is_first else contextlib.nullcontext():
+        _begin(workdir, claim, stages, process.is_first, costs)
+        costs.started(started_s)
+        trials = _train(sweep, tried.rounds(check), process, costs)
+        print(costs.summary())
+        if process.is_first:
+            _conclude(sweep, trials)
+
+
+def _name_data(config: ConfigDict, is_first: bool) -> None:
+    """Sets what a sweep of one process may leave open, and the order of the data, which all trials share."""
     if is_first:
         main.name_data(config)
     elif not config.data.dir:
         raise UserError("several processes need --config.data.dir: a folder that all of them see")
     if config.data.order_seed < 0:  # a trial's own seed leaves the order of the data alone
         config.data.order_seed = config.seed
-    costs = run_lib.Costs()
-    _count_compilation(costs)
-    base = experiment.open_experiment(config, parallel.devices()[:1])
-    staged = list(dict.fromkeys(name for trial in search_plan.drawn for name in _staged(trial, config)))
-    given, stages = starts.open_sources(config, workdir, staged, base.devices)
-    sweep = run_lib.Sweep(config, workdir, given | stages, lanes, in_rounds=algorithm != "random")
-    check = functools.partial(_check, sweep=sweep, fitting=set())
-    for trial in search_plan.drawn:
-        check(trial)
-    claim = functools.partial(results.claim, workdir, config, base.dataset.digest, search_plan.identity, is_first)
+
+
+def _begin(workdir: Path, claim: Callable[[], None], stages: dict, is_first: bool, costs: spent.Costs) -> None:
+    """Claims the folder and trains the encoders, or waits until the first process has."""
     ready = [workdir / "started.json", *(folder / "trained.json" for folder, _ in stages.values())]
-    with workdir_lib.locked(workdir) if is_first else contextlib.nullcontext():
-        if is_first:
-            claim()
-            with costs.spent("pretrain_s"):
-                train.pretrain(stages)
-            for path in ready:
-                results.write_whole(path, "{}\n")
-        else:
-            with costs.spent("pretrain_s"):
-                pods.wait_for(lambda: [p.exists() for p in ready], "the first process to pre-train the encoders")
-            claim()
-        costs.startup_s = time.perf_counter() - started_s - costs.pretrain_s - costs.compile_s
-        trials = []
-        for drawn in search_plan.rounds(check):
-            dealt = len(trials)
-            for group in run_lib.groups(sweep, drawn):
-                run_lib.train_group(sweep, pods.mine(group, process, num_processes, dealt), costs)
-                dealt += len(group)
-            trials += drawn
-            pods.wait_for(functools.partial(_are_recorded, workdir, drawn), "the other processes")
-        print(
-            f"once for {costs.trials} trials: pre-training {costs.pretrain_s:.1f} s, start-up {costs.startup_s:.1f} s, "
-            f"encoding {costs.encode_s:.1f} s, compilation {costs.compile_s:.1f} s, "
-            f"waiting for input {costs.input_s:.1f} s; {costs.steps} steps of all in {costs.train_s:.1f} s"
-        )
-        if is_first:
-            _conclude(sweep, trials)
+    if is_first:
+        claim()
+        with costs.spent("pretrain_s"):
+            train.pretrain(stages)
+        for path in ready:
+            results.write_whole(path, "{}\n")
+    else:
+        with costs.spent("pretrain_s"):
+            pods.wait_for(lambda: [path.exists() for path in ready], "the first process to pre-train the encoders")
+        claim()
+
+
+def _train(
+    sweep: run_lib.Sweep, rounds: Iterable[list[search.Trial]], process: pods.Process, costs: spent.Costs
+) -> list[search.Trial]:
+    """Trains this process' part of each round's trials, and waits for the others'; returns all trials."""
+    trials = []
+    for drawn in rounds:
+        dealt = len(trials)
+        for group in run_lib.groups(sweep, drawn):
+            run_lib.train_group(sweep, process.part(group, dealt), costs)
+            dealt += len(group)
+        trials += drawn
+        pods.wait_for(functools.partial(_are_recorded, sweep.workdir, drawn), "the other processes")
+    return trials
 
 
 def _are_recorded(workdir: Path, trials: list[search.Trial]) -> list[bool]:
@@ -100,7 +120,7 @@ def _are_recorded(workdir: Path, trials: list[search.Trial]) -> list[bool]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Search:
     """What is tried. identity: all that decides it; drawn: what is checked first; rounds: the trials as they come.
 
     rounds takes the check of a trial, for those that are drawn on the way.
@@ -111,43 +131,49 @@ class _Plan:
     rounds: Callable[[Callable[[search.Trial], None]], Iterable[list[search.Trial]]]
 
 
-def _plan(
-    config: ConfigDict,
-    config_path: Path,
-    workdir: Path,
-    specs: list[str],
-    num_trials: int | None,
-    seed: int,
-    algorithm: str,
-    per_round: int | None,
-    is_first: bool,
-) -> _Plan:
-    """The trials: by --search, else as the config's sweep(add) lists them, else the paper's learning rates."""
-    check_choice("--algorithm", algorithm, ALGORITHMS)
-    if per_round and algorithm == "random":
+def _search(request: Request, draws: bool) -> _Search:
+    """The trials: by --search, else as the config's sweep(add) lists them, else the paper's learning rates.
+
+    draws: whether this process draws the rounds, where there are any.
+    """
+    check_choice("--algorithm", request.algorithm, ALGORITHMS)
+    if request.per_round and request.algorithm == "random":
         raise UserError("--round is of --algorithm=optuna; trials drawn at random are one round")
-    listed = search.listed(config_path)
-    if listed and not specs:
-        if algorithm != "random":
-            raise UserError(f"--algorithm={algorithm} needs --search: {config_path} lists its trials itself")
-        trials = search.collect(listed, config, num_trials)
+    listed = search.listed(request.config_path)
+    specs = request.specs or [search.PAPER_SEARCH]
+    if listed and not request.specs:
+        if request.algorithm != "random":
+            raise UserError(
+                f"--algorithm={request.algorithm} needs --search: {request.config_path} lists its trials itself"
+            )
+        trials = search.collect(listed, request.config, request.num_trials)
     else:
-        specs = specs or [search.PAPER_SEARCH]
-        parameters = search.parse(specs, config)
-        trials = search.draw(parameters, _DEFAULT_TRIALS if num_trials is None else num_trials, seed)
-    if algorithm == "random":
-        identity = {"algorithm": algorithm, "trials": [trial.values for trial in trials]}
-        return _Plan(identity, trials, lambda check: [trials])
+        parameters = search.parse(specs, request.config)
+        num_trials = _DEFAULT_TRIALS if request.num_trials is None else request.num_trials
+        trials = search.draw(parameters, num_trials, request.seed)
+    if request.algorithm == "random":
+        identity = {"algorithm": "random", "trials": [trial.values for trial in trials]}
+        return _Search(identity, trials, lambda check: [trials])
     adaptive.check_installed()
-    if not per_round:  # a sweep that goes on keeps its own, however many devices there are now
-        there = results.claimed(workdir) or {"search": {}}
-        per_round = there["search"].get("round") or max(_DEFAULT_ROUND, len(jax.devices()))
-    identity = {"algorithm": algorithm, "search": specs, "trials": len(trials), "round": per_round, "seed": seed}
-    return _Plan(
+    per_round = request.per_round or _kept_round(request.workdir)
+    identity = {
+        "algorithm": request.algorithm,
+        "search": specs,
+        "trials": len(trials),
+        "round": per_round,
+        "seed": request.seed,
+    }
+    return _Search(
         identity,
         trials,
-        lambda check: adaptive.rounds(workdir, parameters, trials, per_round, seed, is_first, check),
+        lambda check: adaptive.rounds(request.workdir, parameters, trials, per_round, request.seed, draws, check),
     )
+
+
+def _kept_round(workdir: Path) -> int:
+    """Trials a round where none are given: a sweep that goes on keeps its own, however many devices there are now."""
+    there = results.claimed(workdir) or {"search": {}}
+    return there["search"].get("round") or max(_DEFAULT_ROUND, len(jax.devices()))
 
 
 def _check(trial: search.Trial, sweep: run_lib.Sweep, fitting: set) -> None:
@@ -185,16 +211,6 @@ def _named(trial: search.Trial) -> Iterator[None]:
         yield
     except (UserError, TypeError) as error:
         raise UserError(f"trial {trial.number} ({trial.describe()}): {error}") from None
-
-
-def _count_compilation(costs: run_lib.Costs) -> None:
-    """Keeps costs.compile_s up to date."""
-
-    def listen(event: str, duration_s: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            costs.compile_s += duration_s
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:

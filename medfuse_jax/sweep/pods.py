@@ -4,6 +4,7 @@ Processes share nothing but the sweep's folder: no number crosses between trials
 between processes. jax.distributed gives each its number and its devices.
 """
 
+import dataclasses
 import os
 import socket
 import sys
@@ -20,8 +21,24 @@ _WAIT_S = 2.0
 _SHUTDOWN_S = 3600  # the others wait so long at their end for the first one's test result and page
 
 
-def start(coordinator: str | None, num_processes: int | None, process: int | None, detect: bool) -> tuple[int, int]:
-    """Starts jax.distributed where asked to; returns (this process' number, how many there are).
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """One of the `count` processes that share a sweep; the first is number 0."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.number == 0
+
+    def part(self, items: list, dealt: int = 0) -> list:
+        """This process' part of items dealt in turn. dealt: how many were before; the next process goes on."""
+        return items[(self.number - dealt) % self.count :: self.count]
+
+
+def start(coordinator: str | None, num_processes: int | None, process: int | None, detect: bool) -> Process:
+    """Starts jax.distributed where asked to; returns this process.
 
     By flags (coordinator 'host:port'), or detect: by what jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes).
     """
@@ -52,7 +69,7 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
                 f"--distributed: jax finds no cluster here ({_first_line(error)}); "
                 "give --coordinator=HOST:PORT, --num_processes and --process"
             ) from None
-    return jax.process_index(), jax.process_count()
+    return Process(jax.process_index(), jax.process_count())
 
 
 def _check_free(coordinator: str, port: int) -> None:
@@ -78,11 +95,6 @@ def run(work: Callable[[], None]) -> None:
         print(errors.in_one_line(error) or traceback.format_exc().rstrip(), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(errors.status(error))
-
-
-def mine(items: list, process: int, num_processes: int, dealt: int = 0) -> list:
-    """This process' part of items dealt in turn. dealt: how many were before; the next process after them begins."""
-    return items[(process - dealt) % num_processes :: num_processes]
 
 
 def wait_for(are_there: Callable[[], Iterable[bool]], what: str) -> None:

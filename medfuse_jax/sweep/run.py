@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ from medfuse_jax import step as step_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.runlog import RunLog
-from medfuse_jax.sweep import heads, keep, population, results
+from medfuse_jax.sweep import heads, keep, population, results, spent
 from medfuse_jax.sweep import lanes as lanes_lib
 from medfuse_jax.sweep.search import Trial
 
@@ -87,31 +87,6 @@ class Live:
         return int(self.state.step)
 
 
-@dataclasses.dataclass
-class Costs:
-    """Where the time of this start went, in seconds, and on how many trials.
-
-    startup_s, pretrain_s (or waiting for the process that does) and encode_s are without compile_s.
-    """
-
-    trials: int = 0
-    startup_s: float = 0.0
-    pretrain_s: float = 0.0
-    encode_s: float = 0.0
-    compile_s: float = 0.0
-    input_s: float = 0.0
-    train_s: float = 0.0
-    steps: int = 0
-
-    @contextlib.contextmanager
-    def spent(self, field: str) -> Iterator[None]:
-        """Counts the block's time, but for what it compiles."""
-        start_s, compiled_s = time.perf_counter(), self.compile_s
-        yield
-        taken_s = time.perf_counter() - start_s - (self.compile_s - compiled_s)
-        setattr(self, field, getattr(self, field) + taken_s)
-
-
 def groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
     """The trials by what they share, in the order of each group's first."""
     found = {}
@@ -120,7 +95,7 @@ def groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
     return list(found.values())
 
 
-def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
+def train_group(sweep: Sweep, trials: list[Trial], costs: spent.Costs) -> None:
     """Trains the trials that have no record yet, to a record each.
 
     Goes on from each one's checkpoint. A trial whose loss is not finite fails alone. Where the memory is too small,
@@ -174,7 +149,7 @@ def _compiled(options: step_lib.StepOptions, on: tuple[jax.Device, ...]) -> tupl
     return population.compile_train(options, list(on)), population.compile_eval(options, list(on))
 
 
-def _program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
+def _program(sweep: Sweep, trial: Trial, costs: spent.Costs) -> Program:
     """The program of a trial's group, made once."""
     shared = sweep.shared_by(trial)
     if shared not in sweep.programs:
@@ -196,7 +171,7 @@ def _without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
     return [trial for trial in trials if not results.record(sweep.workdir, trial)]
 
 
-def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Costs) -> None:
+def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: spent.Costs) -> None:
     run, on = program.run, program.on
     steps_per_epoch = len(run.train_plan(epoch=1))
     with contextlib.ExitStack() as closing:
@@ -295,7 +270,9 @@ def _next_stop(step: int, steps_per_epoch: int, config: ConfigDict) -> int:
     return min(end, (step // every + 1) * every) if every else end
 
 
-def _train_until(last: int, program: Program, lives: list[Live], stacks, steps_per_epoch: int, costs: Costs) -> float:
+def _train_until(
+    last: int, program: Program, lives: list[Live], stacks, steps_per_epoch: int, costs: spent.Costs
+) -> float:
     """Steps up to `last`, all in one epoch; returns stays read a second. Losses go to the trials."""
     step = lives[0].step
     plan = program.run.train_plan(step // steps_per_epoch + 1)
