@@ -209,8 +209,8 @@ def _note_other_tasks(out: Path, names: list[str], options: dict, fingerprint: d
         if name in names or not manifest:
             continue
         theirs = manifest.get("source", {})
-        files = [key for key in ("mimic_iv_files", "mimic_cxr_files") if key in theirs and key in fingerprint]
-        if any(theirs[key] != fingerprint[key] for key in files):
+        in_both = [key for key in ("mimic_iv_files", "mimic_cxr_files") if key in theirs and key in fingerprint]
+        if any(theirs[key] != fingerprint[key] for key in in_both):
             progress.say(
                 f"warning: {out / name} was built from other tables and is left as it is: a patient may be in another "
                 "split there"

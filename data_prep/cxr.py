@@ -210,9 +210,8 @@ class FilmStore:
                 path = write_chunk(self._folder, self._root, self._film_shape, chunk, pool.map)
                 for dicom_id, sign in self._note_chunk(path).items():
                     self._find(dicom_id, sign)
-                assert all(film[0] in self or film[0] in self.unreadable for film in chunk), (
-                    path
-                )  # or it is asked for ever
+                # Or they would be asked for again, for ever.
+                assert all(film[0] in self or film[0] in self.unreadable for film in chunk), path
                 self._check_unreadable()
         self._check_unreadable()
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment, files
+from medfuse_jax import experiment, files, tasks
 from medfuse_jax.errors import UserError
 
 
@@ -18,9 +18,7 @@ def locked(workdir: Path) -> contextlib.AbstractContextManager:
 def claim(workdir: Path, run: experiment.Experiment) -> None:
     """Makes the workdir this run's, or refuses one that is no run's or another's: of another config or other shards."""
     _check_a_runs(workdir)
-    shards = Path(run.config.data.dir).resolve()
-    if shards == workdir.resolve() or shards / run.config.task in (workdir.resolve(), *workdir.resolve().parents):
-        raise UserError(f"{workdir} holds the shards (config.data.dir): choose another --workdir")
+    check_apart(workdir, run.config.data.dir)
     # A start that failed before anything was trained claims nothing.
     if any(any(workdir.glob(made)) for made in ("checkpoints", "pretrain_*/checkpoints", "result*.json")):
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config):
@@ -30,6 +28,13 @@ def claim(workdir: Path, run: experiment.Experiment) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / "data.json", json.dumps({"digest": run.dataset.digest}) + "\n")
         config_lib.save(run.config, workdir / "config.json")
+
+
+def check_apart(workdir: Path, data_dir: str) -> None:
+    """Raises UserError where the workdir is the shards' folder, or lies in a dataset: who deletes it deletes those."""
+    shards, folder = Path(data_dir).resolve(), workdir.resolve()
+    if folder == shards or any(shards / task in (folder, *folder.parents) for task in tasks.TASKS):
+        raise UserError(f"{workdir} holds the shards (config.data.dir): choose another --workdir")
 
 
 def _check_a_runs(workdir: Path) -> None:

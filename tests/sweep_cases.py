@@ -12,7 +12,7 @@ import pytest
 from medfuse_jax import checkpoints, experiment, parallel, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
-from medfuse_jax.sweep import command, keep, pods
+from medfuse_jax.sweep import command, keep, pods, results
 
 CONFIG_FILE = Path(__file__).parent.parent / "configs" / "pheno.py"  # lists no trials of its own
 
@@ -48,6 +48,20 @@ def stop_at_save(monkeypatch, number, keeper_kind=keep.WholeKeeper) -> list:
 
     monkeypatch.setattr(keeper_kind, "save", stop)
     return saved
+
+
+def assert_goes_on_as_whole(config, tmp_path, monkeypatch, specs, lanes, keeper_kind=keep.WholeKeeper):
+    """Stopped between two trials' saves in the second epoch (one is then an epoch ahead), a sweep ends the same."""
+    config.num_epochs = 3
+    whole = sweep(config, tmp_path / "whole", specs, lanes=lanes)
+    with monkeypatch.context() as patched:
+        stop_at_save(patched, 5, keeper_kind)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(config, tmp_path / "stopped", specs, lanes=lanes)
+    assert not (tmp_path / "stopped" / "sweep.csv").exists()
+    assert sweep(config, tmp_path / "stopped", specs, lanes=lanes) == whole
+    for number in range(3):
+        assert len(read_lines(results.trial_dir(tmp_path / "stopped", number))) == 6
 
 
 def read_lines(workdir):

@@ -89,6 +89,13 @@ def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path, monkeypatch
         sweep(ehr_config, results.trial_dir(tmp_path / "sweep", 0), RATES, num_trials=1)
 
 
+def test_the_shards_are_no_folder_of_a_sweep(ehr_config, shards):
+    before = sorted(shards.rglob("*"))
+    with pytest.raises(UserError, match="holds the shards"):
+        sweep(ehr_config, shards, RATES, num_trials=1)
+    assert sorted(shards.rglob("*")) == before
+
+
 def test_a_trial_that_cannot_run_is_refused_before_any_is_trained(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"trial \d \(method uni_crx\): config\.method is 'uni_crx'.*Did you mean"):
         sweep(tiny_config, tmp_path, ["method:choice(medfuse,uni_crx)"], num_trials=2)

@@ -6,7 +6,14 @@ import functools
 import jax
 import numpy as np
 import pytest
-from sweep_cases import PRETRAIN, RATES, assert_as_alone, read_lines, stop_at_save, sweep, train_alone
+from sweep_cases import (
+    PRETRAIN,
+    RATES,
+    assert_as_alone,
+    assert_goes_on_as_whole,
+    sweep,
+    train_alone,
+)
 
 from medfuse_jax import checkpoints, experiment, optim, parallel, starts, step
 from medfuse_jax import workdir as workdir_lib
@@ -153,15 +160,5 @@ def test_a_trial_that_the_shared_encoders_do_not_fit_is_refused_before_any_is_tr
 
 @pytest.mark.slow
 def test_a_stopped_sweep_of_heads_goes_on_to_the_same_table(frozen_config, tmp_path, monkeypatch):
-    """Stopped between two trials' saves in the second epoch: one trial is then an epoch ahead."""
-    frozen_config.num_epochs = 3
     specs = [*RATES, "dropout:uniform(0,0.5)", "seed:int(0,50)"]
-    whole = sweep(frozen_config, tmp_path / "whole", specs, lanes=2)
-    with monkeypatch.context() as patched:
-        stop_at_save(patched, 5, keep.FileKeeper)
-        with pytest.raises(KeyboardInterrupt):
-            sweep(frozen_config, tmp_path / "stopped", specs, lanes=2)
-    assert not (tmp_path / "stopped" / "sweep.csv").exists()
-    assert sweep(frozen_config, tmp_path / "stopped", specs, lanes=2) == whole
-    for number in range(3):
-        assert len(read_lines(results.trial_dir(tmp_path / "stopped", number))) == 6
+    assert_goes_on_as_whole(frozen_config, tmp_path, monkeypatch, specs, lanes=2, keeper_kind=keep.FileKeeper)

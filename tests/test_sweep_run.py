@@ -6,7 +6,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-from sweep_cases import RATES, assert_as_alone, best_state, difference, read_lines, stop_at_save, sweep
+from sweep_cases import (
+    RATES,
+    assert_as_alone,
+    assert_goes_on_as_whole,
+    best_state,
+    difference,
+    sweep,
+)
 
 from medfuse_jax import experiment, optim
 from medfuse_jax.errors import UserError
@@ -39,17 +46,7 @@ def test_a_trial_is_the_run_alone_with_its_config(tiny_config, tmp_path, monkeyp
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_table(ehr_config, tmp_path, monkeypatch):
-    """Stopped between two trials' saves in the second epoch: one trial is then an epoch ahead."""
-    ehr_config.num_epochs = 3
-    whole = sweep(ehr_config, tmp_path / "whole", RATES, lanes=1)
-    with monkeypatch.context() as patched:
-        stop_at_save(patched, 5)
-        with pytest.raises(KeyboardInterrupt):
-            sweep(ehr_config, tmp_path / "stopped", RATES, lanes=1)
-    assert not (tmp_path / "stopped" / "sweep.csv").exists()
-    assert sweep(ehr_config, tmp_path / "stopped", RATES, lanes=1) == whole
-    for number in range(3):
-        assert len(read_lines(results.trial_dir(tmp_path / "stopped", number))) == 6
+    assert_goes_on_as_whole(ehr_config, tmp_path, monkeypatch, RATES, lanes=1)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def test_a_claimed_workdir_is_opened_again_as_the_same_run(run, tmp_path):
     assert workdir.open_run(tmp_path / "run").dataset.digest == run.dataset.digest
 
 
-@pytest.mark.parametrize("inside", ["", "pheno", "pheno/run"])
+@pytest.mark.parametrize("inside", ["", "pheno", "pheno/run", "radiology"])
 def test_the_shards_are_no_workdir(run, shards, inside):
     before = sorted(shards.rglob("*"))
     with pytest.raises(UserError, match="holds the shards"):

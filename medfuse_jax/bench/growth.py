@@ -15,9 +15,10 @@ from absl import flags
 
 from medfuse_jax import errors, files
 from medfuse_jax.bench import page, parts_case, table
+from medfuse_jax.bench.cases import Case
 from medfuse_jax.errors import UserError
 
-_STAYS = 42_628  # phenotyping's train split (Hayat et al. 2022, Table 1)
+_STAYS = Case.num_stays  # phenotyping's train split
 _BEGIN, _END = "<!-- made by python -m medfuse_jax.bench.growth -->", "<!-- end -->"
 _PARTS = {
     "augment": "augmentation",

@@ -53,6 +53,7 @@ def run(request: Request, process: pods.Process, started_s: float) -> None:
     experiment.use_compilation_cache()
     tried = _search(request, process.is_first)
     _name_data(config, process.is_first)
+    workdir_lib.check_apart(workdir, config.data.dir)
     costs = spent.Costs()
     costs.count_compilation()
     base = experiment.open_experiment(config, parallel.devices()[:1])

@@ -1,4 +1,4 @@
-"""sweep.html: what was tried against what it reached, the choice marked, and every trial's curve. Never imports jax."""
+"""sweep.html: what was tried against what it reached, the choice marked, and every trial's curve."""
 
 import math
 from html import escape

@@ -1,6 +1,6 @@
 """What a sweep leaves behind: a record a trial, the table, the choice, and the best config as a file that runs.
 
-Selection is by validation alone; the test split is scored once, for the chosen trial. Never imports jax.
+Selection is by validation alone; the test split is scored once, for the chosen trial.
 """
 
 import csv
