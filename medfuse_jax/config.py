@@ -300,15 +300,19 @@ def load(path: Path) -> ConfigDict:
 
 
 def difference(a: ConfigDict, b: ConfigDict) -> str:
-    """'field: value in a, value in b' for the first field in which two configs differ, '' where none does.
+    """'field is value in a there and value in b here' for the first field in which two configs differ, '' for none.
 
-    Fields that change no number of a run are no difference.
+    Task and method come before all others, most of which follow from them. Fields that change no number of a run are
+    no difference.
     """
     flat_a, flat_b = (flat(c) for c in (a, b))
-    for field in sorted((flat_a.keys() | flat_b.keys()) - _WITHOUT_EFFECT):
-        if flat_a.get(field) != flat_b.get(field):
-            return f"config.{field} is {flat_a.get(field)} there and {flat_b.get(field)} here"
-    return ""
+    fields = (flat_a.keys() | flat_b.keys()) - _WITHOUT_EFFECT
+    differing = sorted(f for f in fields if flat_a.get(f) != flat_b.get(f))
+    if not differing:
+        return ""
+    first = next((f for f in ("task", "method") if f in differing), differing[0])
+    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return f"config.{first} is {flat_a.get(first)} there and {flat_b.get(first)} here{more}"
 
 
 def flat(config: ConfigDict) -> dict:

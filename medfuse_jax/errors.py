@@ -111,10 +111,27 @@ def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
             missing = re.search(r"--(\w+)", str(error))[1]
             example = "=configs/pheno.py" if missing == "config" else "=..."
             _end(f"error: --{missing}{example} is missing; --help lists the flags")
-        _end(f"error: {error}")
+        _end(f"error: {_of_flag(str(error))}")
     if len(left) > 1 and not pass_on_unknown:
         _end(f"error: unknown argument {left[1]!r}: every option starts with --; see --help")
     return left
+
+
+_WRONG_TYPE = {  # what Python, absl and ml_collections say of a value of another type, and what it should have been
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "on-boolean argument to boolean flag": "true or false",
+    "as a ConfigDict": "given by its fields, such as --config.data.dir=DIR",
+}
+
+
+def _of_flag(said: str) -> str:
+    """What a parser of flags said, in the words of the command line where the type is what is wrong."""
+    flag = re.match(r"flag (--[\w.]+=.*?): ", said)
+    for words, needed in _WRONG_TYPE.items():
+        if flag and words in said:
+            return f"{flag[1]} must be {needed}"
+    return said
 
 
 def _config_problem(argv: list[str]) -> str:

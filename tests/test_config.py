@@ -41,8 +41,11 @@ def test_a_saved_config_is_read_back_the_same(path, tmp_path):
     config_lib.save(config, tmp_path / "config.json")
     loaded = config_lib.load(tmp_path / "config.json")
     assert config_lib.difference(config, loaded) == ""
-    loaded.learning_rate *= 2
-    assert config_lib.difference(config, loaded).startswith("config.learning_rate is")
+    loaded.learning_rate = 0.5
+    there = f"config.learning_rate is {config.learning_rate} there and 0.5 here"
+    assert config_lib.difference(config, loaded) == there
+    loaded.method, loaded.batch_size = "joint", 99
+    assert config_lib.difference(config, loaded) == f"config.method is {config.method} there and joint here, and 2 more"
 
 
 def test_what_changes_no_number_makes_no_other_run():
@@ -193,7 +196,10 @@ def test_a_field_too_many_is_refused_with_the_nearest_name():
     [
         ("--config=configs/phenotype.py", "pheno.py"),
         ("--config.learning_rat=1", "learning_rate"),
-        ("--config.learning_rate=fast", "learning_rate"),
+        ("--config.learning_rate=fast", "--config.learning_rate=fast must be a number"),
+        ("--config.num_epochs=1.5", "--config.num_epochs=1.5 must be a whole number"),
+        ("--config.model.freeze_encoders=no", "--config.model.freeze_encoders=no must be true or false"),
+        ("--config.data=shards", "--config.data=shards must be given by its fields"),
         ("--config.method=medfuze", "medfuse"),
         ("--workdirr=x", "workdir"),
         ("leftover", "leftover"),
