@@ -270,7 +270,8 @@ def _selected_by(config, imported: dict, best_epoch: int) -> str:
         return f"imported from {imported['file']}"
     if not best_epoch:
         return "not selected: its first epoch is not validated yet"
-    return f"AUROC of the {config.data.val_stays} validation stays"
+    which = "all" if config.data.val_stays == "partial" else "the paired"
+    return f"AUROC on {which} validation {'films' if tasks.TASKS[config.task].films_only else 'stays'}"
 
 
 def _describe_data(config) -> dict:

@@ -113,7 +113,7 @@ def write_evaluation(
         "seed": 0,
         "num_params": 1_234_567,
         "best_epoch": best_epoch,
-        "selected_by": "AUROC of the partial validation stays",
+        "selected_by": "AUROC on all validation stays",
         "data": {"dir": "made_up_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
         "labels": list(tasks.TASKS[task].labels),
         "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},

@@ -78,7 +78,7 @@ def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
     whole = evaluate.evaluate(tmp_path)
     less = evaluate.evaluate(tmp_path, evaluate.Scored(drop_film=1.0))
     assert whole["best_epoch"] == less["best_epoch"] == 3
-    assert less["selected_by"] == "AUROC of the paired validation stays"
+    assert less["selected_by"] == "AUROC on the paired validation stays"
     counts, counts_less = ({name: part["num_samples"] for name, part in r["subsets"].items()} for r in (whole, less))
     assert set(counts) == {"all", "paired", "unpaired"}
     assert counts_less == {"all": counts["all"], "unpaired": counts["all"], "had_both": counts["paired"]}

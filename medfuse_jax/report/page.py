@@ -106,7 +106,7 @@ def _lead(runs: list[Run]) -> str:
         f"{mean} of {main.name} on {number(scores.get('num_samples'), 0)} "
         f"{tables.subset_title('all', main.task)[4:]}{f' (it cannot score {number(left, 0)} others)' if left else ''} "
         f"is {number(scores.get('auroc_macro'))} "
-        f"(95 % bounds {number(low)} to {number(high)})."
+        f"(95 % confidence interval {number(low)} to {number(high)})."
     )
     for other in main.result.get("comparisons") or []:
         low, high = pair(other.get("auroc_macro_ci"))
@@ -116,7 +116,7 @@ def _lead(runs: list[Run]) -> str:
                 f" Its difference to {against} on the same stays is {number(other.get('auroc_macro'), sign=True)} "
                 f"({number(low, sign=True)} to {number(high, sign=True)})"
             )
-            text += "." if low > 0 or high < 0 else ": bounds that include zero."
+            text += "." if low > 0 or high < 0 else ": an interval that includes zero."
     return f'<p class="lead">{escape(text)}</p>'
 
 

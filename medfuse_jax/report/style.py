@@ -10,8 +10,9 @@ th, td { padding: 0.4rem 0.5rem; text-align: left; }
 th:first-child, td:first-child { padding-left: 0; }
 tbody .group th { font-weight: 600; padding-top: 1.1rem; }
 tbody:first-of-type .group th { padding-top: 0.7rem; }
-tr.main > th, tr.main .strong { font-weight: 650; }
-tbody .named { padding-left: 17px; text-indent: -17px; }
+tr.main > th { font-weight: 650; }
+tbody .named { padding-left: 17px; text-indent: -17px; white-space: normal; min-width: 8.5rem; }
+.ci { color: var(--muted); display: inline-block; margin-left: 0.4rem; }
 .num { text-align: right; }
 .wrap { white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }
 .bar { padding-top: 0; padding-bottom: 0; width: 148px; }
@@ -32,8 +33,14 @@ details.run[open] > summary::before { content: "−"; }
 details.made { margin-top: 1.25rem; font-size: 0.875rem; }
 details.made > summary { color: var(--muted); }
 pre { background: var(--wash); padding: 0.9rem; overflow-x: auto; font-size: 0.8125rem; line-height: 1.45; margin: 0; }
+/* On a phone a value stands above its interval, and what the numbers also say is left out. */
 @media (max-width: 40rem) {
-  tbody th[scope="row"] { max-width: 42vw; white-space: normal; min-width: 8rem; padding-right: 0.75rem; }
+  table { font-size: 0.8125rem; }
+  th, td { padding: 0.4rem 0.2rem; }
+  thead th { font-size: 0.75rem; }
+  .ci { display: block; font-size: 0.6875rem; }
+  .bar, .wide { display: none; }
+  tbody th[scope="row"] { white-space: normal; min-width: 7rem; hyphens: auto; }
 }
 @media print { details { break-inside: avoid; } }
 """

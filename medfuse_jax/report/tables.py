@@ -19,6 +19,7 @@ _AGE_GROUPS = ((18, 40), (40, 60), (60, 80), (80, np.inf))  # years, low <= age 
 _NUM_BOOTSTRAP = 1000
 _MAX_BESIDE = 5  # other runs' dots in a label's bar
 _CHANCE = 0.5
+_SCORES = ("AUROC", "AUPRC")
 
 
 def results(task: str, runs: list[Run]) -> str:
@@ -32,14 +33,14 @@ def results(task: str, runs: list[Run]) -> str:
     several = any(len(s.get("auroc") or []) > 1 for *_, s in rows)
     mixed = len({run.is_pretraining for run in finished}) > 1
     mean = "Mean " if several else ""
-    head = _th("Method", "text") + _th("Films" if films_only(task) else "Stays") + _score_heads(axis, mean)
+    head = _th("Method", "text") + _th("Films" if workdirs.films_only(task) else "Stays") + _score_heads(axis, mean)
     released_head = _th("Method", "text") + _score_heads(None, mean)
     body, released, last = "", "", None
     for name, run, scores in rows:
         if name != last:
             group = f'<th colspan="{{}}" scope="rowgroup">{subset_title(name, task)}</th>'
-            body += f'<tr class="group">{group.format(7)}</tr>'
-            released += f'<tr class="group">{group.format(5)}</tr>'
+            body += f'<tr class="group">{group.format(5)}</tr>'
+            released += f'<tr class="group">{group.format(3)}</tr>'
             last = name
         opening = f"<tr{' class=main' if mixed and not run.is_pretraining else ''}>{_run_head(run, run.name)}"
         values = [scores.get(key) for key in ("auroc_macro", "auroc_macro_ci", "auprc_macro", "auprc_macro_ci")]
@@ -47,8 +48,9 @@ def results(task: str, runs: list[Run]) -> str:
         body += f"{opening}{count}{_score_cells(*values, axis, run.color)}</tr>"
         values[1::2] = scores.get("auroc_macro_ci_released"), scores.get("auprc_macro_ci_released")
         released += f"{opening}{_score_cells(*values)}</tr>"
-    made = _table(head, body, "Test results with 95 % bounds") + _bounds_note(rows[0][2], several)
-    return made + (_released_details(_table(released_head, released, "Bounds averaged over labels")) if several else "")
+    made = _table(head, body, "Test results with 95 % confidence intervals") + _ci_note([s for *_, s in rows], several)
+    averaged = _table(released_head, released, "Confidence intervals averaged over labels")
+    return made + (_released_details(averaged) if several else "")
 
 
 def differences(runs: list[Run]) -> str:
@@ -58,20 +60,22 @@ def differences(runs: list[Run]) -> str:
         return ""
     ends = [x for _, other in rows for x in (0.0, other.get("auroc_macro"), *pair(other.get("auroc_macro_ci")))]
     axis = _axis(ends, step=0.02)
-    body = ""
-    for run, other in rows:
+    body, last = "", None
+    for run, other in sorted(rows, key=lambda row: SUBSETS.index(row[1]["subset"])):
+        if other["subset"] != last:
+            last = other["subset"]
+            body += f'<tr class="group"><th colspan="4" scope="rowgroup">{subset_title(last, run.task)}</th></tr>'
         against = METHOD_NAMES.get(other.get("against"), str(other.get("against")))
         values = [other.get(key) for key in ("auroc_macro", "auroc_macro_ci", "auprc_macro", "auprc_macro_ci")]
         body += (
             f"<tr>{_run_head(run, f'{run.name} − {against}')}"
-            f"<td>{escape(subset_title(str(other.get('subset')), run.task))}</td>"
             f"{_score_cells(*values, axis, run.color, reference=0.0, sign=True)}</tr>"
         )
-    head = _th("Difference", "text") + _th("Stays", "text") + _score_heads(axis, sign=True)
+    head = _th("Difference", "text") + _score_heads(axis, sign=True)
     return (
         f"<h3>Differences</h3>{_table(head, body, 'Differences between methods')}"
         '<p class="note">Paired: both methods are scored on the same stays of the same resamples. '
-        "Bounds that leave out zero speak for a difference.</p>"
+        "An interval that leaves out zero speaks for a difference.</p>"
     )
 
 
@@ -92,12 +96,12 @@ def labels(run: Run, runs: list[Run]) -> str:
         positive = _at(scores, "num_positive", k)
         prevalence = f"{number(100 * positive / count, 1)} %" if positive is not None and count else "–"
         beside = [(_at(section(other.result["subsets"], "all"), "auroc", k), other.color) for other in others]
-        kind = f'<td class="soft">{escape(kinds.get(name, "–"))}</td>' if kinds else ""
+        kind = f'<td class="soft wide">{escape(kinds.get(name, "–"))}</td>' if kinds else ""
         body += (
             f'<tr><th scope="row" class="wrap">{escape(name)}</th>{kind}<td class="num soft">{prevalence}</td>'
             f"{_score_cells(*values, axis, run.color, beside)}</tr>"
         )
-    head = f"{_th('Label', 'text')}{_th('Type', 'text') if kinds else ''}{_th('Prevalence')}{_score_heads(axis)}"
+    head = f"{_th('Label', 'text')}{_th('Type', 'text wide') if kinds else ''}{_th('Prevalence')}{_score_heads(axis)}"
     key = "".join(f"<span>{dot(other)}{escape(other.name)}</span>" for other in others)
     note = f'<p class="note key">Small dots: {key}</p>' if others else ""
     return f"<h4>Each label{_of_how_many(run)}</h4>{_table(head, body, f'Labels of {run.name}')}{note}"
@@ -115,7 +119,7 @@ def ages(run: Run) -> str:
     axis = _axis([x for _, rows in groups for *_, values in rows for x in (values[0], *values[1])])
     body = ""
     for title, rows in groups:
-        body += f'<tr class="group"><th colspan="7" scope="rowgroup">{title}</th></tr>'
+        body += f'<tr class="group"><th colspan="5" scope="rowgroup">{title}</th></tr>'
         body += "".join(
             f'<tr><th scope="row">{name}</th><td class="num soft">{number(positive, 0)} / {number(count, 0)}</td>'
             f"{_score_cells(*values, axis, run.color)}</tr>"
@@ -138,7 +142,7 @@ def plain(facts: dict) -> str:
 def subset_title(subset: str, task: str) -> str:
     """What a subset of the test split is called in this task."""
     title = _SUBSET_TITLES.get(subset, subset)
-    return title.replace("stays", "films") if films_only(task) else title
+    return title.replace("stays", "films") if workdirs.films_only(task) else title
 
 
 def _of_how_many(run: Run) -> str:
@@ -146,14 +150,9 @@ def _of_how_many(run: Run) -> str:
     if workdirs.scores_all(run.result):
         return ""
     scored = section(run.result["subsets"], "all").get("num_samples") or 0
-    kind = "films" if films_only(run.task) else "stays"
+    kind = "films" if workdirs.films_only(run.task) else "stays"
     of = number(scored + run.result["num_left_out"], 0)
     return f", on the {number(scored, 0)} of {of} test {kind} that it can score"
-
-
-def films_only(task: str) -> bool:
-    """Whether the task's records are films."""
-    return task in tasks.TASKS and tasks.TASKS[task].films_only
 
 
 def dot(run: Run) -> str:
@@ -171,16 +170,20 @@ def _table(head: str, body: str, caption: str) -> str:
 
 def _released_details(table: str) -> str:
     return (
-        '<details class="made"><summary>The same with bounds as the released code computes them</summary>'
-        '<p class="note">The released MedFuse averages the 95 % bounds of the labels. That is wider than the bounds '
-        f"of the mean, and given to compare with published numbers.</p>{table}</details>"
+        '<details class="made"><summary>The same with intervals as the released code computes them</summary>'
+        '<p class="note">The released MedFuse averages the 95 % intervals of the labels. That is wider than the '
+        f"interval of the mean, and given to compare with published numbers.</p>{table}</details>"
     )
 
 
-def _bounds_note(scores: dict, several: bool) -> str:
-    count = f"{scores['num_bootstrap']:,} " if isinstance(scores.get("num_bootstrap"), int) else ""
+def _ci_note(scores: list[dict], several: bool) -> str:
+    count = f"{scores[0]['num_bootstrap']:,} " if isinstance(scores[0].get("num_bootstrap"), int) else ""
     of = ", of the mean over labels" if several else ""
-    return f'<p class="note">Bounds: 2.5th to 97.5th percentile of {count}bootstrap resamples of the test set{of}.</p>'
+    odd = f" {workdirs.OUTSIDE_ITS_CI}" if any(workdirs.outside_its_ci(subset) for subset in scores) else ""
+    return (
+        '<p class="note">95 % CI: confidence interval, the 2.5th to 97.5th percentile of '
+        f"{count}bootstrap resamples of the test set{of}.{odd}</p>"
+    )
 
 
 def _th(text: str, css: str = "num") -> str:
@@ -197,14 +200,16 @@ def _score_heads(axis: tuple[float, float] | None, mean: str = "", sign: bool = 
     if axis:
         low, high = (number(end, 2, sign) for end in axis)
         bar = f'<th class="bar"><div class="axis" aria-hidden="true"><span>{low}</span><span>{high}</span></div></th>'
-    bounds = _th("95 % bounds")
-    return f"{_th(f'{mean}AUROC')}{bounds}{bar}{_th(f'{mean}AUPRC')}{bounds}"
+    auroc, auprc = (
+        f'<th scope="col" class="num">{mean}{name} <span class="ci">95 % CI</span></th>' for name in _SCORES
+    )
+    return f"{auroc}{bar}{auprc}"
 
 
 def _score_cells(
     auroc, auroc_ci, auprc, auprc_ci, axis=None, color: int = 0, beside=(), reference: float = _CHANCE, sign=False
 ) -> str:
-    """AUROC, its bounds, its bar (where there is an axis), AUPRC, its bounds.
+    """AUROC with its confidence interval, its bar (where there is an axis), AUPRC with its interval.
 
     beside: (AUROC, color) of other runs, None where one has none.
     """
@@ -216,8 +221,9 @@ def _score_cells(
     cells = []
     for value, ends in ((auroc, pair(auroc_ci)), (auprc, pair(auprc_ci))):
         low, high = (number(end, 3, sign) for end in ends)
-        text = f"{low}{' to ' if sign else '–'}{high}" if (low, high) != ("–", "–") else "–"
-        cells.append(f'<td class="num strong">{number(value, 3, sign)}</td><td class="num soft">{text}</td>')
+        between = f"{low}{' to ' if sign else '–'}{high}"
+        ci = f' <span class="ci">{between}</span>' if (low, high) != ("–", "–") else ""
+        cells.append(f'<td class="num">{number(value, 3, sign)}{ci}</td>')
     return cells[0] + bar + cells[1]
 
 
@@ -233,7 +239,7 @@ def _at(scores: dict, field: str, k: int):
 
 
 def _age_groups(run: Run, include_N: np.ndarray) -> list[tuple[str, int, int, list]]:
-    """(group, deaths, stays, [AUROC, bounds, AUPRC, bounds]) of every age group that holds an included stay."""
+    """(group, deaths, stays, [AUROC, its CI, AUPRC, its CI]) of every age group that holds an included stay."""
     rng = np.random.default_rng(0)
     groups = []
     for low, high in _AGE_GROUPS:

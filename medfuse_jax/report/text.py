@@ -1,7 +1,17 @@
 """Results as a table for the terminal. Needs neither jax nor matplotlib."""
 
+import textwrap
+
 from medfuse_jax.report import workdirs
-from medfuse_jax.report.workdirs import METHOD_NAMES, SUBSETS, TASK_NAMES, number, pair, section
+from medfuse_jax.report.workdirs import METHOD_NAMES, OUTSIDE_ITS_CI, SUBSETS, TASK_NAMES, number, pair, section
+
+_WIDTH = 100
+_SUBSET_WORDS = {
+    "paired": "with film",
+    "unpaired": "no film",
+    "film_only": "film only",
+    "had_both": "had both",
+}
 
 
 def table(results: list[dict]) -> str:
@@ -11,7 +21,8 @@ def table(results: list[dict]) -> str:
         group = [result for result in results if str(result.get("task")) == task]
         synthetic = any(section(result, "data").get("synthetic") for result in group)
         title = f"{TASK_NAMES.get(task, task)}, {group[0].get('split', 'test')} split"
-        rows = [("method", "stays", "", "AUROC [95 % bounds]", "AUPRC [95 % bounds]")]
+        kind = "films" if workdirs.films_only(task) else "stays"
+        rows = [("method", kind, "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
         for subset in SUBSETS:
             for result in group:
                 rows += _result_rows(result, subset)
@@ -24,7 +35,9 @@ def table(results: list[dict]) -> str:
             for a, b, c, d, e in rows
         ]
         notice = ["synthetic patients: says nothing about real ones"] if synthetic else []
-        blocks.append("\n".join([title, *notice, *lines]))
+        shown = [scores for result in group for scores in workdirs.subsets(result).values()]
+        odd = textwrap.wrap(OUTSIDE_ITS_CI, _WIDTH) if any(map(workdirs.outside_its_ci, shown)) else []
+        blocks.append("\n".join([title, *notice, *lines, *odd]))
     return "\n\n".join(blocks)
 
 
@@ -34,7 +47,7 @@ def _result_rows(result: dict, subset: str) -> list[tuple[str, ...]]:
         return []
     method = _short(METHOD_NAMES.get(result.get("method"), str(result.get("method"))))
     values = (_bracketed(scores, name) for name in ("auroc_macro", "auprc_macro"))
-    return [(method, subset, str(scores.get("num_samples", "")), *values)]
+    return [(method, _SUBSET_WORDS.get(subset, subset), str(scores.get("num_samples", "")), *values)]
 
 
 def _difference_rows(result: dict) -> list[tuple[str, ...]]:
@@ -43,7 +56,8 @@ def _difference_rows(result: dict) -> list[tuple[str, ...]]:
     for scores in workdirs.comparisons(result):
         against = METHOD_NAMES.get(scores.get("against"), str(scores.get("against")))
         values = (_bracketed(scores, name, sign=True) for name in ("auroc_macro", "auprc_macro"))
-        rows.append((_short(f"{method} − {against}"), str(scores.get("subset")), "", *values))
+        subset = scores["subset"]
+        rows.append((_short(f"{method} − {against}"), _SUBSET_WORDS.get(subset, subset), "", *values))
     return rows
 
 

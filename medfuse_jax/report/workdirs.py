@@ -43,6 +43,10 @@ TASK_NAMES = {
     "length_of_stay": "Length of stay",
 }
 SUBSETS = ("all", "paired", "unpaired", "film_only", "had_both")
+OUTSIDE_ITS_CI = (
+    "A value outside its own interval: with few positives, resamples that repeat them score higher, so that interval "
+    "is not to be relied on."
+)
 _ATTENTION = ("time_weights", "length", "modality_weights", "modalities")
 _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
@@ -152,14 +156,26 @@ def subsets(result: dict) -> dict[str, dict]:
     return found
 
 
+def outside_its_ci(scores: dict) -> bool:
+    """Whether a mean lies outside its own percentile interval, as an AUPRC of few positives may."""
+    means = ((scores.get(f"{name}_macro"), *pair(scores.get(f"{name}_macro_ci"))) for name in ("auroc", "auprc"))
+    return any(None not in values and not values[1] <= values[0] <= values[2] for values in means)
+
+
 def comparisons(result: dict) -> list[dict]:
-    """The differences to other runs; that on 'all' only where both score all."""
+    """The differences to other runs on a known subset; that on 'all' only where both score all."""
     number_of_all = section(result["subsets"], "all").get("num_samples")
+    known = [other for other in result.get("comparisons") or [] if other.get("subset") in SUBSETS]
     return [
         other
-        for other in result.get("comparisons") or []
-        if other.get("subset") != "all" or (scores_all(result) and other.get("num_samples") == number_of_all)
+        for other in known
+        if other["subset"] != "all" or (scores_all(result) and other.get("num_samples") == number_of_all)
     ]
+
+
+def films_only(task: str) -> bool:
+    """Whether the task's records are films."""
+    return task in tasks.TASKS and tasks.TASKS[task].films_only
 
 
 def series(lines: dict[int, dict], field: str) -> dict[int, float]:
@@ -175,9 +191,9 @@ def number(value, digits: int = 3, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")
 
 
-def pair(bounds) -> tuple:
-    """(low, high), or two None where there are no bounds."""
-    return tuple(bounds) if isinstance(bounds, list | tuple | np.ndarray) and len(bounds) == 2 else (None, None)
+def pair(ends) -> tuple:
+    """(low, high) of an interval, or two None where there is none."""
+    return tuple(ends) if isinstance(ends, list | tuple | np.ndarray) and len(ends) == 2 else (None, None)
 
 
 def section(content: dict, name: str) -> dict:

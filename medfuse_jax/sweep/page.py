@@ -67,7 +67,7 @@ def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
             scored = f"this trial and, chosen of fewer before, trial {before}" if before else "this trial only"
             text += (
                 f" Its AUROC on the test stays, scored for {scored}, is {number(scores.get('auroc_macro'))} "
-                f"(95 % bounds {number(low)} to {number(high)})."
+                f"(95 % confidence interval {number(low)} to {number(high)})."
             )
     else:
         text += "None has a validation AUROC."
