@@ -9,7 +9,7 @@ import itertools
 import json
 from pathlib import Path
 
-from data_prep import privacy, published
+from data_prep import events, privacy, published
 from data_prep.describe import VERSION as FACTS_VERSION
 from data_prep.privacy import apart, cells, part, share
 from data_prep.vocabulary import OTHER
@@ -285,10 +285,12 @@ def _event_rows(event_rows: dict) -> dict:
     result = {}
     for variable in tasks.VARIABLES:
         fates = {reason: by_variable.get(variable.name, 0) for reason, by_variable in sorted(event_rows.items())}
-        clipped = fates.pop("clipped (and kept)", 0)
-        kept = fates.get("kept", 0)
-        shown = cells({reason: n for reason, n in fates.items() if n or reason == "kept"})
-        result[variable.name] = shown | {"of the kept, clipped": part(clipped, kept, isinstance(shown["kept"], int))}
+        clipped = fates.pop(events.CLIPPED, 0)
+        kept = fates.get(events.KEPT, 0)
+        shown = cells({reason: n for reason, n in fates.items() if n or reason == events.KEPT})
+        result[variable.name] = shown | {
+            "of the kept, clipped": part(clipped, kept, isinstance(shown[events.KEPT], int))
+        }
     return result
 
 

@@ -13,6 +13,13 @@ NAMES = {
     "length_of_stay": "Length of stay",
 }
 
+_ROUTES = {  # docs/phenotypes.md has more
+    "gem": "ICD-10-CM to ICD-9-CM by the General Equivalence Mappings, then CCS",
+    "gem, last row": "as gem, but of several equivalents the last listed one alone",
+    "HCUP CCS": "HCUP's own CCS for ICD-10-CM",
+    "table": "the file given as --phenotypes",
+}
+
 
 def page(audit: dict) -> str:
     """The whole document, of what audit.gather gives."""
@@ -258,7 +265,8 @@ def _codes(content: dict) -> str:
     codes = content["diagnosis_codes"]
     found = ", ".join(f"{number(n)} {version}" for version, n in codes["distinct_codes"].items())
     text = (
-        f"Route {escape(codes['route'])}; {found} codes; {number(codes['stays_without_a_code'])} stays without a code; "
+        f"From code to label by the route {_route(codes['route'])}. {found} codes; "
+        f"{number(codes['stays_without_a_code'])} stays without a code; "
         f"{number(codes['rows_without_a_valid_code'])} rows whose code cannot be one."
     )
     few = number(codes["unmapped_of_few_stays"])
@@ -280,10 +288,14 @@ def _codes(content: dict) -> str:
             inner += "<p></p>" + table(["code", "version", "stays", "CCS here", f"CCS by {escape(name)}"], many)
         inner += f'<p class="note">Differing codes of fewer than 10 stays: {number(other["codes_of_few_stays"])}.</p>'
         parts.append(
-            f"<details><summary>Against the route {escape(name)}: {equal} stays have all labels equal</summary>"
+            f"<details><summary>Against the route {_route(name)}: {equal} stays have all labels equal</summary>"
             f"{inner}</details>"
         )
     return "".join(parts)
+
+
+def _route(name: str) -> str:
+    return f"{escape(name)} ({_ROUTES[name]})" if name in _ROUTES else escape(name)
 
 
 def _ids(categories: list[int]) -> str:

@@ -22,6 +22,7 @@ from data_prep.profiles import Rules
 from medfuse_jax import tasks
 
 VERSION = 4  # raise it when the same input gives other events
+KEPT, CLIPPED = "kept", "clipped (and kept)"  # fates of a row; all others are reasons why it is left out
 STAYS_PER_BUCKET = 1024
 ROWS_AT_ONCE = 200_000
 ROWS_PER_WRITE = 1_000_000
@@ -141,9 +142,9 @@ def _events(
     located = _locate(batch, item_variable, lookup)
     _count(located.filter(pl.col("fate").is_not_null()), counts)
     cleaned = cleaning.clean(located.filter(pl.col("fate").is_null()), rules)
-    _count(cleaned.with_columns(pl.col("fate").fill_null("kept")), counts)
+    _count(cleaned.with_columns(pl.col("fate").fill_null(KEPT)), counts)
     kept = cleaned.filter(pl.col("fate").is_null())
-    _count(kept.filter("clipped").with_columns(fate=pl.lit("clipped (and kept)")), counts)
+    _count(kept.filter("clipped").with_columns(fate=pl.lit(CLIPPED)), counts)
     columns = ["stay", "time_s", "variable", pl.col("value").cast(pl.Float32), pl.col("itemid").alias("item")]
     if rules.stored_in_time:
         columns.append("stored_s")

@@ -1,6 +1,7 @@
 """The stages of a build, from raw tables to shards; build.py is the command and decides what is left to do."""
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 
@@ -197,8 +198,18 @@ def _read_cohort(source: Source, val_ids, test_ids) -> Cohort:
     stays, flow = cohort.read_stays(source.mimic_iv)
     split_of = cohort.assign_splits(stays["subject_id"], val_ids, test_ids, source.options["seed"])
     label_NK, icd_counts = icd.labels(source.mimic_iv, stays, source.phenotypes)
-    progress.say("cohort: " + ", ".join(f"{step['filter']}: {step['stays']:,} left" for step in flow))
+    _say_flow(flow)
     return Cohort(stays, flow, split_of, label_NK, icd_counts, unreadable)
+
+
+def _say_flow(flow: list[dict]) -> None:
+    removed = [
+        f"{step['filter']} {before['stays'] - step['stays']:,}"
+        for before, step in itertools.pairwise(flow)
+        if step["stays"] < before["stays"]
+    ]
+    by = f" (removed by filter: {', '.join(removed)})" if removed else ""
+    progress.say(f"cohort: {flow[-1]['stays']:,} of {flow[0]['stays']:,} ICU stays{by}")
 
 
 def _events_stage(hidden: Path, source: Source, fingerprint: dict, people: Cohort) -> Path:
@@ -211,9 +222,15 @@ def _events_stage(hidden: Path, source: Source, fingerprint: dict, people: Cohor
     folder = stages.run(
         hidden, "events", key, lambda folder: events.extract(source.mimic_iv, people.stays, source.rules, folder)
     )
-    counts = {reason: sum(by_variable.values()) for reason, by_variable in events.read_counts(folder).items()}
-    progress.say("events: " + ", ".join(f"{rows:,} {reason}" for reason, rows in sorted(counts.items())))
+    _say_events(events.read_counts(folder))
     return folder
+
+
+def _say_events(counts: dict[str, dict[str, int]]) -> None:
+    rows = {reason: sum(by_variable.values()) for reason, by_variable in counts.items()}
+    kept, clipped = rows.pop(events.KEPT, 0), rows.pop(events.CLIPPED, 0)
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rows.items()))
+    progress.say(f"events: {kept:,} rows kept ({clipped:,} clipped); left out: {left_out or 'none'}")
 
 
 def _arrays_stage(hidden: Path, source: Source, people: Cohort, task: Task, events_dir: Path) -> discretize.Arrays:

@@ -506,7 +506,8 @@ def test_without_films_nothing_is_paired_and_radiology_is_left_out(tree, tmp_pat
     build.build(tree[0], None, tmp_path, tasks=["mortality", "radiology"])
     assert not (tmp_path / "radiology").exists()
     assert not any(r["has_cxr"] for rows in _all(tmp_path, "mortality").values() for r in rows)
-    assert "radiology is left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "radiology is left out" in said and "cohort: 12 of 12 ICU stays\n" in said
 
 
 def test_films_are_not_replaced_by_a_build_without(tree, lists, built, tmp_path):
