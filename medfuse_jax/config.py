@@ -201,7 +201,7 @@ def _check_of_method(config: ConfigDict, methods: dict) -> None:
     if config.model.freeze_encoders and not hasattr(method, "frozen_encoders"):
         raise UserError(
             f"config.model.freeze_encoders is true, and the method {config.method!r} has no fusion that could be "
-            "trained alone: leave it out, or take early, joint, medfuse or unified"
+            "trained alone: set it to false, or take early, joint, medfuse or unified"
         )
     if loading.load(config.model.modalities) and not hasattr(method, "modalities"):
         with_them = [name for name, (module, _) in methods.items() if hasattr(module, "modalities")]

@@ -75,9 +75,11 @@ def task_dir(data_dir: str | Path, task: str) -> Path:
     if not Path(data_dir).is_dir():
         raise UserError(f"no data folder {data_dir}: build one with `python -m data_prep.build --out={data_dir} ...`")
     present = sorted(p.name for p in Path(data_dir).iterdir() if p.is_dir() and p.name in tasks.TASKS)
+    how = f"build it with `python -m data_prep.build --tasks={task} ...`"
+    if tasks.TASKS[task].films_only:
+        how += " and --mimic_cxr=DIR; without films only --config.method=uni_ehr can be trained"
     raise UserError(
-        f"{data_dir} holds no dataset for the task {task!r} (it holds: {', '.join(present) or 'none'}); "
-        f"build it with `python -m data_prep.build --tasks={task} ...`"
+        f"{data_dir} holds no dataset for the task {task!r} (it holds: {', '.join(present) or 'none'}); {how}"
     )
 
 
