@@ -23,10 +23,15 @@ def devices(num_devices: int | None = None) -> list[jax.Device]:
     return jax.local_devices()[:num_devices]
 
 
+def _axis(on: list[jax.Device]) -> str | None:
+    """The devices' axis; None of one device alone, whose sums are whole: XLA would copy all gradients to say so."""
+    return _AXIS if len(on) > 1 else None
+
+
 def compile_train(options: step_lib.StepOptions, mode: str, on: list[jax.Device]) -> Callable:
     """(state, batch, key) -> (state, metrics). The old state's memory is reused: do not read it again."""
     if mode == "pmap":
-        step = functools.partial(step_lib.train_step, options, axis=_AXIS)
+        step = functools.partial(step_lib.train_step, options, axis=_axis(on))
         return jax.pmap(step, _AXIS, in_axes=(None, 0, None), out_axes=None, devices=on, donate_argnums=0)
     step = functools.partial(step_lib.train_step, options)
     return jax.jit(lambda state, batch, key: step(state, merge(batch), key), donate_argnums=0)
@@ -39,13 +44,16 @@ def compile_resident(options: step_lib.StepOptions, mode: str, on: list[jax.Devi
     one loop (whose bounds are no constants: one program serves any part of an epoch), or, where not in_loop, on the
     one batch there is. num_steps: the length all series are padded to, a constant. The old state's memory is reused.
     """
-    axis = _AXIS if mode == "pmap" else None
+    is_pmap = mode == "pmap"
+    axis = _axis(on) if is_pmap else None
 
     def run(state, held, rows, key, start, stop, num_steps):
         def step(s, carry):
             state, loss_S = carry
             # Of all devices in turn under jit, of this one under pmap: there the leading axis is gone.
-            of_step = {name: x[s] for name, x in rows.items()} if axis else merge({n: x[:, s] for n, x in rows.items()})
+            of_step = (
+                {name: x[s] for name, x in rows.items()} if is_pmap else merge({n: x[:, s] for n, x in rows.items()})
+            )
             batch = resident.gather(held, of_step, num_steps)
             state, metrics = step_lib.train_step(options, state, batch, key, axis)
             return state, loss_S.at[s].set(metrics["loss"])
@@ -53,7 +61,7 @@ def compile_resident(options: step_lib.StepOptions, mode: str, on: list[jax.Devi
         none_S = jnp.zeros(rows["valid"].shape[-2], jnp.float32)
         return jax.lax.fori_loop(start, stop, step, (state, none_S)) if in_loop else step(0, (state, none_S))
 
-    if mode == "pmap":
+    if is_pmap:
         in_axes = (None, None, 0, None, None, None)
         return jax.pmap(
             run, _AXIS, in_axes=in_axes, out_axes=None, devices=on, static_broadcasted_argnums=6, donate_argnums=0

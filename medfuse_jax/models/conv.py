@@ -1,8 +1,8 @@
-"""The convolution of the film encoder, which under vmap over kernels stays one convolution a kernel.
+"""The convolution of the film encoder: on a CPU in the ways that XLA runs fast there, and apart under a vmap.
 
 Shapes: P films, H W pixels, C channels.
 
-vmap would make it one convolution in groups (and its gradients grouped in the batch), for which the
+vmap over kernels would make it one convolution in groups (and its gradients grouped in the batch), for which the
 libraries have no fast code: on CPU 3.5 times slower than one after another (docs/notes.md). So the trials
 of a sweep share the rest of their step, and each has its own convolutions.
 """
@@ -12,8 +12,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# On a CPU the gradient of a kernel takes up to three times as long for many large films at once as for one after
-# another (docs/notes.md): it is a convolution whose window is all of them.
+# Where a film has few pixels but many channels, a product of explicit columns is faster than a convolution, for whose
+# gradients XLA transposes the whole kernel.
+_FEW_PIXELS = 7 * 7
+# YNNPACK, to which XLA gives convolutions on a CPU, runs those of so few outputs on one core.
+_ONE_CORE_OUTPUTS = 64
+# The gradient of a kernel takes up to three times as long for many large films at once as for one after another: it is
+# a convolution whose window is all of them.
 _PIXELS_A_PART = 56 * 56
 _MOST_PARTS = 16  # each is compiled
 
@@ -23,13 +28,7 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv(x_PHWC: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     """A square convolution, kernel [k, k, in, out], padded alike on every side. Reverse-mode gradients only."""
-    return _apart(functools.partial(_conv, stride, padding))(x_PHWC, kernel)
-
-
-def _conv(stride: int, padding: int, x_PHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x_PHWC, kernel, (stride, stride), ((padding, padding), (padding, padding)), dimension_numbers=_DIMENSIONS
-    )
+    return _by_platform(_on_cpu, _plain, stride, padding)(x_PHWC, kernel)
 
 
 def _forward(x_PHWC, kernel, stride, padding):
@@ -37,27 +36,74 @@ def _forward(x_PHWC, kernel, stride, padding):
 
 
 def _backward(stride, padding, saved, d_output_PHWC):
-    whole = functools.partial(_gradients, stride, padding)
-    by_parts = functools.partial(_gradients_by_parts, stride, padding)
-    gradients = functools.partial(jax.lax.platform_dependent, cpu=by_parts, default=whole)
-    return _apart(gradients)(*saved, d_output_PHWC)
+    return _by_platform(_gradients_on_cpu, _gradients, stride, padding)(*saved, d_output_PHWC)
 
 
-def _gradients(stride, padding, x_PHWC, kernel, d_output_PHWC):
-    return jax.vjp(functools.partial(_conv, stride, padding), x_PHWC, kernel)[1](d_output_PHWC)
+def _by_platform(on_cpu, elsewhere, stride, padding):
+    ways = {"cpu": functools.partial(on_cpu, stride, padding), "default": functools.partial(elsewhere, stride, padding)}
+    return _apart(functools.partial(jax.lax.platform_dependent, **ways))
 
 
-def _gradients_by_parts(stride, padding, x_PHWC, kernel, d_output_PHWC):
-    """The same, the kernel's gradient as the sum of those of few films each."""
-    _, d_x = jax.vjp(lambda x_PHWC: _conv(stride, padding, x_PHWC, kernel), x_PHWC)
+def _plain(stride: int, padding: int, x_PHWC: jax.Array, kernel: jax.Array, more: int = 0) -> jax.Array:
+    """The convolution as XLA has it. more: columns of padding that the right side has more than the others."""
+    pads = ((padding, padding), (padding, padding + more))
+    return jax.lax.conv_general_dilated(x_PHWC, kernel, (stride, stride), pads, dimension_numbers=_DIMENSIONS)
+
+
+def _gradients(stride, padding, x_PHWC, kernel, d_output_PHWC, fn=_plain):
+    return jax.vjp(functools.partial(fn, stride, padding), x_PHWC, kernel)[1](d_output_PHWC)
+
+
+def _on_cpu(stride, padding, x_PHWC, kernel):
+    if _num_pixels(stride, padding, x_PHWC, kernel) <= _FEW_PIXELS:
+        return _product(stride, padding, x_PHWC, kernel)
+    if stride == 1 and kernel.shape[-1] <= _ONE_CORE_OUTPUTS:
+        return _uneven(padding, x_PHWC, kernel)
+    return _plain(stride, padding, x_PHWC, kernel)
+
+
+def _gradients_on_cpu(stride, padding, x_PHWC, kernel, d_output_PHWC):
+    if _num_pixels(stride, padding, x_PHWC, kernel) <= _FEW_PIXELS:
+        return _gradients(stride, padding, x_PHWC, kernel, d_output_PHWC, fn=_product)
+    if stride == 1 and kernel.shape[-2] <= _ONE_CORE_OUTPUTS:
+        d_x_PHWC = _uneven(kernel.shape[0] - 1 - padding, d_output_PHWC, kernel[::-1, ::-1].swapaxes(2, 3))
+    else:
+        d_x_PHWC = jax.vjp(lambda x_PHWC: _plain(stride, padding, x_PHWC, kernel), x_PHWC)[1](d_output_PHWC)[0]
+    return d_x_PHWC, _kernel_gradient_by_parts(stride, padding, x_PHWC, kernel, d_output_PHWC)
+
+
+def _num_pixels(stride, padding, x_PHWC, kernel) -> int:
+    """Of one film's output."""
+    height, width = ((size + 2 * padding - kernel.shape[0]) // stride + 1 for size in x_PHWC.shape[1:3])
+    return height * width
+
+
+def _product(stride: int, padding: int, x_PHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution as one matrix product: the pixels below each of the kernel's, side by side."""
+    size_px, _, _, num_out = kernel.shape
+    padded_PHWC = jnp.pad(x_PHWC, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    height, width = (size - size_px + 1 for size in padded_PHWC.shape[1:3])
+    below = [
+        padded_PHWC[:, i : i + height : stride, j : j + width : stride] for i in range(size_px) for j in range(size_px)
+    ]
+    return jnp.concatenate(below, axis=-1) @ kernel.reshape(-1, num_out)
+
+
+def _uneven(padding: int, x_PHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution of stride 1 with a column more, cut off again: YNNPACK leaves that to Eigen and all its cores."""
+    return _plain(1, padding, x_PHWC, kernel, more=1)[:, :, :-1]
+
+
+def _kernel_gradient_by_parts(stride, padding, x_PHWC, kernel, d_output_PHWC):
+    """The kernel's gradient as the sum of those of few films each."""
     num_films, height, width, _ = d_output_PHWC.shape
     films_a_part = max(1, _PIXELS_A_PART // (height * width), -(-num_films // _MOST_PARTS))
     d_kernel = 0
     for first in range(0, num_films, films_a_part):
         part = slice(first, first + films_a_part)
-        _, d_k = jax.vjp(functools.partial(_conv, stride, padding, x_PHWC[part]), kernel)
+        _, d_k = jax.vjp(functools.partial(_plain, stride, padding, x_PHWC[part]), kernel)
         d_kernel += d_k(d_output_PHWC[part])[0]
-    return d_x(d_output_PHWC)[0], d_kernel
+    return d_kernel
 
 
 def _apart(fn):
