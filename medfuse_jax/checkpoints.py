@@ -12,9 +12,13 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from medfuse_jax import errors, optim
 from medfuse_jax.errors import UserError
+
+# A kill during a save leaves a folder that the next save of the same step replaces: nothing for a user to do.
+logging.get_absl_logger().addFilter(lambda said: "Attempted to create temporary directory" not in said.getMessage())
 
 IMPORT_NOTE = "import.json"  # beside weights that were imported, not trained here
 
@@ -93,6 +97,11 @@ def any_saved(workdir: Path) -> bool:
 def _open_trained(workdir: Path) -> Iterator[ocp.CheckpointManager]:
     """A run's checkpoints, of which there is at least one; else UserError, and nothing is made."""
     folder = workdir / "checkpoints"
+    if not folder.is_dir() and (workdir / "state.npz").exists():
+        raise UserError(
+            f"{workdir} is a trial kept in state.npz: to write its checkpoint, give the sweep's command again with "
+            f"--export={int(workdir.name) if workdir.name.isdecimal() else 'TRIAL'}"
+        )
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: {workdir} holds no trained model; run medfuse_jax.main first")
     with contextlib.closing(open_manager(workdir)) as manager:

@@ -62,6 +62,8 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
             f"--runs names {num_members} runs; --rule=weighted tries every weighting in steps of 1/{_WEIGHT_STEPS}, so "
             f"give it at most {_MAX_WEIGHTED}"
         )
+    if twice := [run for run in runs if runs.count(run) > 1]:
+        raise UserError(f"--runs names {twice[0]} twice: give each member once")
     content = {"name": "ensemble", "method": METHODS[rule], "rule": rule, "runs": runs}
     _check_free(workdir, content)
     tests = [_scored(run, "test") for run in runs]
@@ -191,7 +193,7 @@ def _check_fit(members: list[Member]) -> None:
         for field in ("task", "labels"):
             if member.result[field] != first.result[field]:
                 raise UserError(
-                    f"{member.name} and {first.name} cannot be combined: their {field} differ "
+                    f"{member.name} and {first.name} cannot be combined: they differ in {field} "
                     f"({_short(member.result[field])} and {_short(first.result[field])})"
                 )
     if tasks.TASKS[first.result["task"]].films_only:
@@ -304,6 +306,7 @@ def main(argv: list[str]) -> None:
     experiment.use_compilation_cache()
     result = ensemble(flags.FLAGS.runs, Path(flags.FLAGS.workdir), flags.FLAGS.rule)
     print(text.table([result]))
+    print(f"\nwritten: {evaluate.Scored().result_path(Path(flags.FLAGS.workdir))}")
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
     except (flags.Error, TypeError, ValueError) as error:
         if "must have a value other than None" in str(error):
             missing = re.search(r"--(\w+)", str(error))[1]
-            example = "=configs/pheno.py" if missing == "config" else "=..."
-            _end(f"error: --{missing}{example} is missing; --help lists the flags")
+            example = ", such as --config=configs/pheno.py" if missing == "config" else ""
+            _end(f"error: the flag --{missing} is missing{example}; --help lists the flags")
         _end(f"error: {_of_flag(str(error))}")
     if len(left) > 1 and not pass_on_unknown:
         _end(f"error: unknown argument {left[1]!r}: every option starts with --; see --help")

@@ -173,6 +173,11 @@ def _described(run: experiment_lib.Experiment, what: Scored) -> dict:
         "name": config.name,
         "task": config.task,
         "method": config.method,
+        **(
+            {"modalities": [name.strip() for name in config.model.modalities.split(",")]}
+            if config.model.modalities
+            else {}
+        ),
         **({"head": what.head} if what.head else {}),
         **({"dropped": what.dropped} if what.dropped else {}),
         "split": what.split,
@@ -187,7 +192,9 @@ def _for_head(run: experiment_lib.Experiment, what: Scored) -> tuple[experiment_
     heads = {h.logits.removesuffix("_logits"): h for h in run.options.model.heads if h.label == "label"}
     heads.pop("logits", None)
     if not heads:
-        raise UserError(f"--head={what.head}: the method {run.config.method!r} has one classifier; leave --head out")
+        raise UserError(
+            f"the method {run.config.method!r} has one classifier, and none is called {what.head!r}: leave it out"
+        )
     check_choice("--head", what.head, heads)
     options = dataclasses.replace(run.options, head=heads[what.head].logits)
     dataset = dataclasses.replace(run.dataset, needs=heads[what.head].needs)
@@ -315,6 +322,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
     flags.DEFINE_string("split", "test", "train, val or test.")
     flags.DEFINE_string("head", "", "Another classifier of the model, such as ehr_only; by default the main one.")
-    flags.DEFINE_float("drop_ehr", 0.0, "Part of the stays with EHR and film to score without their EHR.")
-    flags.DEFINE_float("drop_film", 0.0, "Part of the stays with EHR and film to score without their film.")
+    flags.DEFINE_float("drop_ehr", 0.0, "Fraction of the stays with EHR and film to score without their EHR.")
+    flags.DEFINE_float("drop_film", 0.0, "Fraction of the stays with EHR and film to score without their film.")
     errors.run(main)

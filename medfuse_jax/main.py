@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
                 print(f"{stage_folder} is not scored: the test split of {staged.config.task} has no record for it")
         train.train(run, folder, given | stages)
         evaluate.evaluate(folder)
-    print(page.write(folder, folder / "report"))
+    print(page.write([folder], folder / "report"))
 
 
 def name_data(config: ConfigDict) -> None:

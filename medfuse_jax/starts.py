@@ -81,7 +81,7 @@ def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None
     imported = checkpoints.imported(workdir)
     here, there = run.config.method, source.config.method
     part = "model" if name == "model" else f"{name} encoder"
-    what = f"the {part} of {source.config.name} (task {source.config.task}, method {there})"
+    what = f"the {part} of {workdir} (task {source.config.task}, method {there})"
     if name == "model" and methods.METHODS[here] != methods.METHODS[there]:
         raise UserError(
             f"{what} cannot start the method {here}: for its encoders use config.init.ehr and config.init.cxr"

@@ -15,8 +15,13 @@ def locked(workdir: Path) -> contextlib.AbstractContextManager:
     return files.locked(workdir / ".lock", f"--workdir={workdir}", busy)
 
 
-def claim(workdir: Path, run: experiment.Experiment) -> None:
-    """Makes the workdir this run's, or refuses one that is no run's or another's: of another config or other shards."""
+def claim(workdir: Path, run: experiment.Experiment, is_trial: bool = False) -> None:
+    """Makes the workdir this run's, or refuses one that is no run's or another's: of another config or other shards.
+
+    is_trial: whether it is its sweep that claims a trial's folder. Nothing else may: the table says what is in it.
+    """
+    if not is_trial and any((above / "sweep.json").exists() for above in workdir.absolute().parents[:2]):
+        raise UserError(f"{workdir} is in the folder of a sweep: choose another --workdir")
     _check_a_runs(workdir)
     check_apart(workdir, run.config.data.dir)
     # A start that failed before anything was trained claims nothing.
@@ -37,11 +42,22 @@ def check_apart(workdir: Path, data_dir: str) -> None:
         raise UserError(f"{workdir} holds the shards (config.data.dir): choose another --workdir")
 
 
+def is_ensemble(workdir: Path) -> bool:
+    """Whether medfuse_jax.ensemble made the workdir."""
+    try:
+        content = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "rule" in content
+
+
 def _check_a_runs(workdir: Path) -> None:
     """Raises UserError where the workdir holds an ensemble, a sweep or whatever else has no run's config."""
     path, what = workdir / "config.json", ""
     if (workdir / "sweep.json").exists():
         what = "a sweep"
+    elif is_ensemble(workdir):
+        what = "an ensemble"
     elif path.exists():
         try:
             config_lib.load(path)
@@ -52,10 +68,12 @@ def _check_a_runs(workdir: Path) -> None:
 
 
 def open_run(workdir: Path, on: list | None = None) -> experiment.Experiment:
-    """The run that claimed the workdir; UserError where its config or its shards are not what they were.
+    """The run that claimed the workdir; UserError where there is none, or its config or shards are no longer the same.
 
     on: its devices, by default all of this process.
     """
+    if is_ensemble(workdir):
+        raise UserError(f"{workdir} holds an ensemble, which has no weights: give the workdir of one of its runs")
     run = experiment.open_experiment(config_lib.load(workdir / "config.json"), on)
     _check_data(workdir, run)
     return run

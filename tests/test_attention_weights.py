@@ -37,8 +37,8 @@ def test_a_runs_predictions_hold_its_weights_and_its_page_shows_them(attention_c
     np.testing.assert_allclose(found["modality_weights"].sum(1), 1, atol=1e-5)
     np.testing.assert_array_equal(found["modality_weights"][:, 2] > 0, index["has_cxr"])
     assert np.ptp(found["modality_weights"][:, 1]) > 1e-4  # they differ from stay to stay
-    page.write(tmp_path, tmp_path / "report")
-    assert "What was weighed" in (tmp_path / "report" / "index.html").read_text()
+    page.write([tmp_path], tmp_path / "report")
+    assert "Attention weights" in (tmp_path / "report" / "index.html").read_text()
 
 
 def _moved(state):

@@ -105,10 +105,10 @@ def test_equal_members_get_equal_weights(tmp_path, data):
 
 def test_the_report_shows_it_as_a_run(runs, tmp_path):
     result = ensemble.ensemble(runs[0], tmp_path / "late")
-    (run,) = workdirs.find_runs(tmp_path / "late")
+    (run,) = workdirs.find_runs([tmp_path / "late"])
     assert run.name == "Late average" and run.task == "mortality" and not run.problems
     assert "Late average" in text.table([result]) and "Late average − EHR only (LSTM)" in text.table([result])
-    page.write(tmp_path / "late", tmp_path / "report")
+    page.write([tmp_path / "late"], tmp_path / "report")
     assert "Late average" in (tmp_path / "report" / "index.html").read_text()
 
 
@@ -143,7 +143,7 @@ def _left_in(folder, content):
     ("change", "arguments", "said"),
     [
         (_other_labels, {}, "has other labels for stay"),
-        (_other_task, {}, "their task differ (pheno and mortality)"),
+        (_other_task, {}, "they differ in task (pheno and mortality)"),
         (lambda d: (d / "cxr" / "predictions_test.npz").write_bytes(b"PK"), {}, "cannot be read"),
         (lambda d: None, {"rule": "averge"}, "Did you mean 'average'?"),
         (lambda d: _left_in(d / "out", "{}"), {}, "holds another run"),
@@ -161,6 +161,11 @@ def test_what_cannot_be_combined_is_said_in_one_line(runs, tmp_path, change, arg
     with pytest.raises(UserError) as caught:
         ensemble.ensemble(runs[0], tmp_path / "out", **arguments)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_is_no_ensemble_with_itself(runs, tmp_path):
+    with pytest.raises(UserError, match=r"names .*/ehr twice: give each member once"):
+        ensemble.ensemble([runs[0][0], runs[0][0]], tmp_path / "out")
 
 
 def test_predictions_that_are_not_there_are_made(tiny_config, tmp_path):

@@ -35,12 +35,12 @@ def mortality(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pheno_page(pheno, tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("out")
-    page.write(pheno, out)
+    page.write([pheno], out)
     return (out / "index.html").read_text()
 
 
 def make(runs: Path, out: Path) -> str:
-    page.write(runs, out)
+    page.write([runs], out)
     return (out / "index.html").read_text()
 
 
@@ -180,7 +180,7 @@ def test_a_run_of_one_epoch_and_damaged_files_is_shown(tmp_path):
     example_runs.write_config(tmp_path / "run", "pheno", "medfuse")
     example_runs.write_training(tmp_path / "run", 1)
     (tmp_path / "run" / "result.json").write_text('{"subsets": ')
-    printed = page.write(tmp_path / "run", tmp_path / "out")
+    printed = page.write([tmp_path / "run"], tmp_path / "out")
     assert "warning: " in printed and "result.json cannot be read" in printed
     shown = " ".join(Page((tmp_path / "out" / "index.html").read_text()).text)
     assert "Not everything could be read" in shown and "1 epoch of at most 20 trained" in shown
@@ -237,7 +237,7 @@ def test_a_run_that_cannot_score_all_stands_beside_others_on_the_same_stays_alon
     assert f"Each label, on the {num_paired} of 120 test stays that it can score" in words
     labels = [value for name, value in shown.attributes if name == "aria-label"]
     assert "ROC curves, mean over labels, of MedFuse, EHR only (LSTM)" in labels
-    alone = page.write(tmp_path / "runs" / "uni_cxr", tmp_path / "out")
+    alone = page.write([tmp_path / "runs" / "uni_cxr"], tmp_path / "out")
     assert not re.search(r"Film only \(ResNet\) +all", alone) and re.search(r"Film only \(ResNet\) +with film", alone)
     shown = " ".join(Page((tmp_path / "out" / "index.html").read_text()).text)
     assert f"on {num_paired} test stays (it cannot score {120 - num_paired} others) is" in shown
@@ -257,6 +257,15 @@ def test_the_text_table_fits_and_holds_the_results(pheno, mortality):
     assert values in line and line.split()[3:5] == ["all", "120"]
     # aligned: what is below 'AUROC' starts where it does
     assert line.index(values) == lines[2].index("AUROC")
+
+
+def test_runs_of_one_method_are_told_apart_in_the_text_table(mortality, tmp_path):
+    for name in ("one", "a_folder_with_a_name_that_is_far_too_long_for_the_column"):
+        shutil.copytree(mortality / "pretrain_ehr", tmp_path / "runs" / name)
+    lines = page.write([tmp_path / "runs"], tmp_path / "out").splitlines()
+    assert max(map(len, lines[:-1])) <= 100 and any(line.startswith("EHR only (LSTM) (one)  ") for line in lines)
+    at = lines.index("EHR only (LSTM) (a_folder_with_a_name_that_is_far_too_long_for_the_column)")
+    assert lines[at + 1].split()[0] == "all"
 
 
 def test_the_text_table_takes_a_result_before_it_is_json():
@@ -284,13 +293,13 @@ def test_a_value_outside_its_own_interval_is_explained(pheno, tmp_path):
 
 def test_errors_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="no run in"):
-        page.write(tmp_path, tmp_path / "out")
+        page.write([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     example_runs.write_config(tmp_path / "run", "pheno", "medfuse")
     example_runs.write_training(tmp_path / "run", 1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out=.*file cannot be written \(File exists\)"):
-        page.write(tmp_path / "run", tmp_path / "file")
+        page.write([tmp_path / "run"], tmp_path / "file")
 
 
 def test_the_command_runs_without_jax(mortality, tmp_path):

@@ -28,9 +28,9 @@ def test_shares_are_weights_in_units_of_the_even_one_from_either_end():
 
 
 def test_the_page_shows_hours_modalities_and_stays_without_naming_them(run_dir, tmp_path):
-    page.write(run_dir, tmp_path)
+    page.write([run_dir], tmp_path)
     text = (tmp_path / "index.html").read_text()
-    start = text.index("What was weighed")
+    start = text.index("Attention weights")
     part = text[start : text.index("What made it", start)]
     for wanted in ("hours since the stay began", "hours before its end", "time series", "film", "static facts"):
         assert wanted in part

@@ -26,6 +26,7 @@ def test_the_sweep_chooses_by_validation_and_tests_once(ehr_config, tmp_path):
     assert [path.parent for path in (tmp_path / "trials").glob("*/result*.json")] == [chosen]
     assert [path.parent for path in (tmp_path / "trials").glob("*/predictions*.npz")] == [chosen]
     config = runpy.run_path(str(tmp_path / "best_config.py"))["get_config"]()
+    assert Path(config.data.dir).is_absolute()
     config_lib.validate(config)
     assert config_lib.difference(config, config_lib.load(chosen / "config.json")) == ""
     page = (tmp_path / "sweep.html").read_text()
@@ -45,7 +46,7 @@ def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
     other, again = sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1)
     assert (other["trial"], other["chosen"]) == ("1", "yes") and (again["trial"], again["lr"]) == ("0", first["lr"])
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == trained
-    assert "scored for this trial and, chosen of fewer before, trial 0, is" in (tmp_path / "sweep.html").read_text()
+    assert "scored for this trial and before or since for trial 0, is" in (tmp_path / "sweep.html").read_text()
     with pytest.raises(UserError, match=r"holds another sweep \(--trials is 2 there and 1 here\)"):
         sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
 
@@ -77,7 +78,7 @@ def test_rounds_of_optuna_are_trials_like_any(ehr_config, tmp_path):
 def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path, monkeypatch):
     ehr_config.num_epochs = 1
     sweep(ehr_config, tmp_path / "sweep", RATES, num_trials=1, lanes=1)
-    with pytest.raises(UserError, match=r"holds another sweep \(trial 0 is .* there and"):
+    with pytest.raises(UserError, match=r"holds another sweep \(by --search or --seed, trial 0 is .* there and"):
         sweep(ehr_config, tmp_path / "sweep", ["lr:loguniform(1e-3,1e-1)"], num_trials=1)
     with monkeypatch.context() as rebuilt, pytest.raises(UserError, match="is no longer the build that the sweep in"):
         rebuilt.setattr(records, "digest", lambda *args: "of other shards")
@@ -113,7 +114,7 @@ def _stages_and_trials(config, workdir, specs, monkeypatch, **more) -> tuple[dic
     monkeypatch.setattr(command.train, "pretrain", stages.update)
     monkeypatch.setattr(run_lib, "train_group", note)
     monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: [True])
-    monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (workdir / "sweep.csv").touch())
+    monkeypatch.setattr(command, "_conclude", lambda sweep, trials, wanted: (workdir / "sweep.csv").touch())
     sweep(config, workdir, specs, num_trials=2, **more)
     return stages, started
 
@@ -165,7 +166,7 @@ def test_groups_of_one_are_dealt_to_all_processes(ehr_config, tmp_path, monkeypa
     trained = []
     monkeypatch.setattr(run_lib, "train_group", lambda sweep, trials, costs: trained.extend(t.number for t in trials))
     monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: [True])
-    monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (tmp_path / "sweep.csv").touch())
+    monkeypatch.setattr(command, "_conclude", lambda sweep, trials, wanted: (tmp_path / "sweep.csv").touch())
     shares = []
     for process in range(4):
         sweep(ehr_config, tmp_path, ["ehr_only_ratio:uniform(0,1)"], 8, process=pods.Process(process, 4))
@@ -185,7 +186,7 @@ def test_what_is_said_of_the_costs_is_of_this_start(ehr_config, tmp_path, capsys
     def pretrain(stages):
         ahead_s[0] += 1000.0
 
-    monkeypatch.setattr(command, "_conclude", lambda sweep, trials: (tmp_path / "sweep.csv").touch())
+    monkeypatch.setattr(command, "_conclude", lambda sweep, trials, wanted: (tmp_path / "sweep.csv").touch())
     monkeypatch.setattr(command.train, "pretrain", pretrain)
     ehr_config.num_epochs = 1
     for trained in (2, 0):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sweep_cases import RATES, stop_at_save, sweep
 
-from medfuse_jax import step
+from medfuse_jax import evaluate, step
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import keep, results
 
@@ -28,6 +28,25 @@ def test_a_sweep_begun_as_one_process_goes_on_as_several(ehr_config, tmp_path, m
     assert len(saved) == 4, "no epoch of the two trials is trained twice"
     chosen = results.trial_dir(tmp_path / "stopped", int(whole[0]["trial"]))
     assert json.loads((chosen / "result.json").read_text())["best_epoch"] == int(whole[0]["best_epoch"])
+
+
+def test_any_trial_kept_in_a_file_can_be_exported_and_scored(ehr_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(keep, "new_keeper", keep.FileKeeper)
+    ehr_config.num_epochs = 1
+    rows = sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1)
+    other = results.trial_dir(tmp_path, int(rows[1]["trial"]))
+    with pytest.raises(UserError, match=rf"kept in state\.npz: .* with --export={int(other.name)}$"):
+        evaluate.evaluate(other)
+    with pytest.raises(UserError, match="--export=2: the trials are 0 to 1"):
+        sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1, export=[2])
+    capsys.readouterr()
+    sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1, export=[int(other.name)])
+    assert "AUROC [95 % CI]" in capsys.readouterr().out  # the chosen trial's test result
+    chosen = json.loads((results.trial_dir(tmp_path, int(rows[0]["trial"])) / "result.json").read_text())
+    assert evaluate.evaluate(other)["loss"] != chosen["loss"]
+    assert evaluate.evaluate(other, evaluate.Scored("val"))["subsets"]["all"]["auroc_macro"] == pytest.approx(
+        float(rows[1]["val_auroc"]), abs=1e-6
+    )
 
 
 def test_the_test_score_is_of_the_file_and_not_of_checkpoints_before_it(ehr_config, tmp_path, monkeypatch):

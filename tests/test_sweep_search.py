@@ -71,8 +71,8 @@ def test_no_two_trials_are_the_same():
         ("lr:uniform(1)", "two bounds, low and high, not 1"),
         ("lr:uniform(nan,1)", "'nan' is not a value"),
         ("lr:uniform(__import__('os').getpid(),1)", "is not a value"),
-        ("seed:uniform(0,1)", "uniform does not draw such a value"),
-        ("lr:int(1,3)", "int does not draw such a value"),
+        ("seed:uniform(0,1)", "holds values such as 0, which uniform does not draw: use int"),
+        ("lr:int(1,3)", "holds values such as 0.0001, which int does not draw: use uniform"),
         ("method:choice()", "lists no value"),
         ("seed:choice(1.5)", "'1.5' is not a value"),
         ("film.flip:choice(yes)", "must be one of true, false"),
@@ -119,6 +119,11 @@ def test_a_config_lists_its_own_trials(tmp_path):
     assert search.listed(_config_file(tmp_path, "")) is None
 
 
+def test_a_listed_value_of_the_wrong_type_is_said_in_one_line():
+    with pytest.raises(UserError, match=r"config\.learning_rate is 'x'; give a value like 0\.0001"):
+        search.Trial(0, {"learning_rate": "x"}).config(config_lib.default())
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     body = "import numpy as np\ndef sweep(add):\n    add(lr=np.float64(1e-4), seed=np.arange(4)[3])"
     (trial,) = search.collect(search.listed(_config_file(tmp_path, body)), config_lib.default(), None)
@@ -135,6 +140,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         ("sweep = 3", "must take one argument"),
         ("def sweep(add):\n    add(1e-3)", "calls add(0.001): name the parameter, as add(lr=1e-4)"),
         ("def sweep(add):\n    add(lr=1e-3, learning_rate=1e-4)", "gives one trial learning_rate twice"),
+        ("def sweep(add):\n    add(lr=1e-3)\n    add(lr=1e-3)", "adds trial 0 again (lr 0.001)"),
         ("def sweep(add):\n    add(encoders='random')", "the config's sweep(add): encoders is not tried"),
         (
             "def sweep(add):\n    for lr in 1e-4:\n        add(lr=lr)",

@@ -151,7 +151,7 @@ def test_a_start_of_another_method_or_task_is_refused(tiny_config, tmp_path):
     ("changes", "said"),
     [
         ({"task": "mortality"}, r"config\.task=mortality: the checkpoint has 25 labels .*, not 1$"),
-        ({"method": "joint"}, r"config\.method=joint, .*lacks fused_cls.*; it has all that medfuse need"),
+        ({"method": "joint"}, r"config\.method=joint, .*lacks fused_cls.*; it has all weights of medfuse"),
         ({"model.ehr_hidden": 4}, r"has shape \[32, 76\]; \[16, 76\] was expected"),
         ({"data.dir": ""}, r"config\.data\.dir is empty: give the shards"),
     ],

@@ -177,10 +177,10 @@ _STEM = "cxr_model.vision_backbone.bn1"
         ),
         (_with("projection.weight", np.zeros((32, 8))), r"projection\.weight has shape \[32, 8\]; \[8, 32\]"),
         (_with("projection.weight", np.zeros((8, 32), np.int64)), r"projection\.weight holds int64 numbers; floating"),
-        (_with("projection.weight", np.full((8, 32), 1e300)), r"projection\.weight holds 256 values that are not fin"),
-        (_with(f"{_STEM}.running_var", -np.ones(4)), r"bn1\.running_var holds 4 values below 0; variances"),
+        (_with("projection.weight", np.full((8, 32), 1e300)), r"projection\.weight holds 256 value\(s\) that are not fin"),
+        (_with(f"{_STEM}.running_var", -np.ones(4)), r"bn1\.running_var holds 4 value\(s\) below 0; variances"),
         (lambda _: {"conv1.weight": np.zeros(3)}, r"lacks .* which medfuse needs; it is a bare ResNet"),
-        (_with("projection.weight", _NAN), r"projection\.weight holds 256 values that are not finite"),
+        (_with("projection.weight", _NAN), r"projection\.weight holds 256 value\(s\) that are not finite"),
         (_with("lstm_fused_cls.0.weight", np.zeros((25, 8))), r"the checkpoint has 25 labels \(lstm_fused_cls.*not 3"),
         (lambda _: {}, r"lacks .* and \d+ more, which medfuse needs"),
     ],
@@ -193,7 +193,7 @@ def test_a_wrong_checkpoint_is_named_in_one_line(change, message):
 
 def test_a_checkpoint_of_another_method_says_which():
     with pytest.raises(
-        UserError, match=r"lacks .*fused_cls.* which joint needs; it has all that uni_cxr, medfuse need$"
+        UserError, match=r"lacks .*fused_cls.* which joint needs; it has all weights of uni_cxr, medfuse$"
     ):
         _load_tiny(_tiny_state_dict("medfuse") | _tiny_state_dict("uni_cxr"), "joint")
     with pytest.raises(UserError, match=r"method is 'medfusion'.*Did you mean 'medfuse'"):

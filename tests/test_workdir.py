@@ -54,7 +54,7 @@ def test_another_config_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.json", {"name": "ensemble", "rule": "average", "runs": ["a", "b"]}, "holds no run of this version"),
+        ("config.json", {"name": "ensemble", "rule": "average", "runs": ["a", "b"]}, "holds an ensemble"),
         ("sweep.json", {}, "holds a sweep"),
         ("result.json", {}, r"config\.json is missing"),
     ],
@@ -64,6 +64,21 @@ def test_what_is_no_run_is_left_as_it_is(run, tmp_path, name, content, said):
     with pytest.raises(UserError, match=said):
         workdir.claim(tmp_path, run)
     assert json.loads((tmp_path / name).read_text()) == content and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("inside", ["trials/003", "pretrain_ehr", "new"])
+def test_the_folders_of_a_sweep_are_its_own(run, tmp_path, inside):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match="is in the folder of a sweep: choose another --workdir"):
+        workdir.claim(tmp_path / inside, run)
+    assert len(list(tmp_path.iterdir())) == 1
+    workdir.claim(tmp_path / "trials" / "003", run, is_trial=True)
+
+
+def test_an_ensemble_has_no_weights_to_open(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"rule": "average", "runs": ["a", "b"]}))
+    with pytest.raises(UserError, match="holds an ensemble, which has no weights"):
+        workdir.open_run(tmp_path)
 
 
 def test_a_scored_run_without_its_checkpoints_is_still_another(run, tmp_path):

@@ -79,6 +79,20 @@ def test_a_result_that_nothing_was_chosen_for_has_no_chosen_epoch(tmp_path):
     assert run.chosen_epoch is None
 
 
+def test_runs_of_several_folders_have_names_of_their_own(tmp_path):
+    for name in ("a/one", "b/two", "c/three"):
+        example_runs.write_config(tmp_path / name, "pheno", "medfuse")
+        example_runs.write_training(tmp_path / name, 1)
+    runs = workdirs.find_runs([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
+    assert [run.name for run in runs] == ["MedFuse (a/one)", "MedFuse (b/two)"]
+
+
+def test_further_modalities_are_part_of_a_methods_name():
+    assert (
+        workdirs.title({"method": "medfuse", "modalities": ["static", "mine/notes.py"]}) == "MedFuse + static + notes"
+    )
+
+
 def test_nan_in_a_log_is_no_point(tmp_path):
     lines = [{"phase": "val", "epoch": e, "step": e, "val_auroc": v} for e, v in enumerate((0.5, float("nan"), None))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -97,7 +111,7 @@ def test_runs_are_found_at_any_depth_prepared_first_and_named_apart(tmp_path):
     for name in ("b", "a/deep", "a/deep/pretrain_ehr", "b/checkpoints/old", "b/report"):
         unfinished(tmp_path / name, 1)
     (tmp_path / "empty").mkdir()
-    runs = workdirs.find_runs(tmp_path)
+    runs = workdirs.find_runs([tmp_path])
     assert [run.folder.relative_to(tmp_path).as_posix() for run in runs] == ["a/deep/pretrain_ehr", "a/deep", "b"]
     assert [run.name for run in runs] == ["MedFuse (a/deep/pretrain_ehr)", "MedFuse (a/deep)", "MedFuse (b)"]
     assert [run.color for run in runs] == [2, 0, 1] and [run.is_pretraining for run in runs] == [True, False, False]
@@ -105,9 +119,9 @@ def test_runs_are_found_at_any_depth_prepared_first_and_named_apart(tmp_path):
 
 def test_a_folder_without_runs_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"no run in .*result\.json or a metrics\.jsonl"):
-        workdirs.find_runs(tmp_path)
+        workdirs.find_runs([tmp_path])
     with pytest.raises(UserError, match="is not a folder"):
-        workdirs.find_runs(tmp_path / "missing")
+        workdirs.find_runs([tmp_path / "missing"])
 
 
 @pytest.mark.parametrize(("manifest", "expected"), [({"synthetic": True}, True), ({"source": "MIMIC-IV 2.2"}, False)])

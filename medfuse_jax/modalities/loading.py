@@ -116,7 +116,7 @@ def digest(of_shards: str, extra: dict[str, dict[str, np.ndarray]]) -> str:
 def _load(name: str) -> Modality:
     module = _OURS.get(name) if not name.endswith(".py") else _from_file(Path(name))
     if module is None:
-        check_choice("config.model.modalities (or FILE.py)", name, _OURS)
+        check_choice("config.model.modalities", name, [*_OURS, "a file of your own (FILE.py)"])
     for wanted in ("table", "Encoder"):
         if not hasattr(module, wanted):
             raise UserError(f"config.model.modalities: {name} has no {wanted}; see docs/encoders.md")

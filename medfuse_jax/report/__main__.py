@@ -1,4 +1,4 @@
-"""Tables and charts of finished and unfinished runs: `python -m medfuse_jax.report --runs=DIR --out=DIR`.
+"""Tables and charts of finished and unfinished runs: `python -m medfuse_jax.report --runs=DIR,DIR --out=DIR`.
 
 Reads workdirs (workdirs.py), writes one self-contained index.html (page.py), and prints the table (text.py).
 Nothing here imports jax: reports are made where no accelerator is.
@@ -15,6 +15,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("runs", None, "A workdir, or a folder that holds workdirs.", required=True)
+    flags.DEFINE_list("runs", None, "Workdirs, or folders that hold workdirs, commas between.", required=True)
     flags.DEFINE_string("out", None, "Folder that index.html is written to.", required=True)
     errors.run(main)

@@ -29,7 +29,7 @@ def shown(run: Run) -> str:
         title = f"By modality, {number(int(paired_N.sum()), 0)} test stays with a film"
         charts += _figure(plots.weight_by_modality(found["modality_weights"][paired_N], names, run.color), title)
     return (
-        f'<h4>What was weighed</h4><div class="charts">{charts}</div>'
+        f'<h4>Attention weights</h4><div class="charts">{charts}</div>'
         '<p class="note">Lines and dots: means over the test stays; bands: 10th to 90th percentile. Hours are in units '
         "of the even share, which is 1 over the stay\u2019s length. A weight says how much of an hour or a modality "
         "went into the pooled vector, not that it made the score what it is.</p>"

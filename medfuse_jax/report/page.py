@@ -15,15 +15,19 @@ from medfuse_jax.report.workdirs import METHOD_NAMES, TASK_NAMES, Run, number, p
 _MAX_TOGETHER = 5  # runs in a chart of several
 
 
-def write(runs_dir: str | Path, out_dir: str | Path) -> str:
-    """Writes `<out_dir>/index.html` of the runs at and below `runs_dir`; returns the text table and the page's path."""
-    runs = workdirs.find_runs(Path(runs_dir))
+def write(runs_dirs: list[str | Path], out_dir: str | Path) -> str:
+    """Writes `<out_dir>/index.html` of the runs at and below `runs_dirs`; returns the text table and the page's path.
+
+    UserError where there is no run, or the page cannot be written.
+    """
+    runs = workdirs.find_runs([Path(folder) for folder in runs_dirs])
     path = Path(out_dir) / "index.html"
     content = page(runs)
     with files.must_write(f"--out={out_dir}", ": give another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, content)
-    table = text.table([run.result for run in runs if run.result])
+    scored = [run for run in runs if run.result]
+    table = text.table([run.result for run in scored], [run.name for run in scored])
     problems = "\n".join(f"warning: {problem}" for run in runs for problem in run.problems)
     return "\n\n".join(part for part in (table, problems, f"report: {path}") if part)
 

@@ -107,10 +107,23 @@ class Run:
         return max(aurocs, key=aurocs.get) if aurocs else None
 
 
-def find_runs(root: Path) -> list[Run]:
-    """The runs at and below a folder, pre-training before what starts from it; UserError where there is none."""
+def title(result: dict) -> str:
+    """What a result's method is called, with the modalities beside EHR and film that it had."""
+    method = METHOD_NAMES.get(result.get("method"), str(result.get("method")))
+    return " + ".join([method, *(Path(name).stem for name in result.get("modalities") or [])])
+
+
+def find_runs(roots: list[Path]) -> list[Run]:
+    """The runs at and below some folders, pre-training before what starts from it; UserError where one has none."""
+    folders = list(dict.fromkeys(folder for root in roots for folder in _run_folders(root)))
+    runs = [read_run(path) for path in folders]
+    _name_and_color(runs, Path(os.path.commonpath([root.absolute() for root in roots])))
+    return runs
+
+
+def _run_folders(root: Path) -> list[Path]:
     if not root.is_dir():
-        raise UserError(f"--runs={root} is not a folder: give a workdir, or a folder that holds workdirs")
+        raise UserError(f"--runs={root} is not a folder: give workdirs, or folders that hold workdirs")
     folders = []
     for folder, _, names in os.walk(root):
         path = Path(folder)
@@ -124,9 +137,7 @@ def find_runs(root: Path) -> list[Run]:
         )
     # Below a folder first, else by name: files come in no order of their own.
     folders.sort(key=lambda path: [*path.relative_to(root).parts, "\uffff"])
-    runs = [read_run(path) for path in folders]
-    _name_and_color(runs, root)
-    return runs
+    return folders
 
 
 def read_run(folder: Path) -> Run:
@@ -204,11 +215,12 @@ def section(content: dict, name: str) -> dict:
 
 def _name_and_color(runs: list[Run], root: Path) -> None:
     """Names runs by method, with the folder where that is not enough; the first that is no pre-training is colour 0."""
-    methods = [(run.task, run.method) for run in runs]
     for run in runs:
-        run.name = METHOD_NAMES.get(run.method, run.method)
-        if methods.count((run.task, run.method)) > 1:
-            inside = run.folder.relative_to(root)
+        run.name = title({"method": run.method, **(run.result or {})})
+    names = [(run.task, run.name) for run in runs]
+    for run, name in zip(runs, names):
+        if names.count(name) > 1:
+            inside = run.folder.absolute().relative_to(root)
             run.name += f" ({inside if inside.parts else run.folder.resolve().name})"
     for color, run in enumerate(sorted(runs, key=lambda run: run.is_pretraining)):
         run.color = color

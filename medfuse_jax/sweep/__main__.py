@@ -32,8 +32,17 @@ def main(argv: list[str]) -> None:
         lanes=given.lanes,
         algorithm=given.algorithm,
         per_round=given.round,
+        export=_numbers(given.export),
     )
     pods.run(functools.partial(command.run, request, process, _STARTED_S))
+
+
+def _numbers(texts: list[str]) -> list[int]:
+    """The trials that --export names."""
+    for text in texts:
+        if not text.isdecimal():
+            raise UserError(f"--export={','.join(texts)}: {text!r} is not a trial's number, as in sweep.csv")
+    return [int(text) for text in texts]
 
 
 _STARTED_S = time.perf_counter()
@@ -49,6 +58,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("round", None, "With --algorithm=optuna: trials a round; 5, or as many as devices.")
     flags.DEFINE_integer("seed", 0, "Of the trials drawn; each trial's own seed is config.seed, unless searched.")
     flags.DEFINE_integer("lanes", None, "Trials a device computes in one call; measured where not given.")
+    flags.DEFINE_list("export", [], "Numbers of trials whose checkpoints to write at the end, to evaluate or combine.")
     flags.DEFINE_bool("distributed", False, "Several processes, as jax finds them: Cloud TPU, Slurm, Open MPI.")
     flags.DEFINE_string("coordinator", None, "Several processes, by hand: HOST:PORT of the first.")
     flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, experiment, main, parallel, starts, train
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax.report import text, workdirs
 from medfuse_jax.sweep import adaptive, heads, page, pods, results, search, spent
 from medfuse_jax.sweep import run as run_lib
 
@@ -26,7 +27,8 @@ class Request:
     """What the command is asked for, by its flags.
 
     specs: of --search. num_trials, lanes, per_round: None for what a sweep takes by itself. algorithm: 'random' draws
-    all trials at once, 'optuna' `per_round` at a time, from what those before reached.
+    all trials at once, 'optuna' `per_round` at a time, from what those before reached. export: trials whose
+    checkpoints to write.
     """
 
     config: ConfigDict
@@ -38,6 +40,7 @@ class Request:
     lanes: int | None = None
     algorithm: str = "random"
     per_round: int | None = None
+    export: Sequence[int] = ()
 
 
 def run(request: Request, process: pods.Process, started_s: float) -> None:
@@ -52,6 +55,8 @@ def run(request: Request, process: pods.Process, started_s: float) -> None:
         raise UserError("config.profile_steps is of a run alone, not of trials: leave it out")
     experiment.use_compilation_cache()
     tried = _search(request, process.is_first)
+    if unknown := set(request.export) - {trial.number for trial in tried.drawn}:
+        raise UserError(f"--export={min(unknown)}: the trials are 0 to {len(tried.drawn) - 1}")
     _name_data(config, process.is_first)
     workdir_lib.check_apart(workdir, config.data.dir)
     costs = spent.Costs()
@@ -73,7 +78,7 @@ def run(request: Request, process: pods.Process, started_s: float) -> None:
         trials = _train(sweep, tried.rounds(check), process, costs)
         print(costs.summary())
         if process.is_first:
-            _conclude(sweep, trials)
+            _conclude(sweep, trials, request.export)
 
 
 def _name_data(config: ConfigDict, is_first: bool) -> None:
@@ -142,6 +147,8 @@ def _search(request: Request, draws: bool) -> _Search:
         raise UserError("--round is of --algorithm=optuna; trials drawn at random are one round")
     listed = search.listed(request.config_path)
     specs = request.specs or [search.PAPER_SEARCH]
+    if listed and request.specs and draws:
+        print(f"--search is given: the trials that {request.config_path} lists are not run")
     if listed and not request.specs:
         if request.algorithm != "random":
             raise UserError(
@@ -210,15 +217,20 @@ def _named(trial: search.Trial) -> Iterator[None]:
     """What is wrong with a trial is said with its number and values."""
     try:
         yield
-    except (UserError, TypeError) as error:
+    except UserError as error:
         raise UserError(f"trial {trial.number} ({trial.describe()}): {error}") from None
 
 
-def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
-    """The table, the choice and its test result."""
+def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence[int]) -> None:
+    """The table, the choice and its test result. wanted: further trials whose checkpoints to write."""
     workdir = sweep.workdir
     records = [results.record(workdir, trial) for trial in trials]
     print(results.write_table(workdir, records))
+    for r in records:
+        if r["trial"] in wanted and r["status"] == results.FAILED:
+            print(f"--export={r['trial']}: the trial failed and has no checkpoint")
+        elif r["trial"] in wanted:
+            _export(sweep, results.trial_dir(workdir, r["trial"]))
     chosen = results.choose(records)
     if chosen is None:
         page.write(workdir, sweep.config.to_dict(), records)
@@ -226,10 +238,16 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial]) -> None:
     best_config = results.write_best_config(workdir, chosen)
     folder = results.trial_dir(workdir, chosen["trial"])
     if not (folder / "result.json").exists():
-        chosen_config = config_lib.load(folder / "config.json")
-        if (folder / "state.npz").exists():
-            heads.export(chosen_config, folder, sweep.encoders_of(chosen_config))
+        _export(sweep, folder)
         result = evaluate.evaluate(folder, on=parallel.devices()[:1])  # the test split, once, for the chosen alone
         assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
+    print("\n" + text.table([workdirs.read_run(folder).result]))
     path = page.write(workdir, sweep.config.to_dict(), records)
-    print(f"chosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")
+    print(f"\nchosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")
+
+
+def _export(sweep: run_lib.Sweep, folder: Path) -> None:
+    """Writes the checkpoint of a trial that is kept in a file."""
+    if (folder / "state.npz").exists():
+        config = config_lib.load(folder / "config.json")
+        heads.export(config, folder, sweep.encoders_of(config))

@@ -16,15 +16,21 @@ from medfuse_jax.webpage import CHART_STYLE, INK, MUTED, run_color
 _STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _HEIGHT_PX = 420, 290
 _CHOSEN = run_color(1)
-_NAMES = {"learning_rate": "learning rate", "model.dropout": "dropout", "data.ehr_only_ratio": "part of EHR-only stays"}
+_NAMES = {
+    "learning_rate": "learning rate",
+    "model.dropout": "dropout",
+    "data.ehr_only_ratio": "fraction of EHR-only stays",
+}
 
 
 def write(workdir: Path, config: dict, records: list[dict]) -> Path:
     """Writes sweep.html. config: of the sweep, as config.json holds one; records: how each trial ended."""
     chosen = results.choose(records)
     curves = {r["trial"]: _curve(workdir, r["trial"]) for r in records}
-    method = METHOD_NAMES.get(config["method"], config["method"])
-    title = f"Sweep: {TASK_NAMES.get(config['task'], config['task'])} with {method}"
+    methods = {r["values"].get("method", config["method"]) for r in records}
+    method = next(iter(methods))
+    by = METHOD_NAMES.get(method, method) if len(methods) == 1 else f"{len(methods)} methods"
+    title = f"Sweep: {TASK_NAMES.get(config['task'], config['task'])} with {by}"
     charts = [
         _chart(_scatter(field, records, chosen), f"Best validation AUROC by {_name(field)}") for field in _axes(records)
     ]
@@ -62,9 +68,9 @@ def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
         if test:
             scores = workdirs.section(workdirs.section(test, "subsets"), "all")
             low, high = workdirs.pair(scores.get("auroc_macro_ci"))
-            # Of a sweep that has gone on with more trials since.
-            before = ", ".join(str(r["trial"]) for r in records if r is not chosen and _is_scored(workdir, r["trial"]))
-            scored = f"this trial and, chosen of fewer before, trial {before}" if before else "this trial only"
+            # Chosen before the sweep went on with more trials, or scored by hand.
+            others = ", ".join(str(r["trial"]) for r in records if r is not chosen and _is_scored(workdir, r["trial"]))
+            scored = f"this trial and before or since for trial {others}" if others else "this trial only"
             text += (
                 f" Its AUROC on the test stays, scored for {scored}, is {number(scores.get('auroc_macro'))} "
                 f"(95 % confidence interval {number(low)} to {number(high)})."
@@ -118,14 +124,14 @@ def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
             axes.plot([value], [r["val_auroc"]], "o", color=_CHOSEN if is_chosen else run_color(0), **size)
         axes.margins(x=0.08, y=0.2)
         if chosen in shown:
-            _say_chosen(axes, values[shown.index(chosen)], chosen)
+            at = (axes.convert_xunits(values[shown.index(chosen)]), chosen["val_auroc"])
+            _say_chosen(axes, at, f"trial {chosen['trial']}: {chosen['val_auroc']:.3f}")
         return webpage.svg(axes.figure, f"Best validation AUROC of each trial by {_name(field)}")
 
 
-def _say_chosen(axes: Axes, value, record: dict) -> None:
-    """Beside the point, turned inwards: the text never leaves the chart. Last: the x axis is known then."""
-    text = f"trial {record['trial']}: {record['val_auroc']:.3f}"
-    at = (axes.convert_xunits(value), record["val_auroc"])
+def _say_chosen(axes: Axes, at: tuple[float, float], text: str) -> None:
+    """Beside the point, turned inwards: the text never leaves the chart. Last: the limits are known then."""
+    axes.autoscale_view()  # or they are those of an empty chart
     share = axes.transAxes.inverted().transform(axes.transData.transform(at))[0]
     side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
     place = {"textcoords": "offset points", "color": _CHOSEN, "weight": "bold"}
@@ -148,8 +154,8 @@ def _all_curves(curves: dict[int, dict[int, float]], chosen: dict | None) -> str
         if chosen and chosen["best_epoch"] in curves[of_chosen]:
             point = (chosen["best_epoch"], curves[of_chosen][chosen["best_epoch"]])
             axes.plot(*point, "o", color=_CHOSEN, markersize=7)
-            axes.text(0.98, 0.04, f"trial {of_chosen}, the chosen", transform=axes.transAxes, ha="right", color=_CHOSEN)
-        axes.set_ymargin(0.1)
+            axes.set_ymargin(0.2)
+            _say_chosen(axes, point, f"trial {of_chosen}, the chosen")
         return webpage.svg(axes.figure, "Validation AUROC of every trial by epoch, the chosen trial marked")
 
 

@@ -126,7 +126,7 @@ def _different_search(theirs: dict, ours: dict) -> str:
     if isinstance(there, list) and isinstance(here, list):
         for number, (one, other) in enumerate(zip(there, here)):
             if one != other:
-                return f"trial {number} is {one} there and {other} here"
+                return f"by --search or --seed, trial {number} is {one} there and {other} here"
         if len(there) <= len(here):
             return ""
         there, here = len(there), len(here)
@@ -166,6 +166,7 @@ def in_order(records: list[dict]) -> list[dict]:
 def write_best_config(workdir: Path, chosen: dict) -> Path:
     """Writes the chosen trial's config as a file for `medfuse_jax.main --config=FILE`."""
     config = config_lib.load(trial_dir(workdir, chosen["trial"]) / "config.json")
+    _make_absolute(config)
     changed = config_lib.flat(config)
     for field, value in config_lib.flat(config_lib.default()).items():
         if changed.get(field) == value:
@@ -176,12 +177,24 @@ def write_best_config(workdir: Path, chosen: dict) -> Path:
     write_whole(
         path,
         f'"""Trial {chosen["trial"]} of a sweep ({values}): validation AUROC {chosen["val_auroc"]:.4f}.\n\n'
+        "Run alone it gives the same to rounding, which training may amplify (docs/sweeps.md).\n"
         f'Command: python -m medfuse_jax.main --config={path}\n"""\n\n'
         "from ml_collections import ConfigDict\n\nfrom medfuse_jax import config as config_lib\n\n\n"
         "def get_config() -> ConfigDict:\n    config = config_lib.default()\n"
         f"    config.update_from_flattened_dict(\n        {{\n{lines}        }}\n    )\n    return config\n",
     )
     return path
+
+
+def _make_absolute(config: ConfigDict) -> None:
+    """The config's paths, so that its file runs from any folder."""
+    for section, field in (("data", "dir"), *(("init", name) for name in config.init)):
+        if config[section][field]:
+            config[section][field] = str(Path(config[section][field]).absolute())
+    if config.data.statistics != "train":
+        config.data.statistics = str(Path(config.data.statistics).absolute())
+    names = [name.strip() for name in config.model.modalities.split(",")]
+    config.model.modalities = ",".join(str(Path(n).absolute()) if n.endswith(".py") else n for n in names)
 
 
 def _as_python(value) -> str:

@@ -88,8 +88,14 @@ class Trial:
     values: dict
 
     def config(self, base: ConfigDict) -> ConfigDict:
+        """The sweep's config with the trial's values; UserError for one of the wrong type."""
         config = base.copy_and_resolve_references()
-        config.update_from_flattened_dict(self.values)
+        for field, value in self.values.items():
+            try:
+                config.update_from_flattened_dict({field: value})
+            except TypeError:
+                example = config_lib.flat(base)[field]
+                raise UserError(f"config.{field} is {value!r}; give a value like {example!r}") from None
         return config
 
     def describe(self) -> str:
@@ -127,7 +133,10 @@ def _parse_one(spec: str, config: ConfigDict) -> Parameter:
     low, high = (_read(text, 0 if kind == "int" else 0.0, spec) for text in texts)
     example = config_lib.flat(config)[field]
     if isinstance(example, bool) or not isinstance(example, (int,) if kind == "int" else (float,)):
-        raise UserError(f"--search={spec}: {field} is {example!r}; {kind} does not draw such a value")
+        kinds = "choice" if isinstance(example, bool | str | list) else "int" if isinstance(example, int) else "uniform"
+        raise UserError(
+            f"--search={spec}: {field} holds values such as {example!r}, which {kind} does not draw: use {kinds}"
+        )
     if low >= high:
         raise UserError(f"--search={spec}: the range is upside down or empty ({low} to {high}); give low, then high")
     if kind == "int" and not -_MOST <= low < high <= _MOST:
@@ -208,6 +217,8 @@ def collect(sweep: Callable, config: ConfigDict, num_trials: int | None) -> list
             if field in fields:
                 raise UserError(f"the config's sweep(add) gives one trial {field} twice ({short_name(field)}, {field})")
             fields[field] = value.item() if isinstance(value, np.generic) else value
+        if same := [trial.number for trial in trials if trial.values == fields]:
+            raise UserError(f"the config's sweep(add) adds trial {same[0]} again ({Trial(0, fields).describe()})")
         trials.append(Trial(len(trials), fields))
 
     try:

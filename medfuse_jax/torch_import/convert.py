@@ -133,7 +133,7 @@ def _hint(state_dict, stages) -> str:
     if is_backbone(state_dict):
         return "; it is a bare ResNet, for a film encoder to start from"
     fitting = [m for m in TABLES if all(name in state_dict for row in table(m, stages) for name in row.names)]
-    return f"; it has all that {', '.join(fitting)} need" if fitting else ""
+    return f"; it has all weights of {', '.join(fitting)}" if fitting else ""
 
 
 def _listed(names: list[str]) -> str:
@@ -161,7 +161,7 @@ def _checked(name: str, value: np.ndarray, expected: tuple[int, ...], row: Row) 
     with np.errstate(over="ignore"):
         value = value.astype(np.float32)  # what is too large for it becomes infinite, and is said
     if not np.isfinite(value).all():
-        raise UserError(f"{name} holds {np.sum(~np.isfinite(value))} values that are not finite (NaN or infinite)")
+        raise UserError(f"{name} holds {np.sum(~np.isfinite(value))} value(s) that are not finite (NaN or infinite)")
     if row.path[-1] == "var" and (value < 0).any():
-        raise UserError(f"{name} holds {np.sum(value < 0)} values below 0; variances were expected")
+        raise UserError(f"{name} holds {np.sum(value < 0)} value(s) below 0; variances were expected")
     return value

@@ -152,4 +152,4 @@ def _reason(error: Exception) -> str:
         return f"it holds more than numbers ({found or 'objects'}), which could run code when opened"
     if isinstance(error, pickle.UnpicklingError) or not said:
         return "it is damaged, cut off, or not a file that torch saved"
-    return f"it is damaged or cut off ({said[:100]})"
+    return f"it is damaged or cut off ({said[:100]})" if " " in said else "it is damaged or cut off"  # no bare KeyError
