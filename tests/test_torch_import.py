@@ -177,7 +177,7 @@ _STEM = "cxr_model.vision_backbone.bn1"
         ),
         (_with("projection.weight", np.zeros((32, 8))), r"projection\.weight has shape \[32, 8\]; \[8, 32\]"),
         (_with("projection.weight", np.zeros((8, 32), np.int64)), r"projection\.weight holds int64 numbers; floating"),
-        (_with("projection.weight", np.full((8, 32), 1e300)), r"projection\.weight holds 256 value\(s\) that are not fin"),
+        (_with("projection.weight", np.full((8, 32), 1e300)), r"projection\.weight holds 256 value\(s\) that are not"),
         (_with(f"{_STEM}.running_var", -np.ones(4)), r"bn1\.running_var holds 4 value\(s\) below 0; variances"),
         (lambda _: {"conv1.weight": np.zeros(3)}, r"lacks .* which medfuse needs; it is a bare ResNet"),
         (_with("projection.weight", _NAN), r"projection\.weight holds 256 value\(s\) that are not finite"),
