@@ -114,15 +114,17 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         "phenotype_table_given": manifest["phenotype_table_given"],
         "source": _source(manifest["source"]),
         "rules": manifest["rules"],
-        "splits": _splits(name, index),
         "other_words": _other_words(index),
     }
+    left = []
+    if "cohort" in counts:
+        audit["cohort"] = privacy.flow(counts["cohort"])
+        left = [step["stays"] for step in audit["cohort"]]
+    audit["splits"] = _splits(name, index, left)
     ours = audit["splits"]["ours"]
     audit["labels"] = _labels(name, manifest["labels"], index, counts, ours)
     if "cohort" in counts:
-        audit["cohort"] = privacy.flow(counts["cohort"])
         audit["unreadable_times"] = {column: _shown(n) for column, n in counts["unreadable_times"].items()}
-        left = [step["stays"] for step in audit["cohort"]]
         audit["time_check"] = _time_check(counts["time_check"], ours, left)
         # What these add up to may be known only where it is no step of the flow that had to be hidden.
         hidden = isinstance(audit["time_check"]["records"], str)
@@ -131,6 +133,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["event_rows"] = _event_rows(counts["event_rows"])
         if manifest["rules"]["stored_in_time"]["value"]:
             audit["events_stored_too_late"] = _shown(counts["events_stored_too_late"])
+            audit["events_stored_at_no_known_time"] = _shown(sum(counts["event_rows"].get(events.UNDATED, {}).values()))
         if manifest["rules"]["same_time"]["value"] == "mean":
             audit["events_given_twice"] = _shown(counts["events_given_twice"])
         if "diagnosis_codes" in counts:
@@ -166,16 +169,19 @@ def _source(source: dict) -> dict:
     return versions | {"files": [{"file": f["file"], "size_bytes": f["size_bytes"]} for f in files]}
 
 
-def _splits(name: str, index: dict) -> dict:
-    """Split -> records and paired ones, beside what was published."""
+def _splits(name: str, index: dict, left: list[int | str]) -> dict:
+    """Split -> records and paired ones, beside what was published.
+
+    left: the stays that the filters left, as they are shown; the records must not add up to a few less than those.
+    """
     sizes = {split: len(fields["stay_id"]) for split, fields in index.items()}
-    shown = cells(sizes)
+    shown = cells(sizes, hide_sum=isinstance(apart({"records": sum(sizes.values())}, left)["records"], str))
     paired = {split: int(fields["has_cxr"].sum()) for split, fields in index.items()}
     paired_shown = cells(paired)
     result = {}
     for split, size in sizes.items():
         # Of a split, too: neither the paired nor the others may be few.
-        few = isinstance(part(paired[split], size), str)
+        few = isinstance(part(paired[split], size), str) and not tasks.TASKS[name].films_only
         result[split] = {
             "records": shown[split],
             "paired": part(paired[split], size, isinstance(shown[split], int)) if few else paired_shown[split],
@@ -286,6 +292,7 @@ def _event_rows(event_rows: dict) -> dict:
     for variable in tasks.VARIABLES:
         fates = {reason: by_variable.get(variable.name, 0) for reason, by_variable in sorted(event_rows.items())}
         clipped = fates.pop(events.CLIPPED, 0)
+        fates.pop(events.UNDATED, 0)
         kept = fates.get(events.KEPT, 0)
         shown = cells({reason: n for reason, n in fates.items() if n or reason == events.KEPT})
         result[variable.name] = shown | {

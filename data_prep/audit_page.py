@@ -257,7 +257,8 @@ def _variables(content: dict) -> str:
     if "events_given_twice" in content:
         note += f" Events given twice, which count once: {number(content['events_given_twice'])}."
     if "events_stored_too_late" in content:
-        note += f" Events left out because they were stored too late: {number(content['events_stored_too_late'])}."
+        note += f" Events left out because they were stored too late: {number(content['events_stored_too_late'])};"
+        note += f" kept though nothing says when they were: {number(content['events_stored_at_no_known_time'])}."
     return f'<div class="charts">{figures}</div><h3>Variables</h3>{table(head, rows)}<p class="note">{note}</p>'
 
 

@@ -85,12 +85,18 @@ def build(
         phenotypes,
         workers or len(os.sched_getaffinity(0)),
     )
+    _check_storetime(source)
+    if profile == "released" and timestep_h != 1:
+        progress.say(
+            f"warning: --profile=released with {timestep_h:g} h steps: the released code's arrays have --timestep_h=1"
+        )
     if rules.phenotypes == "table" and phenotypes is None and "pheno" in names:
         progress.say(
             f"warning: --profile={profile} without --phenotypes=FILE (icd_9_10_definitions_2.yaml of the released "
             "extraction): its phenotype labels are not the released ones"
         )
     out = Path(out)
+    _check_apart(out, [Path(folder) for folder in (mimic_iv, mimic_cxr) if folder])
     with stages.private(out) as hidden:
         fingerprint = source.fingerprint(hidden / "tables.json")
         _say_versions(fingerprint, mimic_iv, mimic_cxr)
@@ -112,6 +118,21 @@ def build(
         if todo:
             pipeline.make(out, hidden, source, fingerprint, films, val_ids, test_ids, todo)
         audit.write(out)
+
+
+def _check_storetime(source: Source) -> None:
+    """Raises UserError where the rules ask when an event was stored, and a table does not say."""
+    for name in ("chartevents", "labevents"):
+        table = source.mimic_iv[name]
+        if source.rules.stored_in_time and "storetime" not in table.columns:
+            raise UserError(f"{table.path} has no column 'storetime', which --profile=strict needs: download it again")
+
+
+def _check_apart(out: Path, sources: list[Path]) -> None:
+    """Raises UserError where the output would be written into what was downloaded."""
+    for source in sources:
+        if source.resolve() in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"--out={out} is in {source}, which holds what was downloaded: give a folder elsewhere")
 
 
 def _say_versions(fingerprint: dict, mimic_iv, mimic_cxr) -> None:

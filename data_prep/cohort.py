@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep import tables, vocabulary
+from data_prep import progress, tables, vocabulary
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
 
@@ -155,6 +155,9 @@ def assign_splits(
     val, test = read_id_list(val_ids), read_id_list(test_ids)
     if both := val & test:
         raise UserError(f"subject {min(both)} is in both {val_ids} and {test_ids}: a patient belongs to one split")
+    for path, members in ((val_ids, val), (test_ids, test)):
+        if not members & set(subjects):
+            progress.say(f"warning: none of the {len(members)} patients of {path} is in the cohort")
     named = dict.fromkeys(subjects, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
     if not any(named[subject] != "train" for subject in subjects):
         raise UserError(f"{val_ids} and {test_ids} name no patient of the cohort: are they lists of subject_id?")

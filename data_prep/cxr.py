@@ -254,8 +254,8 @@ class FilmStore:
         bad = sorted(self.unreadable)
         if len(bad) > MAX_UNREADABLE * len(self._asked):
             raise UserError(
-                f"{len(bad)} of {len(self._asked)} films under {self._root / 'files'} cannot be read, more than 1 %, "
-                f"the first is {bad[0]}.jpg: download them (again), then run the same command"
+                f"{len(bad)} of {len(self._asked)} films under {self._root / 'files'} are missing or cannot be read, "
+                f"more than 1 %, the first is {bad[0]}.jpg: download them (again), then run the same command"
             )
 
 

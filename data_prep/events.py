@@ -22,7 +22,8 @@ from data_prep.profiles import Rules
 from medfuse_jax import tasks
 
 VERSION = 4  # raise it when the same input gives other events
-KEPT, CLIPPED = "kept", "clipped (and kept)"  # fates of a row; all others are reasons why it is left out
+# Fates of a row that is kept; all others are reasons why it is left out.
+KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
 ROWS_AT_ONCE = 200_000
 ROWS_PER_WRITE = 1_000_000
@@ -115,11 +116,15 @@ def _batches(raw, rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]
         item_variable = {str(item): VARIABLE[variable] for variable, ids in items.items() for item in ids}
         item_variable |= {f"{item}.0": place for item, place in item_variable.items()}  # as tables.integer reads it
         columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
-        if rules.stored_in_time and "storetime" in table.columns:
+        if rules.stored_in_time:
             columns.append("storetime")
         wanted = table.scan(*columns).filter(pl.col("itemid").is_in(list(item_variable)))
+        num_rows = 0
         for batch in progress.bar(_raw_batches(table, wanted), f"events of {table.name}", "batches"):
+            num_rows += len(batch)
             yield _events(batch, item_variable, rules, lookup, counts)
+        if not num_rows:
+            progress.say(f"warning: {table.path} has no row of any variable: is it the whole table?")
 
 
 def _raw_batches(table: tables.Table, wanted: pl.LazyFrame) -> Iterator[pl.DataFrame]:
@@ -147,6 +152,7 @@ def _events(
     _count(kept.filter("clipped").with_columns(fate=pl.lit(CLIPPED)), counts)
     columns = ["stay", "time_s", "variable", pl.col("value").cast(pl.Float32), pl.col("itemid").alias("item")]
     if rules.stored_in_time:
+        _count(kept.filter(pl.col("stored_s").is_null()).with_columns(fate=pl.lit(UNDATED)), counts)
         columns.append("stored_s")
     if rules.same_time == "largest":
         sorted_as_text = pl.col("variable").is_in([VARIABLE[name] for name in SORTED_AS_TEXT])

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data_prep import progress
-from medfuse_jax import files
+from medfuse_jax import files, records
 from medfuse_jax.errors import UserError
 from medfuse_jax.tasks import TASKS
 
@@ -76,6 +76,8 @@ def damage(folder: Path, manifest: dict) -> str:
     sizes = manifest.get("file_bytes")
     if not sizes:
         return "has a manifest that lists no files"
+    if manifest.get("sha256") not in (None, records.seal(manifest)):
+        return "has a manifest that was changed after the build"
     finished_ns = (folder / "manifest.json").stat().st_mtime_ns
     for name, sha256 in manifest["files"].items():
         try:

@@ -29,6 +29,7 @@ from medfuse_jax import records
 from medfuse_jax.errors import UserError
 from medfuse_jax.tasks import CHANNELS, SPLITS, TASKS, Task
 
+MAX_UNDATED = 0.01
 ARRAYS_VERSION = 3  # raise it when the same events give other arrays
 
 
@@ -204,12 +205,12 @@ def _read_cohort(source: Source, val_ids, test_ids) -> Cohort:
 
 def _say_flow(flow: list[dict]) -> None:
     removed = [
-        f"{step['filter']} {before['stays'] - step['stays']:,}"
+        f"{before['stays'] - step['stays']:,} by '{step['filter']}'"
         for before, step in itertools.pairwise(flow)
         if step["stays"] < before["stays"]
     ]
-    by = f" (removed by filter: {', '.join(removed)})" if removed else ""
-    progress.say(f"cohort: {flow[-1]['stays']:,} of {flow[0]['stays']:,} ICU stays{by}")
+    left_out = f"; left out {', '.join(removed)}" if removed else ""
+    progress.say(f"cohort: {flow[-1]['stays']:,} of {flow[0]['stays']:,} ICU stays{left_out}")
 
 
 def _events_stage(hidden: Path, source: Source, fingerprint: dict, people: Cohort) -> Path:
@@ -229,8 +230,13 @@ def _events_stage(hidden: Path, source: Source, fingerprint: dict, people: Cohor
 def _say_events(counts: dict[str, dict[str, int]]) -> None:
     rows = {reason: sum(by_variable.values()) for reason, by_variable in counts.items()}
     kept, clipped = rows.pop(events.KEPT, 0), rows.pop(events.CLIPPED, 0)
+    undated = rows.pop(events.UNDATED, 0)
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rows.items()))
     progress.say(f"events: {kept:,} rows kept ({clipped:,} clipped); left out: {left_out or 'none'}")
+    if undated > MAX_UNDATED * kept:
+        progress.say(
+            f"warning: {undated:,} events have no storetime and are kept: nothing says that they were known in time"
+        )
 
 
 def _arrays_stage(hidden: Path, source: Source, people: Cohort, task: Task, events_dir: Path) -> discretize.Arrays:

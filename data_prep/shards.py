@@ -45,6 +45,7 @@ def write(folder: Path, task: tasks.Task, index: dict[str, dict], records_of: di
         np.savez(folder / f"index_{split}.npz", **{name: fields[name] for name in records.INDEX_FIELDS})
     manifest |= {"files": {file.name: files.sha256(file) for file in sorted(folder.iterdir())}}
     manifest |= {"file_bytes": {name: (folder / name).stat().st_size for name in manifest["files"]}}
+    manifest |= {"sha256": records.seal(json.loads(json.dumps(manifest)))}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 

@@ -82,6 +82,8 @@ def in_one_line(error: BaseException) -> str:
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command goes on where this one was"
+    if is_out_of_memory(error):
+        return "error: the memory is too small: give a smaller --config.batch_size (or --config.eval.batch_size)"
     if is_disk_full(error):
         return "error: no space is left on the disk: free some, and the same command goes on"
     return ""

@@ -107,7 +107,25 @@ def manifest(data_dir: str | Path, task: str) -> dict:
         raise UserError(f"{path} describes the task {content.get('task')!r}, not {task!r}: the folder was renamed")
     if missing := [field for field in MANIFEST_FIELDS if field not in content]:
         raise UserError(f"{path} lacks {', '.join(missing)}; run data_prep.build again")
+    if content.get("sha256") not in (None, seal(content)):
+        raise UserError(f"{path} was changed after the build: run data_prep.build again")
     return content
+
+
+def seal(content: dict) -> str:
+    """The SHA-256 of all else in a manifest, which a build writes beside it: a changed mean would go unnoticed."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(data_dir: str | Path, task: str) -> None:
+    """Raises UserError where a file of the dataset is missing or has another length than the build gave it."""
+    folder = task_dir(data_dir, task)
+    for name, num_bytes in manifest(data_dir, task).get("file_bytes", {}).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != num_bytes:
+            what = f"has {path.stat().st_size:,} bytes, not {num_bytes:,}" if path.is_file() else "is missing"
+            raise UserError(f"{path} {what}: run data_prep.build again")
 
 
 def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
@@ -126,7 +144,8 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
         with np.load(path) as stored:
             return {field: stored[field] for field in INDEX_FIELDS}
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); run data_prep.build again") from None
+        why = error.strerror or error
+        raise UserError(f"{path} cannot be read ({why}); run data_prep.build again") from None
 
 
 def digest(data_dir: str | Path, task: str) -> str:

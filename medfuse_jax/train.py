@@ -34,6 +34,8 @@ def train(
         if resumed:
             state, progress = resumed
         else:
+            if (workdir / "metrics.jsonl").exists():
+                print(f"{workdir} was begun before and holds no checkpoint: training starts anew", flush=True)
             state = starts.begin(run.fresh_state(), encoders or {})
             progress = optim.Progress(learning_rate=run.config.learning_rate)
         if not finished(progress, run.config):
@@ -64,6 +66,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     steps_per_epoch = len(run.train_plan(epoch=1))
     step = int(state.step)
 
+    unit = "films" if run.dataset.task.films_only else "stays"
     profiled = _profiled(config, steps_per_epoch * config.num_epochs)
 
     with (
@@ -84,7 +87,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 samples += plan.batch_size * loss.size
                 if len(losses) > 1:  # of the call before, while this one runs
                     shown = check_finite(losses[-2], step - loss.size, config)
-                    log.show(loss=f"{shown:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.1f} stays/s")
+                    log.show(loss=f"{shown:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.1f} {unit}/s")
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
                 if step < epoch_end and _saves_at(step, config):
@@ -114,7 +117,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
             log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{val_auroc:.3f}")
             log.line(
                 f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
-                f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {rate:.1f} stays/s"
+                f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {rate:.1f} {unit}/s"
             )
         manager.wait_until_finished()
 

@@ -74,7 +74,13 @@ def open_run(workdir: Path, on: list | None = None) -> experiment.Experiment:
     """
     if is_ensemble(workdir):
         raise UserError(f"{workdir} holds an ensemble, which has no weights: give the workdir of one of its runs")
-    run = experiment.open_experiment(config_lib.load(workdir / "config.json"), on)
+    config = config_lib.load(workdir / "config.json")
+    if not Path(config.data.dir).is_dir():
+        raise UserError(
+            f"{config.data.dir}, where {workdir} had its shards, is no longer there: put it back, or if it was moved, "
+            "run medfuse_jax.main once more with the same config and --workdir, and --config.data.dir=NEW"
+        )
+    run = experiment.open_experiment(config, on)
     _check_data(workdir, run)
     return run
 

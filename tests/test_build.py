@@ -519,6 +519,41 @@ def test_films_are_not_replaced_by_a_build_without(tree, lists, built, tmp_path)
     assert _files(built) == before
 
 
+def test_a_changed_manifest_is_damage(small, tmp_path, capsys):
+    tree, out = small
+    shutil.copytree(out, tmp_path / "out")
+    path = tmp_path / "out/pheno/manifest.json"
+    path.write_text(path.read_text().replace('"synthetic": false', '"synthetic": true'))
+    capsys.readouterr()
+    build.build(*tree, tmp_path / "out", tasks=["pheno"])
+    assert "has a manifest that was changed after the build and is made anew" in capsys.readouterr().err
+
+
+def test_strict_needs_to_know_when_events_were_stored(tmp_path, capsys):
+    tree = _one_stay(tmp_path)
+    build.build(*tree, tmp_path / "out", tasks=["pheno"], profile="strict")
+    said = capsys.readouterr().err
+    assert "warning: 59 events have no storetime and are kept" in said
+    chart = tree[0] / "icu/chartevents.csv.gz"
+    text = gzip.decompress(chart.read_bytes())
+    assert b",storetime," in text
+    chart.write_bytes(gzip.compress(text.replace(b",storetime,", b",stored,", 1)))
+    with pytest.raises(
+        UserError, match=r"chartevents\.csv\.gz has no column 'storetime', which --profile=strict needs"
+    ):
+        build.build(*tree, tmp_path / "out2", tasks=["pheno"], profile="strict")
+    build.build(*tree, tmp_path / "out2", tasks=["pheno"])
+
+
+def test_the_output_is_not_written_into_what_was_downloaded(small):
+    tree, _ = small
+    before = sorted(tree[0].rglob("*"))
+    for out in (tree[0], tree[0] / "hosp" / "out"):
+        with pytest.raises(UserError, match="which holds what was downloaded: give a folder elsewhere"):
+            build.build(*tree, out)
+    assert sorted(tree[0].rglob("*")) == before
+
+
 def test_a_rebuild_says_what_changed(small, tmp_path, capsys):
     tree, out = small
     shutil.copytree(out, tmp_path / "out")

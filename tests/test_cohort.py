@@ -152,6 +152,14 @@ def test_the_hour_of_a_death_is_known_where_it_is_written(tmp_path, changes, dea
     assert cohort.mortality_labels(stays)[0, 0] == ("dod" in changes or death_h is not None)
 
 
+def test_a_list_that_names_nobody_of_the_cohort_is_said(tmp_path, capsys):
+    (tmp_path / "val.csv").write_text("5\n7\n")
+    (tmp_path / "test.csv").write_text("1\n")
+    split_of = cohort.assign_splits(pl.Series([1, 2]), tmp_path / "val.csv", tmp_path / "test.csv")
+    assert {subject: split_of[subject] for subject in (1, 2)} == {1: "test", 2: "train"}
+    assert f"none of the 2 patients of {tmp_path / 'val.csv'} is in the cohort" in capsys.readouterr().err
+
+
 def test_the_demo_keeps_its_stays_and_the_hour_of_every_death(real_data):
     stays, flow = cohort.read_stays(tables.mimic_iv(real_data / "mimic-iv-demo-2.2"))
     assert cohort.mortality_labels(stays).sum() == 10 and stays.filter("died")["death_h"].null_count() == 0

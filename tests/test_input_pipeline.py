@@ -138,21 +138,24 @@ def _copy(shards, tmp_path):
         (lambda d: _edit_manifest(d, train_mean=None), "manifest.json lacks train_mean"),
         (
             lambda d: damage.cut(d / "pheno" / "index_val.npz"),
-            "index_val.npz is not the file that its manifest describes",
+            "bytes, not ",
         ),
         (
             lambda d: damage.flip(d / "pheno" / "index_val.npz"),
             "index_val.npz is not the file that its manifest describes",
         ),
-        (lambda d: (d / "pheno" / "index_val.npz").unlink(), "index_val.npz cannot be read"),
-        (lambda d: damage.cut(d / "pheno" / "dataset_info.json"), "cannot be opened"),
-        (lambda d: damage.cut(d / "pheno" / "features.json"), "cannot be opened"),
+        (lambda d: (d / "pheno" / "index_val.npz").unlink(), "index_val.npz is missing: run data_prep.build again"),
+        (lambda d: damage.flip(d / "pheno" / "dataset_info.json"), "cannot be opened"),
+        (lambda d: damage.cut(d / "pheno" / "features.json"), "features.json has 1,640 bytes, not 3,281"),
+        (lambda d: damage.cut(next((d / "pheno").glob("*test.array_record*"))), "bytes, not "),
+        (lambda d: next((d / "pheno").glob("*val.array_record*")).unlink(), "-00001 is missing: run"),
+        (lambda d: _add_to_mean(d), "manifest.json was changed after the build"),
         (lambda d: _rewrite_index(d, "train", lambda f: {k: v[:-5] for k, v in f.items()}), "mixes two builds"),
         (
             lambda d: shutil.rmtree(d / "pheno"),
             "holds no dataset for the task 'pheno' (it holds: mortality, radiology)",
         ),
-        (lambda d: (d / "pheno" / "dataset_info.json").unlink(), "cannot be opened"),
+        (lambda d: (d / "pheno" / "dataset_info.json").unlink(), "dataset_info.json is missing"),
         (lambda d: shutil.rmtree(d), "no data folder"),
     ],
 )
@@ -165,9 +168,17 @@ def test_a_damaged_folder_is_named_in_one_line(shards, tmp_path, spoil, said):
 
 
 def _edit_manifest(folder, **changes):
+    """Changes a manifest as if it had been built so."""
     path = folder / "pheno" / "manifest.json"
     content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({field: value for field, value in content.items() if value is not None}))
+    content = {field: value for field, value in content.items() if value is not None}
+    path.write_text(json.dumps(content | {"sha256": records.seal(content)}))
+
+
+def _add_to_mean(folder):
+    path = folder / "pheno" / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"train_mean": [mean + 5 for mean in content["train_mean"]]}))
 
 
 def _rewrite_index(folder, split, change):
@@ -176,8 +187,13 @@ def _rewrite_index(folder, split, change):
     with np.load(path) as stored:
         fields = dict(stored)
     np.savez(path, **change(fields))
-    hashes = json.loads((folder / "pheno" / "manifest.json").read_text())["files"]
-    _edit_manifest(folder, files=hashes | {path.name: files.sha256(path)})
+    manifest = json.loads((folder / "pheno" / "manifest.json").read_text())
+    hashes, sizes = manifest["files"], manifest["file_bytes"]
+    _edit_manifest(
+        folder,
+        files=hashes | {path.name: files.sha256(path)},
+        file_bytes=sizes | {path.name: path.stat().st_size},
+    )
 
 
 def test_a_truncated_shard_is_named(shards, tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from medfuse_jax import checkpoints, evaluate, experiment, input_pipeline, main, optim, starts, train, workdir
+from medfuse_jax import checkpoints, errors, evaluate, experiment, input_pipeline, main, optim, starts, train, workdir
 from medfuse_jax.errors import UserError
 
 
@@ -102,6 +102,25 @@ def test_a_given_run_without_weights_is_refused_and_a_run_that_has_begun_needs_n
     assert starts.find(run, tmp_path / "run") == ({}, {})
     with pytest.raises(UserError, match=r"source/config\.json is missing"):
         starts.find(run, tmp_path / "other")
+
+
+def test_too_little_memory_is_one_line():
+    for error in (MemoryError("Unable to allocate 210. GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        assert errors.in_one_line(error).startswith(
+            "error: the memory is too small: give a smaller --config.batch_size"
+        )
+    assert errors.in_one_line(RuntimeError("INTERNAL")) == ""
+
+
+def test_a_run_that_lost_its_checkpoints_says_that_it_starts_anew(tiny_config, tmp_path, capsys):
+    tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
+    run = experiment.open_experiment(tiny_config)
+    workdir.claim(tmp_path, run)
+    train.train(run, tmp_path)
+    assert "starts anew" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoints")
+    train.train(run, tmp_path)
+    assert "holds no checkpoint: training starts anew" in capsys.readouterr().out
 
 
 def _without_test(monkeypatch, task):

@@ -128,7 +128,7 @@ def test_strict_leaves_out_what_was_stored_after_the_cut_off(tmp_path):
         shown = json.loads((tmp_path / profile / "audit.json").read_text())["tasks"]["mortality"]
         assert shown.get("events_stored_too_late") == ("<10" if profile == "strict" else None)
         page = (tmp_path / profile / "audit.html").read_text()
-        assert ("stored too late: &lt;10." in page) == (profile == "strict")
+        assert ("stored too late: &lt;10;" in page) == (profile == "strict")
     assert seen == {"paper": [14, 19, 22, 23], "strict": [14, 22]}
 
 

@@ -75,6 +75,17 @@ def test_the_folders_of_a_sweep_are_its_own(run, tmp_path, inside):
     workdir.claim(tmp_path / "trials" / "003", run, is_trial=True)
 
 
+def test_shards_that_were_moved_are_said_with_what_to_do(run, tmp_path):
+    workdir.claim(tmp_path, run)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data"]["dir"] = str(tmp_path / "gone")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"gone, where .* had its shards, is no longer there: .* --config\.data\.dir=NEW"
+    ):
+        workdir.open_run(tmp_path)
+
+
 def test_an_ensemble_has_no_weights_to_open(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"rule": "average", "runs": ["a", "b"]}))
     with pytest.raises(UserError, match="holds an ensemble, which has no weights"):
