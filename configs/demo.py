@@ -4,9 +4,9 @@ Command: python -m medfuse_jax.main --config=configs/demo.py
 Hardware and time: 2 CPU cores, 57 to 100 s for the whole command.
 Result to expect (2026-11-25, jax 0.10.2, one machine): macro AUROC [95 % CI] on the 305 synthetic test stays, and the
 difference of MedFuse to the LSTM on them and on the 144 with a film.
-Seed 0: LSTM 0.661 [0.641, 0.680], MedFuse 0.743 [0.723, 0.760], +0.082 [+0.064, +0.100]; film +0.119 [+0.090, +0.147].
-Seed 1: LSTM 0.646, MedFuse 0.722, +0.077 [+0.057, +0.096]; film +0.127.
-Seed 2: LSTM 0.661, MedFuse 0.742, +0.082 [+0.064, +0.101]; film +0.139.
+Seed 0: LSTM 0.661 [0.641, 0.680], MedFuse 0.740 [0.720, 0.758], +0.079 [+0.061, +0.099]; film +0.117 [+0.086, +0.148].
+Seed 1: LSTM 0.646, MedFuse 0.729, +0.084 [+0.061, +0.105]; film +0.134.
+Seed 2: LSTM 0.661, MedFuse 0.732, +0.071 [+0.051, +0.090]; film +0.124.
 Another machine, or another version of jax or of this code, moves these by some hundredths. How the setting was chosen:
 docs/notes.md.
 """
