@@ -66,10 +66,11 @@ def build(
         phenotype table. workers: threads that decode films; the output is the same for any number.
     A task that is there with other options is made anew. Raises UserError for what the caller can put right.
     """
-    rules = profiles.rules(profile)
+    rules, out = profiles.rules(profile), Path(out)
     names = _check_tasks(tasks, mimic_cxr)
+    _check_apart(out, names, [Path(folder) for folder in (mimic_iv, mimic_cxr) if folder])
     if mimic_cxr is None:
-        existing.check_without_films(Path(out), names)
+        existing.check_without_films(out, names)
     if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # nan neither
         raise UserError(f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours")
     if workers is not None and workers < 1:
@@ -95,8 +96,6 @@ def build(
             f"warning: --profile={profile} without --phenotypes=FILE (icd_9_10_definitions_2.yaml of the released "
             "extraction): its phenotype labels are not the released ones"
         )
-    out = Path(out)
-    _check_apart(out, [Path(folder) for folder in (mimic_iv, mimic_cxr) if folder])
     with stages.private(out) as hidden:
         fingerprint = source.fingerprint(hidden / "tables.json")
         _say_versions(fingerprint, mimic_iv, mimic_cxr)
@@ -128,11 +127,14 @@ def _check_storetime(source: Source) -> None:
             raise UserError(f"{table.path} has no column 'storetime', which --profile=strict needs: download it again")
 
 
-def _check_apart(out: Path, sources: list[Path]) -> None:
-    """Raises UserError where the output would be written into what was downloaded."""
+def _check_apart(out: Path, names: list[str], sources: list[Path]) -> None:
+    """Raises UserError where the output would be written into what was downloaded, or in its place."""
     for source in sources:
-        if source.resolve() in (out.resolve(), *out.resolve().parents):
-            raise UserError(f"--out={out} is in {source}, which holds what was downloaded: give a folder elsewhere")
+        real, made = source.resolve(), out.resolve()
+        if real in (made, *made.parents) or any(made / name in (real, *real.parents) for name in names):
+            raise UserError(
+                f"--out={out} and {source}, which holds what was downloaded, overlap: give a folder elsewhere"
+            )
 
 
 def _say_versions(fingerprint: dict, mimic_iv, mimic_cxr) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
+from logging import LogRecord
 from pathlib import Path
 
 import jax
@@ -17,10 +18,12 @@ from absl import logging
 from medfuse_jax import errors, optim
 from medfuse_jax.errors import UserError
 
-# A kill during a save leaves a folder that the next save of the same step replaces: nothing for a user to do.
-logging.get_absl_logger().addFilter(lambda said: "Attempted to create temporary directory" not in said.getMessage())
-
 IMPORT_NOTE = "import.json"  # beside weights that were imported, not trained here
+
+
+def _is_news(record: LogRecord) -> bool:
+    """Whether a user can do anything about it: a kill during a save leaves a folder that the next save replaces."""
+    return "Attempted to create temporary directory" not in record.getMessage()
 
 
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
@@ -34,6 +37,7 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
     )
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_order, best_mode="max")
     folder = (workdir / "checkpoints").absolute()
+    logging.get_absl_logger().addFilter(_is_news)  # the same one again is no second
     if jax.process_count() > 1:  # each process trains runs of its own: none waits for another at a save
         folder.mkdir(parents=True, exist_ok=True)
         alone = ocp.options.MultiprocessingOptions(

@@ -201,14 +201,18 @@ def _check_of_method(config: ConfigDict, methods: dict) -> None:
     if config.model.freeze_encoders and not hasattr(method, "frozen_encoders"):
         raise UserError(
             f"config.model.freeze_encoders is true, and the method {config.method!r} has no fusion that could be "
-            "trained alone: set it to false, or take early, joint, medfuse or unified"
+            f"trained alone: set it to false, or take {' or '.join(_with(methods, 'frozen_encoders'))}"
         )
     if loading.load(config.model.modalities) and not hasattr(method, "modalities"):
-        with_them = [name for name, (module, _) in methods.items() if hasattr(module, "modalities")]
         raise UserError(
             f"config.model.modalities is {config.model.modalities!r}, and the method {config.method!r} fuses EHR and "
-            f"film alone: leave it out, or take {' or '.join(with_them)}"
+            f"film alone: leave it out, or take {' or '.join(_with(methods, 'modalities'))}"
         )
+
+
+def _with(methods: dict, field: str) -> list[str]:
+    """The methods whose model has the field."""
+    return [name for name, (module, _) in methods.items() if hasattr(module, field)]
 
 
 def _check_sizes(config: ConfigDict) -> None:

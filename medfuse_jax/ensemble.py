@@ -62,7 +62,8 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
             f"--runs names {num_members} runs; --rule=weighted tries every weighting in steps of 1/{_WEIGHT_STEPS}, so "
             f"give it at most {_MAX_WEIGHTED}"
         )
-    if twice := [run for run in runs if runs.count(run) > 1]:
+    same = [(folder.resolve(), head) for folder, head in map(_folder_and_head, runs)]
+    if twice := [run for run, one in zip(runs, same) if same.count(one) > 1]:
         raise UserError(f"--runs names {twice[0]} twice: give each member once")
     content = {"name": "ensemble", "method": METHODS[rule], "rule": rule, "runs": runs}
     _check_free(workdir, content)

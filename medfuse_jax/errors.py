@@ -83,7 +83,9 @@ def in_one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command goes on where this one was"
     if is_out_of_memory(error):
-        return "error: the memory is too small: give a smaller --config.batch_size (or --config.eval.batch_size)"
+        trains = "config" in flags.FLAGS
+        hint = ": give a smaller --config.batch_size or --config.eval.batch_size" if trains else ""
+        return f"error: the memory is too small{hint} ({' '.join(str(error).split())[:200]})"
     if is_disk_full(error):
         return "error: no space is left on the disk: free some, and the same command goes on"
     return ""
@@ -91,7 +93,8 @@ def in_one_line(error: BaseException) -> str:
 
 def status(error: BaseException) -> int:
     """What a command exits with: 2 where the same command would fail again until its user puts something right."""
-    return _USER_ERROR if isinstance(error, UserError) and not isinstance(error, TryLater) else 1
+    fails_again = isinstance(error, UserError) and not isinstance(error, TryLater)
+    return _USER_ERROR if fails_again or is_out_of_memory(error) else 1
 
 
 def _end(line: str, status: int = _USER_ERROR) -> NoReturn:
@@ -122,7 +125,7 @@ def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
 _WRONG_TYPE = {  # what Python, absl and ml_collections say of a value of another type, and what it should have been
     "invalid literal for int": "a whole number",
     "could not convert string to float": "a number",
-    "on-boolean argument to boolean flag": "true or false",
+    "oolean argument to boolean flag": "true or false",  # absl: Non-boolean
     "as a ConfigDict": "given by its fields, such as --config.data.dir=DIR",
 }
 

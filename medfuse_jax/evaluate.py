@@ -21,6 +21,7 @@ from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax.modalities import loading
 from medfuse_jax.report import text
 
 
@@ -113,16 +114,16 @@ class Scored:
         return [self.head] * bool(self.head) + [f"drop_{name}_{part:g}" for name, part in self.dropped.items()]
 
 
-def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None = None) -> dict:
+def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None = None, data_dir: str = "") -> dict:
     """Evaluates a run's best checkpoint on one split, and returns the result.
 
     Writes predictions_<split>.npz (stay_id, scores, labels, has_ehr, has_cxr, age; had_ehr and had_cxr where
     a modality was dropped; with attention its weights) and result.json (for test; result_<split>.json else),
     under the names that `what` gives them, both stamped with the checkpoint's step. on: the devices, by
-    default all of this process.
+    default all of this process. data_dir: where the run's shards were moved.
     """
     check_choice("--split", what.split, tasks.SPLITS)
-    run = workdir_lib.open_run(workdir, on)
+    run = workdir_lib.open_run(workdir, on, data_dir)
     run = dataclasses.replace(run, dataset=withheld.withhold(run.dataset, what.drop_ehr, what.drop_film))
     state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
     imported = checkpoints.imported(workdir)
@@ -169,15 +170,12 @@ def _score(
 def _described(run: experiment_lib.Experiment, what: Scored) -> dict:
     """What a result says of the run and of what was scored, before any score."""
     config = run.config
+    further = loading.listed(config.model.modalities)
     return {
         "name": config.name,
         "task": config.task,
         "method": config.method,
-        **(
-            {"modalities": [name.strip() for name in config.model.modalities.split(",")]}
-            if config.model.modalities
-            else {}
-        ),
+        **({"modalities": further} if further else {}),
         **({"head": what.head} if what.head else {}),
         **({"dropped": what.dropped} if what.dropped else {}),
         "split": what.split,
@@ -313,7 +311,7 @@ def main(argv: list[str]) -> None:
     experiment_lib.use_compilation_cache()
     given = flags.FLAGS
     what = Scored(given.split, given.head, given.drop_ehr, given.drop_film)
-    result = evaluate(workdir, what)
+    result = evaluate(workdir, what, data_dir=given.data_dir)
     print(text.table([result]))
     print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")
 
@@ -322,6 +320,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
     flags.DEFINE_string("split", "test", "train, val or test.")
     flags.DEFINE_string("head", "", "Another classifier of the model, such as ehr_only; by default the main one.")
+    flags.DEFINE_string("data_dir", "", "Where the run's shards are, if they were moved; it is kept.")
     flags.DEFINE_float("drop_ehr", 0.0, "Fraction of the stays with EHR and film to score without their EHR.")
     flags.DEFINE_float("drop_film", 0.0, "Fraction of the stays with EHR and film to score without their film.")
     errors.run(main)

@@ -113,7 +113,7 @@ def manifest(data_dir: str | Path, task: str) -> dict:
 
 
 def seal(content: dict) -> str:
-    """The SHA-256 of all else in a manifest, which a build writes beside it: a changed mean would go unnoticed."""
+    """The SHA-256 of all else in a manifest, kept in it: without it a changed mean would go unnoticed."""
     rest = {name: value for name, value in content.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -67,21 +67,25 @@ def _check_a_runs(workdir: Path) -> None:
         raise UserError(f"{workdir} holds {what}: choose another --workdir")
 
 
-def open_run(workdir: Path, on: list | None = None) -> experiment.Experiment:
+def open_run(workdir: Path, on: list | None = None, data_dir: str = "") -> experiment.Experiment:
     """The run that claimed the workdir; UserError where there is none, or its config or shards are no longer the same.
 
-    on: its devices, by default all of this process.
+    on: its devices, by default all of this process. data_dir: where its shards were moved, which the workdir keeps.
     """
     if is_ensemble(workdir):
         raise UserError(f"{workdir} holds an ensemble, which has no weights: give the workdir of one of its runs")
     config = config_lib.load(workdir / "config.json")
-    if not Path(config.data.dir).is_dir():
+    if data_dir:
+        config.data.dir = data_dir
+    elif not Path(config.data.dir).is_dir():
         raise UserError(
-            f"{config.data.dir}, where {workdir} had its shards, is no longer there: put it back, or if it was moved, "
-            "run medfuse_jax.main once more with the same config and --workdir, and --config.data.dir=NEW"
+            f"{config.data.dir}, where {workdir} had its shards, is no longer there: put it back, or say once where it "
+            f"is: python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
         )
     run = experiment.open_experiment(config, on)
     _check_data(workdir, run)
+    if data_dir:
+        config_lib.save(config, workdir / "config.json")
     return run
 
 

@@ -52,6 +52,25 @@ def found(built):
     return json.loads((built / "audit.json").read_text())
 
 
+def test_splits_do_not_tell_how_few_a_filter_removed():
+    """The records of a task with 1 to 9 stays less than a filter left: the splits must not add up to them."""
+    index = {
+        split: {"stay_id": np.arange(n), "has_cxr": np.arange(n) < n // 2}
+        for split, n in (("train", 60), ("val", 20), ("test", 31))
+    }
+    rows = audit._splits("pheno", index, [140, 111])["ours"]
+    assert [row["records"] for row in rows.values()] == [60, 20, 31]
+    rows = audit._splits("pheno", index, [140, 112])["ours"]
+    assert [row["records"] for row in rows.values()] == [60, "≥10", 31]
+    assert rows["val"]["paired_share"] is None
+
+
+def test_every_record_of_films_has_one():
+    index = {split: {"stay_id": np.full(30, -1), "has_cxr": np.ones(30, bool)} for split in tasks.SPLITS}
+    rows = audit._splits("radiology", index, [])["ours"].values()
+    assert [row["paired"] for row in rows] == [30] * 3
+
+
 def test_the_flow_says_what_each_filter_removed(found):
     flow = {step["filter"]: (step["stays"], step["removed"]) for step in found["tasks"]["mortality"]["cohort"]}
     assert flow["rows of icustays"] == (71, None)

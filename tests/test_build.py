@@ -519,6 +519,21 @@ def test_films_are_not_replaced_by_a_build_without(tree, lists, built, tmp_path)
     assert _files(built) == before
 
 
+def test_what_looks_wrong_with_the_input_is_said(tmp_path, capsys):
+    iv = write_mimic_iv(
+        tmp_path / "iv",
+        [stay(0), stay(1, los="0.5", outtime=at(12), last_careunit="CCU")],
+        [chart(0, h, HEART_RATE, "61") for h in range(1, 60)],
+    )
+    build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="released")
+    said = capsys.readouterr().err
+    assert "cohort: 1 of 2 ICU stays; left out 1 by 'no transfer between units'" in said
+    assert "labevents.csv.gz has no row of any variable: is it the whole table?" in said and "chartevents" not in said
+    assert "--profile=released with 2 h steps: the released code's arrays have --timestep_h=1" in said
+    build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="released", timestep_h=1)
+    assert "h steps: the released" not in capsys.readouterr().err
+
+
 def test_a_changed_manifest_is_damage(small, tmp_path, capsys):
     tree, out = small
     shutil.copytree(out, tmp_path / "out")
@@ -545,11 +560,16 @@ def test_strict_needs_to_know_when_events_were_stored(tmp_path, capsys):
     build.build(*tree, tmp_path / "out2", tasks=["pheno"])
 
 
-def test_the_output_is_not_written_into_what_was_downloaded(small):
+def test_the_output_is_not_written_into_what_was_downloaded(small, tmp_path):
     tree, _ = small
     before = sorted(tree[0].rglob("*"))
+    inside = tmp_path / "out" / "pheno"
+    inside.mkdir(parents=True)
+    shutil.copytree(tree[0], inside / "iv")
+    with pytest.raises(UserError, match="overlap"):
+        build.build(inside / "iv", None, tmp_path / "out")
     for out in (tree[0], tree[0] / "hosp" / "out"):
-        with pytest.raises(UserError, match="which holds what was downloaded: give a folder elsewhere"):
+        with pytest.raises(UserError, match="which holds what was downloaded, overlap: give a folder elsewhere"):
             build.build(*tree, out)
     assert sorted(tree[0].rglob("*")) == before
 

@@ -8,7 +8,7 @@ import pytest
 from medfuse_jax.models import conv
 
 NUM_FILMS, SIZE_PX = 5, 8
-_SHAPES = ((NUM_FILMS, SIZE_PX, SIZE_PX, 3), (3, 3, 3, 4))  # of the films and of the kernel
+_SHAPES = ((NUM_FILMS, SIZE_PX, SIZE_PX, 3), (7, 7, 3, 4))  # of the films and of the largest kernel
 # Limits under which the small films here take a way: (few pixels, outputs on one core).
 _WAYS = {"product": (SIZE_PX**2, 0), "uneven": (0, 4), "parts alone": (0, 0)}
 
@@ -42,7 +42,15 @@ def largest_difference(a, b) -> float:
     return max(float(jnp.abs(x - y).max()) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("size_px", [1, 3])
+@pytest.mark.parametrize("way", ["product", "uneven"])
+def test_half_precision_stays_half(monkeypatch, way):
+    take(monkeypatch, way)
+    x_PHWC, kernel = jnp.ones((2, 8, 8, 3), jnp.bfloat16), jnp.ones((3, 3, 3, 4), jnp.bfloat16)
+    output, backward = jax.vjp(lambda x, k: conv.conv(x, k, 1, 1), x_PHWC, kernel)
+    assert {x.dtype for x in (output, *backward(output))} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("size_px", [1, 3, 7])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("way", _WAYS)
 def test_every_way_gives_the_convolution_and_its_gradients(monkeypatch, way, stride, size_px):
@@ -67,7 +75,7 @@ def test_the_tolerance_notices_a_film_left_out(two_films_a_part, monkeypatch):
 
 
 def test_only_a_cpu_sums_the_kernels_gradient_over_parts(two_films_a_part):
-    x_PHWC, kernel = (jnp.zeros(shape) for shape in _SHAPES)
+    x_PHWC, kernel = jnp.zeros(_SHAPES[0]), jnp.zeros((3, 3, 3, 4))
     gradient = jax.jit(jax.grad(lambda k: conv.conv(x_PHWC, k, 1, 1).sum())).trace(kernel)
 
     def num_parts(platform: str) -> int:
@@ -80,7 +88,7 @@ def test_only_a_cpu_sums_the_kernels_gradient_over_parts(two_films_a_part):
 @pytest.mark.parametrize(("way", "said"), [("product", "stablehlo.dot_general"), ("uneven", "[1, 2]]")])
 def test_only_a_cpu_takes_another_way(monkeypatch, way, said):
     take(monkeypatch, way)
-    x_PHWC, kernel = (jnp.zeros(shape) for shape in _SHAPES)
+    x_PHWC, kernel = jnp.zeros(_SHAPES[0]), jnp.zeros((3, 3, 3, 4))
     traced = jax.jit(lambda x, k: conv.conv(x, k, 1, 1)).trace(x_PHWC, kernel)
     on_cpu, on_gpu = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
     assert said in on_cpu and said not in on_gpu

@@ -64,6 +64,18 @@ def on_one_device(fresh):
     return _run(_options(), fresh, "jit", 1, _batch())
 
 
+def test_one_device_sums_nothing(fresh):
+    """XLA would copy all gradients for a sum over one device."""
+    batch = _batch()
+
+    def num_sums(num_devices: int) -> int:
+        sent = {name: np.asarray(x)[None] for name, x in parallel.merge(batch).items()} if num_devices == 1 else batch
+        step = parallel.compile_train(_options(), "pmap", parallel.devices(num_devices))
+        return step.lower(fresh, sent, jax.random.key(1)).as_text().count("stablehlo.all_reduce")
+
+    assert num_sums(1) == 0 < num_sums(2)
+
+
 def test_float32_products_are_float32s_own_on_an_accelerator(fresh):
     """Which would else round their factors to 10 bits; of bfloat16 no more is asked."""
     batch = parallel.merge({name: jnp.asarray(x) for name, x in _batch().items()})

@@ -1,6 +1,7 @@
 """What a sweep writes down of itself: one sweep a folder, one build of the data a sweep, one record a trial."""
 
 import json
+import runpy
 
 import pytest
 
@@ -80,6 +81,19 @@ def test_trials_of_nobody_knows_which_sweep_are_not_taken_over(config, tmp_path,
 def test_a_damaged_sweep_is_one_line(config, tmp_path, content):
     results.write_whole(tmp_path / "sweep.json", content)
     _refused(tmp_path, config, "sweep.json cannot be read or is of another version")
+
+
+def test_the_best_config_runs_from_any_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.data.dir, config.init.cxr, config.data.statistics = "shards", "runs/cxr", "mimic3.json"
+    config.model.modalities = "static, mine/notes.py"
+    monkeypatch.setattr(config_lib, "load", lambda path: config)
+    chosen = {"trial": 1, "values": {"learning_rate": 1e-3}, "val_auroc": 0.7}
+    made = runpy.run_path(str(results.write_best_config(tmp_path, chosen)))["get_config"]()
+    here = str(tmp_path)
+    assert (made.data.dir, made.init.cxr, made.init.ehr) == (f"{here}/shards", f"{here}/runs/cxr", "")
+    assert made.data.statistics == f"{here}/mimic3.json"
+    assert made.model.modalities == f"static,{here}/mine/notes.py"
 
 
 def test_a_record_is_read_back(tmp_path):

@@ -75,15 +75,17 @@ def test_the_folders_of_a_sweep_are_its_own(run, tmp_path, inside):
     workdir.claim(tmp_path / "trials" / "003", run, is_trial=True)
 
 
-def test_shards_that_were_moved_are_said_with_what_to_do(run, tmp_path):
+def test_shards_that_were_moved_are_said_once(run, tmp_path):
     workdir.claim(tmp_path, run)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["data"]["dir"] = str(tmp_path / "gone")
+    there, config["data"]["dir"] = config["data"]["dir"], str(tmp_path / "gone")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        UserError, match=r"gone, where .* had its shards, is no longer there: .* --config\.data\.dir=NEW"
-    ):
+    with pytest.raises(UserError, match=r"gone, where .* had its shards, is no longer there: .* --data_dir=NEW$"):
         workdir.open_run(tmp_path)
+    with pytest.raises(UserError, match="holds no dataset for the task"):
+        workdir.open_run(tmp_path, data_dir=str(tmp_path))
+    assert workdir.open_run(tmp_path, data_dir=there).config.data.dir == there
+    assert workdir.open_run(tmp_path).config.data.dir == there, "the workdir keeps it"
 
 
 def test_an_ensemble_has_no_weights_to_open(tmp_path):

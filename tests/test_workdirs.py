@@ -83,8 +83,13 @@ def test_runs_of_several_folders_have_names_of_their_own(tmp_path):
     for name in ("a/one", "b/two", "c/three"):
         example_runs.write_config(tmp_path / name, "pheno", "medfuse")
         example_runs.write_training(tmp_path / name, 1)
-    runs = workdirs.find_runs([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
+    runs = workdirs.find_runs([tmp_path / "a", tmp_path / "c" / ".." / "b", tmp_path / "a" / "one"])
     assert [run.name for run in runs] == ["MedFuse (a/one)", "MedFuse (b/two)"]
+
+
+def test_no_folder_at_all_is_said():
+    with pytest.raises(UserError, match="--runs names no folder"):
+        workdirs.find_runs([])
 
 
 def test_further_modalities_are_part_of_a_methods_name():

@@ -39,9 +39,14 @@ class Modality:
     file: Path | None = None
 
 
+def listed(names: str) -> list[str]:
+    """The names and files in a config's `model.modalities`."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def load(names: str) -> tuple[Modality, ...]:
     """The modalities of a config's `model.modalities`, in its order; UserError for one that cannot be."""
-    loaded = tuple(_load(name.strip()) for name in names.split(",") if name.strip())
+    loaded = tuple(_load(name) for name in listed(names))
     all_names = [modality.name for modality in loaded]
     for name in all_names:
         if all_names.count(name) > 1 or name in _TAKEN or not name.isidentifier():

@@ -12,8 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Where a film has few pixels but many channels, a product of explicit columns is faster than a convolution, for whose
-# gradients XLA transposes the whole kernel.
+# Where a film has few pixels (and, in a ResNet, many channels), a product of explicit columns is faster than a
+# convolution, for whose gradients XLA transposes the whole kernel.
 _FEW_PIXELS = 7 * 7
 # YNNPACK, to which XLA gives convolutions on a CPU, runs those of so few outputs on one core.
 _ONE_CORE_OUTPUTS = 64
@@ -98,7 +98,7 @@ def _kernel_gradient_by_parts(stride, padding, x_PHWC, kernel, d_output_PHWC):
     """The kernel's gradient as the sum of those of few films each."""
     num_films, height, width, _ = d_output_PHWC.shape
     films_a_part = max(1, _PIXELS_A_PART // (height * width), -(-num_films // _MOST_PARTS))
-    d_kernel = 0
+    d_kernel = jnp.zeros_like(kernel)
     for first in range(0, num_films, films_a_part):
         part = slice(first, first + films_a_part)
         _, d_k = jax.vjp(functools.partial(_plain, stride, padding, x_PHWC[part]), kernel)

@@ -11,7 +11,7 @@ from medfuse_jax.report import page
 
 
 def main(argv: list[str]) -> None:
-    print(page.write(flags.FLAGS.runs, flags.FLAGS.out))
+    print(page.write([folder for folder in flags.FLAGS.runs if folder], flags.FLAGS.out))
 
 
 if __name__ == "__main__":

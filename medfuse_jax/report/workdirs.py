@@ -115,9 +115,11 @@ def title(result: dict) -> str:
 
 def find_runs(roots: list[Path]) -> list[Run]:
     """The runs at and below some folders, pre-training before what starts from it; UserError where one has none."""
-    folders = list(dict.fromkeys(folder for root in roots for folder in _run_folders(root)))
-    runs = [read_run(path) for path in folders]
-    _name_and_color(runs, Path(os.path.commonpath([root.absolute() for root in roots])))
+    if not roots:
+        raise UserError("--runs names no folder: give workdirs, or folders that hold workdirs")
+    folders = {folder.resolve(): folder for root in roots for folder in _run_folders(root)}
+    runs = [read_run(path) for path in folders.values()]
+    _name_and_color(runs, Path(os.path.commonpath([root.resolve() for root in roots])))
     return runs
 
 
@@ -220,7 +222,7 @@ def _name_and_color(runs: list[Run], root: Path) -> None:
     names = [(run.task, run.name) for run in runs]
     for run, name in zip(runs, names):
         if names.count(name) > 1:
-            inside = run.folder.absolute().relative_to(root)
+            inside = run.folder.resolve().relative_to(root)
             run.name += f" ({inside if inside.parts else run.folder.resolve().name})"
     for color, run in enumerate(sorted(runs, key=lambda run: run.is_pretraining)):
         run.color = color

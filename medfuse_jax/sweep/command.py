@@ -241,7 +241,8 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence
         _export(sweep, folder)
         result = evaluate.evaluate(folder, on=parallel.devices()[:1])  # the test split, once, for the chosen alone
         assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
-    print("\n" + text.table([workdirs.read_run(folder).result]))
+    if tested := workdirs.read_run(folder).result:
+        print("\n" + text.table([tested]))
     path = page.write(workdir, sweep.config.to_dict(), records)
     print(f"\nchosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")
 

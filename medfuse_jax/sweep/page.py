@@ -70,7 +70,7 @@ def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
             low, high = workdirs.pair(scores.get("auroc_macro_ci"))
             # Chosen before the sweep went on with more trials, or scored by hand.
             others = ", ".join(str(r["trial"]) for r in records if r is not chosen and _is_scored(workdir, r["trial"]))
-            scored = f"this trial and before or since for trial {others}" if others else "this trial only"
+            scored = f"this trial and, at another time, for trial {others}" if others else "this trial only"
             text += (
                 f" Its AUROC on the test stays, scored for {scored}, is {number(scores.get('auroc_macro'))} "
                 f"(95 % confidence interval {number(low)} to {number(high)})."

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from medfuse_jax import config as config_lib
 from medfuse_jax import files
 from medfuse_jax.errors import UserError
+from medfuse_jax.modalities import loading
 from medfuse_jax.sweep.search import Trial, short_name
 
 FINISHED, FAILED = "finished", "failed"
@@ -193,7 +194,7 @@ def _make_absolute(config: ConfigDict) -> None:
             config[section][field] = str(Path(config[section][field]).absolute())
     if config.data.statistics != "train":
         config.data.statistics = str(Path(config.data.statistics).absolute())
-    names = [name.strip() for name in config.model.modalities.split(",")]
+    names = loading.listed(config.model.modalities)
     config.model.modalities = ",".join(str(Path(n).absolute()) if n.endswith(".py") else n for n in names)
 
 
