@@ -54,6 +54,33 @@ def shards(tmp_path_factory) -> Path:
     return root / "shards"
 
 
+@pytest.fixture(scope="session")
+def raw_tree(tmp_path_factory) -> tuple[Path, Path]:
+    """The small tree of build_cases: (MIMIC-IV, MIMIC-CXR)."""
+    import build_cases
+
+    return build_cases.write_tree(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="session")
+def id_lists(tmp_path_factory) -> dict[str, Path]:
+    """Lists of its validation and test patients."""
+    folder = tmp_path_factory.mktemp("lists")
+    (folder / "val.csv").write_text("10000003\n10000005\n")
+    (folder / "test.csv").write_text("10000006,1\n10000008,1\n10000001,0\n")
+    return {"val_ids": folder / "val.csv", "test_ids": folder / "test.csv"}
+
+
+@pytest.fixture(scope="session")
+def built(raw_tree, id_lists, tmp_path_factory) -> Path:
+    """What a build makes of that tree with these lists."""
+    from data_prep import build
+
+    out = tmp_path_factory.mktemp("built") / "out"
+    build.build(*raw_tree, out, timestep_h=1, **id_lists)
+    return out
+
+
 @pytest.fixture
 def tiny_config(shared_tiny_config):
     """A config whose model trains in seconds on the small cohort."""
