@@ -23,9 +23,7 @@ details > summary { color: var(--muted); padding: 0.25rem 0; }
 details[open] > summary { margin-bottom: 0.5rem; }
 footer { max-width: 46rem; }
 @media (max-width: 40rem) {
-  table { font-size: 0.8125rem; }
   th, td { padding: 0.35rem 0.25rem; }
-  thead th { font-size: 0.75rem; }
   tbody th { max-width: 44vw; min-width: 7rem; }
   td.bar { display: none; }
   td .soft { display: block; font-size: 0.6875rem; }

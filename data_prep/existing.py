@@ -73,21 +73,18 @@ def damage(folder: Path, manifest: dict) -> str:
     Each must be there and as long as it was. Its content is compared too, but that of a shard, which may be of
     gigabytes, only where something has written to it after the manifest, the last to be written.
     """
-    sizes = manifest.get("file_bytes")
-    if not sizes:
+    if not manifest.get("file_bytes"):
         return "has a manifest that lists no files"
     if manifest.get("sha256") not in (None, records.seal(manifest)):
         return "has a manifest that was changed after the build"
+    if wrong := next(records.wrong_lengths(folder, manifest), None):
+        name, what = wrong
+        return f"lacks {name}" if what == records.MISSING else f"is damaged ({name} {what})"
     finished_ns = (folder / "manifest.json").stat().st_mtime_ns
     for name, sha256 in manifest["files"].items():
-        try:
-            stat = (folder / name).stat()
-        except OSError:
-            return f"lacks {name}"
-        if stat.st_size != sizes[name]:
-            return f"is damaged ({name} has {stat.st_size:,} bytes, not {sizes[name]:,})"
         is_shard = ".array_record" in name
-        if (not is_shard or stat.st_mtime_ns > finished_ns) and files.sha256(folder / name) != sha256:
+        written_ns = (folder / name).stat().st_mtime_ns
+        if (not is_shard or written_ns > finished_ns) and files.sha256(folder / name) != sha256:
             return f"is damaged ({name} has other content than its manifest says)"
     return ""
 

@@ -29,7 +29,7 @@ from medfuse_jax import records
 from medfuse_jax.errors import UserError
 from medfuse_jax.tasks import CHANNELS, SPLITS, TASKS, Task
 
-MAX_UNDATED = 0.01
+_MAX_UNDATED = 0.01  # of the events kept: more than that is said
 ARRAYS_VERSION = 3  # raise it when the same events give other arrays
 
 
@@ -233,7 +233,7 @@ def _say_events(counts: dict[str, dict[str, int]]) -> None:
     undated = rows.pop(events.UNDATED, 0)
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rows.items()))
     progress.say(f"events: {kept:,} rows kept ({clipped:,} clipped); left out: {left_out or 'none'}")
-    if undated > MAX_UNDATED * kept:
+    if undated > _MAX_UNDATED * kept:
         progress.say(
             f"warning: {undated:,} events have no storetime and are kept: nothing says that they were known in time"
         )

@@ -101,7 +101,8 @@ def open_dataset(
     of a JSON file {"mean": [76], "std": [76]}.
     """
     manifest = records.manifest(data_dir, task)
-    records.check_files(data_dir, task)  # now, not when the test split is read after days of training
+    # Now, not when the test split is read after days of training.
+    records.check_lengths(records.task_dir(data_dir, task), manifest)
     index = {split: records.index(data_dir, task, split) for split in tasks.SPLITS}
     if not len(index["train"]["stay_id"]):
         raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")

@@ -29,6 +29,7 @@ from medfuse_jax.errors import UserError, check_choice
 FORMAT_VERSION = "1.2.0"
 MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # '' where unknown
+MISSING = "is missing"  # what is wrong with a file that is not there
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *STATIC_TEXTS, "label")
 
 
@@ -118,14 +119,21 @@ def seal(content: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(data_dir: str | Path, task: str) -> None:
-    """Raises UserError where a file of the dataset is missing or has another length than the build gave it."""
-    folder = task_dir(data_dir, task)
-    for name, num_bytes in manifest(data_dir, task).get("file_bytes", {}).items():
+def wrong_lengths(folder: Path, content: dict) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of each file that is missing, or not as long as the manifest's content says."""
+    for name, num_bytes in content.get("file_bytes", {}).items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != num_bytes:
-            what = f"has {path.stat().st_size:,} bytes, not {num_bytes:,}" if path.is_file() else "is missing"
-            raise UserError(f"{path} {what}: run data_prep.build again")
+        if not path.is_file():
+            yield name, MISSING
+        elif path.stat().st_size != num_bytes:
+            yield name, f"has {path.stat().st_size:,} bytes, not {num_bytes:,}"
+
+
+def check_lengths(folder: Path, content: dict) -> None:
+    """Raises UserError where a file of the dataset is missing or has another length than the build gave it."""
+    if wrong := next(wrong_lengths(folder, content), None):
+        name, what = wrong
+        raise UserError(f"{folder / name} {what}: run data_prep.build again")
 
 
 def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:

@@ -99,6 +99,8 @@ summary { cursor: pointer; }
 footer { color: var(--muted); font-size: 0.8125rem; margin-top: 3rem; padding-top: 1rem; }
 footer { border-top: 1px solid var(--rule); }
 @media (max-width: 40rem) {
+  table { font-size: 0.8125rem; }
+  thead th { font-size: 0.75rem; }
   thead th:first-child, tbody th[scope="row"] { position: sticky; left: 0; background: var(--paper); z-index: 1; }
 }
 @media print { .scroll { overflow: visible; } }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medfuse_jax import files, webpage
 from medfuse_jax.report import attention, plots, style, tables, text, workdirs
-from medfuse_jax.report.workdirs import METHOD_NAMES, TASK_NAMES, Run, number, pair, section, series
+from medfuse_jax.report.workdirs import TASK_NAMES, Run, method_name, number, pair, section, series
 
 _MAX_TOGETHER = 5  # runs in a chart of several
 
@@ -58,7 +58,7 @@ def _tasks_in_order(runs: list[Run]) -> list[str]:
 
 def _title(runs: list[Run]) -> str:
     main = [run for run in runs if not run.is_pretraining] or runs
-    methods = list(dict.fromkeys(METHOD_NAMES.get(run.method, run.method) for run in main))
+    methods = list(dict.fromkeys(method_name(run.method) for run in main))
     names = list(dict.fromkeys(TASK_NAMES.get(run.task, run.task) for run in main))
     return f"{' and '.join(names)} {'with ' + methods[0] if len(methods) == 1 else f'by {len(methods)} methods'}"
 
@@ -115,7 +115,7 @@ def _lead(runs: list[Run]) -> str:
     for other in main.result.get("comparisons") or []:
         low, high = pair(other.get("auroc_macro_ci"))
         if other.get("subset") == "all" and low is not None and high is not None:
-            against = METHOD_NAMES.get(other.get("against"), str(other.get("against")))
+            against = method_name(other.get("against"))
             text += (
                 f" Its difference to {against} on the same stays is {number(other.get('auroc_macro'), sign=True)} "
                 f"({number(low, sign=True)} to {number(high, sign=True)})"

@@ -35,9 +35,7 @@ details.made > summary { color: var(--muted); }
 pre { background: var(--wash); padding: 0.9rem; overflow-x: auto; font-size: 0.8125rem; line-height: 1.45; margin: 0; }
 /* On a phone a value stands above its interval, and what the numbers also say is left out. */
 @media (max-width: 40rem) {
-  table { font-size: 0.8125rem; }
   th, td { padding: 0.4rem 0.2rem; }
-  thead th { font-size: 0.75rem; }
   .ci { display: block; font-size: 0.6875rem; }
   .bar, .wide { display: none; }
   tbody th[scope="row"] { white-space: normal; min-width: 7rem; hyphens: auto; }

@@ -6,7 +6,7 @@ import numpy as np
 
 from medfuse_jax import ranking, tasks
 from medfuse_jax.report import plots, workdirs
-from medfuse_jax.report.workdirs import METHOD_NAMES, SUBSETS, Run, number, pair, section
+from medfuse_jax.report.workdirs import SUBSETS, Run, method_name, number, pair, section
 
 _SUBSET_TITLES = {
     "all": "All test stays",
@@ -65,7 +65,7 @@ def differences(runs: list[Run]) -> str:
         if other["subset"] != last:
             last = other["subset"]
             body += f'<tr class="group"><th colspan="4" scope="rowgroup">{subset_title(last, run.task)}</th></tr>'
-        against = METHOD_NAMES.get(other.get("against"), str(other.get("against")))
+        against = method_name(other.get("against"))
         values = [other.get(key) for key in ("auroc_macro", "auroc_macro_ci", "auprc_macro", "auprc_macro_ci")]
         body += (
             f"<tr>{_run_head(run, f'{run.name} − {against}')}"

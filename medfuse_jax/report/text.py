@@ -3,7 +3,7 @@
 import textwrap
 
 from medfuse_jax.report import workdirs
-from medfuse_jax.report.workdirs import METHOD_NAMES, OUTSIDE_ITS_CI, SUBSETS, TASK_NAMES, number, pair, section
+from medfuse_jax.report.workdirs import OUTSIDE_ITS_CI, SUBSETS, TASK_NAMES, method_name, number, pair, section
 
 _WIDTH = 100
 _SUBSET_WORDS = {
@@ -67,7 +67,7 @@ def _result_rows(name: str, result: dict, subset: str) -> list[tuple[str, ...]]:
 def _difference_rows(name: str, result: dict) -> list[tuple[str, ...]]:
     rows = []
     for scores in workdirs.comparisons(result):
-        against = METHOD_NAMES.get(scores.get("against"), str(scores.get("against")))
+        against = method_name(scores.get("against"))
         values = (_bracketed(scores, score, sign=True) for score in ("auroc_macro", "auprc_macro"))
         subset = scores["subset"]
         rows.append((f"{name} − {against}", _SUBSET_WORDS.get(subset, subset), "", *values))

@@ -107,10 +107,16 @@ class Run:
         return max(aurocs, key=aurocs.get) if aurocs else None
 
 
+def method_name(method) -> str:
+    """What a method is called; one that nobody knows, by what stands in its place."""
+    return METHOD_NAMES.get(method, str(method))
+
+
 def title(result: dict) -> str:
     """What a result's method is called, with the modalities beside EHR and film that it had."""
-    method = METHOD_NAMES.get(result.get("method"), str(result.get("method")))
-    return " + ".join([method, *(Path(name).stem for name in result.get("modalities") or [])])
+    return " + ".join(
+        [method_name(result.get("method")), *(Path(name).stem for name in result.get("modalities") or [])]
+    )
 
 
 def find_runs(roots: list[Path]) -> list[Run]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from medfuse_jax import webpage
 from medfuse_jax.report import style, workdirs
-from medfuse_jax.report.workdirs import METHOD_NAMES, TASK_NAMES, number
+from medfuse_jax.report.workdirs import TASK_NAMES, method_name, number
 from medfuse_jax.sweep import results
 from medfuse_jax.webpage import CHART_STYLE, INK, MUTED, run_color
 
@@ -29,7 +29,7 @@ def write(workdir: Path, config: dict, records: list[dict]) -> Path:
     curves = {r["trial"]: _curve(workdir, r["trial"]) for r in records}
     methods = {r["values"].get("method", config["method"]) for r in records}
     method = next(iter(methods))
-    by = METHOD_NAMES.get(method, method) if len(methods) == 1 else f"{len(methods)} methods"
+    by = method_name(method) if len(methods) == 1 else f"{len(methods)} methods"
     title = f"Sweep: {TASK_NAMES.get(config['task'], config['task'])} with {by}"
     charts = [
         _chart(_scatter(field, records, chosen), f"Best validation AUROC by {_name(field)}") for field in _axes(records)
