@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medfuse_jax import augment, input_pipeline, optim, parallel, tasks
+from medfuse_jax import augment, costs, input_pipeline, optim, parallel, tasks
 from medfuse_jax import feed as feed_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
@@ -89,13 +89,13 @@ class Trainer:
         self._placed = list(parallel.prefetch(batches, self._on))
         self._steps_S = [batch["ehr"].shape[2] if "ehr" in batch else 0 for batch in batches]
         self._recurrence_flops = recurrence_flops(batches, options.model.ehr_hidden) if data.use_ehr else 0.0
-        self._lowered, self._compiled = {}, {}
+        self._compiled = {}
         with clock.compilations() as self._compilations:
             for num_steps, batch in zip(self._steps_S, self._placed):
                 if num_steps not in self._compiled:
                     say(f"ours: compiling for {num_steps} steps")
-                    self._lowered[num_steps] = self._step.lower(self._state, batch, self._key)
-                    self._compiled[num_steps] = self._lowered[num_steps].compile()  # a call finds it compiled
+                    self._compiled[num_steps] = self._step.lower(self._state, batch, self._key).compile()
+                    # a call finds it compiled
 
     def run(self) -> None:
         """One pass over the batches on the device."""
@@ -132,12 +132,12 @@ class Trainer:
     def facts(self, seconds: float) -> dict:
         """Work, rate and memory of one pass that took `seconds`, and what was compiled for it.
 
-        FLOPs: XLA's count of the step as written, in which a loop's body counts once, and the
-        recurrence's products over the stays' own steps.
+        FLOPs: XLA's count of the step, in which a loop's body counts once, and the recurrence's products over the
+        stays' own steps.
         """
-        counted = {n: _first(lowered.cost_analysis())["flops"] for n, lowered in self._lowered.items()}
-        if self._case.parallel == "jit":  # lowered whole; under pmap a device's part
-            counted = {n: flops / self._case.num_devices for n, flops in counted.items()}
+        batches = dict(zip(self._steps_S, self._placed))  # one of each length
+        part_of = {n: {name: x[0] for name, x in batch.items()} for n, batch in batches.items()}  # a device's
+        counted = {n: costs.step_flops(self._options, self._state, part) for n, part in part_of.items()}
         flops = sum(counted[n] for n in self._steps_S) + self._recurrence_flops / self._case.num_devices
         best = machine.matrix_flops_per_s(self._case.precision)
         memory = [c.memory_analysis() for c in self._compiled.values()]
@@ -155,10 +155,6 @@ class Trainer:
             "step_memory_gb": round(max(planned) / 1e9, 3),
             "peak_device_bytes": machine.peak_device_bytes(),
         }
-
-
-def _first(analysis):
-    return analysis[0] if isinstance(analysis, list) else analysis
 
 
 def recurrence_flops(batches: list[dict], width: int) -> float:

@@ -12,11 +12,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models import winograd
+
 # Where a film has few pixels (and, in a ResNet, many channels), a product of explicit columns is faster than a
 # convolution, for whose gradients XLA transposes the whole kernel.
 _FEW_PIXELS = 7 * 7
-# YNNPACK, to which XLA gives convolutions on a CPU, runs those of so few outputs on one core.
-_ONE_CORE_OUTPUTS = 64
+# Below so many channels Winograd's transforms cost more than its products save.
+_WINOGRAD_CHANNELS = 32
 # The gradient of a kernel takes up to three times as long for many large films at once as for one after another: it is
 # a convolution whose window is all of them.
 _PIXELS_A_PART = 56 * 56
@@ -44,9 +46,9 @@ def _by_platform(on_cpu, elsewhere, stride, padding):
     return _apart(functools.partial(jax.lax.platform_dependent, **ways))
 
 
-def _plain(stride: int, padding: int, x_PHWC: jax.Array, kernel: jax.Array, more: int = 0) -> jax.Array:
-    """The convolution as XLA has it. more: columns of padding that the right side has more than the others."""
-    pads = ((padding, padding), (padding, padding + more))
+def _plain(stride: int, padding: int, x_PHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution as XLA has it."""
+    pads = ((padding, padding), (padding, padding))
     return jax.lax.conv_general_dilated(x_PHWC, kernel, (stride, stride), pads, dimension_numbers=_DIMENSIONS)
 
 
@@ -55,21 +57,30 @@ def _gradients(stride, padding, x_PHWC, kernel, d_output_PHWC, fn=_plain):
 
 
 def _on_cpu(stride, padding, x_PHWC, kernel):
+    if _suits_winograd(stride, padding, x_PHWC, kernel):
+        return winograd.convolve(x_PHWC, kernel)
     if _num_pixels(stride, padding, x_PHWC, kernel) <= _FEW_PIXELS:
         return _product(stride, padding, x_PHWC, kernel)
-    if stride == 1 and kernel.shape[-1] <= _ONE_CORE_OUTPUTS:
-        return _uneven(padding, x_PHWC, kernel)
     return _plain(stride, padding, x_PHWC, kernel)
 
 
 def _gradients_on_cpu(stride, padding, x_PHWC, kernel, d_output_PHWC):
+    if _suits_winograd(stride, padding, x_PHWC, kernel):
+        d_x_PHWC = winograd.convolve(d_output_PHWC, kernel[::-1, ::-1].swapaxes(2, 3))
+        return d_x_PHWC, winograd.kernel_gradient(x_PHWC, d_output_PHWC)
     if _num_pixels(stride, padding, x_PHWC, kernel) <= _FEW_PIXELS:
         return _gradients(stride, padding, x_PHWC, kernel, d_output_PHWC, fn=_product)
-    if stride == 1 and kernel.shape[-2] <= _ONE_CORE_OUTPUTS:
-        d_x_PHWC = _uneven(kernel.shape[0] - 1 - padding, d_output_PHWC, kernel[::-1, ::-1].swapaxes(2, 3))
-    else:
-        d_x_PHWC = jax.vjp(lambda x_PHWC: _plain(stride, padding, x_PHWC, kernel), x_PHWC)[1](d_output_PHWC)[0]
+    d_x_PHWC = jax.vjp(lambda x_PHWC: _plain(stride, padding, x_PHWC, kernel), x_PHWC)[1](d_output_PHWC)[0]
     return d_x_PHWC, _kernel_gradient_by_parts(stride, padding, x_PHWC, kernel, d_output_PHWC)
+
+
+def _suits_winograd(stride, padding, x_PHWC, kernel) -> bool:
+    of_three = kernel.shape[:2] == (3, 3) and (stride, padding) == (1, 1)
+    # Half precision would lose in the transforms what it saves; and a kernel of more channels than there are pixels
+    # costs more to transform than the films.
+    num_channels = kernel.shape[2:]
+    many_pixels = x_PHWC.size // x_PHWC.shape[-1] >= max(num_channels)
+    return of_three and x_PHWC.dtype == jnp.float32 and many_pixels and min(num_channels) >= _WINOGRAD_CHANNELS
 
 
 def _num_pixels(stride, padding, x_PHWC, kernel) -> int:
@@ -87,11 +98,6 @@ def _product(stride: int, padding: int, x_PHWC: jax.Array, kernel: jax.Array) ->
         padded_PHWC[:, i : i + height : stride, j : j + width : stride] for i in range(size_px) for j in range(size_px)
     ]
     return jnp.concatenate(below, axis=-1) @ kernel.reshape(-1, num_out)
-
-
-def _uneven(padding: int, x_PHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution of stride 1 with a column more, cut off again: YNNPACK leaves that to Eigen and all its cores."""
-    return _plain(1, padding, x_PHWC, kernel, more=1)[:, :, :-1]
 
 
 def _kernel_gradient_by_parts(stride, padding, x_PHWC, kernel, d_output_PHWC):

@@ -1,0 +1,112 @@
+"""The 3x3 convolution by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, CVPR 2016), for a CPU.
+
+A tile of 2x2 outputs needs 16 products a pair of channels where the plain sum needs 36. Each of the 16 is one matrix
+product over all tiles, which is what XLA runs best on a CPU. Every transform adds and halves, so the result is as exact
+as the plain convolution's.
+
+Shapes: P films, H W pixels, N tiles of all films, C channels in, D channels out.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The films of a part go through all stages before the next part begins, so that what lies between stays in the cache.
+_PIXELS_A_PART = 2 * 56 * 56
+
+_FILTER_1D = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+_FILTER = np.kron(_FILTER_1D, _FILTER_1D)  # [16, 9]: the kernel's transform, over rows and columns
+
+
+@jax.jit  # traced once for all layers of a shape
+def convolve(x_PHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution [P, H, W, D] of stride 1 with a kernel [3, 3, C, D], padded by one pixel on every side."""
+    filters_16CD = (_FILTER @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
+
+    def part(x_PHWC):
+        products = [tile_NC @ filter_CD for tile_NC, filter_CD in zip(_inputs(x_PHWC), filters_16CD, strict=True)]
+        return _outputs(products, x_PHWC.shape)
+
+    return _joined(jax.lax.map(part, _parts(x_PHWC)), x_PHWC)
+
+
+@jax.jit
+def kernel_gradient(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
+    """The gradient [3, 3, C, D] of `convolve`'s kernel."""
+    # So the films wait for the gradient. Otherwise XLA makes their tiles as early as in the forward pass and keeps them
+    # until here: four times the films' memory. (An optimization_barrier is gone before it decides on the order.)
+    x_PHWC = x_PHWC + 0 * d_output_PHWD[0, 0, 0, 0]
+
+    def add_part(d_filters, films):
+        pairs = zip(_inputs(films[0]), _outputs_transposed(films[1]), strict=True)
+        return [d_CD + tile_NC.T @ d_ND for d_CD, (tile_NC, d_ND) in zip(d_filters, pairs, strict=True)], None
+
+    num_in, num_out = x_PHWC.shape[-1], d_output_PHWD.shape[-1]
+    zeros = [jnp.zeros((num_in, num_out), jnp.float32)] * 16
+    d_filters, _ = jax.lax.scan(add_part, zeros, (_parts(x_PHWC), _parts(d_output_PHWD)))
+    return (_FILTER.T @ jnp.stack(d_filters).reshape(16, -1)).reshape(3, 3, num_in, num_out)
+
+
+def _parts(x_PHWC: jax.Array) -> jax.Array:
+    """The films in parts of about _PIXELS_A_PART pixels, the last one filled up with zeros."""
+    num_films, height, width, _ = x_PHWC.shape
+    fit = max(1, _PIXELS_A_PART // (height * width))
+    few, many = max(1, num_films // fit), -(-num_films // fit)
+    num_parts = min(few, many, key=lambda n: -num_films % n)  # the one that needs less filling
+    size = -(-num_films // num_parts)
+    x_PHWC = jnp.pad(x_PHWC, ((0, num_parts * size - num_films), (0, 0), (0, 0), (0, 0)))
+    return x_PHWC.reshape(num_parts, size, *x_PHWC.shape[1:])
+
+
+def _joined(parts: jax.Array, like_PHWC: jax.Array) -> jax.Array:
+    return parts.reshape(-1, *parts.shape[2:])[: len(like_PHWC)]
+
+
+def _inputs(x_PHWC: jax.Array) -> list[jax.Array]:
+    """The 16 arrays [N, C] of the tiles' inputs: 4x4 pixels from one above and left of the outputs, transformed."""
+    _, height, width, num_channels = x_PHWC.shape
+    pads = ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0))
+    # All are made from films in memory: XLA would compute what the films are made of anew for each.
+    x_PHWC = jax.lax.optimization_barrier(jnp.pad(x_PHWC, pads))
+    tiles = [cell for row in _inputs_1d(x_PHWC, axis=1) for cell in _inputs_1d(row, axis=2)]
+    return [tile.reshape(-1, num_channels) for tile in tiles]
+
+
+def _inputs_1d(x: jax.Array, axis: int) -> list[jax.Array]:
+    stop = x.shape[axis] - 3  # after the first pixel of the last tile
+    p0, p1, p2, p3 = (jax.lax.slice_in_dim(x, k, k + stop, 2, axis) for k in range(4))
+    return [p0 - p2, p1 + p2, p2 - p1, p1 - p3]
+
+
+def _outputs(products: list[jax.Array], shape: tuple) -> jax.Array:
+    """Pixels [P, H, W, D], of films of `shape`, from the 16 products [N, D]."""
+    num_films, height, width, _ = shape
+    h, w = -(-height // 2), -(-width // 2)
+    products = [product.reshape(num_films, h, w, -1) for product in products]
+    rows = [_outputs_1d(products[4 * i : 4 * i + 4]) for i in range(4)]
+    pixels = _down(_outputs_1d, rows)  # [row even or odd][column even or odd]
+    x_PhHwWD = jnp.stack([jnp.stack(row, axis=3) for row in pixels], axis=2)
+    return x_PhHwWD.reshape(num_films, 2 * h, 2 * w, -1)[:, :height, :width]
+
+
+def _outputs_1d(m: list[jax.Array]) -> list[jax.Array]:
+    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
+
+
+def _outputs_transposed(d_PHWD: jax.Array) -> list[jax.Array]:
+    """The gradients of the 16 products [N, D]."""
+    _, height, width, num_channels = d_PHWD.shape
+    d_PHWD = jax.lax.optimization_barrier(jnp.pad(d_PHWD, ((0, 0), (0, height % 2), (0, width % 2), (0, 0))))
+    rows = [_outputs_1d_transposed([d_PHWD[:, i::2, j::2] for j in range(2)]) for i in range(2)]
+    return [cell.reshape(-1, num_channels) for row in _down(_outputs_1d_transposed, rows) for cell in row]
+
+
+def _outputs_1d_transposed(d: list[jax.Array]) -> list[jax.Array]:
+    return [d[0], d[0] + d[1], d[0] - d[1], -d[1]]
+
+
+def _down(transform: Callable, rows: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    """A transform of one axis along the columns of a table of arrays."""
+    return list(zip(*(transform(column) for column in zip(*rows, strict=True)), strict=True))
