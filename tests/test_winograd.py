@@ -33,17 +33,22 @@ def differences(x_PHWC, kernel, d_output_PHWD) -> tuple[float, float]:
     return tuple(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
+def forget_what_was_traced():
+    winograd.convolve.clear_cache()
+    winograd.kernel_gradient.clear_cache()
+
+
 @pytest.fixture
-def parts_of(monkeypatch):
-    """Sets how many films of 6x6 pixels fit into a part."""
+def traced_anew():
+    """For tests that change what is traced: none finds what another one traced."""
+    forget_what_was_traced()
+    yield
+    forget_what_was_traced()
 
-    def set_to(num_films: int):
-        monkeypatch.setattr(winograd, "_PIXELS_A_PART", num_films * 36)
-        for fn in (winograd.convolve, winograd.kernel_gradient):
-            fn.clear_cache()
 
-    yield set_to
-    set_to(99)
+@pytest.fixture
+def two_films_a_part(monkeypatch, traced_anew):
+    monkeypatch.setattr(winograd, "_PIXELS_A_PART", 2 * 6 * 6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 6), (7, 7), (5, 8), (1, 1), (56, 2)])
@@ -52,13 +57,11 @@ def test_films_of_any_size(height, width):
 
 
 @pytest.mark.parametrize("num_films", [1, 2, 3, 5, 7, 8])
-def test_any_number_of_films_in_parts(parts_of, num_films):
-    parts_of(2)
+def test_any_number_of_films_in_parts(two_films_a_part, num_films):
     assert max(differences(*made_up(num_films))) < TOLERANCE
 
 
-def test_parts_are_filled_up_with_as_few_films_as_may_be(parts_of):
-    parts_of(2)
+def test_parts_are_filled_up_with_as_few_films_as_may_be(two_films_a_part):
     shapes = {n: winograd._parts(jnp.zeros((n, 6, 6, 1))).shape[:2] for n in (1, 3, 5, 7, 16)}
     assert shapes == {1: (1, 1), 3: (1, 3), 5: (2, 3), 7: (4, 2), 16: (8, 2)}
 
@@ -77,12 +80,12 @@ def test_as_exact_as_the_plain_convolution_at_the_sizes_of_a_resnet():
 
 
 @pytest.mark.parametrize("transform", ["_FILTER", "_inputs_1d", "_outputs_1d"])
-def test_the_tolerance_notices_a_wrong_transform(monkeypatch, transform):
+def test_the_tolerance_notices_a_wrong_transform(monkeypatch, traced_anew, transform):
     right = getattr(winograd, transform)
     wrong = (
         right * 1.0001
         if transform == "_FILTER"
-        else lambda x, *axis: [right(x, *axis)[0] * 1.0001, *right(x, *axis)[1:]]
+        else lambda x, **axis: [right(x, **axis)[0] * 1.0001, *right(x, **axis)[1:]]
     )
     monkeypatch.setattr(winograd, transform, wrong)
     assert max(differences(*made_up(num_films=4, height=4))) > TOLERANCE

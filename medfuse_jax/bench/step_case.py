@@ -94,8 +94,8 @@ class Trainer:
             for num_steps, batch in zip(self._steps_S, self._placed):
                 if num_steps not in self._compiled:
                     say(f"ours: compiling for {num_steps} steps")
-                    self._compiled[num_steps] = self._step.lower(self._state, batch, self._key).compile()
                     # a call finds it compiled
+                    self._compiled[num_steps] = self._step.lower(self._state, batch, self._key).compile()
 
     def run(self) -> None:
         """One pass over the batches on the device."""

@@ -29,7 +29,8 @@ def convolve(x_PHWC: jax.Array, kernel: jax.Array) -> jax.Array:
         products = [tile_NC @ filter_CD for tile_NC, filter_CD in zip(_inputs(x_PHWC), filters_16CD, strict=True)]
         return _outputs(products, x_PHWC.shape)
 
-    return _joined(jax.lax.map(part, _parts(x_PHWC)), x_PHWC)
+    outputs = jax.lax.map(part, _parts(x_PHWC))
+    return outputs.reshape(-1, *outputs.shape[2:])[: len(x_PHWC)]
 
 
 @jax.jit
@@ -58,10 +59,6 @@ def _parts(x_PHWC: jax.Array) -> jax.Array:
     size = -(-num_films // num_parts)
     x_PHWC = jnp.pad(x_PHWC, ((0, num_parts * size - num_films), (0, 0), (0, 0), (0, 0)))
     return x_PHWC.reshape(num_parts, size, *x_PHWC.shape[1:])
-
-
-def _joined(parts: jax.Array, like_PHWC: jax.Array) -> jax.Array:
-    return parts.reshape(-1, *parts.shape[2:])[: len(like_PHWC)]
 
 
 def _inputs(x_PHWC: jax.Array) -> list[jax.Array]:
