@@ -33,6 +33,7 @@ _CHOICES = {
     "film.crop": ("center", "random"),
     "model.batch_norm": ("batch", "frozen"),
     "precision": ("auto", "float32", "bfloat16"),
+    "recurrence": ("chunks", "pallas", "cudnn"),
     "parallel": ("pmap", "jit"),
     "placement": ("stream", "device"),
 }
@@ -115,6 +116,7 @@ def default() -> ConfigDict:
     config.checkpoint_every_steps = 0  # 0: at the end of each epoch only
 
     config.precision = "auto"  # 'bfloat16' on accelerators, 'float32' on CPU
+    config.recurrence = "chunks"  # on an NVIDIA GPU also 'pallas' or 'cudnn': the same numbers but for rounding
     config.parallel = "pmap"  # or 'jit' with shardings: the same numbers
     config.placement = "stream"  # or 'device': the train split lies in the accelerator's memory; the same numbers
     config.profile_steps = ""  # 'a:b': a trace of the steps a to b (the first is 1) in <workdir>/profile
@@ -218,6 +220,11 @@ def _with(methods: dict, field: str) -> list[str]:
 def _check_sizes(config: ConfigDict) -> None:
     """The ranges that depend on another field, and those of several numbers."""
     _check_range("config.films_per_batch", config.films_per_batch, 0, config.batch_size)
+    if config.recurrence == "pallas" and config.model.ehr_hidden > 512:
+        raise UserError(
+            f"config.recurrence is 'pallas', whose kernels have no room for the {config.model.ehr_hidden} units of "
+            "config.model.ehr_hidden: take 512 at most, or config.recurrence=chunks"
+        )
     _check_range("config.film.crop_px", config.film.crop_px, 32, config.film.resize_px)
     if len(config.film.scale) != 2 or not 0.1 <= config.film.scale[0] <= config.film.scale[1] <= 10:
         raise UserError(f"config.film.scale is {config.film.scale}; give the least and the most, between 0.1 and 10")
@@ -272,7 +279,12 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-    """Raises UserError where batches do not divide over the devices."""
+    """Raises UserError where batches do not divide over the devices, or not as config.parallel would divide them."""
+    if num_devices > 1 and config.parallel == "jit" and config.recurrence != "chunks":
+        raise UserError(
+            f"config.recurrence is {config.recurrence!r}, which config.parallel=jit cannot divide over {num_devices} "
+            "devices: take config.parallel=pmap, or config.recurrence=chunks"
+        )
     for field, size in (("config.batch_size", config.batch_size), ("config.eval.batch_size", config.eval.batch_size)):
         if size % num_devices:
             near = max(1, round(size / num_devices)) * num_devices

@@ -160,6 +160,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
             resnet_width=config.model.resnet_width,
             frozen_stats=config.model.batch_norm == "frozen",
             dtype=_compute_dtype(config.precision),
+            recurrence=_recurrence(config.recurrence),
             **own,
         ),
         optimizer=optim.adam(config.beta2),
@@ -225,6 +226,11 @@ def cache_dir() -> Path:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs: a second start of the same model skips the compiler."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+
+
+def _recurrence(form: str) -> str:
+    """A GPU's own form there, and elsewhere the one that runs anywhere: so its run can be evaluated on any machine."""
+    return form if jax.default_backend() == "gpu" else "chunks"
 
 
 def _compute_dtype(precision: str):

@@ -1,6 +1,7 @@
 """The benchmark: what it imports, what its numbers mean, and that every preset can be run."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import subprocess
@@ -30,7 +31,7 @@ from medfuse_jax.bench import (
     trials_case,
 )
 from medfuse_jax.errors import UserError
-from medfuse_jax.models import chunked_lstm, lstm, methods
+from medfuse_jax.models import chunked_lstm, lstm, methods, pallas_lstm
 
 _ROOT = Path(__file__).parent.parent
 _TINY = {case.kind: dataclasses.replace(case, peers=()) for case in cases.preset("tiny")[0]}
@@ -273,6 +274,27 @@ def test_the_recurrences_that_are_timed_are_equal():
         f(weights, batch["ehr"][0], batch["length"][0], jnp.float32)[1] for f in (lstm.lstm, lstm_case._plain)
     )
     np.testing.assert_allclose(fast, plain, atol=1e-5)
+
+
+def test_on_a_gpu_the_other_forms_take_part_and_one_that_fails_does_not(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such kernel\nand many more words")
+
+    forms = {**lstm.FORMS, "pallas": functools.partial(pallas_lstm.pallas_lstm, interpret=True), "cudnn": fails}
+    monkeypatch.setattr(lstm, "FORMS", forms)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    said = []
+    case = dataclasses.replace(_TINY["lstm"], repeats=1, peers=())
+    rows = lstm_case.measure(case, say=lambda text, end="\r": said.append(text))
+    assert [row["contender"] for row in rows] == ["ours", "plain_scan", "pallas"]
+    assert all(row["difference_from_plain_scan"] < 1e-5 for row in rows)
+    assert "cudnn: left out: RuntimeError: no such kernel" in said
+
+
+def test_a_form_that_is_another_recurrence_would_show():
+    gradients = ({"bias": np.array([1.0, -2.0])}, {"kernel": np.array([4.0, 4.0])})
+    other = ({"bias": np.array([1.0, -2.0])}, {"kernel": np.array([4.0, 3.0])})
+    assert lstm_case._difference(other, gradients) == 0.25
 
 
 def test_the_bootstrap_is_scaled_to_all_resamples():

@@ -4,41 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lstm_cases import TOLERANCE, assert_close, case, plain, poisoned, with_gradients
 
 from medfuse_jax.models import chunked_lstm, lstm
 
 _CHUNK, _SMALL = chunked_lstm.CHUNK_STEPS
-_TOLERANCE = 2e-5
-
-
-def _case(num_steps, lengths, seed=0, num_inputs=5, width=4):
-    rng = np.random.default_rng(seed)
-    weights = {
-        "input_kernel": rng.normal(size=(num_inputs, 4 * width)).astype(np.float32),
-        "recurrent_kernel": rng.normal(size=(width, 4 * width)).astype(np.float32),
-        "bias": rng.normal(size=4 * width).astype(np.float32),
-    }
-    x_BTF = rng.normal(size=(len(lengths), num_steps, num_inputs)).astype(np.float32)
-    return weights, x_BTF, np.array(lengths, np.int32)
-
-
-def _plain(weights, x_BTF, length_B, dtype=jnp.float32):
-    return lstm.masked_lstm(weights, x_BTF, lstm.valid_steps(length_B, x_BTF.shape[1]), dtype)
-
-
-def _loss(recurrence):
-    """A loss that sees every valid hidden state and the last one, each differently."""
-
-    def loss(weights, x_BTF, length_B):
-        hidden_BTD, last_BD = recurrence(weights, x_BTF, length_B)
-        valid_BT1 = lstm.valid_steps(length_B, x_BTF.shape[1])[..., None]
-        seen = jnp.where(valid_BT1, jnp.sin(3 * hidden_BTD + jnp.arange(x_BTF.shape[1])[:, None]), 0)
-        return seen.sum() + jnp.cos(2 * last_BD).sum()
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-
-
-_FAST, _PLAIN = _loss(lstm.lstm), _loss(_plain)
+_FAST, _PLAIN = with_gradients(lstm.lstm), with_gradients(plain)
 
 
 @pytest.mark.parametrize(
@@ -54,26 +25,24 @@ _FAST, _PLAIN = _loss(lstm.lstm), _loss(_plain)
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_plain_scan(num_steps, lengths):
-    case = _case(num_steps, lengths)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=_TOLERANCE, rtol=_TOLERANCE), _FAST(*case), _PLAIN(*case)
-    )
+    series = case(num_steps, lengths)
+    assert_close(_FAST(*series), _PLAIN(*series))
 
 
 def test_the_tolerance_would_show_a_step_too_few():
-    weights, x_BTF, length_B = _case(20, [20, 9])
+    weights, x_BTF, length_B = case(20, [20, 9])
     (loss, _), (other, _) = _FAST(weights, x_BTF, length_B), _FAST(weights, x_BTF, length_B - 1)
-    assert abs(loss - other) > 100 * _TOLERANCE
+    assert abs(loss - other) > 100 * TOLERANCE
 
 
 def test_padding_reaches_neither_outputs_nor_gradients():
-    weights, x_BTF, length_B = _case(40, [37, 3, 0])
-    poisoned_BTF = np.where(np.asarray(lstm.valid_steps(length_B, 40))[..., None], x_BTF, np.nan)
-    jax.tree.map(np.testing.assert_array_equal, _FAST(weights, x_BTF, length_B), _FAST(weights, poisoned_BTF, length_B))
+    weights, x_BTF, length_B = case(40, [37, 3, 0])
+    nans_BTF = poisoned(x_BTF, length_B)
+    jax.tree.map(np.testing.assert_array_equal, _FAST(weights, x_BTF, length_B), _FAST(weights, nans_BTF, length_B))
 
 
 def test_a_longer_bucket_changes_nothing():
-    weights, x_BTF, length_B = _case(20, [20, 9])
+    weights, x_BTF, length_B = case(20, [20, 9])
     longer_BTF = np.pad(x_BTF, ((0, 0), (0, 100), (0, 0)))
     (hidden_BTD, last_BD), (longer_BTD, longer_last_BD) = (lstm.lstm(weights, x, length_B) for x in (x_BTF, longer_BTF))
     np.testing.assert_array_equal(last_BD, longer_last_BD)
@@ -82,7 +51,7 @@ def test_a_longer_bucket_changes_nothing():
 
 
 def test_a_length_beyond_the_series_is_its_end():
-    weights, x_BTF, _ = _case(5, [5, 5])
+    weights, x_BTF, _ = case(5, [5, 5])
     jax.tree.map(
         np.testing.assert_array_equal, _FAST(weights, x_BTF, np.array([9, 5])), _FAST(weights, x_BTF, np.array([5, 5]))
     )
@@ -90,17 +59,17 @@ def test_a_length_beyond_the_series_is_its_end():
 
 @pytest.mark.slow
 def test_several_trials_at_once_are_the_trials_one_by_one():
-    cases = [_case(20, [20, 9], seed=seed) for seed in (0, 1, 2)]
+    cases = [case(20, [20, 9], seed=seed) for seed in (0, 1, 2)]
     x_BTF, length_B = cases[0][1:]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(weights for weights, _, _ in cases))
     together = jax.jit(jax.vmap(jax.grad(lambda w: lstm.lstm(w, x_BTF, length_B)[1].sum())))(stacked)
     for i, (weights, _, _) in enumerate(cases):
         alone = jax.grad(lambda w: lstm.lstm(w, x_BTF, length_B)[1].sum())(weights)
-        jax.tree.map(lambda t, a, i=i: np.testing.assert_allclose(t[i], a, atol=_TOLERANCE), together, alone)
+        jax.tree.map(lambda t, a, i=i: np.testing.assert_allclose(t[i], a, atol=TOLERANCE), together, alone)
 
 
 def test_bfloat16_products_stay_near_float32():
-    weights, x_BTF, length_B = _case(40, [40, 17])
+    weights, x_BTF, length_B = case(40, [40, 17])
     exact_BD, rounded_BD = (lstm.lstm(weights, x_BTF, length_B, dtype)[1] for dtype in (jnp.float32, jnp.bfloat16))
     assert rounded_BD.dtype == jnp.float32
     assert 1e-6 < np.abs(exact_BD - rounded_BD).max() < 0.1

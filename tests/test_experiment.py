@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,13 @@ from medfuse_jax.errors import UserError
 def ehr_run(tiny_config):
     tiny_config.method = "uni_ehr"
     return experiment.open_experiment(tiny_config)
+
+
+@pytest.mark.parametrize(("backend", "form"), [("cpu", "chunks"), ("tpu", "chunks"), ("gpu", "pallas")])
+def test_a_gpus_form_of_the_recurrence_is_a_gpus_alone(ehr_config, monkeypatch, backend, form):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    ehr_config.recurrence = "pallas"
+    assert experiment.open_experiment(ehr_config).options.model.recurrence == form
 
 
 def test_every_included_record_is_planned_once(ehr_run):

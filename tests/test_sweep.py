@@ -50,9 +50,16 @@ def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
         sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
 
 
-def test_a_trace_of_trials_is_refused(ehr_config, tmp_path):
-    ehr_config.profile_steps = "1:2"
-    with pytest.raises(UserError, match=r"config\.profile_steps is of a run alone"):
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("profile_steps", "1:2", r"config\.profile_steps is of a run alone"),
+        ("recurrence", "cudnn", r"config\.recurrence is 'cudnn', which runs no trials side by side"),
+    ],
+)
+def test_what_trials_cannot_do_is_refused(ehr_config, tmp_path, field, value, said):
+    ehr_config[field] = value
+    with pytest.raises(UserError, match=said):
         sweep(ehr_config, tmp_path / "sweep", RATES)
     assert not (tmp_path / "sweep").exists()
 

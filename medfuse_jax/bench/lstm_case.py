@@ -1,8 +1,9 @@
-"""The EHR encoder's recurrence alone, forward and backward: ours, the plain scan, and torch's.
+"""The EHR encoder's recurrence alone, forward and backward: ours, its other forms, the plain scan, and torch's.
 
 Shapes: B rows, T time, F EHR channel, D LSTM width.
 """
 
+import functools
 import importlib.util
 
 import jax
@@ -14,6 +15,8 @@ from medfuse_jax.bench import clock, cohort, step_case
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.models import lstm
 
+_PLAIN = "plain_scan"
+
 
 def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     """One record a contender, on batches sampled from an epoch of the plan. data is not read."""
@@ -24,10 +27,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     width = dict(case.sizes).get("ehr_hidden", 256)
     weights = _weights(width)
     placed = [(jnp.asarray(batch["ehr"][0]), jnp.asarray(batch["length"][0])) for batch in batches]
-    runs, compiled = {}, {}
-    for name, recurrence in ((step_case.OURS, lstm.lstm), ("plain_scan", _plain)):
-        say(f"{name}: compiling")
-        runs[name], compiled[name] = _compiled_run(recurrence, weights, placed, case)
+    runs, facts = _runs(case, weights, placed, say)
     runs |= _torch_runs(case, batches, width, data)
     seconds = clock.interleave(runs, case.warm_up, case.repeats, say)
     samples = int(sum(batch["valid"].sum() for batch in batches))
@@ -35,8 +35,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     for name, taken in seconds.items():
         row = {"contender": name} | clock.summary(taken)
         row |= {"batches_per_repeat": len(batches), "samples_per_s": round(samples / row["seconds"], 2)}
-        if name in compiled:
-            row |= {"compilations": compiled[name].count, "compile_s": round(compiled[name].seconds, 2)}
+        row |= facts.get(name, {})
         if name == step_case.OURS:
             row |= step_case.padding_facts(whole, length_N)
         else:
@@ -65,25 +64,51 @@ def _plain(weights: dict, x_BTF, length_B, dtype):
     return lstm.masked_lstm(weights, x_BTF, lstm.valid_steps(length_B, x_BTF.shape[1]), dtype)
 
 
-def _compiled_run(recurrence, weights, placed, case: Case):
-    """(a pass over the batches, what was compiled for it)."""
-    dtype = jnp.dtype(case.precision)
+def _runs(case: Case, weights, placed, say) -> tuple[dict, dict]:
+    """(name -> a pass over the batches, name -> what compiling it took and how near to the plain scan it is)."""
+    recurrences = {step_case.OURS: lstm.lstm, _PLAIN: _plain}
+    if jax.default_backend() == "gpu":  # where the default is one form of several
+        recurrences |= {form: functools.partial(lstm.lstm, form=form) for form in lstm.FORMS if form != "chunks"}
+    runs, facts, first = {}, {}, {}
+    for name, recurrence in recurrences.items():
+        say(f"{name}: compiling")
+        gradient = _gradient(recurrence, jnp.dtype(case.precision))
+        try:
+            with clock.compilations() as compiled:
+                outputs = [jax.block_until_ready(gradient(weights, *batch)) for batch in placed]
+        except Exception as error:
+            if name in (step_case.OURS, _PLAIN):
+                raise
+            # A kernel that this GPU or its driver does not take is no reason to measure nothing.
+            say(f"{name}: left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", end="\n")
+            continue
+        runs[name], first[name] = functools.partial(_pass, gradient, weights, placed), outputs[0]
+        facts[name] = {"compilations": compiled.count, "compile_s": round(compiled.seconds, 2)}
+    for name in runs:
+        facts[name]["difference_from_plain_scan"] = _difference(first[name], first[_PLAIN])
+    return runs, facts
+
+
+def _gradient(recurrence, dtype):
+    """(weights, series, lengths) -> the gradient of both layers' weights."""
 
     def loss(weights, x_BTF, length_B):
         hidden_BTD, _ = recurrence(weights[0], x_BTF, length_B, dtype)
         return recurrence(weights[1], hidden_BTD, length_B, dtype)[1].sum()
 
-    gradient = jax.jit(jax.grad(loss))
-    with clock.compilations() as compiled:
-        for x_BTF, length_B in placed:
-            jax.block_until_ready(gradient(weights, x_BTF, length_B))
+    return jax.jit(jax.grad(loss))
 
-    def run() -> None:
-        for x_BTF, length_B in placed:
-            out = gradient(weights, x_BTF, length_B)
-        jax.block_until_ready(out)
 
-    return run, compiled
+def _pass(gradient, weights, placed) -> None:
+    for batch in placed:
+        out = gradient(weights, *batch)
+    jax.block_until_ready(out)
+
+
+def _difference(gradients, expected) -> float:
+    """The largest of any element, relative to the largest element of its array."""
+    differences = jax.tree.map(lambda x, y: jnp.abs(x - y).max() / jnp.abs(y).max(), gradients, expected)
+    return float(f"{max(map(float, jax.tree.leaves(differences))):.2g}")
 
 
 def _torch_runs(case: Case, batches: list[dict], width: int, data) -> dict:

@@ -40,7 +40,8 @@ records in `results/`, one folder a machine and day.
 - `torch_tuned`: channels_last, padded series (cuDNN on a GPU), TF32, fused Adam, only the films there are; on a GPU
   `torch.compile`, and autocast where the case says bfloat16. Also timed without augmentation.
 - `end_to_end`, `input`: the same batches read and sent as in a run; reading alone.
-- `plain_scan`: the recurrence as one scan over the bucket. `sklearn_loop`: roc_auc_score and average_precision_score
+- `plain_scan`: the recurrence as one scan over the bucket; `pallas`, `cudnn`: its other forms (on a GPU).
+  `sklearn_loop`: roc_auc_score and average_precision_score
   label by label, one resample timed and multiplied by 1000.
 
 Contenders take turns within every repeat. Series have phenotyping's lengths (log-normal, median 60 h); time is the

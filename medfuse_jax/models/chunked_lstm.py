@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models import lstm_cell
+
 # As many chunks of the first size as the longest series fills, and what is left of it in chunks of the next, of which
 # it is a multiple: large chunks make large matrix products, small ones run few steps that no stay has.
 CHUNK_STEPS = (16, 4)
@@ -38,12 +40,11 @@ def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtyp
     def step(state, inputs):
         hidden_BD, cell_BD = state
         product_BG, valid_B = inputs
-        act_BG = _activate(product_BG + _dot(hidden_BD.astype(dtype), recurrent_DG))
-        i_BD, f_BD, g_BD, o_BD = jnp.split(act_BG, 4, axis=-1)
-        next_cell_BD = f_BD * cell_BD + i_BD * g_BD
-        hidden_BD = jnp.where(valid_B[:, None], o_BD * jnp.tanh(next_cell_BD), hidden_BD)
+        gates_BG = product_BG + _dot(hidden_BD.astype(dtype), recurrent_DG)
+        activated, next_cell_BD, next_hidden_BD = lstm_cell.forward(_gates(gates_BG), cell_BD)
+        hidden_BD = jnp.where(valid_B[:, None], next_hidden_BD, hidden_BD)
         cell_BD = jnp.where(valid_B[:, None], next_cell_BD, cell_BD)
-        return (hidden_BD, cell_BD), (hidden_BD, cell_BD, act_BG)
+        return (hidden_BD, cell_BD), (hidden_BD, cell_BD, jnp.concatenate(activated, axis=-1))
 
     def chunk(start, size, carry):
         state, hidden_TBD, cell_TBD, act_TBG = carry
@@ -83,18 +84,12 @@ def _backward(dtype, residuals, cotangents):
         d_hidden_BD, d_cell_BD = state
         d_output_BD, valid_B, act_BG, cell_before_BD, cell_BD = inputs
         valid_B1 = valid_B[:, None]
-        i_BD, f_BD, g_BD, o_BD = jnp.split(act_BG.astype(jnp.float32), 4, axis=-1)
-        tanh_BD = jnp.tanh(cell_BD)
         d_hidden_BD = d_hidden_BD + jnp.where(valid_B1, d_output_BD, 0)
-        d_new_cell_BD = d_cell_BD + d_hidden_BD * o_BD * (1 - tanh_BD**2)
-        d_i_BD = d_new_cell_BD * g_BD * i_BD * (1 - i_BD)
-        d_f_BD = d_new_cell_BD * cell_before_BD * f_BD * (1 - f_BD)
-        d_g_BD = d_new_cell_BD * i_BD * (1 - g_BD**2)
-        d_o_BD = d_hidden_BD * tanh_BD * o_BD * (1 - o_BD)
-        d_gates_BG = jnp.where(valid_B1, jnp.concatenate([d_i_BD, d_f_BD, d_g_BD, d_o_BD], axis=-1), 0).astype(dtype)
-        d_before_BD = _dot(d_gates_BG, recurrent_GD)
-        d_hidden_BD = jnp.where(valid_B1, d_before_BD, d_hidden_BD)
-        d_cell_BD = jnp.where(valid_B1, d_new_cell_BD * f_BD, d_cell_BD)
+        activated = _gates(act_BG.astype(jnp.float32))
+        d_gates, d_cell_before_BD = lstm_cell.backward(activated, cell_before_BD, cell_BD, d_hidden_BD, d_cell_BD)
+        d_gates_BG = jnp.where(valid_B1, jnp.concatenate(d_gates, axis=-1), 0).astype(dtype)
+        d_hidden_BD = jnp.where(valid_B1, _dot(d_gates_BG, recurrent_GD), d_hidden_BD)
+        d_cell_BD = jnp.where(valid_B1, d_cell_before_BD, d_cell_BD)
         return (d_hidden_BD, d_cell_BD), d_gates_BG
 
     def chunk(start, size, carry):
@@ -165,10 +160,8 @@ def _backward_through(chunk, longest, carry):
     return carry
 
 
-def _activate(gates_BG):
-    i_BD, f_BD, g_BD, o_BD = jnp.split(gates_BG, 4, axis=-1)
-    parts = (jax.nn.sigmoid(i_BD), jax.nn.sigmoid(f_BD), jnp.tanh(g_BD), jax.nn.sigmoid(o_BD))
-    return jnp.concatenate(parts, axis=-1)
+def _gates(x_BG) -> tuple:
+    return tuple(jnp.split(x_BG, lstm_cell.NUM_GATES, axis=-1))
 
 
 def _dot(a, b):

@@ -2,8 +2,7 @@
 
 Shapes: B batch, T time, F input channel, D LSTM width, G = 4 D gates in the order i, f, g, o.
 
-`lstm` is the one door to the recurrence: a faster backend goes behind it and is tested
-against `masked_lstm`, the plain scan.
+`lstm` is the one door to the recurrence, which has several forms; each is tested against `masked_lstm`, the plain scan.
 """
 
 import flax.linen as nn
@@ -11,23 +10,29 @@ import jax
 import jax.numpy as jnp
 
 from medfuse_jax.models.chunked_lstm import chunked_lstm
+from medfuse_jax.models.cudnn_lstm import cudnn_lstm
+from medfuse_jax.models.lstm_cell import NUM_GATES
+from medfuse_jax.models.pallas_lstm import pallas_lstm
 
-_GATES = 4
+# The first runs anywhere, the others on CUDA.
+FORMS = {"chunks": chunked_lstm, "pallas": pallas_lstm, "cudnn": cudnn_lstm}
 
 
-def lstm(weights: dict, x_BTF: jax.Array, length_B: jax.Array, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
+def lstm(
+    weights: dict, x_BTF: jax.Array, length_B: jax.Array, dtype=jnp.float32, form: str = "chunks"
+) -> tuple[jax.Array, jax.Array]:
     """An LSTM over series of which only the first `length` steps count.
 
     weights: input_kernel [F, G], recurrent_kernel [D, G], bias [G], float32. dtype: of the
-    products; the state is float32. Returns the hidden states [B, T, D], zeros past a series'
-    end, and the last one [B, D]: zeros for a length of 0. What stands in the padding, NaN
-    included, reaches neither outputs nor gradients.
+    products; the state is float32. form: of `FORMS`. Returns the hidden states [B, T, D], zeros
+    past a series' end, and the last one [B, D]: zeros for a length of 0. What stands in the
+    padding, NaN included, reaches neither outputs nor gradients.
     """
     kernels = (weights["input_kernel"], weights["recurrent_kernel"], weights["bias"])
     if x_BTF.shape[1] == 0:
         return jnp.zeros((*x_BTF.shape[:2], len(kernels[1]))), jnp.zeros((x_BTF.shape[0], len(kernels[1])))
-    length_B = jnp.minimum(length_B, x_BTF.shape[1])  # the chunks' own padding is no step
-    return chunked_lstm(*kernels, x_BTF, length_B, jnp.dtype(dtype))
+    length_B = jnp.minimum(length_B, x_BTF.shape[1])  # a form's own padding is no step
+    return FORMS[form](*kernels, x_BTF, length_B, jnp.dtype(dtype))
 
 
 def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
@@ -45,7 +50,7 @@ def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.
         hidden_BD, cell_BD = state
         gates_BG, valid_B = inputs
         gates_BG = gates_BG + (hidden_BD.astype(dtype) @ recurrent_DG).astype(jnp.float32)
-        i_BD, f_BD, g_BD, o_BD = jnp.split(gates_BG, _GATES, axis=-1)
+        i_BD, f_BD, g_BD, o_BD = jnp.split(gates_BG, NUM_GATES, axis=-1)
         next_cell_BD = jax.nn.sigmoid(f_BD) * cell_BD + jax.nn.sigmoid(i_BD) * jnp.tanh(g_BD)
         next_hidden_BD = jax.nn.sigmoid(o_BD) * jnp.tanh(next_cell_BD)
         hidden_BD = jnp.where(valid_B[:, None], next_hidden_BD, hidden_BD)
@@ -95,7 +100,7 @@ def orthogonal_per_gate(key: jax.Array, shape: tuple[int, int], dtype=jnp.float3
     so that each gate's matrix has half the gain.
     """
     width = shape[0]
-    gaussian_4DD = jax.random.normal(key, (_GATES, width, width))
+    gaussian_4DD = jax.random.normal(key, (NUM_GATES, width, width))
     return jnp.concatenate(list(_nearest_orthogonal(gaussian_4DD)), axis=1).astype(dtype)
 
 
@@ -116,7 +121,7 @@ def _nearest_orthogonal(x_4DD: jax.Array) -> jax.Array:
 
 def uniform_by_width(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """torch's default for every weight of an LSTM: uniform within 1 / sqrt(D). shape [..., 4 D]."""
-    limit = (shape[-1] // _GATES) ** -0.5
+    limit = (shape[-1] // NUM_GATES) ** -0.5
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
@@ -136,7 +141,7 @@ class LstmWeights(nn.Module):
         else:
             input_init, recurrent_init = nn.initializers.glorot_uniform(), orthogonal_per_gate
             bias_init = nn.initializers.zeros_init()
-        num_gates = _GATES * self.width
+        num_gates = NUM_GATES * self.width
         return {
             "input_kernel": self.param("input_kernel", input_init, (num_inputs, num_gates)),
             "recurrent_kernel": self.param("recurrent_kernel", recurrent_init, (self.width, num_gates)),
@@ -146,11 +151,12 @@ class LstmWeights(nn.Module):
 
 
 class EhrEncoder(nn.Module):
-    """Two LSTM layers over a stay; the last hidden state is its feature vector."""
+    """Two LSTM layers over a stay; the last hidden state is its feature vector. recurrence: of `FORMS`."""
 
     width: int = 256
     dropout: float = 0.3
     dtype: jnp.dtype = jnp.float32
+    recurrence: str = "chunks"
 
     def setup(self):
         self.layer0 = LstmWeights(self.width)
@@ -159,7 +165,7 @@ class EhrEncoder(nn.Module):
     def first_layer(self, ehr_BTF: jax.Array, length_B: jax.Array) -> jax.Array:
         """The hidden states of the first layer [B, T, D]."""
         # NaN * 0 is NaN in the weights' gradient: `lstm` clears the padding before it multiplies
-        return lstm(self.layer0(ehr_BTF.shape[-1]), ehr_BTF, length_B, self.dtype)[0]
+        return lstm(self.layer0(ehr_BTF.shape[-1]), ehr_BTF, length_B, self.dtype, self.recurrence)[0]
 
     def last_state(
         self, hidden_BTD: jax.Array, length_B: jax.Array, train: bool = False, dropout_rows_B: jax.Array | None = None
@@ -173,7 +179,7 @@ class EhrEncoder(nn.Module):
 
     def second_layer(self, hidden_BTD: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The hidden states of the second layer [B, T, D] and the last one [B, D], from those of the first."""
-        return lstm(self.layer1(self.width), hidden_BTD, length_B, self.dtype)
+        return lstm(self.layer1(self.width), hidden_BTD, length_B, self.dtype, self.recurrence)
 
     def states(self, ehr_BTF: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Every hidden state of the second layer [B, T, D] and the last one [B, D], without dropout."""

@@ -33,6 +33,7 @@ class Model(nn.Module):
 
     num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs
     are float32. frozen_stats: batch normalisation uses and keeps its running statistics in training.
+    recurrence: of `lstm.FORMS`, how the EHR encoder's is computed.
     """
 
     # Which modalities a method reads: the input pipeline leaves out what it does not.
@@ -51,6 +52,7 @@ class Model(nn.Module):
     resnet_width: int = 64
     dtype: jnp.dtype = jnp.float32
     frozen_stats: bool = False
+    recurrence: str = "chunks"
 
     @classmethod
     def loss_weights(cls) -> set[str]:
@@ -58,7 +60,7 @@ class Model(nn.Module):
         return {head.weight for head in cls.heads} - {""}
 
     def new_ehr_encoder(self) -> lstm.EhrEncoder:
-        return lstm.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype)
+        return lstm.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence)
 
     def new_cxr_encoder(self) -> resnet.ResNet:
         return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats)

@@ -53,6 +53,8 @@ def run(request: Request, process: pods.Process, started_s: float) -> None:
     config_lib.validate(config)
     if config.profile_steps:
         raise UserError("config.profile_steps is of a run alone, not of trials: leave it out")
+    if config.recurrence == "cudnn":
+        raise UserError("config.recurrence is 'cudnn', which runs no trials side by side: take pallas, or chunks")
     experiment.use_compilation_cache()
     tried = _search(request, process.is_first)
     if unknown := set(request.export) - {trial.number for trial in tried.drawn}:

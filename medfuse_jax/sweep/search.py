@@ -39,6 +39,7 @@ _NOT_SEARCHED = (
     "parallel",
     "placement",
     "profile_steps",
+    "recurrence",
 )
 _KINDS = ("loguniform", "uniform", "int", "choice")
 _REDRAWS = 1000
