@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from data_prep import cxr, profiles, progress, stages, tables
-from medfuse_jax import errors
+from medfuse_jax import command_line
 from medfuse_jax.errors import UserError
 
 OURS = ("mimic_cxr", "out", "profile", "workers", "runner")
@@ -104,4 +104,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    errors.run(main, pass_on_unknown=True)
+    command_line.run(main, pass_on_unknown=True)

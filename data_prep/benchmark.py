@@ -29,7 +29,7 @@ from absl import flags
 from PIL import Image
 
 from data_prep import cohort, cxr, discretize, events, profiles, progress, tables
-from medfuse_jax import errors, records, tasks
+from medfuse_jax import command_line, records, tasks
 from medfuse_jax.errors import UserError
 
 IDS = ("subject_id", "hadm_id", "stay_id")
@@ -235,4 +235,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    errors.run(main)
+    command_line.run(main)

@@ -35,8 +35,8 @@ from data_prep import (
 )
 from data_prep import phenotypes as icd
 from data_prep.pipeline import Source
-from medfuse_jax import errors, records
-from medfuse_jax.errors import UserError
+from medfuse_jax import command_line, records
+from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.tasks import CHANNELS, TASKS
 
 # The tasks of the paper; those with a label an hour are built when they are asked for.
@@ -145,7 +145,7 @@ def _say_versions(fingerprint: dict, mimic_iv, mimic_cxr) -> None:
 
 def _check_tasks(names: Sequence[str], mimic_cxr) -> list[str]:
     for name in names:
-        errors.check_choice("--tasks", name, TASKS)
+        check_choice("--tasks", name, TASKS)
     if mimic_cxr is None and any(TASKS[name].films_only for name in names):
         names = [name for name in names if not TASKS[name].films_only]
         progress.say("no --mimic_cxr: no stay has a film, and radiology is left out")
@@ -210,4 +210,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    errors.run(main)
+    command_line.run(main)

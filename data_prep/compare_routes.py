@@ -14,7 +14,7 @@ import polars as pl
 from absl import flags
 
 from data_prep import cohort, icd_routes, phenotypes, published, tables
-from medfuse_jax import errors, tasks
+from medfuse_jax import command_line, tasks
 from medfuse_jax.errors import UserError
 
 
@@ -129,4 +129,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    errors.run(main)
+    command_line.run(main)

@@ -26,7 +26,7 @@ from absl import flags
 from data_prep import synthetic_cohort as cohort
 from data_prep import synthetic_cxr as cxr
 from data_prep import synthetic_signal as signal
-from medfuse_jax import errors, files, tasks
+from medfuse_jax import command_line, files, tasks
 from medfuse_jax.errors import UserError
 
 FEWEST_STAYS = 10
@@ -194,4 +194,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    errors.run(main)
+    command_line.run(main)

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from medfuse_jax import augment, errors, step, tasks
+from medfuse_jax import augment, command_line, step, tasks
 from medfuse_jax.models import chunked_lstm, methods
 from medfuse_jax.optim import adam
 
@@ -94,7 +93,8 @@ def _step_flops(method: str, rows: int, films: int, steps: int = 0) -> float:
         std_F=(1.0,) * len(tasks.CHANNELS),
     )
     batch = _batch(num_labels(method), rows, films, steps)
-    return step_flops(options, jax.eval_shape(functools.partial(_state, options, batch)), batch)
+    state = jax.eval_shape(lambda: step.state_maker(options)(jax.random.key(0), 0.0))
+    return step_flops(options, state, batch)
 
 
 def step_flops(options: step.StepOptions, state: step.TrainState, batch: dict) -> float:
@@ -104,17 +104,6 @@ def step_flops(options: step.StepOptions, state: step.TrainState, batch: dict) -
     """
     traced = jax.jit(functools.partial(step.train_step, options)).trace(state, batch, jax.random.key(0))
     return traced.lower(lowering_platforms=("cuda",)).cost_analysis()["flops"]
-
-
-def _state(options: step.StepOptions, batch: dict) -> step.TrainState:
-    params_of = methods.init(options.model, jax.random.key(0))
-    return step.TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params_of["params"],
-        batch_stats=params_of.get("batch_stats", {}),
-        opt_state=options.optimizer.init(params_of["params"]),
-        learning_rate=jnp.zeros(()),
-    )
 
 
 def _batch(labels: int, rows: int, films: int, steps: int) -> dict:
@@ -146,4 +135,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("write", "", "A page with the table's marks, such as docs/methods.md.")
-    errors.run(main)
+    command_line.run(main)

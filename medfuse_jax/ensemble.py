@@ -20,7 +20,17 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from medfuse_jax import checkpoints, errors, evaluate, experiment, files, metrics, parallel, tasks, train
+from medfuse_jax import (
+    checkpoints,
+    command_line,
+    compilation,
+    evaluate,
+    files,
+    metrics,
+    parallel,
+    tasks,
+    train,
+)
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
@@ -218,10 +228,10 @@ def _check_splits(members: list[Member]) -> None:
 
 def _trained(workdir: Path) -> list[Path]:
     """The workdirs of the runs that were trained for a member: its own, or those of an ensemble's members."""
-    config = _read_json(workdir / "config.json")
-    if "runs" not in config:
+    if not workdir_lib.is_ensemble(workdir):
         return [workdir]
-    return [trained for run in config["runs"] for trained in _trained(_folder_and_head(run)[0])]
+    runs = _read_json(workdir / "config.json")["runs"]
+    return [trained for run in runs for trained in _trained(_folder_and_head(run)[0])]
 
 
 def _folder_and_head(run: str) -> tuple[Path, str]:
@@ -304,7 +314,7 @@ def _title(member: Member) -> str:
 
 
 def main(argv: list[str]) -> None:
-    experiment.use_compilation_cache()
+    compilation.keep()
     result = ensemble(flags.FLAGS.runs, Path(flags.FLAGS.workdir), flags.FLAGS.rule)
     print(text.table([result]))
     print(f"\nwritten: {evaluate.Scored().result_path(Path(flags.FLAGS.workdir))}")
@@ -314,4 +324,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("runs", None, "Workdirs of finished runs, each DIR or DIR:HEAD.", required=True)
     flags.DEFINE_string("workdir", None, "Folder for the ensemble's predictions and result.", required=True)
     flags.DEFINE_string("rule", "average", "average, weighted or by_film.")
-    errors.run(main)
+    command_line.run(main)

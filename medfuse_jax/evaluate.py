@@ -14,7 +14,18 @@ import jax
 import numpy as np
 from absl import flags
 
-from medfuse_jax import attention_weights, checkpoints, errors, files, metrics, parallel, records, tasks, withheld
+from medfuse_jax import (
+    attention_weights,
+    checkpoints,
+    command_line,
+    compilation,
+    files,
+    metrics,
+    parallel,
+    records,
+    tasks,
+    withheld,
+)
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import plan as plan_lib
@@ -276,7 +287,7 @@ def _selected_by(config, imported: dict, best_epoch: int) -> str:
     if not best_epoch:
         return "not selected: its first epoch is not validated yet"
     which = "all" if config.data.val_stays == "partial" else "the paired"
-    return f"AUROC on {which} validation {'films' if tasks.TASKS[config.task].films_only else 'stays'}"
+    return f"AUROC on {which} validation {tasks.TASKS[config.task].unit}"
 
 
 def _describe_data(config) -> dict:
@@ -308,7 +319,7 @@ def _version(package: str) -> str:
 
 def main(argv: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir)
-    experiment_lib.use_compilation_cache()
+    compilation.keep()
     given = flags.FLAGS
     what = Scored(given.split, given.head, given.drop_ehr, given.drop_film)
     result = evaluate(workdir, what, data_dir=given.data_dir)
@@ -323,4 +334,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "Where the run's shards are, if they were moved; it is kept.")
     flags.DEFINE_float("drop_ehr", 0.0, "Fraction of the stays with EHR and film to score without their EHR.")
     flags.DEFINE_float("drop_film", 0.0, "Fraction of the stays with EHR and film to score without their film.")
-    errors.run(main)
+    command_line.run(main)

@@ -1,9 +1,7 @@
 """A config made real: the dataset opened, the model built, the devices chosen."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -98,21 +96,12 @@ class Experiment:
 
     def state_maker(self) -> Callable[[jax.Array, float], step_lib.TrainState]:
         """(key, learning rate) -> a newly initialised state, by a program compiled once."""
-        return step_lib.state_maker(self.options, self._smallest_batch())
+        extra = {name: np.zeros((1, *of["train"].shape[1:])) for name, of in self.dataset.extra.items()}
+        return step_lib.state_maker(self.options, extra)
 
     def abstract_state(self) -> step_lib.TrainState:
         """The shapes and types of a state, without computing one."""
         return jax.eval_shape(self.fresh_state)
-
-    def _smallest_batch(self) -> dict:
-        size = tasks.FILM_SIZE_PX
-        batch = {"valid": jnp.ones(1, bool)}
-        if self.dataset.use_ehr:
-            batch |= {"ehr": jnp.zeros((1, 1, len(tasks.CHANNELS))), "length": jnp.ones(1, jnp.int32)}
-        if self.dataset.use_film:
-            batch |= {"image": jnp.zeros((1, size, size), jnp.uint8), "film_row": jnp.zeros(1, jnp.int32)}
-        extra = self.dataset.extra.items()
-        return batch | {f"extra_{name}": jnp.zeros((1, *of["train"].shape[1:])) for name, of in extra}
 
 
 def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> Experiment:
@@ -211,21 +200,6 @@ def check_unseen(run: Experiment, what: str, seen_N: np.ndarray) -> None:
 
 def num_params(state: step_lib.TrainState) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
-
-
-def cache_dir() -> Path:
-    """The user's cache folder for compiled programs and the synthetic cohort, readable by the user alone."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medfuse_jax"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the cache folder {folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from None
-    return folder
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs: a second start of the same model skips the compiler."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 
 
 def _recurrence(form: str) -> str:

@@ -18,6 +18,16 @@ DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
+def cache_dir() -> Path:
+    """The user's cache folder for compiled programs and the synthetic cohort, readable by the user alone."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medfuse_jax"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache folder {folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from None
+    return folder
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder, renamed to `path` when the block ends without an error."""

@@ -10,18 +10,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from medfuse_jax import command_line, files
 from medfuse_jax import config as config_lib
-from medfuse_jax import errors
 
 
 def main(argv: list[str]) -> None:
     # late: a wrong flag is refused before jax starts
-    from medfuse_jax import evaluate, experiment, feed, starts, train, workdir
+    from medfuse_jax import compilation, evaluate, experiment, feed, starts, train, workdir
     from medfuse_jax.report import page
 
     config = flags.FLAGS.config
     config_lib.validate(config)
-    experiment.use_compilation_cache()
+    compilation.keep()
     name_data(config)
     folder = Path(flags.FLAGS.workdir or _default_workdir(config))
 
@@ -47,10 +47,8 @@ def main(argv: list[str]) -> None:
 
 def name_data(config: ConfigDict) -> None:
     """Sets config.data.dir where it is not given: to a synthetic cohort, built on first use."""
-    from medfuse_jax import experiment
-
     if not config.data.dir:
-        config.data.dir = str(_synthetic_shards(config.data, experiment.cache_dir()))
+        config.data.dir = str(_synthetic_shards(config.data, files.cache_dir()))
 
 
 def _default_workdir(config: ConfigDict) -> str:
@@ -77,4 +75,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "An experiment, such as configs/pheno.py.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder for the run; by default one under runs/, named by its config.")
     flags.mark_flag_as_required("config")
-    errors.run(main)
+    command_line.run(main)

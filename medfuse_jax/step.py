@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from medfuse_jax import augment, losses, optim
+from medfuse_jax.models import methods
 from medfuse_jax.models.model import products
 
 
@@ -46,27 +47,17 @@ class StepOptions:
     head: str = "logits"
 
 
-def create_state(options: StepOptions, key: jax.Array, batch: dict, learning_rate: float) -> TrainState:
-    """A fresh state for the shapes of `batch` (one device's part of one)."""
-    return state_maker(options, batch)(key, learning_rate)
-
-
-def state_maker(options: StepOptions, batch: dict) -> Callable[[jax.Array, float], TrainState]:
-    """(key, learning rate) -> a fresh state: compiled once, however many states are made."""
-
-    @jax.jit
-    def init(key):
-        inputs = model_inputs(options, batch, key=None)
-        variables = options.model.init({"params": key}, **inputs, train=False)
-        return variables["params"], variables.get("batch_stats", {})
+def state_maker(options: StepOptions, extra: dict | None = None) -> Callable[[jax.Array, float], TrainState]:
+    """(key, learning rate) -> a fresh state: compiled once, however many states are made. extra: see `methods.init`."""
+    init = jax.jit(lambda key: methods.init(options.model, key, extra))
 
     def make(key, learning_rate):
-        params, batch_stats = init(key)
+        variables = init(key)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=options.optimizer.init(params),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=options.optimizer.init(variables["params"]),
             learning_rate=jnp.asarray(learning_rate, jnp.float32),
         )
 

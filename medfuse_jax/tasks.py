@@ -185,6 +185,11 @@ class Task:
     films_only: bool = False
     per_step: bool = False
 
+    @property
+    def unit(self) -> str:
+        """What a record is, in the plural: 'stays' or 'films'."""
+        return "films" if self.films_only else "stays"
+
 
 # Remaining length of stay, days: [0, 1) ... [7, 8), [8, 14), [14, inf). Harutyunyan et al. 2019.
 LENGTH_OF_STAY_EDGES_DAYS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 14)

@@ -66,7 +66,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     steps_per_epoch = len(run.train_plan(epoch=1))
     step = int(state.step)
 
-    unit = "films" if run.dataset.task.films_only else "stays"
+    unit = run.dataset.task.unit
     profiled = _profiled(config, steps_per_epoch * config.num_epochs)
 
     with (

@@ -130,7 +130,7 @@ def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method)
         std_F=(1.0,) * 76,
         weights=step.losses.Weights(align=0.1),
     )
-    state = step.create_state(options, jax.random.key(0, impl="rbg"), _batch(), learning_rate=1.0)
+    state = step.state_maker(options)(jax.random.key(0, impl="rbg"), 1.0)
     compiled = jax.jit(lambda s, b: step.train_step(options, s, b, jax.random.key(1)))
     scores_of = jax.jit(lambda b: step.eval_step(options, state, b)[0])
     clean = _batch()

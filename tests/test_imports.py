@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parent.parent
-# Definitions, the writing of whole files, and the look of a page.
-_SHARED = {"medfuse_jax", *(f"medfuse_jax.{name}" for name in ("tasks", "records", "errors", "files", "webpage"))}
+# Definitions, how a command runs, the writing of whole files, and the look of a page.
+_SHARED = {
+    "medfuse_jax",
+    *(f"medfuse_jax.{name}" for name in ("tasks", "records", "errors", "command_line", "files", "webpage")),
+}
 
 
 def _module_name(path: Path) -> str:

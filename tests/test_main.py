@@ -9,7 +9,18 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from medfuse_jax import checkpoints, errors, evaluate, experiment, input_pipeline, main, optim, starts, train, workdir
+from medfuse_jax import (
+    checkpoints,
+    command_line,
+    evaluate,
+    experiment,
+    input_pipeline,
+    main,
+    optim,
+    starts,
+    train,
+    workdir,
+)
 from medfuse_jax.errors import UserError
 
 
@@ -106,8 +117,9 @@ def test_a_given_run_without_weights_is_refused_and_a_run_that_has_begun_needs_n
 
 def test_too_little_memory_is_one_line():
     for error in (MemoryError("Unable to allocate 210. GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
-        assert errors.in_one_line(error) == f"error: the memory is too small ({error})" and errors.status(error) == 2
-    assert errors.in_one_line(RuntimeError("INTERNAL")) == ""
+        assert command_line.in_one_line(error) == f"error: the memory is too small ({error})"
+        assert command_line.status(error) == 2
+    assert command_line.in_one_line(RuntimeError("INTERNAL")) == ""
 
 
 def test_a_run_that_lost_its_checkpoints_says_that_it_starts_anew(tiny_config, tmp_path, capsys):

@@ -41,8 +41,7 @@ def _options(optimizer=None, **model_options):
 
 @pytest.fixture(scope="module")
 def fresh():
-    batch = {name: x[0, :1] for name, x in _batch().items()} | {"film_row": np.zeros(1, np.int32)}
-    return step_lib.create_state(_options(), jax.random.key(0, impl="rbg"), batch, learning_rate=0.5)
+    return step_lib.state_maker(_options())(jax.random.key(0, impl="rbg"), 0.5)
 
 
 def _run(options, state, mode, num_devices, batch, steps=2):

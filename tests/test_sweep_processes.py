@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medfuse_jax import errors, files
+from medfuse_jax import command_line, files
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import pods
 
@@ -98,7 +98,7 @@ def test_what_may_pass_by_itself_exits_with_another_status(tmp_path):
     lock = (tmp_path / ".lock", "--workdir", "busy")
     with files.locked(*lock), pytest.raises(UserError) as busy, files.locked(*lock):
         pass
-    assert [errors.status(error) for error in (UserError(), busy.value, KeyboardInterrupt(), KeyError())] == [
+    assert [command_line.status(error) for error in (UserError(), busy.value, KeyboardInterrupt(), KeyError())] == [
         2,
         1,
         1,
@@ -108,7 +108,7 @@ def test_what_may_pass_by_itself_exits_with_another_status(tmp_path):
 
 _TWO = """
 import sys, time
-from medfuse_jax import errors
+from medfuse_jax import command_line, errors
 from medfuse_jax.sweep import pods
 
 process = int(sys.argv.pop())
@@ -123,7 +123,7 @@ def main(argv):
     pods.start("localhost:{port}", 2, process, detect=False)
     pods.run(work)
 
-errors.run(main)
+command_line.run(main)
 """
 
 
@@ -266,7 +266,7 @@ def test_the_gke_file_starts_one_sweep_on_every_host():
     assert evicted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
     codes = wrong["onExitCodes"]
     assert wrong["action"] == "FailJob" and codes["containerName"] == container["name"]
-    assert (codes["operator"], codes["values"]) == ("In", [errors.status(UserError())])
+    assert (codes["operator"], codes["values"]) == ("In", [command_line.status(UserError())])
     config = next(flag.partition("=")[2] for flag in container["command"] if flag.startswith("--config="))
     assert container["workingDir"] and (_ROOT / config).is_file(), "a path in the clone"
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))

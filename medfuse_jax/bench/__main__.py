@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from medfuse_jax import errors, files
+from medfuse_jax import command_line, files
 from medfuse_jax.bench import cases, table
 from medfuse_jax.errors import UserError
 
@@ -154,4 +154,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    errors.run(main)
+    command_line.run(main)

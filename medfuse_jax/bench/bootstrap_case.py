@@ -8,7 +8,7 @@ import importlib.util
 
 import numpy as np
 
-from medfuse_jax import metrics
+from medfuse_jax import compilation, metrics
 from medfuse_jax.bench import clock, step_case
 from medfuse_jax.bench.cases import Case
 
@@ -24,12 +24,16 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     runs = {step_case.OURS: lambda: metrics.evaluate(label_NK, score_NK, NUM_BOOTSTRAP)}
     if importlib.util.find_spec("sklearn") is not None:
         runs["sklearn_loop"] = lambda: _one_resample(label_NK, score_NK, rng)
-    with clock.compilations() as compiled:
+    with compilation.counted() as compiled:
         seconds = clock.interleave(runs, case.warm_up, case.repeats, say)
     if "sklearn_loop" in seconds:
         seconds["sklearn_loop"] = [NUM_BOOTSTRAP * s for s in seconds["sklearn_loop"]]
     rows = [{"contender": name} | clock.summary(taken) for name, taken in seconds.items()]
-    rows[0] |= {"num_bootstrap": NUM_BOOTSTRAP, "compilations": compiled.count, "compile_s": round(compiled.seconds, 2)}
+    rows[0] |= {
+        "num_bootstrap": NUM_BOOTSTRAP,
+        "compilations": compiled.number,
+        "compile_s": round(compiled.seconds, 2),
+    }
     for row in rows[1:]:
         row["scaled_from_resamples"] = 1
         row["time_over_ours"] = clock.ratio(seconds[row["contender"]], seconds[step_case.OURS])

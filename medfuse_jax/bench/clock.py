@@ -1,14 +1,9 @@
-"""Taking turns and telling the time: repeats interleaved, median and spread, compilations counted."""
+"""Taking turns and telling the time: repeats interleaved, median and spread."""
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jax
 import numpy as np
-
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def interleave(runs: dict[str, Callable[[], None]], warm_up: int, repeats: int, say=lambda text: None) -> dict:
@@ -47,26 +42,3 @@ def ratio(slower: list[float], faster: list[float]) -> dict:
     each = np.asarray(slower) / np.asarray(faster)
     out = {"median": np.median(each), "min": np.min(each), "max": np.max(each), "of_best": min(slower) / min(faster)}
     return {key: round(float(value), 3) for key, value in out.items()}
-
-
-@dataclasses.dataclass
-class Compilations:
-    count: int = 0
-    seconds: float = 0.0
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[Compilations]:
-    """Counts what XLA compiles inside the block, and how long that takes."""
-    seen = Compilations()
-
-    def listen(event: str, duration_s: float, **details) -> None:
-        if event == _COMPILED:
-            seen.count += 1
-            seen.seconds += duration_s
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)

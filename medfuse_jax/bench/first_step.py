@@ -59,7 +59,7 @@ def _first_step(case: Case) -> dict[str, float]:
     marks.append(("plan and read", time.perf_counter()))
     on = parallel.devices(case.num_devices)
     options = step_case.step_options(case, data)
-    state = parallel.replicate(step_case.fresh_state(options, batches[0]), on)
+    state = parallel.replicate(step_case.fresh_state(options), on)
     jax.block_until_ready(state)
     marks.append(("initialise", time.perf_counter()))
     step = parallel.compile_train(options, case.parallel, on)

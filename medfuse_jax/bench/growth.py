@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from medfuse_jax import errors, files
+from medfuse_jax import command_line, files
 from medfuse_jax.bench import page, parts_case, table
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.errors import UserError
@@ -193,4 +193,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("results", "results", "The folder of the records.")
     flags.DEFINE_string("docs", "docs", "The folder of performance.md.")
-    errors.run(main)
+    command_line.run(main)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medfuse_jax import tasks
+from medfuse_jax import compilation, tasks
 from medfuse_jax.bench import clock, cohort, step_case
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.models import lstm
@@ -74,7 +74,7 @@ def _runs(case: Case, weights, placed, say) -> tuple[dict, dict]:
         say(f"{name}: compiling")
         gradient = _gradient(recurrence, jnp.dtype(case.precision))
         try:
-            with clock.compilations() as compiled:
+            with compilation.counted() as compiled:
                 outputs = [jax.block_until_ready(gradient(weights, *batch)) for batch in placed]
         except Exception as error:
             if name in (step_case.OURS, _PLAIN):
@@ -83,7 +83,7 @@ def _runs(case: Case, weights, placed, say) -> tuple[dict, dict]:
             say(f"{name}: left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", end="\n")
             continue
         runs[name], first[name] = functools.partial(_pass, gradient, weights, placed), outputs[0]
-        facts[name] = {"compilations": compiled.count, "compile_s": round(compiled.seconds, 2)}
+        facts[name] = {"compilations": compiled.number, "compile_s": round(compiled.seconds, 2)}
     for name in runs:
         facts[name]["difference_from_plain_scan"] = _difference(first[name], first[_PLAIN])
     return runs, facts

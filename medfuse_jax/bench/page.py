@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from medfuse_jax import errors, files
+from medfuse_jax import command_line, files
 from medfuse_jax.bench import table
 from medfuse_jax.errors import UserError
 
@@ -180,4 +180,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("results", "results", "The folder of the records.")
     flags.DEFINE_string("out", "BENCHMARKS.md", "The page to write.")
-    errors.run(main)
+    command_line.run(main)

@@ -24,7 +24,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     plan = cohort.sample(cohort.train_plan(case, data), data.lengths("train"), case.num_batches)
     batches = cohort.collate_all(data, plan, 1)
     options = step_case.step_options(case, data)
-    state = step_case.fresh_state(options, batches[0])
+    state = step_case.fresh_state(options)
     trainer = step_case.Trainer(case, data, batches, say)
     runs = {step_case.OURS: trainer.run}
     alone = [_with_prepared_films(batch, case) for batch in batches]

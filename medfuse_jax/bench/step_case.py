@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medfuse_jax import augment, costs, input_pipeline, optim, parallel, tasks
+from medfuse_jax import augment, compilation, costs, input_pipeline, optim, parallel, tasks
 from medfuse_jax import feed as feed_lib
 from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
@@ -85,12 +85,12 @@ class Trainer:
         self._step = parallel.compile_train(options, case.parallel, self._on)
         self._key = jax.random.key(0)
         say("ours: initialising")
-        self._state = parallel.replicate(fresh_state(options, batches[0]), self._on)
+        self._state = parallel.replicate(fresh_state(options), self._on)
         self._placed = list(parallel.prefetch(batches, self._on))
         self._steps_S = [batch["ehr"].shape[2] if "ehr" in batch else 0 for batch in batches]
         self._recurrence_flops = recurrence_flops(batches, options.model.ehr_hidden) if data.use_ehr else 0.0
         self._compiled = {}
-        with clock.compilations() as self._compilations:
+        with compilation.counted() as self._compilations:
             for num_steps, batch in zip(self._steps_S, self._placed):
                 if num_steps not in self._compiled:
                     say(f"ours: compiling for {num_steps} steps")
@@ -135,9 +135,11 @@ class Trainer:
         FLOPs: XLA's count of the step, in which a loop's body counts once, and the recurrence's products over the
         stays' own steps.
         """
-        batches = dict(zip(self._steps_S, self._placed))  # one of each length
-        part_of = {n: {name: x[0] for name, x in batch.items()} for n, batch in batches.items()}  # a device's
-        counted = {n: costs.step_flops(self._options, self._state, part) for n, part in part_of.items()}
+        parts = {  # the batch of a device, one of each length
+            num_steps: {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
+            for num_steps, batch in zip(self._steps_S, self._placed)
+        }
+        counted = {num_steps: costs.step_flops(self._options, self._state, part) for num_steps, part in parts.items()}
         flops = sum(counted[n] for n in self._steps_S) + self._recurrence_flops / self._case.num_devices
         best = machine.matrix_flops_per_s(self._case.precision)
         memory = [c.memory_analysis() for c in self._compiled.values()]
@@ -150,7 +152,7 @@ class Trainer:
             "tflop_per_s_device": round(flops / seconds / 1e12, 4),
             "matrix_tflop_per_s": round(best / 1e12, 4),
             "share_of_matrix_rate": round(flops / seconds / best, 4),
-            "compilations": self._compilations.count,
+            "compilations": self._compilations.number,
             "compile_s": round(self._compilations.seconds, 2),
             "step_memory_gb": round(max(planned) / 1e9, 3),
             "peak_device_bytes": machine.peak_device_bytes(),
@@ -173,12 +175,8 @@ def step_options(case: Case, data: input_pipeline.Dataset) -> step_lib.StepOptio
     )
 
 
-def fresh_state(options: step_lib.StepOptions, batch: dict) -> step_lib.TrainState:
-    """A new state; of the batch only the shapes of one row, one film and one step count."""
-    smallest = {name: x[0, :1] for name, x in batch.items()}
-    if "ehr" in smallest:
-        smallest["ehr"] = smallest["ehr"][:, :1]
-    return step_lib.create_state(options, jax.random.key(0, impl="rbg"), smallest, 1e-4)
+def fresh_state(options: step_lib.StepOptions) -> step_lib.TrainState:
+    return step_lib.state_maker(options)(jax.random.key(0, impl="rbg"), 1e-4)
 
 
 def read(data: input_pipeline.Dataset, plan: plan_lib.Plan, case: Case) -> None:

@@ -44,7 +44,7 @@ class Trials:
         self._batches = [jax.tree.map(lambda x: jax.device_put(x, self._on[0]), batch) for batch in batches]
         self._train_fn = population.compile_train(options, self._on)
         say("trials: initialising")
-        state = jax.device_get(step_case.fresh_state(options, batches[0]))
+        state = jax.device_get(step_case.fresh_state(options))
 
         def stack_with(lanes: int) -> list[population.Stack]:
             n = case.num_trials

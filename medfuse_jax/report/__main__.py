@@ -6,7 +6,7 @@ Nothing here imports jax: reports are made where no accelerator is.
 
 from absl import flags
 
-from medfuse_jax import errors
+from medfuse_jax import command_line
 from medfuse_jax.report import page
 
 
@@ -17,4 +17,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("runs", None, "Workdirs, or folders that hold workdirs, commas between.", required=True)
     flags.DEFINE_string("out", None, "Folder that index.html is written to.", required=True)
-    errors.run(main)
+    command_line.run(main)

@@ -33,7 +33,7 @@ def results(task: str, runs: list[Run]) -> str:
     several = any(len(s.get("auroc") or []) > 1 for *_, s in rows)
     mixed = len({run.is_pretraining for run in finished}) > 1
     mean = "Mean " if several else ""
-    head = _th("Method", "text") + _th("Films" if workdirs.films_only(task) else "Stays") + _score_heads(axis, mean)
+    head = _th("Method", "text") + _th(workdirs.unit(task).capitalize()) + _score_heads(axis, mean)
     released_head = _th("Method", "text") + _score_heads(None, mean)
     body, released, last = "", "", None
     for name, run, scores in rows:
@@ -141,8 +141,7 @@ def plain(facts: dict) -> str:
 
 def subset_title(subset: str, task: str) -> str:
     """What a subset of the test split is called in this task."""
-    title = _SUBSET_TITLES.get(subset, subset)
-    return title.replace("stays", "films") if workdirs.films_only(task) else title
+    return _SUBSET_TITLES.get(subset, subset).replace("stays", workdirs.unit(task))
 
 
 def _of_how_many(run: Run) -> str:
@@ -150,9 +149,8 @@ def _of_how_many(run: Run) -> str:
     if workdirs.scores_all(run.result):
         return ""
     scored = section(run.result["subsets"], "all").get("num_samples") or 0
-    kind = "films" if workdirs.films_only(run.task) else "stays"
     of = number(scored + run.result["num_left_out"], 0)
-    return f", on the {number(scored, 0)} of {of} test {kind} that it can score"
+    return f", on the {number(scored, 0)} of {of} test {workdirs.unit(run.task)} that it can score"
 
 
 def dot(run: Run) -> str:

@@ -26,8 +26,7 @@ def table(results: list[dict], names: list[str] | None = None) -> str:
         group = [result for _, result in named]
         synthetic = any(section(result, "data").get("synthetic") for result in group)
         title = f"{TASK_NAMES.get(task, task)}, {group[0].get('split', 'test')} split"
-        kind = "films" if workdirs.films_only(task) else "stays"
-        rows = [("method", kind, "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
+        rows = [("method", workdirs.unit(task), "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
         for subset in SUBSETS:
             for name, result in named:
                 rows += _result_rows(name, result, subset)

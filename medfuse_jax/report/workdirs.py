@@ -192,9 +192,9 @@ def comparisons(result: dict) -> list[dict]:
     ]
 
 
-def films_only(task: str) -> bool:
-    """Whether the task's records are films."""
-    return task in tasks.TASKS and tasks.TASKS[task].films_only
+def unit(task: str) -> str:
+    """What the task's records are: 'stays', also of a task that is not known, or 'films'."""
+    return tasks.TASKS[task].unit if task in tasks.TASKS else "stays"
 
 
 def series(lines: dict[int, dict], field: str) -> dict[int, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from medfuse_jax import errors
+from medfuse_jax import command_line
 from medfuse_jax.errors import UserError
 
 
@@ -64,4 +64,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
     flags.DEFINE_integer("process", None, "With --coordinator: which of them this one is, from 0.")
     flags.mark_flags_as_required(["config", "workdir"])
-    errors.run(main)
+    command_line.run(main)

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from medfuse_jax import compilation, evaluate, experiment, main, parallel, starts, train
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, main, parallel, starts, train
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError, check_choice
 from medfuse_jax.report import text, workdirs
@@ -55,14 +55,14 @@ def run(request: Request, process: pods.Process, started_s: float) -> None:
         raise UserError("config.profile_steps is of a run alone, not of trials: leave it out")
     if config.recurrence == "cudnn":
         raise UserError("config.recurrence is 'cudnn', which runs no trials side by side: take pallas, or chunks")
-    experiment.use_compilation_cache()
+    compilation.keep()
     tried = _search(request, process.is_first)
     if unknown := set(request.export) - {trial.number for trial in tried.drawn}:
         raise UserError(f"--export={min(unknown)}: the trials are 0 to {len(tried.drawn) - 1}")
     _name_data(config, process.is_first)
     workdir_lib.check_apart(workdir, config.data.dir)
     costs = spent.Costs()
-    costs.count_compilation()
+    compilation.count_into(costs.compiled)
     base = experiment.open_experiment(config, parallel.devices()[:1])
     staged = list(dict.fromkeys(name for trial in tried.drawn for name in _staged(trial, config)))
     given, stages = starts.open_sources(config, workdir, staged, base.devices)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
-from medfuse_jax import errors
+from medfuse_jax import command_line
 from medfuse_jax.errors import TryLater, UserError
 
 _WAIT_S = 2.0
@@ -92,9 +92,9 @@ def run(work: Callable[[], None]) -> None:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        print(errors.in_one_line(error) or traceback.format_exc().rstrip(), file=sys.stderr, flush=True)
+        print(command_line.in_one_line(error) or traceback.format_exc().rstrip(), file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(errors.status(error))
+        os._exit(command_line.status(error))
 
 
 def wait_for(are_there: Callable[[], Iterable[bool]], what: str) -> None:

@@ -5,21 +5,21 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-import jax
+from medfuse_jax import compilation
 
 
 @dataclasses.dataclass
 class Costs:
     """Where the time of this start went, in seconds, and on how many trials.
 
-    startup_s, pretrain_s (or waiting for the process that does) and encode_s are without compile_s.
+    startup_s, pretrain_s (or waiting for the process that does) and encode_s are without what `compiled` took.
     """
 
     trials: int = 0
     startup_s: float = 0.0
     pretrain_s: float = 0.0
     encode_s: float = 0.0
-    compile_s: float = 0.0
+    compiled: compilation.Count = dataclasses.field(default_factory=compilation.Count)
     input_s: float = 0.0
     train_s: float = 0.0
     steps: int = 0
@@ -27,27 +27,18 @@ class Costs:
     @contextlib.contextmanager
     def spent(self, field: str) -> Iterator[None]:
         """Counts the block's time, but for what it compiles."""
-        start_s, compiled_s = time.perf_counter(), self.compile_s
+        start_s, compiled_s = time.perf_counter(), self.compiled.seconds
         yield
-        taken_s = time.perf_counter() - start_s - (self.compile_s - compiled_s)
+        taken_s = time.perf_counter() - start_s - (self.compiled.seconds - compiled_s)
         setattr(self, field, getattr(self, field) + taken_s)
-
-    def count_compilation(self) -> None:
-        """Keeps compile_s up to date from here on."""
-
-        def listen(event: str, duration_s: float, **_) -> None:
-            if event == "/jax/core/compile/backend_compile_duration":
-                self.compile_s += duration_s
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
 
     def started(self, started_s: float) -> None:
         """Counts what went before the first trial, since `started_s`, as start-up."""
-        self.startup_s = time.perf_counter() - started_s - self.pretrain_s - self.compile_s
+        self.startup_s = time.perf_counter() - started_s - self.pretrain_s - self.compiled.seconds
 
     def summary(self) -> str:
         return (
             f"once for {self.trials} trials: pre-training {self.pretrain_s:.1f} s, start-up {self.startup_s:.1f} s, "
-            f"encoding {self.encode_s:.1f} s, compilation {self.compile_s:.1f} s, "
+            f"encoding {self.encode_s:.1f} s, compilation {self.compiled.seconds:.1f} s, "
             f"waiting for input {self.input_s:.1f} s; {self.steps} steps of all in {self.train_s:.1f} s"
         )

@@ -11,8 +11,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from medfuse_jax import command_line, files
 from medfuse_jax import config as config_lib
-from medfuse_jax import errors, files
 from medfuse_jax.errors import UserError
 
 _RELEASED_TIMESTEP_H = 1.0  # of every released script
@@ -145,4 +145,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("export", None, "To export: the .safetensors or .pth.tar file to write.")
     flags.DEFINE_string("workdir", None, "Folder of the run: new to import into, finished to export from.")
     flags.mark_flag_as_required("workdir")
-    errors.run(main)
+    command_line.run(main)
