@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import checkpoints, evaluate, metrics, optim, parallel, starts
+from medfuse_jax import checkpoints, compilation, evaluate, metrics, optim, parallel, starts
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import feed as feed_lib
@@ -72,14 +72,20 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     with (
         contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log,
         contextlib.ExitStack() as profile,
+        compilation.counted() as compiled,
     ):
+
+        def training_s() -> float:
+            """A clock that stands still while a program is compiled: a rate is that of the steps."""
+            return time.perf_counter() - compiled.seconds
+
         _profile(profile, profiled, workdir, step, state)
         while not finished(progress, config):
             epoch = step // steps_per_epoch + 1
             plan = run.train_plan(epoch)
             done, epoch_end = step % steps_per_epoch, epoch * steps_per_epoch
             stops = [s - epoch_end + steps_per_epoch for s in _stops(step, epoch_end, config, profiled)]
-            losses, samples, start_s = [], 0, time.perf_counter()
+            losses, samples, start_s = [], 0, training_s()
             for moved, loss in feed(state, plan, done, stops, key):  # after a step, or after several in one call
                 state = moved
                 losses.append(loss)
@@ -87,7 +93,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 samples += plan.batch_size * loss.size
                 if len(losses) > 1:  # of the call before, while this one runs
                     shown = check_finite(losses[-2], step - loss.size, config)
-                    log.show(loss=f"{shown:.3f}", rate=f"{samples / (time.perf_counter() - start_s):.1f} {unit}/s")
+                    log.show(loss=f"{shown:.3f}", rate=f"{samples / (training_s() - start_s):.1f} {unit}/s")
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
                 if step < epoch_end and _saves_at(step, config):
@@ -96,7 +102,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
             check_finite(losses[-1], step, config)
             losses = np.concatenate([np.atleast_1d(loss) for loss in jax.device_get(losses)])
             train_loss = float(np.mean(losses))
-            rate = round(samples / (time.perf_counter() - start_s), 2)
+            rate = round(samples / (training_s() - start_s), 2)
             # num_steps: fewer than an epoch's where a stopped run went on within it.
             log.write(
                 "train",

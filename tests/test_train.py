@@ -4,12 +4,13 @@ import contextlib
 import functools
 import gzip
 import json
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import checkpoints, evaluate, experiment, feed, optim, starts, train
+from medfuse_jax import checkpoints, compilation, evaluate, experiment, feed, optim, starts, train
 from medfuse_jax import config as config_lib
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
@@ -239,6 +240,25 @@ def test_an_encoder_that_has_seen_the_test_patients_is_refused(tiny_config, tmp_
     seen[:2] = run.dataset.index["test"]["subject_id"][0], run.dataset.index["val"]["subject_id"][0]
     with pytest.raises(UserError, match="was trained on 2 patients of the val and test splits"):
         starts.check(run, "ehr", tmp_path, source)
+
+
+def test_the_rate_is_without_compilation(tiny_config, tmp_path, monkeypatch):
+    """The steps are made up: what takes time in them is the compilation of the first."""
+    tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
+
+    def open_feed(*args, **kwargs):
+        def feed(state, plan, start, stops, key):
+            time.sleep(0.5)
+            jax.monitoring.record_event_duration_secs(compilation._COMPILED, 0.5)
+            for _ in range(start, len(plan)):
+                yield state, np.float32(0.5)
+
+        return feed
+
+    monkeypatch.setattr(feed, "open_feed", open_feed)
+    _train(tiny_config, tmp_path)
+    (line,) = (line for line in _lines(tmp_path) if line["phase"] == "train")
+    assert line["samples_per_s"] > 2 * line["num_steps"] * tiny_config.batch_size / 0.5
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path, monkeypatch):
