@@ -220,11 +220,6 @@ def _with(methods: dict, field: str) -> list[str]:
 def _check_sizes(config: ConfigDict) -> None:
     """The ranges that depend on another field, and those of several numbers."""
     _check_range("config.films_per_batch", config.films_per_batch, 0, config.batch_size)
-    if config.recurrence == "pallas" and config.model.ehr_hidden > 512:
-        raise UserError(
-            f"config.recurrence is 'pallas', whose kernels have no room for the {config.model.ehr_hidden} units of "
-            "config.model.ehr_hidden: take 512 at most, or config.recurrence=chunks"
-        )
     _check_range("config.film.crop_px", config.film.crop_px, 32, config.film.resize_px)
     if len(config.film.scale) != 2 or not 0.1 <= config.film.scale[0] <= config.film.scale[1] <= 10:
         raise UserError(f"config.film.scale is {config.film.scale}; give the least and the most, between 0.1 and 10")
@@ -279,12 +274,7 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-    """Raises UserError where batches do not divide over the devices, or not as config.parallel would divide them."""
-    if num_devices > 1 and config.parallel == "jit" and config.recurrence != "chunks":
-        raise UserError(
-            f"config.recurrence is {config.recurrence!r}, which config.parallel=jit cannot divide over {num_devices} "
-            "devices: take config.parallel=pmap, or config.recurrence=chunks"
-        )
+    """Raises UserError where batches do not divide over the devices."""
     for field, size in (("config.batch_size", config.batch_size), ("config.eval.batch_size", config.eval.batch_size)):
         if size % num_devices:
             near = max(1, round(size / num_devices)) * num_devices
@@ -308,7 +298,7 @@ def load(path: Path) -> ConfigDict:
     try:
         if not isinstance(content, dict):
             raise UserError("it holds no fields")
-        config = ConfigDict(_lists_to_tuples(content))
+        config = ConfigDict({"recurrence": "chunks"} | _lists_to_tuples(content))  # older runs had no other
         validate(config)
     except UserError as error:
         raise UserError(f"{path} is of another version or was edited: {error}") from None

@@ -14,7 +14,7 @@ from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.modalities import loading
-from medfuse_jax.models import methods
+from medfuse_jax.models import methods, pallas_lstm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
             resnet_width=config.model.resnet_width,
             frozen_stats=config.model.batch_norm == "frozen",
             dtype=_compute_dtype(config.precision),
-            recurrence=_recurrence(config.recurrence),
+            recurrence=_recurrence(config, on),
             **own,
         ),
         optimizer=optim.adam(config.beta2),
@@ -202,9 +202,26 @@ def num_params(state: step_lib.TrainState) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
 
 
-def _recurrence(form: str) -> str:
-    """A GPU's own form there, and elsewhere the one that runs anywhere: so its run can be evaluated on any machine."""
-    return form if jax.default_backend() == "gpu" else "chunks"
+def _recurrence(config: ConfigDict, on: list[jax.Device]) -> str:
+    """A GPU's own form there, and elsewhere the one that runs anywhere: so its run can be evaluated on any machine.
+
+    UserError where the devices are GPUs that cannot run it.
+    """
+    form, device = config.recurrence, on[0]
+    if form == "chunks" or device.platform != "gpu":
+        return "chunks"
+    if len(on) > 1 and config.parallel == "jit":
+        raise UserError(
+            f"config.recurrence is {form!r}, which config.parallel=jit cannot divide over {len(on)} devices: take "
+            "config.parallel=pmap, or config.recurrence=chunks"
+        )
+    units, most = config.model.ehr_hidden, pallas_lstm.most_units(device.compute_capability)
+    if form == "pallas" and units > most:
+        raise UserError(
+            f"config.recurrence is 'pallas', which runs {most or 'no'} units on a GPU of compute capability "
+            f"{device.compute_capability}, and config.model.ehr_hidden is {units}: take config.recurrence=chunks"
+        )
+    return form
 
 
 def _compute_dtype(precision: str):

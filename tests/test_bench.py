@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -276,11 +277,16 @@ def test_the_recurrences_that_are_timed_are_equal():
     np.testing.assert_allclose(fast, plain, atol=1e-5)
 
 
-def test_on_a_gpu_the_other_forms_take_part_and_one_that_fails_does_not(monkeypatch):
+def test_on_a_gpu_the_other_forms_take_part_but_for_one_that_fails_or_is_wrong(monkeypatch):
     def fails(*_):
         raise RuntimeError("no such kernel\nand many more words")
 
-    forms = {**lstm.FORMS, "pallas": functools.partial(pallas_lstm.pallas_lstm, interpret=True), "cudnn": fails}
+    def wrong(*args):
+        hidden_BTD, last_BD = lstm.FORMS["chunks"](*args)
+        return 1.1 * hidden_BTD, last_BD
+
+    right = functools.partial(pallas_lstm.pallas_lstm, interpret=True)
+    forms = {**lstm.FORMS, "pallas": right, "cudnn": fails, "wrong": wrong}
     monkeypatch.setattr(lstm, "FORMS", forms)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     said = []
@@ -289,6 +295,7 @@ def test_on_a_gpu_the_other_forms_take_part_and_one_that_fails_does_not(monkeypa
     assert [row["contender"] for row in rows] == ["ours", "plain_scan", "pallas"]
     assert all(row["difference_from_plain_scan"] < 1e-5 for row in rows)
     assert "cudnn: left out: RuntimeError: no such kernel" in said
+    assert any(re.match(r"wrong: left out: its gradients are 0\.\d+ from the plain scan's", text) for text in said)
 
 
 def test_a_form_that_is_another_recurrence_would_show():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medfuse_jax.models import conv
+from medfuse_jax.models import conv, winograd
 
 NUM_FILMS, SIZE_PX = 5, 8
 _SHAPES = ((NUM_FILMS, SIZE_PX, SIZE_PX, 3), (7, 7, 3, 4))  # of the films and of the largest kernel
@@ -42,12 +42,14 @@ def largest_difference(a, b) -> float:
     return max(float(jnp.abs(x - y).max()) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("way", ["product", "winograd"])
-def test_half_precision_stays_half(monkeypatch, way):
-    take(monkeypatch, way)
-    x_PHWC, kernel = jnp.ones((2, 8, 8, 3), jnp.bfloat16), jnp.ones((3, 3, 3, 4), jnp.bfloat16)
-    output, backward = jax.vjp(lambda x, k: conv.conv(x, k, 1, 1), x_PHWC, kernel)
-    assert {x.dtype for x in (output, *backward(output))} == {jnp.dtype("bfloat16")}
+def test_half_precision_stays_half_and_is_not_winograds(monkeypatch):
+    monkeypatch.setattr(conv, "_WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "convolve", None)  # a call would fail
+    for few_pixels in (0, 64):
+        monkeypatch.setattr(conv, "_FEW_PIXELS", few_pixels)
+        x_PHWC, kernel = jnp.ones((2, 8, 8, 3), jnp.bfloat16), jnp.ones((3, 3, 3, 4), jnp.bfloat16)
+        output, backward = jax.vjp(lambda x, k: conv.conv(x, k, 1, 1), x_PHWC, kernel)
+        assert {x.dtype for x in (output, *backward(output))} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("size_px", [1, 3, 7])

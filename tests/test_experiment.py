@@ -1,6 +1,7 @@
 """An experiment: which records it draws, and what it says where there is none."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -16,11 +17,38 @@ def ehr_run(tiny_config):
     return experiment.open_experiment(tiny_config)
 
 
-@pytest.mark.parametrize(("backend", "form"), [("cpu", "chunks"), ("tpu", "chunks"), ("gpu", "pallas")])
-def test_a_gpus_form_of_the_recurrence_is_a_gpus_alone(ehr_config, monkeypatch, backend, form):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def _gpus(compute_capability: str, number: int = 1) -> list:
+    return [types.SimpleNamespace(platform="gpu", compute_capability=compute_capability)] * number
+
+
+@pytest.mark.parametrize("form", ["chunks", "pallas", "cudnn"])
+def test_a_gpus_form_of_the_recurrence_is_a_gpus_alone(ehr_run, form):
+    ehr_run.config.recurrence, ehr_run.config.parallel = form, "jit"
+    assert ehr_run.options.model.recurrence == "chunks"
+    assert experiment._recurrence(ehr_run.config, jax.devices()) == "chunks"
+    assert experiment._recurrence(ehr_run.config, _gpus("9.0")) == form
+
+
+def test_a_run_has_the_form_that_its_devices_have(ehr_config):
     ehr_config.recurrence = "pallas"
-    assert experiment.open_experiment(ehr_config).options.model.recurrence == form
+    assert experiment.open_experiment(ehr_config, _gpus("9.0")).options.model.recurrence == "pallas"
+
+
+@pytest.mark.parametrize(
+    ("compute_capability", "number", "changes", "said"),
+    [
+        ("9.0", 2, {"parallel": "jit"}, "config.parallel=jit cannot divide over 2 devices"),
+        ("9.0", 1, {"model.ehr_hidden": 1024}, "runs 512 units on a GPU of compute capability 9.0.*ehr_hidden is 1024"),
+        ("8.9", 1, {"model.ehr_hidden": 512}, "runs 256 units on a GPU of compute capability 8.9"),
+        ("7.5", 1, {}, "runs no units on a GPU of compute capability 7.5"),
+        ("gfx942", 1, {}, "runs no units on a GPU of compute capability gfx942"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_form_is_named(ehr_config, compute_capability, number, changes, said):
+    ehr_config.recurrence = "pallas"
+    ehr_config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=said):
+        experiment.open_experiment(ehr_config, _gpus(compute_capability, number))
 
 
 def test_every_included_record_is_planned_once(ehr_run):

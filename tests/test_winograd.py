@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medfuse_jax.models import winograd
+from medfuse_jax.models import conv, winograd
 
 TOLERANCE = 1e-5  # of the largest value
 
@@ -89,6 +89,28 @@ def test_the_tolerance_notices_a_wrong_transform(monkeypatch, traced_anew, trans
     )
     monkeypatch.setattr(winograd, transform, wrong)
     assert max(differences(*made_up(num_films=4, height=4))) > TOLERANCE
+
+
+def test_no_tiles_are_kept_from_the_forward_to_the_backward_pass(monkeypatch):
+    """Which XLA would do where both make the same ones: of each layer, four times its films."""
+    x_PHWC, kernel, _ = made_up(num_films=4, height=14, width=14, num_in=64, num_out=64)
+
+    def memory() -> int:
+        def loss(kernels, x_PHWC):
+            for kernel in kernels:
+                x_PHWC = jax.nn.relu(conv.conv(x_PHWC, kernel, 1, 1))
+            return x_PHWC.sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower([kernel] * 4, x_PHWC).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    as_it_is = memory()
+    monkeypatch.setattr(winograd, "_after", lambda x_PHWC, _: x_PHWC)
+    forget_what_was_traced()
+    without = memory()
+    monkeypatch.undo()
+    forget_what_was_traced()
+    assert as_it_is < 0.8 * without
 
 
 def test_a_gradient_of_nan_is_not_hidden():

@@ -40,14 +40,14 @@ records in `results/`, one folder a machine and day.
 - `torch_tuned`: channels_last, padded series (cuDNN on a GPU), TF32, fused Adam, only the films there are; on a GPU
   `torch.compile`, and autocast where the case says bfloat16. Also timed without augmentation.
 - `end_to_end`, `input`: the same batches read and sent as in a run; reading alone.
-- `plain_scan`: the recurrence as one scan over the bucket; `pallas`, `cudnn`: its other forms (on a GPU).
-  `sklearn_loop`: roc_auc_score and average_precision_score
-  label by label, one resample timed and multiplied by 1000.
+- `plain_scan`: the recurrence as one scan over the bucket. `pallas`, `cudnn`: its other forms (on a GPU). How far their
+  gradients are from the plain scan's is relative to the largest element.
+- `sklearn_loop`: roc_auc_score and average_precision_score label by label, one resample timed and multiplied by 1000.
 
 Contenders take turns within every repeat. Series have phenotyping's lengths (log-normal, median 60 h); time is the
 median, with the least and the most of the repeats behind it; a ratio is the median over repeats, with the least, the
 most, and that of both sides' best repeats, which a busy machine disturbs least. Padded: the share of the steps run that
-belong to no stay.
+belong to no stay. FLOPs are those of the plain convolution, also where fewer are run (Winograd's, on a CPU).
 """
 
 
@@ -138,6 +138,8 @@ def _remarks(row: dict) -> list[str]:
         out.append(f"{rate:.3g} TFLOP/s, {row['share_of_matrix_rate']:.0%} of {best:.3g} of a matrix product")
     if "padded_share_run" in row:
         out.append(f"padded {row['padded_share_run']:.1%} (buckets: {row['padded_share_bucket']:.1%})")
+    if row.get("difference_from_plain_scan"):
+        out.append(f"gradients {row['difference_from_plain_scan']:.1g} from the plain scan's")
     if "compilations" in row:
         out.append(f"{row['compilations']} compilations, {row['compile_s']:.1f} s")
     if "step_memory_gb" in row:

@@ -50,7 +50,7 @@ def _parts(options: step_lib.StepOptions) -> dict[str, Callable]:
     """
     model, key = options.model, jax.random.key(0)
     film = resnet.ResNet(model.resnet_stage_sizes, model.resnet_width, model.dtype)
-    ehr = lstm.EhrEncoder(model.ehr_hidden, model.dropout, model.dtype)
+    ehr = lstm.EhrEncoder(model.ehr_hidden, model.dropout, model.dtype, model.recurrence)
 
     def augmented(state, batch):
         return augment.prepare_augmented(key, batch["film_row"], batch["image"], options.film)

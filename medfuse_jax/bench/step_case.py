@@ -132,8 +132,8 @@ class Trainer:
     def facts(self, seconds: float) -> dict:
         """Work, rate and memory of one pass that took `seconds`, and what was compiled for it.
 
-        FLOPs: XLA's count of the step, in which a loop's body counts once, and the recurrence's products over the
-        stays' own steps.
+        FLOPs: XLA's count of the step as a GPU would run it (`costs.step_flops`), in which a loop's body counts once,
+        and the recurrence's products over the stays' own steps.
         """
         parts = {  # the batch of a device, one of each length
             num_steps: {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}

@@ -11,7 +11,8 @@ def line(row: dict) -> str:
 def remark(row: dict) -> str:
     """What matters about a record beside its time."""
     if "time_over_ours" in row:
-        return f"{row['time_over_ours']['median']:.2f} x ours' time"
+        off = f", {row['difference_from_plain_scan']:.0e} off" if row.get("difference_from_plain_scan") else ""
+        return f"{row['time_over_ours']['median']:.2f} x ours' time{off}"
     if "cold_s" in row:
         return f"warm; cold {row['cold_s']:.1f} s"
     if "share_of_matrix_rate" in row:

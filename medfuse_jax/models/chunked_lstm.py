@@ -1,4 +1,4 @@
-"""The recurrence as it is trained: in chunks of steps, and only as many as the longest series needs.
+"""The recurrence in chunks of steps, and only as many as the longest series needs: the form that runs anywhere.
 
 Shapes: B batch, T time, C steps a chunk, F input channel, D LSTM width, G = 4 D gates (i, f, g, o).
 
@@ -118,7 +118,7 @@ chunked_lstm.defvjp(_forward_saving, _backward)
 def _by_chunks(x_BTF, length_B, dtype):
     """Time first, padded to whole chunks (a large one at least), cleared past each series' end; and what is valid."""
     num_steps = max(steps_run(x_BTF.shape[1]), CHUNK_STEPS[0])
-    valid_TB = jnp.arange(num_steps)[:, None] < length_B
+    valid_TB = lstm_cell.valid_steps(length_B, num_steps).T
     x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, num_steps - x_BTF.shape[1]), (0, 0), (0, 0)))
     return jnp.where(valid_TB[..., None], x_TBF, 0).astype(dtype), valid_TB
 

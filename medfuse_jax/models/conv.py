@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from medfuse_jax.models import winograd
 
 # Where a film has few pixels (and, in a ResNet, many channels), a product of explicit columns is faster than a
-# convolution, for whose gradients XLA transposes the whole kernel.
+# convolution, for whose gradients XLA transposes the whole kernel. Winograd's goes first: it takes the last stage of a
+# ResNet where there are enough films.
 _FEW_PIXELS = 7 * 7
-# Below so many channels Winograd's transforms cost more than its products save.
+# Below so many channels Winograd's transforms would cost more than its products save: chosen by the number of additions
+# and products, not measured. A ResNet-34 has 64 and more.
 _WINOGRAD_CHANNELS = 32
 # The gradient of a kernel takes up to three times as long for many large films at once as for one after another: it is
 # a convolution whose window is all of them.
@@ -76,11 +78,10 @@ def _gradients_on_cpu(stride, padding, x_PHWC, kernel, d_output_PHWC):
 
 def _suits_winograd(stride, padding, x_PHWC, kernel) -> bool:
     of_three = kernel.shape[:2] == (3, 3) and (stride, padding) == (1, 1)
-    # Half precision would lose in the transforms what it saves; and a kernel of more channels than there are pixels
-    # costs more to transform than the films.
-    num_channels = kernel.shape[2:]
-    many_pixels = x_PHWC.size // x_PHWC.shape[-1] >= max(num_channels)
-    return of_three and x_PHWC.dtype == jnp.float32 and many_pixels and min(num_channels) >= _WINOGRAD_CHANNELS
+    exact = x_PHWC.dtype == jnp.float32  # half precision would lose in the transforms what it saves
+    num_pixels, num_channels = x_PHWC.size // x_PHWC.shape[-1], kernel.shape[2:]  # the pixels of all films
+    films_cost_most = num_pixels >= max(num_channels)  # and not the kernel's own transform
+    return of_three and exact and films_cost_most and min(num_channels) >= _WINOGRAD_CHANNELS
 
 
 def _num_pixels(stride, padding, x_PHWC, kernel) -> int:

@@ -9,6 +9,8 @@ series' own length, of which it makes a copy on the host, so that a step waits f
 import jax.numpy as jnp
 from jax.experimental import rnn
 
+from medfuse_jax.models.lstm_cell import valid_steps
+
 
 def cudnn_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
     """As `chunked_lstm`. dtype: not asked for; see above."""
@@ -18,7 +20,7 @@ def cudnn_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dt
     # cuDNN's order: both kernels as [G, inputs], then two biases, of which one is ours. Its gates are in our order.
     of_kernels = [kernel.T.reshape(-1) for kernel in (input_kernel_FG, recurrent_kernel_DG)]
     weights = jnp.concatenate([*of_kernels, bias_G, jnp.zeros_like(bias_G)])
-    valid_BT1 = (jnp.arange(num_steps) < length_B[:, None])[..., None]
+    valid_BT1 = valid_steps(length_B, num_steps)[..., None]
     x_BTF = jnp.where(valid_BT1, x_BTF, 0).astype(jnp.float32)
     zeros_1BD = jnp.zeros((1, num_rows, width), jnp.float32)
     # It refuses a series of no steps: that one runs a step of zeros, which is masked.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from medfuse_jax.models.chunked_lstm import chunked_lstm
 from medfuse_jax.models.cudnn_lstm import cudnn_lstm
-from medfuse_jax.models.lstm_cell import NUM_GATES
+from medfuse_jax.models.lstm_cell import NUM_GATES, valid_steps
 from medfuse_jax.models.pallas_lstm import pallas_lstm
 
 # The first runs anywhere, the others on CUDA.
@@ -60,11 +60,6 @@ def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.
     zeros_BD = jnp.zeros((x_BTF.shape[0], recurrent_DG.shape[0]), jnp.float32)
     (last_BD, _), hidden_TBD = jax.lax.scan(step, (zeros_BD, zeros_BD), (gates_TBG, valid_BT.T))
     return hidden_TBD.swapaxes(0, 1), last_BD
-
-
-def valid_steps(length_B: jax.Array, num_steps: int) -> jax.Array:
-    """bool [B, T]: which steps lie inside each series."""
-    return jnp.arange(num_steps) < length_B[:, None]
 
 
 def mean_over_steps(hidden_BTD: jax.Array, length_B: jax.Array) -> jax.Array:

@@ -1,12 +1,18 @@
-"""One step of an LSTM, and its gradient: the arithmetic that every form of the recurrence shares.
+"""One step of an LSTM and its gradient, as the chunks and the Pallas kernels compute it; and which steps there are.
 
-Arrays [..., D] of any number of rows and units. Gates in the order i, f, g, o.
+The plain scan (`lstm.masked_lstm`) has its own: it is what these are tested against. Arrays [..., D] of any number of
+rows and units; gates in the order i, f, g, o.
 """
 
 import jax
 import jax.numpy as jnp
 
 NUM_GATES = 4
+
+
+def valid_steps(length_B: jax.Array, num_steps: int) -> jax.Array:
+    """bool [B, T]: which steps lie inside each series."""
+    return jnp.arange(num_steps) < length_B[:, None]
 
 
 def forward(gates: tuple, cell_before: jax.Array) -> tuple[tuple, jax.Array, jax.Array]:

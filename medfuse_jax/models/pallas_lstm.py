@@ -19,10 +19,26 @@ from jax.experimental.pallas import triton as plgpu
 
 from medfuse_jax.models import lstm_cell
 
-_GATES = lstm_cell.NUM_GATES
-_LEAST = 16  # rows, and units of a tile: what a matrix unit takes
-_TILE_BYTES = 64  # a tile's units of one row: at 256 units the four gates' tiles take 64 kB of shared memory
+_GATES = range(lstm_cell.NUM_GATES)
+_ROWS = 16  # a program's: as few as a matrix unit takes
+_LEAST_UNITS = 16  # of a tile, likewise
+_TILE_BYTES = 64  # a tile's units of one row
 _COMPILER = plgpu.CompilerParams(num_warps=8, num_stages=2)
+
+
+def most_units(compute_capability: str) -> int:
+    """The widest layer whose tiles fit into the memory that a block may share on such a GPU; 0 where none can run.
+
+    As compiled by Triton 3.9: 256 units take 83 kB, 512 take 165 kB. By NVIDIA's tables a block may have 99 kB on 8.6,
+    8.9 and 12, 163 kB (166,912 bytes) on 8.0 and 8.7, and 227 kB on 9 and 10.
+    """
+    try:
+        version = float(compute_capability)
+    except ValueError:  # not NVIDIA's
+        return 0
+    if version < 8:  # no bfloat16
+        return 0
+    return 512 if version in (8.0, 8.7) or 9 <= version < 12 else 256
 
 
 def pallas_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, interpret=False):
@@ -33,16 +49,16 @@ def pallas_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, d
     num_rows, num_steps, _ = x_BTF.shape
     width = len(recurrent_kernel_DG)
     # Rows without steps, and units without weights: their states stay zero, for so are their gates, and tanh(0) is.
-    more_rows, more_units = -num_rows % _LEAST, max(2 * _LEAST, pl.next_power_of_2(width)) - width
+    more_rows, more_units = -num_rows % _ROWS, max(2 * _LEAST_UNITS, pl.next_power_of_2(width)) - width
 
     def by_gate(x_G):
-        x_KD = x_G.reshape(*x_G.shape[:-1], _GATES, width)
+        x_KD = x_G.reshape(*x_G.shape[:-1], lstm_cell.NUM_GATES, width)
         return jnp.pad(x_KD, [(0, 0)] * (x_KD.ndim - 1) + [(0, more_units)])
 
     recurrent_DKD = jnp.pad(by_gate(recurrent_kernel_DG), ((0, more_units), (0, 0), (0, 0)))
     x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, 0), (0, more_rows), (0, 0)))
     padded_B = jnp.pad(length_B, (0, more_rows))
-    x_TBF = jnp.where(_valid(num_steps, padded_B), x_TBF, 0).astype(jnp.float32)
+    x_TBF = jnp.where(_valid(padded_B, num_steps), x_TBF, 0).astype(jnp.float32)
     kernels = (by_gate(input_kernel_FG), recurrent_DKD, by_gate(bias_G))
     hidden_TBD = _recurrence(*kernels, x_TBF, padded_B, jnp.dtype(dtype), interpret)[:, :num_rows, :width]
     last_BD = hidden_TBD[jnp.maximum(length_B, 1) - 1, jnp.arange(num_rows)]  # of a length of 0 all are zeros
@@ -67,25 +83,25 @@ def _forward(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpre
     hidden_TBD, cell_TBD, activated_TBKD = pl.pallas_call(
         functools.partial(_forward_kernel, barrier=_barrier(interpret)),
         out_shape=(states, states, activated),
-        grid=num_rows // _LEAST,
+        grid=num_rows // _ROWS,
         in_specs=[_rows(length_B, 0), _rows(product_TBKD), _whole(recurrent_DKD)],
         out_specs=[_rows(states), _rows(states), _rows(activated)],
         compiler_params=_COMPILER,
         interpret=interpret,
     )(length_B, product_TBKD, recurrent_DKD.astype(dtype))
     saved = (input_FKD, recurrent_DKD, x_TBF, length_B, hidden_TBD, cell_TBD, activated_TBKD)
-    return jnp.where(_valid(num_steps, length_B), hidden_TBD[1:], 0), saved
+    return jnp.where(_valid(length_B, num_steps), hidden_TBD[1:], 0), saved
 
 
 def _backward(dtype, interpret, saved, d_output_TBD):
     input_FKD, recurrent_DKD, x_TBF, length_B, hidden_TBD, cell_TBD, activated_TBKD = saved
-    valid_TB1 = _valid(len(x_TBF), length_B)
+    valid_TB1 = _valid(length_B, len(x_TBF))
     recurrent_KDD = recurrent_DKD.astype(dtype).transpose(1, 2, 0)
     state = jax.ShapeDtypeStruct(hidden_TBD.shape[1:], jnp.float32)
     d_gates_TBKD, _, _ = pl.pallas_call(
         functools.partial(_backward_kernel, barrier=_barrier(interpret)),
         out_shape=(jax.ShapeDtypeStruct(activated_TBKD.shape, dtype), state, state),
-        grid=hidden_TBD.shape[1] // _LEAST,
+        grid=hidden_TBD.shape[1] // _ROWS,
         in_specs=[
             _rows(length_B, 0),
             _rows(d_output_TBD),
@@ -121,15 +137,15 @@ def _forward_kernel(length_ref, product_ref, recurrent_ref, hidden_ref, cell_ref
         barrier()  # the state was written by other threads
         hidden_RD = hidden_ref[t].astype(recurrent_ref.dtype)
 
-        def tile(units):
-            gates = tuple(product_ref[t, :, k, units] + _dot(hidden_RD, recurrent_ref[:, k, units]) for k in _each_gate)
+        def tile(units, _):
+            gates = tuple(product_ref[t, :, k, units] + _dot(hidden_RD, recurrent_ref[:, k, units]) for k in _GATES)
             activated, cell_RU, hidden_RU = lstm_cell.forward(gates, cell_ref[t, :, units])
-            for k in _each_gate:
+            for k in _GATES:
                 activated_ref[t, :, k, units] = activated[k].astype(activated_ref.dtype)
             cell_ref[t + 1, :, units] = cell_RU
             hidden_ref[t + 1, :, units] = hidden_RU
 
-        _for_each_tile(recurrent_ref, tile)
+        _for_each_tile(recurrent_ref, tile, None)
 
     jax.lax.fori_loop(0, jnp.max(length_ref[...]), step, None)
 
@@ -147,11 +163,11 @@ def _backward_kernel(
         barrier()
 
         def tile(units, d_before_RD):
-            activated = tuple(activated_ref[t, :, k, units].astype(jnp.float32) for k in _each_gate)
+            activated = tuple(activated_ref[t, :, k, units].astype(jnp.float32) for k in _GATES)
             d_hidden_RU = d_hidden_ref[:, units] + d_output_ref[t, :, units]
             cells = (cell_ref[t, :, units], cell_ref[t + 1, :, units])
             d_gates, d_cell_ref[:, units] = lstm_cell.backward(activated, *cells, d_hidden_RU, d_cell_ref[:, units])
-            for k in _each_gate:
+            for k in _GATES:
                 d_gate_RU = d_gates[k].astype(d_gates_ref.dtype)
                 d_gates_ref[t, :, k, units] = d_gate_RU
                 d_before_RD += _dot(d_gate_RU, recurrent_ref[k, units, :])
@@ -164,28 +180,20 @@ def _backward_kernel(
     jax.lax.fori_loop(0, longest, step, None)
 
 
-_each_gate = range(_GATES)
-
-
-def _for_each_tile(recurrent_ref, tile, *carry):
-    """What `tile(units, carry)` of all tiles of units leaves.
+def _for_each_tile(recurrent_ref, tile, start):
+    """What `tile(units, carry)` of all tiles of units, one after the other, makes of `start`.
 
     There are two at least: a loop of one is unrolled, the loop over the steps is then the innermost, of which Triton
     fetches ahead what the next round loads, and so the state before all threads have written it.
     """
     width = recurrent_ref.shape[-1]
     size = min(_TILE_BYTES // recurrent_ref.dtype.itemsize, width // 2)
-    start = carry[0] if carry else None
-
-    def nth(n, carry_):
-        return tile(pl.ds(n * size, size), *([carry_] if carry else []))
-
-    return jax.lax.fori_loop(0, width // size, nth, start)
+    return jax.lax.fori_loop(0, width // size, lambda n, carry: tile(pl.ds(n * size, size), carry), start)
 
 
 def _rows(like, axis: int = 1) -> pl.BlockSpec:
     """A program's rows of an array, which are along `axis`."""
-    block = (*like.shape[:axis], _LEAST, *like.shape[axis + 1 :])
+    block = (*like.shape[:axis], _ROWS, *like.shape[axis + 1 :])
     return pl.BlockSpec(block, lambda n: tuple(n if i == axis else 0 for i in range(len(block))))
 
 
@@ -193,13 +201,14 @@ def _whole(like) -> pl.BlockSpec:
     return pl.BlockSpec(like.shape, lambda n: (0,) * len(like.shape))
 
 
+def _valid(length_B, num_steps: int) -> jax.Array:
+    """bool [T, B, 1]"""
+    return lstm_cell.valid_steps(length_B, num_steps).T[..., None]
+
+
 def _barrier(interpret: bool):
     """All threads of a program wait for each other; the interpreter has one."""
     return (lambda: None) if interpret else plgpu.debug_barrier
-
-
-def _valid(num_steps: int, length_B) -> jax.Array:
-    return (jnp.arange(num_steps)[:, None] < length_B)[..., None]
 
 
 def _dot(a, b):

@@ -36,9 +36,7 @@ def convolve(x_PHWC: jax.Array, kernel: jax.Array) -> jax.Array:
 @jax.jit
 def kernel_gradient(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
     """The gradient [3, 3, C, D] of `convolve`'s kernel."""
-    # So the films wait for the gradient. Otherwise XLA makes their tiles as early as in the forward pass and keeps them
-    # until here: four times the films' memory. (An optimization_barrier is gone before it decides on the order.)
-    x_PHWC = x_PHWC + 0 * d_output_PHWD[0, 0, 0, 0]
+    x_PHWC = _after(x_PHWC, d_output_PHWD)
 
     def add_part(d_filters, films):
         pairs = zip(_inputs(films[0]), _outputs_transposed(films[1]), strict=True)
@@ -50,8 +48,18 @@ def kernel_gradient(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
     return (_FILTER.T @ jnp.stack(d_filters).reshape(16, -1)).reshape(3, 3, num_in, num_out)
 
 
+def _after(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
+    """The films, but not before the gradient is there.
+
+    Otherwise XLA makes their tiles as early as in the forward pass and keeps them until here: four times the films'
+    memory. (An optimization_barrier is gone before it decides on the order.) Where the gradient's first element is not
+    finite, neither is any of the kernel's.
+    """
+    return x_PHWC + 0 * d_output_PHWD[0, 0, 0, 0]
+
+
 def _parts(x_PHWC: jax.Array) -> jax.Array:
-    """The films in parts of about _PIXELS_A_PART pixels, the last one filled up with zeros."""
+    """The films in parts of some _PIXELS_A_PART pixels, less than twice as many, the last one filled up with zeros."""
     num_films, height, width, _ = x_PHWC.shape
     fit = max(1, _PIXELS_A_PART // (height * width))
     few, many = max(1, num_films // fit), -(-num_films // fit)
