@@ -143,7 +143,7 @@ def _growth() -> list[Case]:
     shared = {"max_buckets": 1, "num_batches": 2, "peers": ()}
     lengths = [Case(method="uni_ehr", timestep_h=hours, **shared) for hours in (4.0, 2.0, 1.0)]
     stays = Case(method="uni_ehr", batch_size=32, **shared)
-    shares = [Case(film_share=share, **shared) for share in (0.19, 0.5)]
+    shares = [Case(film_share=share, **shared) for share in (0.19, 0.5, 1.0)]
     return [*lengths, stays, Case(kind="parts", **shared), *shares]
 
 

@@ -84,8 +84,8 @@ def _forward(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpre
         functools.partial(_forward_kernel, barrier=_barrier(interpret)),
         out_shape=(states, states, activated),
         grid=num_rows // _ROWS,
-        in_specs=[_rows(length_B, 0), _rows(product_TBKD), _whole(recurrent_DKD)],
-        out_specs=[_rows(states), _rows(states), _rows(activated)],
+        in_specs=[_rows_of(length_B, 0), _rows_of(product_TBKD), _whole_of(recurrent_DKD)],
+        out_specs=[_rows_of(states), _rows_of(states), _rows_of(activated)],
         compiler_params=_COMPILER,
         interpret=interpret,
     )(length_B, product_TBKD, recurrent_DKD.astype(dtype))
@@ -103,13 +103,13 @@ def _backward(dtype, interpret, saved, d_output_TBD):
         out_shape=(jax.ShapeDtypeStruct(activated_TBKD.shape, dtype), state, state),
         grid=hidden_TBD.shape[1] // _ROWS,
         in_specs=[
-            _rows(length_B, 0),
-            _rows(d_output_TBD),
-            _rows(activated_TBKD),
-            _rows(cell_TBD),
-            _whole(recurrent_KDD),
+            _rows_of(length_B, 0),
+            _rows_of(d_output_TBD),
+            _rows_of(activated_TBKD),
+            _rows_of(cell_TBD),
+            _whole_of(recurrent_KDD),
         ],
-        out_specs=[_rows(activated_TBKD), _rows(state, 0), _rows(state, 0)],
+        out_specs=[_rows_of(activated_TBKD), _rows_of(state, 0), _rows_of(state, 0)],
         compiler_params=_COMPILER,
         interpret=interpret,
     )(length_B, jnp.where(valid_TB1, d_output_TBD, 0), activated_TBKD, cell_TBD, recurrent_KDD)
@@ -191,13 +191,13 @@ def _for_each_tile(recurrent_ref, tile, start):
     return jax.lax.fori_loop(0, width // size, lambda n, carry: tile(pl.ds(n * size, size), carry), start)
 
 
-def _rows(like, axis: int = 1) -> pl.BlockSpec:
+def _rows_of(like, axis: int = 1) -> pl.BlockSpec:
     """A program's rows of an array, which are along `axis`."""
     block = (*like.shape[:axis], _ROWS, *like.shape[axis + 1 :])
     return pl.BlockSpec(block, lambda n: tuple(n if i == axis else 0 for i in range(len(block))))
 
 
-def _whole(like) -> pl.BlockSpec:
+def _whole_of(like) -> pl.BlockSpec:
     return pl.BlockSpec(like.shape, lambda n: (0,) * len(like.shape))
 
 
