@@ -21,10 +21,11 @@ from medfuse_jax.errors import TryLater, UserError, is_disk_full, is_out_of_memo
 _USER_ERROR = 2  # as argparse and shells have it; jobs/gke_tpu.yaml asks for it
 
 
-def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False) -> None:
+def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resumes: bool = True) -> None:
     """Runs a command's `main(argv)` under absl; a UserError ends it with one line, and with the status of `status`.
 
-    pass_on_unknown: whether options that are none of absl's go to `main` rather than being refused.
+    pass_on_unknown: whether options that are none of absl's go to `main` rather than being refused. resumes: whether
+    the same command goes on where it was stopped.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -35,25 +36,25 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False) -> Non
         try:
             main(argv)
         except (Exception, KeyboardInterrupt) as error:
-            if line := in_one_line(error):
+            if line := in_one_line(error, resumes):
                 _end(line, status(error))
             raise
 
     app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
 
 
-def in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException, resumes: bool = True) -> str:
     """What a command says of an error that its user can put right; '' of one that needs its traceback."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; the same command goes on where this one was"
+        return "stopped" + ("; the same command goes on where this one was" if resumes else "")
     if is_out_of_memory(error):
         trains = "config" in flags.FLAGS
         hint = ": give a smaller --config.batch_size or --config.eval.batch_size" if trains else ""
         return f"error: the memory is too small{hint} ({' '.join(str(error).split())[:200]})"
     if is_disk_full(error):
-        return "error: no space is left on the disk: free some, and the same command goes on"
+        return "error: no space is left on the disk: free some" + (", and the same command goes on" if resumes else "")
     return ""
 
 

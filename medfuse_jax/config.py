@@ -20,9 +20,9 @@ from medfuse_jax.errors import UserError, check_choice
 _STAGE_NAMES = ("ehr", "cxr")
 # A stage trains an encoder from random weights, on its own.
 _NOT_OF_A_STAGE = ("init", "encoders", "pretrain")
-# A stopped run may go on with others: they change how it is run, and none of its numbers (a workdir knows its shards
-# by their content, wherever they lie).
-_WITHOUT_EFFECT = {"data.dir", "placement", "profile_steps"}
+# A stopped run may go on with others: they change how it is run, and none of its numbers but for rounding (a workdir
+# knows its shards by their content, wherever they lie).
+_WITHOUT_EFFECT = {"data.dir", "placement", "profile_steps", "recurrence"}
 
 _CHOICES = {
     "data.train_stays": ("partial", "paired"),
@@ -268,7 +268,8 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
     first, _, last = config.profile_steps.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(
-            f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25'"
+            f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25' (the "
+            "first of a run is 1)"
         )
     return int(first), int(last)
 
@@ -317,7 +318,8 @@ def difference(a: ConfigDict, b: ConfigDict) -> str:
     if not differing:
         return ""
     first = next((f for f in ("task", "method") if f in differing), differing[0])
-    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    others = [f"config.{f}" for f in differing if f != first]
+    more = f" (also: {', '.join(others[:3])}{', ...' if others[3:] else ''})" if others else ""
     return f"config.{first} is {flat_a.get(first)} there and {flat_b.get(first)} here{more}"
 
 

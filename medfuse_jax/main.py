@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     # What is missing is said now, not after hours of pre-training.
     run = experiment.open_experiment(config)
     run.check_any("test", run.dataset.usable("test"))
+    train.profiled_steps(run)
     given, stages = starts.find(run, folder)
     for trained in (run, *(staged for _, staged in stages.values())):
         feed.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)

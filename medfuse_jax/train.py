@@ -67,7 +67,9 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     step = int(state.step)
 
     unit = run.dataset.task.unit
-    profiled = _profiled(config, steps_per_epoch * config.num_epochs)
+    profiled = profiled_steps(run)
+    if config.recurrence != run.options.model.recurrence:
+        print(f"config.recurrence is {config.recurrence!r}, and there is no GPU: it is computed in chunks")
 
     with (
         contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log,
@@ -133,10 +135,11 @@ def finished(progress: optim.Progress, config: ConfigDict) -> bool:
     return progress.epoch >= config.num_epochs or progress.should_stop(config.early_stop_epochs)
 
 
-def _profiled(config: ConfigDict, num_steps: int) -> tuple[int, int]:
-    """The first and last step to profile; UserError where the run has not so many."""
+def profiled_steps(run: experiment_lib.Experiment) -> tuple[int, int]:
+    """The first and last step to profile, (0, 0) for none; UserError where the run has not so many."""
+    config = run.config
     first, last = config_lib.profile_steps(config)
-    if last > num_steps:
+    if last > (num_steps := len(run.train_plan(epoch=1)) * config.num_epochs):
         raise UserError(f"config.profile_steps is {config.profile_steps}, and {config.name} has {num_steps} steps")
     return first, last
 
@@ -148,6 +151,8 @@ def _profile(profile: contextlib.ExitStack, profiled: tuple[int, int], workdir: 
         jax.block_until_ready(state)
     if step == last:
         profile.close()
+        if last:
+            print(f"the trace of steps {first} to {last} is in {workdir / 'profile'}")
     elif step == first - 1:
         profile.enter_context(jax.profiler.trace(workdir / "profile", create_perfetto_trace=True))
 

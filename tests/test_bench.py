@@ -306,7 +306,9 @@ def test_a_form_that_is_another_recurrence_would_show():
 
 def test_the_bootstrap_is_scaled_to_all_resamples():
     pytest.importorskip("sklearn")
-    ours, loop = bootstrap_case.measure(dataclasses.replace(_TINY["bootstrap"], num_stays=2000, repeats=1))
+    case = dataclasses.replace(_TINY["bootstrap"], num_stays=2000, repeats=1)
+    assert len(bootstrap_case.measure(case)) == 1, "--ours_only leaves the loop out"
+    ours, loop = bootstrap_case.measure(dataclasses.replace(case, peers=cases.PEERS))
     assert ours["num_bootstrap"] == bootstrap_case.NUM_BOOTSTRAP and loop["scaled_from_resamples"] == 1
     assert loop["time_over_ours"]["median"] > 1
 

@@ -15,10 +15,12 @@ def _row(**changes) -> dict:
     environment = {
         "platform": "cpu", "device": "cpu", "num_local_devices": 1, "cpu": "A CPU", "cores": 2, "python": "3.11",
         "jax": "0.10", "flax": "0.12", "numpy": "2.0", "commit": "abc", "load_average": 0.5,
+        "time": "2026-01-01T10:20:30",
     }  # fmt: skip
     row = {"case": "step medfuse B=16 19% paired 2 h float32", "contender": "torch_released", "seconds": 2.0}
     row |= {"seconds_min": 1.5, "seconds_max": 2.5, "samples_per_s": 8.0, "command": "python -m medfuse_jax.bench"}
     row |= {"time_over_ours": {"median": 3.25, "min": 3.1, "max": 3.5, "of_best": 3.3}, "environment": environment}
+    row["settings"] = {"kind": "step"}
     return row | changes
 
 
@@ -52,6 +54,38 @@ def test_a_target_is_reached_or_missed(tmp_path, median, verdict):
         _write(tmp_path, _row(time_over_ours={"median": median, "min": 1.0, "max": 4.0, "of_best": 2.0}))
     )
     assert f"| {verdict} |" in text
+
+
+def test_the_newest_numbers_come_first_with_those_that_lead(tmp_path):
+    _write(tmp_path, _row(time_over_ours={"median": 2.0, "min": 1.0, "max": 4.0, "of_best": 2.0}))
+    newer = _row(environment=_row()["environment"] | {"time": "2026-01-02T10:20:30"})
+    tuned = newer | {"contender": "torch_tuned", "time_over_ours": {"median": 0.9, "min": 0.8, "max": 1, "of_best": 1}}
+    (tmp_path / "2026-01-01_again").mkdir()
+    (tmp_path / "2026-01-01_again" / "bench.json").write_text(json.dumps(newer) + "\n" + json.dumps(tuned) + "\n")
+    summary, newest, oldest = page.render(tmp_path).partition("## The newest")[2].split("<details")
+    assert "3.25" in summary and "2.00 (" not in summary and "| torch_tuned | 0.90" in summary
+    assert "2026-01-01_again" in newest and newest.startswith(" open>")
+    assert "2026-01-01_cpu" in oldest and oldest.startswith(">")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seconds": None}, {"seconds": float("nan")}, {"seconds_min": -1.0}, {"contender": 7}, {"settings": 3}]
+)
+def test_a_damaged_record_is_named(tmp_path, changes):
+    with pytest.raises(UserError, match=r"bench\.json, line 1: not a record"):
+        page.render(_write(tmp_path, _row(**changes)))
+
+
+def test_what_cannot_be_read_or_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no record"):
+        page.render(tmp_path)
+    (tmp_path / "2026-01-01_cpu" / "folder.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"folder\.json cannot be read"):
+        page.render(tmp_path)
+    (tmp_path / "2026-01-01_cpu" / "folder.json").rmdir()
+    (tmp_path / "2026-01-01_cpu" / "bytes.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match=r"bytes\.json cannot be read"):
+        page.render(tmp_path)
 
 
 def test_every_target_names_a_case_of_a_preset():

@@ -1,6 +1,7 @@
 """Configs: every file in configs/ is valid; a wrong field, type or value is one line with the nearest right name."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -45,13 +46,22 @@ def test_a_saved_config_is_read_back_the_same(path, tmp_path):
     there = f"config.learning_rate is {config.learning_rate} there and 0.5 here"
     assert config_lib.difference(config, loaded) == there
     loaded.method, loaded.batch_size = "joint", 99
-    assert config_lib.difference(config, loaded) == f"config.method is {config.method} there and joint here, and 2 more"
+    method = f"config.method is {config.method} there and joint here"
+    assert config_lib.difference(config, loaded) == f"{method} (also: config.batch_size, config.learning_rate)"
+
+
+def test_a_run_from_before_there_was_a_choice_of_recurrence_is_read(tmp_path):
+    config_lib.save(config_lib.default(), tmp_path / "config.json")
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["recurrence"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert config_lib.load(tmp_path / "config.json").recurrence == "chunks"
 
 
 def test_what_changes_no_number_makes_no_other_run():
     config = config_lib.default()
     other = config_lib.default()
-    other.placement, other.profile_steps = "device", "2:3"
+    other.placement, other.profile_steps, other.recurrence = "device", "2:3", "pallas"
     assert config_lib.difference(config, other) == ""
     assert config_lib.profile_steps(config) == (0, 0) and config_lib.profile_steps(other) == (2, 3)
 

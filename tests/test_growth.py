@@ -75,25 +75,45 @@ def test_tables_and_picture_are_made_of_records(tmp_path):
     folder.mkdir(parents=True)
     docs.mkdir()
     (docs / "performance.md").write_text(f"before\n{_empty()}\nafter\n")
-    about = {"case": "made up", "contender": "ours", "environment": {"commit": "0"}}
+    about = {"contender": "ours", "environment": {"commit": "0", "time": "2026-01-02"}, "command": ""}
     steps = [about | row for row in _rows(lambda row_steps, films: 2e-4 * row_steps + 0.2 * films + 0.01)]
     taken = zip(("ours", *parts_case.PARTS), (10.0, 0.5, 1.0, 3.0, 6.0, 2.0, 0.25))
     parts = [
         about | {"contender": n, "seconds": s, "batches_per_repeat": 1, "settings": {"kind": "parts"}} for n, s in taken
     ]
-    on = [{"num_devices": n, "parallel": "pmap"} for n in (1, 2)]
+    on = [{"num_devices": n, "parallel": mode, "kind": "step"} for n in (1, 2, 8) for mode in ("pmap", "jit")]
     devices = [about | {"seconds": 1.0 + s["num_devices"], "batches_per_repeat": 2, "settings": s} for s in on]
-    for name, rows in (("growth", steps + parts), ("devices", devices)):
-        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _write(folder / "growth.json", _named("growth", steps + parts))
+    _write(folder / "devices.json", _named("devices", devices))
     growth.write(tmp_path / "results", docs)
     page = (docs / "performance.md").read_text()
     assert page.startswith("before\n") and page.endswith("after\n")
     assert "| ResNet: stages 3-4 | 3 s | 30% |" in page and "b = 200 ms a film" in page
     assert "| 2 | pmap | 1.5 s | 1.50 |" in page and "| predicted |" in page and "| v5e-256 | 16 |" in page
     assert "(+0%)" in page and "Adam" in (docs / "step_time.svg").read_text()
-    (folder / "growth.json").write_text("".join(json.dumps(row) + "\n" for row in steps))
-    with pytest.raises(UserError, match=r"holds no case of its parts"):
+    written = {path: path.read_text() for path in docs.iterdir()}
+    first, *others = _named("growth", steps + parts)
+    _write(folder / "growth.json", [row for row in others if row["case"] != first["case"]])
+    with pytest.raises(UserError, match=r"growth\.json lacks .*: run all of --preset=growth"):
         growth.write(tmp_path / "results", docs)
+    damaged = [row | {"settings": {"kind": "step"}} for row in _named("devices", devices)]
+    _write(folder / "growth.json", _named("growth", steps + parts))
+    _write(folder / "devices.json", damaged)
+    with pytest.raises(UserError, match=r"a record of .*2026-01-02_growth is damaged \(KeyError\('num_devices'\)\)"):
+        growth.write(tmp_path / "results", docs)
+    assert {path: path.read_text() for path in docs.iterdir()} == written
+
+
+def _named(preset: str, rows: list[dict]) -> list[dict]:
+    """The rows as records of the preset's cases, in turn."""
+    names = [case.name for case in cases.preset(preset)[0]]
+    assert len(rows) >= len(names)
+    spread = [{"seconds_min": row["seconds"], "seconds_max": row["seconds"]} for row in rows]
+    return [row | s | {"case": names[i % len(names)]} for i, (row, s) in enumerate(zip(rows, spread))]
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_missing_records_are_named(tmp_path):

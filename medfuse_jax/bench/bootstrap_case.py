@@ -22,7 +22,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     label_NK = (rng.random((case.num_stays, NUM_LABELS)) < np.linspace(0.05, 0.45, NUM_LABELS)).astype(np.int8)
     score_NK = rng.standard_normal(label_NK.shape).astype(np.float32) + label_NK
     runs = {step_case.OURS: lambda: metrics.evaluate(label_NK, score_NK, NUM_BOOTSTRAP)}
-    if importlib.util.find_spec("sklearn") is not None:
+    if case.peers and importlib.util.find_spec("sklearn") is not None:
         runs["sklearn_loop"] = lambda: _one_resample(label_NK, score_NK, rng)
     with compilation.counted() as compiled:
         seconds = clock.interleave(runs, case.warm_up, case.repeats, say)

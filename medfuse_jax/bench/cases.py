@@ -126,7 +126,7 @@ def _tiny() -> list[Case]:
     """Every kind of case in seconds: for tests, its numbers mean nothing."""
     kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts", "trials")]
     kinds.append(Case(kind="feed", **_TINY, placement="device"))
-    return [*kinds, Case(kind="bootstrap", num_stays=50, repeats=5)]
+    return [*kinds, Case(kind="bootstrap", num_stays=500, repeats=5)]
 
 
 def _devices() -> list[Case]:

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from medfuse_jax import command_line, files
-from medfuse_jax.bench import page, parts_case, table
+from medfuse_jax.bench import cases, page, parts_case, table
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.errors import UserError
 
@@ -61,17 +61,23 @@ def write(results: Path, docs: Path) -> None:
     folder = _newest(results)
     growth, devices = page.read(folder / "growth.json"), page.read(folder / "devices.json")
     parts, steps = ([row for row in growth if row["settings"]["kind"] == kind] for kind in ("parts", "step"))
-    if not parts or not any(row["settings"]["method"] == "medfuse" for row in steps):
-        raise UserError(f"{folder}/growth.json holds no case of its parts, or of medfuse: run all of --preset=growth")
-    parts = _shares(parts)
-    text = "\n".join(
-        [f"From `results/{folder.name}`.\n", "![Where the time of a training step goes](step_time.svg)\n"]
-        + [_parts_table(parts), _growth_table(steps), _devices_table(devices), _predicted_table(steps)]
-    )
+    for preset, rows in (("growth", growth), ("devices", devices)):
+        missing = {case.name for case in cases.preset(preset)[0]} - {row["case"] for row in rows}
+        if missing:
+            raise UserError(f"{folder}/{preset}.json lacks {min(missing)}: run all of --preset={preset}")
+    try:
+        parts = _shares(parts)
+        tables = [_parts_table(parts), _growth_table(steps), _devices_table(devices), _predicted_table(steps)]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"a record of {folder} is damaged ({error!r}): write it anew with --json") from None
+    picture = "![Where the time of a training step goes](step_time.svg)\n"
+    text = "\n".join([f"From `results/{folder.name}`.\n", picture, *tables])
     path = docs / "performance.md"
-    before, _, rest = path.read_text().partition(_BEGIN)
-    files.write_text(path, f"{before}{_BEGIN}\n{text}{_END}{rest.partition(_END)[2]}")
-    draw(parts, docs / "step_time.svg")
+    with files.must_write(f"--docs={docs}"):
+        before, _, rest = path.read_text().partition(_BEGIN)
+        files.write_text(path, f"{before}{_BEGIN}\n{text}{_END}{rest.partition(_END)[2]}")
+        draw(parts, docs / "step_time.svg")
+    print(f"{path} and its picture: from {folder}")
 
 
 def _newest(results: Path) -> Path:

@@ -5,6 +5,7 @@ number on the page is one of theirs.
 """
 
 import json
+import math
 from pathlib import Path
 
 from absl import flags
@@ -27,6 +28,14 @@ TARGETS = (
     ("gpu", "bootstrap N=11914", "sklearn_loop", 100.0),
 )
 
+# What is shown with them at the top of the page, though nothing is aimed at.
+_BESIDE = (
+    ("cpu", "step medfuse B=16 19% paired", "torch_tuned"),
+    ("cpu", "step medfuse B=16 100% paired", "torch_tuned"),
+    ("cpu", "step uni_ehr B=16", "torch_tuned"),
+    ("cpu", "lstm medfuse B=16 2 h", "torch_tuned"),
+)
+
 _HEAD = """# Benchmarks
 
 How fast the training step, its input, the recurrence and the metrics' bounds are, beside the same models in plain
@@ -47,27 +56,46 @@ records in `results/`, one folder a machine and day.
 Contenders take turns within every repeat. Series have phenotyping's lengths (log-normal, median 60 h); time is the
 median, with the least and the most of the repeats behind it; a ratio is the median over repeats, with the least, the
 most, and that of both sides' best repeats, which a busy machine disturbs least. Padded: the share of the steps run that
-belong to no stay. FLOPs are those of the plain convolution, also where fewer are run (Winograd's, on a CPU).
+belong to no stay; in brackets, what it would be if all steps of a bucket were run. FLOPs are those of the plain
+convolution, also where fewer are run (Winograd's, on a CPU), beside the rate of a large matrix product on that device.
+A repeat is a pass over several batches (`batches_per_repeat` in the record). In the parts of a step, `film_stem`,
+`film_half` and `film_encoder` are the film encoder up to there, and `update` is Adam.
 """
 
 
 def render(results: Path) -> str:
-    """The page. UserError for a file that is not a record file."""
-    folders = sorted((p for p in results.iterdir() if p.is_dir()), reverse=True) if results.is_dir() else []
-    parts = [_HEAD]
-    for folder in folders:
-        for path in sorted(folder.glob("*.json")):
-            parts.append(_section(folder.name, path))
+    """The page. UserError for a file that is not a record file, or where there is none."""
+    records = {path: read(path) for path in sorted(results.glob("*/*.json"))}
+    if not records:
+        raise UserError(f"{results} holds no record (<date>_<name>/*.json): write one with --json")
+    newest_first = sorted(records, key=lambda path: _time(records[path]), reverse=True)
+    newest_of = {path.stem: path for path in reversed(newest_first)}
+    parts = [
+        _HEAD,
+        "## The newest numbers\n\nA ratio below 1 says that the other is faster.\n",
+        _summary([records[path] for path in newest_first]),
+        "## The records\n",
+    ]
+    for path in newest_first:
+        parts.append(_section(path, records[path], is_open=newest_of[path.stem] == path))
     return "\n".join(parts)
+
+
+def _time(rows: list[dict]) -> str:
+    return max(row["environment"]["time"] for row in rows)
 
 
 def read(path: Path) -> list[dict]:
     """The records of one file."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): take it away, or write it anew with --json") from None
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            row["case"], row["contender"], row["seconds"], row["environment"]["commit"]
+            _check(row)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}: not a record of medfuse_jax.bench ({error!r}); write it with --json"
@@ -78,16 +106,53 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def _section(title: str, path: Path) -> str:
-    rows = read(path)
-    parts = [f"## {title}: {path.stem}\n", _about(rows)]
+def _check(row: dict) -> None:
+    """Raises what `read` says in one line."""
+    for field in ("case", "contender", "command"):
+        if not isinstance(row[field], str):
+            raise ValueError(f"{field} is {row[field]!r}")
+    for field in ("seconds", "seconds_min", "seconds_max"):
+        if not (isinstance(row[field], (int, float)) and math.isfinite(row[field]) and row[field] > 0):
+            raise ValueError(f"{field} is {row[field]!r}")
+    row["settings"]["kind"], row["environment"]["commit"], row["environment"]["time"]
+
+
+def _summary(newest_first: list[list[dict]]) -> str:
+    """What is aimed at and what stands beside it, each from the newest record that has it."""
+    wanted = [*TARGETS, *((*beside, None) for beside in _BESIDE)]
+    rows = []
+    for platform, case, contender, least in sorted(
+        wanted, key=lambda w: (w[0] != "gpu", not w[1].startswith("step"), w[1:3])
+    ):
+        found = (row for record in newest_first for row in record if _is(row, platform, case, contender))
+        if row := next(found, None):
+            over = row["time_over_ours"]
+            aim = "" if least is None else f"{least:g} ({_verdict(over, least)})"
+            rows.append((row["case"], contender, _over(over), aim, row["environment"]["time"][:10]))
+    return markdown(("case", "against", "its time over ours", "aimed at", "measured on"), rows)
+
+
+def _is(row: dict, platform: str, case: str, contender: str) -> bool:
+    here = row["environment"]["platform"] == platform
+    return here and row["case"].startswith(case) and row["contender"] == contender
+
+
+def _verdict(over: dict, least: float) -> str:
+    return "reached" if over["median"] >= least else "**missed**"
+
+
+def _section(path: Path, rows: list[dict], is_open: bool) -> str:
+    when = rows[0]["environment"]["time"][:16].replace("T", " ")
+    title = f"{when} UTC: {path.parent.name}/{path.name}"
+    # GitHub reads Markdown within HTML where an empty line comes before it.
+    parts = [f"<details{' open' if is_open else ''}><summary>{title}</summary>\n", _about(rows)]
     if targets := _targets(rows):
         parts.append(
             markdown(("case", "against", "aimed at", "measured (least-most; of the best repeats)", ""), targets)
         )
     header = ("case", "contender", "time a repeat", "samples/s", "films/s", "time over ours", "remarks")
     parts.append(markdown(header, [_cells(row) for row in rows]))
-    return "\n".join(parts)
+    return "\n".join([*parts, "</details>\n"])
 
 
 def _about(rows: list[dict]) -> str:
@@ -98,11 +163,11 @@ def _about(rows: list[dict]) -> str:
     commands = "\n".join(sorted({row["command"] for row in rows}))
     commits = ", ".join(sorted({row["environment"]["commit"] for row in rows}))
     return (
-        f"{environment['device']} ({environment['num_local_devices']} devices), {environment['cpu']}, "
+        f"{environment['device']} (devices: {environment['num_local_devices']}), {environment['cpu']}, "
         f"{environment['cores']} cores; {', '.join(versions)}; code at {commits}. "
         f"Load average before the cases: {min(loads):g} to {max(loads):g}.\n\n"
         f"Repeat it with\n\n```\n{commands}\n```\n\n"
-        "and one case of it with `--only=` and the beginning of its name.\n"
+        "and one case of it with `--only=` and a part of its name (a regular expression).\n"
     )
 
 
@@ -110,11 +175,9 @@ def _targets(rows: list[dict]) -> list[tuple[str, ...]]:
     out = []
     for platform, case, contender, least in TARGETS:
         for row in rows:
-            here = row["environment"]["platform"] == platform
-            if here and row["case"].startswith(case) and row["contender"] == contender:
+            if _is(row, platform, case, contender):
                 over = row["time_over_ours"]
-                reached = "reached" if over["median"] >= least else "**missed**"
-                out.append((row["case"], contender, f"{least:g} x", _over(over), reached))
+                out.append((row["case"], contender, f"{least:g} x", _over(over), _verdict(over, least)))
     return out
 
 
@@ -125,7 +188,9 @@ def _cells(row: dict) -> tuple[str, ...]:
         row["contender"],
         f"{table.seconds(row['seconds'])} ({spread})",
         f"{row['samples_per_s']:.1f}" if "samples_per_s" in row else "",
-        f"{row['films_per_s_device']:.1f}" if row.get("films_per_s_device") else "",
+        f"{row['films_per_repeat'] / row['seconds']:.1f}"
+        if row.get("films_per_repeat") and "samples_per_s" in row
+        else "",
         _over(row["time_over_ours"]) if "time_over_ours" in row else "",
         "; ".join(_remarks(row)),
     )
@@ -135,7 +200,7 @@ def _remarks(row: dict) -> list[str]:
     out = []
     if "share_of_matrix_rate" in row:
         rate, best = row["tflop_per_s_device"], row["matrix_tflop_per_s"]
-        out.append(f"{rate:.3g} TFLOP/s, {row['share_of_matrix_rate']:.0%} of {best:.3g} of a matrix product")
+        out.append(f"{rate:.3g} TFLOP/s a device, {row['share_of_matrix_rate']:.0%} of a matrix product's {best:.3g}")
     if "padded_share_run" in row:
         out.append(f"padded {row['padded_share_run']:.1%} (buckets: {row['padded_share_bucket']:.1%})")
     if row.get("difference_from_plain_scan"):
@@ -171,8 +236,6 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def main(argv: list[str]) -> None:
     results = Path(flags.FLAGS.results)
-    if not results.is_dir():
-        raise UserError(f"--results={results} is not a folder; there should be one folder a machine and day in it")
     text = render(results)
     with files.must_write(f"--out={flags.FLAGS.out}"):
         files.write_text(Path(flags.FLAGS.out), text)
