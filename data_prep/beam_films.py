@@ -104,4 +104,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, pass_on_unknown=True)
+    command_line.run(main, pass_on_unknown=True, resumes=True)

@@ -21,7 +21,7 @@ from medfuse_jax.errors import TryLater, UserError, is_disk_full, is_out_of_memo
 _USER_ERROR = 2  # as argparse and shells have it; jobs/gke_tpu.yaml asks for it
 
 
-def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resumes: bool = True) -> None:
+def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resumes: bool = False) -> None:
     """Runs a command's `main(argv)` under absl; a UserError ends it with one line, and with the status of `status`.
 
     pass_on_unknown: whether options that are none of absl's go to `main` rather than being refused. resumes: whether
@@ -43,7 +43,7 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
     app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
 
 
-def in_one_line(error: BaseException, resumes: bool = True) -> str:
+def in_one_line(error: BaseException, resumes: bool = False) -> str:
     """What a command says of an error that its user can put right; '' of one that needs its traceback."""
     if isinstance(error, UserError):
         return f"error: {error}"

@@ -20,9 +20,9 @@ from medfuse_jax.errors import UserError, check_choice
 _STAGE_NAMES = ("ehr", "cxr")
 # A stage trains an encoder from random weights, on its own.
 _NOT_OF_A_STAGE = ("init", "encoders", "pretrain")
-# A stopped run may go on with others: they change how it is run, and none of its numbers but for rounding (a workdir
-# knows its shards by their content, wherever they lie).
-_WITHOUT_EFFECT = {"data.dir", "placement", "profile_steps", "recurrence"}
+# How a run is run: they change none of its numbers, but for rounding. A stopped run may go on with others (and with
+# shards in another place: a workdir knows them by their content).
+ONLY_HOW = {"placement", "profile_steps", "recurrence"}
 
 _CHOICES = {
     "data.train_stays": ("partial", "paired"),
@@ -309,11 +309,11 @@ def load(path: Path) -> ConfigDict:
 def difference(a: ConfigDict, b: ConfigDict) -> str:
     """'field is value in a there and value in b here' for the first field in which two configs differ, '' for none.
 
-    Task and method come before all others, most of which follow from them. Fields that change no number of a run are
-    no difference.
+    Task and method come before all others, most of which follow from them. Fields that change no number of a run, but
+    for rounding, are no difference.
     """
     flat_a, flat_b = (flat(c) for c in (a, b))
-    fields = (flat_a.keys() | flat_b.keys()) - _WITHOUT_EFFECT
+    fields = (flat_a.keys() | flat_b.keys()) - ONLY_HOW - {"data.dir"}
     differing = sorted(f for f in fields if flat_a.get(f) != flat_b.get(f))
     if not differing:
         return ""

@@ -149,7 +149,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
             resnet_width=config.model.resnet_width,
             frozen_stats=config.model.batch_norm == "frozen",
             dtype=_compute_dtype(config.precision),
-            recurrence=_recurrence(config, on),
+            recurrence="chunks" if why_in_chunks(config, on) else config.recurrence,
             **own,
         ),
         optimizer=optim.adam(config.beta2),
@@ -202,26 +202,31 @@ def num_params(state: step_lib.TrainState) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
 
 
-def _recurrence(config: ConfigDict, on: list[jax.Device]) -> str:
-    """A GPU's own form there, and elsewhere the one that runs anywhere: so its run can be evaluated on any machine.
-
-    UserError where the devices are GPUs that cannot run it.
-    """
-    form, device = config.recurrence, on[0]
-    if form == "chunks" or device.platform != "gpu":
-        return "chunks"
-    if len(on) > 1 and config.parallel == "jit":
-        raise UserError(
-            f"config.recurrence is {form!r}, which config.parallel=jit cannot divide over {len(on)} devices: take "
-            "config.parallel=pmap, or config.recurrence=chunks"
-        )
-    units, most = config.model.ehr_hidden, pallas_lstm.most_units(device.compute_capability)
+def why_in_chunks(config: ConfigDict, on: list[jax.Device]) -> str:
+    """Why these devices do not compute the recurrence as the config says, but in chunks; '' where they do."""
+    form, device, units = config.recurrence, on[0], config.model.ehr_hidden
+    if form == "chunks":
+        return ""
+    if device.platform != "gpu":
+        return "there is no GPU"
+    most = pallas_lstm.most_units(device.compute_capability)
+    if most == 0:
+        return f"a GPU of compute capability {device.compute_capability} does not run it (8.0 at least)"
     if form == "pallas" and units > most:
-        raise UserError(
-            f"config.recurrence is 'pallas', which runs {most or 'no'} units on a GPU of compute capability "
-            f"{device.compute_capability}, and config.model.ehr_hidden is {units}: take config.recurrence=chunks"
+        return (
+            f"a GPU of compute capability {device.compute_capability} has room for {most} units, not for the {units} "
+            "of config.model.ehr_hidden"
         )
-    return form
+    if len(on) > 1 and config.parallel == "jit":
+        return f"config.parallel=jit cannot divide it over {len(on)} devices, as pmap can"
+    return ""
+
+
+def check_recurrence(run: Experiment) -> None:
+    """Raises UserError where a GPU is asked for a form that it cannot run; elsewhere training says what it does."""
+    reason = why_in_chunks(run.config, run.devices)
+    if reason and run.dataset.use_ehr and run.devices[0].platform == "gpu":
+        raise UserError(f"config.recurrence is {run.config.recurrence!r}, and {reason}: take config.recurrence=chunks")
 
 
 def _compute_dtype(precision: str):

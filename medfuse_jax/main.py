@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     run = experiment.open_experiment(config)
     run.check_any("test", run.dataset.usable("test"))
     train.profiled_steps(run)
+    experiment.check_recurrence(run)
     given, stages = starts.find(run, folder)
     for trained in (run, *(staged for _, staged in stages.values())):
         feed.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
@@ -54,7 +55,8 @@ def name_data(config: ConfigDict) -> None:
 
 def _default_workdir(config: ConfigDict) -> str:
     """One folder a config, so that the same command goes on where it was and another does not mix with it."""
-    content = json.dumps(config.copy_and_resolve_references().to_dict(), sort_keys=True)
+    fields = {name: value for name, value in config_lib.flat(config).items() if name not in config_lib.ONLY_HOW}
+    content = json.dumps(fields, sort_keys=True)
     return f"runs/{config.name}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
@@ -76,4 +78,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "An experiment, such as configs/pheno.py.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder for the run; by default one under runs/, named by its config.")
     flags.mark_flag_as_required("config")
-    command_line.run(main)
+    command_line.run(main, resumes=True)

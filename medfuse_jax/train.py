@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from medfuse_jax import checkpoints, compilation, evaluate, metrics, optim, parallel, starts
 from medfuse_jax import config as config_lib
@@ -68,8 +69,10 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
 
     unit = run.dataset.task.unit
     profiled = profiled_steps(run)
-    if config.recurrence != run.options.model.recurrence:
-        print(f"config.recurrence is {config.recurrence!r}, and there is no GPU: it is computed in chunks")
+    if 0 < profiled[0] <= step:
+        print(f"no trace: step {profiled[0]} of config.profile_steps={config.profile_steps} is trained already")
+    if run.dataset.use_ehr and (reason := experiment_lib.why_in_chunks(config, run.devices)):
+        print(f"config.recurrence is {config.recurrence!r}, and {reason}: it is computed in chunks")
 
     with (
         contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log,
@@ -78,7 +81,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     ):
 
         def training_s() -> float:
-            """A clock that stands still while a program is compiled: a rate is that of the steps."""
+            """A clock that stands still while XLA compiles: a rate is that of the steps (and of tracing them)."""
             return time.perf_counter() - compiled.seconds
 
         _profile(profile, profiled, workdir, step, state)
@@ -151,9 +154,8 @@ def _profile(profile: contextlib.ExitStack, profiled: tuple[int, int], workdir: 
         jax.block_until_ready(state)
     if step == last:
         profile.close()
-        if last:
-            print(f"the trace of steps {first} to {last} is in {workdir / 'profile'}")
     elif step == first - 1:
+        profile.callback(tqdm.write, f"the trace of steps {first} to {last} is in {workdir / 'profile'}")
         profile.enter_context(jax.profiler.trace(workdir / "profile", create_perfetto_trace=True))
 
 

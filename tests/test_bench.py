@@ -298,6 +298,12 @@ def test_on_a_gpu_the_other_forms_take_part_but_for_one_that_fails_or_is_wrong(m
     assert any(re.match(r"wrong: left out: its gradients are 0\.\d+ from the plain scan's", text) for text in said)
 
 
+def test_a_default_that_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(lstm_case, "_FARTHEST", {"float32": 0.0})
+    with pytest.raises(AssertionError, match=r"ours: its gradients are .* from the plain scan's"):
+        lstm_case.measure(dataclasses.replace(_TINY["lstm"], repeats=1, peers=()))
+
+
 def test_a_form_that_is_another_recurrence_would_show():
     gradients = ({"bias": np.array([1.0, -2.0])}, {"kernel": np.array([4.0, 4.0])})
     other = ({"bias": np.array([1.0, -2.0])}, {"kernel": np.array([4.0, 3.0])})

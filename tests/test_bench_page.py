@@ -68,8 +68,35 @@ def test_the_newest_numbers_come_first_with_those_that_lead(tmp_path):
     assert "2026-01-01_cpu" in oldest and oldest.startswith(">")
 
 
+def test_of_what_was_added_to_a_file_the_last_counts(tmp_path):
+    newer = _row(environment=_row()["environment"] | {"time": "2026-01-02T10:20:30"})
+    newer["time_over_ours"] = newer["time_over_ours"] | {"median": 2.0}
+    text = page.render(_write(tmp_path, _row(), newer))
+    assert "2.00" in text.partition("## The records")[0] and "3.25" not in text.partition("## The records")[0]
+    assert "2026-01-02 10:20 UTC" in text
+
+
+def test_a_ratio_that_is_aimed_at_must_be_there(tmp_path):
+    row = _row()
+    del row["time_over_ours"]
+    with pytest.raises(UserError, match="line 1: not a record"):
+        page.render(_write(tmp_path, row))
+
+
 @pytest.mark.parametrize(
-    "changes", [{"seconds": None}, {"seconds": float("nan")}, {"seconds_min": -1.0}, {"contender": 7}, {"settings": 3}]
+    "changes",
+    [
+        {"seconds": None},
+        {"seconds": float("nan")},
+        {"seconds_min": -1.0},
+        {"contender": 7},
+        {"settings": 3},
+        {"samples_per_s": "a"},
+        {"time_over_ours": {"median": None}},
+        {"time_over_ours": None},
+        {"environment": {"commit": "abc"}},
+        {"environment": _row()["environment"] | {"time": 5}},
+    ],
 )
 def test_a_damaged_record_is_named(tmp_path, changes):
     with pytest.raises(UserError, match=r"bench\.json, line 1: not a record"):

@@ -58,7 +58,7 @@ def test_a_run_from_before_there_was_a_choice_of_recurrence_is_read(tmp_path):
     assert config_lib.load(tmp_path / "config.json").recurrence == "chunks"
 
 
-def test_what_changes_no_number_makes_no_other_run():
+def test_what_changes_only_how_a_run_is_run_makes_no_other_run():
     config = config_lib.default()
     other = config_lib.default()
     other.placement, other.profile_steps, other.recurrence = "device", "2:3", "pallas"

@@ -3,7 +3,6 @@
 import dataclasses
 import types
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,33 +21,35 @@ def _gpus(compute_capability: str, number: int = 1) -> list:
 
 
 @pytest.mark.parametrize("form", ["chunks", "pallas", "cudnn"])
-def test_a_gpus_form_of_the_recurrence_is_a_gpus_alone(ehr_run, form):
-    ehr_run.config.recurrence, ehr_run.config.parallel = form, "jit"
-    assert ehr_run.options.model.recurrence == "chunks"
-    assert experiment._recurrence(ehr_run.config, jax.devices()) == "chunks"
-    assert experiment._recurrence(ehr_run.config, _gpus("9.0")) == form
-
-
-def test_a_run_has_the_form_that_its_devices_have(ehr_config):
-    ehr_config.recurrence = "pallas"
-    assert experiment.open_experiment(ehr_config, _gpus("9.0")).options.model.recurrence == "pallas"
+def test_a_form_of_the_recurrence_runs_where_it_can(ehr_config, form):
+    ehr_config.recurrence = form
+    on_cpus, on_gpu = (experiment.open_experiment(ehr_config, on) for on in (None, _gpus("9.0")))
+    assert on_cpus.options.model.recurrence == "chunks" and on_gpu.options.model.recurrence == form
+    for run in (on_cpus, on_gpu):
+        experiment.check_recurrence(run)
 
 
 @pytest.mark.parametrize(
     ("compute_capability", "number", "changes", "said"),
     [
-        ("9.0", 2, {"parallel": "jit"}, "config.parallel=jit cannot divide over 2 devices"),
-        ("9.0", 1, {"model.ehr_hidden": 1024}, "runs 512 units on a GPU of compute capability 9.0.*ehr_hidden is 1024"),
-        ("8.9", 1, {"model.ehr_hidden": 512}, "runs 256 units on a GPU of compute capability 8.9"),
-        ("7.5", 1, {}, "runs no units on a GPU of compute capability 7.5"),
-        ("gfx942", 1, {}, "runs no units on a GPU of compute capability gfx942"),
+        ("9.0", 2, {"parallel": "jit"}, "config.parallel=jit cannot divide it over 2 devices"),
+        ("9.0", 1, {"model.ehr_hidden": 1024}, "9.0 has room for 512 units, not for the 1024 of config.model.ehr_hid"),
+        ("8.9", 1, {"model.ehr_hidden": 512}, "8.9 has room for 256 units"),
+        ("7.5", 1, {}, "7.5 does not run it"),
+        ("gfx942", 1, {"recurrence": "cudnn"}, "gfx942 does not run it"),
     ],
 )
-def test_a_gpu_that_cannot_run_the_form_is_named(ehr_config, compute_capability, number, changes, said):
+def test_a_gpu_that_cannot_run_the_form_is_refused_for_training_alone(
+    ehr_config, compute_capability, number, changes, said
+):
     ehr_config.recurrence = "pallas"
     ehr_config.update_from_flattened_dict(changes)
+    run = experiment.open_experiment(ehr_config, _gpus(compute_capability, number))
+    assert run.options.model.recurrence == "chunks"
     with pytest.raises(UserError, match=said):
-        experiment.open_experiment(ehr_config, _gpus(compute_capability, number))
+        experiment.check_recurrence(run)
+    without_ehr = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, use_ehr=False))
+    experiment.check_recurrence(without_ehr)
 
 
 def test_every_included_record_is_planned_once(ehr_run):

@@ -75,7 +75,11 @@ def test_tables_and_picture_are_made_of_records(tmp_path):
     folder.mkdir(parents=True)
     docs.mkdir()
     (docs / "performance.md").write_text(f"before\n{_empty()}\nafter\n")
-    about = {"contender": "ours", "environment": {"commit": "0", "time": "2026-01-02"}, "command": ""}
+    about = {
+        "contender": "ours",
+        "environment": {"commit": "0", "time": "2026-01-02", "platform": "cpu", "device": "cpu"},
+        "command": "",
+    }
     steps = [about | row for row in _rows(lambda row_steps, films: 2e-4 * row_steps + 0.2 * films + 0.01)]
     taken = zip(("ours", *parts_case.PARTS), (10.0, 0.5, 1.0, 3.0, 6.0, 2.0, 0.25))
     parts = [

@@ -119,6 +119,10 @@ def test_too_little_memory_is_one_line():
     for error in (MemoryError("Unable to allocate 210. GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
         assert command_line.in_one_line(error) == f"error: the memory is too small ({error})"
         assert command_line.status(error) == 2
+    stopped, full = KeyboardInterrupt(), OSError("No space left on device")
+    for error in (stopped, full):
+        assert "the same command goes on" in command_line.in_one_line(error, resumes=True)
+        assert "the same command" not in command_line.in_one_line(error)
     assert command_line.in_one_line(RuntimeError("INTERNAL")) == ""
 
 

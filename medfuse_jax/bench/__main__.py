@@ -160,4 +160,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, resumes=False)
+    command_line.run(main)

@@ -183,7 +183,7 @@ def draw(parts: dict[str, float], path: Path) -> None:
     left = 0.0
     shown = _PARTS | ({"rest": "the rest"} if parts["rest"] > 0 else {})  # else the parts take longer alone
     for name, label in shown.items():
-        width = parts[name] * 1e3
+        width = max(parts[name], 0.0) * 1e3  # noise can make a small part negative
         axes.barh(0, width, left=left, height=0.5, label=f"{label}, {width:.0f} ms")
         left += width
     together = "" if parts["rest"] > 0 else f"; in one step, {-parts['rest'] * 1e3:.0f} ms less"

@@ -16,8 +16,8 @@ from medfuse_jax.errors import UserError
 
 # What is aimed at: the platform, the beginning of the case's name, the contender, its time over ours at least.
 TARGETS = (
-    ("cpu", "step medfuse B=16 19% paired", "torch_released", 3.0),
-    ("cpu", "step medfuse B=16 100% paired", "torch_released", 0.8),
+    ("cpu", "step medfuse B=16 19% paired 2 h float32", "torch_released", 3.0),
+    ("cpu", "step medfuse B=16 100% paired 2 h float32", "torch_released", 0.8),
     ("cpu", "bootstrap N=11914", "sklearn_loop", 100.0),
     ("cpu", "trials medfuse", "runs_alone", 0.91),
     ("cpu", "sweep early 64 trials", "one_run", 0.25),
@@ -30,10 +30,10 @@ TARGETS = (
 
 # What is shown with them at the top of the page, though nothing is aimed at.
 _BESIDE = (
-    ("cpu", "step medfuse B=16 19% paired", "torch_tuned"),
-    ("cpu", "step medfuse B=16 100% paired", "torch_tuned"),
-    ("cpu", "step uni_ehr B=16", "torch_tuned"),
-    ("cpu", "lstm medfuse B=16 2 h", "torch_tuned"),
+    ("cpu", "step medfuse B=16 19% paired 2 h float32", "torch_tuned"),
+    ("cpu", "step medfuse B=16 100% paired 2 h float32", "torch_tuned"),
+    ("cpu", "step uni_ehr B=16 2 h float32", "torch_tuned"),
+    ("cpu", "lstm medfuse B=16 2 h float32", "torch_tuned"),
 )
 
 _HEAD = """# Benchmarks
@@ -112,24 +112,42 @@ def _check(row: dict) -> None:
         if not isinstance(row[field], str):
             raise ValueError(f"{field} is {row[field]!r}")
     for field in ("seconds", "seconds_min", "seconds_max"):
-        if not (isinstance(row[field], (int, float)) and math.isfinite(row[field]) and row[field] > 0):
+        if not (_is_number(row[field]) and row[field] > 0):
             raise ValueError(f"{field} is {row[field]!r}")
-    row["settings"]["kind"], row["environment"]["commit"], row["environment"]["time"]
+    for field in ("commit", "time", "platform", "device"):
+        if not isinstance(row["environment"][field], str):
+            raise ValueError(f"environment.{field} is {row['environment'][field]!r}")
+    row["settings"]["kind"]
+    ratios = [row["time_over_ours"][name] for name in ("median", "min", "max", "of_best")] if _is_aimed_at(row) else []
+    for number in [*ratios, *(row[name] for name in ("samples_per_s", "films_per_repeat") if name in row)]:
+        if not _is_number(number):
+            raise ValueError(f"{number!r} is no number")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_aimed_at(row: dict) -> bool:
+    """Whether a row needs its ratio: it has one, or the page shows it."""
+    return "time_over_ours" in row or any(_is(row, *wanted[:3]) for wanted in (*TARGETS, *_BESIDE))
 
 
 def _summary(newest_first: list[list[dict]]) -> str:
     """What is aimed at and what stands beside it, each from the newest record that has it."""
     wanted = [*TARGETS, *((*beside, None) for beside in _BESIDE)]
+    measured = [row for record in newest_first for row in record if row.get("input") != "shards"]
+    measured.sort(key=lambda row: row["environment"]["time"], reverse=True)
     rows = []
     for platform, case, contender, least in sorted(
         wanted, key=lambda w: (w[0] != "gpu", not w[1].startswith("step"), w[1:3])
     ):
-        found = (row for record in newest_first for row in record if _is(row, platform, case, contender))
-        if row := next(found, None):
+        if row := next((row for row in measured if _is(row, platform, case, contender)), None):
             over = row["time_over_ours"]
             aim = "" if least is None else f"{least:g} ({_verdict(over, least)})"
-            rows.append((row["case"], contender, _over(over), aim, row["environment"]["time"][:10]))
-    return markdown(("case", "against", "its time over ours", "aimed at", "measured on"), rows)
+            where = f"{row['environment']['device']}, {row['environment']['time'][:10]}"
+            rows.append((row["case"], contender, _over(over), aim, where))
+    return markdown(("case", "against", "its time over ours", "aimed at", "device, day"), rows)
 
 
 def _is(row: dict, platform: str, case: str, contender: str) -> bool:
@@ -142,7 +160,7 @@ def _verdict(over: dict, least: float) -> str:
 
 
 def _section(path: Path, rows: list[dict], is_open: bool) -> str:
-    when = rows[0]["environment"]["time"][:16].replace("T", " ")
+    when = _time(rows)[:16].replace("T", " ")
     title = f"{when} UTC: {path.parent.name}/{path.name}"
     # GitHub reads Markdown within HTML where an empty line comes before it.
     parts = [f"<details{' open' if is_open else ''}><summary>{title}</summary>\n", _about(rows)]

@@ -29,8 +29,8 @@ _COMPILER = plgpu.CompilerParams(num_warps=8, num_stages=2)
 def most_units(compute_capability: str) -> int:
     """The widest layer whose tiles fit into the memory that a block may share on such a GPU; 0 where none can run.
 
-    As compiled by Triton 3.9: 256 units take 83 kB, 512 take 165 kB. By NVIDIA's tables a block may have 99 kB on 8.6,
-    8.9 and 12, 163 kB (166,912 bytes) on 8.0 and 8.7, and 227 kB on 9 and 10.
+    As compiled by Triton 3.9: 256 units take 82,944 bytes at most, 512 take 164,864. By NVIDIA's tables a block may
+    have 101,376 on 8.6, 8.9 and 12, 166,912 on 8.0 and 8.7, and 232,448 on 9 and 10.
     """
     try:
         version = float(compute_capability)

@@ -64,4 +64,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
     flags.DEFINE_integer("process", None, "With --coordinator: which of them this one is, from 0.")
     flags.mark_flags_as_required(["config", "workdir"])
-    command_line.run(main)
+    command_line.run(main, resumes=True)

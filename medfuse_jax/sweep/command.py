@@ -64,6 +64,7 @@ def run(request: Request, process: pods.Process, started_s: float) -> None:
     costs = spent.Costs()
     compilation.count_into(costs.compiled)
     base = experiment.open_experiment(config, parallel.devices()[:1])
+    experiment.check_recurrence(base)
     staged = list(dict.fromkeys(name for trial in tried.drawn for name in _staged(trial, config)))
     given, stages = starts.open_sources(config, workdir, staged, base.devices)
     in_rounds = request.algorithm != "random"

@@ -92,7 +92,11 @@ def run(work: Callable[[], None]) -> None:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        print(command_line.in_one_line(error) or traceback.format_exc().rstrip(), file=sys.stderr, flush=True)
+        print(
+            command_line.in_one_line(error, resumes=True) or traceback.format_exc().rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
         sys.stdout.flush()
         os._exit(command_line.status(error))
 
