@@ -26,7 +26,7 @@ class Count:
 
 
 def count_into(count: Count) -> Callable[[], None]:
-    """Counts all that is compiled from here on; returns what ends it."""
+    """Counts all that is compiled from here on, until what is returned is called."""
 
     def listen(event: str, duration_s: float, **_) -> None:
         if event == _COMPILED:

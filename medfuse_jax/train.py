@@ -142,7 +142,7 @@ def profiled_steps(run: experiment_lib.Experiment) -> tuple[int, int]:
     """The first and last step to profile, (0, 0) for none; UserError where the run has not so many."""
     config = run.config
     first, last = config_lib.profile_steps(config)
-    if last > (num_steps := len(run.train_plan(epoch=1)) * config.num_epochs):
+    if last and last > (num_steps := len(run.train_plan(epoch=1)) * config.num_epochs):
         raise UserError(f"config.profile_steps is {config.profile_steps}, and {config.name} has {num_steps} steps")
     return first, last
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +27,14 @@ fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 def tiny_model(method: str, **options):
     stage = {"stage": 1} if "stage" in methods.METHODS[method][1] else {}
     return methods.build(method, NUM_LABELS, **TINIER, **stage, **options)
+
+
+def equations(jaxpr):
+    """All of a program's, those of its loops, calls and kernels included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 @functools.cache

@@ -3,11 +3,10 @@
 import functools
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import NUM_LABELS, batch, dense, fast_jit, random_variables, shapes, tiny_model
+from model_cases import NUM_LABELS, batch, dense, equations, fast_jit, random_variables, shapes, tiny_model
 
 from medfuse_jax import tasks
 from medfuse_jax.errors import UserError
@@ -187,12 +186,7 @@ def test_without_a_stay_its_encoder_gets_no_gradient(method):
 
 
 def _primitives(jaxpr) -> set[str]:
-    found = set()
-    for equation in jaxpr.eqns:
-        found.add(equation.primitive.name)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            found |= _primitives(inner)
-    return found
+    return {equation.primitive.name for equation in equations(jaxpr)}
 
 
 @pytest.mark.parametrize("method", _WITH_FILM)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lstm_cases import TOLERANCE, assert_close, case, plain, poisoned, with_gradients
+from model_cases import equations
 
 from medfuse_jax.models import lstm, lstm_cell, pallas_lstm
 
@@ -159,15 +160,3 @@ def traced(width: int, dtype, trials: int = 0):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)):
         return jax.jit(gradient).trace(weights, shape((20, 40, 76)), jax.ShapeDtypeStruct((20,), jnp.int32))
-
-
-def equations(jaxpr):
-    """All of a program's, those of its loops and calls included, but not those within a kernel."""
-    for equation in jaxpr.eqns:
-        yield equation
-        if equation.primitive.name != "pallas_call":
-            for value in equation.params.values():
-                for inner in value if isinstance(value, (tuple, list)) else [value]:
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        yield from equations(inner)

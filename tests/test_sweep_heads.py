@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from model_cases import equations
 from sweep_cases import (
     PRETRAIN,
     RATES,
@@ -111,13 +112,8 @@ def _scores_of_first_batch(run, state):
 
 def _precisions(jaxpr) -> list:
     """Of each product and convolution, those of the programs within among them."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            found.append(equation.params["precision"])
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            found += _precisions(inner)
-    return found
+    products = ("dot_general", "conv_general_dilated")
+    return [equation.params["precision"] for equation in equations(jaxpr) if equation.primitive.name in products]
 
 
 def test_features_are_as_precise_as_the_whole_model_makes_them(frozen_config):

@@ -28,12 +28,13 @@ TARGETS = (
     ("gpu", "bootstrap N=11914", "sklearn_loop", 100.0),
 )
 
-# What is shown with them at the top of the page, though nothing is aimed at.
-_BESIDE = (
-    ("cpu", "step medfuse B=16 19% paired 2 h float32", "torch_tuned"),
-    ("cpu", "step medfuse B=16 100% paired 2 h float32", "torch_tuned"),
-    ("cpu", "step uni_ehr B=16 2 h float32", "torch_tuned"),
-    ("cpu", "lstm medfuse B=16 2 h float32", "torch_tuned"),
+# What the page begins with: those, and what stands beside them, though nothing is aimed at (None).
+SHOWN = (
+    *TARGETS,
+    ("cpu", "step medfuse B=16 19% paired 2 h float32", "torch_tuned", None),
+    ("cpu", "step medfuse B=16 100% paired 2 h float32", "torch_tuned", None),
+    ("cpu", "step uni_ehr B=16 2 h float32", "torch_tuned", None),
+    ("cpu", "lstm medfuse B=16 2 h float32", "torch_tuned", None),
 )
 
 _HEAD = """# Benchmarks
@@ -73,7 +74,7 @@ def render(results: Path) -> str:
     parts = [
         _HEAD,
         "## The newest numbers\n\nA ratio below 1 says that the other is faster.\n",
-        _summary([records[path] for path in newest_first]),
+        _summary([row for path in newest_first for row in records[path]]),
         "## The records\n",
     ]
     for path in newest_first:
@@ -118,7 +119,8 @@ def _check(row: dict) -> None:
         if not isinstance(row["environment"][field], str):
             raise ValueError(f"environment.{field} is {row['environment'][field]!r}")
     row["settings"]["kind"]
-    ratios = [row["time_over_ours"][name] for name in ("median", "min", "max", "of_best")] if _is_aimed_at(row) else []
+    compared = "time_over_ours" in row or any(_is(row, *shown) for *shown, _ in SHOWN)
+    ratios = [row["time_over_ours"][name] for name in ("median", "min", "max", "of_best")] if compared else []
     for number in [*ratios, *(row[name] for name in ("samples_per_s", "films_per_repeat") if name in row)]:
         if not _is_number(number):
             raise ValueError(f"{number!r} is no number")
@@ -128,26 +130,18 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _is_aimed_at(row: dict) -> bool:
-    """Whether a row needs its ratio: it has one, or the page shows it."""
-    return "time_over_ours" in row or any(_is(row, *wanted[:3]) for wanted in (*TARGETS, *_BESIDE))
-
-
-def _summary(newest_first: list[list[dict]]) -> str:
-    """What is aimed at and what stands beside it, each from the newest record that has it."""
-    wanted = [*TARGETS, *((*beside, None) for beside in _BESIDE)]
-    measured = [row for record in newest_first for row in record if row.get("input") != "shards"]
-    measured.sort(key=lambda row: row["environment"]["time"], reverse=True)
-    rows = []
-    for platform, case, contender, least in sorted(
-        wanted, key=lambda w: (w[0] != "gpu", not w[1].startswith("step"), w[1:3])
-    ):
-        if row := next((row for row in measured if _is(row, platform, case, contender)), None):
+def _summary(rows: list[dict]) -> str:
+    """What the page begins with, each from the newest record that has it."""
+    newest_first = sorted(rows, key=lambda row: row["environment"]["time"], reverse=True)
+    cells = []
+    for *shown, least in sorted(SHOWN, key=lambda s: (s[0] != "gpu", not s[1].startswith("step"), s[1:3])):
+        found = (row for row in newest_first if _is(row, *shown) and row.get("input") != "shards")
+        if row := next(found, None):
             over = row["time_over_ours"]
             aim = "" if least is None else f"{least:g} ({_verdict(over, least)})"
             where = f"{row['environment']['device']}, {row['environment']['time'][:10]}"
-            rows.append((row["case"], contender, _over(over), aim, where))
-    return markdown(("case", "against", "its time over ours", "aimed at", "device, day"), rows)
+            cells.append((row["case"], row["contender"], _over(over), aim, where))
+    return markdown(("case", "against", "its time over ours", "aimed at", "device, day"), cells)
 
 
 def _is(row: dict, platform: str, case: str, contender: str) -> bool:

@@ -382,17 +382,13 @@ def build(method: str, num_labels: int, **options) -> Model:
 
 
 def init(model: Model, key: jax.Array, extra: dict | None = None) -> dict:
-    """Initial variables: {'params': ..., 'batch_stats': ... where there are films}.
+    """Initial variables: {'params': ..., 'batch_stats': ... where there are films}; to be called under jit.
 
     extra: values [1, ...] of the model's further modalities, whose sizes shape their encoders.
     A key of the `rbg` kind compiles three times faster than a threefry one, whose code is long.
     """
-
-    def initialise(key):
-        # No size of the batch, the stay or the film shapes a parameter: the smallest will do. Lazy:
-        # the forward pass is traced only, and never compiled.
-        ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(tasks.CHANNELS)), jnp.float32)
-        image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
-        return model.lazy_init(key, ehr_BTF, image=image_PHW, **({"extra": extra} if extra else {}))
-
-    return jax.jit(initialise)(key)
+    # No size of the batch, the stay or the film shapes a parameter: the smallest will do. Lazy:
+    # the forward pass is traced only, and never compiled.
+    ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(tasks.CHANNELS)), jnp.float32)
+    image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
+    return model.lazy_init(key, ehr_BTF, image=image_PHW, **({"extra": extra} if extra else {}))

@@ -80,15 +80,12 @@ def _forward(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpre
     num_steps, num_rows, _, width = product_TBKD.shape
     states = jax.ShapeDtypeStruct((num_steps + 1, num_rows, width), jnp.float32)
     activated = jax.ShapeDtypeStruct(product_TBKD.shape, dtype)
-    hidden_TBD, cell_TBD, activated_TBKD = pl.pallas_call(
-        functools.partial(_forward_kernel, barrier=_barrier(interpret)),
-        out_shape=(states, states, activated),
-        grid=num_rows // _ROWS,
-        in_specs=[_rows_of(length_B, 0), _rows_of(product_TBKD), _whole_of(recurrent_DKD)],
-        out_specs=[_rows_of(states), _rows_of(states), _rows_of(activated)],
-        compiler_params=_COMPILER,
+    hidden_TBD, cell_TBD, activated_TBKD = _by_rows(
+        _forward_kernel,
+        outputs=[(states, 1), (states, 1), (activated, 1)],
+        inputs=[(length_B, 0), (product_TBKD, 1), (recurrent_DKD.astype(dtype), None)],
         interpret=interpret,
-    )(length_B, product_TBKD, recurrent_DKD.astype(dtype))
+    )
     saved = (input_FKD, recurrent_DKD, x_TBF, length_B, hidden_TBD, cell_TBD, activated_TBKD)
     return jnp.where(_valid(length_B, num_steps), hidden_TBD[1:], 0), saved
 
@@ -98,21 +95,13 @@ def _backward(dtype, interpret, saved, d_output_TBD):
     valid_TB1 = _valid(length_B, len(x_TBF))
     recurrent_KDD = recurrent_DKD.astype(dtype).transpose(1, 2, 0)
     state = jax.ShapeDtypeStruct(hidden_TBD.shape[1:], jnp.float32)
-    d_gates_TBKD, _, _ = pl.pallas_call(
-        functools.partial(_backward_kernel, barrier=_barrier(interpret)),
-        out_shape=(jax.ShapeDtypeStruct(activated_TBKD.shape, dtype), state, state),
-        grid=hidden_TBD.shape[1] // _ROWS,
-        in_specs=[
-            _rows_of(length_B, 0),
-            _rows_of(d_output_TBD),
-            _rows_of(activated_TBKD),
-            _rows_of(cell_TBD),
-            _whole_of(recurrent_KDD),
-        ],
-        out_specs=[_rows_of(activated_TBKD), _rows_of(state, 0), _rows_of(state, 0)],
-        compiler_params=_COMPILER,
+    d_output_TBD = jnp.where(valid_TB1, d_output_TBD, 0)
+    d_gates_TBKD, _, _ = _by_rows(
+        _backward_kernel,
+        outputs=[(jax.ShapeDtypeStruct(activated_TBKD.shape, dtype), 1), (state, 0), (state, 0)],
+        inputs=[(length_B, 0), (d_output_TBD, 1), (activated_TBKD, 1), (cell_TBD, 1), (recurrent_KDD, None)],
         interpret=interpret,
-    )(length_B, jnp.where(valid_TB1, d_output_TBD, 0), activated_TBKD, cell_TBD, recurrent_KDD)
+    )
     # Steps that no row of a program has were not written, there is anything in their place.
     d_gates_TBKD = jnp.where(valid_TB1[..., None], d_gates_TBKD, 0)
     before_TBD = jnp.where(valid_TB1, hidden_TBD[:-1], 0).astype(dtype)
@@ -191,14 +180,25 @@ def _for_each_tile(recurrent_ref, tile, start):
     return jax.lax.fori_loop(0, width // size, lambda n, carry: tile(pl.ds(n * size, size), carry), start)
 
 
-def _rows_of(like, axis: int = 1) -> pl.BlockSpec:
-    """A program's rows of an array, which are along `axis`."""
-    block = (*like.shape[:axis], _ROWS, *like.shape[axis + 1 :])
-    return pl.BlockSpec(block, lambda n: tuple(n if i == axis else 0 for i in range(len(block))))
+def _by_rows(kernel, outputs: list[tuple], inputs: list[tuple], interpret: bool) -> list[jax.Array]:
+    """The kernel's outputs, a program for every R rows; each array with the axis of its rows, None: all of it."""
+    length_B, _ = inputs[0]
+    call = pl.pallas_call(
+        functools.partial(kernel, barrier=_barrier(interpret)),
+        out_shape=[shape for shape, _ in outputs],
+        grid=len(length_B) // _ROWS,
+        in_specs=[_block(*given) for given in inputs],
+        out_specs=[_block(*made) for made in outputs],
+        compiler_params=_COMPILER,
+        interpret=interpret,
+    )
+    return call(*(array for array, _ in inputs))
 
 
-def _whole_of(like) -> pl.BlockSpec:
-    return pl.BlockSpec(like.shape, lambda n: (0,) * len(like.shape))
+def _block(like, row_axis: int | None) -> pl.BlockSpec:
+    """What a program sees of an array."""
+    shape = [_ROWS if axis == row_axis else size for axis, size in enumerate(like.shape)]
+    return pl.BlockSpec(shape, lambda n: tuple(n if axis == row_axis else 0 for axis in range(len(shape))))
 
 
 def _valid(length_B, num_steps: int) -> jax.Array:
