@@ -49,10 +49,10 @@ class StepOptions:
 
 def state_maker(options: StepOptions, extra: dict | None = None) -> Callable[[jax.Array, float], TrainState]:
     """(key, learning rate) -> a fresh state: compiled once, however many states are made. extra: see `methods.init`."""
-    init = jax.jit(lambda key: methods.init(options.model, key, extra))
 
+    @jax.jit
     def make(key, learning_rate):
-        variables = init(key)
+        variables = methods.init(options.model, key, extra)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],
