@@ -43,10 +43,10 @@ def train(
             _loop(run, workdir, manager, state, progress)
 
 
-def pretrain(stages: dict[str, tuple[Path, experiment_lib.Experiment]]) -> None:
-    """Trains the encoders that `starts.find` says are to be, each in its folder."""
+def pretrain(stages: dict[str, tuple[Path, experiment_lib.Experiment]], by_sweep: bool = False) -> None:
+    """Trains the encoders of the given pre-training stages, each in its folder. by_sweep: see `workdir.claim`."""
     for folder, staged in stages.values():
-        workdir_lib.claim(folder, staged)
+        workdir_lib.claim(folder, staged, by_sweep)
         train(staged, folder)
 
 

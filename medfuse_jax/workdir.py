@@ -15,13 +15,13 @@ def locked(workdir: Path) -> contextlib.AbstractContextManager:
     return files.locked(workdir / ".lock", f"--workdir={workdir}", busy)
 
 
-def claim(workdir: Path, run: experiment.Experiment, is_trial: bool = False) -> None:
+def claim(workdir: Path, run: experiment.Experiment, by_sweep: bool = False) -> None:
     """Makes the workdir this run's, or refuses one that is no run's or another's: of another config or other shards.
 
-    is_trial: whether it is its sweep that claims a trial's folder. Nothing else may: the table says what is in it.
+    by_sweep: whether a sweep claims a folder inside its own, for a trial or a pre-training stage.
     """
-    if not is_trial and any((above / "sweep.json").exists() for above in workdir.absolute().parents[:2]):
-        raise UserError(f"{workdir} is in the folder of a sweep: choose another --workdir")
+    if not by_sweep:
+        check_outside_sweeps(workdir)
     _check_a_runs(workdir)
     check_apart(workdir, run.config.data.dir)
     # A start that failed before anything was trained claims nothing.
@@ -33,6 +33,12 @@ def claim(workdir: Path, run: experiment.Experiment, is_trial: bool = False) -> 
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / "data.json", json.dumps({"digest": run.dataset.digest}) + "\n")
         config_lib.save(run.config, workdir / "config.json")
+
+
+def check_outside_sweeps(workdir: Path) -> None:
+    """Raises UserError if the workdir is inside a sweep's folder, where only the sweep writes."""
+    if any((above / "sweep.json").exists() for above in workdir.resolve().parents):
+        raise UserError(f"{workdir} is in the folder of a sweep: choose another --workdir")
 
 
 def check_apart(workdir: Path, data_dir: str) -> None:

@@ -1,16 +1,19 @@
 """Sweeps as a whole: their table and choice, what they go on with, and what is refused before anything is trained."""
 
+import functools
 import json
 import re
 import runpy
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from sweep_cases import PRETRAIN, RATES, sweep
+from sweep_cases import PRETRAIN, RATES, best_state, sweep
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import records
+from medfuse_jax import experiment, records
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import command, pods, results
@@ -33,6 +36,30 @@ def test_the_sweep_chooses_by_validation_and_tests_once(ehr_config, tmp_path):
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").rglob("*.json*")}
     assert sweep(ehr_config, tmp_path, RATES, num_trials=4) == rows
     assert {path: path.stat().st_mtime_ns for path in written} == written, "a finished sweep trains and tests nothing"
+
+
+def test_a_sweep_pretrains_its_encoders_in_its_own_folder(tiny_config, tmp_path):
+    """Nothing is replaced here. Rerunning trains nothing, and no other command can write to a trial or a stage."""
+    tiny_config.num_epochs = 1
+    for name, changes in PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    rates = ["lr:loguniform(1e-9,1e-8)"]  # so low that a trial ends with the weights it started from
+    rows = sweep(tiny_config, tmp_path, rates, num_trials=2, lanes=1)
+    assert [row["status"] for row in rows] == ["finished"] * 2
+    stages = {name: tmp_path / f"pretrain_{name}" for name in PRETRAIN}
+    trained = best_state(results.trial_dir(tmp_path, int(rows[0]["trial"]))).params
+    for name, folder in stages.items():
+        encoder = best_state(folder).params[f"{name}_encoder"]
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), trained[f"{name}_encoder"], encoder)
+        assert max(np.ptp(leaf) for leaf in jax.tree.leaves(encoder)) > 0.1, "the tolerance is below a weight's size"
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/**/metrics.jsonl")}
+    assert len(written) == 4
+    assert sweep(tiny_config, tmp_path, rates, num_trials=2, lanes=1) == rows
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    run = experiment.open_experiment(config_lib.load(stages["ehr"] / "config.json"))
+    for folder in (stages["ehr"], results.trial_dir(tmp_path, 0)):
+        with pytest.raises(UserError, match="is in the folder of a sweep"):
+            workdir_lib.claim(folder, run)
 
 
 def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
@@ -117,7 +144,7 @@ def _stages_and_trials(config, workdir, specs, monkeypatch, **more) -> tuple[dic
         for of_trial in map(sweep.config_of, trials):
             started[of_trial.method] = {name: Path(path).name for name, path in of_trial.init.items() if path}
 
-    monkeypatch.setattr(command.train, "pretrain", stages.update)
+    monkeypatch.setattr(command.train, "pretrain", lambda found, by_sweep: stages.update(found))
     monkeypatch.setattr(run_lib, "train_group", note)
     monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: [True])
     monkeypatch.setattr(command, "_conclude", lambda sweep, trials, wanted: (workdir / "sweep.csv").touch())
@@ -189,7 +216,7 @@ def test_what_is_said_of_the_costs_is_of_this_start(ehr_config, tmp_path, capsys
     ahead_s, clock = [0.0], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead_s[0])
 
-    def pretrain(stages):
+    def pretrain(stages, by_sweep):
         ahead_s[0] += 1000.0
 
     monkeypatch.setattr(command, "_conclude", lambda sweep, trials, wanted: (tmp_path / "sweep.csv").touch())

@@ -66,13 +66,17 @@ def test_what_is_no_run_is_left_as_it_is(run, tmp_path, name, content, said):
     assert json.loads((tmp_path / name).read_text()) == content and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("inside", ["trials/003", "pretrain_ehr", "new"])
+@pytest.mark.parametrize("inside", ["trials/003", "pretrain_ehr", "new", "trials/003/pretrain_ehr", "link"])
 def test_the_folders_of_a_sweep_are_its_own(run, tmp_path, inside):
-    (tmp_path / "sweep.json").write_text("{}")
+    swept = tmp_path / "sweep"
+    swept.mkdir()
+    (swept / "sweep.json").write_text("{}")
+    (tmp_path / "link").symlink_to(swept / "trials" / "003")
+    folder = tmp_path / "link" if inside == "link" else swept / inside
     with pytest.raises(UserError, match="is in the folder of a sweep: choose another --workdir"):
-        workdir.claim(tmp_path / inside, run)
-    assert len(list(tmp_path.iterdir())) == 1
-    workdir.claim(tmp_path / "trials" / "003", run, is_trial=True)
+        workdir.claim(folder, run)
+    assert [path.name for path in swept.iterdir()] == ["sweep.json"]
+    workdir.claim(swept / "trials" / "003", run, by_sweep=True)
 
 
 def test_shards_that_were_moved_are_said_once(run, tmp_path):

@@ -100,7 +100,7 @@ def _begin(workdir: Path, claim: Callable[[], None], stages: dict, is_first: boo
     if is_first:
         claim()
         with costs.spent("pretrain_s"):
-            train.pretrain(stages)
+            train.pretrain(stages, by_sweep=True)
         for path in ready:
             results.write_whole(path, "{}\n")
     else:

@@ -208,7 +208,7 @@ def _open(sweep: Sweep, run, trials: list[Trial], steps_per_epoch: int, closing:
     abstract = jax.eval_shape(lambda: heads.fresh_heads(run, [0])[0]) if of_heads else run.abstract_state()
     for trial in trials:
         config, workdir = sweep.config_of(trial), results.trial_dir(sweep.workdir, trial.number)
-        workdir_lib.claim(workdir, dataclasses.replace(run, config=config), is_trial=True)
+        workdir_lib.claim(workdir, dataclasses.replace(run, config=config), by_sweep=True)
         keeper = closing.enter_context(contextlib.closing(keep.new_keeper(workdir, of_heads)))
         state, progress = keeper.latest(abstract) or (None, None)
         lives.append(Live(trial, config, workdir, state, progress, None, keeper))
