@@ -26,7 +26,9 @@ def claim(workdir: Path, run: experiment.Experiment, by_sweep: bool = False) -> 
     check_apart(workdir, run.config.data.dir)
     # A start that failed before anything was trained claims nothing.
     if any(any(workdir.glob(made)) for made in ("checkpoints", "pretrain_*/checkpoints", "result*.json")):
-        if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config):
+        # A sweep compares what it was given itself, and its own encoders may have moved with its folder.
+        but_for = ("init.ehr", "init.cxr") if by_sweep else ()
+        if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config, but_for):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir")
         _check_data(workdir, run)
     with files.must_write(f"--workdir={workdir}"):

@@ -4,16 +4,17 @@ import functools
 import json
 import re
 import runpy
+import shutil
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from sweep_cases import PRETRAIN, RATES, best_state, sweep
+from sweep_cases import PRETRAIN, RATES, best_state, stop_at_save, sweep
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment, records
+from medfuse_jax import evaluate, experiment, records, starts
 from medfuse_jax import workdir as workdir_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import command, pods, results
@@ -75,6 +76,41 @@ def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
     assert "scored for this trial and, at another time, for trial 0, is" in (tmp_path / "sweep.html").read_text()
     with pytest.raises(UserError, match=r"holds another sweep \(--trials is 2 there and 1 here\)"):
         sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_goes_on_where_its_folder_was_moved(tiny_config, tmp_path, monkeypatch):
+    for name, changes in PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    whole = sweep(tiny_config, tmp_path / "whole", RATES, num_trials=2, lanes=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_at_save(patched, 2)
+        sweep(tiny_config, tmp_path / "stopped", RATES, num_trials=2, lanes=1)
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert sweep(tiny_config, Path("moved"), RATES, num_trials=2, lanes=1) == whole
+    config = config_lib.load(results.trial_dir(tmp_path / "moved", 0) / "config.json")
+    assert config.init.cxr == str(tmp_path / "moved" / "pretrain_cxr"), "an absolute path, whatever was typed"
+
+
+@pytest.mark.slow
+def test_trials_are_exported_and_chosen_where_the_shards_were_moved(tiny_config, shards, tmp_path):
+    """Heads are kept in a file, and encoded again: the shards are read where they are now."""
+    tiny_config.method, tiny_config.num_epochs = "early", 1
+    for name, changes in PRETRAIN.items():
+        tiny_config.pretrain[name] = changes
+    shutil.copytree(shards, tmp_path / "before")
+    tiny_config.data.dir = str(tmp_path / "before")
+    rows = sweep(tiny_config, tmp_path / "sweep", RATES, num_trials=2, lanes=1)
+    (tmp_path / "before").rename(tmp_path / "after")
+    tiny_config.data.dir = str(tmp_path / "after")
+    assert sweep(tiny_config, tmp_path / "sweep", RATES, num_trials=2, lanes=1, export=[0, 1]) == rows
+    for number in range(2):
+        found = evaluate.evaluate(results.trial_dir(tmp_path / "sweep", number))
+        assert found["data"]["dir"] == str(tmp_path / "after")
+    best = runpy.run_path(str(tmp_path / "sweep" / "best_config.py"))["get_config"]()
+    assert best.data.dir == str(tmp_path / "after")
+    assert starts.find(experiment.open_experiment(best), tmp_path / "run")[0].keys() == {"ehr", "cxr"}
 
 
 @pytest.mark.parametrize(

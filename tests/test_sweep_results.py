@@ -87,9 +87,8 @@ def test_the_best_config_runs_from_any_folder(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config.data.dir, config.init.cxr, config.data.statistics = "shards", "runs/cxr", "mimic3.json"
     config.model.modalities = "static, mine/notes.py"
-    monkeypatch.setattr(config_lib, "load", lambda path: config)
     chosen = {"trial": 1, "values": {"learning_rate": 1e-3}, "val_auroc": 0.7}
-    made = runpy.run_path(str(results.write_best_config(tmp_path, chosen)))["get_config"]()
+    made = runpy.run_path(str(results.write_best_config(tmp_path, chosen, config)))["get_config"]()
     here = str(tmp_path)
     assert (made.data.dir, made.init.cxr, made.init.ehr) == (f"{here}/shards", f"{here}/runs/cxr", "")
     assert made.data.statistics == f"{here}/mimic3.json"

@@ -229,20 +229,22 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence
     workdir = sweep.workdir
     records = [results.record(workdir, trial) for trial in trials]
     print(results.write_table(workdir, records))
-    for r in records:
-        if r["trial"] in wanted and r["status"] == results.FAILED:
-            print(f"--export={r['trial']}: the trial failed and has no checkpoint")
-        elif r["trial"] in wanted:
-            _export(sweep, results.trial_dir(workdir, r["trial"]))
+    for trial, r in zip(trials, records):
+        if trial.number in wanted and r["status"] == results.FAILED:
+            print(f"--export={trial.number}: the trial failed and has no checkpoint")
+        elif trial.number in wanted:
+            _export(sweep, trial)
     chosen = results.choose(records)
     if chosen is None:
         page.write(workdir, sweep.config.to_dict(), records)
         raise UserError(f"no trial of {workdir} finished with a validation AUROC: see the reasons in sweep.csv")
-    best_config = results.write_best_config(workdir, chosen)
-    folder = results.trial_dir(workdir, chosen["trial"])
+    best = trials[records.index(chosen)]
+    best_config = results.write_best_config(workdir, chosen, sweep.config_of(best))
+    folder = results.trial_dir(workdir, best.number)
     if not (folder / "result.json").exists():
-        _export(sweep, folder)
-        result = evaluate.evaluate(folder, on=parallel.devices()[:1])  # the test split, once, for the chosen alone
+        _export(sweep, best)
+        # The test split, once, for the chosen alone.
+        result = evaluate.evaluate(folder, on=parallel.devices()[:1], data_dir=sweep.config.data.dir)
         assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
     if tested := workdirs.read_run(folder).result:
         print("\n" + text.table([tested]))
@@ -250,8 +252,10 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence
     print(f"\nchosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")
 
 
-def _export(sweep: run_lib.Sweep, folder: Path) -> None:
-    """Writes the checkpoint of a trial that is kept in a file."""
+def _export(sweep: run_lib.Sweep, trial: search.Trial) -> None:
+    """Writes the checkpoint of a trial that is kept in a file; its config then says where the shards are now."""
+    folder = results.trial_dir(sweep.workdir, trial.number)
     if (folder / "state.npz").exists():
-        config = config_lib.load(folder / "config.json")
+        config = sweep.config_of(trial)
         heads.export(config, folder, sweep.encoders_of(config))
+        config_lib.save(config, folder / "config.json")

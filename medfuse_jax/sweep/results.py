@@ -164,9 +164,9 @@ def in_order(records: list[dict]) -> list[dict]:
     return sorted(records, key=lambda r: (-(r.get("val_auroc") or -1.0), r["trial"]))
 
 
-def write_best_config(workdir: Path, chosen: dict) -> Path:
-    """Writes the chosen trial's config as a file for `medfuse_jax.main --config=FILE`."""
-    config = config_lib.load(trial_dir(workdir, chosen["trial"]) / "config.json")
+def write_best_config(workdir: Path, chosen: dict, config: ConfigDict) -> Path:
+    """Writes a file for `medfuse_jax.main --config=FILE`. chosen: the record of the chosen trial; config: its own."""
+    config = config.copy_and_resolve_references()
     _make_absolute(config)
     changed = config_lib.flat(config)
     for field, value in config_lib.flat(config_lib.default()).items():

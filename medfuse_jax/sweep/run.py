@@ -54,7 +54,7 @@ class Sweep:
         """
         config = trial.config(self.config)
         for name in starts.staged(config):
-            config.init[name] = str(self.encoders[name][0])
+            config.init[name] = str(self.encoders[name][0].absolute())
         config.pretrain = ConfigDict()
         return heads.without_augmentation(config) if heads.can_cache(config, self.encoders_of(config)) else config
 
