@@ -107,7 +107,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         "comparisons": [
             difference
             for member, other in tests
-            for difference in evaluate.compare(scored, other, _title(member), *bounds)
+            for difference in evaluate.compare(scored, other, _title(member, members), *bounds)
         ],
         "environment": evaluate.environment(parallel.devices()),
     }
@@ -194,7 +194,8 @@ def _check_up_to_date(workdir: Path) -> None:
     path = evaluate.Scored().result_path(workdir)
     members = _read_json(path).get("members", []) if path.exists() else []
     for member in members:
-        if _best_step(_folder_and_head(member["run"])[0]) != member.get("step"):
+        step = _best_step(_folder_and_head(member["run"])[0])
+        if step not in (None, member.get("step")):
             raise UserError(f"{workdir} was made of older weights of {member['run']}: make that ensemble again")
 
 
@@ -309,8 +310,13 @@ def _num_left_out(scored: list[tuple[Member, dict]], num_scored: int) -> int:
     return max(0, in_split - num_scored)
 
 
-def _title(member: Member) -> str:
-    return f"{member.result['method']}:{member.head}" if member.head else member.result["method"]
+def _title(member: Member, members: list[Member]) -> str:
+    """A member's method and classifier, or its run as given where another member has the same."""
+
+    def named(one: Member) -> str:
+        return f"{one.result['method']}:{one.head}" if one.head else one.result["method"]
+
+    return named(member) if sum(named(one) == named(member) for one in members) == 1 else member.name
 
 
 def main(argv: list[str]) -> None:

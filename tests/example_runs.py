@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medfuse_jax import config as config_lib
 from medfuse_jax import metrics, tasks
 
 PROVENANCE = "made up by tests/example_runs.py"
@@ -57,9 +58,10 @@ def attention_of(data: dict, num_steps: int = 60, seed: int = 0) -> dict:
 def write_config(workdir: Path, task: str, method: str, **changes) -> None:
     """config.json."""
     workdir.mkdir(parents=True, exist_ok=True)
-    config = {"name": f"made_up_{task}", "task": task, "method": method, "seed": 0, "num_epochs": 20}
-    config |= {"learning_rate": 1e-3, "batch_size": 16, "data": {"dir": "made_up_shards", "synthetic": True}} | changes
-    (workdir / "config.json").write_text(json.dumps(config, indent=2))
+    config = config_lib.default().to_dict()
+    config |= {"name": f"made_up_{task}", "task": task, "method": method, "num_epochs": 20, "learning_rate": 1e-3}
+    config["data"]["dir"] = "made_up_shards"
+    (workdir / "config.json").write_text(json.dumps(config | changes, indent=2))
 
 
 def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
@@ -75,9 +77,10 @@ def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
     with (workdir / "metrics.jsonl").open("w") as file:
         for i, e in enumerate(epoch.tolist()):
             at = {"epoch": e, "step": 100 * e}
-            train = {"train_loss": train_loss[i], "lr": 1e-3, "samples_per_s": 55.0, "time_s": 30.0 * e}
-            val = {"val_loss": val_loss[i], "val_auroc": val_auroc[i], "val_auprc": val_auroc[i] - 0.3}
+            train = {"train_loss": train_loss[i], "lr": 1e-3, "samples_per_s": 55.0, "num_steps": 100}
+            val = {"val_loss": val_loss[i], "val_auroc": val_auroc[i]}
             for line in ({"phase": "train", **at, **train}, {"phase": "val", **at, **val}):
+                line["time_s"] = 30.0 * e
                 file.write(json.dumps(line) + "\n")
     return int(epoch[val_auroc.argmax()])
 
@@ -91,12 +94,13 @@ def write_evaluation(
     np.savez(
         workdir / "predictions_test.npz",
         **(attention_of(data) if method == "medfuse_attention" else {}),
-        stay_id=np.arange(len(labels)),
+        stay_id=np.full(len(labels), -1) if tasks.TASKS[task].films_only else np.arange(len(labels)),
         scores=scores,
         labels=labels.astype(np.int8),
         has_ehr=np.full(len(labels), not tasks.TASKS[task].films_only),
         has_cxr=has_cxr,
         age=data["age"].astype(np.float32),
+        step=100 * best_epoch,
     )
     masks = {"all": np.ones_like(has_cxr)} | ({} if has_cxr.all() else {"paired": has_cxr, "unpaired": ~has_cxr})
     comparisons = [
@@ -112,13 +116,21 @@ def write_evaluation(
         "split": "test",
         "seed": 0,
         "num_params": 1_234_567,
+        "step": 100 * best_epoch,
         "best_epoch": best_epoch,
         "selected_by": "AUROC on all validation stays",
+        "loss": 0.42,
+        "num_left_out": 0,
         "data": {"dir": "made_up_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
         "labels": list(tasks.TASKS[task].labels),
         "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},
         "comparisons": comparisons,
-        "environment": {"made by": PROVENANCE, "packages": {"jax": "0.10.2", "flax": "0.12.0"}},
+        "environment": {
+            "devices": PROVENANCE,
+            "python": "3.11.7",
+            "platform": "Linux",
+            "packages": {"jax": "0.10.2", "flax": "0.12.0"},
+        },
     }
     (workdir / "result.json").write_text(json.dumps(metrics.to_json(result), indent=1))
 

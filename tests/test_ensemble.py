@@ -23,7 +23,8 @@ def _member(folder, method, data, rows=None, split="test"):
     write_config(folder, "mortality", method)
     (folder / "data.json").write_text('{"digest": "one build"}')
     with np.load(folder / "predictions_test.npz") as stored:
-        part = {name: values if rows is None else values[rows] for name, values in stored.items()}
+        whole = rows is None
+        part = {name: values if whole or name == "step" else values[rows] for name, values in stored.items()}
     np.savez(folder / f"predictions_{split}.npz", **part)
     if split != "test":
         (folder / f"result_{split}.json").write_text((folder / "result.json").read_text())
@@ -101,6 +102,16 @@ def test_equal_members_get_equal_weights(tmp_path, data):
     names = [str(tmp_path / name) for name in ("a", "b")]
     result = ensemble.ensemble(names, tmp_path / "weighted", "weighted")
     assert [m["weight"] for m in result["members"]] == [0.5, 0.5]
+
+
+def test_members_of_one_method_are_told_apart_by_their_folders(tmp_path, data):
+    """Such as two trials of a sweep."""
+    for name in ("a", "b"):
+        _member(tmp_path / name, "uni_ehr", data)
+    names = [str(tmp_path / name) for name in ("a", "b")]
+    result = ensemble.ensemble(names, tmp_path / "both")
+    assert list(dict.fromkeys(c["against"] for c in result["comparisons"])) == names
+    assert all(f"average − {name}" in text.table([result]) for name in names)
 
 
 def test_the_report_shows_it_as_a_run(runs, tmp_path):

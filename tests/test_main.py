@@ -3,9 +3,15 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import example_runs
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -21,6 +27,7 @@ from medfuse_jax import (
     train,
     workdir,
 )
+from medfuse_jax import config as config_lib
 from medfuse_jax.errors import UserError
 
 
@@ -75,6 +82,50 @@ def test_a_stopped_command_goes_on_and_ends_in_results_and_a_report(
     assert set(given) == {"cxr"} and set(stages) == {"ehr"}
     with pytest.raises(UserError, match="holds another run"):
         run_main(fusion_config, folder)
+
+
+def _fields(folder) -> dict:
+    """The names of all that a run leaves in its files."""
+    with np.load(folder / "predictions_test.npz") as stored:
+        arrays = {name: stored[name].dtype.kind for name in stored.files}
+    result = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "config": {
+            f for f in config_lib.flat(config_lib.load(folder / "config.json")) if not f.startswith("pretrain.")
+        },
+        "predictions": arrays,
+        "metrics": {line["phase"]: set(line) for line in lines},
+        "result": {name: set(part) if isinstance(part, dict) else type(part) for name, part in result.items()},
+        "subset": set(result["subsets"]["paired"]),
+    }
+
+
+def test_the_commands_train_score_and_report_as_typed(ehr_config, tmp_path):
+    """As processes of their own. What they leave has the form of the made-up runs that other tests read."""
+    sizes = ["--config.data.max_buckets=1", "--config.model.ehr_hidden=8", "--config.num_epochs=1"]
+    sizes += ["--config.eval.num_bootstrap=20", f"--config.data.dir={ehr_config.data.dir}"]
+    config = Path(__file__).parent.parent / "configs" / "pheno.py"
+
+    def run(module, *flags):
+        command = [sys.executable, "-m", module, *flags]
+        path = os.pathsep.join([str(config.parents[1]), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = run("medfuse_jax.main", f"--config={config}", "--config.method=uni_ehr", *sizes)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("pheno_") and printed.endswith(f"runs/{folder.name}/report/index.html\n")
+    scored = json.loads((folder / "result.json").read_text())
+    run("medfuse_jax.evaluate", f"--workdir={folder}")
+    assert json.loads((folder / "result.json").read_text()) == scored
+    assert "EHR only (LSTM)" in run("medfuse_jax.report", "--runs=runs", "--out=report")
+    assert (tmp_path / "report" / "index.html").exists()
+    example_runs.write_run(tmp_path / "made_up", "pheno", "uni_ehr", example_runs.simulate("pheno", 60))
+    assert _fields(tmp_path / "made_up") == _fields(folder)
 
 
 @pytest.mark.parametrize(

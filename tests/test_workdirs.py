@@ -24,7 +24,7 @@ def test_a_run_that_trains_is_read_as_far_as_it_goes(tmp_path):
     run = workdirs.read_run(folder)
     assert list(run.train) == list(run.val) == [1, 2, 3] and not run.problems
     assert run.result is None and run.predictions is None and run.finished is None
-    assert run.chosen_epoch == 3 and run.task == "pheno" and len(run.label_names) == 25 and run.is_synthetic
+    assert run.chosen_epoch == 3 and run.task == "pheno" and len(run.label_names) == 25 and not run.is_synthetic
 
 
 def test_what_is_damaged_is_said_and_left_out(tmp_path):

@@ -86,7 +86,7 @@ class Run:
 
     @property
     def is_synthetic(self) -> bool:
-        if any(section(source, "data").get("synthetic") for source in (self.result or {}, self.config)):
+        if section(self.result or {}, "data").get("synthetic"):
             return True
         folder = section(self.config, "data").get("dir")
         manifest = _read_json(Path(str(folder)) / self.task / "manifest.json") if folder else {}
