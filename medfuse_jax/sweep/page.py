@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from medfuse_jax import webpage
 from medfuse_jax.report import style, workdirs
@@ -15,6 +16,8 @@ from medfuse_jax.webpage import CHART_STYLE, INK, MUTED, run_color
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _HEIGHT_PX = 420, 290
+_MOST_TICKS = 5  # labels of a log axis
+_MOST_CHARACTERS = 42  # of all names below an axis, side by side
 _CHOSEN = run_color(1)
 _NAMES = {
     "learning_rate": "learning rate",
@@ -111,22 +114,60 @@ def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
         axes = _new_axes(_name(field), "validation AUROC")
         shown = [r for r in records if r.get("val_auroc") is not None and field in r["values"]]
         values = [r["values"][field] for r in shown]
-        if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            if min(values) > 0 and max(values) / min(values) > 20:
-                axes.set_xscale("log")
-                axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:.0e}".replace("e-0", "e−"))
-                axes.xaxis.set_minor_formatter(lambda tick, _: "")
-        else:
+        are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        if not are_numbers:
             values = [str(v) for v in values]
         for value, r in zip(values, shown):
             is_chosen = r is chosen
             size = {"markersize": 9 if is_chosen else 6, "zorder": 3 if is_chosen else 2}
             axes.plot([value], [r["val_auroc"]], "o", color=_CHOSEN if is_chosen else run_color(0), **size)
         axes.margins(x=0.08, y=0.2)
+        if not are_numbers:
+            _fit_names(axes, set(values))
+        elif values and min(values) > 0 and (field == "learning_rate" or max(values) / min(values) > 20):
+            _scale_log(axes)
         if chosen in shown:
             at = (axes.convert_xunits(values[shown.index(chosen)]), chosen["val_auroc"])
             _say_chosen(axes, at, f"trial {chosen['trial']}: {chosen['val_auroc']:.3f}")
         return webpage.svg(axes.figure, f"Best validation AUROC of each trial by {_name(field)}")
+
+
+def _scale_log(axes: Axes) -> None:
+    """Makes the x axis logarithmic, with few labels whatever its range. After the points: their limits decide."""
+    axes.set_xscale("log")
+    axes.autoscale_view()
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(FixedLocator(_log_ticks(low, high)))
+    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}" if low >= 0.005 else _scientific(tick))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Two to five round numbers between low and high: powers of ten where there are three, else in smaller steps."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [factor * 10.0**exponent for exponent in exponents for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            return ticks[:: -(-len(ticks) // _MOST_TICKS)]
+    steps = MaxNLocator(_MOST_TICKS - 1).tick_values(low, high)
+    return [float(tick) for tick in steps if low <= tick <= high]
+
+
+def _scientific(tick: float) -> str:
+    """'2.5e−4': as the table has it, without a leading zero."""
+    mantissa, exponent = f"{tick:.5e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
+
+
+def _fit_names(axes: Axes, names: set[str]) -> None:
+    """Tilts the names below an axis where they would overlap."""
+    if sum(map(len, names)) > _MOST_CHARACTERS:
+        axes.tick_params(axis="x", labelrotation=25)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+        left, _, width, _ = axes.get_position().bounds
+        axes.set_position((left, 0.3, width, 0.65))
 
 
 def _say_chosen(axes: Axes, at: tuple[float, float], text: str) -> None:

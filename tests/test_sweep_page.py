@@ -1,0 +1,73 @@
+"""sweep.html: the labels below a chart can be read, whatever was searched."""
+
+import itertools
+
+import matplotlib as mpl
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from medfuse_jax.sweep import page
+
+_RATES = [
+    [1e-5, 3e-5, 1e-4, 1e-3],  # the paper's range
+    [3.0e-4, 3.1e-4, 3.3e-4, 3.9e-4, 4.2e-4],
+    [1e-4, 1.002e-4, 1.01e-4],
+    [1.2e-4, 8e-4],
+    [1e-4, 4e-4, 1.5e-3],
+    [1e-8, 1e-6, 0.5],
+    [0.02, 0.3, 0.9],
+    [9e-5, 1.1e-4],
+]
+_GAP = 15  # pixels between two labels: a browser's font may be wider than matplotlib's
+
+
+def _extents(axes) -> list:
+    """Where each label of the x axis is drawn, from left to right."""
+    FigureCanvasAgg(axes.figure).draw()
+    return [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+
+
+def _drawn(values) -> page.Axes:
+    axes = page._new_axes("learning rate", "validation AUROC")
+    for value in values:
+        axes.plot([value], [0.7], "o")
+    axes.margins(x=0.08, y=0.2)
+    return axes
+
+
+@pytest.mark.parametrize("rates", _RATES, ids=str)
+def test_a_log_axis_has_few_labels_that_do_not_overlap(rates):
+    with mpl.rc_context(page._STYLE):
+        axes = _drawn(rates)
+        page._scale_log(axes)
+        extents = _extents(axes)
+        assert 2 <= len(extents) <= 5
+        assert all(left.x1 + _GAP < right.x0 for left, right in itertools.pairwise(extents))
+        low, high = axes.get_xlim()
+        assert low < min(rates) and max(rates) < high, "every trial is inside the chart"
+        shown = [float(label.get_text().replace("−", "-")) for label in axes.get_xticklabels()]
+        assert shown == pytest.approx(list(axes.get_xticks()), rel=1e-9), "a label says where it stands"
+
+
+def test_a_small_range_of_rates_overlaps_on_a_plain_axis():
+    """The error that the test above looks for."""
+    with mpl.rc_context(page._STYLE):
+        extents = _extents(_drawn(_RATES[1]))
+    assert any(left.x1 + _GAP >= right.x0 for left, right in itertools.pairwise(extents))
+
+
+def test_a_chart_of_close_rates_is_drawn_with_these_labels():
+    records = [{"trial": i, "values": {"learning_rate": rate}, "val_auroc": 0.7} for i, rate in enumerate(_RATES[1])]
+    svg = page._scatter("learning_rate", records, records[0])
+    assert 2 <= svg.count("e−4<") <= 5 and ">0.000" not in svg
+
+
+def test_long_names_below_an_axis_are_tilted():
+    names = ["medfuse_attention", "joint_learnable", "uni_ehr", "mmtm4"]
+    with mpl.rc_context(page._STYLE):
+        axes = _drawn(names)
+        page._fit_names(axes, set(names))
+        assert {label.get_rotation() for label in axes.get_xticklabels()} == {25}
+        short = _drawn(names[2:])
+        page._fit_names(short, set(names[2:]))
+        assert {label.get_rotation() for label in short.get_xticklabels()} == {0}
