@@ -14,13 +14,16 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # 1 s else, which is the whole of a program
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker of pytest-xdist: it shares the one of its parent
+if "MEDFUSE_TEST_CACHE" not in os.environ:  # else a worker of pytest-xdist: it shares the one of its parent
     import atexit
     import shutil
     import tempfile
 
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medfuse_jax_tests_")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["MEDFUSE_TEST_CACHE"] = tempfile.mkdtemp(prefix="medfuse_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["MEDFUSE_TEST_CACHE"], ignore_errors=True)
+# Commands keep compiled programs in the user's cache folder: in tests that is this one, and no user's is read.
+os.environ["XDG_CACHE_HOME"] = os.environ["MEDFUSE_TEST_CACHE"]
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["MEDFUSE_TEST_CACHE"], "medfuse_jax", "xla")
 
 from pathlib import Path
 
