@@ -28,15 +28,26 @@ def get_config():
     config.data.dir = {data_dir!r}
     config.data.max_buckets = 1
     config.method = "uni_ehr"
-    config.model.ehr_hidden = 8
+    config.model.ehr_hidden = config.model.fusion_hidden = 8
+    config.model.resnet_stage_sizes, config.model.resnet_width = (1, 1, 1, 1), 4
+    config.film.resize_px = config.film.crop_px = 32
     config.batch_size, config.num_epochs, config.eval.num_bootstrap = 32, {num_epochs}, 20
+    config.update({more!r})
     return config
 """
+_PRETRAINED = {
+    "method": "medfuse",
+    "early_stop_epochs": 100,
+    "pretrain": {
+        "cxr": {"method": "uni_cxr", "task": "radiology", "num_epochs": 12},
+        "ehr": {"method": "uni_ehr", "num_epochs": 12},
+    },
+}
 
 
-def _command(tmp_path, shards, workdir, *more, num_epochs=2, trials=4):
+def _command(tmp_path, shards, workdir, *more, num_epochs=2, trials=4, fields=()):
     config = tmp_path / "small.py"
-    config.write_text(_CONFIG.format(data_dir=str(shards), num_epochs=num_epochs))
+    config.write_text(_CONFIG.format(data_dir=str(shards), num_epochs=num_epochs, more=dict(fields)))
     flags = [f"--config={config}", f"--workdir={tmp_path / workdir}", f"--trials={trials}", "--lanes=1"]
     return [sys.executable, "-m", "medfuse_jax.sweep", *flags, "--search=lr:loguniform(1e-3,1e-2)", *more]
 
@@ -56,11 +67,17 @@ def _free_port():
         return free.getsockname()[1]
 
 
+def _start_together(num_processes, tmp_path, shards, workdir, **more):
+    """The processes of one sweep, started."""
+    shared = [f"--coordinator=localhost:{_free_port()}", f"--num_processes={num_processes}"]
+    flags = [[*shared, f"--process={i}"] for i in range(num_processes)] if num_processes > 1 else [[]]
+    return [_start(_command(tmp_path, shards, workdir, *of_process, **more)) for of_process in flags]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_processes_share_the_trials(tmp_path, shards, num_processes):
-    flags = [f"--coordinator=localhost:{_free_port()}", f"--num_processes={num_processes}"]
-    running = [_start(_command(tmp_path, shards, "together", *flags, f"--process={i}")) for i in range(num_processes)]
+    running = _start_together(num_processes, tmp_path, shards, "together")
     said = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0] * num_processes, said
     assert all(f"once for {4 // num_processes} trials" in text for text in said)
@@ -69,6 +86,35 @@ def test_processes_share_the_trials(tmp_path, shards, num_processes):
     alone = subprocess.run(_command(tmp_path, shards, "alone"), cwd=_ROOT, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     assert _table(tmp_path / "alone") == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_sweep_stopped_while_it_pretrains_goes_on(tmp_path, shards, num_processes):
+    """SIGTERM within each stage, then a run to the end: the table of a sweep that nothing stopped."""
+    settings = {"num_epochs": 1, "trials": 2, "fields": _PRETRAINED}
+    for stage in ("cxr", "ehr"):
+        running = _start_together(num_processes, tmp_path, shards, "stopped", **settings)
+        folder, end_s = tmp_path / "stopped" / f"pretrain_{stage}", time.monotonic() + 240
+        while not any(folder.glob("checkpoints/*[0-9]")) and time.monotonic() < end_s and running[0].poll() is None:
+            time.sleep(0.002)
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[0] for process in running]
+        assert [process.returncode for process in running] == [1] * num_processes, said
+        assert all("stopped; the same command goes on" in text for text in said)
+        reached = (folder / "metrics.jsonl").read_text().count('"val"')
+        assert 1 <= reached < 12 and not (folder / "trained.json").exists()
+    running = _start_together(num_processes, tmp_path, shards, "stopped", **settings)
+    said = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * num_processes, said
+    (whole,) = _start_together(1, tmp_path, shards, "whole", **settings)
+    said = whole.communicate(timeout=240)[0]
+    assert whole.returncode == 0, said
+    assert _table(tmp_path / "stopped") == _table(tmp_path / "whole")
+    for stage in ("cxr", "ehr"):
+        logs = [(tmp_path / name / f"pretrain_{stage}" / "metrics.jsonl").read_text() for name in ("stopped", "whole")]
+        assert [log.count('"val"') for log in logs] == [12, 12]
 
 
 @pytest.mark.slow
@@ -251,6 +297,44 @@ def test_slurms_warning_before_the_time_limit_queues_the_job_again(tmp_path, sec
         job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=30) == (128 + signal.SIGTERM if warned else 3)
     assert job.stdout.read() == ("requeue 7\n" if warned else "")
+
+
+_SRUN = """#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do shift; done
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task" || exit; done
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_file_runs_a_sweep_as_two_tasks(tmp_path, shards):
+    """Job file, cluster detection and sweep for real; only srun is a stand-in, which starts both tasks here."""
+    command = _command(tmp_path, shards, "swept", num_epochs=1, trials=2)
+    scripts = {"srun": _SRUN, "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n', "activate": ""}
+    (tmp_path / "bin").mkdir()
+    for name, text in scripts.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    of_slurm = {
+        "SLURM_JOB_ID": str(os.getpid()),  # jax makes its port of this
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+        "MEDFUSE_VENV": str(tmp_path),
+    }
+    paths = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(_ROOT)}
+    done = subprocess.run(
+        ["bash", _ROOT / "jobs" / "slurm.sh", *command[3:]],
+        cwd=tmp_path,
+        env=os.environ | of_slurm | paths,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("once for 1 trials") == 2, done.stdout
+    assert [row["status"] for row in _table(tmp_path / "swept")] == ["finished"] * 2
 
 
 def test_the_gke_file_starts_one_sweep_on_every_host():
