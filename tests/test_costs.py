@@ -37,16 +37,6 @@ def test_operations_of_the_lstm_are_those_of_its_products():
     assert chunked_lstm.CHUNK_STEPS == (16, 4)  # left as it was
 
 
-@pytest.mark.slow
-def test_the_whole_table_is_current():
-    shown, now = _rows(), _rows(costs.table())
-    assert list(shown) == list(now)
-    for method, cells in now.items():
-        assert shown[method][:3] == cells[:3]
-        for old, new in zip(shown[method][3:], cells[3:]):
-            assert old == new or float(old) == pytest.approx(float(new), rel=_BETWEEN_VERSIONS)
-
-
 def test_a_table_is_put_between_its_marks(tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "table", lambda: "new")
     (tmp_path / "page.md").write_text(f"before\n{costs._BEGIN}\nold\n{costs._END}\nafter\n")

@@ -1,0 +1,352 @@
+"""Runs documented commands in a copy of the repository, as a reader would type them, at the smallest sizes.
+
+`as_run` fills in what a document leaves to the reader and adds flags for size; `Workspace.done` first makes what a
+command reads, by the documented command that writes it, and runs every command once for all test processes.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import documented
+import numpy as np
+import yaml
+from documented import Command
+
+from medfuse_jax import records, tasks
+from medfuse_jax.models import methods
+
+STAYS = 200
+_TIMEOUT_S = 600
+_SIZES = (
+    "--config.film.resize_px=32",
+    "--config.film.crop_px=32",
+    "--config.model.ehr_hidden=8",
+    "--config.model.fusion_hidden=8",
+    "--config.model.resnet_width=4",
+    "--config.model.resnet_stage_sizes=(1,1,1,1)",
+    "--config.data.max_buckets=1",
+    "--config.num_epochs=1",
+    "--config.eval.num_bootstrap=20",
+)
+# What stands for the reader's own.
+_FILLED = {
+    "--mimic_iv=DIR": "--mimic_iv=raw/mimic-iv",
+    "--mimic_cxr=DIR": "--mimic_cxr=raw/mimic-cxr",
+    "--config.data.dir=DIR": "--config.data.dir=shards",
+    "--config.model.modalities=FILE": "--config.model.modalities=notes.py",
+    "--workdir=DIR": "--workdir=runs/pheno",
+    "--data_dir=NEW": "--data_dir=moved/shards",
+    "--runner=...": "--runner=DirectRunner",
+}
+_OUT = {"data_prep.build": "shards", "data_prep.beam_films": "films", "data_prep.benchmark": "benchmark"}
+# The case of each benchmark preset that takes least, as --only finds it.
+_SMALLEST = {
+    "cpu": "bootstrap",
+    "h200": "lstm.*B=16",
+    "growth": "uni_ehr B=16 4 h",
+    "devices": "2 devices$",
+    "sweeps": "sweep medfuse",
+}
+# What documents say in words, or take as given: the raw tables, and released weights of single encoders.
+_UNDOCUMENTED = [
+    Command("data_prep/synthetic.py", "data_prep.synthetic", ("--out=raw", f"--stays={STAYS}")),
+    *(
+        Command("docs/weights.md", "medfuse_jax.torch_import", flags)
+        for method in ("uni_ehr", "uni_cxr")
+        for flags in (
+            (f"--workdir=runs/{method}", f"--export={method}.safetensors"),
+            (
+                f"--checkpoint={method}.safetensors",
+                "--config=configs/pheno.py",
+                f"--config.method={method}",
+                "--config.data.dir=shards",
+                f"--workdir=runs/released_{method.removeprefix('uni_')}",
+                *_SIZES,
+            ),
+        )
+    ),
+]
+# Made by hand below.
+_BY_HAND = ("val_ids.csv", "test_ids.csv", "mimic3.json", "resnet34.pth", "notes.py", "moved/shards", "icd_9_10")
+
+
+def all_commands() -> list[Command]:
+    """The documented commands as they are run, each once, and the few that documents say in words."""
+    shown = [c for c in documented.commands() if c.where.endswith(".md") or c.where.startswith("configs/")]
+    found = {}
+    for command in [*map(as_run, shown), *_UNDOCUMENTED]:
+        found.setdefault((command.module, command.flags), command)
+    return list(found.values())
+
+
+def as_run(command: Command) -> Command:
+    """The command with the reader's own paths, and overrides for size."""
+    flags = [_FILLED.get(flag, flag) for flag in command.flags]
+    flags = [f"--out={_OUT.get(command.module)}" if flag == "--out=DIR" else flag for flag in flags]
+    more = {
+        "medfuse_jax.main": _for_main,
+        "medfuse_jax.sweep": _for_sweep,
+        "medfuse_jax.torch_import": lambda command: _SIZES if command.value("config") else (),
+        "data_prep.benchmark": lambda command: ("--copies=8", "--repeats=1"),
+    }.get(command.module, lambda command: ())
+    if command.module == "medfuse_jax.bench":
+        preset = command.value("preset")
+        flags = [f"--preset={preset}", f"--only={_SMALLEST[preset]}", "--repeats=1", f"--json=bench_{preset}.json"]
+    filled = dataclasses.replace(command, flags=tuple(flags))
+    return dataclasses.replace(filled, flags=(*filled.flags, *more(filled)))
+
+
+def _for_main(command: Command) -> list[str]:
+    flags = list(_SIZES)
+    if command.value("config") == "configs/demo.py":
+        flags.append(f"--config.data.synthetic_stays={STAYS}")
+        flags += [f"--config.pretrain.{name}.num_epochs=1" for name in ("ehr", "cxr")]
+    elif not command.value("config.data.dir"):
+        flags.append("--config.data.dir=shards")
+    if command.where == "docs/methods.md" and command.value("config") != "configs/demo.py":
+        values = [flag.partition("=")[2] for flag in command.flags if not flag.startswith("--config=")]
+        named = [value for value in values if value not in ("true", "false")] or [Path(command.value("config")).stem]
+        flags.append(f"--workdir=runs/{'_'.join(named)}")
+    if command.value("config.profile_steps"):
+        flags.append("--config.num_epochs=3")  # enough steps for the documented ones
+    return flags
+
+
+def _for_sweep(command: Command) -> list[str]:
+    # That of README as it stands.
+    return list(_SIZES) if command.value("workdir") == "sweeps/pheno" else [*_SIZES, "--trials=3"]
+
+
+def reads(command: Command) -> list[str]:
+    """The paths that a command as run reads, as far as it names them."""
+    names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
+    names += ["config.data.dir", "config.init.ehr", "config.init.cxr", "config.init.model"]
+    names += (
+        ["workdir"] if command.module == "medfuse_jax.evaluate" or command.value("export").endswith(_WEIGHTS) else []
+    )
+    found = [command.value(name) for name in names]
+    found += [path.partition(":")[0] for path in command.value("runs").split(",")]
+    found += [
+        p for p in (command.value("config.data.statistics"), command.value("config.model.modalities")) if "." in p
+    ]
+    return [{"runs": "runs/pheno"}.get(path, path) for path in found if path]
+
+
+_WEIGHTS = (".safetensors", ".pth.tar")
+
+
+def writes(command: Command) -> list[str]:
+    """The paths that a command as run writes, as far as it names them."""
+    export = command.value("export")
+    if export.endswith(_WEIGHTS):
+        return [export]
+    names = ["out"] if command.module == "medfuse_jax.evaluate" else ["out", "workdir"]
+    return [command.value(name) for name in names if command.value(name)]
+
+
+def needs(command: Command, commands: list[Command]) -> list[Command]:
+    """The commands to run before: what writes the paths that this one reads, and what writes to its own before it."""
+
+    def is_in(path: str, folders: list[str]) -> bool:
+        return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
+
+    read = [path for path in reads(command) if not is_in(path, writes(command))]
+    before = commands[: commands.index(command)]
+    makers = [c for c in commands if any(is_in(path, writes(c)) for path in read)]
+    makers += [c for c in before if set(writes(c)) & set(writes(command)) and not _are_together(c, command)]
+    return [c for c in dict.fromkeys(makers) if c != command]
+
+
+def unmade(command: Command, commands: list[Command]) -> list[str]:
+    """The paths that a command reads and nothing makes."""
+    made = [path for c in commands for path in writes(c)]
+    return [
+        path
+        for path in reads(command)
+        if not path.startswith(_BY_HAND) and not any(path == m or path.startswith(f"{m}/") for m in made)
+    ]
+
+
+def _are_together(a: Command, b: Command) -> bool:
+    """Whether two commands are processes of one sweep."""
+    of_all = [tuple(flag for flag in c.flags if not flag.startswith("--process=")) for c in (a, b)]
+    return of_all[0] == of_all[1] and bool(a.value("process"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended. output: both streams together."""
+
+    returncode: int
+    output: str
+    seconds: float
+
+
+class Workspace:
+    """A copy of the repository in `folder`, where commands are run and leave what they write."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.commands = all_commands()
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._alone("copy"):
+            if not (folder / "repository").exists():
+                ignore = shutil.ignore_patterns(".git", ".*cache", "__pycache__", "tests", "runs", "*.egg-info")
+                shutil.copytree(documented.ROOT, folder / "copying", ignore=ignore)
+                (folder / "copying").rename(folder / "repository")
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "repository"
+
+    def done(self, command: Command) -> Outcome:
+        """How the command ended, run now where it has not been; an AssertionError where one before it failed."""
+        together = [c for c in self.commands if c == command or _are_together(c, command)]
+        key = hashlib.sha256(str(together[0]).encode()).hexdigest()[:16]
+        with self._alone(key):
+            path = self.folder / f"{key}.json"
+            if not path.exists():
+                for need in dict.fromkeys(need for c in together for need in needs(c, self.commands)):
+                    outcome = self.done(need)
+                    assert outcome.returncode == 0, f"before it, {need}\n{outcome.output[-3000:]}"
+                for part in reads(command):
+                    self._make_by_hand(part)
+                outcomes = {str(c): dataclasses.asdict(o) for c, o in zip(together, self._run(together))}
+                path.write_text(json.dumps(outcomes))
+            return Outcome(**json.loads(path.read_text())[str(command)])
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Keeps other test processes out of the block until it ends."""
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _run(self, together: list[Command]) -> list[Outcome]:
+        start_s, port = time.perf_counter(), _free_port()
+        running = []
+        for command in together:
+            flags = [re.sub(r"HOST:\d+$", f"localhost:{port}", flag) for flag in command.flags]
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", command.module, *flags],
+                    cwd=self.root,
+                    env=self._environment(command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        try:
+            outputs = [process.communicate(timeout=_TIMEOUT_S)[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        seconds = time.perf_counter() - start_s
+        return [Outcome(process.returncode, output, seconds) for process, output in zip(running, outputs)]
+
+    def _environment(self, command: Command) -> dict[str, str]:
+        """The reader's: no simulated devices. Compiled programs are shared, and little optimised: all are small."""
+        flags = "--xla_backend_optimization_level=0"
+        if metadata.version("jaxlib").startswith("0.10."):
+            flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
+        if command.value("preset") == "devices":  # as docs/performance.md gives it
+            flags += " --xla_force_host_platform_device_count=8"
+        kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+        return kept | {
+            "HOME": str(self.folder / "home"),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "NPROC": "16",
+            "XLA_FLAGS": flags,
+        }
+
+    def _make_by_hand(self, path: str) -> None:
+        """Makes a file that a reader has from elsewhere."""
+        target = self.root / path
+        if not path.startswith(_BY_HAND):
+            return
+        with self._alone(Path(path).name):
+            if target.exists():
+                return
+            if path in ("val_ids.csv", "test_ids.csv"):  # the split of `shards`, as released lists would give it
+                subjects = np.unique(self._index(path.removesuffix("_ids.csv"))["subject_id"])
+                target.write_text("".join(f"{subject}\n" for subject in subjects))
+            elif path == "mimic3.json":
+                self._convert_normalizer()
+            elif path == "resnet34.pth":
+                self._write_backbone(target)
+            elif path == "notes.py":
+                target.write_text(self.python_block("docs/encoders.md", '"""notes.py'))
+                stay_id = self._index("train")["stay_id"][::2]
+                vector = np.random.default_rng(0).normal(size=(len(stay_id), 5)).astype(np.float32)
+                np.savez(self.root / "notes.npz", stay_id=stay_id, vector=vector)
+            elif path == "moved/shards":
+                shutil.copytree(self.root / "shards", target)
+            else:
+                table = {p.name: {"id": p.ccs, "codes": []} for p in tasks.PHENOTYPES}
+                table["Essential hypertension"]["codes"] = ["4019", "I10"]
+                target.write_text(yaml.safe_dump(table))
+
+    def python_block(self, document: str, begins: str) -> str:
+        """A document's Python block with this beginning."""
+        blocks = re.findall(r"```python\n(.*?)```", (self.root / document).read_text(), re.S)
+        (found,) = [block for block in blocks if block.startswith(begins)]
+        return found
+
+    def run_block(self, block: str, *arguments: str) -> str:
+        """Runs a Python block in the workspace; returns what it prints."""
+        command = [sys.executable, "-c", block, *arguments]
+        environment = self._environment(self.commands[0])
+        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def _index(self, split: str) -> dict[str, np.ndarray]:
+        return records.index(str(self.root / "shards"), "pheno", split)
+
+    def _convert_normalizer(self) -> None:
+        """By the document's own block, from a pickle of the released form."""
+        with (self.root / "normalizer.pickle").open("wb") as file:
+            pickle.dump({"means": np.arange(76.0), "stds": np.ones(76)}, file)
+        self.run_block(self.python_block("docs/weights.md", "import json, pickle, sys"), "normalizer.pickle")
+
+    def _write_backbone(self, target: Path) -> None:
+        """A ResNet as torchvision names it: that of an exported run, with a head of its own."""
+        import torch
+
+        exporting = next(c for c in self.commands if c.value("export") == "best_checkpoint.pth.tar")
+        assert self.done(exporting).returncode == 0
+        whole = torch.load(self.root / "best_checkpoint.pth.tar", weights_only=True)
+        whole, prefix = whole.get("state_dict", whole), "cxr_model.vision_backbone."
+        backbone = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+        width = next(value for name, value in backbone.items() if name.startswith("layer4")).shape[0]
+        torch.save(backbone | {"fc.weight": torch.zeros(1000, width), "fc.bias": torch.zeros(1000)}, target)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def methods_run(commands: list[Command]) -> set[str]:
+    """The methods that some main command trains."""
+    named = {c.value("config.method") for c in commands if c.module == "medfuse_jax.main"}
+    return named & set(methods.METHODS)

@@ -1,0 +1,245 @@
+"""Every command of README, docs/, BENCHMARKS.md and the configs runs, unmocked, and leaves what its document says.
+
+Each is a process of its own in a copy of the repository, on a synthetic cohort, with flags for size added.
+"""
+
+import csv
+import json
+import os
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from documented import ROOT, Command
+from documented_runs import Outcome, Workspace, all_commands, methods_run, needs, reads, unmade, writes
+
+from medfuse_jax import config as config_lib
+from medfuse_jax import costs, records, starts, torch_import
+from medfuse_jax.models import methods
+
+_COMMANDS = all_commands()
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Workspace:
+    """One for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    return Workspace((base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "documented")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", _COMMANDS, ids=lambda command: str(command)[:100])
+def test_a_documented_command_runs(command, workspace, monkeypatch):
+    monkeypatch.chdir(workspace.root)  # where the paths in what it leaves hold
+    for package in _packages(command):
+        pytest.importorskip(package)
+    outcome = workspace.done(command)
+    assert outcome.returncode == 0, outcome.output[-5000:]
+    assert "Traceback" not in outcome.output
+    _LEAVES[command.module](command, outcome, workspace.root)
+
+
+def test_every_method_is_trained_by_a_documented_command_and_nothing_is_read_that_nothing_makes():
+    assert methods_run(_COMMANDS) == set(methods.METHODS)
+    assert {str(command): unmade(command, _COMMANDS) for command in _COMMANDS if unmade(command, _COMMANDS)} == {}
+    lost = Command("README.md", "medfuse_jax.evaluate", ("--workdir=runs/lost",))
+    assert unmade(lost, [*_COMMANDS, lost]) == ["runs/lost"]
+
+
+def test_what_a_command_reads_is_made_before_it():
+    evaluating = next(c for c in _COMMANDS if c.module == "medfuse_jax.evaluate" and "003" in c.value("workdir"))
+    assert [need.value("export") for need in needs(evaluating, _COMMANDS)] == ["", "0,3"]
+    training = next(c for c in _COMMANDS if c.value("workdir") == "runs/pheno" and c.module == "medfuse_jax.main")
+    assert [need.module for need in needs(training, _COMMANDS)] == ["data_prep.build"]
+    assert reads(training) == ["shards"] and writes(training) == ["runs/pheno"]
+
+
+@pytest.mark.slow
+def test_the_block_that_reads_a_dataset_runs(workspace):
+    for command in _COMMANDS:
+        if command.module == "data_prep.build" and command.value("out") == "shards":
+            workspace.done(command)
+    block = workspace.python_block("docs/data.md", "from medfuse_jax import records")
+    printed = workspace.run_block(block + "\nprint(len(manifest['channels']), len(index['stay_id']), sorted(record))")
+    assert printed.startswith("76 ") and "'ehr'" in printed and "'image'" in printed
+
+
+def _packages(command: Command) -> list[str]:
+    """What a command needs that `pip install .` does not bring."""
+    files = [*reads(command), *writes(command)]
+    found = ["torch"] if any(path.endswith((".pth.tar", ".pth")) for path in files) else []
+    # A run from an imported one: the checkpoint that was imported is a torch file.
+    found += ["torch"] if any(path in ("runs/released", "runs/imagenet") for path in files) else []
+    found += ["safetensors"] if any("safetensors" in path or "runs/released_" in path for path in files) else []
+    found += ["apache_beam"] if command.module == "data_prep.beam_films" else []
+    return found + (["optuna"] if command.value("algorithm") == "optuna" else [])
+
+
+# What each command leaves
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _check_scored(folder: Path, predictions: str = "predictions_test.npz", result: str = "result.json") -> dict:
+    """The result of a workdir, whose predictions are whole."""
+    with np.load(folder / predictions) as scored:
+        assert len(scored["scores"]) == len(scored["labels"]) == len(scored["stay_id"]) > 0
+        assert np.isfinite(scored["scores"]).all() and np.ptp(scored["scores"]) > 0
+    found = _json(folder / result)
+    assert np.isfinite(found["loss"]) and 0 <= found["subsets"]["all"]["auroc_macro"] <= 1
+    return found
+
+
+def _check_build(command: Command, outcome: Outcome, root: Path) -> None:
+    if "--explain" in command.flags:
+        assert command.value("profile") in outcome.output and len(outcome.output.splitlines()) > 10
+        return
+    out = str(root / command.value("out"))
+    for task in ("pheno", "mortality", "radiology"):
+        assert all(len(records.open_split(out, task, split)) > 0 for split in ("train", "val", "test"))
+        assert records.manifest(out, task)["profile"] == command.value("profile", "paper")
+    record = records.open_split(out, "radiology", "train")[0]
+    assert record["image"].shape == (256, 256)
+    assert (root / command.value("out") / "audit.html").stat().st_size > 10_000
+
+
+def _check_synthetic(command: Command, outcome: Outcome, root: Path) -> None:
+    assert {path.name for path in (root / command.value("out")).iterdir()} >= {"mimic-iv", "mimic-cxr"}
+
+
+def _check_films(command: Command, outcome: Outcome, root: Path) -> None:
+    assert any(path.is_file() for path in (root / command.value("out")).rglob("*"))
+
+
+def _check_run(command: Command, outcome: Outcome, root: Path) -> None:
+    """A run of `main`, where it says that its report is."""
+    last = outcome.output.strip().splitlines()[-1]
+    page = root / last.removeprefix("report: ")
+    assert last.startswith("report: ") and page.stat().st_size > 10_000, last
+    folder = page.parents[1]
+    if command.value("workdir"):
+        assert folder == root / command.value("workdir")
+    config = config_lib.load(folder / "config.json")
+    assert config.method == command.value("config.method", config.method)
+    result = _check_scored(folder)
+    assert (result["method"], result["task"]) == (config.method, config.task)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["train", "val"] * config.num_epochs
+    assert any((folder / "checkpoints").iterdir())
+    for name in starts.staged(config):
+        assert _check_scored(folder / f"pretrain_{name}")["method"] == f"uni_{name}"
+    if config.profile_steps:
+        assert any((folder / "profile").rglob("*.json.gz"))
+
+
+def _check_evaluation(command: Command, outcome: Outcome, root: Path) -> None:
+    written = outcome.output.strip().splitlines()[-1].removeprefix("written: ").split(", ")
+    result, predictions = (root / path for path in written)
+    assert result.parent == predictions.parent == root / command.value("workdir")
+    found = _check_scored(result.parent, predictions.name, result.name)
+    for asked in (command.value("head"), command.value("drop_film") and "drop_film"):
+        assert asked in result.name
+    if command.value("data_dir"):
+        assert found["data"]["dir"] == command.value("data_dir")
+
+
+def _check_sweep(command: Command, outcome: Outcome, root: Path) -> None:
+    folder = root / command.value("workdir")
+    with (folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished"] * int(command.value("trials"))
+    assert [row["chosen"] for row in rows].count("yes") == 1 and len({row["lr"] for row in rows}) == len(rows)
+    (chosen,) = (row for row in rows if row["chosen"])
+    trial = folder / "trials" / f"{int(chosen['trial']):03d}"
+    assert _check_scored(trial)["best_epoch"] == 1
+    best = runpy.run_path(str(folder / "best_config.py"))["get_config"]()
+    assert config_lib.difference(best, config_lib.load(trial / "config.json"), ("init.ehr", "init.cxr")) == ""
+    assert "<svg" in (folder / "sweep.html").read_text()
+    given = [name for name in ("ehr", "cxr") if command.value(f"config.init.{name}")]
+    for name in ("ehr", "cxr"):
+        source = command.value(f"config.init.{name}") if name in given else str(folder / f"pretrain_{name}")
+        assert best.init[name] == str(root / source)
+        assert (folder / f"pretrain_{name}" / "trained.json").exists() == (name not in given)
+    for number in command.value("export").split(",") if command.value("export") else ():
+        assert any((folder / "trials" / f"{int(number):03d}" / "checkpoints").iterdir())
+    if command.value("process") == "1":
+        assert "once for 1 trials" in outcome.output
+
+
+def _check_ensemble(command: Command, outcome: Outcome, root: Path) -> None:
+    result = _check_scored(root / command.value("workdir"))
+    assert [member["run"] for member in result["members"]] and len(result["members"]) == 2
+
+
+def _check_report(command: Command, outcome: Outcome, root: Path) -> None:
+    text = (root / command.value("out") / "index.html").read_text()
+    assert "<table" in text and "MedFuse" in text
+
+
+def _check_weights(command: Command, outcome: Outcome, root: Path) -> None:
+    if export := command.value("export"):
+        state_dict = torch_import.read(root / export)
+        assert len(state_dict) >= 10 and all(np.isfinite(value).all() for value in state_dict.values())
+        return
+    folder = root / command.value("workdir")
+    assert _json(folder / "import.json")["file"] == command.value("checkpoint")
+    assert any((folder / "checkpoints").iterdir())
+
+
+def _check_bench(command: Command, outcome: Outcome, root: Path) -> None:
+    rows = [json.loads(line) for line in (root / command.value("json")).read_text().splitlines()]
+    assert "left out" not in outcome.output and any(row["contender"] == "ours" for row in rows)
+
+
+def _check_page(name: str):
+    """A page that is made from the records in the repository is the one that is there."""
+
+    def check(command: Command, outcome: Outcome, root: Path) -> None:
+        assert (root / name).read_text() == (ROOT / name).read_text()
+
+    return check
+
+
+def _check_costs(command: Command, outcome: Outcome, root: Path) -> None:
+    """The table of docs/methods.md is current; counts of operations differ a little between versions of XLA."""
+
+    def rows(path: Path) -> dict[str, list[str]]:
+        table = path.read_text().partition(costs._BEGIN)[2].partition(costs._END)[0]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+        return {row[0].strip("`"): row[1:] for row in cells}
+
+    shown, now = rows(ROOT / "docs/methods.md"), rows(root / "docs/methods.md")
+    assert list(shown) == list(now) == list(methods.METHODS)
+    for method, cells in now.items():
+        assert shown[method][:3] == cells[:3]
+        assert [float(x) for x in shown[method][3:]] == pytest.approx([float(x) for x in cells[3:]], rel=0.05)
+
+
+def _check_printed_table(command: Command, outcome: Outcome, root: Path) -> None:
+    assert any(line.startswith("| ") for line in outcome.output.splitlines()), outcome.output
+
+
+def _check_measured(command: Command, outcome: Outcome, root: Path) -> None:
+    assert "rows" in outcome.output, outcome.output
+
+
+_LEAVES = {
+    "data_prep.synthetic": _check_synthetic,
+    "data_prep.build": _check_build,
+    "data_prep.beam_films": _check_films,
+    "data_prep.benchmark": _check_measured,
+    "data_prep.compare_routes": _check_printed_table,
+    "medfuse_jax.main": _check_run,
+    "medfuse_jax.evaluate": _check_evaluation,
+    "medfuse_jax.sweep": _check_sweep,
+    "medfuse_jax.ensemble": _check_ensemble,
+    "medfuse_jax.report": _check_report,
+    "medfuse_jax.torch_import": _check_weights,
+    "medfuse_jax.bench": _check_bench,
+    "medfuse_jax.bench.page": _check_page("BENCHMARKS.md"),
+    "medfuse_jax.bench.growth": _check_page("docs/performance.md"),
+    "medfuse_jax.costs": _check_costs,
+}
