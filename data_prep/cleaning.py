@@ -40,9 +40,7 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     keep their order; others may not, so what is made of them must not depend on it.
     """
     is_class = pl.col("variable").is_in(CLASS_VARIABLES)
-    classes = frame.filter(is_class).join(
-        _class_places(rules), on=["variable", "text"], how="left", maintain_order="left"
-    )
+    classes = frame.filter(is_class).join(_class_places(), on=["variable", "text"], how="left", maintain_order="left")
     numbers = frame.filter(~is_class).with_columns(value=tables.number("text"))
     # Few rows are no plain number, and only they pay for the patterns.
     odd = numbers.filter(pl.col("value").is_null()).with_columns(value=_odd_value(rules))
@@ -55,16 +53,17 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     return _clip(both) if rules.ranges else both.with_columns(clipped=pl.lit(False))
 
 
-def _class_places(rules: Rules) -> pl.DataFrame:
-    """variable, text -> value: the place of the class that the text means."""
+def _class_places() -> pl.DataFrame:
+    """variable, text -> value: the place of the class that the text means.
+
+    'None' of eye opening is a class, also where the released code read it: pandas before 2.0 kept it as text.
+    """
     rows = []
     for place in CLASS_VARIABLES:
         variable = tasks.VARIABLES[place]
         places = {name: i for i, name in enumerate(variable.classes)}
         if variable.name == "Capillary refill rate":
             places |= {text: places[name] for text, name in CAPILLARY_TEXT.items()}
-        if not rules.none_is_class:
-            places.pop("None", None)
         rows += [(place, text, float(i)) for text, i in places.items()]
     return pl.DataFrame(rows, {"variable": pl.UInt8, "text": pl.String, "value": pl.Float64}, orient="row")
 

@@ -21,7 +21,7 @@ from data_prep.cleaning import VARIABLE
 from data_prep.profiles import Rules
 from medfuse_jax import tasks
 
-VERSION = 5  # raise it when the same input gives other events
+VERSION = 6  # raise it when the same input gives other events
 # Fates of a row that is kept; all others are reasons why it is left out.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024

@@ -35,10 +35,6 @@ class Rules:
         "Temperature to Celsius. item: item 223761 is Fahrenheit. over_79: any value of 79 or more "
         "(released extraction)."
     )
-    none_is_class: bool = _rule(
-        "Eye opening 'None' is a class of its own. Off: read as a missing value, as pandas 2 reads it "
-        "(released extraction)."
-    )
     capillary_refill: bool = _rule(
         "Items 223951 and 224308 are read. Off: the channel never moves (released extraction)."
     )
@@ -78,7 +74,6 @@ PAPER = Rules(
     fio2_percent="over_1",
     height_inches=True,
     fahrenheit="item",
-    none_is_class=True,
     capillary_refill=True,
     lab_valuenum=True,
     ranges=True,
@@ -93,7 +88,6 @@ RELEASED = Rules(
     fio2_percent="all",
     height_inches=False,
     fahrenheit="over_79",
-    none_is_class=False,
     capillary_refill=False,
     lab_valuenum=False,
     ranges=False,

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from data_prep import build, discretize, profiles
+from data_prep import build, cleaning, discretize, profiles
 from data_prep.cleaning import VARIABLE
 from data_prep.events import EPSILON_H
 from medfuse_jax import records, tasks
@@ -197,10 +197,19 @@ def test_released_arrays_and_labels_are_the_released_ones(real_data, released):
     }
 
 
-@pytest.mark.parametrize("rule", ["same_time", "none_is_class"])
-def test_the_released_arrays_tell_a_wrong_rule(real_data, released, tmp_path, monkeypatch, rule):
-    wrong = dataclasses.replace(profiles.RELEASED, **{rule: getattr(profiles.PAPER, rule)})
+def _plant_same_time(monkeypatch):
+    wrong = dataclasses.replace(profiles.RELEASED, same_time=profiles.PAPER.same_time)
     monkeypatch.setitem(profiles.PROFILES, "released", wrong)
+
+
+def _plant_none_is_missing(monkeypatch):
+    places = cleaning._class_places()
+    monkeypatch.setattr(cleaning, "_class_places", lambda: places.filter(places["text"] != "None"))
+
+
+@pytest.mark.parametrize("plant", [_plant_same_time, _plant_none_is_missing])
+def test_the_released_arrays_tell_a_wrong_rule(real_data, released, tmp_path, monkeypatch, plant):
+    plant(monkeypatch)
     build.build(real_data / "mimic-iv-demo-2.2", None, tmp_path, profile="released", timestep_h=1, tasks=("mortality",))
     splits = [records.open_split(tmp_path, "mortality", split) for split in tasks.SPLITS]
     planted = {record["stay_id"]: record for split in splits for record in split}

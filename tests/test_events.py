@@ -67,7 +67,7 @@ VALUES = [
     (chart(1, 5, HEART_RATE, "nan"), None, None),
     (chart(1, 5, HEART_RATE, "1e999"), None, None),
     (chart(1, 5, EYE, "To Speech"), _place(EYES, "To Speech"), _place(EYES, "To Speech")),
-    (chart(1, 5, EYE, "None"), _place(EYES, "None"), None),
+    (chart(1, 5, EYE, "None"), _place(EYES, "None"), _place(EYES, "None")),
     (chart(1, 5, EYE, "winks"), None, None),
     (chart(1, 5, CAPILLARY, "Abnormal >3 Seconds"), 1, None),
     (chart(1, 5, CAPILLARY, "Normal <3 Seconds"), 0, None),
