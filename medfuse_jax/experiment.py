@@ -96,8 +96,8 @@ class Experiment:
 
     def state_maker(self) -> Callable[[jax.Array, float], step_lib.TrainState]:
         """(key, learning rate) -> a newly initialised state, by a program compiled once."""
-        extra = {name: np.zeros((1, *of["train"].shape[1:])) for name, of in self.dataset.extra.items()}
-        return step_lib.state_maker(self.options, extra)
+        shapes = tuple((name, (1, *of["train"].shape[1:])) for name, of in self.dataset.extra.items())
+        return step_lib.state_maker(self.options, shapes)
 
     def abstract_state(self) -> step_lib.TrainState:
         """The shapes and types of a state, without computing one."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from medfuse_jax import augment, losses, optim
@@ -47,8 +48,15 @@ class StepOptions:
     head: str = "logits"
 
 
-def state_maker(options: StepOptions, extra: dict | None = None) -> Callable[[jax.Array, float], TrainState]:
-    """(key, learning rate) -> a fresh state: compiled once, however many states are made. extra: see `methods.init`."""
+@functools.lru_cache(maxsize=8)  # a run asks for its state's shapes several times: the model is traced once
+def state_maker(
+    options: StepOptions, extra_shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+) -> Callable[[jax.Array, float], TrainState]:
+    """(key, learning rate) -> a fresh state: compiled once, however many states are made.
+
+    extra_shapes: of the values of further modalities, by name (see `methods.init`).
+    """
+    extra = {name: np.zeros(shape) for name, shape in extra_shapes}
 
     @jax.jit
     def make(key, learning_rate):
