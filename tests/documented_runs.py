@@ -55,15 +55,36 @@ _FILLED = {
 _OUT = {"data_prep.build": "shards", "data_prep.beam_films": "films", "data_prep.benchmark": "benchmark"}
 # The case of each benchmark preset that takes least, as --only finds it.
 _SMALLEST = {
-    "cpu": "bootstrap",
+    "cpu": "uni_ehr",
     "h200": "lstm.*B=16",
     "growth": "uni_ehr B=16 4 h",
     "devices": "2 devices$",
-    "sweeps": "sweep medfuse",
+    "sweeps": "sweep early",
 }
+_RAW = ("--mimic_iv=raw/mimic-iv", "--mimic_cxr=raw/mimic-cxr")
 # What documents say in words, or take as given: the raw tables, and released weights of single encoders.
 _UNDOCUMENTED = [
     Command("data_prep/synthetic.py", "data_prep.synthetic", ("--out=raw", f"--stays={STAYS}")),
+    Command(
+        "docs/data.md",
+        "data_prep.build",
+        (*_RAW, "--out=hourly", "--tasks=decompensation,length_of_stay", "--seed=1", "--workers=1"),
+    ),
+    Command("docs/data.md", "medfuse_jax.evaluate", ("--workdir=runs/pheno", "--split=val", "--drop_ehr=0.5")),
+    Command("docs/sweeps.md", "medfuse_jax.main", ("--config=sweeps/pheno/best_config.py", "--workdir=runs/best")),
+    Command(
+        "docs/performance.md",
+        "medfuse_jax.main",
+        (
+            "--config=configs/pheno.py",
+            "--config.method=uni_ehr",
+            "--config.data.dir=shards",
+            "--config.placement=device",
+            "--config.parallel=jit",
+            "--workdir=runs/jit",
+            *_SIZES,
+        ),
+    ),
     *(
         Command("docs/weights.md", "medfuse_jax.torch_import", flags)
         for method in ("uni_ehr", "uni_cxr")
@@ -140,6 +161,7 @@ def reads(command: Command) -> list[str]:
     )
     found = [command.value(name) for name in names]
     found += [path.partition(":")[0] for path in command.value("runs").split(",")]
+    found += [command.value("config")] if command.value("config").endswith("best_config.py") else []
     found += [
         p for p in (command.value("config.data.statistics"), command.value("config.model.modalities")) if "." in p
     ]
@@ -265,17 +287,21 @@ class Workspace:
         flags = "--xla_backend_optimization_level=0"
         if metadata.version("jaxlib").startswith("0.10."):
             flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
+        more = {}
         if command.value("preset") == "devices":  # as docs/performance.md gives it
-            flags += " --xla_force_host_platform_device_count=8"
+            flags, more = f"{flags} --xla_force_host_platform_device_count=8", {"NPROC": "16"}
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        return kept | {
-            "HOME": str(self.folder / "home"),
-            "XDG_CACHE_HOME": str(self.folder / "cache"),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "NPROC": "16",
-            "XLA_FLAGS": flags,
-        }
+        return (
+            kept
+            | more
+            | {
+                "HOME": str(self.folder / "home"),
+                "XDG_CACHE_HOME": str(self.folder / "cache"),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "XLA_FLAGS": flags,
+            }
+        )
 
     def _make_by_hand(self, path: str) -> None:
         """Makes a file that a reader has from elsewhere."""

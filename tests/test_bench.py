@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import re
@@ -33,6 +34,7 @@ from medfuse_jax.bench import (
 )
 from medfuse_jax.errors import UserError
 from medfuse_jax.models import chunked_lstm, lstm, methods, pallas_lstm
+from medfuse_jax.sweep import spent
 
 _ROOT = Path(__file__).parent.parent
 _TINY = {case.kind: dataclasses.replace(case, peers=()) for case in cases.preset("tiny")[0]}
@@ -150,11 +152,26 @@ def test_trials_are_set_beside_runs_alone(monkeypatch):
 
 
 def test_what_a_sweep_says_of_its_costs_is_read():
-    said = (
-        "once for 64 trials: pre-training 0.0 s, start-up 8.1 s, encoding 1.5 s, compilation 2.0 s, "
-        "waiting for input 0.4 s; 12 steps of all in 3.5 s"
-    )
-    assert sweep_case.once(said) == (8.1, 1.5, 2.0, 0.4, 12.0, 3.5)
+    compiled = compilation.Count(seconds=2.0)
+    costs = spent.Costs(64, startup_s=8.1, encode_s=1.5, compiled=compiled, input_s=0.4, train_s=3.5, steps=12)
+    assert sweep_case.once(f"epoch 1/1\n{costs.summary()}\n") == (8.1, 1.5, 2.0, 0.4, 12.0, 3.5)
+
+
+@pytest.mark.slow
+def test_every_kind_of_case_runs_by_the_command_and_its_records_make_a_page(tmp_path):
+    """With the peers in torch where it is installed, and the first step's processes."""
+    records = tmp_path / "results" / "2026-01-01_tiny" / "tiny.json"
+    bench = ["medfuse_jax.bench", "--preset=tiny", "--repeats=1", f"--json={records}"]
+    page = ["medfuse_jax.bench.page", f"--results={tmp_path / 'results'}", f"--out={tmp_path / 'PAGE.md'}"]
+    for command in (bench, page):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=_ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    assert {row["settings"]["kind"] for row in rows} == {case.kind for case in cases.preset("tiny")[0]}
+    peers = {row["contender"] for row in rows} & set(cases.PEERS)
+    assert peers == (set(cases.PEERS) if importlib.util.find_spec("torch") else set())
+    text = (tmp_path / "PAGE.md").read_text()
+    assert all(f"| {row['case']} | " in text for row in rows)
 
 
 @pytest.mark.slow

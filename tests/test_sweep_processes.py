@@ -1,6 +1,7 @@
 """The sweep's command: several processes, a kill at any moment, its flags, and the job files that start it."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -15,8 +16,10 @@ import pytest
 import yaml
 
 from medfuse_jax import command_line, files
+from medfuse_jax import config as config_lib
 from medfuse_jax.errors import UserError
 from medfuse_jax.sweep import pods
+from medfuse_jax.sweep import search as search_lib
 
 _ROOT = Path(__file__).parent.parent
 _CONFIG = """
@@ -67,11 +70,11 @@ def _free_port():
         return free.getsockname()[1]
 
 
-def _start_together(num_processes, tmp_path, shards, workdir, **more):
+def _start_together(num_processes, tmp_path, shards, workdir, *flags, **more):
     """The processes of one sweep, started."""
     shared = [f"--coordinator=localhost:{_free_port()}", f"--num_processes={num_processes}"]
-    flags = [[*shared, f"--process={i}"] for i in range(num_processes)] if num_processes > 1 else [[]]
-    return [_start(_command(tmp_path, shards, workdir, *of_process, **more)) for of_process in flags]
+    own = [[*shared, f"--process={i}"] for i in range(num_processes)] if num_processes > 1 else [[]]
+    return [_start(_command(tmp_path, shards, workdir, *flags, *of_process, **more)) for of_process in own]
 
 
 @pytest.mark.slow
@@ -89,11 +92,63 @@ def test_processes_share_the_trials(tmp_path, shards, num_processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_sweep_stopped_while_it_pretrains_goes_on(tmp_path, shards, num_processes):
-    """SIGTERM within each stage, then a run to the end: the table of a sweep that nothing stopped."""
+def test_processes_draw_rounds_from_each_others_trials(tmp_path, shards):
+    pytest.importorskip("optuna")
+    flags = ["--algorithm=optuna", "--round=2", "--seed=5"]
+    running = _start_together(2, tmp_path, shards, "rounds", *flags, num_epochs=1)
+    said = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert [row["status"] for row in _table(tmp_path / "rounds")] == ["finished"] * 4
+    assert len(list((tmp_path / "rounds" / "rounds").iterdir())) == 2
+    alone = subprocess.run(
+        _command(tmp_path, shards, "alone", *flags, num_epochs=1), cwd=_ROOT, capture_output=True, text=True
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert _table(tmp_path / "alone") == _table(tmp_path / "rounds")
+
+
+@pytest.mark.slow
+def test_processes_export_heads_on_encoders_that_the_first_trained(tmp_path, shards):
+    running = _start_together(
+        2, tmp_path, shards, "heads", "--export=0,1", num_epochs=1, trials=2, fields=_PRETRAINED | {"method": "early"}
+    )
+    said = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    rows = {int(row["trial"]): row for row in _table(tmp_path / "heads")}
+    for number in range(2):
+        folder = tmp_path / "heads" / "trials" / f"{number:03d}"
+        command = [sys.executable, "-m", "medfuse_jax.evaluate", f"--workdir={folder}", "--split=val"]
+        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        scored = json.loads((folder / "result_val.json").read_text())["subsets"]["all"]["auroc_macro"]
+        assert scored == pytest.approx(float(rows[number]["val_auroc"]), abs=1e-6)
+
+
+def test_the_command_draws_and_exports_what_its_flags_say(tmp_path, shards):
+    search = "lr:loguniform(1e-3,1e-2)"
+    for more in (["--seed=3"], ["--seed=3", "--export=1"]):
+        done = subprocess.run(
+            _command(tmp_path, shards, "swept", *more, num_epochs=1, trials=2),
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    drawn = search_lib.draw(search_lib.parse([search], config_lib.default()), 2, seed=3)
+    rows = {int(row["trial"]): float(row["lr"]) for row in _table(tmp_path / "swept")}
+    assert rows == {trial.number: trial.values["learning_rate"] for trial in drawn}
+    assert any((tmp_path / "swept" / "trials" / "001" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [(1, 1, 1), (2, 1, 2)])
+def test_a_sweep_stopped_while_it_pretrains_goes_on(tmp_path, shards, processes):
+    """SIGTERM within each stage, then a run to the end: the table of a sweep that nothing stopped.
+
+    processes: how many there are at each start.
+    """
     settings = {"num_epochs": 1, "trials": 2, "fields": _PRETRAINED}
-    for stage in ("cxr", "ehr"):
+    for stage, num_processes in zip(("cxr", "ehr"), processes):
         running = _start_together(num_processes, tmp_path, shards, "stopped", **settings)
         folder, end_s = tmp_path / "stopped" / f"pretrain_{stage}", time.monotonic() + 240
         while not any(folder.glob("checkpoints/*[0-9]")) and time.monotonic() < end_s and running[0].poll() is None:
@@ -105,9 +160,9 @@ def test_a_sweep_stopped_while_it_pretrains_goes_on(tmp_path, shards, num_proces
         assert all("stopped; the same command goes on" in text for text in said)
         reached = (folder / "metrics.jsonl").read_text().count('"val"')
         assert 1 <= reached < 12 and not (folder / "trained.json").exists()
-    running = _start_together(num_processes, tmp_path, shards, "stopped", **settings)
+    running = _start_together(processes[-1], tmp_path, shards, "stopped", **settings)
     said = [process.communicate(timeout=240)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * num_processes, said
+    assert [process.returncode for process in running] == [0] * processes[-1], said
     (whole,) = _start_together(1, tmp_path, shards, "whole", **settings)
     said = whole.communicate(timeout=240)[0]
     assert whole.returncode == 0, said

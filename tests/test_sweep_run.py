@@ -168,6 +168,23 @@ def test_trials_that_stop_early_free_their_place(ehr_config, tmp_path, monkeypat
     assert sizes == [5, epochs.count(3)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "unified"},  # alternates batches of stays and of X-rays
+        {"method": "uni_cxr", "task": "radiology"},  # has no series
+        {"method": "medfuse_attention", "model.modalities": "static", "checkpoint_every_steps": 2},
+    ],
+    ids=str,
+)
+def test_other_models_are_swept(tiny_config, tmp_path, changes):
+    tiny_config.update_from_flattened_dict(changes | {"num_epochs": 1})
+    rows = sweep(tiny_config, tmp_path, RATES, num_trials=2, lanes=1)
+    assert [row["status"] for row in rows] == ["finished"] * 2 and rows[0]["chosen"] == "yes"
+    assert (results.trial_dir(tmp_path, int(rows[0]["trial"])) / "result.json").exists()
+
+
 def test_trials_that_need_other_programs_or_data_are_groups_of_their_own(tiny_config, tmp_path):
     values = [
         {"learning_rate": 1e-3},
