@@ -56,7 +56,7 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
 def _class_places() -> pl.DataFrame:
     """variable, text -> value: the place of the class that the text means.
 
-    'None' of eye opening is a class, also where the released code read it: pandas before 2.0 kept it as text.
+    'None' of eye opening is a class, as in the released code: pandas before 2.0 reads it as text.
     """
     rows = []
     for place in CLASS_VARIABLES:

@@ -306,14 +306,14 @@ def load(path: Path) -> ConfigDict:
     return config
 
 
-def difference(a: ConfigDict, b: ConfigDict, but_for: Iterable[str] = ()) -> str:
+def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str:
     """'field is value in a there and value in b here' for the first field in which two configs differ, '' for none.
 
     Task and method come before all others, most of which follow from them. Fields that change no number of a run, but
-    for rounding, are no difference, nor are those of `but_for`.
+    for rounding, are no difference, nor are the `ignored` ones.
     """
     flat_a, flat_b = (flat(c) for c in (a, b))
-    fields = (flat_a.keys() | flat_b.keys()) - ONLY_HOW - {"data.dir", *but_for}
+    fields = (flat_a.keys() | flat_b.keys()) - ONLY_HOW - {"data.dir", *ignored}
     differing = sorted(f for f in fields if flat_a.get(f) != flat_b.get(f))
     if not differing:
         return ""

@@ -122,6 +122,7 @@ def _listed(member: Member, weight: float | None) -> dict:
 
 def _check_free(workdir: Path, content: dict) -> None:
     """Raises UserError where the workdir is something else's than this ensemble's."""
+    workdir_lib.check_outside_sweeps(workdir)
     path = workdir / "config.json"
     if path.exists() and _read_json(path, "choose another --workdir") != content:
         raise UserError(f"{workdir} holds another run: choose another --workdir")
@@ -189,13 +190,18 @@ def _best_step(workdir: Path) -> int | None:
     return step
 
 
+def _result(workdir: Path) -> dict:
+    """The result on the test split, {} where there is none."""
+    path = evaluate.Scored().result_path(workdir)
+    return _read_json(path) if path.exists() else {}
+
+
 def _check_up_to_date(workdir: Path) -> None:
     """Raises UserError where an ensemble was made of weights that its members have since trained on from."""
-    path = evaluate.Scored().result_path(workdir)
-    members = _read_json(path).get("members", []) if path.exists() else []
-    for member in members:
-        step = _best_step(_folder_and_head(member["run"])[0])
-        if step not in (None, member.get("step")):
+    for member in _result(workdir).get("members", []):
+        folder, _ = _folder_and_head(member["run"])
+        step = _best_step(folder)
+        if (step or _result(folder).get("step")) not in (None, member.get("step")):
             raise UserError(f"{workdir} was made of older weights of {member['run']}: make that ensemble again")
 
 
@@ -311,7 +317,7 @@ def _num_left_out(scored: list[tuple[Member, dict]], num_scored: int) -> int:
 
 
 def _title(member: Member, members: list[Member]) -> str:
-    """A member's method and classifier, or its run as given where another member has the same."""
+    """A member's method and classifier, or its path if another member has the same."""
 
     def named(one: Member) -> str:
         return f"{one.result['method']}:{one.head}" if one.head else one.result["method"]

@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     compilation.keep()
     name_data(config)
     folder = Path(flags.FLAGS.workdir or _default_workdir(config))
+    workdir.check_outside_sweeps(folder)
 
     # What is missing is said now, not after hours of pre-training.
     run = experiment.open_experiment(config)

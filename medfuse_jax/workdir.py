@@ -8,6 +8,8 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import experiment, files, tasks
 from medfuse_jax.errors import UserError
 
+_SWEEP_DEPTH = 3  # trials/003/pretrain_ehr
+
 
 def locked(workdir: Path) -> contextlib.AbstractContextManager:
     """Makes the folder and keeps a second process out of it while the block runs."""
@@ -26,9 +28,9 @@ def claim(workdir: Path, run: experiment.Experiment, by_sweep: bool = False) -> 
     check_apart(workdir, run.config.data.dir)
     # A start that failed before anything was trained claims nothing.
     if any(any(workdir.glob(made)) for made in ("checkpoints", "pretrain_*/checkpoints", "result*.json")):
-        # A sweep compares what it was given itself, and its own encoders may have moved with its folder.
-        but_for = ("init.ehr", "init.cxr") if by_sweep else ()
-        if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config, but_for):
+        # The sweep has compared its own config; its encoders' paths change when its folder is moved.
+        ignored = ("init.ehr", "init.cxr") if by_sweep else ()
+        if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config, ignored):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir")
         _check_data(workdir, run)
     with files.must_write(f"--workdir={workdir}"):
@@ -38,9 +40,14 @@ def claim(workdir: Path, run: experiment.Experiment, by_sweep: bool = False) -> 
 
 
 def check_outside_sweeps(workdir: Path) -> None:
-    """Raises UserError if the workdir is inside a sweep's folder, where only the sweep writes."""
-    if any((above / "sweep.json").exists() for above in workdir.resolve().parents):
-        raise UserError(f"{workdir} is in the folder of a sweep: choose another --workdir")
+    """Raises UserError if the workdir is inside a sweep's folder, where only the sweep writes.
+
+    Looks as deep as a sweep's folders go, and through links both ways.
+    """
+    for path in (workdir.absolute(), workdir.resolve()):
+        for above in path.parents[:_SWEEP_DEPTH]:
+            if (above / "sweep.json").exists():
+                raise UserError(f"{workdir} is in the folder of a sweep, {above}: choose another --workdir")
 
 
 def check_apart(workdir: Path, data_dir: str) -> None:

@@ -274,6 +274,24 @@ def splits(runs, tmp_path, monkeypatch):
     return patients
 
 
+def test_an_ensemble_of_predictions_alone_is_a_member_until_they_are_made_anew(runs, tmp_path):
+    """No checkpoints are left: the step of the stored result tells whether a member was trained on."""
+    ensemble.ensemble(runs[0], tmp_path / "late")
+    nested = [str(tmp_path / "late"), runs[0][1]]
+    ensemble.ensemble(nested, tmp_path / "nested")
+    path = tmp_path / "ehr" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 900}))
+    with pytest.raises(UserError, match=r"was made of older weights of .*ehr: make that ensemble again"):
+        ensemble.ensemble(nested, tmp_path / "again")
+
+
+def test_an_ensemble_is_not_written_into_a_sweep(runs, tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match="is in the folder of a sweep"):
+        ensemble.ensemble(runs[0], tmp_path / "trials" / "010")
+    assert not (tmp_path / "trials").exists()
+
+
 def test_members_of_two_builds_of_one_split_are_combined(runs, tmp_path, splits):
     splits[tmp_path / "cxr"]["test"] = [5, 6, 7]
     ensemble.ensemble(runs[0], tmp_path / "out")

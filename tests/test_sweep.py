@@ -155,8 +155,11 @@ def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path, monkeypatch
     ehr_config.batch_size = 16
     with pytest.raises(UserError, match=r"holds another sweep \(config\.batch_size is 32 there and 16 here\)"):
         sweep(ehr_config, tmp_path / "sweep", RATES, num_trials=1)
-    with pytest.raises(UserError, match="holds a run, not a sweep"):
+    with pytest.raises(UserError, match="is in the folder of a sweep"):
         sweep(ehr_config, results.trial_dir(tmp_path / "sweep", 0), RATES, num_trials=1)
+    shutil.copytree(results.trial_dir(tmp_path / "sweep", 0), tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run, not a sweep"):
+        sweep(ehr_config, tmp_path / "run", RATES, num_trials=1)
 
 
 def test_the_shards_are_no_folder_of_a_sweep(ehr_config, shards):

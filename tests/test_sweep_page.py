@@ -62,12 +62,36 @@ def test_a_chart_of_close_rates_is_drawn_with_these_labels():
     assert 2 <= svg.count("e−4<") <= 5 and ">0.000" not in svg
 
 
-def test_long_names_below_an_axis_are_tilted():
-    names = ["medfuse_attention", "joint_learnable", "uni_ehr", "mmtm4"]
+def test_ticks_that_read_the_same_are_one():
+    rates = [1e-4, 1.00001e-4]
+    with mpl.rc_context(page._STYLE):
+        axes = _drawn(rates)
+        page._scale_log(axes)
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels and len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["medfuse_attention", "joint_learnable", "joint_zeros", "uni_ehr", "mmtm4", "unified"],
+        [f"static,../../modalities/notes_{i}.py" for i in range(3)],
+    ],
+)
+def test_long_names_below_an_axis_are_tilted_and_stay_in_the_chart(names):
     with mpl.rc_context(page._STYLE):
         axes = _drawn(names)
-        page._fit_names(axes, set(names))
-        assert {label.get_rotation() for label in axes.get_xticklabels()} == {25}
-        short = _drawn(names[2:])
-        page._fit_names(short, set(names[2:]))
-        assert {label.get_rotation() for label in short.get_xticklabels()} == {0}
+        assert any(left.x1 > right.x0 for left, right in itertools.pairwise(_extents(axes))), "they would overlap"
+        page._fit_names(axes, names)
+        extents = [*_extents(axes), axes.xaxis.label.get_window_extent()]
+        assert min(e.x0 for e in extents) > 0 and min(e.y0 for e in extents) > 0
+        shown = [label.get_text() for label in axes.get_xticklabels()]
+        assert len(set(shown)) == len(names), "what tells them apart is still there"
+        assert all(label.get_rotation() == 35 for label in axes.get_xticklabels())
+
+
+def test_short_names_are_left_as_they_are():
+    with mpl.rc_context(page._STYLE):
+        axes = _drawn(["uni_ehr", "mmtm4"])
+        page._fit_names(axes, ["uni_ehr", "mmtm4"])
+        assert {label.get_rotation() for label in axes.get_xticklabels()} == {0}

@@ -30,6 +30,14 @@ def test_a_sweep_goes_on_with_the_build_of_the_data_that_it_began_with(config, t
     _refused(tmp_path, config, "is no longer the build that the sweep in", digest="another")
 
 
+def test_a_folder_of_runs_does_not_become_a_sweeps(config, tmp_path):
+    """They could not be resumed there."""
+    (tmp_path / "pheno").mkdir()
+    config_lib.save(config, tmp_path / "pheno" / "config.json")
+    _refused(tmp_path, config, "holds other runs, such as pheno: choose another --workdir")
+    assert not (tmp_path / "sweep.json").exists()
+
+
 def test_what_changes_no_number_is_no_other_sweep(config, tmp_path):
     results.claim(tmp_path, config, "digest", _SEARCH)
     config.data.dir, config.placement = "elsewhere", "device"

@@ -198,6 +198,20 @@ def test_trials_that_need_other_programs_or_data_are_groups_of_their_own(tiny_co
     assert [[trial.number for trial in group] for group in groups] == [[0, 2], [1, 4], [3]]
 
 
+def test_a_group_is_the_same_where_the_sweep_and_the_shards_were_moved(tiny_config, tmp_path):
+    """lanes/ is found again. Encoders from elsewhere are others."""
+    tiny_config.pretrain.ehr = {"method": "uni_ehr"}
+    trial, shared = search.Trial(0, {"learning_rate": 1e-3}), []
+    for folder in ("before", "after"):
+        tiny_config.data.dir = str(tmp_path / folder / "shards")
+        encoders = {"ehr": (tmp_path / folder / "pretrain_ehr", None)}
+        shared.append(run_lib.Sweep(tiny_config, tmp_path / folder, encoders).shared_by(trial))
+    assert shared[0] == shared[1] and "pretrain_ehr" in shared[0]
+    tiny_config.init.cxr = str(tmp_path / "given")
+    encoders["cxr"] = (tmp_path / "given", None)
+    assert run_lib.Sweep(tiny_config, tmp_path / "after", encoders).shared_by(trial) != shared[1]
+
+
 def test_groups_share_the_programs_of_equal_steps_and_keep_none_that_no_trial_needs(ehr_config, tmp_path, monkeypatch):
     together, costs = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True), spent.Costs()
     values = [{}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16, "model.dropout": 0.1}, {"beta2": 0.9}]

@@ -66,17 +66,35 @@ def test_what_is_no_run_is_left_as_it_is(run, tmp_path, name, content, said):
     assert json.loads((tmp_path / name).read_text()) == content and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("inside", ["trials/003", "pretrain_ehr", "new", "trials/003/pretrain_ehr", "link"])
-def test_the_folders_of_a_sweep_are_its_own(run, tmp_path, inside):
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "sweep/trials/003",
+        "sweep/pretrain_ehr",
+        "sweep/new",
+        "sweep/trials/003/pretrain_ehr",
+        "link",
+        "sweep/elsewhere/003",
+    ],
+)
+def test_the_folders_of_a_sweep_are_its_own(run, tmp_path, folder):
+    """Also through a link into it, and through one that leads out of it."""
     swept = tmp_path / "sweep"
     swept.mkdir()
     (swept / "sweep.json").write_text("{}")
     (tmp_path / "link").symlink_to(swept / "trials" / "003")
-    folder = tmp_path / "link" if inside == "link" else swept / inside
-    with pytest.raises(UserError, match="is in the folder of a sweep: choose another --workdir"):
-        workdir.claim(folder, run)
-    assert [path.name for path in swept.iterdir()] == ["sweep.json"]
+    (tmp_path / "scratch").mkdir()
+    (swept / "elsewhere").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match=rf"is in the folder of a sweep, {swept}: choose another --workdir"):
+        workdir.claim(tmp_path / folder, run)
+    assert {path.name for path in swept.iterdir()} == {"sweep.json", "elsewhere"}
+    assert not any((tmp_path / "scratch").iterdir())
     workdir.claim(swept / "trials" / "003", run, by_sweep=True)
+
+
+def test_runs_beside_a_sweep_are_not_in_it(run, tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    workdir.claim(tmp_path / "a" / "b" / "c" / "run", run)
 
 
 def test_shards_that_were_moved_are_said_once(run, tmp_path):

@@ -106,7 +106,12 @@ def _cannot(case: cases.Case) -> str:
 
 def _changed(case: cases.Case, values) -> cases.Case:
     """The case with what the command line sets."""
-    given = {"repeats": values.repeats, "precision": values.precision, "peers": () if values.ours_only else None}
+    given = {
+        "repeats": values.repeats,
+        "warm_up": values.warm_up,
+        "precision": values.precision,
+        "peers": () if values.ours_only else None,
+    }
     return dataclasses.replace(case, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -154,6 +159,7 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "A file to append the records to, one line of JSON a contender.")
     flags.DEFINE_string("data_dir", None, "Shards of phenotyping to take batches from, instead of made-up arrays.")
     flags.DEFINE_integer("repeats", None, "Repeats of every contender.", lower_bound=1)
+    flags.DEFINE_integer("warm_up", None, "Passes of every contender before the first that counts.", lower_bound=0)
     flags.DEFINE_enum("precision", None, ["float32", "bfloat16"], "Of ours and of torch_tuned.")
     flags.DEFINE_bool("ours_only", False, "Without what ours is compared with in PyTorch and scikit-learn.")
 

@@ -60,6 +60,7 @@ def run(request: Request, process: pods.Process, started_s: float) -> None:
     if unknown := set(request.export) - {trial.number for trial in tried.drawn}:
         raise UserError(f"--export={min(unknown)}: the trials are 0 to {len(tried.drawn) - 1}")
     _name_data(config, process.is_first)
+    workdir_lib.check_outside_sweeps(workdir)
     workdir_lib.check_apart(workdir, config.data.dir)
     costs = spent.Costs()
     compilation.count_into(costs.compiled)
@@ -253,7 +254,7 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence
 
 
 def _export(sweep: run_lib.Sweep, trial: search.Trial) -> None:
-    """Writes the checkpoint of a trial that is kept in a file; its config then says where the shards are now."""
+    """Writes the checkpoint of a trial whose state is in state.npz, and its config with the shards' present path."""
     folder = results.trial_dir(sweep.workdir, trial.number)
     if (folder / "state.npz").exists():
         config = sweep.config_of(trial)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from medfuse_jax import webpage
 from medfuse_jax.report import style, workdirs
@@ -16,8 +16,9 @@ from medfuse_jax.webpage import CHART_STYLE, INK, MUTED, run_color
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _HEIGHT_PX = 420, 290
-_MOST_TICKS = 5  # labels of a log axis
-_MOST_CHARACTERS = 42  # of all names below an axis, side by side
+_MAX_TICKS = 5  # labels of a log axis
+_MAX_CHARACTERS = 42  # of all names below an axis, side by side
+_MAX_NAME = 18  # characters of a tilted one
 _CHOSEN = run_color(1)
 _NAMES = {
     "learning_rate": "learning rate",
@@ -123,7 +124,7 @@ def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
             axes.plot([value], [r["val_auroc"]], "o", color=_CHOSEN if is_chosen else run_color(0), **size)
         axes.margins(x=0.08, y=0.2)
         if not are_numbers:
-            _fit_names(axes, set(values))
+            _fit_names(axes, list(dict.fromkeys(values)))
         elif values and min(values) > 0 and (field == "learning_rate" or max(values) / min(values) > 20):
             _scale_log(axes)
         if chosen in shown:
@@ -133,12 +134,13 @@ def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
 
 
 def _scale_log(axes: Axes) -> None:
-    """Makes the x axis logarithmic, with few labels whatever its range. After the points: their limits decide."""
+    """Makes the x axis logarithmic, with few labels at any range. Call it after drawing: it reads the axis' limits."""
     axes.set_xscale("log")
     axes.autoscale_view()
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(FixedLocator(_log_ticks(low, high)))
-    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}" if low >= 0.005 else _scientific(tick))
+    write = "{:g}".format if low >= 0.005 else _scientific
+    labels = {write(tick): tick for tick in _log_ticks(low, high)}  # of ticks that read the same, one
+    axes.set_xticks(list(labels.values()), list(labels))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -149,8 +151,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
         ticks = [factor * 10.0**exponent for exponent in exponents for factor in factors]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 3:
-            return ticks[:: -(-len(ticks) // _MOST_TICKS)]
-    steps = MaxNLocator(_MOST_TICKS - 1).tick_values(low, high)
+            return ticks[:: -(-len(ticks) // _MAX_TICKS)]
+    steps = MaxNLocator(_MAX_TICKS - 1).tick_values(low, high)
     return [float(tick) for tick in steps if low <= tick <= high]
 
 
@@ -160,14 +162,13 @@ def _scientific(tick: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
 
 
-def _fit_names(axes: Axes, names: set[str]) -> None:
-    """Tilts the names below an axis where they would overlap."""
-    if sum(map(len, names)) > _MOST_CHARACTERS:
-        axes.tick_params(axis="x", labelrotation=25)
-        for label in axes.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
+def _fit_names(axes: Axes, names: list[str]) -> None:
+    """Tilts and shortens the names below an axis where they would overlap. names: in the order of the axis."""
+    if sum(map(len, names)) > _MAX_CHARACTERS:
+        shown = [name if len(name) <= _MAX_NAME else f"…{name[1 - _MAX_NAME :]}" for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=35, ha="right", rotation_mode="anchor")
         left, _, width, _ = axes.get_position().bounds
-        axes.set_position((left, 0.3, width, 0.65))
+        axes.set_position((left, 0.36, width, 0.59))
 
 
 def _say_chosen(axes: Axes, at: tuple[float, float], text: str) -> None:

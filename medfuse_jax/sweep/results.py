@@ -82,6 +82,8 @@ def claim(workdir: Path, config: ConfigDict, digest: str, search: dict, writes: 
     if there is None:
         if (workdir / "config.json").exists():
             raise UserError(f"{workdir} holds a run, not a sweep: choose another --workdir")
+        if runs := sorted(workdir.glob("*/config.json")):
+            raise UserError(f"{workdir} holds other runs, such as {runs[0].parent.name}: choose another --workdir")
         if left := [name for name in ("trials", "rounds") if any((workdir / name).glob("*"))]:
             raise UserError(f"{workdir} holds {left[0]}/ and no sweep.json to say whose: choose another --workdir")
     else:

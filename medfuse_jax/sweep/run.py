@@ -63,9 +63,12 @@ class Sweep:
         return {name: self.encoders[name] for name, path in config.init.items() if path}
 
     def shared_by(self, trial: Trial) -> str:
-        """What a trial has in common with all of its group."""
+        """What a trial has in common with all of its group; the same where the shards or the sweep were moved."""
         fields = config_lib.flat(self.config_of(trial))
-        return json.dumps({k: v for k, v in fields.items() if k not in _WITHIN_A_GROUP}, sort_keys=True)
+        own = {str(folder.absolute()): folder.name for folder, _ in self.encoders.values()}
+        fields |= {k: own.get(v, v) for k, v in fields.items() if k.startswith("init.")}
+        left_out = {*_WITHIN_A_GROUP, "data.dir"}
+        return json.dumps({k: v for k, v in fields.items() if k not in left_out}, sort_keys=True)
 
 
 @dataclasses.dataclass

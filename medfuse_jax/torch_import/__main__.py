@@ -110,6 +110,7 @@ def _claim(workdir: Path, run, note: dict) -> None:
     from medfuse_jax import checkpoints
     from medfuse_jax import workdir as workdir_lib
 
+    workdir_lib.check_outside_sweeps(workdir)
     with files.must_write(f"--workdir={workdir}"):
         if workdir.exists() and any(workdir.iterdir()):
             raise UserError(f"{workdir} is not empty: choose another --workdir")
