@@ -6,21 +6,32 @@ A command is parsed by test_docs.py and run by test_documented_commands.py.
 import ast
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
+from medfuse_jax import costs
 from medfuse_jax.models import methods
 
 ROOT = Path(__file__).parent.parent
-_COMMAND = re.compile(r"python -m ((?:medfuse_jax|data_prep)[\w.]*)((?:[ ]+--?[\w.]+(?:=[^\s`]*)?)*)")
+_QUOTED = r"'[^']*'" + r'|"[^"]*"'
+_FLAG = rf"(?:{_QUOTED}|--?[\w.]+(?:=(?:{_QUOTED}|[^\s`'\"])*)?)"
+_COMMAND = re.compile(
+    rf"((?:\b[A-Z][A-Z_]*=[^\s`]+ +)*)python -m ((?:medfuse_jax|data_prep)[\w.]*)((?: +{_FLAG})*)(.{{0,3}})"
+)
+_UNREAD = re.compile(r" ?['\"]| --?\w| \\")  # a flag that the pattern above stopped before
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command as a document shows it. where: the document, relative to the repository; flags: '--name=value'."""
+    """A command as a document shows it.
+
+    where: the document, relative to the repository; flags: '--name=value', unquoted; environment: 'NAME=value' before.
+    """
 
     where: str
     module: str
     flags: tuple[str, ...]
+    environment: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return " ".join([f"{self.where}: {self.module}", *self.flags])
@@ -51,8 +62,17 @@ def commands() -> list[Command]:
     found = []
     order = sorted(texts().items(), key=lambda item: (not item[0].startswith("README"), item[0]))
     for where, text in order:
-        text = re.sub(r"\\?\n\s*(?=--)", " ", text)  # a command that goes on in the next line
-        for module, flags in _COMMAND.findall(text):
+        text = re.sub(r" *(?:\\\n\s*|\n\s*(?=--))", " ", text)  # a command that goes on in the next line
+        for environment, module, flags, after in _COMMAND.findall(text):
+            if _UNREAD.match(after):
+                raise ValueError(f"{where}: cannot read what follows {module}{flags}: {after!r}")
             named = [flags.replace("=NAME", f"={name}") for name in methods.METHODS] if "=NAME" in flags else [flags]
-            found += [Command(where, module, tuple(one.split())) for one in named]
+            found += [Command(where, module, tuple(shlex.split(one)), tuple(environment.split())) for one in named]
     return list(dict.fromkeys(found))
+
+
+def made_table(page: str) -> dict[str, list[str]]:
+    """The table of docs/methods.md that `medfuse_jax.costs` makes: method -> its further cells."""
+    rows = page.partition(costs._BEGIN)[2].partition(costs._END)[0].strip().splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {row[0].strip("`"): row[1:] for row in cells}

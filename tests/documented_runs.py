@@ -53,8 +53,8 @@ _FILLED = {
     "--runner=...": "--runner=DirectRunner",
 }
 _OUT = {"data_prep.build": "shards", "data_prep.beam_films": "films", "data_prep.benchmark": "benchmark"}
-# The case of each benchmark preset that takes least, as --only finds it.
-_SMALLEST = {
+# The quickest case of each benchmark preset, as a pattern for --only.
+SMALLEST = {
     "cpu": "uni_ehr",
     "h200": "lstm.*B=16",
     "growth": "uni_ehr B=16 4 h",
@@ -71,7 +71,28 @@ _UNDOCUMENTED = [
         (*_RAW, "--out=hourly", "--tasks=decompensation,length_of_stay", "--seed=1", "--workers=1"),
     ),
     Command("docs/data.md", "medfuse_jax.evaluate", ("--workdir=runs/pheno", "--split=val", "--drop_ehr=0.5")),
+    Command("docs/data.md", "data_prep.build", (*_RAW, "--out=strict", "--profile=strict")),
+    Command("README.md", "data_prep.build", (_RAW[0], "--out=ehr_alone")),
+    *(
+        Command(
+            "README.md",
+            "medfuse_jax.main",
+            (
+                "--config=configs/pheno.py",
+                "--config.method=uni_ehr",
+                f"--config.data.dir={shards}",
+                f"--workdir=runs/{folder}",
+                *_SIZES,
+            ),
+        )
+        for shards, folder in (("ehr_alone", "ehr_alone"), ("shards", "moved"))
+    ),
     Command("docs/sweeps.md", "medfuse_jax.main", ("--config=sweeps/pheno/best_config.py", "--workdir=runs/best")),
+    Command(
+        "docs/sweeps.md",
+        "medfuse_jax.sweep",
+        ("--config=listed.py", "--config.data.dir=shards", "--trials=3", "--workdir=sweeps/listed", *_SIZES),
+    ),
     Command(
         "docs/performance.md",
         "medfuse_jax.main",
@@ -101,8 +122,17 @@ _UNDOCUMENTED = [
         )
     ),
 ]
-# Made by hand below.
-_BY_HAND = ("val_ids.csv", "test_ids.csv", "mimic3.json", "resnet34.pth", "notes.py", "moved/shards", "icd_9_10")
+# Files that a reader has from elsewhere, made by hand below -> what they are made from.
+_BY_HAND = {
+    "val_ids.csv": "shards",
+    "test_ids.csv": "shards",
+    "notes.py": "shards",
+    "moved/shards": "shards",
+    "resnet34.pth": "best_checkpoint.pth.tar",
+    "mimic3.json": "",
+    "listed.py": "",
+    "icd_9_10_definitions_2.yaml": "",
+}
 
 
 def all_commands() -> list[Command]:
@@ -110,25 +140,28 @@ def all_commands() -> list[Command]:
     shown = [c for c in documented.commands() if c.where.endswith(".md") or c.where.startswith("configs/")]
     found = {}
     for command in [*map(as_run, shown), *_UNDOCUMENTED]:
-        found.setdefault((command.module, command.flags), command)
+        # The benchmark's quickest case is the same whatever cases and file a document names; and rows that differ in
+        # their learning rate alone run the same program.
+        alike = tuple(flag for flag in command.flags if not flag.startswith("--config.learning_rate="))
+        key = command.value("preset") or (command.module, alike)
+        found.setdefault(key, command)
     return list(found.values())
 
 
 def as_run(command: Command) -> Command:
     """The command with the reader's own paths, and overrides for size."""
-    flags = [_FILLED.get(flag, flag) for flag in command.flags]
+    filled = _FILLED | ({"--workdir=DIR": "--workdir=runs/moved"} if command.value("data_dir") else {})
+    flags = [filled.get(flag, flag) for flag in command.flags]
     flags = [f"--out={_OUT.get(command.module)}" if flag == "--out=DIR" else flag for flag in flags]
     more = {
         "medfuse_jax.main": _for_main,
         "medfuse_jax.sweep": _for_sweep,
         "medfuse_jax.torch_import": lambda command: _SIZES if command.value("config") else (),
+        "medfuse_jax.bench": _for_bench,
         "data_prep.benchmark": lambda command: ("--copies=8", "--repeats=1"),
     }.get(command.module, lambda command: ())
-    if command.module == "medfuse_jax.bench":
-        preset = command.value("preset")
-        flags = [f"--preset={preset}", f"--only={_SMALLEST[preset]}", "--repeats=1", f"--json=bench_{preset}.json"]
-    filled = dataclasses.replace(command, flags=tuple(flags))
-    return dataclasses.replace(filled, flags=(*filled.flags, *more(filled)))
+    command = dataclasses.replace(command, flags=tuple(flags))
+    return dataclasses.replace(command, flags=(*command.flags, *more(command)))
 
 
 def _for_main(command: Command) -> list[str]:
@@ -139,7 +172,8 @@ def _for_main(command: Command) -> list[str]:
     elif not command.value("config.data.dir"):
         flags.append("--config.data.dir=shards")
     if command.where == "docs/methods.md" and command.value("config") != "configs/demo.py":
-        values = [flag.partition("=")[2] for flag in command.flags if not flag.startswith("--config=")]
+        unnamed = ("--config=", "--config.learning_rate=")
+        values = [flag.partition("=")[2] for flag in command.flags if not flag.startswith(unnamed)]
         named = [value for value in values if value not in ("true", "false")] or [Path(command.value("config")).stem]
         flags.append(f"--workdir=runs/{'_'.join(named)}")
     if command.value("config.profile_steps"):
@@ -148,8 +182,18 @@ def _for_main(command: Command) -> list[str]:
 
 
 def _for_sweep(command: Command) -> list[str]:
-    # That of README as it stands.
-    return list(_SIZES) if command.value("workdir") == "sweeps/pheno" else [*_SIZES, "--trials=3"]
+    if command.value("workdir") == "sweeps/pheno":
+        return list(_SIZES)  # the README's sweep runs all ten trials
+    return [*_SIZES, "--trials=3", *(["--round=2"] if command.value("round") else [])]
+
+
+def _for_bench(command: Command) -> list[str]:
+    preset = command.value("preset")
+    whole_commands = ["--warm_up=0"] if preset == "sweeps" else []
+    return [f"--only={SMALLEST[preset]}", "--repeats=1", *whole_commands, f"--json=bench_{preset}.json"]
+
+
+_WEIGHTS = (".safetensors", ".pth.tar")
 
 
 def reads(command: Command) -> list[str]:
@@ -161,14 +205,11 @@ def reads(command: Command) -> list[str]:
     )
     found = [command.value(name) for name in names]
     found += [path.partition(":")[0] for path in command.value("runs").split(",")]
-    found += [command.value("config")] if command.value("config").endswith("best_config.py") else []
+    found += [command.value("config")] if not command.value("config").startswith("configs/") else []
     found += [
         p for p in (command.value("config.data.statistics"), command.value("config.model.modalities")) if "." in p
     ]
     return [{"runs": "runs/pheno"}.get(path, path) for path in found if path]
-
-
-_WEIGHTS = (".safetensors", ".pth.tar")
 
 
 def writes(command: Command) -> list[str]:
@@ -187,6 +228,7 @@ def needs(command: Command, commands: list[Command]) -> list[Command]:
         return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
 
     read = [path for path in reads(command) if not is_in(path, writes(command))]
+    read = [_BY_HAND.get(path, path) for path in read]
     before = commands[: commands.index(command)]
     makers = [c for c in commands if any(is_in(path, writes(c)) for path in read)]
     makers += [c for c in before if set(writes(c)) & set(writes(command)) and not _are_together(c, command)]
@@ -199,7 +241,7 @@ def unmade(command: Command, commands: list[Command]) -> list[str]:
     return [
         path
         for path in reads(command)
-        if not path.startswith(_BY_HAND) and not any(path == m or path.startswith(f"{m}/") for m in made)
+        if path not in _BY_HAND and not any(path == m or path.startswith(f"{m}/") for m in made)
     ]
 
 
@@ -227,16 +269,30 @@ class Workspace:
         folder.mkdir(parents=True, exist_ok=True)
         with self._alone("copy"):
             if not (folder / "repository").exists():
-                ignore = shutil.ignore_patterns(".git", ".*cache", "__pycache__", "tests", "runs", "*.egg-info")
-                shutil.copytree(documented.ROOT, folder / "copying", ignore=ignore)
+                self._copy(folder / "copying")
                 (folder / "copying").rename(folder / "repository")
+
+    @staticmethod
+    def _copy(target: Path) -> None:
+        """Copies what a clone holds and commands read. Pages that commands make are spoilt: they have to be made."""
+        for name in ("medfuse_jax", "data_prep", "configs", "docs", "jobs", "results"):
+            shutil.copytree(documented.ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in documented.ROOT.glob("*.md"):
+            if path.name != "BENCHMARKS.md":
+                shutil.copy(path, target)
+        for name in ("methods.md", "performance.md"):
+            page = target / "docs" / name
+            made = re.compile(r"(<!-- made by [^>]* -->\n).*?(<!-- end -->)", re.S)
+            spoilt, count = made.subn(r"\1spoilt\n\2", page.read_text())
+            assert count == 1, name
+            page.write_text(spoilt)
 
     @property
     def root(self) -> Path:
         return self.folder / "repository"
 
     def done(self, command: Command) -> Outcome:
-        """How the command ended, run now where it has not been; an AssertionError where one before it failed."""
+        """Run the command unless it has run, after what it needs; return how it ended."""
         together = [c for c in self.commands if c == command or _are_together(c, command)]
         key = hashlib.sha256(str(together[0]).encode()).hexdigest()[:16]
         with self._alone(key):
@@ -287,9 +343,8 @@ class Workspace:
         flags = "--xla_backend_optimization_level=0"
         if metadata.version("jaxlib").startswith("0.10."):
             flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
-        more = {}
-        if command.value("preset") == "devices":  # as docs/performance.md gives it
-            flags, more = f"{flags} --xla_force_host_platform_device_count=8", {"NPROC": "16"}
+        more = dict(setting.split("=", 1) for setting in command.environment)
+        flags = f"{flags} {more.pop('XLA_FLAGS', '')}"
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
         return (
             kept
@@ -306,7 +361,7 @@ class Workspace:
     def _make_by_hand(self, path: str) -> None:
         """Makes a file that a reader has from elsewhere."""
         target = self.root / path
-        if not path.startswith(_BY_HAND):
+        if path not in _BY_HAND:
             return
         with self._alone(Path(path).name):
             if target.exists():
@@ -323,6 +378,9 @@ class Workspace:
                 stay_id = self._index("train")["stay_id"][::2]
                 vector = np.random.default_rng(0).normal(size=(len(stay_id), 5)).astype(np.float32)
                 np.savez(self.root / "notes.npz", stay_id=stay_id, vector=vector)
+            elif path == "listed.py":
+                block = self.python_block("docs/sweeps.md", "def sweep(add)")
+                target.write_text(f"{(self.root / 'configs' / 'pheno.py').read_text()}\n\n{block}")
             elif path == "moved/shards":
                 shutil.copytree(self.root / "shards", target)
             else:
@@ -357,8 +415,6 @@ class Workspace:
         """A ResNet as torchvision names it: that of an exported run, with a head of its own."""
         import torch
 
-        exporting = next(c for c in self.commands if c.value("export") == "best_checkpoint.pth.tar")
-        assert self.done(exporting).returncode == 0
         whole = torch.load(self.root / "best_checkpoint.pth.tar", weights_only=True)
         whole, prefix = whole.get("state_dict", whole), "cxr_model.vision_backbone."
         backbone = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}

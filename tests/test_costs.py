@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import documented
 import pytest
 
 from medfuse_jax import costs, ensemble
@@ -10,19 +11,14 @@ from medfuse_jax.models import chunked_lstm, methods
 
 _ROOT = Path(__file__).parent.parent
 _PAGE = (_ROOT / "docs" / "methods.md").read_text()
-_TABLE = _PAGE.partition(costs._BEGIN)[2].partition(costs._END)[0]
+_ROWS = documented.made_table(_PAGE)
 _BETWEEN_VERSIONS = 0.05  # how far XLA's counts of operations of the same model lie apart
 _COMMANDS = re.findall(r"`(python -m medfuse_jax\.\w+ --[^`]+)`", _PAGE)
 
 
-def _rows(table: str = _TABLE) -> dict[str, list[str]]:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
-    return {row[0].strip("`"): row[1:] for row in rows}
-
-
 @pytest.mark.slow
 def test_every_method_is_in_the_table_with_its_parameters():
-    assert {method: row[2] for method, row in _rows().items()} == {
+    assert {method: row[2] for method, row in _ROWS.items()} == {
         method: f"{costs.num_params(method):,}" for method in methods.METHODS
     }
 
@@ -33,7 +29,7 @@ def test_operations_of_the_lstm_are_those_of_its_products():
     products = 3 * 2 * 4 * 256 * (76 + 256 + 256 + 256)  # forward, and backward to inputs and kernels
     products -= 2 * 4 * 256 * 76  # no gradient of the series itself is asked for
     assert products < flops["time_step"] < 1.1 * products
-    assert float(_rows()["uni_ehr"][3]) == pytest.approx(flops["time_step"] / 1e6, rel=_BETWEEN_VERSIONS)
+    assert float(_ROWS["uni_ehr"][3]) == pytest.approx(flops["time_step"] / 1e6, rel=_BETWEEN_VERSIONS)
     assert chunked_lstm.CHUNK_STEPS == (16, 4)  # left as it was
 
 
