@@ -48,6 +48,12 @@ def test_a_number_of_a_record_is_on_the_page(tmp_path):
     )
 
 
+def test_the_command_of_simulated_devices_says_how_they_are_simulated(tmp_path):
+    several = _row(environment=_row()["environment"] | {"num_local_devices": 8})
+    repeat = "NPROC=16 XLA_FLAGS=--xla_force_host_platform_device_count=8 \\\n    python -m medfuse_jax.bench\n"
+    assert f"```\n{repeat}```" in page.render(_write(tmp_path, several))
+
+
 @pytest.mark.parametrize(("median", "verdict"), [(3.0, "reached"), (2.99, "**missed**")])
 def test_a_target_is_reached_or_missed(tmp_path, median, verdict):
     text = page.render(

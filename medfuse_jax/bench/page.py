@@ -167,12 +167,20 @@ def _section(path: Path, rows: list[dict], is_open: bool) -> str:
     return "\n".join([*parts, "</details>\n"])
 
 
+def _as_typed(row: dict) -> str:
+    """The record's command, with what simulates its devices on a CPU."""
+    environment = row["environment"]
+    count = environment["num_local_devices"] if environment["platform"] == "cpu" else 1
+    simulated = f"NPROC=16 XLA_FLAGS=--xla_force_host_platform_device_count={count} \\\n    " if count > 1 else ""
+    return simulated + row["command"]
+
+
 def _about(rows: list[dict]) -> str:
     """The machine, the software and the command."""
     environment, loads = rows[0]["environment"], [row["environment"]["load_average"] for row in rows]
     versions = [f"{p} {environment[p]}" for p in ("python", "jax", "flax", "numpy")]
     versions += sorted({f"torch {row['environment']['torch']}" for row in rows if "torch" in row["environment"]})
-    commands = "\n".join(sorted({row["command"] for row in rows}))
+    commands = "\n".join(sorted({_as_typed(row) for row in rows}))
     commits = ", ".join(sorted({row["environment"]["commit"] for row in rows}))
     return (
         f"{environment['device']} (devices: {environment['num_local_devices']}), {environment['cpu']}, "
