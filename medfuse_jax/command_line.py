@@ -36,6 +36,8 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
         try:
             main(argv)
         except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt):
+                _leave(in_one_line(error, resumes), status(error))
             if line := in_one_line(error, resumes):
                 _end(line, status(error))
             raise
@@ -62,6 +64,13 @@ def status(error: BaseException) -> int:
     """What a command exits with: 2 where the same command would fail again until its user puts something right."""
     fails_again = isinstance(error, UserError) and not isinstance(error, TryLater)
     return _USER_ERROR if fails_again or is_out_of_memory(error) else 1
+
+
+def _leave(line: str, status: int) -> NoReturn:
+    """Ends the process at once: one interrupted while a thread starts would wait for that thread for ever."""
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _end(line: str, status: int = _USER_ERROR) -> NoReturn:
