@@ -89,6 +89,8 @@ def open_run(workdir: Path, on: list | None = None, data_dir: str = "") -> exper
     """
     if is_ensemble(workdir):
         raise UserError(f"{workdir} holds an ensemble, which has no weights: give the workdir of one of its runs")
+    if (workdir / "sweep.json").exists():
+        raise UserError(f"{workdir} holds a sweep: give one of its trials, such as {workdir / 'trials' / '000'}")
     config = config_lib.load(workdir / "config.json")
     if data_dir:
         config.data.dir = data_dir

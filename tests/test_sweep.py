@@ -105,6 +105,8 @@ def test_trials_are_exported_and_chosen_where_the_shards_were_moved(tiny_config,
     (tmp_path / "before").rename(tmp_path / "after")
     tiny_config.data.dir = str(tmp_path / "after")
     assert sweep(tiny_config, tmp_path / "sweep", RATES, num_trials=2, lanes=1, export=[0, 1]) == rows
+    with pytest.raises(UserError, match=r"holds a sweep: give one of its trials, such as .*trials/000"):
+        evaluate.evaluate(tmp_path / "sweep")
     for number in range(2):
         found = evaluate.evaluate(results.trial_dir(tmp_path / "sweep", number))
         assert found["data"]["dir"] == str(tmp_path / "after")

@@ -231,10 +231,12 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence
     records = [results.record(workdir, trial) for trial in trials]
     print(results.write_table(workdir, records))
     for trial, r in zip(trials, records):
+        _update_paths(sweep, trial)
         if trial.number in wanted and r["status"] == results.FAILED:
             print(f"--export={trial.number}: the trial failed and has no checkpoint")
         elif trial.number in wanted:
             _export(sweep, trial)
+            print(f"--export={trial.number}: in {results.trial_dir(workdir, trial.number) / 'checkpoints'}")
     chosen = results.choose(records)
     if chosen is None:
         page.write(workdir, sweep.config.to_dict(), records)
@@ -244,8 +246,7 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence
     folder = results.trial_dir(workdir, best.number)
     if not (folder / "result.json").exists():
         _export(sweep, best)
-        # The test split, once, for the chosen alone.
-        result = evaluate.evaluate(folder, on=parallel.devices()[:1], data_dir=sweep.config.data.dir)
+        result = evaluate.evaluate(folder, on=parallel.devices()[:1])  # the test split, once, for the chosen alone
         assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
     if tested := workdirs.read_run(folder).result:
         print("\n" + text.table([tested]))
@@ -253,10 +254,20 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence
     print(f"\nchosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")
 
 
+def _update_paths(sweep: run_lib.Sweep, trial: search.Trial) -> None:
+    """Makes a trial's config name the shards and encoders where they are now."""
+    path = results.trial_dir(sweep.workdir, trial.number) / "config.json"
+    if not path.exists():  # the trial failed before its first step
+        return
+    config, now = config_lib.load(path), sweep.config_of(trial)
+    if (config.data.dir, config.init) != (now.data.dir, now.init):
+        config.data.dir, config.init = now.data.dir, now.init
+        config_lib.save(config, path)
+
+
 def _export(sweep: run_lib.Sweep, trial: search.Trial) -> None:
-    """Writes the checkpoint of a trial whose state is in state.npz, and its config with the shards' present path."""
+    """Writes the checkpoint of a trial whose state is in state.npz."""
     folder = results.trial_dir(sweep.workdir, trial.number)
     if (folder / "state.npz").exists():
         config = sweep.config_of(trial)
         heads.export(config, folder, sweep.encoders_of(config))
-        config_lib.save(config, folder / "config.json")

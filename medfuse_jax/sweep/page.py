@@ -215,7 +215,8 @@ def _new_axes(x_label: str, y_label: str) -> Axes:
 
 def _table(records: list[dict], chosen: dict | None) -> str:
     fields = list(dict.fromkeys(field for r in records for field in r["values"]))
-    heads = ["Trial", *(_name(f) for f in fields), "Validation AUROC", "best epoch", "epochs", "ended"]
+    names = [_NAMES[f][0].upper() + _NAMES[f][1:] if f in _NAMES else f for f in fields]
+    heads = ["Trial", *names, "Validation AUROC", "Best epoch", "Epochs", "Ended"]
     head = "".join(
         f'<th scope="col" class="{"num" if 0 < i < len(heads) - 1 else ""}">{escape(h)}</th>'
         for i, h in enumerate(heads)

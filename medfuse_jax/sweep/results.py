@@ -181,7 +181,7 @@ def write_best_config(workdir: Path, chosen: dict, config: ConfigDict) -> Path:
         path,
         f'"""Trial {chosen["trial"]} of a sweep ({values}): validation AUROC {chosen["val_auroc"]:.4f}.\n\n'
         "Run alone it gives the same to rounding, which training may amplify (docs/sweeps.md).\n"
-        f'Command: python -m medfuse_jax.main --config={path}\n"""\n\n'
+        f'Command: python -m medfuse_jax.main --config={path.absolute()}\n"""\n\n'
         "from ml_collections import ConfigDict\n\nfrom medfuse_jax import config as config_lib\n\n\n"
         "def get_config() -> ConfigDict:\n    config = config_lib.default()\n"
         f"    config.update_from_flattened_dict(\n        {{\n{lines}        }}\n    )\n    return config\n",

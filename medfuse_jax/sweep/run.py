@@ -53,6 +53,7 @@ class Sweep:
         Its pre-training is done: it starts from the encoders that the trials share, those that it would have trained.
         """
         config = trial.config(self.config)
+        config.data.dir = str(Path(config.data.dir).absolute())
         for name in starts.staged(config):
             config.init[name] = str(self.encoders[name][0].absolute())
         config.pretrain = ConfigDict()
