@@ -189,8 +189,8 @@ def _for_sweep(command: Command) -> list[str]:
 
 def _for_bench(command: Command) -> list[str]:
     preset = command.value("preset")
-    whole_commands = ["--warm_up=0"] if preset == "sweeps" else []
-    return [f"--only={SMALLEST[preset]}", "--repeats=1", *whole_commands, f"--json=bench_{preset}.json"]
+    sizes = ["--repeats=1", *(["--warm_up=0", "--trials=3"] if preset == "sweeps" else [])]
+    return [f"--only={SMALLEST[preset]}", *sizes, f"--json=bench_{preset}.json"]
 
 
 _WEIGHTS = (".safetensors", ".pth.tar")

@@ -141,12 +141,9 @@ def test_the_command_draws_and_exports_what_its_flags_say(tmp_path, shards):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [(1, 1, 1), (2, 1, 2)])
-def test_a_sweep_stopped_while_it_pretrains_goes_on(tmp_path, shards, processes):
-    """SIGTERM within each stage, then a run to the end: the table of a sweep that nothing stopped.
-
-    processes: how many there are at each start.
-    """
+def test_a_sweep_stopped_while_it_pretrains_goes_on(tmp_path, shards):
+    """SIGTERM within each stage, then a run to the end: the table of a sweep that nothing stopped."""
+    processes = (2, 1, 2)  # at each start
     settings = {"num_epochs": 1, "trials": 2, "fields": _PRETRAINED}
     for stage, num_processes in zip(("cxr", "ehr"), processes):
         running = _start_together(num_processes, tmp_path, shards, "stopped", **settings)

@@ -109,6 +109,7 @@ def _changed(case: cases.Case, values) -> cases.Case:
     given = {
         "repeats": values.repeats,
         "warm_up": values.warm_up,
+        "num_trials": values.trials,
         "precision": values.precision,
         "peers": () if values.ours_only else None,
     }
@@ -160,6 +161,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "Shards of phenotyping to take batches from, instead of made-up arrays.")
     flags.DEFINE_integer("repeats", None, "Repeats of every contender.", lower_bound=1)
     flags.DEFINE_integer("warm_up", None, "Passes of every contender before the first that counts.", lower_bound=0)
+    flags.DEFINE_integer("trials", None, "Trials of the sweeps' cases.", lower_bound=1)
     flags.DEFINE_enum("precision", None, ["float32", "bfloat16"], "Of ours and of torch_tuned.")
     flags.DEFINE_bool("ours_only", False, "Without what ours is compared with in PyTorch and scikit-learn.")
 
