@@ -63,7 +63,7 @@ def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
     failed = sum(r["status"] == results.FAILED for r in records)
     text = f"{len(records)} trials" + (f", of which {failed} failed" if failed else "") + ". "
     if chosen:
-        values = ", ".join(f"{_name(field)} {value}" for field, value in chosen["values"].items())
+        values = ", ".join(f"{_name(field)} {_text(field, value)}" for field, value in chosen["values"].items())
         text += (
             f"Chosen by validation alone: trial {chosen['trial']} ({values}), with an AUROC of "
             f"{number(chosen['val_auroc'])} at epoch {chosen['best_epoch']}."
@@ -223,8 +223,8 @@ def _table(records: list[dict], chosen: dict | None) -> str:
     )
     rows = []
     for r in results.in_order(records):
-        cells = [_text(r["values"].get(field)) for field in fields]
-        cells += [number(r.get("val_auroc"), 4), _text(r.get("best_epoch")), _text(r.get("epochs"))]
+        cells = [_text(field, r["values"].get(field)) for field in fields]
+        cells += [number(r.get("val_auroc"), 4), *(_text(field, r.get(field)) for field in ("best_epoch", "epochs"))]
         name = f"{r['trial']}{', chosen' if r is chosen else ''}"
         ended = r["status"] + (f": {r['reason']}" if r["reason"] else "")
         rows.append(
@@ -239,7 +239,9 @@ def _table(records: list[dict], chosen: dict | None) -> str:
     )
 
 
-def _text(value) -> str:
+def _text(field: str, value) -> str:
     if value is None:
         return "–"
+    if field == "learning_rate":
+        return _scientific(value)
     return f"{value:.5g}" if isinstance(value, float) and math.isfinite(value) else str(value)
