@@ -18,26 +18,19 @@ from pathlib import Path
 
 from absl import flags
 
-from data_prep import (
-    audit,
-    cohort,
-    cxr,
-    describe,
-    events,
-    existing,
-    icd_routes,
-    pipeline,
-    profiles,
-    progress,
-    stages,
-    steps,
-    tables,
-)
-from data_prep import phenotypes as icd
+from data_prep import cache, pipeline, profiles, progress, rebuild
+from data_prep.audit import gather
+from data_prep.ehr import cohort, events
+from data_prep.images import store as image_store
+from data_prep.labels import hourly, icd
+from data_prep.labels import phenotypes as phenotype_labels
 from data_prep.pipeline import Source
-from medfuse_jax import command_line, records
-from medfuse_jax.errors import UserError, check_choice
-from medfuse_jax.tasks import CHANNELS, TASKS
+from data_prep.raw import tables
+from data_prep.write import describe
+from medfuse_jax import records
+from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime.errors import UserError, check_choice
+from medfuse_jax.schema import CHANNELS, TASKS
 
 # The tasks of the paper; those with a label an hour are built when they are asked for.
 DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if not task.per_step)
@@ -70,7 +63,7 @@ def build(
     names = _check_tasks(tasks, mimic_cxr)
     _check_apart(out, names, [Path(folder) for folder in (mimic_iv, mimic_cxr) if folder])
     if mimic_cxr is None:
-        existing.check_without_films(out, names)
+        rebuild.check_without_films(out, names)
     if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # nan neither
         raise UserError(f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours")
     if workers is not None and workers < 1:
@@ -96,27 +89,27 @@ def build(
             f"warning: --profile={profile} without --phenotypes=FILE (icd_9_10_definitions_2.yaml of the released "
             "extraction): its phenotype labels are not the released ones"
         )
-    with stages.private(out) as hidden:
+    with cache.private(out) as hidden:
         fingerprint = source.fingerprint(hidden / "tables.json")
         _say_versions(fingerprint, mimic_iv, mimic_cxr)
-        films = cxr.read_films(source.mimic_cxr) if mimic_cxr else None
+        films = image_store.read_films(source.mimic_cxr) if mimic_cxr else None
         inputs = {
             name: {"key": _task_key(name, source, fingerprint, film_hash), "film_files": film_hash}
             for name, film_hash in pipeline.film_hashes(source, films, names).items()
         }
-        existing.warn_of_others(out, names, options, fingerprint)
+        rebuild.warn_of_others(out, names, options, fingerprint)
         todo = {}
         for name, known_by in inputs.items():
-            manifest = existing.read_manifest(out / name)
+            manifest = rebuild.read_manifest(out / name)
             if manifest.get("key") == _task_key(name, source, fingerprint, manifest.get("film_files")):
                 changes = [] if manifest["key"] == known_by["key"] else ["other films, or some missing or unreadable"]
             else:
-                changes = existing.changes(manifest, options, fingerprint)
-            if not existing.is_done(out / name, manifest, changes):
+                changes = rebuild.changes(manifest, options, fingerprint)
+            if not rebuild.is_done(out / name, manifest, changes):
                 todo[name] = known_by
         if todo:
             pipeline.make(out, hidden, source, fingerprint, films, val_ids, test_ids, todo)
-        audit.write(out)
+        gather.write(out)
 
 
 def _check_storetime(source: Source) -> None:
@@ -165,17 +158,23 @@ def _file_hash(path: str | Path | None) -> str | None:
 
 def _task_key(name: str, source: Source, fingerprint: dict, film_hash: str | None) -> str:
     """A hash of all that a task's dataset is made from: tables, films, options, rules and versions of code."""
-    return stages.key(
+    return cache.key(
         task=dataclasses.asdict(TASKS[name]),
         channels=CHANNELS,
         options=source.options,
         rules=dataclasses.asdict(source.rules),
         tables=[fingerprint["mimic_iv_files"], fingerprint.get("mimic_cxr_files")],
         films=film_hash,
-        versions=[records.FORMAT_VERSION, cohort.VERSION, events.VERSION, pipeline.ARRAYS_VERSION, icd.VERSION],
-        codes=icd_routes.PACKAGE if name == "pheno" else None,
-        pixels=[cxr.VERSION, cxr.DECODER] if film_hash else None,
-        facts=[steps.VERSION, describe.VERSION],
+        versions=[
+            records.FORMAT_VERSION,
+            cohort.VERSION,
+            events.VERSION,
+            pipeline.ARRAYS_VERSION,
+            phenotype_labels.VERSION,
+        ],
+        codes=icd.PACKAGE if name == "pheno" else None,
+        pixels=[image_store.VERSION, image_store.DECODER] if film_hash else None,
+        facts=[hourly.VERSION, describe.VERSION],
     )
 
 

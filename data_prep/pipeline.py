@@ -8,26 +8,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_prep import (
-    cohort,
-    cxr,
-    datasets,
-    describe,
-    discretize,
-    events,
-    pairing,
-    profiles,
-    progress,
-    stages,
-    synthetic,
-    tables,
-    time_check,
-)
-from data_prep import phenotypes as icd
-from data_prep import steps as step_tasks
+from data_prep import cache, profiles, progress
+from data_prep.ehr import cohort, discretize, events
+from data_prep.images import pairing
+from data_prep.images import store as image_store
+from data_prep.labels import hourly as step_tasks
+from data_prep.labels import phenotypes as icd
+from data_prep.raw import tables
+from data_prep.synthetic import tree
+from data_prep.write import datasets, describe, time_check
 from medfuse_jax import records
-from medfuse_jax.errors import UserError
-from medfuse_jax.tasks import CHANNELS, SPLITS, TASKS, Task
+from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.schema import CHANNELS, SPLITS, TASKS, Task
 
 _MAX_UNDATED = 0.01  # of the events kept: more than that is said
 ARRAYS_VERSION = 3  # raise it when the same events give other arrays
@@ -50,7 +42,7 @@ class Source:
         table = next(iter(self.mimic_iv.values())).path
         # The folder may be a link, and so may the table alone, to anywhere: also where no folder is two above it.
         above = [table.parents[1].resolve().parent, *table.resolve().parents[2:3]]
-        return any((folder / synthetic.REPORT).is_file() for folder in above)
+        return any((folder / tree.REPORT).is_file() for folder in above)
 
     def fingerprint(self, cache: Path) -> dict:
         """Versions and files, for the manifest; `cache` as of tables.fingerprints."""
@@ -87,8 +79,8 @@ def film_hashes(source: Source, films: tuple | None, names: list[str]) -> dict[s
     hashes = {}
     for films_only in sorted({TASKS[name].films_only for name in names}):
         used = _labelled(source, films[0]) if films_only else _of_stays(source, films[0])
-        hashes[films_only] = stages.key(
-            films=cxr.signatures(source.cxr_root, used.select("dicom_id", "path").iter_rows(), source.workers)
+        hashes[films_only] = cache.key(
+            films=image_store.signatures(source.cxr_root, used.select("dicom_id", "path").iter_rows(), source.workers)
         )
     return {name: hashes[TASKS[name].films_only] for name in names}
 
@@ -100,7 +92,7 @@ def _of_stays(source: Source, films: pl.DataFrame) -> pl.DataFrame:
 
 
 def _labelled(source: Source, films: pl.DataFrame) -> pl.DataFrame:
-    return films.join(cxr.read_labels(source.mimic_cxr), on="study_id", maintain_order="left")
+    return films.join(image_store.read_labels(source.mimic_cxr), on="study_id", maintain_order="left")
 
 
 def make(
@@ -125,7 +117,7 @@ def make(
         arrays = {task.name: _arrays_stage(hidden, source, people, task, events_dir) for task in stay_tasks}
     store, labelled, pairs = None, None, {name: _no_pairs() for name in arrays}
     if films:
-        store = cxr.FilmStore(hidden / "films", source.cxr_root, source.rules.film_shape, source.workers)
+        store = image_store.FilmStore(hidden / "films", source.cxr_root, source.rules.film_shape, source.workers)
         if "radiology" in inputs:
             labelled = _labelled(source, films[0])
             store.add(labelled.select("dicom_id", "path").iter_rows())
@@ -152,7 +144,7 @@ def make(
         shutil.rmtree(left)
 
 
-def _film_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: cxr.FilmStore) -> tuple:
+def _film_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: image_store.FilmStore) -> tuple:
     """Index, record generators and counts of a task whose records are films."""
     readable = labelled.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
     patients = cohort.read_patients(source.mimic_iv)
@@ -214,13 +206,13 @@ def _say_flow(flow: list[dict]) -> None:
 
 
 def _events_stage(hidden: Path, source: Source, fingerprint: dict, people: Cohort) -> Path:
-    key = stages.key(
+    key = cache.key(
         files=fingerprint["mimic_iv_files"],
         cohort=cohort.digest(people.stays),  # an event holds its stay's row
         rules=dataclasses.asdict(source.rules),
         version=events.VERSION,
     )
-    folder = stages.run(
+    folder = cache.run(
         hidden, "events", key, lambda folder: events.extract(source.mimic_iv, people.stays, source.rules, folder)
     )
     _say_events(events.read_counts(folder))
@@ -243,12 +235,12 @@ def _arrays_stage(hidden: Path, source: Source, people: Cohort, task: Task, even
     window_h = cohort.window_h(task, source.rules.pheno_window_h)
     # Tasks that see the same part of the same stays share their arrays.
     name = "whole" if window_h is None else f"{'first' if task.window_h is None else 'full'}{window_h:g}h"
-    key = stages.key(events=events_dir.name, name=name, step=source.options["timestep_h"], version=ARRAYS_VERSION)
+    key = cache.key(events=events_dir.name, name=name, step=source.options["timestep_h"], version=ARRAYS_VERSION)
 
     def write(folder: Path) -> None:
         discretize.write_arrays(folder, events_dir, people.stays, source.rules, task, source.options["timestep_h"])
 
-    arrays = discretize.Arrays.open(stages.run(hidden, f"arrays-{name}", key, write))
+    arrays = discretize.Arrays.open(cache.run(hidden, f"arrays-{name}", key, write))
     if not len(arrays.row):
         raise UserError(
             f"no stay has an event that the task {task.name!r} can use: are chartevents and labevents whole?"
@@ -260,7 +252,9 @@ def _no_pairs() -> pl.DataFrame:
     return pl.DataFrame(schema={"stay_id": pl.Int64, "dicom_id": pl.String, "film_time": pl.Datetime("us")})
 
 
-def _pair_readable(source: Source, people: Cohort, arrays: dict, films: pl.DataFrame, store: cxr.FilmStore) -> dict:
+def _pair_readable(
+    source: Source, people: Cohort, arrays: dict, films: pl.DataFrame, store: image_store.FilmStore
+) -> dict:
     """Each task's pairs; a film that turns out unreadable is as if it were not there."""
     path_of = dict(films.select("dicom_id", "path").iter_rows())
     while True:
@@ -279,7 +273,7 @@ def _pair_readable(source: Source, people: Cohort, arrays: dict, films: pl.DataF
 
 
 def _statistics(people: Cohort, arrays: discretize.Arrays | None) -> tuple[list[float], list[float]]:
-    from data_prep import shards  # imports TFDS (2 s): not for what ends before
+    from data_prep.write import shards  # imports TFDS (2 s): not for what ends before
 
     if arrays is None:
         return shards.train_statistics(iter(()))
@@ -308,19 +302,19 @@ def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, extra:
 
 
 def _shards_stage(out: Path, hidden: Path, task: Task, index: dict, records_of: dict, manifest: dict) -> None:
-    from data_prep import shards
+    from data_prep.write import shards
 
     datasets.check_patients_stay_put(index)
     total = sum(len(fields["stay_id"]) for fields in index.values())
     if not total:
         raise UserError(f"the task {task.name!r} has no record: are its tables whole?")
-    whole = stages.run(
+    whole = cache.run(
         hidden,
         f"shards-{task.name}",
         manifest["key"],
         lambda folder: shards.write(folder, task, index, records_of, manifest),
     )
-    stages.put_in_place(whole, out / task.name)
+    cache.put_in_place(whole, out / task.name)
     sizes = "/".join(str(len(index[split]["stay_id"])) for split in SPLITS)
     paired = "/".join(str(int(index[split]["has_cxr"].sum())) for split in SPLITS)
     progress.say(f"{task.name}: {total:,} records (train/val/test {sizes}), with a film {paired}, in {out / task.name}")

@@ -6,7 +6,7 @@ other modules ask the rule, never the profile's name. `explain` prints them.
 
 import dataclasses
 
-from medfuse_jax.errors import check_choice
+from medfuse_jax.runtime.errors import check_choice
 
 
 def _rule(why: str):

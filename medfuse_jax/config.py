@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from medfuse_jax import augment, files, losses, tasks
-from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax import augment, losses, schema
+from medfuse_jax.runtime import files
+from medfuse_jax.runtime.errors import UserError, check_choice
 
 # Per stage of pre-training, only what differs from the fusion run is given.
 _STAGE_NAMES = ("ehr", "cxr")
@@ -27,7 +28,7 @@ ONLY_HOW = {"placement", "profile_steps", "recurrence"}
 _CHOICES = {
     "data.train_stays": ("partial", "paired"),
     "data.val_stays": ("partial", "paired"),
-    "data.film_task": tuple(name for name, task in tasks.TASKS.items() if task.films_only),
+    "data.film_task": tuple(name for name, task in schema.TASKS.items() if task.films_only),
     "encoders": ("pretrained", "random"),
     "model.missing_film": ("", "zeros", "learnt"),
     "film.crop": ("center", "random"),
@@ -165,34 +166,34 @@ def validate(config: ConfigDict) -> None:
     _check_fields(config, defaults, "config")
     _check_complete(config, defaults, "config")
     _check_task(config)
-    from medfuse_jax.models import methods  # late: importing flax takes a second that --help need not pay
+    from medfuse_jax.models import registry  # late: importing flax takes a second that --help need not pay
 
-    check_choice("config.method", config.method, methods.METHODS)
+    check_choice("config.method", config.method, registry.METHODS)
     for field, allowed in _CHOICES.items():
         check_choice(f"config.{field}", _value(config, field), allowed)
-    _check_of_method(config, methods.METHODS)
+    _check_of_method(config, registry.METHODS)
     profile_steps(config)
     for field, limits in _RANGES.items():
         _check_range(f"config.{field}", _value(config, field), *limits)
     _check_sizes(config)
-    _check_losses(config, methods.METHODS, defaults.loss)
+    _check_losses(config, registry.METHODS, defaults.loss)
     _check_init(config)
     _check_stages(config)
 
 
 def _check_task(config: ConfigDict) -> None:
-    if config.task not in tasks.TASKS:
-        check_choice("config.task", config.task, tasks.TRAINABLE_TASKS)
-    if config.task not in tasks.TRAINABLE_TASKS:
+    if config.task not in schema.TASKS:
+        check_choice("config.task", config.task, schema.TRAINABLE_TASKS)
+    if config.task not in schema.TRAINABLE_TASKS:
         raise UserError(
             f"config.task is {config.task!r}, whose labels are per step: its data can be built and read, but not "
-            f"trained on yet; choose one of {', '.join(tasks.TRAINABLE_TASKS)}"
+            f"trained on yet; choose one of {', '.join(schema.TRAINABLE_TASKS)}"
         )
 
 
 def _check_of_method(config: ConfigDict, methods: dict) -> None:
     """What only some methods have is refused for the others."""
-    from medfuse_jax.modalities import loading  # late, as methods are
+    from medfuse_jax.data.modalities import loading  # late, as methods are
 
     method, _ = methods[config.method]
     if config.model.missing_film and not hasattr(method, "missing"):

@@ -20,21 +20,13 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from medfuse_jax import (
-    checkpoints,
-    command_line,
-    compilation,
-    evaluate,
-    files,
-    metrics,
-    parallel,
-    tasks,
-    train,
-)
 from medfuse_jax import config as config_lib
-from medfuse_jax import workdir as workdir_lib
-from medfuse_jax.errors import UserError, check_choice
-from medfuse_jax.report import text
+from medfuse_jax import evaluate, metrics, parallel, schema, train
+from medfuse_jax.report import terminal
+from medfuse_jax.runs import checkpoints
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runtime import command_line, compilation, files
+from medfuse_jax.runtime.errors import UserError, check_choice
 
 METHODS = {"average": "late_average", "weighted": "weighted_average", "by_film": "ensemble"}
 _FIELDS = ("stay_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
@@ -214,7 +206,7 @@ def _check_fit(members: list[Member]) -> None:
                     f"{member.name} and {first.name} cannot be combined: they differ in {field} "
                     f"({_short(member.result[field])} and {_short(first.result[field])})"
                 )
-    if tasks.TASKS[first.result["task"]].films_only:
+    if schema.TASKS[first.result["task"]].films_only:
         raise UserError(f"{first.name} scores films, which have no stay to match by; an ensemble is of stays")
 
 
@@ -328,7 +320,7 @@ def _title(member: Member, members: list[Member]) -> str:
 def main(argv: list[str]) -> None:
     compilation.keep()
     result = ensemble(flags.FLAGS.runs, Path(flags.FLAGS.workdir), flags.FLAGS.rule)
-    print(text.table([result]))
+    print(terminal.table([result]))
     print(f"\nwritten: {evaluate.Scored().result_path(Path(flags.FLAGS.workdir))}")
 
 

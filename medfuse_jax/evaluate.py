@@ -14,26 +14,18 @@ import jax
 import numpy as np
 from absl import flags
 
-from medfuse_jax import (
-    attention_weights,
-    checkpoints,
-    command_line,
-    compilation,
-    files,
-    metrics,
-    parallel,
-    records,
-    tasks,
-    withheld,
-)
 from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
-from medfuse_jax import plan as plan_lib
+from medfuse_jax import metrics, parallel, records, schema
 from medfuse_jax import step as step_lib
-from medfuse_jax import workdir as workdir_lib
-from medfuse_jax.errors import UserError, check_choice
-from medfuse_jax.modalities import loading
-from medfuse_jax.report import text
+from medfuse_jax.data import missing
+from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.data.modalities import loading
+from medfuse_jax.report import terminal
+from medfuse_jax.runs import attention_weights, checkpoints
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runtime import command_line, compilation, files
+from medfuse_jax.runtime.errors import UserError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +125,9 @@ def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None
     under the names that `what` gives them, both stamped with the checkpoint's step. on: the devices, by
     default all of this process. data_dir: where the run's shards were moved.
     """
-    check_choice("--split", what.split, tasks.SPLITS)
+    check_choice("--split", what.split, schema.SPLITS)
     run = workdir_lib.open_run(workdir, on, data_dir)
-    run = dataclasses.replace(run, dataset=withheld.withhold(run.dataset, what.drop_ehr, what.drop_film))
+    run = dataclasses.replace(run, dataset=missing.withhold(run.dataset, what.drop_ehr, what.drop_film))
     state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
     imported = checkpoints.imported(workdir)
     if imported and not set(state.params) <= set(imported["modules"]):
@@ -287,7 +279,7 @@ def _selected_by(config, imported: dict, best_epoch: int) -> str:
     if not best_epoch:
         return "not selected: its first epoch is not validated yet"
     which = "all" if config.data.val_stays == "partial" else "the paired"
-    return f"AUROC on {which} validation {tasks.TASKS[config.task].unit}"
+    return f"AUROC on {which} validation {schema.TASKS[config.task].unit}"
 
 
 def _describe_data(config) -> dict:
@@ -323,7 +315,7 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     what = Scored(given.split, given.head, given.drop_ehr, given.drop_film)
     result = evaluate(workdir, what, data_dir=given.data_dir)
-    print(text.table([result]))
+    print(terminal.table([result]))
     print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")
 
 

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import augment, input_pipeline, losses, optim, parallel, tasks, withheld
+from medfuse_jax import augment, losses, optim, parallel, schema
 from medfuse_jax import config as config_lib
-from medfuse_jax import plan as plan_lib
 from medfuse_jax import step as step_lib
-from medfuse_jax.errors import UserError
-from medfuse_jax.modalities import loading
-from medfuse_jax.models import methods, pallas_lstm
+from medfuse_jax.data import batches, missing
+from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.data.modalities import loading
+from medfuse_jax.models import registry
+from medfuse_jax.models.recurrence import pallas
+from medfuse_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Experiment:
     """What training and evaluation both need of a run."""
 
     config: ConfigDict
-    dataset: input_pipeline.Dataset
+    dataset: batches.Dataset
     options: step_lib.StepOptions
     devices: list[jax.Device]
 
@@ -80,7 +82,7 @@ class Experiment:
 
     def batches(self, split: str, plan: plan_lib.Plan, start: int = 0) -> Iterator[dict]:
         """The plan's batches from step `start` on, on the devices ahead of use."""
-        read = input_pipeline.batches(self.dataset, split, plan, num_devices=len(self.devices), start=start)
+        read = batches.batches(self.dataset, split, plan, num_devices=len(self.devices), start=start)
         return parallel.prefetch(read, self.devices)
 
     def fresh_state(self) -> step_lib.TrainState:
@@ -109,9 +111,9 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
 
     on: the devices to divide each batch over, by default all of this process.
     """
-    method, _ = methods.METHODS[config.method]
+    method, _ = registry.METHODS[config.method]
     modalities = loading.load(config.model.modalities)
-    dataset = input_pipeline.open_dataset(
+    dataset = batches.open_dataset(
         config.data.dir,
         config.task,
         use_ehr=method.uses_ehr,
@@ -121,15 +123,15 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
         max_buckets=config.data.max_buckets,
         modalities=modalities,
     )
-    dataset = withheld.withhold(dataset, config.data.drop_ehr, config.data.drop_film)
+    dataset = missing.withhold(dataset, config.data.drop_ehr, config.data.drop_film)
     for modality in modalities:
         loading.check_encoder(modality, dataset.extra[modality.name]["train"], config.model.ehr_hidden)
-    film_heads = [head for head in method.heads if head.label == input_pipeline.FILM_LABEL]
+    film_heads = [head for head in method.heads if head.label == batches.FILM_LABEL]
     if any(config.loss[head.weight] for head in film_heads):
-        dataset = input_pipeline.with_films(dataset, config.data.dir, config.data.film_task)
+        dataset = batches.with_films(dataset, config.data.dir, config.data.film_task)
     if method.uses_ehr and dataset.task.films_only:
         raise UserError(f"the method {config.method!r} reads EHR, and the task {config.task!r} has none: use 'uni_cxr'")
-    own = {"num_film_labels": len(tasks.TASKS[config.data.film_task].labels)} if film_heads else {}
+    own = {"num_film_labels": len(schema.TASKS[config.data.film_task].labels)} if film_heads else {}
     if config.model.missing_film:
         own["missing"] = config.model.missing_film
     if config.model.freeze_encoders:
@@ -139,7 +141,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
     on = on or parallel.devices()
     config_lib.check_devices(config, len(on))
     options = step_lib.StepOptions(
-        model=methods.build(
+        model=registry.build(
             config.method,
             len(dataset.labels),
             ehr_hidden=config.model.ehr_hidden,
@@ -209,7 +211,7 @@ def why_in_chunks(config: ConfigDict, on: list[jax.Device]) -> str:
         return ""
     if device.platform != "gpu":
         return "there is no GPU"
-    most = pallas_lstm.most_units(device.compute_capability)
+    most = pallas.most_units(device.compute_capability)
     if most == 0:
         return f"a GPU of compute capability {device.compute_capability} does not run it (8.0 at least)"
     if form == "pallas" and units > most:

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from medfuse_jax import input_pipeline, parallel, resident
-from medfuse_jax import plan as plan_lib
+from medfuse_jax import parallel
 from medfuse_jax import step as step_lib
-from medfuse_jax.errors import UserError
+from medfuse_jax.data import batches, device_store
+from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.runtime.errors import UserError
 
 Feed = Callable[[step_lib.TrainState, plan_lib.Plan, int, list[int], jax.Array], Iterator]
 
 
 def open_feed(
-    dataset: input_pipeline.Dataset,
+    dataset: batches.Dataset,
     include_N: np.ndarray,
     options: step_lib.StepOptions,
     on: list[jax.Device],
@@ -40,14 +41,12 @@ def open_feed(
     check_placement(dataset, include_N, on, placement)
     if one_call is None:
         one_call = on[0].platform != "cpu"
-    held = parallel.replicate(resident.load(dataset, "train", include_N), on)
+    held = parallel.replicate(device_store.load(dataset, "train", include_N), on)
     train_fn = parallel.compile_resident(options, mode, on, in_loop=one_call)
     return functools.partial(_calls if one_call else _steps, on, train_fn, held)
 
 
-def check_placement(
-    dataset: input_pipeline.Dataset, include_N: np.ndarray, on: list[jax.Device], placement: str
-) -> None:
+def check_placement(dataset: batches.Dataset, include_N: np.ndarray, on: list[jax.Device], placement: str) -> None:
     """Raises UserError where the records cannot lie on the devices as config.placement wants; reads none."""
     if placement == "stream":
         return
@@ -55,12 +54,12 @@ def check_placement(
         raise UserError(
             "config.placement is 'device', and the method trains on two datasets in turn: take config.placement=stream"
         )
-    resident.check_fits(dataset, "train", include_N, on)
+    device_store.check_fits(dataset, "train", include_N, on)
 
 
 def _stream(dataset, on, train_fn, state, plan, start, stops, key):
-    batches = input_pipeline.batches(dataset, "train", plan, num_devices=len(on), start=start)
-    for step, batch in enumerate(parallel.prefetch(batches, on), start):
+    read = batches.batches(dataset, "train", plan, num_devices=len(on), start=start)
+    for step, batch in enumerate(parallel.prefetch(read, on), start):
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             state, metrics = train_fn(state, batch, key)
         yield state, metrics["loss"]
@@ -68,14 +67,14 @@ def _stream(dataset, on, train_fn, state, plan, start, stops, key):
 
 def _steps(on, train_fn, held, state, plan, start, stops, key):
     for step in range(start, len(plan)):
-        rows = parallel.divide(resident.deal(plan, range(step, step + 1), len(on)), on)
+        rows = parallel.divide(device_store.deal(plan, range(step, step + 1), len(on)), on)
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             state, loss_S = train_fn(state, held, rows, key, 0, 1, int(plan.steps_S[step]))
         yield state, loss_S
 
 
 def _calls(on, train_fn, held, state, plan, start, stops, key):
-    rows = parallel.divide(resident.deal(plan, range(len(plan)), len(on)), on)
+    rows = parallel.divide(device_store.deal(plan, range(len(plan)), len(on)), on)
     for stop in stops:
         # One length for all steps: a longer bucket costs memory, hardly time (models/chunked_lstm.py).
         with jax.profiler.StepTraceAnnotation("train", step_num=start + 1):

@@ -10,14 +10,16 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medfuse_jax import command_line, files
 from medfuse_jax import config as config_lib
+from medfuse_jax.runtime import command_line, files
 
 
 def main(argv: list[str]) -> None:
     # late: a wrong flag is refused before jax starts
-    from medfuse_jax import compilation, evaluate, experiment, feed, starts, train, workdir
-    from medfuse_jax.report import page
+    from medfuse_jax import evaluate, experiment, feed, train
+    from medfuse_jax.report import pages
+    from medfuse_jax.runs import warm_start, workdir
+    from medfuse_jax.runtime import compilation
 
     config = flags.FLAGS.config
     config_lib.validate(config)
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> None:
     run.check_any("test", run.dataset.usable("test"))
     train.profiled_steps(run)
     experiment.check_recurrence(run)
-    given, stages = starts.find(run, folder)
+    given, stages = warm_start.find(run, folder)
     for trained in (run, *(staged for _, staged in stages.values())):
         feed.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
 
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> None:
                 print(f"{stage_folder} is not scored: the test split of {staged.config.task} has no record for it")
         train.train(run, folder, given | stages)
         evaluate.evaluate(folder)
-    print(page.write([folder], folder / "report"))
+    print(pages.write([folder], folder / "report"))
 
 
 def name_data(config: ConfigDict) -> None:
@@ -63,14 +65,15 @@ def _default_workdir(config: ConfigDict) -> str:
 
 def _synthetic_shards(options: ConfigDict, cache_dir: Path) -> Path:
     """The shards of a synthetic cohort, built on first use."""
-    from data_prep import build, synthetic  # the one place where medfuse_jax calls data_prep
+    from data_prep import build  # the one place where medfuse_jax calls data_prep
+    from data_prep.synthetic import tree
 
     stays, film_fraction = options.synthetic_stays, options.synthetic_film_fraction
-    root = cache_dir / f"synthetic_{synthetic.VERSION}_{stays}_{film_fraction:g}"
+    root = cache_dir / f"synthetic_{tree.VERSION}_{stays}_{film_fraction:g}"
     print(f"no --config.data.dir given: using a synthetic cohort of {stays} stays, kept in {root}", flush=True)
     raw, shards = root / "raw", root / "shards"
     # Both leave alone what is there already; the build makes anew what an older version of this package left.
-    synthetic.write(raw, num_stays=stays, seed=0, film_fraction=film_fraction)
+    tree.write(raw, num_stays=stays, seed=0, film_fraction=film_fraction)
     build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards)
     return shards
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medfuse_jax import ranking
-from medfuse_jax.errors import UserError
+from medfuse_jax import ranks
+from medfuse_jax.runtime.errors import UserError
 
 _BLOCK = 128  # ranks summed plainly before a compensated sum takes over
 _UNROLL = 4  # ranks a loop step; divides _BLOCK
@@ -42,7 +42,7 @@ def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0) -> dict:
     num_bootstrap_used [K]: resamples that had both classes of the label.
     Raises UserError for shapes that differ, other labels, scores that are not finite, no samples.
     """
-    labels_NK, scores_NK = ranking.check(labels, scores)
+    labels_NK, scores_NK = ranks.check(labels, scores)
     (boot,) = _bootstrap(labels_NK, [scores_NK], num_bootstrap, seed)
     result = {
         "num_samples": len(labels_NK),
@@ -50,29 +50,29 @@ def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0) -> dict:
         "num_bootstrap": num_bootstrap,
         "num_bootstrap_used": np.isfinite(boot["auroc"]).sum(0),
     }
-    for name, point_K in ranking.point(labels_NK, scores_NK).items():
+    for name, point_K in ranks.point(labels_NK, scores_NK).items():
         result[name] = point_K
-        result[f"{name}_ci"] = np.stack([ranking.bounds(boot_R) for boot_R in boot[name].T])
+        result[f"{name}_ci"] = np.stack([ranks.bounds(boot_R) for boot_R in boot[name].T])
         result[f"{name}_macro"] = macro(point_K)
-        result[f"{name}_macro_ci"] = ranking.bounds(ranking.nanmean(boot[name]))
+        result[f"{name}_macro_ci"] = ranks.bounds(ranks.nanmean(boot[name]))
         # Differs from MedFuse (trainers/trainer.py): its bounds of the mean are the mean of the bounds.
-        result[f"{name}_macro_ci_released"] = ranking.nanmean(result[f"{name}_ci"].T)
+        result[f"{name}_macro_ci_released"] = ranks.nanmean(result[f"{name}_ci"].T)
     return result
 
 
 def auroc(labels, scores) -> np.ndarray:
     """AUROC per label [K] of labels [N, K] and scores [N, K]; nan where a label has one class."""
-    return ranking.point(*ranking.check(labels, scores))["auroc"]
+    return ranks.point(*ranks.check(labels, scores))["auroc"]
 
 
 def auprc(labels, scores) -> np.ndarray:
     """Average precision per label [K] of labels [N, K] and scores [N, K]; nan where a label has one class."""
-    return ranking.point(*ranking.check(labels, scores))["auprc"]
+    return ranks.point(*ranks.check(labels, scores))["auprc"]
 
 
 def macro(values_K) -> float:
     """The mean over the labels that have a value; nan where none has."""
-    return float(ranking.nanmean(values_K))
+    return float(ranks.nanmean(values_K))
 
 
 def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0) -> dict:
@@ -83,14 +83,14 @@ def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0
 
     Returns auroc_macro, auprc_macro (differences) and auroc_macro_ci, auprc_macro_ci (low, high).
     """
-    labels_NK, a_NK = ranking.check(labels, scores_a, "scores_a")
-    _, b_NK = ranking.check(labels, scores_b, "scores_b")
+    labels_NK, a_NK = ranks.check(labels, scores_a, "scores_a")
+    _, b_NK = ranks.check(labels, scores_b, "scores_b")
     boot_a, boot_b = _bootstrap(labels_NK, [a_NK, b_NK], num_bootstrap, seed)
-    point_a, point_b = (ranking.point(labels_NK, s_NK) for s_NK in (a_NK, b_NK))
+    point_a, point_b = (ranks.point(labels_NK, s_NK) for s_NK in (a_NK, b_NK))
     result = {"num_samples": len(labels_NK), "num_bootstrap": num_bootstrap}
     for name in ("auroc", "auprc"):
         result[f"{name}_macro"] = macro(point_b[name]) - macro(point_a[name])
-        result[f"{name}_macro_ci"] = ranking.bounds(ranking.nanmean(boot_b[name]) - ranking.nanmean(boot_a[name]))
+        result[f"{name}_macro_ci"] = ranks.bounds(ranks.nanmean(boot_b[name]) - ranks.nanmean(boot_a[name]))
     return result
 
 
@@ -180,7 +180,7 @@ def _device_ranks(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[jax.Arr
     """`ranking.ranked` on the device, padded to few sizes; the padding is a row of zero counts."""
     num_samples = len(labels_NK)
     num_rows = _padded(num_samples)
-    order, positive, is_end = ranking.ranked(labels_NK, scores_NK)
+    order, positive, is_end = ranks.ranked(labels_NK, scores_NK)
     padding = ((0, num_rows - num_samples), (0, 0))
     order = np.pad(order.astype(np.int32), padding, constant_values=num_rows - 1)
     return jax.device_put((order, np.pad(positive, padding), np.pad(is_end, padding)))

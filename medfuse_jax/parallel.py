@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medfuse_jax import resident
 from medfuse_jax import step as step_lib
+from medfuse_jax.data import device_store
 
 _AXIS = "device"
 
@@ -54,7 +54,7 @@ def compile_resident(options: step_lib.StepOptions, mode: str, on: list[jax.Devi
             of_step = (
                 {name: x[s] for name, x in rows.items()} if is_pmap else merge({n: x[:, s] for n, x in rows.items()})
             )
-            batch = resident.gather(held, of_step, num_steps)
+            batch = device_store.gather(held, of_step, num_steps)
             state, metrics = step_lib.train_step(options, state, batch, key, axis)
             return state, loss_S.at[s].set(metrics["loss"])
 

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from medfuse_jax import files, tasks
-from medfuse_jax.errors import UserError, check_choice
+from medfuse_jax import schema
+from medfuse_jax.runtime import files
+from medfuse_jax.runtime.errors import UserError, check_choice
 
 FORMAT_VERSION = "1.2.0"
 MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
@@ -44,7 +45,7 @@ def features(num_labels: int, per_step: bool = False):
     def tensor(shape, dtype):
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
-    size = tasks.FILM_SIZE_PX
+    size = schema.FILM_SIZE_PX
     timed = {
         "label": tensor((None, num_labels), np.int8),
         "label_time_h": tensor((None,), np.float32),
@@ -55,7 +56,7 @@ def features(num_labels: int, per_step: bool = False):
         {
             "stay_id": np.int64,  # -1 for a film without a stay
             "subject_id": np.int64,
-            "ehr": tensor((None, len(tasks.CHANNELS)), np.float32),  # not standardised
+            "ehr": tensor((None, len(schema.CHANNELS)), np.float32),  # not standardised
             "label": tensor((num_labels,), np.int8),
             "has_cxr": np.bool_,
             "dicom_id": tfds.features.Text(),
@@ -69,15 +70,15 @@ def features(num_labels: int, per_step: bool = False):
 
 def task_dir(data_dir: str | Path, task: str) -> Path:
     """The folder of one task's dataset; UserError where there is none."""
-    check_choice("task", task, tasks.TASKS)
+    check_choice("task", task, schema.TASKS)
     folder = Path(data_dir) / task
     if folder.is_dir():
         return folder
     if not Path(data_dir).is_dir():
         raise UserError(f"no data folder {data_dir}: build one with `python -m data_prep.build --out={data_dir} ...`")
-    present = sorted(p.name for p in Path(data_dir).iterdir() if p.is_dir() and p.name in tasks.TASKS)
+    present = sorted(p.name for p in Path(data_dir).iterdir() if p.is_dir() and p.name in schema.TASKS)
     how = f"build it with `python -m data_prep.build --tasks={task} ...`"
-    if tasks.TASKS[task].films_only:
+    if schema.TASKS[task].films_only:
         how += " and --mimic_cxr=DIR; without films only --config.method=uni_ehr can be trained"
     raise UserError(
         f"{data_dir} holds no dataset for the task {task!r} (it holds: {', '.join(present) or 'none'}); {how}"
@@ -143,7 +144,7 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     has_cxr bool [N], age float32 [N] (years, nan where unknown), gender, admission_type and
     first_careunit str [N] ('' where unknown), label int8 [N, K].
     """
-    check_choice("split", split, tasks.SPLITS)
+    check_choice("split", split, schema.SPLITS)
     expected = manifest(data_dir, task)["files"]
     path = task_dir(data_dir, task) / f"index_{split}.npz"
     try:
@@ -200,7 +201,7 @@ def open_split(data_dir: str | Path, task: str, split: str) -> Split:
     from google.protobuf import json_format
     from google.protobuf.message import DecodeError
 
-    check_choice("split", split, tasks.SPLITS)
+    check_choice("split", split, schema.SPLITS)
     manifest(data_dir, task)
     folder = task_dir(data_dir, task)
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from medfuse_jax import augment, losses, optim
-from medfuse_jax.models import methods
+from medfuse_jax.models import registry
 from medfuse_jax.models.model import products
 
 
@@ -60,7 +60,7 @@ def state_maker(
 
     @jax.jit
     def make(key, learning_rate):
-        variables = methods.init(options.model, key, extra)
+        variables = registry.init(options.model, key, extra)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],

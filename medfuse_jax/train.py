@@ -9,13 +9,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from medfuse_jax import checkpoints, compilation, evaluate, metrics, optim, parallel, starts
 from medfuse_jax import config as config_lib
+from medfuse_jax import evaluate, metrics, optim, parallel
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import feed as feed_lib
-from medfuse_jax import workdir as workdir_lib
-from medfuse_jax.errors import UserError
-from medfuse_jax.runlog import RunLog
+from medfuse_jax.runs import checkpoints, warm_start
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runs.log import RunLog
+from medfuse_jax.runtime import compilation
+from medfuse_jax.runtime.errors import UserError
 
 
 def train(
@@ -37,7 +39,7 @@ def train(
         else:
             if (workdir / "metrics.jsonl").exists():
                 print(f"{workdir} was begun before and holds no checkpoint: training starts anew", flush=True)
-            state = starts.begin(run.fresh_state(), encoders or {})
+            state = warm_start.begin(run.fresh_state(), encoders or {})
             progress = optim.Progress(learning_rate=run.config.learning_rate)
         if not finished(progress, run.config):
             _loop(run, workdir, manager, state, progress)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from raw_tables import at, chart, film, lab, stay, write_mimic_cxr, write_mimic_iv
 
-from medfuse_jax import records, tasks
+from medfuse_jax import records, schema
 
 HEART_RATE = 220045
 SECRET = "Mr Smith of 12 High Street"
@@ -47,7 +47,7 @@ def write_one_stay(root, films=(), **options):
 
 def read_all(out, task):
     """Every record of a dataset, by split."""
-    return {split: list(records.open_split(out, task, split)) for split in tasks.SPLITS}
+    return {split: list(records.open_split(out, task, split)) for split in schema.SPLITS}
 
 
 def file_contents(out):
@@ -55,7 +55,7 @@ def file_contents(out):
     return {
         str(p.relative_to(out)): p.read_bytes()
         for p in sorted(out.rglob("*"))
-        if p.is_file() and p.relative_to(out).parts[0] in (*tasks.TASKS, "audit.html", "audit.json")
+        if p.is_file() and p.relative_to(out).parts[0] in (*schema.TASKS, "audit.html", "audit.json")
     }
 
 

@@ -49,10 +49,11 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """The shards of a small synthetic cohort, built once a test process."""
-    from data_prep import build, synthetic
+    from data_prep import build
+    from data_prep.synthetic import tree
 
     root = tmp_path_factory.mktemp("cohort")
-    synthetic.write(root / "raw", num_stays=150, seed=1)
+    tree.write(root / "raw", num_stays=150, seed=1)
     build.build(root / "raw" / "mimic-iv", root / "raw" / "mimic-cxr", root / "shards")
     return root / "shards"
 

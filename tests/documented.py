@@ -9,8 +9,8 @@ import re
 import shlex
 from pathlib import Path
 
-from medfuse_jax import costs
-from medfuse_jax.models import methods
+from medfuse_jax.bench import flops
+from medfuse_jax.models import registry
 
 ROOT = Path(__file__).parent.parent
 _QUOTED = r"'[^']*'" + r'|"[^"]*"'
@@ -66,13 +66,13 @@ def commands() -> list[Command]:
         for environment, module, flags, after in _COMMAND.findall(text):
             if _UNREAD.match(after):
                 raise ValueError(f"{where}: cannot read what follows {module}{flags}: {after!r}")
-            named = [flags.replace("=NAME", f"={name}") for name in methods.METHODS] if "=NAME" in flags else [flags]
+            named = [flags.replace("=NAME", f"={name}") for name in registry.METHODS] if "=NAME" in flags else [flags]
             found += [Command(where, module, tuple(shlex.split(one)), tuple(environment.split())) for one in named]
     return list(dict.fromkeys(found))
 
 
 def made_table(page: str) -> dict[str, list[str]]:
-    """The table of docs/methods.md that `medfuse_jax.costs` makes: method -> its further cells."""
-    rows = page.partition(costs._BEGIN)[2].partition(costs._END)[0].strip().splitlines()[2:]
+    """The table of docs/methods.md that `medfuse_jax.bench.flops` makes: method -> its further cells."""
+    rows = page.partition(flops._BEGIN)[2].partition(flops._END)[0].strip().splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {row[0].strip("`"): row[1:] for row in cells}

@@ -26,8 +26,8 @@ import numpy as np
 import yaml
 from documented import Command
 
-from medfuse_jax import records, tasks
-from medfuse_jax.models import methods
+from medfuse_jax import records, schema
+from medfuse_jax.models import registry
 
 STAYS = 200
 _TIMEOUT_S = 600
@@ -52,7 +52,7 @@ _FILLED = {
     "--data_dir=NEW": "--data_dir=moved/shards",
     "--runner=...": "--runner=DirectRunner",
 }
-_OUT = {"data_prep.build": "shards", "data_prep.beam_films": "films", "data_prep.benchmark": "benchmark"}
+_OUT = {"data_prep.build": "shards", "data_prep.images.beam": "films", "data_prep.bench": "benchmark"}
 # The quickest case of each benchmark preset, as a pattern for --only.
 SMALLEST = {
     "cpu": "uni_ehr",
@@ -64,7 +64,7 @@ SMALLEST = {
 _RAW = ("--mimic_iv=raw/mimic-iv", "--mimic_cxr=raw/mimic-cxr")
 # What documents say in words, or take as given: the raw tables, and released weights of single encoders.
 _UNDOCUMENTED = [
-    Command("data_prep/synthetic.py", "data_prep.synthetic", ("--out=raw", f"--stays={STAYS}")),
+    Command("data_prep/synthetic/tree.py", "data_prep.synthetic", ("--out=raw", f"--stays={STAYS}")),
     Command(
         "docs/data.md",
         "data_prep.build",
@@ -158,7 +158,7 @@ def as_run(command: Command) -> Command:
         "medfuse_jax.sweep": _for_sweep,
         "medfuse_jax.torch_import": lambda command: _SIZES if command.value("config") else (),
         "medfuse_jax.bench": _for_bench,
-        "data_prep.benchmark": lambda command: ("--copies=8", "--repeats=1"),
+        "data_prep.bench": lambda command: ("--copies=8", "--repeats=1"),
     }.get(command.module, lambda command: ())
     command = dataclasses.replace(command, flags=tuple(flags))
     return dataclasses.replace(command, flags=(*command.flags, *more(command)))
@@ -384,7 +384,7 @@ class Workspace:
             elif path == "moved/shards":
                 shutil.copytree(self.root / "shards", target)
             else:
-                table = {p.name: {"id": p.ccs, "codes": []} for p in tasks.PHENOTYPES}
+                table = {p.name: {"id": p.ccs, "codes": []} for p in schema.PHENOTYPES}
                 table["Essential hypertension"]["codes"] = ["4019", "I10"]
                 target.write_text(yaml.safe_dump(table))
 
@@ -431,4 +431,4 @@ def _free_port() -> int:
 def methods_run(commands: list[Command]) -> set[str]:
     """The methods that some main command trains."""
     named = {c.value("config.method") for c in commands if c.module == "medfuse_jax.main"}
-    return named & set(methods.METHODS)
+    return named & set(registry.METHODS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import metrics, tasks
+from medfuse_jax import metrics, schema
 
 PROVENANCE = "made up by tests/example_runs.py"
 
@@ -19,12 +19,12 @@ PROVENANCE = "made up by tests/example_runs.py"
 def simulate(task: str, num_stays: int, seed: int = 0) -> dict:
     """Labels [N, K], the two parts of what is seen of them [N, K], has_cxr [N] and age [N]."""
     rng = np.random.default_rng(seed)
-    num_labels = len(tasks.TASKS[task].labels)
+    num_labels = len(schema.TASKS[task].labels)
     prevalence = rng.uniform(0.06, 0.45, num_labels)
     labels = rng.random((num_stays, num_labels)) < prevalence
     ehr = labels * rng.uniform(0.5, 1.5, num_labels) + rng.normal(size=labels.shape)
     film = labels * rng.uniform(0.2, 1.3, num_labels) + rng.normal(size=labels.shape)
-    has_cxr = np.ones(num_stays, bool) if tasks.TASKS[task].films_only else rng.random(num_stays) < 0.4
+    has_cxr = np.ones(num_stays, bool) if schema.TASKS[task].films_only else rng.random(num_stays) < 0.4
     return {"labels": labels, "ehr": ehr, "film": film, "has_cxr": has_cxr, "age": rng.uniform(18, 90, num_stays)}
 
 
@@ -94,10 +94,10 @@ def write_evaluation(
     np.savez(
         workdir / "predictions_test.npz",
         **(attention_of(data) if method == "medfuse_attention" else {}),
-        stay_id=np.full(len(labels), -1) if tasks.TASKS[task].films_only else np.arange(len(labels)),
+        stay_id=np.full(len(labels), -1) if schema.TASKS[task].films_only else np.arange(len(labels)),
         scores=scores,
         labels=labels.astype(np.int8),
-        has_ehr=np.full(len(labels), not tasks.TASKS[task].films_only),
+        has_ehr=np.full(len(labels), not schema.TASKS[task].films_only),
         has_cxr=has_cxr,
         age=data["age"].astype(np.float32),
         step=100 * best_epoch,
@@ -122,7 +122,7 @@ def write_evaluation(
         "loss": 0.42,
         "num_left_out": 0,
         "data": {"dir": "made_up_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
-        "labels": list(tasks.TASKS[task].labels),
+        "labels": list(schema.TASKS[task].labels),
         "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},
         "comparisons": comparisons,
         "environment": {

@@ -1,13 +1,13 @@
 """Weights and series for the forms of the recurrence, and a loss that sees all they give.
 
-Shapes: as in medfuse_jax.models.lstm.
+Shapes: as in medfuse_jax.models.ehr_encoder.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medfuse_jax.models import lstm
+from medfuse_jax.models import ehr_encoder
 
 TOLERANCE = 2e-5
 
@@ -25,8 +25,8 @@ def case(num_steps, lengths, seed=0, num_inputs=5, width=4):
 
 def plain(weights, x_BTF, length_B, dtype=jnp.float32):
     """What `lstm.lstm` gives, by the plain scan."""
-    valid_BT = lstm.valid_steps(length_B, x_BTF.shape[1])
-    hidden_BTD, last_BD = lstm.masked_lstm(weights, x_BTF, valid_BT, dtype)
+    valid_BT = ehr_encoder.valid_steps(length_B, x_BTF.shape[1])
+    hidden_BTD, last_BD = ehr_encoder.masked_lstm(weights, x_BTF, valid_BT, dtype)
     return jnp.where(valid_BT[..., None], hidden_BTD, 0), last_BD
 
 
@@ -52,4 +52,4 @@ def assert_close(a, b):
 
 def poisoned(x_BTF, length_B):
     """The series with NaN past their ends."""
-    return np.where(np.asarray(lstm.valid_steps(length_B, x_BTF.shape[1]))[..., None], x_BTF, np.nan)
+    return np.where(np.asarray(ehr_encoder.valid_steps(length_B, x_BTF.shape[1]))[..., None], x_BTF, np.nan)

@@ -1,6 +1,6 @@
 """Small models, weights and batches for the model tests, and the released reference where it is.
 
-Shapes: as in medfuse_jax.models.methods.
+Shapes: as in medfuse_jax.models.registry.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from medfuse_jax.models import methods
+from medfuse_jax.models import registry
 
 NUM_LABELS = 3
 TINY = {"resnet_stage_sizes": (1, 1, 1, 1), "resnet_width": 4, "ehr_hidden": 8, "fusion_hidden": 8}
@@ -25,8 +25,8 @@ fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 
 
 def tiny_model(method: str, **options):
-    stage = {"stage": 1} if "stage" in methods.METHODS[method][1] else {}
-    return methods.build(method, NUM_LABELS, **TINIER, **stage, **options)
+    stage = {"stage": 1} if "stage" in registry.METHODS[method][1] else {}
+    return registry.build(method, NUM_LABELS, **TINIER, **stage, **options)
 
 
 def equations(jaxpr):
@@ -40,7 +40,7 @@ def equations(jaxpr):
 @functools.cache
 def shapes(model) -> dict:
     """The shapes of a model's variables, without computing one."""
-    return jax.eval_shape(lambda: methods.init(model, jax.random.key(0)))
+    return jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
 
 
 def random_variables(model, seed: int = 0) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medfuse_jax import tasks
+from medfuse_jax import schema
 
 START = "2150-01-01 00:00:00"
 
@@ -126,10 +126,10 @@ def write_mimic_cxr(root: Path, films: list[dict], size=(80, 64), version: str =
     split = [{c: row[c] for c in ("dicom_id", "study_id", "subject_id")} | {"split": "train"} for row in films]
     write_table(root / f"mimic-cxr-{version}-split.csv", "dicom_id,study_id,subject_id,split", split, gz)
     labels = {
-        row["study_id"]: {k: row[k] for k in ("subject_id", "study_id", *tasks.RADIOLOGY_LABELS) if k in row}
+        row["study_id"]: {k: row[k] for k in ("subject_id", "study_id", *schema.RADIOLOGY_LABELS) if k in row}
         for row in films
     }
-    header = "subject_id,study_id," + ",".join(tasks.RADIOLOGY_LABELS)
+    header = "subject_id,study_id," + ",".join(schema.RADIOLOGY_LABELS)
     write_table(root / f"mimic-cxr-{version}-chexpert.csv", header, list(labels.values()), gz)
     for seed, row in enumerate(films):
         path = root / film_path(row)

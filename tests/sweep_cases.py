@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import checkpoints, experiment, parallel, train
 from medfuse_jax import config as config_lib
-from medfuse_jax import workdir as workdir_lib
-from medfuse_jax.sweep import command, keep, pods, results
+from medfuse_jax import experiment, parallel, train
+from medfuse_jax.runs import checkpoints
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.sweep import command, processes, results, trial_store
 
 CONFIG_FILE = Path(__file__).parent.parent / "configs" / "pheno.py"  # lists no trials of its own
 
@@ -30,12 +31,12 @@ def sweep(config, workdir, specs, num_trials=3, lanes=None, process=None, **more
         lanes=lanes,
         **more,
     )
-    command.run(request, process or pods.Process(), time.perf_counter())
+    command.run(request, process or processes.Process(), time.perf_counter())
     with (workdir / "sweep.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def stop_at_save(monkeypatch, number, keeper_kind=keep.WholeKeeper) -> list:
+def stop_at_save(monkeypatch, number, keeper_kind=trial_store.WholeKeeper) -> list:
     """Interrupts a sweep right after its so many-th save of a trial; returns a list of the keepers that saved."""
     save, saved = keeper_kind.save, []
 
@@ -50,7 +51,7 @@ def stop_at_save(monkeypatch, number, keeper_kind=keep.WholeKeeper) -> list:
     return saved
 
 
-def assert_goes_on_as_whole(config, tmp_path, monkeypatch, specs, lanes, keeper_kind=keep.WholeKeeper):
+def assert_goes_on_as_whole(config, tmp_path, monkeypatch, specs, lanes, keeper_kind=trial_store.WholeKeeper):
     """Stopped between two trials' saves in the second epoch (one is then an epoch ahead), a sweep ends the same."""
     config.num_epochs = 3
     whole = sweep(config, tmp_path / "whole", specs, lanes=lanes)

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax.errors import UserError
+from medfuse_jax.runtime.errors import UserError
 
 _ROOT = Path(__file__).parent.parent
 _CONFIGS = sorted((_ROOT / "configs").glob("*.py"))

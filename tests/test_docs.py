@@ -59,7 +59,7 @@ def test_the_search_finds_the_commands_of_the_readme_and_the_job_files():
     ("module", "flags"),
     [
         ("medfuse_jax.mian", ()),
-        ("medfuse_jax.plan", ()),
+        ("medfuse_jax.data.plan", ()),
         ("medfuse_jax.main", ("--config=configs/pheno.py", "--work=DIR")),
         ("medfuse_jax.main", ("--config=configs/phenotypes.py",)),
         ("medfuse_jax.main", ("--config=configs/pheno.py", "--config.learning_rat=1.0")),

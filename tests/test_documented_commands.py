@@ -16,9 +16,10 @@ from documented import ROOT, Command, commands, made_table
 from documented_runs import SMALLEST, Outcome, Workspace, all_commands, methods_run, needs, reads, unmade, writes
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import records, starts, torch_import
+from medfuse_jax import records, torch_import
 from medfuse_jax.bench import cases
-from medfuse_jax.models import methods
+from medfuse_jax.models import registry
+from medfuse_jax.runs import warm_start
 
 _COMMANDS = all_commands()
 
@@ -44,7 +45,7 @@ def test_a_documented_command_runs(command, workspace, monkeypatch):
 
 
 def test_every_method_is_trained_by_a_documented_command_and_nothing_is_read_that_nothing_makes():
-    assert methods_run(_COMMANDS) == set(methods.METHODS)
+    assert methods_run(_COMMANDS) == set(registry.METHODS)
     assert {str(command): unmade(command, _COMMANDS) for command in _COMMANDS if unmade(command, _COMMANDS)} == {}
     lost = Command("README.md", "medfuse_jax.evaluate", ("--workdir=runs/lost",))
     assert unmade(lost, [*_COMMANDS, lost]) == ["runs/lost"]
@@ -84,7 +85,7 @@ def _packages(command: Command) -> list[str]:
     # A run from an imported one: the checkpoint that was imported is a torch file.
     found += ["torch"] if any(path in ("runs/released", "runs/imagenet") for path in files) else []
     found += ["safetensors"] if any("safetensors" in path or "runs/released_" in path for path in files) else []
-    found += ["apache_beam"] if command.module == "data_prep.beam_films" else []
+    found += ["apache_beam"] if command.module == "data_prep.images.beam" else []
     return found + (["optuna"] if command.value("algorithm") == "optuna" else [])
 
 
@@ -147,7 +148,7 @@ def _check_run(command: Command, outcome: Outcome, root: Path) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["train", "val"] * config.num_epochs
     assert any((folder / "checkpoints").iterdir())
-    for name in starts.staged(config):
+    for name in warm_start.staged(config):
         assert _check_scored(folder / f"pretrain_{name}")["method"] == f"uni_{name}"
     if "pretrain_ehr" in {path.name for path in folder.iterdir()}:
         assert "uni_ehr" in {difference["against"] for difference in result["comparisons"]}
@@ -228,7 +229,7 @@ def _check_costs(command: Command, outcome: Outcome, root: Path) -> None:
     """The table of docs/methods.md is current; counts of operations differ a little between versions of XLA."""
 
     shown, now = (made_table((folder / "docs/methods.md").read_text()) for folder in (ROOT, root))
-    assert list(shown) == list(now) == list(methods.METHODS)
+    assert list(shown) == list(now) == list(registry.METHODS)
     for method, cells in now.items():
         assert shown[method][:3] == cells[:3]
         assert [float(x) for x in shown[method][3:]] == pytest.approx(
@@ -249,9 +250,9 @@ def _check_measured(command: Command, outcome: Outcome, root: Path) -> None:
 _LEAVES = {
     "data_prep.synthetic": _check_synthetic,
     "data_prep.build": _check_build,
-    "data_prep.beam_films": _check_films,
-    "data_prep.benchmark": _check_measured,
-    "data_prep.compare_routes": _check_printed_table,
+    "data_prep.images.beam": _check_films,
+    "data_prep.bench": _check_measured,
+    "data_prep.labels.compare_routes": _check_printed_table,
     "medfuse_jax.main": _check_run,
     "medfuse_jax.evaluate": _check_evaluation,
     "medfuse_jax.sweep": _check_sweep,
@@ -261,5 +262,5 @@ _LEAVES = {
     "medfuse_jax.bench": _check_bench,
     "medfuse_jax.bench.page": _check_page("BENCHMARKS.md"),
     "medfuse_jax.bench.growth": _check_page("docs/performance.md"),
-    "medfuse_jax.costs": _check_costs,
+    "medfuse_jax.bench.flops": _check_costs,
 }

@@ -11,9 +11,10 @@ import pytest
 import sklearn.metrics
 from example_runs import simulate, write_config, write_evaluation
 
-from medfuse_jax import checkpoints, ensemble, evaluate, experiment, metrics, optim, train, workdir
-from medfuse_jax.errors import UserError
-from medfuse_jax.report import page, text, workdirs
+from medfuse_jax import ensemble, evaluate, experiment, metrics, optim, train
+from medfuse_jax.report import pages, read_runs, terminal
+from medfuse_jax.runs import checkpoints, workdir
+from medfuse_jax.runtime.errors import UserError
 
 
 def _member(folder, method, data, rows=None, split="test"):
@@ -65,7 +66,7 @@ def test_the_late_average_is_of_those_that_score_a_stay(runs, tmp_path, data):
     compared = {(c["against"], c["subset"]): c["num_samples"] for c in result["comparisons"]}
     assert compared[("uni_ehr", "all")] == 300 and compared[("uni_cxr", "all")] == has_cxr.sum()
     assert compared[("uni_cxr", "paired")] == has_cxr.sum() and result["num_left_out"] == 0
-    (to_film,) = [line for line in text.table([result]).splitlines() if "average − Film only" in line]
+    (to_film,) = [line for line in terminal.table([result]).splitlines() if "average − Film only" in line]
     assert "  with film  " in to_film  # its "all" are those
 
 
@@ -111,15 +112,15 @@ def test_members_of_one_method_are_told_apart_by_their_folders(tmp_path, data):
     names = [str(tmp_path / name) for name in ("a", "b")]
     result = ensemble.ensemble(names, tmp_path / "both")
     assert list(dict.fromkeys(c["against"] for c in result["comparisons"])) == names
-    assert all(f"average − {name}" in text.table([result]) for name in names)
+    assert all(f"average − {name}" in terminal.table([result]) for name in names)
 
 
 def test_the_report_shows_it_as_a_run(runs, tmp_path):
     result = ensemble.ensemble(runs[0], tmp_path / "late")
-    (run,) = workdirs.find_runs([tmp_path / "late"])
+    (run,) = read_runs.find_runs([tmp_path / "late"])
     assert run.name == "Late average" and run.task == "mortality" and not run.problems
-    assert "Late average" in text.table([result]) and "Late average − EHR only (LSTM)" in text.table([result])
-    page.write([tmp_path / "late"], tmp_path / "report")
+    assert "Late average" in terminal.table([result]) and "Late average − EHR only (LSTM)" in terminal.table([result])
+    pages.write([tmp_path / "late"], tmp_path / "report")
     assert "Late average" in (tmp_path / "report" / "index.html").read_text()
 
 

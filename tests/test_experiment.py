@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medfuse_jax import experiment
-from medfuse_jax.errors import UserError
+from medfuse_jax.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from medfuse_jax import experiment, feed, input_pipeline, parallel, resident
-from medfuse_jax.errors import UserError
+from medfuse_jax import experiment, feed, parallel
+from medfuse_jax.data import batches, device_store
+from medfuse_jax.runtime.errors import UserError
 
 _TOLERANCE = 1e-5
 
@@ -60,7 +61,7 @@ def test_the_device_placement_trains_to_the_numbers_of_the_stream(config, stream
 
 
 def test_the_tolerance_would_show_another_stay_in_one_row(config, streamed, monkeypatch):
-    deal = resident.deal
+    deal = device_store.deal
 
     def wrong(plan, steps, num_devices):
         rows = deal(plan, steps, num_devices)
@@ -68,7 +69,7 @@ def test_the_tolerance_would_show_another_stay_in_one_row(config, streamed, monk
         record[0, 0, 0] = (record[0, 0, 0] + 1) % len(plan)
         return rows | {"record": record}
 
-    monkeypatch.setattr(resident, "deal", wrong)
+    monkeypatch.setattr(device_store, "deal", wrong)
     config.placement = "device"
     with pytest.raises(AssertionError):
         _assert_equal(_epoch(_open(config), one_call=True), streamed)
@@ -87,9 +88,9 @@ def test_one_program_serves_any_part_of_an_epoch(config):
     config.method, config.placement = "uni_ehr", "device"
     run = _open(config)
     fn = parallel.compile_resident(run.options, "jit", run.devices, in_loop=True)
-    held = parallel.replicate(resident.load(run.dataset, "train", run.selects("train")), run.devices)
+    held = parallel.replicate(device_store.load(run.dataset, "train", run.selects("train")), run.devices)
     plan = run.train_plan(epoch=1)
-    rows = parallel.divide(resident.deal(plan, range(len(plan)), 2), run.devices)
+    rows = parallel.divide(device_store.deal(plan, range(len(plan)), 2), run.devices)
     state = parallel.replicate(run.fresh_state(), run.devices)
     for start, stop in ((0, 1), (1, 3)):
         state, loss_S = fn(state, held, rows, jax.random.key(0), start, stop, int(plan.steps_S.max()))
@@ -113,11 +114,11 @@ def test_gathered_batches_are_those_read(config, task, method, num_devices):
         config.model.modalities = "static"
     run = _open(config, num_devices)
     plan, include_N = run.train_plan(epoch=1), run.selects("train")
-    held = resident.load(run.dataset, "train", include_N)
-    assert sum(x.nbytes for x in held.values()) == resident.num_bytes(run.dataset, "train", include_N)
-    rows = resident.deal(plan, range(len(plan)), num_devices)
-    gather = jax.jit(resident.gather, static_argnums=2)
-    for step, batch in enumerate(input_pipeline.batches(run.dataset, "train", plan, num_devices=num_devices)):
+    held = device_store.load(run.dataset, "train", include_N)
+    assert sum(x.nbytes for x in held.values()) == device_store.num_bytes(run.dataset, "train", include_N)
+    rows = device_store.deal(plan, range(len(plan)), num_devices)
+    gather = jax.jit(device_store.gather, static_argnums=2)
+    for step, batch in enumerate(batches.batches(run.dataset, "train", plan, num_devices=num_devices)):
         for d in range(num_devices):
             gathered = gather(held, {name: x[d, step] for name, x in rows.items()}, int(plan.steps_S[step]))
             assert gathered.keys() == batch.keys()
@@ -132,7 +133,7 @@ def test_what_a_run_does_not_use_is_not_held(config):
     )
     size = {name: _bytes(run) for name, run in (("whole", whole), ("paired", paired), ("ehr_only", ehr_only))}
     assert size["paired"] < size["whole"] and size["ehr_only"] < size["whole"]
-    assert "image" not in resident.load(ehr_only.dataset, "train", ehr_only.selects("train"))
+    assert "image" not in device_store.load(ehr_only.dataset, "train", ehr_only.selects("train"))
 
 
 def _with(config, train_stays="partial", method="medfuse"):
@@ -142,17 +143,17 @@ def _with(config, train_stays="partial", method="medfuse"):
 
 
 def _bytes(run):
-    return resident.num_bytes(run.dataset, "train", run.selects("train"))
+    return device_store.num_bytes(run.dataset, "train", run.selects("train"))
 
 
 def test_a_split_that_does_not_fit_is_one_line_with_what_it_needs(config):
     run = _open(config)
     include_N = run.selects("train")
-    needed = resident.num_bytes(run.dataset, "train", include_N)
+    needed = device_store.num_bytes(run.dataset, "train", include_N)
     small, large = (SimpleNamespace(memory_stats=lambda n=n: {"bytes_limit": n}) for n in (needed, 2 * needed))
-    resident.check_fits(run.dataset, "train", include_N, [large, large])
+    device_store.check_fits(run.dataset, "train", include_N, [large, large])
     with pytest.raises(UserError, match=rf"takes {needed / 1e9:.1f} GB on each device.*config\.placement=stream"):
-        resident.check_fits(run.dataset, "train", include_N, [large, small])
+        device_store.check_fits(run.dataset, "train", include_N, [large, small])
 
 
 def test_two_datasets_in_turn_are_streamed(config):
@@ -166,8 +167,10 @@ def test_the_loop_lowers_for_a_gpu(config):
     config.placement, config.precision = "device", "bfloat16"
     run = _open(config, 1)
     plan = run.train_plan(epoch=1)
-    held = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, resident.load(run.dataset, "train", run.selects("train"))))
-    rows = resident.deal(plan, range(len(plan)), 1)
+    held = jax.eval_shape(
+        lambda: jax.tree.map(jnp.asarray, device_store.load(run.dataset, "train", run.selects("train")))
+    )
+    rows = device_store.deal(plan, range(len(plan)), 1)
     fn = parallel.compile_resident(run.options, "jit", run.devices, in_loop=True)
     arguments = (run.abstract_state(), held, rows, jax.random.key(0), 0, 2, int(plan.steps_S.max()))
     assert "stablehlo.while" in fn.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -74,7 +74,7 @@ def test_only_main_calls_data_prep(module):
     assert not {name for name in _imports(_OURS[module]) if name.split(".")[0] == "data_prep"}
 
 
-@pytest.mark.parametrize("module", ["medfuse_jax.report.__main__", "medfuse_jax.webpage", "data_prep.build"])
+@pytest.mark.parametrize("module", ["medfuse_jax.report.__main__", "medfuse_jax.report.html", "data_prep.build"])
 def test_reports_and_data_prep_run_without_jax(module):
     assert not {name for name in _reaches(module) if name.split(".")[0] in ("jax", "flax", "optax", "orbax")}
 

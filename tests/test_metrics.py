@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medfuse_jax import metrics, ranking
-from medfuse_jax.errors import UserError
+from medfuse_jax import metrics, ranks
+from medfuse_jax.runtime.errors import UserError
 
 TOLERANCE = 1e-6
 CELL = np.arange(20).reshape(10, 2)  # numbers the cells of a problem(10, 2)
@@ -78,8 +78,8 @@ def test_every_resample_equals_sklearn(num_samples, decimals):
 def test_the_tolerance_sees_broken_ties(monkeypatch):
     labels, scores = problem(700, 3, decimals=1)
     expected = sklearn_bootstrap(labels, scores, metrics.resample_indices(700, 40, seed=7))
-    ranked = ranking.ranked
-    monkeypatch.setattr(ranking, "ranked", lambda *a: (*ranked(*a)[:2], np.ones_like(a[0])))
+    ranked = ranks.ranked
+    monkeypatch.setattr(ranks, "ranked", lambda *a: (*ranked(*a)[:2], np.ones_like(a[0])))
     assert np.abs(bootstrap(labels, scores, 40, seed=7) - expected).max() > 1000 * TOLERANCE
 
 

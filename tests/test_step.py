@@ -8,7 +8,7 @@ import pytest
 
 from medfuse_jax import augment, optim, parallel
 from medfuse_jax import step as step_lib
-from medfuse_jax.models import methods
+from medfuse_jax.models import registry
 
 _D, _B, _T, _P, _K = 2, 4, 9, 2, 3
 
@@ -30,7 +30,7 @@ def _batch(seed=0):
 def _options(optimizer=None, **model_options):
     sizes = {"ehr_hidden": 8, "fusion_hidden": 8, "resnet_stage_sizes": (1, 1, 1, 1), "resnet_width": 4}
     return step_lib.StepOptions(
-        model=methods.build("medfuse", _K, **(sizes | model_options)),
+        model=registry.build("medfuse", _K, **(sizes | model_options)),
         # Plain gradients: Adam would hide a gradient that is n times too large.
         optimizer=optimizer or optax.identity(),
         film=augment.FilmOptions(resize_px=64, crop_px=56),

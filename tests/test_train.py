@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import checkpoints, compilation, evaluate, experiment, feed, optim, starts, train
 from medfuse_jax import config as config_lib
-from medfuse_jax import workdir as workdir_lib
-from medfuse_jax.errors import UserError
-from medfuse_jax.models import methods
+from medfuse_jax import evaluate, experiment, feed, optim, train
+from medfuse_jax.models import registry
+from medfuse_jax.runs import checkpoints, warm_start
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runtime import compilation
+from medfuse_jax.runtime.errors import UserError
 
 
 def _train(config, workdir, **kwargs):
@@ -105,7 +107,7 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
     source = workdir_lib.open_run(tmp_path / "ehr")
     best = checkpoints.restore_best(tmp_path / "ehr", source.abstract_state())
     fresh = experiment.open_experiment(tiny_config).fresh_state()
-    started = starts.begin(fresh, {"ehr": (tmp_path / "ehr", source)})
+    started = warm_start.begin(fresh, {"ehr": (tmp_path / "ehr", source)})
     jax.tree.map(np.testing.assert_array_equal, started.params["ehr_encoder"], best.params["ehr_encoder"])
     jax.tree.map(np.testing.assert_array_equal, started.params["cxr_encoder"], fresh.params["cxr_encoder"])
     kernel = lambda state: np.asarray(state.params["ehr_encoder"]["layer0"]["input_kernel"])  # noqa: E731
@@ -114,7 +116,7 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [m if m in ("uni_ehr", "medfuse", "daft3") else pytest.param(m, marks=pytest.mark.slow) for m in methods.METHODS],
+    [m if m in ("uni_ehr", "medfuse", "daft3") else pytest.param(m, marks=pytest.mark.slow) for m in registry.METHODS],
 )
 def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config, tmp_path, monkeypatch, method):
     """By shapes alone: a whole encoder's leaves are told apart by what stands for their values."""
@@ -133,8 +135,8 @@ def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config
     fresh = jax.tree.map(lambda x: np.full(x.shape, "new"), run.abstract_state())
     encoders = {name: encoder for name, encoder in encoders.items() if run.has_encoder(name)}
     for name, (_, source) in encoders.items():
-        starts.check(run, name, tmp_path / "source", source)
-    started = starts.begin(fresh, encoders)
+        warm_start.check(run, name, tmp_path / "source", source)
+    started = warm_start.begin(fresh, encoders)
     assert jax.tree.map(np.shape, started) == jax.tree.map(np.shape, fresh)
     for module, values in started.params.items():
         expected = {"ehr_encoder": "ehr", "cxr_encoder": "cxr"}.get(module, "new")
@@ -159,7 +161,7 @@ def test_a_film_encoder_with_less_or_other_stages_is_named(tiny_config, tmp_path
         return experiment.open_experiment(config)
 
     with pytest.raises(UserError, match=said):
-        starts.check(opened(ours), "cxr", tmp_path, opened(theirs))
+        warm_start.check(opened(ours), "cxr", tmp_path, opened(theirs))
 
 
 @pytest.mark.slow
@@ -213,19 +215,19 @@ def test_an_encoder_that_does_not_fit_is_refused(tiny_config, tmp_path, changes,
     tiny_config.update_from_flattened_dict(changes)
     run, source = (experiment.open_experiment(config) for config in (tiny_config, pretrained))
     with pytest.raises(UserError, match=said):
-        starts.check(run, name, tmp_path / "source", source)
+        warm_start.check(run, name, tmp_path / "source", source)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("joint", "early"), ("mmtm3", "mmtm4"), ("medfuse", "medfuse_attention")])
 def test_a_whole_model_of_another_method_is_refused_as_such(tiny_config, tmp_path, theirs, ours):
     source, run = (experiment.open_experiment(_with_method(tiny_config, method)) for method in (theirs, ours))
     with pytest.raises(UserError, match=rf"method {theirs}\) cannot start the method {ours}: for its encoders use"):
-        starts.check(run, "model", tmp_path, source)
+        warm_start.check(run, "model", tmp_path, source)
 
 
 def test_joint_fusion_is_one_model_by_both_its_names(tiny_config, tmp_path):
     source, run = (experiment.open_experiment(_with_method(tiny_config, m)) for m in ("joint", "joint_zeros"))
-    starts.check(run, "model", tmp_path, source)
+    warm_start.check(run, "model", tmp_path, source)
 
 
 def _with_method(config, method):
@@ -236,11 +238,11 @@ def _with_method(config, method):
 
 def test_an_encoder_that_has_seen_the_test_patients_is_refused(tiny_config, tmp_path):
     run, source = (experiment.open_experiment(tiny_config) for _ in range(2))
-    starts.check(run, "ehr", tmp_path, source)
+    warm_start.check(run, "ehr", tmp_path, source)
     seen = source.dataset.index["train"]["subject_id"]
     seen[:2] = run.dataset.index["test"]["subject_id"][0], run.dataset.index["val"]["subject_id"][0]
     with pytest.raises(UserError, match="was trained on 2 patients of the val and test splits"):
-        starts.check(run, "ehr", tmp_path, source)
+        warm_start.check(run, "ehr", tmp_path, source)
 
 
 def test_the_rate_is_without_compilation(tiny_config, tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from raw_tables import chart, film, lab, stay, write_mimic_cxr, write_mimic_iv
 
-from data_prep import build, tables
-from medfuse_jax import records, tasks
+from data_prep import build
+from data_prep.raw import tables
+from medfuse_jax import records, schema
 
 # version -> folder of patients and admissions, latest anchor years, has admit_provider_id, what is said without a name.
 VERSIONS = {
@@ -49,13 +50,13 @@ def test_each_version_gives_the_same_records(tmp_path, version, gz):
     build.build(root, None, tmp_path / "out", tasks=["pheno", "mortality"])
     manifest = records.manifest(tmp_path / "out", "pheno")
     assert manifest["source"]["mimic_iv"] == version
-    found = {r["stay_id"]: r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "pheno", s)}
+    found = {r["stay_id"]: r for s in schema.SPLITS for r in records.open_split(tmp_path / "out", "pheno", s)}
     assert sorted(found) == [30_000_000 + n for n in range(6)]
-    hypertension = [p.ccs for p in tasks.PHENOTYPES].index(98)
+    hypertension = [p.ccs for p in schema.PHENOTYPES].index(98)
     for n in range(6):
         record = found[30_000_000 + n]
         assert record["label"][hypertension] == 1 and record["label"].sum() == 1
-        np.testing.assert_array_equal(record["ehr"][0, tasks.CHANNELS.index("Heart Rate")], 60 + n)
+        np.testing.assert_array_equal(record["ehr"][0, schema.CHANNELS.index("Heart Rate")], 60 + n)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -107,8 +108,8 @@ def test_each_cxr_version(tmp_path, capsys, beside, version):
     assert records.manifest(tmp_path / "out", "radiology")["source"]["mimic_cxr"] == version
     said = capsys.readouterr().err.splitlines()
     assert f"MIMIC-CXR-JPG {version} in {root}" in said and f"MIMIC-IV 2.2 in {tmp_path / 'iv'}" in said
-    rows = [r for s in tasks.SPLITS for r in records.open_split(tmp_path / "out", "radiology", s)]
-    assert len(rows) == 6 and all(r["label"][tasks.RADIOLOGY_LABELS.index("Edema")] for r in rows)
+    rows = [r for s in schema.SPLITS for r in records.open_split(tmp_path / "out", "radiology", s)]
+    assert len(rows) == 6 and all(r["label"][schema.RADIOLOGY_LABELS.index("Edema")] for r in rows)
 
 
 @pytest.mark.parametrize("name", ["physionet.org/files/mimic-cxr-jpg/{}", "mimic-cxr-jpg-{}.physionet.org"])

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from absl import flags
 
-from medfuse_jax import command_line, files
 from medfuse_jax.bench import cases, table
-from medfuse_jax.errors import UserError
+from medfuse_jax.runtime import command_line, files
+from medfuse_jax.runtime.errors import UserError
 
 # Before jax starts: torch shares the GPU, so jax must not take it whole. Fragmentation costs nothing measurable here.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -73,12 +73,12 @@ def measure(case: cases.Case, values, say) -> list[dict]:
 
     data = None
     if values.data_dir and case.kind in ("step", "feed", "parts", "trials"):
-        from medfuse_jax import input_pipeline
-        from medfuse_jax.models import methods
+        from medfuse_jax.data import batches
+        from medfuse_jax.models import registry
 
-        method, _ = methods.METHODS[case.method]
+        method, _ = registry.METHODS[case.method]
         uses = {"use_ehr": method.uses_ehr, "use_film": method.uses_film, "max_buckets": case.max_buckets}
-        data = input_pipeline.open_dataset(values.data_dir, "pheno", **uses)
+        data = batches.open_dataset(values.data_dir, "pheno", **uses)
     before = machine.moment()
     rows = importlib.import_module(f"medfuse_jax.bench.{_MODULES[case.kind]}").measure(case, data, say)
     gc.collect()  # the peers' graphs hold memory in cycles

@@ -6,7 +6,7 @@ falls on all of them, and their ratios mean something.
 
 import dataclasses
 
-from medfuse_jax.errors import check_choice
+from medfuse_jax.runtime.errors import check_choice
 
 KINDS = ("step", "feed", "lstm", "bootstrap", "first_step", "parts", "trials", "sweep")
 PEERS = ("torch_released", "torch_tuned")

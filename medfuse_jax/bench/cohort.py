@@ -5,17 +5,18 @@ Shapes: N stays, T time, K label; batches as in `input_pipeline`.
 
 import numpy as np
 
-from medfuse_jax import input_pipeline, tasks
-from medfuse_jax import plan as plan_lib
+from medfuse_jax import schema
 from medfuse_jax.bench.cases import Case
-from medfuse_jax.models import methods
+from medfuse_jax.data import batches
+from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.models import registry
 
-# Lengths of stay: log-normal, as in the synthetic cohort (data_prep/synthetic_cohort.py), which has MIMIC-IV's shape.
+# Lengths of stay: log-normal, as in the synthetic cohort (data_prep/synthetic/cohort.py), which has MIMIC-IV's shape.
 MEDIAN_LOS_H, LOS_SPREAD, SHORTEST_H, LONGEST_H = 60.0, 0.9, 5.0, 27 * 24.0
 _NUM_FILMS = 64  # distinct images; what they show is of no matter to speed
 
 
-def dataset(case: Case) -> input_pipeline.Dataset:
+def dataset(case: Case) -> batches.Dataset:
     """The split 'train' of a made-up phenotyping dataset."""
     rng = np.random.default_rng(0)
     los_h = np.exp(rng.normal(np.log(MEDIAN_LOS_H), LOS_SPREAD, case.num_stays)).clip(SHORTEST_H, LONGEST_H)
@@ -27,10 +28,10 @@ def dataset(case: Case) -> input_pipeline.Dataset:
         "has_cxr": rng.permutation(case.num_stays) < round(case.film_share * case.num_stays),
         "label": rng.integers(0, 2, (case.num_stays, len(labels)), np.int8),
     }
-    method, _ = methods.METHODS[case.method]
-    channels = len(tasks.CHANNELS)
-    return input_pipeline.Dataset(
-        task=tasks.TASKS["pheno"],
+    method, _ = registry.METHODS[case.method]
+    channels = len(schema.CHANNELS)
+    return batches.Dataset(
+        task=schema.TASKS["pheno"],
         labels=labels,
         splits={"train": _Records(index, rng)},
         index={"train": index},
@@ -48,9 +49,9 @@ class _Records:
     """Records made on demand, out of one pool of numbers and few images."""
 
     def __init__(self, index: dict[str, np.ndarray], rng: np.random.Generator):
-        size = tasks.FILM_SIZE_PX
+        size = schema.FILM_SIZE_PX
         self._index = index
-        self._pool = rng.standard_normal((2 * int(index["length"].max()), len(tasks.CHANNELS)), np.float32)
+        self._pool = rng.standard_normal((2 * int(index["length"].max()), len(schema.CHANNELS)), np.float32)
         self._films = rng.integers(0, 256, (_NUM_FILMS, size, size), np.uint8)
 
     def __len__(self) -> int:
@@ -63,7 +64,7 @@ class _Records:
         return {"stay_id": i, "ehr": ehr, "image": image}
 
 
-def train_plan(case: Case, data: input_pipeline.Dataset) -> plan_lib.Plan:
+def train_plan(case: Case, data: batches.Dataset) -> plan_lib.Plan:
     """The first epoch's plan, as a run makes it."""
     return plan_lib.train_plan(
         data.lengths("train"),
@@ -85,11 +86,11 @@ def sample(plan: plan_lib.Plan, length_N: np.ndarray, num_batches: int) -> plan_
     return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.steps_S[chosen])
 
 
-def collate_all(data: input_pipeline.Dataset, plan: plan_lib.Plan, num_devices: int) -> list[dict]:
+def collate_all(data: batches.Dataset, plan: plan_lib.Plan, num_devices: int) -> list[dict]:
     """The batches of a plan as the input pipeline lays them out."""
     dealt = (plan_lib.deal(plan, step, num_devices) for step in range(len(plan)))
     return [
-        input_pipeline.collate(data, "train", rows_DB, film_row_DP, int(num_steps))
+        batches.collate(data, "train", rows_DB, film_row_DP, int(num_steps))
         for (rows_DB, film_row_DP), num_steps in zip(dealt, plan.steps_S)
     ]
 

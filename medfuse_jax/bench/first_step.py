@@ -50,7 +50,7 @@ def _first_step(case: Case) -> dict[str, float]:
     import jax
 
     from medfuse_jax import parallel
-    from medfuse_jax.bench import cohort, step_case
+    from medfuse_jax.bench import cohort, step
 
     marks.append(("import", time.perf_counter()))
     data = cohort.dataset(case)
@@ -58,8 +58,8 @@ def _first_step(case: Case) -> dict[str, float]:
     batches = cohort.collate_all(data, plan, case.num_devices)
     marks.append(("plan and read", time.perf_counter()))
     on = parallel.devices(case.num_devices)
-    options = step_case.step_options(case, data)
-    state = parallel.replicate(step_case.fresh_state(options), on)
+    options = step.step_options(case, data)
+    state = parallel.replicate(step.fresh_state(options), on)
     jax.block_until_ready(state)
     marks.append(("initialise", time.perf_counter()))
     step = parallel.compile_train(options, case.parallel, on)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from medfuse_jax import command_line, files
-from medfuse_jax.bench import cases, page, parts_case, table
+from medfuse_jax.bench import cases, page, parts, table
 from medfuse_jax.bench.cases import Case
-from medfuse_jax.errors import UserError
+from medfuse_jax.runtime import command_line, files
+from medfuse_jax.runtime.errors import UserError
 
 _STAYS = Case.num_stays  # phenotyping's train split
 _BEGIN, _END = "<!-- made by python -m medfuse_jax.bench.growth -->", "<!-- end -->"
@@ -95,8 +95,8 @@ def _shares(rows: list[dict]) -> dict[str, float]:
     """Seconds of each part a batch. The film encoder is timed up to three depths: here what each adds."""
     taken = {row["contender"]: row["seconds"] / row["batches_per_repeat"] for row in rows}
     deeper = {"film_half": "film_stem", "film_encoder": "film_half"}
-    parts = {name: taken[name] - taken.get(deeper.get(name), 0.0) for name in parts_case.PARTS}
-    return parts | {"rest": taken["ours"] - sum(parts.values()), "whole": taken["ours"]}
+    added = {name: taken[name] - taken.get(deeper.get(name), 0.0) for name in parts.PARTS}
+    return added | {"rest": taken["ours"] - sum(added.values()), "whole": taken["ours"]}
 
 
 def _parts_table(parts: dict[str, float]) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from absl import flags
 
-from medfuse_jax import command_line, files
 from medfuse_jax.bench import table
-from medfuse_jax.errors import UserError
+from medfuse_jax.runtime import command_line, files
+from medfuse_jax.runtime.errors import UserError
 
 # What is aimed at: the platform, the beginning of the case's name, the contender, its time over ours at least.
 TARGETS = (

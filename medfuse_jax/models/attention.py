@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models import lstm
+from medfuse_jax.models import ehr_encoder
 
 # Scores start as zeros: every step, and every token, counts the same at first.
 _equal = nn.initializers.zeros_init()
@@ -37,7 +37,7 @@ class TimeAttention(nn.Module):
     def __call__(self, hidden_BTD: jax.Array, last_BD: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(states [B, T, D], last [B, D]) -> (pooled [B, D], weights [B, T]), zeros for a length of 0."""
         width = last_BD.shape[-1]
-        mask_BT = lstm.valid_steps(length_B, hidden_BTD.shape[1])
+        mask_BT = ehr_encoder.valid_steps(length_B, hidden_BTD.shape[1])
         clean_BTD = jnp.where(mask_BT[..., None], hidden_BTD, 0)
         key_BTA = nn.Dense(width, dtype=self.dtype, name="key")(clean_BTD).astype(jnp.float32)
         query_BA = nn.Dense(width, use_bias=False, dtype=self.dtype, name="query")(last_BD).astype(jnp.float32)

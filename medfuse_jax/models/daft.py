@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models import lstm
-from medfuse_jax.models.films import Films
+from medfuse_jax.models import ehr_encoder
+from medfuse_jax.models.presence import Films
 
 BOTTLENECK_RATIO = 7
 _BOTTLENECK_EXTRA = 16  # released: int((16 + channels) / 7)
@@ -24,7 +24,7 @@ class Daft(nn.Module):
     @nn.compact
     def __call__(self, film_PC: jax.Array, hidden_BTD: jax.Array, length_B: jax.Array, films: Films) -> jax.Array:
         """Hidden states [B, T, D] -> the same, rescaled."""
-        stay_PD = films.from_rows(lstm.mean_over_steps(hidden_BTD, length_B))
+        stay_PD = films.from_rows(ehr_encoder.mean_over_steps(hidden_BTD, length_B))
         bottleneck = int((_BOTTLENECK_EXTRA + film_PC.shape[-1]) / BOTTLENECK_RATIO)
         squeeze = nn.Dense(bottleneck, use_bias=False, name="squeeze")
         excite = nn.Dense(2 * hidden_BTD.shape[-1], use_bias=False, name="excite")

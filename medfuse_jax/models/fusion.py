@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models import lstm
+from medfuse_jax.models import ehr_encoder
 
 
 def stack_tokens(tokens: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
@@ -30,5 +30,5 @@ class LstmFusion(nn.Module):
     def __call__(self, token_BMD: jax.Array, mask_BM: jax.Array) -> jax.Array:
         """Tokens [B, M, D], mask bool [B, M] -> [B, N], float32; zeros where every token is missing."""
         # As a bare cell the weights get torch's initial values, like those of the released fusion layer.
-        weights = lstm.LstmWeights(self.width, torch_default=True, name="cell")(token_BMD.shape[-1])
-        return lstm.masked_lstm(weights, token_BMD, mask_BM, self.dtype)[1]
+        weights = ehr_encoder.LstmWeights(self.width, torch_default=True, name="cell")(token_BMD.shape[-1])
+        return ehr_encoder.masked_lstm(weights, token_BMD, mask_BM, self.dtype)[1]

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models import lstm, resnet
-from medfuse_jax.models.films import Films
+from medfuse_jax.models import ehr_encoder, resnet
+from medfuse_jax.models.presence import Films
 
 ALIGN_TEMPERATURE = 0.2
 
@@ -30,7 +30,7 @@ class Mmtm(nn.Module):
         """(film maps, hidden states) -> the same two, gated."""
         channels, width = x_PHWC.shape[-1], hidden_BTD.shape[-1]
         film_PC = resnet.pooled(x_PHWC)
-        stay_PD = films.from_rows(lstm.mean_over_steps(hidden_BTD, length_B))
+        stay_PD = films.from_rows(ehr_encoder.mean_over_steps(hidden_BTD, length_B))
         num_squeezed = 2 * (channels + width) // self.ratio
         squeezed_PZ = nn.relu(nn.Dense(num_squeezed, name="squeeze")(jnp.concatenate([film_PC, stay_PD], axis=-1)))
         film_gate_PC = nn.sigmoid(nn.Dense(channels, name="film_gate")(squeezed_PZ))

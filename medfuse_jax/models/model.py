@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from medfuse_jax.losses import Head
-from medfuse_jax.models import lstm, resnet
-from medfuse_jax.models.films import Films, films_of
+from medfuse_jax.models import ehr_encoder, resnet
+from medfuse_jax.models.presence import Films, films_of
 
 _linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's, with zero bias
 
@@ -59,8 +59,8 @@ class Model(nn.Module):
         """The fields of `losses.Weights` that the method's training reads."""
         return {head.weight for head in cls.heads} - {""}
 
-    def new_ehr_encoder(self) -> lstm.EhrEncoder:
-        return lstm.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence)
+    def new_ehr_encoder(self) -> ehr_encoder.EhrEncoder:
+        return ehr_encoder.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence)
 
     def new_cxr_encoder(self) -> resnet.ResNet:
         return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats)

@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models.conv import conv
-from medfuse_jax.models.max_pool import max_pool
+from medfuse_jax.models.cpu.conv import conv
+from medfuse_jax.models.cpu.max_pool import max_pool
 
 BATCH_NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.9  # torch calls this 0.1

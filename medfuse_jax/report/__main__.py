@@ -6,12 +6,12 @@ Nothing here imports jax: reports are made where no accelerator is.
 
 from absl import flags
 
-from medfuse_jax import command_line
-from medfuse_jax.report import page
+from medfuse_jax.report import pages
+from medfuse_jax.runtime import command_line
 
 
 def main(argv: list[str]) -> None:
-    print(page.write([folder for folder in flags.FLAGS.runs if folder], flags.FLAGS.out))
+    print(pages.write([folder for folder in flags.FLAGS.runs if folder], flags.FLAGS.out))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from medfuse_jax.report import plots
-from medfuse_jax.report.workdirs import Run, number, section
+from medfuse_jax.report.read_runs import Run, number, section
 
 MODALITY_NAMES = {"ehr": "time series", "cxr": "film", "static": "static facts"}
 _NUM_EXAMPLES = 6

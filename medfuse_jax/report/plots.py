@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from medfuse_jax.webpage import CHART_STYLE, MUTED, NUM_COLORS, PAPER, new_figure, run_color, svg
+from medfuse_jax.report.html import CHART_STYLE, MUTED, NUM_COLORS, PAPER, new_figure, run_color, svg
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _LOW_PX, _HIGH_PX = 380, 250, 340  # near the size they are shown at, so that text keeps its size

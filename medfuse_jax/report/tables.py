@@ -4,9 +4,9 @@ from html import escape
 
 import numpy as np
 
-from medfuse_jax import ranking, tasks
-from medfuse_jax.report import plots, workdirs
-from medfuse_jax.report.workdirs import SUBSETS, Run, method_name, number, pair, section
+from medfuse_jax import ranks, schema
+from medfuse_jax.report import plots, read_runs
+from medfuse_jax.report.read_runs import SUBSETS, Run, method_name, number, pair, section
 
 _SUBSET_TITLES = {
     "all": "All test stays",
@@ -25,7 +25,7 @@ _SCORES = ("AUROC", "AUPRC")
 def results(task: str, runs: list[Run]) -> str:
     """A row a run and subset, methods beside one another; '' where no run has a result."""
     finished = [run for run in runs if run.result]
-    shown = [(run, workdirs.subsets(run.result)) for run in finished]
+    shown = [(run, read_runs.subsets(run.result)) for run in finished]
     rows = [(name, run, subsets[name]) for name in SUBSETS for run, subsets in shown if name in subsets]
     if not rows:
         return ""
@@ -33,7 +33,7 @@ def results(task: str, runs: list[Run]) -> str:
     several = any(len(s.get("auroc") or []) > 1 for *_, s in rows)
     mixed = len({run.is_pretraining for run in finished}) > 1
     mean = "Mean " if several else ""
-    head = _th("Method", "text") + _th(workdirs.unit(task).capitalize()) + _score_heads(axis, mean)
+    head = _th("Method", "text") + _th(read_runs.unit(task).capitalize()) + _score_heads(axis, mean)
     released_head = _th("Method", "text") + _score_heads(None, mean)
     body, released, last = "", "", None
     for name, run, scores in rows:
@@ -55,7 +55,7 @@ def results(task: str, runs: list[Run]) -> str:
 
 def differences(runs: list[Run]) -> str:
     """The paired comparisons that the runs' results hold; '' where there is none."""
-    rows = [(run, other) for run in runs if run.result for other in workdirs.comparisons(run.result)]
+    rows = [(run, other) for run in runs if run.result for other in read_runs.comparisons(run.result)]
     if not rows:
         return ""
     ends = [x for _, other in rows for x in (0.0, other.get("auroc_macro"), *pair(other.get("auroc_macro_ci")))]
@@ -88,7 +88,7 @@ def labels(run: Run, runs: list[Run]) -> str:
     others = [other for other in runs if other is not run and other.task == run.task and other.result]
     count = scores.get("num_samples")
     others = [o for o in others if section(o.result["subsets"], "all").get("num_samples") == count][:_MAX_BESIDE]
-    kinds = {p.name: p.kind for p in tasks.PHENOTYPES} if run.task == "pheno" else {}
+    kinds = {p.name: p.kind for p in schema.PHENOTYPES} if run.task == "pheno" else {}
     axis = _axis(scores["auroc"] + [x for bounds in scores.get("auroc_ci") or [] for x in pair(bounds)])
     body = ""
     for k, name in enumerate(names):
@@ -141,16 +141,16 @@ def plain(facts: dict) -> str:
 
 def subset_title(subset: str, task: str) -> str:
     """What a subset of the test split is called in this task."""
-    return _SUBSET_TITLES.get(subset, subset).replace("stays", workdirs.unit(task))
+    return _SUBSET_TITLES.get(subset, subset).replace("stays", read_runs.unit(task))
 
 
 def _of_how_many(run: Run) -> str:
     """Which records a run scores, where that is not all."""
-    if workdirs.scores_all(run.result):
+    if read_runs.scores_all(run.result):
         return ""
     scored = section(run.result["subsets"], "all").get("num_samples") or 0
     of = number(scored + run.result["num_left_out"], 0)
-    return f", on the {number(scored, 0)} of {of} test {workdirs.unit(run.task)} that it can score"
+    return f", on the {number(scored, 0)} of {of} test {read_runs.unit(run.task)} that it can score"
 
 
 def dot(run: Run) -> str:
@@ -177,7 +177,7 @@ def _released_details(table: str) -> str:
 def _ci_note(scores: list[dict], several: bool) -> str:
     count = f"{scores[0]['num_bootstrap']:,} " if isinstance(scores[0].get("num_bootstrap"), int) else ""
     of = ", of the mean over labels" if several else ""
-    odd = f" {workdirs.OUTSIDE_ITS_CI}" if any(workdirs.outside_its_ci(subset) for subset in scores) else ""
+    odd = f" {read_runs.OUTSIDE_ITS_CI}" if any(read_runs.outside_its_ci(subset) for subset in scores) else ""
     return (
         '<p class="note">95 % CI: confidence interval, the 2.5th to 97.5th percentile of '
         f"{count}bootstrap resamples of the test set{of}.{odd}</p>"
@@ -246,9 +246,9 @@ def _age_groups(run: Run, include_N: np.ndarray) -> list[tuple[str, int, int, li
             continue
         label_N, score_N = (run.predictions[key][rows, 0] for key in ("labels", "scores"))
         resample_NR = rng.integers(len(rows), size=(len(rows), _NUM_BOOTSTRAP))
-        point = ranking.point(label_N[:, None], score_N[:, None])
-        boot = ranking.point(label_N[resample_NR], score_N[resample_NR])  # a column a resample
-        values = [x for key in ("auroc", "auprc") for x in (float(point[key][0]), ranking.bounds(boot[key]).tolist())]
+        point = ranks.point(label_N[:, None], score_N[:, None])
+        boot = ranks.point(label_N[resample_NR], score_N[resample_NR])  # a column a resample
+        values = [x for key in ("auroc", "auprc") for x in (float(point[key][0]), ranks.bounds(boot[key]).tolist())]
         name = f"{low} to {high - 1}" if np.isfinite(high) else f"{low} and over"
         groups.append((name, int(label_N.sum()), len(rows), values))
     return groups

@@ -10,18 +10,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from medfuse_jax import command_line
-from medfuse_jax.errors import UserError
+from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> None:
-    from medfuse_jax.sweep import command, pods  # late: a wrong flag is refused before jax starts
+    from medfuse_jax.sweep import command, processes  # late: a wrong flag is refused before jax starts
 
     given = flags.FLAGS
     for name, least in (("trials", 1), ("lanes", 1), ("round", 1), ("seed", 0)):
         if given[name].value is not None and given[name].value < least:
             raise UserError(f"--{name}={given[name].value}: give at least {least}")
-    process = pods.start(given.coordinator, given.num_processes, given.process, given.distributed)
+    process = processes.start(given.coordinator, given.num_processes, given.process, given.distributed)
     request = command.Request(
         given.config,
         Path(config_flags.get_config_filename(given["config"])),
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         per_round=given.round,
         export=_numbers(given.export),
     )
-    pods.run(functools.partial(command.run, request, process, _STARTED_S))
+    processes.run(functools.partial(command.run, request, process, _STARTED_S))
 
 
 def _numbers(texts: list[str]) -> list[int]:

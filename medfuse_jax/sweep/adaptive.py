@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medfuse_jax.errors import UserError
-from medfuse_jax.sweep import pods, results
+from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.sweep import processes, results
 from medfuse_jax.sweep.search import Parameter, Trial
 
 _TRIES = 100
@@ -48,7 +48,7 @@ def rounds(
             known = [(trial, results.record(workdir, trial)) for trial in trials]
             drawn = _propose(parameters, known, at_random, count, [seed, number], check)
             results.write_whole(path, json.dumps([trial.values for trial in drawn], indent=1) + "\n")
-        pods.wait_for(lambda path=path: [path.exists()], f"the first process to draw round {number}")
+        processes.wait_for(lambda path=path: [path.exists()], f"the first process to draw round {number}")
         drawn = [Trial(start + i, values) for i, values in enumerate(_read(path, parameters, count))]
         for trial in drawn:
             check(trial)

@@ -9,13 +9,16 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from medfuse_jax import compilation, evaluate, experiment, main, parallel, starts, train
 from medfuse_jax import config as config_lib
-from medfuse_jax import workdir as workdir_lib
-from medfuse_jax.errors import UserError, check_choice
-from medfuse_jax.report import text, workdirs
-from medfuse_jax.sweep import adaptive, heads, page, pods, results, search, spent
-from medfuse_jax.sweep import run as run_lib
+from medfuse_jax import evaluate, experiment, main, parallel, train
+from medfuse_jax.report import read_runs, terminal
+from medfuse_jax.runs import warm_start
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runtime import compilation
+from medfuse_jax.runtime.errors import UserError, check_choice
+from medfuse_jax.sweep import adaptive, frozen_encoders, page, processes, results, search
+from medfuse_jax.sweep import groups as run_lib
+from medfuse_jax.sweep.costs import Costs
 
 ALGORITHMS = ("random", "optuna")
 _DEFAULT_TRIALS = 10
@@ -43,7 +46,7 @@ class Request:
     export: Sequence[int] = ()
 
 
-def run(request: Request, process: pods.Process, started_s: float) -> None:
+def run(request: Request, process: processes.Process, started_s: float) -> None:
     """Runs or goes on with a sweep; leaves sweep.csv, sweep.html and best_config.py in the workdir.
 
     process: of several that share the workdir each trains its part of the trials; the first makes what all need, and
@@ -62,12 +65,12 @@ def run(request: Request, process: pods.Process, started_s: float) -> None:
     _name_data(config, process.is_first)
     workdir_lib.check_outside_sweeps(workdir)
     workdir_lib.check_apart(workdir, config.data.dir)
-    costs = spent.Costs()
+    costs = Costs()
     compilation.count_into(costs.compiled)
     base = experiment.open_experiment(config, parallel.devices()[:1])
     experiment.check_recurrence(base)
     staged = list(dict.fromkeys(name for trial in tried.drawn for name in _staged(trial, config)))
-    given, stages = starts.open_sources(config, workdir, staged, base.devices)
+    given, stages = warm_start.open_sources(config, workdir, staged, base.devices)
     in_rounds = request.algorithm != "random"
     sweep = run_lib.Sweep(config, workdir, given | stages, request.lanes, in_rounds)
     check = functools.partial(_check, sweep=sweep, fitting=set())
@@ -95,7 +98,7 @@ def _name_data(config: ConfigDict, is_first: bool) -> None:
         config.data.order_seed = config.seed
 
 
-def _begin(workdir: Path, claim: Callable[[], None], stages: dict, is_first: bool, costs: spent.Costs) -> None:
+def _begin(workdir: Path, claim: Callable[[], None], stages: dict, is_first: bool, costs: Costs) -> None:
     """Claims the folder and trains the encoders, or waits until the first process has."""
     ready = [workdir / "started.json", *(folder / "trained.json" for folder, _ in stages.values())]
     if is_first:
@@ -106,12 +109,12 @@ def _begin(workdir: Path, claim: Callable[[], None], stages: dict, is_first: boo
             results.write_whole(path, "{}\n")
     else:
         with costs.spent("pretrain_s"):
-            pods.wait_for(lambda: [path.exists() for path in ready], "the first process to pre-train the encoders")
+            processes.wait_for(lambda: [path.exists() for path in ready], "the first process to pre-train the encoders")
         claim()
 
 
 def _train(
-    sweep: run_lib.Sweep, rounds: Iterable[list[search.Trial]], process: pods.Process, costs: spent.Costs
+    sweep: run_lib.Sweep, rounds: Iterable[list[search.Trial]], process: processes.Process, costs: Costs
 ) -> list[search.Trial]:
     """Trains this process' part of each round's trials, and waits for the others'; returns all trials."""
     trials = []
@@ -121,7 +124,7 @@ def _train(
             run_lib.train_group(sweep, process.part(group, dealt), costs)
             dealt += len(group)
         trials += drawn
-        pods.wait_for(functools.partial(_are_recorded, sweep.workdir, drawn), "the other processes")
+        processes.wait_for(functools.partial(_are_recorded, sweep.workdir, drawn), "the other processes")
     return trials
 
 
@@ -200,11 +203,11 @@ def _check(trial: search.Trial, sweep: run_lib.Sweep, fitting: set) -> None:
         encoders = sweep.encoders_of(config)
         run = experiment.open_experiment(config, parallel.devices()[:1])
         run.check_any("test", run.dataset.usable("test"))  # whichever is chosen is scored on it at the end
-        heads.check_values(trial.values, config, encoders)
+        frozen_encoders.check_values(trial.values, config, encoders)
         if (run.options.model, *encoders) not in fitting:
             for name, (folder, source) in encoders.items():
-                starts.check(run, name, folder, source)
-            starts.check_frozen(run, encoders)
+                warm_start.check(run, name, folder, source)
+            warm_start.check_frozen(run, encoders)
             fitting.add((run.options.model, *encoders))
 
 
@@ -213,7 +216,7 @@ def _staged(trial: search.Trial, config: ConfigDict) -> list[str]:
     with _named(trial):
         config = trial.config(config)
         config_lib.validate(config)
-        return starts.staged(config)
+        return warm_start.staged(config)
 
 
 @contextlib.contextmanager
@@ -248,8 +251,8 @@ def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence
         _export(sweep, best)
         result = evaluate.evaluate(folder, on=parallel.devices()[:1])  # the test split, once, for the chosen alone
         assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
-    if tested := workdirs.read_run(folder).result:
-        print("\n" + text.table([tested]))
+    if tested := read_runs.read_run(folder).result:
+        print("\n" + terminal.table([tested]))
     path = page.write(workdir, sweep.config.to_dict(), records)
     print(f"\nchosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")
 
@@ -270,4 +273,4 @@ def _export(sweep: run_lib.Sweep, trial: search.Trial) -> None:
     folder = results.trial_dir(sweep.workdir, trial.number)
     if (folder / "state.npz").exists():
         config = sweep.config_of(trial)
-        heads.export(config, folder, sweep.encoders_of(config))
+        frozen_encoders.export(config, folder, sweep.encoders_of(config))

@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from medfuse_jax import errors
-from medfuse_jax.errors import UserError
-from medfuse_jax.sweep import population, results
+from medfuse_jax.runtime import errors
+from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.sweep import results, stacked_step
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ def lanes_for(num_trials: int, most: int, num_devices: int) -> int:
 
 def measure(
     train_fn: Callable,
-    stack_with: Callable[[int], list[population.Stack]],
+    stack_with: Callable[[int], list[stacked_step.Stack]],
     most: int,
     batch: dict,
     on: list[jax.Device],
@@ -121,7 +121,7 @@ def measure(
     for lanes in sorted({math.ceil(most / 2**n) for n in range(most.bit_length() + 1)}):
         try:
             times_s[lanes] = _time_step(train_fn, stack_with(lanes), batch, on)
-        except population.OUT_OF_MEMORY as error:
+        except stacked_step.OUT_OF_MEMORY as error:
             if not errors.is_out_of_memory(error):
                 raise
             break
@@ -130,11 +130,11 @@ def measure(
     return times_s
 
 
-def _time_step(train_fn: Callable, stacks: list[population.Stack], batch: dict, on: list[jax.Device]) -> float:
-    jax.block_until_ready(population.train_all(train_fn, stacks, batch, on))  # compiles
+def _time_step(train_fn: Callable, stacks: list[stacked_step.Stack], batch: dict, on: list[jax.Device]) -> float:
+    jax.block_until_ready(stacked_step.train_all(train_fn, stacks, batch, on))  # compiles
     taken_s = []
     for _ in range(5):
         start_s = time.perf_counter()
-        jax.block_until_ready(population.train_all(train_fn, stacks, batch, on))
+        jax.block_until_ready(stacked_step.train_all(train_fn, stacks, batch, on))
         taken_s.append(time.perf_counter() - start_s)
     return float(np.median(taken_s))

@@ -8,11 +8,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from medfuse_jax import webpage
-from medfuse_jax.report import style, workdirs
-from medfuse_jax.report.workdirs import TASK_NAMES, method_name, number
+from medfuse_jax.report import html, read_runs, style
+from medfuse_jax.report.html import CHART_STYLE, INK, MUTED, run_color
+from medfuse_jax.report.read_runs import TASK_NAMES, method_name, number
 from medfuse_jax.sweep import results
-from medfuse_jax.webpage import CHART_STYLE, INK, MUTED, run_color
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _HEIGHT_PX = 420, 290
@@ -46,7 +45,7 @@ def write(workdir: Path, config: dict, records: list[dict]) -> Path:
         f"<section><h2>All trials</h2>{_table(records, chosen)}</section>"
     )
     path = workdir / "sweep.html"
-    results.write_whole(path, webpage.document(title, body, style.CSS))
+    results.write_whole(path, html.document(title, body, style.CSS))
     return path
 
 
@@ -55,8 +54,8 @@ def _name(field: str) -> str:
 
 
 def _curve(workdir: Path, number: int) -> dict[int, float]:
-    run = workdirs.read_run(results.trial_dir(workdir, number))
-    return workdirs.series(run.val, "val_auroc")
+    run = read_runs.read_run(results.trial_dir(workdir, number))
+    return read_runs.series(run.val, "val_auroc")
 
 
 def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
@@ -68,10 +67,10 @@ def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
             f"Chosen by validation alone: trial {chosen['trial']} ({values}), with an AUROC of "
             f"{number(chosen['val_auroc'])} at epoch {chosen['best_epoch']}."
         )
-        test = workdirs.read_run(results.trial_dir(workdir, chosen["trial"])).result
+        test = read_runs.read_run(results.trial_dir(workdir, chosen["trial"])).result
         if test:
-            scores = workdirs.section(workdirs.section(test, "subsets"), "all")
-            low, high = workdirs.pair(scores.get("auroc_macro_ci"))
+            scores = read_runs.section(read_runs.section(test, "subsets"), "all")
+            low, high = read_runs.pair(scores.get("auroc_macro_ci"))
             # Chosen before the sweep went on with more trials, or scored by hand.
             others = ", ".join(str(r["trial"]) for r in records if r is not chosen and _is_scored(workdir, r["trial"]))
             scored = f"this trial and, at another time, for trial {others}" if others else "this trial only"
@@ -89,7 +88,7 @@ def _is_scored(workdir: Path, number: int) -> bool:
 
 
 def _notice(workdir: Path, record: dict) -> str:
-    if not workdirs.read_run(results.trial_dir(workdir, record["trial"])).is_synthetic:
+    if not read_runs.read_run(results.trial_dir(workdir, record["trial"])).is_synthetic:
         return ""
     return (
         '<p class="notice"><strong>Synthetic patients.</strong> These results come from an invented cohort. '
@@ -130,7 +129,7 @@ def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
         if chosen in shown:
             at = (axes.convert_xunits(values[shown.index(chosen)]), chosen["val_auroc"])
             _say_chosen(axes, at, f"trial {chosen['trial']}: {chosen['val_auroc']:.3f}")
-        return webpage.svg(axes.figure, f"Best validation AUROC of each trial by {_name(field)}")
+        return html.svg(axes.figure, f"Best validation AUROC of each trial by {_name(field)}")
 
 
 def _scale_log(axes: Axes) -> None:
@@ -198,11 +197,11 @@ def _all_curves(curves: dict[int, dict[int, float]], chosen: dict | None) -> str
             axes.plot(*point, "o", color=_CHOSEN, markersize=7)
             axes.set_ymargin(0.2)
             _say_chosen(axes, point, f"trial {of_chosen}, the chosen")
-        return webpage.svg(axes.figure, "Validation AUROC of every trial by epoch, the chosen trial marked")
+        return html.svg(axes.figure, "Validation AUROC of every trial by epoch, the chosen trial marked")
 
 
 def _new_axes(x_label: str, y_label: str) -> Axes:
-    axes = webpage.new_figure(_WIDTH_PX, _HEIGHT_PX).add_axes((0.16, 0.17, 0.8, 0.78))
+    axes = html.new_figure(_WIDTH_PX, _HEIGHT_PX).add_axes((0.16, 0.17, 0.8, 0.78))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.yaxis.label.set_color(INK)

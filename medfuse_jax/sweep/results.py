@@ -12,9 +12,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import files
-from medfuse_jax.errors import UserError
-from medfuse_jax.modalities import loading
+from medfuse_jax.data.modalities import loading
+from medfuse_jax.runtime import files
+from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep.search import Trial, short_name
 
 FINISHED, FAILED = "finished", "failed"

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax.errors import UserError, check_choice, of_file
+from medfuse_jax.runtime.errors import UserError, check_choice, of_file
 
 # Short names; any other parameter goes by its field's name.
 ALIASES = {"lr": "learning_rate", "dropout": "model.dropout", "ehr_only_ratio": "data.ehr_only_ratio"}

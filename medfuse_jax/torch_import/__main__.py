@@ -11,9 +11,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medfuse_jax import command_line, files
 from medfuse_jax import config as config_lib
-from medfuse_jax.errors import UserError
+from medfuse_jax.runtime import command_line, files
+from medfuse_jax.runtime.errors import UserError
 
 _RELEASED_TIMESTEP_H = 1.0  # of every released script
 
@@ -35,7 +35,8 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     A bare ResNet fills the film encoder alone: a start for others, which `evaluate` refuses to score.
     UserError where the file, the config or its data do not fit together, or the workdir is in use.
     """
-    from medfuse_jax import checkpoints, experiment, optim, torch_import  # late: a wrong flag is refused before jax
+    from medfuse_jax import experiment, optim, torch_import
+    from medfuse_jax.runs import checkpoints  # late: a wrong flag is refused before jax
 
     config_lib.validate(config)
     _check_modalities(config)
@@ -73,8 +74,9 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
 
 def export_weights(workdir: Path, path: Path) -> str:
     """Writes a run's best checkpoint under the released names; returns a line that says so. UserError as `write`."""
-    from medfuse_jax import checkpoints, torch_import
-    from medfuse_jax import workdir as workdir_lib
+    from medfuse_jax import torch_import
+    from medfuse_jax.runs import checkpoints
+    from medfuse_jax.runs import workdir as workdir_lib
 
     run = workdir_lib.open_run(workdir)
     config = run.config
@@ -107,8 +109,8 @@ def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
 
 
 def _claim(workdir: Path, run, note: dict) -> None:
-    from medfuse_jax import checkpoints
-    from medfuse_jax import workdir as workdir_lib
+    from medfuse_jax.runs import checkpoints
+    from medfuse_jax.runs import workdir as workdir_lib
 
     workdir_lib.check_outside_sweeps(workdir)
     with files.must_write(f"--workdir={workdir}"):

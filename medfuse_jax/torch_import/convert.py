@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from medfuse_jax.errors import UserError
-from medfuse_jax.models import methods
+from medfuse_jax.models import registry
+from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.torch_import.names import (
     LAYOUTS,
     RESNET34_STAGES,
@@ -30,11 +30,11 @@ def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **o
     `methods.Model`, for sizes other than the released ones. UserError for an unknown or missing
     name, a wrong shape or label count, or a value that is not finite.
     """
-    model = methods.build(method, num_labels, **options)
+    model = registry.build(method, num_labels, **options)
     return model, fill(model, method, state_dict)
 
 
-def fill(model: methods.Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
+def fill(model: registry.Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
     """The variables of a model that `methods.build` made for `method`; UserError as in `load`."""
     state_dict = unwrapped(state_dict)
     stages = model.resnet_stage_sizes
@@ -50,7 +50,7 @@ def is_backbone(state_dict: Mapping[str, np.ndarray]) -> bool:
     return "conv1.weight" in state_dict
 
 
-def fill_backbone(model: methods.Model, state_dict: Mapping[str, np.ndarray]) -> dict:
+def fill_backbone(model: registry.Model, state_dict: Mapping[str, np.ndarray]) -> dict:
     """A torchvision ResNet's weights for a model's film encoder: {'params': {'cxr_encoder': ...}, 'batch_stats': ...}.
 
     Its ImageNet head (fc.weight, fc.bias) is left out, and the stages that the model has not. UserError as in `load`.
@@ -105,9 +105,9 @@ def export(variables: Mapping, method: str) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def _shapes(model: methods.Model) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _shapes(model: registry.Model) -> dict[tuple[str, ...], tuple[int, ...]]:
     """{path: shape} of a model's variables."""
-    variables = jax.eval_shape(lambda: methods.init(model, jax.random.key(0)))
+    variables = jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
 
 

@@ -6,8 +6,8 @@ Names and layouts are those of the released MedFuse's modules and of torchvision
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
-from medfuse_jax.errors import UserError, check_choice
-from medfuse_jax.models import methods
+from medfuse_jax.models import registry
+from medfuse_jax.runtime.errors import UserError, check_choice
 
 RESNET34_STAGES = (3, 4, 6, 3)
 _BACKBONE = "cxr_model.vision_backbone."
@@ -165,12 +165,12 @@ def table(method: str, stage_sizes: Iterable[int] = RESNET34_STAGES, missing: st
     missing: what stands for a missing film in early and joint fusion, 'zeros' or 'learnt'; '': what the method's
     name says. UserError for a method that was not released.
     """
-    check_choice("method", method, methods.METHODS)
+    check_choice("method", method, registry.METHODS)
     if method not in TABLES:
         raise UserError(
             f"the released models have no method {method!r}, so there is nothing to import from or to export to"
         )
-    missing = missing or methods.METHODS[method][1].get("missing", "")
+    missing = missing or registry.METHODS[method][1].get("missing", "")
     has_token = missing == "learnt" and TABLES[method] is _concat
     return TABLES[method](tuple(stage_sizes)) + _MISSING_TOKEN * has_token
 

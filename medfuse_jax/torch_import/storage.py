@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medfuse_jax import files
-from medfuse_jax.errors import UserError
+from medfuse_jax.runtime import files
+from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.torch_import.names import unwrapped
 
 # What torch.load and zipfile raised for checkpoints that were cut off at any place or had bytes changed.

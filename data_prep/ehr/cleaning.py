@@ -1,0 +1,129 @@
+"""What a raw value becomes: a number in its variable's unit, the place of a class, or nothing."""
+
+import polars as pl
+
+from data_prep.profiles import Rules
+from data_prep.raw import tables
+from medfuse_jax import schema
+
+VARIABLE = {variable.name: place for place, variable in enumerate(schema.VARIABLES)}
+CLASS_VARIABLES = [place for place, variable in enumerate(schema.VARIABLES) if variable.classes]
+
+HEIGHT_INCH, TEMPERATURE_F, WEIGHT_LB = 226707, 223761, 226531  # the items that are not in the variable's unit
+KG_PER_LB, CM_PER_INCH = 0.453592, 2.54
+
+# Text of a row -> class, where the text is not itself a class.
+CAPILLARY_TEXT = {"Normal <3 Seconds": "0.0", "Abnormal >3 Seconds": "1.0"}
+
+# Plausible ranges (drop below, clip to, clip to, drop above): resources/variable_ranges.csv of the
+# benchmark the paper builds on (arXiv 1703.07771), which its own extraction no longer applies.
+RANGES = {
+    "Diastolic blood pressure": (0, 0, 375, 375),
+    "Fraction inspired oxygen": (0.2, 0.21, 1, 1.1),
+    "Glucose": (0, 33, 2000, 2200),
+    "Heart Rate": (0, 0, 350, 390),
+    "Height": (0, 0, 240, 275),
+    "Mean blood pressure": (0, 14, 330, 375),
+    "Oxygen saturation": (0, 0, 100, 150),
+    "Respiratory rate": (0, 0, 300, 330),
+    "Systolic blood pressure": (0, 0, 375, 375),
+    "Temperature": (14.2, 26, 45, 47),
+    "Weight": (0, 0, 250, 250),
+    "pH": (6.3, 6.3, 8.4, 10),
+}
+
+
+def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
+    """Adds value (float64), clipped, and in `fate` why a row has no value, or null.
+
+    frame: variable, itemid, text, valuenum and a `fate` of nulls. Rows of one variable with classes
+    keep their order; others may not, so what is made of them must not depend on it.
+    """
+    is_class = pl.col("variable").is_in(CLASS_VARIABLES)
+    classes = frame.filter(is_class).join(_class_places(), on=["variable", "text"], how="left", maintain_order="left")
+    numbers = frame.filter(~is_class).with_columns(value=tables.number("text"))
+    # Few rows are no plain number, and only they pay for the patterns.
+    odd = numbers.filter(pl.col("value").is_null()).with_columns(value=_odd_value(rules))
+    numbers = pl.concat([numbers.filter(pl.col("value").is_not_null()), odd]).with_columns(value=_convert(rules))
+    both = pl.concat([classes, numbers])
+    fate = pl.when(pl.col("value").is_null()).then(pl.lit("no valid value"))
+    if not rules.zero_size:
+        fate = fate.when(_of("Height", "Weight") & (pl.col("value") == 0)).then(pl.lit("impossible value"))
+    both = both.with_columns(fate=fate)
+    return _clip(both) if rules.ranges else both.with_columns(clipped=pl.lit(False))
+
+
+def _class_places() -> pl.DataFrame:
+    """variable, text -> value: the place of the class that the text means.
+
+    'None' of eye opening is a class, as in the released code: pandas before 2.0 reads it as text.
+    """
+    rows = []
+    for place in CLASS_VARIABLES:
+        variable = schema.VARIABLES[place]
+        places = {name: i for i, name in enumerate(variable.classes)}
+        if variable.name == "Capillary refill rate":
+            places |= {text: places[name] for text, name in CAPILLARY_TEXT.items()}
+        rows += [(place, text, float(i)) for text, i in places.items()]
+    return pl.DataFrame(rows, {"variable": pl.UInt8, "text": pl.String, "value": pl.Float64}, orient="row")
+
+
+def _of(*names: str) -> pl.Expr:
+    return pl.col("variable").is_in([VARIABLE[name] for name in names])
+
+
+def _odd_value(rules: Rules) -> pl.Expr:
+    """The value of a row whose text is no number: one of a pair of pressures, or `valuenum`."""
+
+    def part(group: int) -> pl.Expr:
+        return pl.col("text").str.extract(r"^(\d+)/(\d+)$", group).cast(pl.Float64)
+
+    pressure = pl.when(_of("Systolic blood pressure")).then(part(1)).when(_of("Diastolic blood pressure")).then(part(2))
+    return pl.coalesce(pressure, tables.number("valuenum")) if rules.lab_valuenum else pressure
+
+
+def _convert(rules: Rules) -> pl.Expr:
+    """The number in its variable's unit."""
+    value = pl.col("value")
+    percent = _of("Fraction inspired oxygen")
+    if rules.fio2_percent == "over_1":
+        percent &= value > 1
+    fahrenheit = pl.col("itemid") == TEMPERATURE_F
+    if rules.fahrenheit == "over_79":
+        # Differs from MedFuse's intent (its extraction tests for 'F' in lower-cased text): only large values match.
+        fahrenheit = _of("Temperature") & (value >= 79)
+    inches = (pl.col("itemid") == HEIGHT_INCH) & pl.lit(rules.height_inches)
+    return (
+        pl.when(_of("Glucose", "pH", "Oxygen saturation") & (value < 0))
+        .then(None)
+        .when(percent)
+        .then(value / 100)
+        .when(inches)
+        .then(value * CM_PER_INCH)
+        .when(_of("Oxygen saturation") & (value <= 1))
+        .then(value * 100)
+        .when(fahrenheit)
+        .then((value - 32) * 5 / 9)
+        .when(pl.col("itemid") == WEIGHT_LB)
+        .then(value * KG_PER_LB)
+        .otherwise(value)
+    )
+
+
+def _clip(frame: pl.DataFrame) -> pl.DataFrame:
+    """Clips values into RANGES (column `clipped`), and drops the impossible ones."""
+    limits = ("drop_low", "low", "high", "drop_high")
+    bounds = pl.DataFrame(
+        [(VARIABLE[name], *map(float, values)) for name, values in RANGES.items()],
+        {"variable": pl.UInt8} | dict.fromkeys(limits, pl.Float64),
+        orient="row",
+    )
+    frame = frame.join(bounds, on="variable", how="left", maintain_order="left")
+    value = pl.col("value")
+    impossible = ((value < pl.col("drop_low")) | (value > pl.col("drop_high"))).fill_null(False)
+    outside = ((value < pl.col("low")) | (value > pl.col("high"))).fill_null(False)
+    return frame.with_columns(
+        fate=pl.when(impossible).then(pl.lit("impossible value")).otherwise("fate"),
+        clipped=outside & ~impossible,
+        value=pl.when(outside).then(value.clip("low", "high")).otherwise(value),
+    ).drop(limits)

@@ -1,0 +1,217 @@
+"""Raw chart and laboratory rows to cleaned events of the 17 variables, streamed.
+
+The tables are read in batches, so memory does not grow with their size. What is kept goes to one
+folder of parquet files a bucket of stays; a bucket is small enough to be discretised at once.
+
+Event columns: stay (row of the cohort, uint32), time_s (seconds since intime, int32), variable
+(row of tasks.VARIABLES, uint8), value (float32; a class as its place in `classes`), item (int32) and, only where the
+rules ask for them, `text` and stored_s (seconds since intime, int32; null where the row says no time).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from data_prep import progress
+from data_prep.ehr import cleaning
+from data_prep.ehr.cleaning import VARIABLE
+from data_prep.profiles import Rules
+from data_prep.raw import tables
+from medfuse_jax import schema
+
+VERSION = 6  # raise it when the same input gives other events
+# Fates of a row that is kept; all others are reasons why it is left out.
+KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
+STAYS_PER_BUCKET = 1024
+ROWS_AT_ONCE = 200_000
+ROWS_PER_WRITE = 1_000_000
+_INT32 = np.iinfo(np.int32)
+EPSILON_H = 1e-6  # slack at both ends of a stay, and at bin edges (the benchmark's)
+
+# Item ids of MIMIC-IV: chart items, laboratory items.
+CHART_ITEMS = {
+    "Capillary refill rate": (223951, 224308),
+    "Diastolic blood pressure": (220051, 225310, 220180, 224643),
+    "Fraction inspired oxygen": (223835,),
+    "Glascow coma scale eye opening": (220739,),
+    "Glascow coma scale motor response": (223901,),
+    "Glascow coma scale verbal response": (223900,),
+    "Glucose": (225664, 220621, 226537),
+    "Heart Rate": (220045,),
+    "Height": (226707, 226730),
+    "Mean blood pressure": (220052, 225312, 224322, 220181),
+    "Oxygen saturation": (220227, 220277),
+    "Respiratory rate": (220210, 224689, 224422, 224690),
+    "Systolic blood pressure": (220050, 225309, 220179, 224167, 227243),
+    "Temperature": (223762, 223761),
+    "Weight": (224639, 226512, 226531),
+    "pH": (223830, 220274),
+}
+LAB_ITEMS = {
+    "Glucose": (50931, 50809, 51478),
+    "Oxygen saturation": (50817,),
+    "pH": (50820, 51491, 50831, 51094),
+}
+
+# Raw numbers that the released extraction sorts as text (it turns the other variables into numbers first).
+SORTED_AS_TEXT = ("Heart Rate", "Mean blood pressure", "Respiratory rate")
+
+
+def num_buckets(num_stays: int) -> int:
+    """How many buckets hold `num_stays`."""
+    return -(-num_stays // STAYS_PER_BUCKET)
+
+
+def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, folder: Path) -> None:
+    """Writes every bucket's events and `counts.json` (rows kept and dropped, by variable) to `folder`."""
+    lookup = stays.with_row_index("stay").select(
+        "stay",
+        "hadm_id",
+        "intime",
+        "los_h",
+        own_subject_id=pl.col("subject_id"),
+        own_stay_id=pl.col("stay_id"),
+    )
+    counts: dict[str, Counter] = {}
+    pending, part = [], 0
+    for frame in _batches(raw, rules, lookup, counts):
+        pending.append(frame)
+        if sum(map(len, pending)) >= ROWS_PER_WRITE:
+            _write(pl.concat(pending), folder, part)
+            pending, part = [], part + 1
+    if pending:
+        _write(pl.concat(pending), folder, part)
+    (folder / "counts.json").write_text(json.dumps(counts, sort_keys=True, indent=1))
+
+
+def read_counts(folder: Path) -> dict[str, dict[str, int]]:
+    """What became of the rows: reason -> variable -> rows."""
+    return json.loads((folder / "counts.json").read_text())
+
+
+def read_bucket(folder: Path, bucket: int) -> pl.DataFrame | None:
+    """A bucket's events in the order they were read; None where it has none."""
+    parts = sorted(folder.glob(f"bucket={bucket:05d}/*.parquet"))
+    return pl.concat([pl.read_parquet(part) for part in parts]) if parts else None
+
+
+def _write(frame: pl.DataFrame, folder: Path, part: int) -> None:
+    frame = frame.with_columns(bucket=pl.col("stay") // STAYS_PER_BUCKET)
+    for (bucket,), rows in frame.partition_by("bucket", as_dict=True, include_key=False).items():
+        target = folder / f"bucket={bucket:05d}"
+        target.mkdir(exist_ok=True)
+        rows.write_parquet(target / f"{part:06d}.parquet", compression="lz4")
+
+
+def _batches(raw, rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]):
+    """Cleaned events of both tables, a batch at a time; adds up `counts`."""
+    for name, items in (("chartevents", CHART_ITEMS), ("labevents", LAB_ITEMS)):
+        if not rules.capillary_refill:
+            items = {variable: ids for variable, ids in items.items() if variable != "Capillary refill rate"}
+        table = raw[name]
+        # A laboratory row belongs to an admission; MIMIC-IV gives it no stay.
+        extra = "valuenum" if name == "labevents" else "stay_id"
+        item_variable = {str(item): VARIABLE[variable] for variable, ids in items.items() for item in ids}
+        item_variable |= {f"{item}.0": place for item, place in item_variable.items()}  # as tables.integer reads it
+        columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
+        if rules.stored_in_time:
+            columns.append("storetime")
+        wanted = table.scan(*columns).filter(pl.col("itemid").is_in(list(item_variable)))
+        num_rows = 0
+        for batch in progress.bar(_raw_batches(table, wanted), f"events of {table.name}", "batches"):
+            num_rows += len(batch)
+            yield _events(batch, item_variable, rules, lookup, counts)
+        if not num_rows:
+            progress.say(f"warning: {table.path} has no row of any variable: is it the whole table?")
+
+
+def _raw_batches(table: tables.Table, wanted: pl.LazyFrame) -> Iterator[pl.DataFrame]:
+    """The wanted rows, in the file's order, ROWS_AT_ONCE or more at a time (cleaning a few thousand costs as much)."""
+    gathered = []
+    with tables.reading(table.path):
+        for batch in wanted.collect_batches():
+            gathered.append(batch)
+            if sum(map(len, gathered)) >= ROWS_AT_ONCE:
+                yield pl.concat(gathered)
+                gathered = []
+    if any(map(len, gathered)):
+        yield pl.concat(gathered)
+
+
+def _events(
+    batch: pl.DataFrame, item_variable: dict[str, int], rules: Rules, lookup: pl.DataFrame, counts: dict
+) -> pl.DataFrame:
+    """One batch of raw rows to events; every row is counted by its variable and what became of it."""
+    located = _locate(batch, item_variable, lookup)
+    _count(located.filter(pl.col("fate").is_not_null()), counts)
+    cleaned = cleaning.clean(located.filter(pl.col("fate").is_null()), rules)
+    _count(cleaned.with_columns(pl.col("fate").fill_null(KEPT)), counts)
+    kept = cleaned.filter(pl.col("fate").is_null())
+    _count(kept.filter("clipped").with_columns(fate=pl.lit(CLIPPED)), counts)
+    columns = ["stay", "time_s", "variable", pl.col("value").cast(pl.Float32), pl.col("itemid").alias("item")]
+    if rules.stored_in_time:
+        _count(kept.filter(pl.col("stored_s").is_null()).with_columns(fate=pl.lit(UNDATED)), counts)
+        columns.append("stored_s")
+    if rules.same_time == "largest":
+        sorted_as_text = pl.col("variable").is_in([VARIABLE[name] for name in SORTED_AS_TEXT])
+        columns.append(pl.when(sorted_as_text).then("text").otherwise(pl.lit("")).alias("text"))
+    return kept.select(columns)
+
+
+def _count(frame: pl.DataFrame, counts: dict) -> None:
+    for variable, reason, rows in frame.group_by("variable", "fate").len().iter_rows():
+        counts.setdefault(reason, Counter())[schema.VARIABLES[variable].name] += rows
+
+
+def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataFrame) -> pl.DataFrame:
+    """Adds each row's stay, time and variable, and in `fate` why it is no row of a stay, or null."""
+    for column in ("stay_id", "valuenum"):
+        if column not in batch.columns:
+            batch = batch.with_columns(pl.lit(None, pl.String).alias(column))
+    frame = batch.with_columns(
+        tables.integer("subject_id"),
+        tables.integer("hadm_id"),
+        tables.integer("stay_id"),
+        tables.time("charttime"),
+        no_stay_id=tables.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
+        variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
+        itemid=tables.integer("itemid").cast(pl.Int32),
+        text=pl.col("value").str.strip_chars(),
+    ).join(lookup, on="hadm_id", how="left", maintain_order="left")
+    seconds = (pl.col("charttime") - pl.col("intime")).dt.total_seconds()
+    stored = pl.lit(None, pl.Int64)
+    if "storetime" in batch.columns:
+        stored = (tables.time("storetime") - pl.col("intime")).dt.total_seconds()
+    hours = seconds / 3600.0
+    fate = (
+        pl.when(pl.col("stay").is_null())
+        .then(pl.lit("no stay of the cohort"))
+        .when(pl.col("subject_id").ne_missing(pl.col("own_subject_id")))
+        .then(pl.lit("another patient"))
+        .when(pl.col("no_stay_id"))
+        .then(pl.lit("no valid stay_id"))
+        .when(pl.col("stay_id") != pl.col("own_stay_id"))  # a row without a stay_id is its admission's
+        .then(pl.lit("another stay"))
+        .when(seconds.is_null())
+        .then(pl.lit("no valid time"))
+        .when(
+            (hours <= -EPSILON_H)
+            | (hours >= pl.col("los_h") + EPSILON_H)
+            | ~seconds.is_between(_INT32.min, _INT32.max)  # time_s would be null
+        )
+        .then(pl.lit("before or after the stay"))
+    )
+    return frame.select(
+        "stay",
+        "variable",
+        "itemid",
+        "text",
+        "valuenum",
+        time_s=seconds.cast(pl.Int32, strict=False),
+        stored_s=stored.clip(_INT32.min, _INT32.max).cast(pl.Int32),
+        fate=fate,
+    )

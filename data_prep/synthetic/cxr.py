@@ -1,0 +1,190 @@
+"""Which synthetic films are taken when, and the tables of MIMIC-CXR-JPG 2.0.0 that describe them."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from scipy.special import expit
+
+from data_prep import progress
+from data_prep.synthetic import draw as films
+from data_prep.synthetic.cohort import FIRST_DAY, unique_ids
+from data_prep.synthetic.signal import FILM_LATENTS
+from medfuse_jax import schema
+
+EARLY_SHARE = 0.85  # of the paired stays have their first film in the first 48 h
+FILM_NOISE = 0.2  # standard deviation of a film's latents about its stay's
+UNCERTAIN_SHARE, MENTIONED_SHARE = 0.06, 0.25  # labels read as -1; negative findings written down as 0
+
+# A finding is present with p = sigmoid(5 (weights . film latents - threshold)).
+FINDINGS = {
+    "Atelectasis": (0.6, {"effusion": 0.8, "nodule": 0.4}),
+    "Cardiomegaly": (0.6, {"heart": 1.0}),
+    "Consolidation": (1.2, {"nodule": 1.0}),
+    "Edema": (0.7, {"haze": 1.0}),
+    "Enlarged Cardiomediastinum": (1.5, {"heart": 1.0}),
+    "Fracture": (0.7, {}),  # not drawn: nothing can find it
+    "Lung Lesion": (0.9, {"nodule": 1.0}),
+    "Lung Opacity": (0.5, {"haze": 0.7, "nodule": 0.7}),
+    "Pleural Effusion": (0.4, {"effusion": 1.0}),
+    "Pleural Other": (1.8, {"effusion": 1.0}),
+    "Pneumonia": (0.8, {"haze": 0.6, "nodule": 0.8}),
+    "Pneumothorax": (1.0, {"lucency": 1.0}),
+    "Support Devices": (0.0, {"device": 1.0}),
+}
+VIEWS = {  # what is written of each: procedure, view code
+    "AP": ("CHEST (PORTABLE AP)", "antero-posterior"),
+    "PA": ("CHEST (PA AND LAT)", "postero-anterior"),
+    "LATERAL": ("CHEST (PA AND LAT)", "lateral"),
+}
+
+
+def _studies_of_stays(rng, stays: pl.DataFrame, film_latents_NE, film_fraction: float) -> list[pl.DataFrame]:
+    """Studies of patients with a stay: in it (AP, or only PA and lateral), before it and after it."""
+    los_h = stays["los_h"].to_numpy()
+    kept = (stays["kind"] == "kept").to_numpy()
+    num_kept = int(kept.sum())
+    order = rng.permutation(num_kept)  # kept stays come first in the frame
+    paired, unpaired = np.split(order, [round(film_fraction * num_kept)])
+    dropped = np.flatnonzero(~kept)
+    dropped = dropped[rng.random(len(dropped)) < film_fraction]
+    frames = []
+
+    def add(rows, hours, view, own_state):
+        noise = rng.standard_normal((len(rows), len(FILM_LATENTS)))
+        latents = film_latents_NE[rows] + FILM_NOISE * noise if own_state else noise
+        frames.append(_studies(stays["subject_id"].to_numpy()[rows], latents, view, rows, hours))
+
+    def within(rows, start_h, end_h):
+        return start_h + (end_h - start_h) * rng.uniform(0.02, 0.98, len(rows))
+
+    late = (rng.random(len(paired)) >= EARLY_SHARE) & (los_h[paired] > 60)
+    first_h = within(paired, np.where(late, 48.5, 0), np.where(late, los_h[paired], np.minimum(los_h[paired], 48)))
+    add(paired, first_h, "AP", own_state=True)
+    add(dropped, within(dropped, 0, los_h[dropped]), "AP", own_state=True)
+    again = paired[rng.random(len(paired)) < 0.5]
+    again_h = first_h[np.isin(paired, again)]
+    add(again, within(again, again_h, los_h[again]), "AP", own_state=True)
+    standing = np.concatenate([paired[: len(paired) // 10], unpaired[: len(unpaired) // 20]])
+    add(standing, within(standing, 0, los_h[standing]), "PA", own_state=True)
+    outside = order[rng.random(num_kept) < 0.12]
+    days = rng.uniform(0.5, 60, len(outside)) * 24
+    before = (rng.random(len(outside)) < 0.5) | stays["died"].to_numpy()[outside]
+    add(outside, np.where(before, -days, los_h[outside] + days), "AP", own_state=False)
+    return frames
+
+
+def _studies(subject_id, latents, view, rows, hours) -> pl.DataFrame:
+    """One row a study; view: 'AP', or 'PA' for a pair with a lateral one; rows: of the stay, or -1."""
+    view = np.broadcast_to(view, len(rows))
+    frame = pl.DataFrame({"subject_id": subject_id, "row": rows, "hours": hours, "view": view})
+    return frame.with_columns(pl.Series(f"film_{name}", latents[:, i]) for i, name in enumerate(FILM_LATENTS))
+
+
+def _studies_without_stay(rng, taken: np.ndarray, num_films: int) -> pl.DataFrame:
+    """Studies of `num_films` films, or one more, of people who never were in intensive care."""
+    view = np.where(rng.random(num_films) < 0.2, "PA", "AP")
+    num = int(np.searchsorted(np.cumsum(1 + (view == "PA")), num_films)) + 1
+    person = np.cumsum(rng.random(num) < 0.6)
+    ids = unique_ids(rng, 10_000_000, person[-1] + 1, taken)
+    hours = rng.uniform(0, 90 * 365 * 24, num)
+    latents = rng.standard_normal((num, len(FILM_LATENTS)))
+    return _studies(ids[person], latents, view[:num], np.full(num, -1), hours)
+
+
+def plan(
+    rng: np.random.Generator, stays: pl.DataFrame, film_latents_NE, film_fraction: float, num_films: int
+) -> pl.DataFrame:
+    """All films: ids, view, row of the stay (-1: none), hours since its intime, time, and latents as `film_*`.
+
+    At least one film of a patient without a stay is added, and as many as make `num_films` in all.
+    """
+    studies = pl.concat(_studies_of_stays(rng, stays, film_latents_NE, film_fraction))
+    num_so_far = len(studies) + (studies["view"] == "PA").sum()
+    taken = stays["subject_id"].unique().to_numpy()
+    studies = pl.concat([studies, _studies_without_stay(rng, taken, max(1, num_films - num_so_far))])
+    row, hours = studies["row"].to_numpy(), studies["hours"].to_numpy()
+    start = np.where(row < 0, FIRST_DAY, stays["intime"].to_numpy()[row])
+    studies = studies.with_columns(
+        study_id=pl.Series(unique_ids(rng, 50_000_000, len(studies))),
+        time=pl.Series(start + np.round(hours * 3_600_000).astype("timedelta64[ms]")),
+    )
+    lateral = studies.filter(pl.col("view") == "PA").with_columns(
+        view=pl.lit("LATERAL"), time=pl.col("time") + pl.duration(seconds=95)
+    )
+    every = pl.concat([studies, lateral]).sort("subject_id", "study_id", "view")
+    digits = rng.integers(0, 16, (len(every), 40))
+    texts = ["".join("0123456789abcdef"[d] for d in row) for row in digits]
+    return every.with_columns(dicom_id=pl.Series("-".join(text[i : i + 8] for i in range(0, 40, 8)) for text in texts))
+
+
+def tables(rng: np.random.Generator, planned: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """The three tables beside the films, by name without suffix."""
+    time = pl.col("time").dt
+    clock = time.hour().cast(pl.Int32) * 10_000 + time.minute().cast(pl.Int32) * 100 + time.second()
+    person = planned["subject_id"].unique(maintain_order=True)
+    split = pl.Series(rng.choice(["train", "validate", "test"], len(person), p=[0.97, 0.01, 0.02]))
+    split = pl.DataFrame({"subject_id": person, "split": split})
+    metadata = planned.select(
+        "dicom_id",
+        "subject_id",
+        "study_id",
+        PerformedProcedureStepDescription=_of_view(0),
+        ViewPosition="view",
+        Rows=pl.lit(films.ROWS_PX),
+        Columns=pl.lit(films.COLUMNS_PX),
+        StudyDate=time.strftime("%Y%m%d"),
+        StudyTime=clock + time.millisecond() / 1000,  # HHMMSS.fff as a number: no leading zeros
+        ProcedureCodeSequence_CodeMeaning=_of_view(0),
+        ViewCodeSequence_CodeMeaning=_of_view(1),
+        PatientOrientationCodeSequence_CodeMeaning=pl.lit("Erect"),
+    )
+    return {
+        "mimic-cxr-2.0.0-metadata": metadata,
+        "mimic-cxr-2.0.0-chexpert": _chexpert(rng, planned),
+        "mimic-cxr-2.0.0-split": planned.join(split, on="subject_id", how="left", maintain_order="left").select(
+            "dicom_id", "study_id", "subject_id", "split"
+        ),
+    }
+
+
+def _of_view(place: int) -> pl.Expr:
+    return pl.col("view").replace_strict({view: texts[place] for view, texts in VIEWS.items()})
+
+
+def _chexpert(rng, planned: pl.DataFrame) -> pl.DataFrame:
+    """Findings a study: 1, 0, -1 (uncertain) or blank (not mentioned)."""
+    studies = planned.unique("study_id", keep="first", maintain_order=True)
+    written, anything = {}, np.zeros(len(studies), bool)
+    for finding, (threshold, weights) in FINDINGS.items():
+        shown = np.full(len(studies), -threshold)
+        for name, weight in weights.items():
+            shown += weight * studies[f"film_{name}"].to_numpy()
+        present = rng.random(len(studies)) < expit(5 * shown)
+        anything |= present & (finding != "Support Devices")
+        uncertain = rng.random(len(studies)) < UNCERTAIN_SHARE
+        mentioned = present | (rng.random(len(studies)) < MENTIONED_SHARE)
+        value = np.where(uncertain, -1.0, present.astype(float))
+        written[finding] = np.where(mentioned | uncertain, value, np.nan)
+    written["No Finding"] = np.where(anything, np.nan, 1.0)
+    columns = [pl.Series(label, written[label]).fill_nan(None) for label in schema.RADIOLOGY_LABELS]
+    return studies.select("subject_id", "study_id", *columns).sort("study_id")
+
+
+def write_films(folder: Path, planned: pl.DataFrame, seed: int, workers: int) -> None:
+    """Draws every film and writes it to files/p<two digits>/p<subject>/s<study>/<dicom>.jpg."""
+    latents = planned.select(f"film_{name}" for name in FILM_LATENTS).to_numpy()
+    paths = planned.select(
+        pl.format("files/p{}/p{}/s{}/{}.jpg", pl.col("subject_id") // 1_000_000, "subject_id", "study_id", "dicom_id")
+    ).to_series()
+    views = planned["view"].to_list()
+
+    def write_one(i: int) -> None:
+        path = folder / paths[i]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(films.jpeg(films.draw(latents[i], views[i], (seed, 3, i))))
+
+    with ThreadPoolExecutor(workers) as pool:  # numpy and the JPEG encoder let go of the interpreter's lock
+        for _ in progress.bar(pool.map(write_one, range(len(paths))), "drawing films", "films", len(paths)):
+            pass

@@ -1,0 +1,48 @@
+"""XLA's compilations: their results kept between runs, their time and number counted."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+
+from medfuse_jax.runtime import files
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def keep() -> None:
+    """Keeps compiled programs between runs: a second start of the same model skips the compiler."""
+    jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "xla"))
+
+
+@dataclasses.dataclass
+class Count:
+    """How many programs were compiled, and how long it took."""
+
+    number: int = 0
+    seconds: float = 0.0
+
+
+def count_into(count: Count) -> Callable[[], None]:
+    """Counts all that is compiled from here on, until what is returned is called."""
+
+    def listen(event: str, duration_s: float, **_) -> None:
+        if event == _COMPILED:
+            count.number += 1
+            count.seconds += duration_s
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return functools.partial(jax.monitoring.unregister_event_duration_listener, listen)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Count]:
+    """Counts what is compiled inside the block."""
+    count = Count()
+    end = count_into(count)
+    try:
+        yield count
+    finally:
+        end()

@@ -1,0 +1,247 @@
+"""Batches: what the plan says, as recorded, the same from any step and for any number of devices."""
+
+import json
+import shutil
+
+import damage
+import numpy as np
+import pytest
+
+from medfuse_jax import records
+from medfuse_jax.data import batches, plan
+from medfuse_jax.runtime import files
+from medfuse_jax.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def dataset(shards):
+    return batches.open_dataset(shards, "pheno")
+
+
+def _plan(dataset, **changes):
+    arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": dataset.buckets} | changes
+    return plan.train_plan(dataset.lengths("train"), dataset.paired("train"), dataset.usable("train"), **arguments)
+
+
+def test_a_batch_holds_the_records_of_its_plan(dataset):
+    the_plan = _plan(dataset)
+    for step, batch in zip(range(3), batches.batches(dataset, "train", the_plan)):
+        assert batch["ehr"].shape == (1, 16, the_plan.steps_S[step], 76)
+        films = dict(zip(batch["film_row"][0], batch["image"][0]))
+        for row in range(16):
+            number = batch["record"][0, row]
+            if number == plan.PADDING:
+                assert not batch["valid"][0, row] and batch["length"][0, row] == 0
+                continue
+            record, length = dataset.splits["train"][int(number)], batch["length"][0, row]
+            np.testing.assert_array_equal(batch["ehr"][0, row, :length], record["ehr"])
+            assert not batch["ehr"][0, row, length:].any()
+            np.testing.assert_array_equal(batch["label"][0, row], record["label"])
+            assert (row in films) == record["has_cxr"]
+            if record["has_cxr"]:
+                np.testing.assert_array_equal(films[row], record["image"])
+
+
+def test_batches_go_on_from_any_step(dataset):
+    the_plan = _plan(dataset)
+    all_records = [b["record"] for b in batches.batches(dataset, "train", the_plan)]
+    from_third = [b["record"] for b in batches.batches(dataset, "train", the_plan, start=3)]
+    assert len(all_records) == len(the_plan) > 3
+    np.testing.assert_array_equal(all_records[3:], from_third)
+    assert list(batches.batches(dataset, "train", the_plan, start=len(the_plan))) == []
+
+
+def test_two_devices_get_the_same_stays_and_films_as_one(dataset):
+    the_plan = _plan(dataset)
+    one, two = (next(batches.batches(dataset, "train", the_plan, num_devices=d)) for d in (1, 2))
+    assert sorted(one["record"].reshape(-1)) == sorted(two["record"].reshape(-1))
+
+    def films(batch):
+        rows = batch["record"].shape[1]
+        return {
+            int(batch["record"][d, row]): batch["image"][d, slot].sum()
+            for d, slot in np.ndindex(batch["film_row"].shape)
+            if (row := batch["film_row"][d, slot]) < rows
+        }
+
+    assert films(one) == films(two) and films(one)
+
+
+def test_what_a_method_does_not_read_is_not_in_its_batches(shards):
+    ehr_only = batches.open_dataset(shards, "pheno", use_film=False)
+    assert not {"image", "film_row"} & next(batches.batches(ehr_only, "train", _plan(ehr_only))).keys()
+    films = batches.open_dataset(shards, "radiology")
+    batch = next(batches.batches(films, "train", _plan(films)))
+    assert not {"ehr", "length"} & batch.keys() and batch["image"].shape == (1, 16, 256, 256)
+
+
+def test_batches_of_films_with_their_own_labels_take_turns(dataset, shards):
+    with_films = batches.with_films(dataset, shards, "radiology")
+    films = with_films.films
+    of_films = (films.lengths("train"), films.paired("train"), films.usable("train"))
+    film_plan = plan.train_plan(*of_films, batch_size=16, seed=0, epoch=1, buckets=films.buckets)
+    turns = plan.take_turns(_plan(dataset), film_plan)
+    both = list(batches.batches(with_films, "train", turns))
+    assert len(both) == len(turns)
+    assert [("label" in b, "film_label" in b) for b in both[:2]] in (
+        [(True, False), (False, True)],
+        [(True, False), (True, False)],
+    )
+    of_films = next(b for b in both if "film_label" in b)
+    assert not {"ehr", "length"} & of_films.keys() and of_films["film_label"].shape == (1, 16, 14)
+    record = films.splits["train"][int(of_films["record"][0, 0])]
+    np.testing.assert_array_equal(of_films["film_label"][0, 0], record["label"])
+    again = list(batches.batches(with_films, "train", turns, start=3))
+    for a, b in zip(both[3:], again, strict=True):
+        np.testing.assert_array_equal(a["record"], b["record"])
+
+
+def test_the_index_says_what_the_records_say(shards):
+    for task in ("pheno", "mortality", "radiology"):
+        for split in ("train", "val", "test"):
+            index, stored = records.index(shards, task, split), records.open_split(shards, task, split)
+            assert len(stored) == len(index["stay_id"])
+            for i, record in enumerate(stored):
+                assert record["stay_id"] == index["stay_id"][i] and len(record["ehr"]) == index["length"][i]
+                assert (
+                    record["has_cxr"]
+                    == index["has_cxr"][i]
+                    == (record["image"] is not None)
+                    == bool(record["dicom_id"])
+                )
+                np.testing.assert_array_equal(record["label"], index["label"][i])
+
+
+def test_the_train_statistics_are_those_of_the_train_steps(shards):
+    manifest, stays = records.manifest(shards, "pheno"), records.open_split(shards, "pheno", "train")
+    steps = np.concatenate([record["ehr"] for record in stays]).astype(np.float64)
+    continuous = [i for i, name in enumerate(manifest["channels"]) if "->" not in name]
+    assert len(continuous) == 12
+    np.testing.assert_allclose(np.array(manifest["train_mean"])[continuous], steps[:, continuous].mean(0), rtol=1e-4)
+    np.testing.assert_allclose(np.array(manifest["train_std"])[continuous], steps[:, continuous].std(0), rtol=1e-3)
+
+
+def _copy(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda d: (d / "pheno" / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda d: (d / "pheno" / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (
+            lambda d: _edit_manifest(d, format_version="0.1.0"),
+            f"has format 0.1.0, this version reads {records.FORMAT_VERSION}",
+        ),
+        (lambda d: _edit_manifest(d, task="mortality"), "describes the task 'mortality', not 'pheno'"),
+        (lambda d: (d / "pheno" / "manifest.json").write_text("[]"), "manifest.json holds no fields"),
+        (lambda d: _edit_manifest(d, train_mean=None), "manifest.json lacks train_mean"),
+        (
+            lambda d: damage.cut(d / "pheno" / "index_val.npz"),
+            "bytes, not ",
+        ),
+        (
+            lambda d: damage.flip(d / "pheno" / "index_val.npz"),
+            "index_val.npz is not the file that its manifest describes",
+        ),
+        (lambda d: (d / "pheno" / "index_val.npz").unlink(), "index_val.npz is missing: run data_prep.build again"),
+        (lambda d: damage.flip(d / "pheno" / "dataset_info.json"), "cannot be opened"),
+        (lambda d: damage.cut(d / "pheno" / "features.json"), "features.json has "),
+        (lambda d: damage.cut(next((d / "pheno").glob("*test.array_record*"))), "bytes, not "),
+        (lambda d: next((d / "pheno").glob("*val.array_record*")).unlink(), "-00001 is missing: run"),
+        (lambda d: _add_to_mean(d), "manifest.json was changed after the build"),
+        (lambda d: _rewrite_index(d, "train", lambda f: {k: v[:-5] for k, v in f.items()}), "mixes two builds"),
+        (
+            lambda d: shutil.rmtree(d / "pheno"),
+            "holds no dataset for the task 'pheno' (it holds: mortality, radiology)",
+        ),
+        (lambda d: (d / "pheno" / "dataset_info.json").unlink(), "dataset_info.json is missing"),
+        (lambda d: shutil.rmtree(d), "no data folder"),
+    ],
+)
+def test_a_damaged_folder_is_named_in_one_line(shards, tmp_path, spoil, said):
+    folder = _copy(shards, tmp_path)
+    spoil(folder)
+    with pytest.raises(UserError) as caught:
+        batches.open_dataset(folder, "pheno")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _edit_manifest(folder, **changes):
+    """Changes a manifest as if it had been built so."""
+    path = folder / "pheno" / "manifest.json"
+    content = json.loads(path.read_text()) | changes
+    content = {field: value for field, value in content.items() if value is not None}
+    path.write_text(json.dumps(content | {"sha256": records.seal(content)}))
+
+
+def _add_to_mean(folder):
+    path = folder / "pheno" / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"train_mean": [mean + 5 for mean in content["train_mean"]]}))
+
+
+def _rewrite_index(folder, split, change):
+    """Changes an index in a way that its hash does not show."""
+    path = folder / "pheno" / f"index_{split}.npz"
+    with np.load(path) as stored:
+        fields = dict(stored)
+    np.savez(path, **change(fields))
+    manifest = json.loads((folder / "pheno" / "manifest.json").read_text())
+    hashes, sizes = manifest["files"], manifest["file_bytes"]
+    _edit_manifest(
+        folder,
+        files=hashes | {path.name: files.sha256(path)},
+        file_bytes=sizes | {path.name: path.stat().st_size},
+    )
+
+
+def test_a_truncated_shard_is_named(shards, tmp_path):
+    folder = _copy(shards, tmp_path)
+    shard = next((folder / "pheno").glob("*train*array_record*"))
+    damage.cut(shard)
+    with pytest.raises(UserError, match=r"pheno"):
+        opened = batches.open_dataset(folder, "pheno")
+        for record in opened.splits["train"]:
+            assert record["ehr"].shape[1] == 76
+
+
+def test_shards_of_two_builds_mixed_are_noticed(shards, tmp_path):
+    folder = _copy(shards, tmp_path)
+    _rewrite_index(folder, "train", lambda fields: fields | {"stay_id": np.roll(fields["stay_id"], 1)})
+    mixed = batches.open_dataset(folder, "pheno")
+    with pytest.raises(UserError, match="mixes two builds"):
+        next(batches.batches(mixed, "train", _plan(mixed)))
+
+
+def test_statistics_from_a_file(shards, tmp_path):
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps({"mean": [1.0] * 76, "std": [2.0] * 76}))
+    assert batches.open_dataset(shards, "pheno", statistics=str(path)).mean_F.tolist() == [1.0] * 76
+    nan, inf = float("nan"), float("inf")
+    for mean, std in ((1.0, 0.0), (nan, 1.0), (0.0, inf), ("a", 1.0), ([1.0], 1.0), (None, {})):
+        path.write_text(json.dumps({"mean": [mean] * 76, "std": [std] * 76}))
+        with pytest.raises(UserError, match="must be 76 finite numbers each, every std above 0") as caught:
+            batches.open_dataset(shards, "pheno", statistics=str(path))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="not 'train'"):
+        batches.open_dataset(shards, "pheno", statistics="trian")
+
+
+def test_other_statistics_are_part_of_what_a_run_is_trained_on(shards, tmp_path):
+    train = batches.open_dataset(shards, "pheno")
+    path, digests = tmp_path / "statistics.json", []
+    for mean_F in (train.mean_F, train.mean_F + 1, train.mean_F + 2):
+        path.write_text(json.dumps({"mean": mean_F.tolist(), "std": train.std_F.tolist()}))
+        digests.append(batches.open_dataset(shards, "pheno", statistics=str(path)).digest)
+    assert digests[0] == train.digest == records.digest(shards, "pheno") and len(set(digests)) == 3
+
+
+def test_a_method_of_films_alone_needs_films(shards, tmp_path):
+    folder = _copy(shards, tmp_path)
+    for split in ("train", "val", "test"):
+        _rewrite_index(folder, split, lambda fields: fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})
+    with pytest.raises(UserError, match="holds no films"):
+        batches.open_dataset(folder, "pheno", use_ehr=False)

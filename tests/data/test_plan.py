@@ -1,0 +1,169 @@
+"""Batch plans: every stay once, the same from the same seed, films in every batch, little padding."""
+
+import numpy as np
+import pytest
+
+from medfuse_jax.data import plan as plan_lib
+
+_N = 1003
+_LENGTHS = np.clip(np.exp(np.random.default_rng(0).normal(3.4, 0.9, _N)), 1, 900).astype(int)
+_PAIRED = np.random.default_rng(1).random(_N) < 0.19
+_ALL = np.ones(_N, bool)
+_BUCKETS = plan_lib.buckets(_LENGTHS, 4)
+
+
+def _train(**changes):
+    arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": _BUCKETS} | changes
+    return plan_lib.train_plan(_LENGTHS, _PAIRED, _ALL, **arguments)
+
+
+def _records(plan):
+    rows = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
+    return np.sort(rows[rows != plan_lib.PADDING])
+
+
+def test_an_epoch_has_every_stay_once():
+    np.testing.assert_array_equal(_records(_train()), np.arange(_N))
+
+
+def test_films_per_batch_leaves_no_row_empty_where_all_stays_are_of_a_kind():
+    for paired in (np.zeros(_N, bool), _ALL):
+        plan = plan_lib.train_plan(
+            _LENGTHS, paired, _ALL, batch_size=16, num_films=8, seed=0, epoch=1, buckets=_BUCKETS
+        )
+        assert plan.films_per_batch == 16 * paired[0] and len(plan) == -(-_N // 16)
+        np.testing.assert_array_equal(_records(plan), np.arange(_N))
+
+
+def test_film_slots_hold_paired_stays_only():
+    plan = _train()
+    assert _PAIRED[plan.paired_SP[plan.paired_SP != plan_lib.PADDING]].all()
+    assert not _PAIRED[plan.unpaired_SU[plan.unpaired_SU != plan_lib.PADDING]].any()
+
+
+def test_every_batch_has_a_film_and_few_slots_are_empty():
+    plan = _train()
+    assert plan.films_per_batch == 3
+    films_S = (plan.paired_SP != plan_lib.PADDING).sum(1)
+    assert films_S.min() >= 2
+    rows = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
+    assert (rows == plan_lib.PADDING).mean() < 0.05
+
+
+def test_the_same_seed_and_epoch_give_the_same_plan_and_others_do_not():
+    np.testing.assert_array_equal(_train().paired_SP, _train().paired_SP)
+    assert not np.array_equal(_train().paired_SP, _train(epoch=2).paired_SP)
+    assert not np.array_equal(_train().paired_SP, _train(seed=1).paired_SP)
+
+
+def test_ehr_only_ratio_draws_anew_each_epoch_without_replacement():
+    first, second = (_records(_train(ehr_only_ratio=0.2, epoch=e)) for e in (1, 2))
+    assert len(np.unique(first)) == len(first) == _PAIRED.sum() + round(0.2 * (~_PAIRED).sum())
+    assert len(first) == len(second) and not np.array_equal(first, second)
+    assert np.isin(np.flatnonzero(_PAIRED), first).all()
+
+
+def test_ehr_only_ratio_leaves_out_none_that_has_a_film_which_the_method_does_not_read():
+    arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": _BUCKETS, "ehr_only_ratio": 0.2}
+    drawn = _records(plan_lib.train_plan(_LENGTHS, np.zeros(_N, bool), _ALL, ehr_only_N=~_PAIRED, **arguments))
+    assert len(drawn) == _PAIRED.sum() + round(0.2 * (~_PAIRED).sum())
+    assert np.isin(np.flatnonzero(_PAIRED), drawn).all()
+
+
+def test_sorting_in_windows_saves_most_of_the_padding():
+    sorted_share = _longest_share(_train(window=128))
+    unsorted_share = _longest_share(_train(window=1))
+    assert sorted_share < 0.35 < unsorted_share
+
+
+def _longest_share(plan):
+    rows = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
+    length = np.where(rows == plan_lib.PADDING, 0, _LENGTHS[rows])
+    return 1 - length.sum() / (length.max(1) * rows.shape[1]).sum()
+
+
+def test_each_batch_fits_its_bucket():
+    plan = _train()
+    rows = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
+    longest = np.where(rows == plan_lib.PADDING, 0, _LENGTHS[rows]).max(1)
+    assert set(plan.steps_S) <= set(_BUCKETS)
+    assert (plan.steps_S >= longest).all()
+    smaller = [max((b for b in _BUCKETS if b < s), default=0) for s in plan.steps_S]
+    assert (longest > smaller).all()
+
+
+def test_buckets_are_the_best_of_all_choices():
+    lengths = np.array([1, 2, 2, 3, 9, 10, 30, 31, 31, 50])
+
+    def cost(edges):
+        return sum(min(e for e in edges if e >= n) for n in lengths)
+
+    distinct = np.unique(lengths)
+    best = min(cost((a, b, 50)) for a in distinct for b in distinct if a < b < 50)
+    chosen = plan_lib.buckets(lengths, 3)
+    assert len(chosen) == 3 and chosen[-1] == 50
+    assert cost(chosen) == best
+
+
+@pytest.mark.parametrize("max_buckets", [1, 2, 7])
+def test_buckets_are_no_more_than_asked_and_hold_the_longest(max_buckets):
+    chosen = plan_lib.buckets(_LENGTHS, max_buckets)
+    assert 1 <= len(chosen) <= max_buckets and chosen[-1] == _LENGTHS.max()
+    assert plan_lib.buckets(np.array([7, 7, 7]), max_buckets) == (7,)
+
+
+@pytest.mark.parametrize("paired", [_PAIRED, ~_ALL, _ALL])
+def test_evaluation_scores_every_record_once(paired):
+    plans = plan_lib.eval_plans(_LENGTHS, paired, _ALL, batch_size=64, buckets=_BUCKETS)
+    np.testing.assert_array_equal(np.sort(np.concatenate([_records(p) for p in plans])), np.arange(_N))
+    assert {p.films_per_batch for p in plans} <= {0, 64}
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
+def test_dealing_keeps_every_row_and_film_on_its_device(devices):
+    plan = _train()
+    for step in range(0, len(plan), 7):
+        rows_DB, film_row_DP = plan_lib.deal(plan, step, devices)
+        expected = np.concatenate([plan.paired_SP[step], plan.unpaired_SU[step]])
+        np.testing.assert_array_equal(np.sort(rows_DB.reshape(-1)), np.sort(expected))
+        with_film = [rows_DB[d, row] for d in range(devices) for row in film_row_DP[d] if row < rows_DB.shape[1]]
+        assert sorted(with_film) == sorted(r for r in plan.paired_SP[step] if r != plan_lib.PADDING)
+        assert film_row_DP.shape[1] == -(-plan.films_per_batch // devices)
+
+
+def test_all_paired_and_none_paired_need_no_mixed_batches():
+    plan = plan_lib.train_plan(_LENGTHS, _ALL, _ALL, batch_size=16, seed=0, epoch=1, buckets=_BUCKETS)
+    assert plan.films_per_batch == 16 and len(_records(plan)) == _N
+    plan = plan_lib.train_plan(_LENGTHS, ~_ALL, _ALL, batch_size=16, seed=0, epoch=1, buckets=_BUCKETS)
+    assert plan.films_per_batch == 0 and len(_records(plan)) == _N
+
+
+@pytest.mark.parametrize(("num_stays", "num_films"), [(_N, 5000), (_N, 300), (40, 16), (_N, 1)])
+def test_films_take_turns_with_stays(num_stays, num_films):
+    stays = plan_lib.train_plan(
+        _LENGTHS[:num_stays], _PAIRED[:num_stays], _ALL[:num_stays], batch_size=16, seed=0, epoch=1, buckets=_BUCKETS
+    )
+    lengths, all_films = np.zeros(num_films, int), np.ones(num_films, bool)
+    films = plan_lib.train_plan(lengths, all_films, all_films, batch_size=16, seed=0, epoch=1, buckets=(0,))
+    turns = plan_lib.take_turns(stays, films)
+    order = [turns.at(step) for step in range(len(turns))]
+    for name, expected in (("stays", len(stays)), ("films", min(len(stays), len(films)))):
+        assert [i for which, i in order if which == name] == list(range(expected))
+    assert (
+        turns.longest() == order.index(("stays", stays.steps_S.argmax())) and stays.longest() == stays.steps_S.argmax()
+    )
+    at = np.flatnonzero([which == "films" for which, _ in order])
+    assert np.diff(at, prepend=-1).max() <= -(-len(order) // len(at))  # spread evenly
+    drawn = turns.films.paired_SP[turns.films.paired_SP != plan_lib.PADDING]
+    assert len(set(drawn)) == len(drawn) and turns.batch_size == 16
+
+
+def test_a_longer_plan_of_films_is_another_part_each_epoch():
+    def drawn(epoch):
+        stays = _train(epoch=epoch)
+        lengths, all_films = np.zeros(5000, int), np.ones(5000, bool)
+        films = plan_lib.train_plan(lengths, all_films, all_films, batch_size=16, seed=0, epoch=epoch, buckets=(0,))
+        return set(plan_lib.take_turns(stays, films).films.paired_SP.reshape(-1).tolist())
+
+    assert len(drawn(1)) == 16 * len(_train()) and drawn(1) == drawn(1)
+    assert len(drawn(1) & drawn(2)) < 0.5 * len(drawn(1))

@@ -1,0 +1,279 @@
+"""Films: times, labels, pixels, and what happens to those that cannot be read."""
+
+import damage
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+from raw_tables import film, film_path, write_mimic_cxr, write_table
+
+from data_prep.images import store as image_store
+from data_prep.raw import tables
+from medfuse_jax import schema
+from medfuse_jax.runtime.errors import UserError
+
+
+def _raw(root, films, **options):
+    return tables.mimic_cxr(write_mimic_cxr(root, films, **options))
+
+
+def test_times_are_padded_floats_and_paths_those_of_the_release(tmp_path):
+    films = [film(1, 0.5 + 42 / 3600), film(2, 15), film(3, 1, StudyTime="246060.0"), film(4, 1, StudyDate="")]
+    found, counts = image_store.read_films(_raw(tmp_path, films))
+    assert found["time"].cast(pl.String).to_list()[:2] == ["2150-01-01 00:30:42.000000", "2150-01-01 15:00:00.000000"]
+    assert found["time"].to_list()[2:] == [None, None]
+    assert counts["films without a valid time (never paired)"] == 2
+    assert found["path"].to_list() == [film_path(row) for row in films]
+    assert all((tmp_path / path).is_file() for path in found["path"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "with_ids", "without_time"),
+    [
+        ({"subject_id": "1000000x"}, 1, 0),
+        ({"dicom_id": ""}, 1, 0),
+        ({"study_id": ""}, 1, 0),
+        ({"study_id": "99999999999999999999"}, 1, 0),
+        ({"StudyTime": "noon"}, 2, 1),
+        ({"StudyDate": "21501345"}, 2, 1),
+    ],
+)
+def test_a_row_that_cannot_be_right_is_counted(tmp_path, changes, with_ids, without_time):
+    write_table(
+        tmp_path / "mimic-cxr-2.0.0-chexpert.csv", "subject_id,study_id," + ",".join(schema.RADIOLOGY_LABELS), []
+    )
+    header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
+    write_table(tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [film(1, 1), film(2, 1) | changes])
+    found, counts = image_store.read_films(tables.mimic_cxr(tmp_path))
+    assert counts == {
+        "rows of metadata": 2,
+        "films with ids": with_ids,
+        "films without a valid time (never paired)": without_time,
+    }
+    assert found["time"].drop_nulls().len() == 1 and found["dicom_id"][0] == "film-0001-00"
+
+
+def test_only_a_positive_label_is_one(tmp_path):
+    row = film(1, 1, Edema="1.0", Fracture="0.0", Pneumonia="-1.0", **{"No Finding": "1"})
+    labels = image_store.read_labels(_raw(tmp_path, [row]))
+    positive = {name for name in schema.RADIOLOGY_LABELS if labels[name][0]}
+    assert positive == {"Edema", "No Finding"} and labels.columns == ["study_id", *schema.RADIOLOGY_LABELS]
+
+
+def test_a_table_without_a_label_or_metadata_is_named(tmp_path):
+    _raw(tmp_path, [film(1, 1)], gz=False)
+    path = tmp_path / "mimic-cxr-2.0.0-chexpert.csv"
+    path.write_text(path.read_text().replace("Edema", "Oedema"))
+    with pytest.raises(UserError, match=r"chexpert\.csv has no column 'Edema'"):
+        image_store.read_labels(tables.mimic_cxr(tmp_path))
+    (tmp_path / "mimic-cxr-2.0.0-metadata.csv").unlink()
+    with pytest.raises(UserError, match=r"holds no mimic-cxr-2\.0\.0-metadata\.csv\.gz"):
+        tables.mimic_cxr(tmp_path)
+
+
+def test_a_film_without_a_metadata_row_is_named_and_counted(tmp_path, capsys):
+    films = [film(1, 1), film(2, 1)]
+    raw = _raw(tmp_path, films, gz=False)
+    header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
+    write_table(
+        tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [{c: films[0][c] for c in header.split(",")}], gz=False
+    )
+    found, counts = image_store.read_films(raw)
+    assert found["dicom_id"].to_list() == ["film-0001-00"]
+    assert counts["films without a metadata row"] == 1
+    assert counts["dicom_ids without a metadata row"] == ["film-0002-00"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "film-0002-00" in line and "metadata.csv" in line
+
+
+def _image(path, width, height, column=None, row=None):
+    """A black film with a white stripe, 32 px wide, that ends at `column`, or at `row`."""
+    pixels = np.zeros((height, width), np.uint8)
+    if column is not None:
+        pixels[:, column - 32 : column] = 255
+    if row is not None:
+        pixels[row - 32 : row] = 255
+    Image.fromarray(pixels).save(path, quality=95)
+    return path
+
+
+def test_squash_keeps_every_part_and_crop_keeps_the_ratio(tmp_path):
+    wide = _image(tmp_path / "wide.jpg", 1024, 512, column=32)  # at the left edge
+    squashed, cropped = image_store.decode(wide, "squash"), image_store.decode(wide, "crop")
+    assert squashed.shape == cropped.shape == (256, 256) and squashed.dtype == np.uint8
+    assert (squashed[:, :7] > 200).all() and not (squashed[:, 10:] > 50).any()
+    assert not (cropped > 50).any()
+    centre = _image(tmp_path / "centre.jpg", 1024, 512, column=528)
+    assert (image_store.decode(centre, "squash") > 128).sum(1).tolist() == [8] * 256
+    assert (image_store.decode(centre, "crop") > 128).sum(1).tolist() == [16] * 256
+    tall = _image(tmp_path / "tall.jpg", 512, 1024, row=528)
+    assert (image_store.decode(tall, "crop") > 128).sum(0).tolist() == [16] * 256
+
+
+def test_reduced_decoding_is_close_to_a_whole_decode(tmp_path):
+    y, x = np.mgrid[:1000, :1200] / 1000
+    smooth = (127 + 100 * np.sin(9 * x + 5 * y)).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "a.jpg", quality=95)
+    with Image.open(tmp_path / "a.jpg") as image:
+        whole = np.asarray(image.convert("L").resize((256, 256), Image.Resampling.BILINEAR)).astype(int)
+    difference = np.abs(image_store.decode(tmp_path / "a.jpg", "squash") - whole)
+    assert difference.max() <= 6
+    assert (
+        np.abs(image_store.decode(tmp_path / "a.jpg", "crop") - whole).max() > 20
+    )  # the tolerance tells another geometry
+
+
+def test_colour_and_small_films_are_read(tmp_path):
+    Image.new("RGB", (50, 60), (200, 200, 200)).save(tmp_path / "rgb.jpg")
+    assert np.abs(image_store.decode(tmp_path / "rgb.jpg", "crop").astype(int) - 200).max() <= 2
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0" + b"\x00" * 40, "truncated"])
+def test_an_unreadable_film_is_an_oserror(tmp_path, content):
+    path = tmp_path / "a.jpg"
+    if content == "truncated":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)).save(path)
+        content = path.read_bytes()[:5000]
+    path.write_bytes(content)
+    with pytest.raises(OSError):
+        image_store.decode(path, "crop")
+    with pytest.raises(OSError):
+        image_store.decode(tmp_path / "missing.jpg", "crop")
+
+
+def _store(root, folder, workers=2):
+    return image_store.FilmStore(folder, root, "crop", workers)
+
+
+def _jobs(films):
+    return [(row["dicom_id"], film_path(row)) for row in films]
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_store, "CHUNK_FILMS", 7)
+    films = [film(n, 1) for n in range(20)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    kept = {}
+    for workers in (1, 3):
+        store = _store(root, tmp_path / f"w{workers}", workers)
+        store.add(_jobs(films[::-1] if workers == 3 else films))
+        kept[workers] = {p.name: p.read_bytes() for p in (tmp_path / f"w{workers}").iterdir()}
+        for row in films:
+            np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / film_path(row), "crop"))
+    assert kept[1] == kept[3] and len(kept[1]) == 6
+
+
+@pytest.mark.parametrize(
+    ("suffix", "harm"),
+    [
+        (".json", lambda path: path.write_text("")),
+        (".json", lambda path: path.unlink()),
+        (".json", lambda path: path.write_text("[]")),
+        (".npy", damage.cut),
+        (".npy", lambda path: path.write_bytes(path.read_bytes()[:300])),
+        (".npy", lambda path: path.write_bytes(path.read_bytes() + b"0")),
+        (".npy", lambda path: path.write_bytes(b"")),
+    ],
+)
+def test_a_damaged_chunk_is_decoded_again(tmp_path, monkeypatch, suffix, harm):
+    monkeypatch.setattr(image_store, "CHUNK_FILMS", 3)
+    films = [film(n, 1) for n in range(6)]
+    root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16))
+    folder = tmp_path / "films"
+    _store(root, folder).add(_jobs(films))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    harm(min(folder.glob(f"*{suffix}")))
+    decoded = _count_decodes(monkeypatch)
+    store = _store(root, folder)
+    store.add(_jobs(films))
+    assert len(decoded) == 3 and {path: path.read_bytes() for path in folder.iterdir()} == before
+    for row in films:
+        np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / film_path(row), "crop"))
+
+
+def _count_decodes(monkeypatch):
+    decoded, decode = [], image_store.decode
+    monkeypatch.setattr(image_store, "decode", lambda path, shape: decoded.append(path.stem) or decode(path, shape))
+    return decoded
+
+
+def test_a_film_is_decoded_once_unless_its_file_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_store, "CHUNK_FILMS", 5)
+    films = [film(n, 1) for n in range(10)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    _store(root, tmp_path / "films").add(_jobs(films))
+    decoded = _count_decodes(monkeypatch)
+    _store(root, tmp_path / "films").add(_jobs(films))
+    assert decoded == []
+    _image(root / film_path(films[7]), 40, 40, column=36)
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films))
+    assert decoded == ["film-0007-00"]
+    for row in films:
+        np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / film_path(row), "crop"))
+    store.forget_useless()
+    assert len(list((tmp_path / "films").glob("*.npy"))) == 3
+
+
+def test_films_are_found_whatever_they_were_asked_for_with_and_the_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_store, "CHUNK_FILMS", 5)
+    films = [film(n, 1) for n in range(20)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    (root / film_path(films[3])).write_bytes(b"broken")
+    monkeypatch.setattr(image_store, "MAX_UNREADABLE", 0.5)
+    _store(root, tmp_path / "films").add(_jobs(films))
+    before = sorted((tmp_path / "films").iterdir())
+    decoded = _count_decodes(monkeypatch)
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films[1:4] + films[9:11]))  # of a build with fewer films, in other groups
+    np.testing.assert_array_equal(store["film-0010-00"], image_store.decode(root / film_path(films[10]), "crop"))
+    assert decoded == ["film-0010-00"] and list(store.unreadable) == ["film-0003-00"]
+    store.forget_useless()
+    assert sorted((tmp_path / "films").iterdir()) == before
+
+
+def test_chunks_that_cannot_be_used_again_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_store, "CHUNK_FILMS", 2)
+    films = [film(n, 1) for n in range(4)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    image_store.FilmStore(tmp_path / "films", root, "squash", 1).add(_jobs(films))
+    (tmp_path / "films" / "stopped.npy.1-1.partial").write_bytes(b"")
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films))
+    crop = {path for path, _ in store._place.values()}
+    assert len(list((tmp_path / "films").glob("*.npy"))) == 4
+    store.forget_useless()
+    assert set((tmp_path / "films").glob("*.npy")) == crop and len(list((tmp_path / "films").iterdir())) == 4
+    for row in films[:2]:
+        _image(root / film_path(row), 40, 40)
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films))
+    store.forget_useless()
+    assert len(crop & set((tmp_path / "films").glob("*.npy"))) == 1
+    assert len(list((tmp_path / "films").glob("*.npy"))) == 2
+
+
+def test_signatures_tell_a_replaced_film_and_a_missing_one(tmp_path):
+    films = [film(n, 1) for n in range(3)]
+    root = write_mimic_cxr(tmp_path / "cxr", films)
+    before = image_store.signatures(root, _jobs(films), 2)
+    assert before == {row["dicom_id"]: image_store.signature(root / film_path(row)) for row in films}
+    _image(root / film_path(films[1]), 40, 40)
+    (root / film_path(films[2])).unlink()
+    after = image_store.signatures(root, _jobs(films), 2)
+    assert after["film-0000-00"] == before["film-0000-00"] and after["film-0002-00"] is None
+    assert after["film-0001-00"] not in (before["film-0001-00"], None)
+
+
+def test_one_percent_may_be_unreadable_and_no_more(tmp_path):
+    films = [film(n, 1) for n in range(200)]
+    root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16))
+    (root / film_path(films[3])).write_bytes(b"broken")
+    (root / film_path(films[150])).unlink()
+    store = _store(root, tmp_path / "films")
+    store.add(_jobs(films))
+    assert sorted(store.unreadable) == ["film-0003-00", "film-0150-00"] and store.unreadable["film-0150-00"] is None
+    assert "film-0003-00" not in store and "film-0004-00" in store
+    (root / film_path(films[4])).write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"3 of 200 films .* more than 1 %, the first is film-0003-00\.jpg"):
+        _store(root, tmp_path / "films").add(_jobs(films))

@@ -1,0 +1,64 @@
+"""The last AP film inside the window, and no other."""
+
+import datetime
+
+import polars as pl
+import pytest
+
+from data_prep.images import pairing
+
+INTIME = datetime.datetime(2150, 1, 1)
+STAYS = pl.DataFrame(
+    {
+        "stay_id": [30, 31],
+        "subject_id": [1, 2],
+        "intime": [INTIME] * 2,
+        "outtime": [INTIME + datetime.timedelta(hours=72)] * 2,
+    }
+)
+
+
+def _films(*films):
+    """(dicom_id, subject_id, view, hours after intime)"""
+    rows = [(d, s, v, None if h is None else INTIME + datetime.timedelta(hours=h)) for d, s, v, h in films]
+    return pl.DataFrame(
+        rows,
+        {"dicom_id": pl.String, "subject_id": pl.Int64, "view": pl.String, "time": pl.Datetime("us")},
+        orient="row",
+    )
+
+
+@pytest.mark.parametrize(
+    ("hour", "paired_72", "paired_48"),
+    [
+        (-0.01, False, False),
+        (0, True, True),
+        (48, True, True),
+        (48.01, True, False),
+        (72, True, False),
+        (72.01, False, False),
+    ],
+)
+def test_a_film_counts_from_intime_to_the_end_of_the_window(hour, paired_72, paired_48):
+    films = _films(("a", 1, "AP", hour))
+    assert len(pairing.pair(STAYS, films, None)) == paired_72
+    assert len(pairing.pair(STAYS, films, 48.0)) == paired_48
+
+
+def test_the_last_ap_film_wins():
+    films = _films(
+        ("a", 1, "AP", 1), ("c", 1, "AP", 60), ("b", 1, "PA", 70), ("d", 1, "LATERAL", 71), ("e", 2, "PA", 3)
+    )
+    assert pairing.pair(STAYS, films, None).rows() == [(30, "c", INTIME + datetime.timedelta(hours=60))]
+    assert pairing.pair(STAYS, films, 48.0)["dicom_id"].to_list() == ["a"]
+
+
+def test_the_order_of_rows_does_not_matter_and_ties_go_to_the_last_id():
+    films = _films(("a", 1, "AP", 5), ("b", 1, "AP", 5), ("z", 1, "AP", None), ("x", 3, "AP", 5))
+    assert pairing.pair(STAYS, films, None)["dicom_id"].to_list() == ["b"]
+    assert pairing.pair(STAYS[::-1], films[::-1], None)["dicom_id"].to_list() == ["b"]
+
+
+def test_a_window_never_reaches_past_the_stay():
+    short = STAYS.with_columns(outtime=pl.lit(INTIME + datetime.timedelta(hours=10)))
+    assert len(pairing.pair(short, _films(("a", 1, "AP", 11)), 48.0)) == 0

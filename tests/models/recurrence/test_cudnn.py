@@ -1,0 +1,72 @@
+"""The recurrence by cuDNN, whose place jax's own reference takes: order of weights, lengths, padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import rnn
+from lstm_cases import assert_close, case, plain, poisoned, with_gradients
+
+from medfuse_jax.models import ehr_encoder
+
+_PLAIN = with_gradients(plain)
+_ON_GPU = jax.default_backend() == "gpu"
+_cudnn = functools.partial(ehr_encoder.lstm, form="cudnn")
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """`rnn.lstm` as the reference computes it, which refuses what cuDNN refuses; cuDNN itself where there is one."""
+    if _ON_GPU:
+        return
+
+    def lstm_of_reference(x, h_0, c_0, weights, seq_lengths, *sizes):
+        assert (x.dtype, weights.dtype, seq_lengths.dtype) == (jnp.float32, jnp.float32, jnp.int32)
+        input_size, hidden_size, num_layers, _, bidirectional = sizes
+        unpacked = rnn.unpack_lstm_weights(weights, input_size, hidden_size, num_layers, bidirectional)
+        # Where cuDNN would refuse a length of 0 this gives NaN.
+        x = jnp.where((seq_lengths > 0)[:, None, None], x, jnp.nan)
+        return rnn.lstm_ref(x, h_0, c_0, *unpacked, seq_lengths, *sizes)
+
+    monkeypatch.setattr(rnn, "lstm", lstm_of_reference)
+
+
+@pytest.mark.parametrize(("num_steps", "lengths"), [(1, [1, 0]), (7, [7, 3, 0, 1]), (6, [2, 4]), (3, [0, 0])])
+def test_outputs_and_gradients_are_those_of_the_plain_scan(reference, num_steps, lengths):
+    series = case(num_steps, lengths)
+    assert_close(with_gradients(_cudnn)(*series), _PLAIN(*series))
+
+
+@pytest.mark.skipif(_ON_GPU, reason="cuDNN itself takes the weights, not the reference")
+def test_another_order_of_the_weights_is_noticed(reference, monkeypatch):
+    unpack = rnn.unpack_lstm_weights
+
+    def swapped(weights, *sizes):
+        return unpack(rnn.swap_lstm_gates(weights, *sizes), *sizes)
+
+    monkeypatch.setattr(rnn, "unpack_lstm_weights", swapped)
+    series = case(7, [7, 3, 0, 1])
+    with pytest.raises(AssertionError):
+        assert_close(with_gradients(_cudnn)(*series), _PLAIN(*series))
+
+
+def test_padding_reaches_neither_outputs_nor_gradients(reference):
+    weights, x_BTF, length_B = case(8, [5, 3, 0])
+    outputs, with_nans = (
+        (with_gradients(_cudnn)(weights, x, length_B), _cudnn(weights, x, length_B))
+        for x in (x_BTF, poisoned(x_BTF, length_B))
+    )
+    jax.tree.map(np.testing.assert_array_equal, outputs, with_nans)
+    hidden_BTD, last_BD = with_nans[1]
+    assert not np.any(np.where(ehr_encoder.valid_steps(length_B, 8)[..., None], 0, hidden_BTD)) and not np.any(
+        last_BD[2]
+    )
+
+
+def test_it_is_cudnn_that_is_called_both_ways(monkeypatch):
+    """As far as a machine without it goes: how much memory it would ask for is made up."""
+    monkeypatch.setattr(rnn.gpu_rnn, "compute_rnn_workspace_reserve_space_sizes", lambda *_: (1, 1), raising=False)
+    text = str(jax.make_jaxpr(with_gradients(_cudnn))(*case(7, [7, 3])))
+    assert "rnn_fwd" in text and "rnn_bwd" in text

@@ -1,0 +1,344 @@
+"""Every method: shapes, sizes, and that what is missing reaches no number and no gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import NUM_LABELS, batch, dense, equations, fast_jit, random_variables, shapes, tiny_model
+
+from medfuse_jax import schema
+from medfuse_jax.models import registry
+from medfuse_jax.runtime.errors import UserError
+
+# One of each model: early and joint are joint_zeros, of which joint_learnable is the harder case, and
+# the two stages differ in a number only.
+_DISTINCT = ("uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "medfuse_attention", "unified", "mmtm3", "daft3")
+_WITH_FILM = _DISTINCT[1:]
+_WITH_EHR = tuple(m for m in _DISTINCT if m != "uni_cxr")
+
+# Summed up by hand from the released shapes. 25 labels, but for uni_cxr: the 14 of the pre-training.
+# An LSTM has one bias here and two in torch; daft3 has no fourth stage, as nothing reads it.
+_PARAMETERS = {
+    "uni_ehr": 872_729,
+    "uni_cxr": 21_291_854,
+    "early": 22_295_129,
+    "joint": 22_295_129,
+    "joint_zeros": 22_295_129,
+    "joint_learnable": 22_295_385,
+    "medfuse": 23_870_041,
+    "medfuse_attention": 22_821_721,
+    "unified": 22_308_736,
+    "mmtm3": 22_590_347,
+    "mmtm4": 22_918_411,
+    "daft3": 9_081_945,
+    "daft4": 22_253_401,
+}
+
+
+def _inputs(batch: dict) -> dict:
+    return {**batch, "dropout_rows": np.arange(len(batch["length"]))}
+
+
+@functools.cache
+def _functions(method: str):
+    """(variables, train, evaluate) of a tiny model, compiled once.
+
+    train(variables, batch) -> (outputs, statistics, gradients of parameters, ehr and image).
+    """
+    model = tiny_model(method)
+    variables = random_variables(model)
+
+    def loss(params, ehr, image, variables, rest):
+        outputs, updated = model.apply(
+            {**variables, "params": params},
+            **{**rest, "ehr": ehr, "image": image},
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(1)},
+        )
+        total = jnp.sum(jnp.sin(outputs["logits"])) + outputs.get("align_loss", 0.0)
+        total += sum(jnp.sum(jnp.sin(outputs[name])) for name in outputs if name.endswith("only_logits"))
+        return total, (outputs, updated.get("batch_stats", {}))
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+    @fast_jit
+    def train(variables, batch):
+        gradients, (outputs, stats) = gradient(
+            variables["params"], batch["ehr"], batch["image"], variables, _inputs(batch)
+        )
+        return {"outputs": outputs, "stats": stats, "gradients": gradients}
+
+    @fast_jit
+    def evaluate(variables, batch):
+        return model.apply(variables, **batch)
+
+    return variables, train, evaluate
+
+
+def _assert_same(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **(tolerance or {"rtol": 0})), a, b)
+
+
+def _largest(tree) -> float:
+    return max((float(np.abs(leaf).max(initial=0)) for leaf in jax.tree.leaves(tree)), default=0.0)
+
+
+@pytest.mark.parametrize("method", registry.METHODS)
+def test_parameter_counts_are_golden(method):
+    num_labels = 14 if method == "uni_cxr" else 25
+    params = shapes(registry.build(method, num_labels))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == _PARAMETERS[method]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+def test_every_method_has_its_golden_count():
+    assert set(_PARAMETERS) == set(registry.METHODS)
+
+
+@pytest.mark.parametrize("method", _DISTINCT)
+def test_outputs_have_the_contracts_shapes(method):
+    variables, _, evaluate = _functions(method)
+    outputs = evaluate(variables, dense(batch()))
+    assert outputs["logits"].shape == (4, NUM_LABELS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(jnp.float32)}
+    if method in _WITH_EHR:
+        assert outputs["ehr_features"].shape == (4, 8)
+    if method not in ("uni_ehr", "daft3"):  # projected film features are as wide, here, as the ResNet's
+        assert outputs["cxr_features"].shape == (4, 8)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outputs))
+
+
+@pytest.mark.parametrize("method", _WITH_FILM)
+def test_listed_and_dense_films_give_the_same(method):
+    variables, _, evaluate = _functions(method)
+    listed = batch()
+    a, b = evaluate(variables, listed), evaluate(variables, dense(listed))
+    if method == "uni_cxr":  # which scores every image of the dense form
+        a, b = (jax.tree.map(lambda x: x[np.array([0, 2])], outputs) for outputs in (a, b))
+    _assert_same(a, b, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", _DISTINCT)
+def test_what_is_missing_reaches_no_number_and_no_gradient(method):
+    variables, train, _ = _functions(method)
+    clean = batch()
+    clean["length"][1] = 0  # row 1: no stay, no film; row 3: no film
+    padding_BT1 = (np.arange(5) >= clean["length"][:, None])[..., None]
+    poisoned = {
+        **clean,
+        "ehr": np.where(padding_BT1, np.nan, clean["ehr"]),
+        "image": np.where(clean["film_mask"][:, None, None], clean["image"], np.nan),
+    }
+    a, b = train(variables, clean), train(variables, poisoned)
+    _assert_same(a, b)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(b))
+    _, ehr_gradient, image_gradient = b["gradients"]
+    assert not np.any(np.where(padding_BT1, ehr_gradient, 0)) and not np.any(image_gradient[~clean["film_mask"]])
+    # and what is there does reach it
+    assert np.any(ehr_gradient) == (method in _WITH_EHR)
+    assert np.any(image_gradient[:2]) == (method in _WITH_FILM)
+
+
+@pytest.mark.parametrize("method", ["medfuse"])
+def test_absent_rows_of_dense_films_reach_nothing_in_training(method):
+    variables, train, _ = _functions(method)
+    clean = dense(batch())
+    poisoned_BHW = np.where(clean["has_cxr"][:, None, None], clean["image"], np.nan)
+    a, b = train(variables, clean), train(variables, {**clean, "image": poisoned_BHW})
+    _assert_same(a, b)
+    listed = train(variables, batch())
+    _assert_same(a["stats"], listed["stats"], atol=1e-5)
+    _assert_same(a["gradients"][0], listed["gradients"][0], atol=1e-3 * _largest(listed["gradients"][0]))
+
+
+@pytest.mark.parametrize("method", [m for m in _WITH_FILM if m != "uni_cxr"])
+def test_a_film_changes_its_own_row_only(method):
+    variables, _, evaluate = _functions(method)
+    before = batch()
+    changed = {**before, "image": before["image"].copy()}
+    changed["image"][0] += 1.0  # the film of row 2
+    removed = {**before, "film_mask": np.array([False, True, False])}
+    base = evaluate(variables, before)["logits"]
+    for after in (changed, removed):
+        moved_B = np.abs(evaluate(variables, after)["logits"] - base).max(axis=1)
+        assert moved_B[2] > 1e-4 and moved_B[[0, 1, 3]].max() == 0
+
+
+@pytest.mark.parametrize("method", _WITH_FILM)
+def test_without_a_film_its_encoder_gets_no_gradient_and_keeps_its_statistics(method):
+    variables, train, _ = _functions(method)
+    some, none = batch(), {**batch(), "film_mask": np.zeros(3, bool)}
+    gradients, _, image_gradient = train(variables, none)["gradients"]
+    assert _largest(gradients["cxr_encoder"]) == 0 == _largest(image_gradient)
+    _assert_same(train(variables, none)["stats"], variables["batch_stats"])
+    assert _largest(train(variables, some)["gradients"][0]["cxr_encoder"]) > 0
+
+
+@pytest.mark.parametrize("method", _WITH_EHR)
+def test_without_a_stay_its_encoder_gets_no_gradient(method):
+    variables, train, _ = _functions(method)
+    none = {**batch(), "length": np.zeros(4, np.int32)}
+    assert _largest(train(variables, none)["gradients"][0]["ehr_encoder"]) == 0
+    assert _largest(train(variables, batch())["gradients"][0]["ehr_encoder"]) > 0
+
+
+def _primitives(jaxpr) -> set[str]:
+    return {equation.primitive.name for equation in equations(jaxpr)}
+
+
+@pytest.mark.parametrize("method", _WITH_FILM)
+@pytest.mark.parametrize("image", [None, np.zeros((0, 16, 16), np.float32)], ids=["none", "no_slots"])
+def test_without_film_slots_no_film_code_is_traced(method, image):
+    model = tiny_model(method)
+    variables = _functions(method)[0]
+    slots = np.zeros(0, np.int32)
+    none = {**batch(), "image": image, "film_row": slots, "film_mask": slots.astype(bool)}
+    some = batch()
+    assert "conv_general_dilated" in _primitives(jax.make_jaxpr(lambda v: model.apply(v, **some))(variables).jaxpr)
+    assert "conv_general_dilated" not in _primitives(jax.make_jaxpr(lambda v: model.apply(v, **none))(variables).jaxpr)
+
+
+@pytest.mark.parametrize("method", _WITH_FILM)
+def test_film_slots_left_empty_are_the_same_as_no_slots(method):
+    variables, _, evaluate = _functions(method)
+    empty = evaluate(variables, {**batch(), "film_mask": np.zeros(3, bool)})
+    none = fast_jit(tiny_model(method).apply)(variables, ehr=batch()["ehr"], length=batch()["length"])
+    _assert_same(empty, none, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", _DISTINCT)
+def test_without_stays_no_ehr_code_is_traced(method):
+    model = tiny_model(method)
+    variables = _functions(method)[0]
+    given = batch()
+    films = {name: given[name] for name in ("image", "film_row", "film_mask")}
+    for ehr in (None, np.zeros((4, 0, 76), np.float32)):
+        run = functools.partial(model.apply, ehr=ehr, length=np.zeros(4, np.int32), **films)
+        outputs, jaxpr = jax.eval_shape(run, variables), jax.make_jaxpr(run)(variables).jaxpr
+        assert outputs["logits"].shape == (4, NUM_LABELS)
+        kernels = [v for v, leaf in zip(jaxpr.invars, jax.tree.leaves(variables)) if leaf.shape == (76, 32)]
+        used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
+        assert len(kernels) == (method in _WITH_EHR) and not any(id(v) in used for v in kernels)
+
+
+@pytest.mark.parametrize("method", ["medfuse", "medfuse_attention", "mmtm3", "daft3"])
+def test_bfloat16_compute_gives_float32_outputs_near_the_exact_ones(method):
+    variables, _, evaluate = _functions(method)
+    rounded_model = tiny_model(method, dtype=jnp.bfloat16)
+    exact, rounded = evaluate(variables, batch()), fast_jit(rounded_model.apply)(variables, **batch())
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype(jnp.float32)}
+    deviation = np.abs(exact["logits"] - rounded["logits"]).max()
+    assert 1e-6 < deviation < 0.05 * np.abs(exact["logits"]).max()
+
+
+def test_medfuse_of_one_modality_is_a_shorter_sequence():
+    variables, _, evaluate = _functions("medfuse")
+    both = batch(film_rows=(0, 1, 2))
+    film_only = evaluate(variables, {**both, "length": np.array([0, 2, 4, 1], np.int32)})
+    full = evaluate(variables, both)
+    np.testing.assert_array_equal(full["logits"][1:], film_only["logits"][1:])
+    assert np.abs(full["logits"][0] - film_only["logits"][0]).max() > 1e-3
+    assert not np.any(film_only["ehr_features"][0]) and not np.any(film_only["cxr_features"][3])
+
+
+def test_joint_learnable_puts_its_vector_where_a_film_is_missing():
+    variables, _, evaluate = _functions("joint_learnable")
+    features_BD = np.asarray(evaluate(variables, batch())["cxr_features"])
+    token_D = variables["params"]["missing_token"]
+    np.testing.assert_array_equal(features_BD[[1, 3]], [token_D, token_D])
+    assert np.abs(features_BD[[0, 2]] - token_D).max(axis=1).min() > 1e-3
+
+
+def test_mmtm_late_average_is_of_the_modalities_there_are():
+    variables, _, evaluate = _functions("mmtm3")
+    given = {**batch(), "length": np.array([0, 2, 4, 0], np.int32)}  # film; stay; both; nothing
+    out = evaluate(variables, given)
+    expected = [out["cxr_only"][0], out["ehr_only"][1], (out["cxr_only"][2] + out["ehr_only"][2]) / 2, np.zeros(3)]
+    np.testing.assert_allclose(out["late_average"], expected, atol=1e-6)
+    np.testing.assert_array_equal(out["align_loss_rows"] > 0, [False, False, True, False])
+    np.testing.assert_allclose(out["align_loss"], out["align_loss_rows"][2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["early", "medfuse_attention"])
+def test_with_frozen_encoders_the_fusion_alone_is_trained(method):
+    """The attention over an encoder's hours is the fusion's."""
+    model = tiny_model(method).clone(frozen_encoders=True)
+    variables = random_variables(model)
+
+    @fast_jit
+    def train(params):
+        def loss(params):
+            outputs, updated = model.apply(
+                {**variables, "params": params},
+                **batch(),
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
+            return jnp.sum(jnp.sin(outputs["logits"])), updated["batch_stats"]
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradients, stats = train(variables["params"])
+    assert _largest({name: gradients[name] for name in ("ehr_encoder", "cxr_encoder")}) == 0
+    assert min(_largest(part) for name, part in gradients.items() if not name.endswith("_encoder")) > 0
+    _assert_same(stats, variables["batch_stats"])
+
+
+def test_unified_scores_a_row_by_the_classifier_of_what_it_has():
+    variables, _, evaluate = _functions("unified")
+    given = {**batch(), "length": np.array([0, 2, 4, 1], np.int32)}  # film; stay; both; stay
+    out = jax.tree.map(np.asarray, evaluate(variables, given))
+    np.testing.assert_array_equal(out["logits"][[0, 2]], out["joint_logits"][[0, 2]])
+    np.testing.assert_array_equal(out["logits"][[1, 3]], out["ehr_only_logits"][[1, 3]])
+    assert np.abs(out["joint_logits"] - out["ehr_only_logits"]).max(axis=1).min() > 1e-3
+    assert out["cxr_only_logits"].shape == (4, len(schema.RADIOLOGY_LABELS))
+
+
+def test_the_alignment_loss_pulls_the_stay_to_the_film_alone():
+    model = tiny_model("mmtm3")
+    variables = random_variables(model)
+
+    @fast_jit
+    def gradient(params):
+        def loss(params):
+            return model.apply({**variables, "params": params}, **batch())["align_loss"]
+
+        return jax.grad(loss)(params)
+
+    found = gradient(variables["params"])
+    assert _largest(found["projection"]) > 0
+    # after the exchange nothing but the stay's side moves; before it the film has gated the stay
+    assert _largest(found["cxr_encoder"]["stage2_block0"]) == 0 < _largest(found["cxr_encoder"]["stage1_block0"])
+
+
+def test_initial_variables_differ_by_seed_only():
+    model = tiny_model("medfuse")
+    init = fast_jit(lambda key: registry.init(model, key))
+    a, b, c = (init(jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1))
+    _assert_same(a, b)
+    assert np.any(a["params"]["projection"]["kernel"] != c["params"]["projection"]["kernel"])
+    assert set(a) == {"params", "batch_stats"}
+    assert a["params"]["ehr_encoder"]["layer0"]["input_kernel"].shape[0] == len(schema.CHANNELS)
+
+
+def test_a_wrong_method_option_or_label_count_is_named():
+    with pytest.raises(UserError, match=r"'medfuze'.*Did you mean 'medfuse'"):
+        registry.build("medfuze", 3)
+    with pytest.raises(UserError, match=r"'resnet_widht'.*Did you mean 'resnet_width'"):
+        registry.build("medfuse", 3, resnet_widht=3)
+    with pytest.raises(UserError, match="num_labels is 0"):
+        registry.build("medfuse", 0)
+
+
+def test_lengths_may_come_as_floats():
+    """As they do from a table with a missing value, or from the default type of another library."""
+    model, one = tiny_model("uni_ehr"), batch()
+    variables = random_variables(model)
+    whole, as_float = (
+        model.apply(variables, ehr=one["ehr"], length=one["length"].astype(dtype))["logits"] for dtype in (int, float)
+    )
+    np.testing.assert_array_equal(whole, as_float)
