@@ -3,7 +3,7 @@
 Command: python -m medfuse_jax.main --config=configs/mortality.py --config.data.dir=DIR
 Paper: AUROC 0.841 (0.813, 0.868), AUPRC 0.544 (0.477, 0.609) on the paired test stays.
 Hardware and time: as configs/pheno.py: made for a GPU or TPU, and not yet run on one at full size.
-Learning rates: Table A1; that of the film encoder's pre-training is not published.
+Learning rates: Table A1; that of the X-ray encoder's pre-training is not published.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""How fast and how large: raw rows to discretised arrays, and films, on input that this command makes itself.
+"""How fast and how large: raw rows to discretised arrays, and X-rays, on input that this command makes itself.
 
     python -m data_prep.bench --out=DIR [--copies=200] [--repeats=1] [--mimic_iv=DIR] [--mimic_cxr=DIR]
         [--whole_build] [--json=FILE]
@@ -41,8 +41,8 @@ ID_STEP = 100_000_000  # added a copy: above every id of MIMIC
 MOST_COPIES = 1_000_000
 SMALLER = 8
 MEMBER_BYTES = 64 << 20
-FILM_PX = (2544, 3056)
-FILM_ROUNDS = 5
+IMAGE_PX = (2544, 3056)
+IMAGE_ROUNDS = 5
 
 
 def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
@@ -97,7 +97,7 @@ def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
 
 
 def whole_build(root: Path, work: Path) -> dict:
-    """Times what a user runs: the whole of `data_prep.build`, tables hashed and audit written, without films."""
+    """Times what a user runs: the whole of `data_prep.build`, tables hashed and audit written, without X-rays."""
     from data_prep import build  # imports TFDS and what the other measurement does without
 
     rows = _raw_rows(tables.mimic_iv(root))
@@ -107,7 +107,7 @@ def whole_build(root: Path, work: Path) -> dict:
     seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_before_s
     stays = sum(split["records"] for split in records.manifest(work, "pheno")["counts"]["splits"].values())
     shutil.rmtree(work)
-    facts = {"what": "whole build, without films", "raw_rows": rows, "stays": stays, "seconds": round(seconds, 2)}
+    facts = {"what": "whole build, without X-rays", "raw_rows": rows, "stays": stays, "seconds": round(seconds, 2)}
     return facts | _costs(rows, seconds, cpu_s)
 
 
@@ -138,36 +138,36 @@ def zcat(root: Path) -> dict:
     return {"what": "zcat FILE | wc -l", "seconds": round(time.perf_counter() - start, 2)}
 
 
-def films(root: Path, work: Path, most: int = 24) -> list[dict]:
-    """Films a second on one core, the median of rounds in turns: ours, and PIL decoding the whole film first.
+def images(root: Path, work: Path, most: int = 24) -> list[dict]:
+    """X-rays a second on one core, the median of rounds in turns: ours, and PIL decoding the whole X-ray first.
 
-    On the films as they are, and enlarged to FILM_PX, the size of MIMIC-CXR's own.
+    On the X-rays as they are, and enlarged to IMAGE_PX, the size of MIMIC-CXR's own.
     """
     raw = tables.mimic_cxr(root)
-    paths = [root / path for path in image_store.read_films(raw)[0]["path"] if (root / path).is_file()][:most]
+    paths = [root / path for path in image_store.read_metadata(raw)[0]["path"] if (root / path).is_file()][:most]
     if not paths:
-        raise UserError(f"--mimic_cxr={root} holds no film under files/")
+        raise UserError(f"--mimic_cxr={root} holds no X-ray under files/")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     enlarged = [work / path.name for path in paths]
     for path, target in zip(paths, enlarged, strict=True):
         with Image.open(path) as image:
-            image.convert("L").resize(FILM_PX, Image.Resampling.BICUBIC).save(target, quality=95)
-    results = _decode_both("as they are", paths) + _decode_both("x".join(map(str, FILM_PX)) + " px", enlarged)
+            image.convert("L").resize(IMAGE_PX, Image.Resampling.BICUBIC).save(target, quality=95)
+    results = _decode_both("as they are", paths) + _decode_both("x".join(map(str, IMAGE_PX)) + " px", enlarged)
     shutil.rmtree(work)
     return results
 
 
 def _decode_both(which: str, paths: list[Path]) -> list[dict]:
-    size = (schema.FILM_SIZE_PX, schema.FILM_SIZE_PX)
+    size = (schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX)
 
     def whole(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR))
 
-    decoders = {"data_prep": lambda path: image_store.decode(path, "squash"), "PIL, whole film": whole}
+    decoders = {"data_prep": lambda path: image_store.decode(path, "squash"), "PIL, whole X-ray": whole}
     rates: dict[str, list[float]] = {name: [] for name in decoders}
-    for _ in range(FILM_ROUNDS):
+    for _ in range(IMAGE_ROUNDS):
         for name, decode in decoders.items():
             decode(paths[0])
             start = time.process_time()
@@ -175,7 +175,11 @@ def _decode_both(which: str, paths: list[Path]) -> list[dict]:
                 decode(path)
             rates[name].append(len(paths) / (time.process_time() - start))
     return [
-        {"what": f"films, {which}, {name}", "films": len(paths), "films_per_s_core": round(statistics.median(found), 1)}
+        {
+            "what": f"X-rays, {which}, {name}",
+            "images": len(paths),
+            "images_per_s_core": round(statistics.median(found), 1),
+        }
         for name, found in rates.items()
     ]
 
@@ -196,8 +200,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("copies", 200, "How often the tables are repeated, at the larger size.", lower_bound=SMALLER)
     flags.DEFINE_integer("repeats", 1, "How often each is measured, in turns.", lower_bound=1)
     flags.DEFINE_string("mimic_iv", None, "The MIMIC-IV tree to repeat; default: the synthetic cohort.")
-    flags.DEFINE_string("mimic_cxr", None, "A MIMIC-CXR-JPG tree to decode films of; default: the synthetic one.")
-    flags.DEFINE_bool("whole_build", False, "Also measure the whole of data_prep.build, without films.")
+    flags.DEFINE_string("mimic_cxr", None, "A MIMIC-CXR-JPG tree to decode X-rays of; default: the synthetic one.")
+    flags.DEFINE_bool("whole_build", False, "Also measure the whole of data_prep.build, without X-rays.")
     flags.DEFINE_string("json", None, "A file to append the measurements to.")
     flags.DEFINE_string("one", None, "Of use to the command itself: measure one tree and end.")
 
@@ -227,9 +231,9 @@ def main(argv: list[str]) -> None:
     if values.whole_build:
         done = subprocess.run([*command, "--whole_build"], stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout) | {"copies": values.copies})
-    films_of = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
-    if films_of:
-        results += films(Path(films_of), out / "films")
+    images_of = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
+    if images_of:
+        results += images(Path(images_of), out / "images")
     lines = "".join(json.dumps(result) + "\n" for result in results)
     print(lines, end="")
     if values.json:

@@ -4,7 +4,7 @@
         [--timestep_h=2] [--tasks=pheno,mortality,radiology,decompensation,length_of_stay]
         [--val_ids=CSV --test_ids=CSV] [--phenotypes=YAML] [--workers=N] [--seed=0] [--explain]
 
-Stages (events of all tasks, each task's arrays, films, each task's shards) are done once: the same
+Stages (events of all tasks, each task's arrays, X-rays, each task's shards) are done once: the same
 command run again goes on where it was stopped. `<out>/<task>/` appears when it is whole, `<out>/audit.html` and
 `audit.json` at the end (audit.py). `<out>/.stages` holds what a later build with other options can use again; it
 may be deleted.
@@ -53,17 +53,17 @@ def build(
 ) -> None:
     """Makes `<out>/<task>/` (medfuse_jax/records.py says what it holds) for every task.
 
-    mimic_iv, mimic_cxr: the folders as downloaded; without mimic_cxr no stay has a film and the task
+    mimic_iv, mimic_cxr: the folders as downloaded; without mimic_cxr no stay has an X-ray and the task
         'radiology' is left out. profile: see profiles.py. timestep_h: hours. val_ids, test_ids: files of
         patients (cohort.read_id_list), or None for a hash of `subject_id` and `seed`. phenotypes: a
-        phenotype table. workers: threads that decode films; the output is the same for any number.
+        phenotype table. workers: threads that decode X-rays; the output is the same for any number.
     A task that is there with other options is made anew. Raises UserError for what the caller can put right.
     """
     rules, out = profiles.rules(profile), Path(out)
     names = _check_tasks(tasks, mimic_cxr)
     _check_apart(out, names, [Path(folder) for folder in (mimic_iv, mimic_cxr) if folder])
     if mimic_cxr is None:
-        rebuild.check_without_films(out, names)
+        rebuild.check_without_cxr(out, names)
     if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # nan neither
         raise UserError(f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours")
     if workers is not None and workers < 1:
@@ -92,23 +92,23 @@ def build(
     with cache.private(out) as hidden:
         fingerprint = source.fingerprint(hidden / "tables.json")
         _say_versions(fingerprint, mimic_iv, mimic_cxr)
-        films = image_store.read_films(source.mimic_cxr) if mimic_cxr else None
+        images = image_store.read_metadata(source.mimic_cxr) if mimic_cxr else None
         inputs = {
-            name: {"key": _task_key(name, source, fingerprint, film_hash), "film_files": film_hash}
-            for name, film_hash in pipeline.film_hashes(source, films, names).items()
+            name: {"key": _task_key(name, source, fingerprint, image_hash), "image_files": image_hash}
+            for name, image_hash in pipeline.image_hashes(source, images, names).items()
         }
         rebuild.warn_of_others(out, names, options, fingerprint)
         todo = {}
         for name, known_by in inputs.items():
             manifest = rebuild.read_manifest(out / name)
-            if manifest.get("key") == _task_key(name, source, fingerprint, manifest.get("film_files")):
-                changes = [] if manifest["key"] == known_by["key"] else ["other films, or some missing or unreadable"]
+            if manifest.get("key") == _task_key(name, source, fingerprint, manifest.get("image_files")):
+                changes = [] if manifest["key"] == known_by["key"] else ["other X-rays, or some missing or unreadable"]
             else:
                 changes = rebuild.changes(manifest, options, fingerprint)
             if not rebuild.is_done(out / name, manifest, changes):
                 todo[name] = known_by
         if todo:
-            pipeline.make(out, hidden, source, fingerprint, films, val_ids, test_ids, todo)
+            pipeline.make(out, hidden, source, fingerprint, images, val_ids, test_ids, todo)
         gather.write(out)
 
 
@@ -139,9 +139,9 @@ def _say_versions(fingerprint: dict, mimic_iv, mimic_cxr) -> None:
 def _check_tasks(names: Sequence[str], mimic_cxr) -> list[str]:
     for name in names:
         check_choice("--tasks", name, TASKS)
-    if mimic_cxr is None and any(TASKS[name].films_only for name in names):
-        names = [name for name in names if not TASKS[name].films_only]
-        progress.say("no --mimic_cxr: no stay has a film, and radiology is left out")
+    if mimic_cxr is None and any(TASKS[name].cxr_only for name in names):
+        names = [name for name in names if not TASKS[name].cxr_only]
+        progress.say("no --mimic_cxr: no stay has an X-ray, and radiology is left out")
     if not names:
         raise UserError("no task is left to build: give --mimic_cxr, or other --tasks")
     return list(dict.fromkeys(names))
@@ -156,15 +156,15 @@ def _file_hash(path: str | Path | None) -> str | None:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _task_key(name: str, source: Source, fingerprint: dict, film_hash: str | None) -> str:
-    """A hash of all that a task's dataset is made from: tables, films, options, rules and versions of code."""
+def _task_key(name: str, source: Source, fingerprint: dict, image_hash: str | None) -> str:
+    """A hash of all that a task's dataset is made from: tables, X-rays, options, rules and versions of code."""
     return cache.key(
         task=dataclasses.asdict(TASKS[name]),
         channels=CHANNELS,
         options=source.options,
         rules=dataclasses.asdict(source.rules),
         tables=[fingerprint["mimic_iv_files"], fingerprint.get("mimic_cxr_files")],
-        films=film_hash,
+        images=image_hash,
         versions=[
             records.FORMAT_VERSION,
             cohort.VERSION,
@@ -173,7 +173,7 @@ def _task_key(name: str, source: Source, fingerprint: dict, film_hash: str | Non
             phenotype_labels.VERSION,
         ],
         codes=icd.PACKAGE if name == "pheno" else None,
-        pixels=[image_store.VERSION, image_store.DECODER] if film_hash else None,
+        pixels=[image_store.VERSION, image_store.DECODER] if image_hash else None,
         facts=[hourly.VERSION, describe.VERSION],
     )
 
@@ -189,7 +189,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("val_ids", None, "CSV of the validation patients.", flag_values=values)
     flags.DEFINE_string("test_ids", None, "CSV of the test patients.", flag_values=values)
     flags.DEFINE_string("phenotypes", None, "A phenotype table (YAML).", flag_values=values)
-    flags.DEFINE_integer("workers", None, "Threads that decode films; default: the cores.", flag_values=values)
+    flags.DEFINE_integer("workers", None, "Threads that decode X-rays; default: the cores.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the split, where no lists are given.", flag_values=values)
     flags.DEFINE_bool("explain", False, "Print the profile's rules and end.", flag_values=values)
 

@@ -30,7 +30,7 @@ class Source:
     """The raw tables, and the rules they are read by."""
 
     mimic_iv: dict[str, tables.Table]
-    mimic_cxr: dict[str, tables.Table]  # empty without films
+    mimic_cxr: dict[str, tables.Table]  # empty without X-rays
     cxr_root: Path | None
     rules: profiles.Rules
     options: dict
@@ -72,27 +72,27 @@ class Cohort:
         return [self.split_of.get(subject, "train") for subject in frame["subject_id"]]
 
 
-def film_hashes(source: Source, films: tuple | None, names: list[str]) -> dict[str, str | None]:
-    """Task -> a hash of the signatures of the films it may use: of those with labels, or of its stays' patients."""
-    if not films:
+def image_hashes(source: Source, images: tuple | None, names: list[str]) -> dict[str, str | None]:
+    """Task -> a hash of the signatures of the X-rays it may use: of those with labels, or of its stays' patients."""
+    if not images:
         return dict.fromkeys(names)
     hashes = {}
-    for films_only in sorted({TASKS[name].films_only for name in names}):
-        used = _labelled(source, films[0]) if films_only else _of_stays(source, films[0])
-        hashes[films_only] = cache.key(
-            films=image_store.signatures(source.cxr_root, used.select("dicom_id", "path").iter_rows(), source.workers)
+    for cxr_only in sorted({TASKS[name].cxr_only for name in names}):
+        used = _labelled(source, images[0]) if cxr_only else _of_stays(source, images[0])
+        hashes[cxr_only] = cache.key(
+            images=image_store.signatures(source.cxr_root, used.select("dicom_id", "path").iter_rows(), source.workers)
         )
-    return {name: hashes[TASKS[name].films_only] for name in names}
+    return {name: hashes[TASKS[name].cxr_only] for name in names}
 
 
-def _of_stays(source: Source, films: pl.DataFrame) -> pl.DataFrame:
-    """The films that pairing.py may give to a stay, whatever its task and options."""
+def _of_stays(source: Source, images: pl.DataFrame) -> pl.DataFrame:
+    """The X-rays that pairing.py may give to a stay, whatever its task and options."""
     patients = source.mimic_iv["icustays"].read("subject_id").select(tables.integer("subject_id"))
-    return films.filter(pl.col("view") == "AP", pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
+    return images.filter(pl.col("view") == "AP", pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
 
 
-def _labelled(source: Source, films: pl.DataFrame) -> pl.DataFrame:
-    return films.join(image_store.read_labels(source.mimic_cxr), on="study_id", maintain_order="left")
+def _labelled(source: Source, images: pl.DataFrame) -> pl.DataFrame:
+    return images.join(image_store.read_labels(source.mimic_cxr), on="study_id", maintain_order="left")
 
 
 def make(
@@ -100,41 +100,41 @@ def make(
     hidden: Path,
     source: Source,
     fingerprint: dict,
-    films: tuple | None,
+    images: tuple | None,
     val_ids,
     test_ids,
     inputs: dict[str, dict],
 ) -> None:
     """Runs the stages that the tasks of `inputs` need.
 
-    films: what cxr.read_films gave, None without films. inputs: task -> what its manifest is told from another's by.
+    images: what `read_metadata` gave, None without X-rays. inputs: task -> what identifies its manifest.
     """
     people = _read_cohort(source, val_ids, test_ids)
-    stay_tasks = [TASKS[name] for name in inputs if not TASKS[name].films_only]
+    stay_tasks = [TASKS[name] for name in inputs if not TASKS[name].cxr_only]
     arrays, events_dir = {}, None
     if stay_tasks:
         events_dir = _events_stage(hidden, source, fingerprint, people)
         arrays = {task.name: _arrays_stage(hidden, source, people, task, events_dir) for task in stay_tasks}
     store, labelled, pairs = None, None, {name: _no_pairs() for name in arrays}
-    if films:
-        store = image_store.FilmStore(hidden / "films", source.cxr_root, source.rules.film_shape, source.workers)
+    if images:
+        store = image_store.ImageStore(hidden / "images", source.cxr_root, source.rules.image_shape, source.workers)
         if "radiology" in inputs:
-            labelled = _labelled(source, films[0])
+            labelled = _labelled(source, images[0])
             store.add(labelled.select("dicom_id", "path").iter_rows())
-        pairs = _pair_readable(source, people, arrays, films[0], store)
+        pairs = _pair_readable(source, people, arrays, images[0], store)
         if store.unreadable:
             progress.say(
-                f"warning: {len(store.unreadable)} film(s) cannot be read and are left out; the manifests list them"
+                f"warning: {len(store.unreadable)} X-ray(s) cannot be read and are left out; the manifests list them"
             )
     for name, known_by in inputs.items():
         task = TASKS[name]
-        if task.films_only:
-            index, records_of, extra = _film_task(source, people, labelled, store)
+        if task.cxr_only:
+            index, records_of, extra = _image_task(source, people, labelled, store)
         else:
             index, records_of, extra = _stay_task(source, people, task, arrays[name], pairs[name], store, events_dir)
             extra["event_rows"] = events.read_counts(events_dir)
-        if films:
-            extra["films"] = films[1] | extra.get("films", {})
+        if images:
+            extra["images"] = images[1] | extra.get("images", {})
         manifest = known_by | _manifest(source, fingerprint, task, index, extra, store)
         manifest["train_mean"], manifest["train_std"] = _statistics(people, arrays.get(name))
         _shards_stage(out, hidden, task, index, records_of, manifest)
@@ -144,12 +144,12 @@ def make(
         shutil.rmtree(left)
 
 
-def _film_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: image_store.FilmStore) -> tuple:
-    """Index, record generators and counts of a task whose records are films."""
+def _image_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: image_store.ImageStore) -> tuple:
+    """Index, record generators and counts of a task whose records are X-rays."""
     readable = labelled.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
     patients = cohort.read_patients(source.mimic_iv)
-    index, records_of = datasets.film_dataset(readable, people.splits(readable), patients, store)
-    return index, records_of, {"films": {"films with labels": len(labelled), "films readable": len(readable)}}
+    index, records_of = datasets.image_dataset(readable, people.splits(readable), patients, store)
+    return index, records_of, {"images": {"X-rays with labels": len(labelled), "X-rays readable": len(readable)}}
 
 
 def _stay_task(
@@ -249,16 +249,16 @@ def _arrays_stage(hidden: Path, source: Source, people: Cohort, task: Task, even
 
 
 def _no_pairs() -> pl.DataFrame:
-    return pl.DataFrame(schema={"stay_id": pl.Int64, "dicom_id": pl.String, "film_time": pl.Datetime("us")})
+    return pl.DataFrame(schema={"stay_id": pl.Int64, "dicom_id": pl.String, "cxr_time": pl.Datetime("us")})
 
 
 def _pair_readable(
-    source: Source, people: Cohort, arrays: dict, films: pl.DataFrame, store: image_store.FilmStore
+    source: Source, people: Cohort, arrays: dict, images: pl.DataFrame, store: image_store.ImageStore
 ) -> dict:
-    """Each task's pairs; a film that turns out unreadable is as if it were not there."""
-    path_of = dict(films.select("dicom_id", "path").iter_rows())
+    """Each task's pairs; an X-ray that turns out unreadable is as if it were not there."""
+    path_of = dict(images.select("dicom_id", "path").iter_rows())
     while True:
-        readable = films.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
+        readable = images.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
         pairs = {
             name: (pairing.within if TASKS[name].per_step else pairing.pair)(
                 people.stays[task_arrays.row], readable, cohort.window_h(TASKS[name], source.rules.pheno_window_h)
@@ -297,7 +297,7 @@ def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, extra:
         "channels": list(CHANNELS),
         "labels": list(task.labels),
         "counts": {"splits": datasets.split_counts(index, task.labels), **extra},
-        "skipped_films": dict(sorted(store.unreadable.items())) if store else {},
+        "skipped_images": dict(sorted(store.unreadable.items())) if store else {},
     }
 
 
@@ -317,4 +317,6 @@ def _shards_stage(out: Path, hidden: Path, task: Task, index: dict, records_of: 
     cache.put_in_place(whole, out / task.name)
     sizes = "/".join(str(len(index[split]["stay_id"])) for split in SPLITS)
     paired = "/".join(str(int(index[split]["has_cxr"].sum())) for split in SPLITS)
-    progress.say(f"{task.name}: {total:,} records (train/val/test {sizes}), with a film {paired}, in {out / task.name}")
+    progress.say(
+        f"{task.name}: {total:,} records (train/val/test {sizes}), with an X-ray {paired}, in {out / task.name}"
+    )

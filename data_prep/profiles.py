@@ -53,12 +53,12 @@ class Rules:
         "Without --phenotypes, codes become labels by ICD-9 -> CCS, and ICD-10 -> ICD-9 by the GEMs, `icd_version` "
         "respected. table: expects the released table by --phenotypes, which knows no version."
     )
-    film_shape: str = _rule(
-        "How a film becomes 256 x 256. squash: both sides resized to 256 (paper, appendix A.1). crop: the shorter "
+    image_shape: str = _rule(
+        "How an X-ray becomes 256 x 256. squash: both sides resized to 256 (paper, appendix A.1). crop: the shorter "
         "side to 256, then the centre (released transforms)."
     )
     pheno_window_h: float | None = _rule(
-        "Hours of a stay that phenotyping may see, films included. None: the whole stay, although its labels are "
+        "Hours of a stay that phenotyping may see, X-rays included. None: the whole stay, although its labels are "
         "to be predicted (paper and released)."
     )
     stored_in_time: bool = _rule(
@@ -79,7 +79,7 @@ PAPER = Rules(
     ranges=True,
     zero_size=False,
     phenotypes="gem",
-    film_shape="squash",
+    image_shape="squash",
     pheno_window_h=None,
     stored_in_time=False,
 )
@@ -93,14 +93,14 @@ RELEASED = Rules(
     ranges=False,
     zero_size=True,
     phenotypes="table",
-    film_shape="crop",
+    image_shape="crop",
     pheno_window_h=None,
     stored_in_time=False,
 )
 PROFILES = {
     "paper": PAPER,
     "released": RELEASED,
-    # A film counts from `intime` on in every profile, so that rule needs no field.
+    # An X-ray counts from `intime` on in every profile, so that rule needs no field.
     "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True),
 }
 

@@ -21,12 +21,12 @@ def read_manifest(folder: Path) -> dict:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def check_without_films(out: Path, names: list[str]) -> None:
-    """Raises UserError where a build without films would replace a dataset that has some."""
+def check_without_cxr(out: Path, names: list[str]) -> None:
+    """Raises UserError where a build without X-rays would replace a dataset that has some."""
     for name in names:
         if "mimic_cxr_files" in read_manifest(out / name).get("source", {}):
             raise UserError(
-                f"{out / name} was built with films, and this build would replace it by one without: add "
+                f"{out / name} was built with X-rays, and this build would replace it by one without: add "
                 "--mimic_cxr=DIR, or give another --out"
             )
 

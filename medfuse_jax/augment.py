@@ -1,8 +1,8 @@
-"""Films on the device: from raw uint8 to the network's input, inside the jitted step.
+"""X-rays on the device: from raw uint8 to the network's input, inside the jitted step.
 
-Shapes: P films, S stored pixels a side, R resized, C cropped.
+Shapes: P X-rays, S stored pixels a side, R resized, C cropped.
 
-One bilinear sampling does flip, rotation, scale, translation and crop at once, so a film is
+One bilinear sampling does flip, rotation, scale, translation and crop at once, so an X-ray is
 read once. Differs from MedFuse (datasets/cxr_dataset.py): its affine takes the nearest pixel.
 """
 
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class FilmOptions:
-    """How films are resized, augmented and cropped.
+class ImageOptions:
+    """How X-rays are resized, augmented and cropped.
 
     resize_px: side after resizing; crop_px: side of the network's input.
     crop: 'center' (as the released code) or 'random' (as the paper says), in training.
@@ -32,8 +32,8 @@ class FilmOptions:
     translation: float = 0.15
 
 
-def prepare(image_PSS: jax.Array, options: FilmOptions) -> jax.Array:
-    """Films for evaluation: resize, centre crop. uint8 [P, S, S] -> float32 [P, C, C, 2].
+def prepare(image_PSS: jax.Array, options: ImageOptions) -> jax.Array:
+    """X-rays for evaluation: resize, centre crop. uint8 [P, S, S] -> float32 [P, C, C, 2].
 
     The two channels are grey in 0..1 and one: the model folds ImageNet's mean and deviation
     over three equal channels into its stem, which is exact at the borders too.
@@ -44,18 +44,18 @@ def prepare(image_PSS: jax.Array, options: FilmOptions) -> jax.Array:
     return _with_ones(grey_PRR[:, window, window])
 
 
-def prepare_augmented(key: jax.Array, film_id_P: jax.Array, image_PSS: jax.Array, options: FilmOptions) -> jax.Array:
-    """Films for training: each drawn from its own key, fold_in(key, film_id).
+def prepare_augmented(key: jax.Array, image_id_P: jax.Array, image_PSS: jax.Array, options: ImageOptions) -> jax.Array:
+    """X-rays for training: each drawn from its own key, fold_in(key, image_id).
 
-    So a film is augmented alike however the batch is laid out over devices.
-    uint8 [P, S, S] -> float32 [P, C, C, 2], black (0) outside the film.
+    So an X-ray is augmented alike however the batch is laid out over devices.
+    uint8 [P, S, S] -> float32 [P, C, C, 2], black (0) outside the X-ray.
     """
     grey_PRR = _resize(image_PSS, options.resize_px)
 
-    def one(film_id, grey_RR):
-        return _sample(grey_RR, *_draw_affine(jax.random.fold_in(key, film_id), options), options.crop_px)
+    def one(image_id, grey_RR):
+        return _sample(grey_RR, *_draw_affine(jax.random.fold_in(key, image_id), options), options.crop_px)
 
-    return _with_ones(jax.vmap(one)(film_id_P, grey_PRR))
+    return _with_ones(jax.vmap(one)(image_id_P, grey_PRR))
 
 
 def _resize(image_PSS: jax.Array, size_px: int) -> jax.Array:
@@ -65,8 +65,8 @@ def _resize(image_PSS: jax.Array, size_px: int) -> jax.Array:
     return jax.image.resize(grey_PSS, (grey_PSS.shape[0], size_px, size_px), "linear", antialias=True)
 
 
-def _draw_affine(key: jax.Array, options: FilmOptions) -> tuple[jax.Array, jax.Array]:
-    """(matrix [2, 2], offset [2]) that take a crop pixel (y, x from the crop's centre) to the film."""
+def _draw_affine(key: jax.Array, options: ImageOptions) -> tuple[jax.Array, jax.Array]:
+    """(matrix [2, 2], offset [2]) that take a crop pixel (y, x from the crop's centre) to the X-ray."""
     # One draw for all: every random call compiles its own copy of the generator, half a second each on CPU.
     u_7 = jax.random.uniform(key, (7,))
     angle = jnp.deg2rad(options.rotation_deg) * (2 * u_7[0] - 1)
@@ -76,7 +76,7 @@ def _draw_affine(key: jax.Array, options: FilmOptions) -> tuple[jax.Array, jax.A
     slack = (options.resize_px - options.crop_px) / 2
     crop = slack * (2 * u_7[5:] - 1) * (options.crop == "random")
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # film = mirror . rotate(-angle) / scale . (crop - shift): the inverse of moving the film
+    # X-ray = mirror . rotate(-angle) / scale . (crop - shift): the inverse of moving the X-ray
     inverse = jnp.array([[cos, sin], [-sin, cos]]) / scale
     inverse = inverse * jnp.stack([jnp.ones(2), jnp.full(2, mirror)])
     return inverse, jnp.matmul(inverse, crop - shift, precision="highest")
@@ -87,9 +87,9 @@ def _sample(grey_RR: jax.Array, matrix: jax.Array, offset: jax.Array, crop_px: i
     from_centre = jnp.arange(crop_px) - (crop_px - 1) / 2
     y_CC, x_CC = jnp.meshgrid(from_centre, from_centre, indexing="ij")
     centre = (size - 1) / 2
-    film_y = matrix[0, 0] * y_CC + matrix[0, 1] * x_CC + offset[0] + centre
-    film_x = matrix[1, 0] * y_CC + matrix[1, 1] * x_CC + offset[1] + centre
-    return jax.scipy.ndimage.map_coordinates(grey_RR, [film_y, film_x], order=1, mode="constant", cval=0.0)
+    image_y = matrix[0, 0] * y_CC + matrix[0, 1] * x_CC + offset[0] + centre
+    image_x = matrix[1, 0] * y_CC + matrix[1, 1] * x_CC + offset[1] + centre
+    return jax.scipy.ndimage.map_coordinates(grey_RR, [image_y, image_x], order=1, mode="constant", cval=0.0)
 
 
 def _with_ones(grey_PCC: jax.Array) -> jax.Array:

@@ -28,10 +28,10 @@ ONLY_HOW = {"placement", "profile_steps", "recurrence"}
 _CHOICES = {
     "data.train_stays": ("partial", "paired"),
     "data.val_stays": ("partial", "paired"),
-    "data.film_task": tuple(name for name, task in schema.TASKS.items() if task.films_only),
+    "data.cxr_task": tuple(name for name, task in schema.TASKS.items() if task.cxr_only),
     "encoders": ("pretrained", "random"),
-    "model.missing_film": ("", "zeros", "learnt"),
-    "film.crop": ("center", "random"),
+    "model.missing_cxr": ("", "zeros", "learnt"),
+    "image.crop": ("center", "random"),
     "model.batch_norm": ("batch", "frozen"),
     "precision": ("auto", "float32", "bfloat16"),
     "recurrence": ("chunks", "pallas", "cudnn"),
@@ -48,15 +48,15 @@ _RANGES = {  # the least and, where there is one, the most
     "plateau_epochs": (1,),
     "checkpoint_every_steps": (0,),
     "data.synthetic_stays": (50,),
-    "data.synthetic_film_fraction": (0.05, 1.0),
+    "data.synthetic_cxr_fraction": (0.05, 1.0),
     "data.ehr_only_ratio": (0.0, 1.0),
     "data.drop_ehr": (0.0, 1.0),
-    "data.drop_film": (0.0, 1.0),
+    "data.drop_cxr": (0.0, 1.0),
     "data.max_buckets": (1, 32),
     "data.order_seed": (-1,),
-    "film.resize_px": (32, 1024),
-    "film.rotation_deg": (0.0, 180.0),
-    "film.translation": (0.0, 1.0),
+    "image.resize_px": (32, 1024),
+    "image.rotation_deg": (0.0, 180.0),
+    "image.translation": (0.0, 1.0),
     "model.dropout": (0.0, 0.99),
     "model.ehr_hidden": (1,),
     "model.fusion_hidden": (1,),
@@ -67,7 +67,7 @@ _RANGES = {  # the least and, where there is one, the most
 
 
 def default() -> ConfigDict:
-    """Every field with its default: the paper's values (Hayat et al. 2022, 4.4 and A.1), but for the crop of films."""
+    """Every field with its default: the paper's values (Hayat et al. 2022, 4.4 and A.1), but for the crop of X-rays."""
     config = ConfigDict()
     config.name = "experiment"
     config.task = "pheno"
@@ -77,20 +77,20 @@ def default() -> ConfigDict:
     config.data = ConfigDict()
     config.data.dir = ""  # '': a synthetic cohort, built once and kept in the user's cache folder
     config.data.synthetic_stays = 1000
-    config.data.synthetic_film_fraction = 0.19  # of the stays; MIMIC's share
-    config.data.train_stays = "partial"  # 'partial': all stays; 'paired': those with a film
+    config.data.synthetic_cxr_fraction = 0.19  # of the stays; MIMIC's share
+    config.data.train_stays = "partial"  # 'partial': all stays; 'paired': those with an X-ray
     config.data.val_stays = "partial"  # the validation stays that select the model
     config.data.ehr_only_ratio = 1.0  # part of the EHR-only stays drawn each epoch (OPTIMAL: 0.2 / 0.1)
     config.data.drop_ehr = 0.0  # part of the stays with both whose EHR is taken away, in every split
-    config.data.drop_film = 0.0  # the same of films
-    config.data.film_task = "radiology"  # whose films and labels train unified's classifier of films
+    config.data.drop_cxr = 0.0  # the same of X-rays
+    config.data.cxr_task = "radiology"  # whose X-rays and labels train unified's classifier of X-rays
     config.data.statistics = "train"  # or a JSON file with 'mean' and 'std', 76 numbers each
     config.data.max_buckets = 4  # padded lengths, each a compilation
     config.data.order_seed = -1  # of the order of the data; -1: config.seed. A sweep over seeds keeps it
 
-    config.film = ConfigDict()
-    for field in dataclasses.fields(augment.FilmOptions):
-        config.film[field.name] = field.default
+    config.image = ConfigDict()
+    for field in dataclasses.fields(augment.ImageOptions):
+        config.image[field.name] = field.default
 
     config.model = ConfigDict()
     config.model.ehr_hidden = 256
@@ -99,8 +99,8 @@ def default() -> ConfigDict:
     config.model.resnet_stage_sizes = (3, 4, 6, 3)
     config.model.resnet_width = 64
     config.model.batch_norm = "batch"  # 'frozen': keep the pre-trained running statistics
-    config.model.modalities = ""  # medfuse: beside EHR and film, 'static' or FILE.py of your own, commas between
-    config.model.missing_film = ""  # early, joint: 'zeros' or 'learnt' (a vector); '': as the method's name says
+    config.model.modalities = ""  # medfuse: beside EHR and X-ray, 'static' or FILE.py of your own, commas between
+    config.model.missing_cxr = ""  # early, joint: 'zeros' or 'learnt' (a vector); '': as the method's name says
     config.model.freeze_encoders = False  # train the fusion alone; 'early' always does
 
     config.loss = ConfigDict()  # weights of the losses beside the main one, in mmtm and unified
@@ -108,7 +108,7 @@ def default() -> ConfigDict:
         config.loss[field.name] = field.default
 
     config.batch_size = 16
-    config.films_per_batch = 0  # 0: the share of paired stays
+    config.images_per_batch = 0  # 0: the share of paired stays
     config.num_epochs = 50
     config.learning_rate = 1e-4
     config.beta2 = 0.999  # the released code has 0.9
@@ -151,9 +151,9 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
     derived.pretrain, derived.init, derived.encoders = ConfigDict(), default().init, default().encoders
     derived.profile_steps = ""
     # The fusion's, not an encoder's: an encoder is pre-trained on every stay, whole, with statistics of its own.
-    derived.model.missing_film = derived.model.modalities = ""
+    derived.model.missing_cxr = derived.model.modalities = ""
     derived.model.freeze_encoders, derived.model.batch_norm = False, "batch"
-    derived.data.ehr_only_ratio, derived.data.drop_ehr, derived.data.drop_film = 1.0, 0.0, 0.0
+    derived.data.ehr_only_ratio, derived.data.drop_ehr, derived.data.drop_cxr = 1.0, 0.0, 0.0
     derived.loss = default().loss
     derived.update(changes)
     derived.name = f"{config.name}_pretrain_{name}"
@@ -196,10 +196,10 @@ def _check_of_method(config: ConfigDict, methods: dict) -> None:
     from medfuse_jax.data.modalities import loading  # late, as methods are
 
     method, _ = methods[config.method]
-    if config.model.missing_film and not hasattr(method, "missing"):
+    if config.model.missing_cxr and not hasattr(method, "missing"):
         raise UserError(
-            f"config.model.missing_film is {config.model.missing_film!r}, and the method {config.method!r} puts "
-            "nothing in a missing film's place: leave it out, or take early or joint"
+            f"config.model.missing_cxr is {config.model.missing_cxr!r}, and the method {config.method!r} puts "
+            "nothing in a missing X-ray's place: leave it out, or take early or joint"
         )
     if config.model.freeze_encoders and not hasattr(method, "frozen_encoders"):
         raise UserError(
@@ -209,7 +209,7 @@ def _check_of_method(config: ConfigDict, methods: dict) -> None:
     if loading.load(config.model.modalities) and not hasattr(method, "modalities"):
         raise UserError(
             f"config.model.modalities is {config.model.modalities!r}, and the method {config.method!r} fuses EHR and "
-            f"film alone: leave it out, or take {' or '.join(_with(methods, 'modalities'))}"
+            f"X-ray alone: leave it out, or take {' or '.join(_with(methods, 'modalities'))}"
         )
 
 
@@ -220,10 +220,10 @@ def _with(methods: dict, field: str) -> list[str]:
 
 def _check_sizes(config: ConfigDict) -> None:
     """The ranges that depend on another field, and those of several numbers."""
-    _check_range("config.films_per_batch", config.films_per_batch, 0, config.batch_size)
-    _check_range("config.film.crop_px", config.film.crop_px, 32, config.film.resize_px)
-    if len(config.film.scale) != 2 or not 0.1 <= config.film.scale[0] <= config.film.scale[1] <= 10:
-        raise UserError(f"config.film.scale is {config.film.scale}; give the least and the most, between 0.1 and 10")
+    _check_range("config.images_per_batch", config.images_per_batch, 0, config.batch_size)
+    _check_range("config.image.crop_px", config.image.crop_px, 32, config.image.resize_px)
+    if len(config.image.scale) != 2 or not 0.1 <= config.image.scale[0] <= config.image.scale[1] <= 10:
+        raise UserError(f"config.image.scale is {config.image.scale}; give the least and the most, between 0.1 and 10")
     if len(config.model.resnet_stage_sizes) != 4 or min(config.model.resnet_stage_sizes) < 1:
         raise UserError(f"config.model.resnet_stage_sizes is {config.model.resnet_stage_sizes}; give four numbers >= 1")
 

@@ -6,7 +6,7 @@ from its workdir, and made first where they are not there or of older weights. W
     average    the mean of the members' probabilities, of those that score the stay: the late
                average of uni_ehr and uni_cxr, or of MMTM's two classifiers of one modality
     weighted   the same with weights chosen by macro AUROC on the validation stays alone
-    by_film    the first member where the stay has a film, the second where it has none:
+    by_image    the first member where the stay has an X-ray, the second where it has none:
                the ensemble of Table A3 (Hayat et al. 2022), MedFuse first, the LSTM second
 
 Shapes: N stays, K labels, M members.
@@ -28,7 +28,7 @@ from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import command_line, compilation, files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
-METHODS = {"average": "late_average", "weighted": "weighted_average", "by_film": "ensemble"}
+METHODS = {"average": "late_average", "weighted": "weighted_average", "by_image": "ensemble"}
 _FIELDS = ("stay_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
 _WEIGHT_STEPS = 20  # weights are tried in steps of 1/20
 _MAX_WEIGHTED = 5  # members: 10,626 weightings; of 6 there are 53,130
@@ -56,8 +56,10 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     """
     check_choice("--rule", rule, METHODS)
     num_members = len(runs)
-    if num_members < 2 or (rule == "by_film" and num_members > 2):
-        wanted = "two, the one for stays with a film first" if rule == "by_film" else "two or more, with commas between"
+    if num_members < 2 or (rule == "by_image" and num_members > 2):
+        wanted = (
+            "two, the one for stays with an X-ray first" if rule == "by_image" else "two or more, with commas between"
+        )
         raise UserError(f"--runs names {num_members} run(s); --rule={rule} combines {wanted}")
     if rule == "weighted" and num_members > _MAX_WEIGHTED:
         raise UserError(
@@ -77,11 +79,11 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     weight_M, selected_by = np.full(num_members, 1 / num_members), "nothing: equal weights"
     if rule == "weighted":
         weight_M, selected_by = _chosen_weights(_aligned([_scored(run, "val") for run in runs]))
-    elif rule == "by_film":
-        selected_by = "nothing: the first run where there is a film, the second where there is none"
+    elif rule == "by_image":
+        selected_by = "nothing: the first run where there is an X-ray, the second where there is none"
     together = _aligned(tests)
     scored = {name: together[name] for name in _FIELDS}
-    scored["scores"] = _by_film(together) if rule == "by_film" else _weighted(together["scores_MNK"], weight_M)
+    scored["scores"] = _by_image(together) if rule == "by_image" else _weighted(together["scores_MNK"], weight_M)
     first = members[0].result
     bounds = (first["subsets"]["all"]["num_bootstrap"], first["seed"])
     result = {
@@ -94,7 +96,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         "selected_by": selected_by,
         "loss": _mean_bce(scored),
         "num_left_out": _num_left_out(tests, len(together["stay_id"])),
-        "members": [_listed(m, None if rule == "by_film" else float(w)) for m, w in zip(members, weight_M)],
+        "members": [_listed(m, None if rule == "by_image" else float(w)) for m, w in zip(members, weight_M)],
         "subsets": evaluate.subsets(scored, *bounds),
         "comparisons": [
             difference
@@ -206,8 +208,8 @@ def _check_fit(members: list[Member]) -> None:
                     f"{member.name} and {first.name} cannot be combined: they differ in {field} "
                     f"({_short(member.result[field])} and {_short(first.result[field])})"
                 )
-    if schema.TASKS[first.result["task"]].films_only:
-        raise UserError(f"{first.name} scores films, which have no stay to match by; an ensemble is of stays")
+    if schema.TASKS[first.result["task"]].cxr_only:
+        raise UserError(f"{first.name} scores X-rays, which have no stay to match by; an ensemble is of stays")
 
 
 def _check_splits(members: list[Member]) -> None:
@@ -275,7 +277,7 @@ def _weighted(score_MNK: np.ndarray, weight_M: np.ndarray) -> np.ndarray:
     return (np.where(present_MNK, score_MNK, 0) * weight_MNK).sum(0) / weight_MNK.sum(0)
 
 
-def _by_film(together: dict) -> np.ndarray:
+def _by_image(together: dict) -> np.ndarray:
     score_NK = np.where(together["has_cxr"][:, None], *together["scores_MNK"])
     if missing := int(np.isnan(score_NK).any(1).sum()):
         raise UserError(f"{missing} stays are not scored by the run that is to score them: mind the order of --runs")
@@ -327,5 +329,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("runs", None, "Workdirs of finished runs, each DIR or DIR:HEAD.", required=True)
     flags.DEFINE_string("workdir", None, "Folder for the ensemble's predictions and result.", required=True)
-    flags.DEFINE_string("rule", "average", "average, weighted or by_film.")
+    flags.DEFINE_string("rule", "average", "average, weighted or by_image.")
     command_line.run(main)

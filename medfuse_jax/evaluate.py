@@ -92,24 +92,24 @@ class Scored:
     """What of a run is scored, and with that the names of the files that say how well.
 
     head: one of the model's classifiers beside the main one, such as 'ehr_only', on the stays that it can score.
-    drop_ehr, drop_film: the part of the stays with both that is scored without the one (withheld.py).
+    drop_ehr, drop_cxr: the part of the stays with both that is scored without the one (withheld.py).
     """
 
     split: str = "test"
     head: str = ""
     drop_ehr: float = 0.0
-    drop_film: float = 0.0
+    drop_cxr: float = 0.0
 
     @property
     def dropped(self) -> dict[str, float]:
-        return {name: part for name, part in (("ehr", self.drop_ehr), ("film", self.drop_film)) if part}
+        return {name: part for name, part in (("ehr", self.drop_ehr), ("cxr", self.drop_cxr)) if part}
 
     def predictions_path(self, workdir: Path) -> Path:
-        """predictions_test.npz, predictions_val_joint_drop_film_0.5.npz or the like."""
+        """predictions_test.npz, predictions_val_joint_drop_cxr_0.5.npz or the like."""
         return workdir / f"predictions_{'_'.join([self.split, *self._beside()])}.npz"
 
     def result_path(self, workdir: Path) -> Path:
-        """result.json for the test split itself; result_val_joint_drop_film_0.5.json or the like else."""
+        """result.json for the test split itself; result_val_joint_drop_cxr_0.5.json or the like else."""
         name = "" if self == Scored() else "_" + "_".join([self.split, *self._beside()])
         return workdir / f"result{name}.json"
 
@@ -127,7 +127,7 @@ def evaluate(workdir: Path, what: Scored = Scored(), on: list[jax.Device] | None
     """
     check_choice("--split", what.split, schema.SPLITS)
     run = workdir_lib.open_run(workdir, on, data_dir)
-    run = dataclasses.replace(run, dataset=missing.withhold(run.dataset, what.drop_ehr, what.drop_film))
+    run = dataclasses.replace(run, dataset=missing.drop_modalities(run.dataset, what.drop_ehr, what.drop_cxr))
     state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
     imported = checkpoints.imported(workdir)
     if imported and not set(state.params) <= set(imported["modules"]):
@@ -258,7 +258,7 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> lis
 
 
 def _masks(scored: dict) -> dict[str, np.ndarray]:
-    """The subsets that a result is given for, those that hold any record; of a task of films there is but one.
+    """The subsets that a result is given for, those that hold any record; of a task of X-rays there is but one.
 
     had_both: the stays with both before a modality of some was dropped (Hayat et al. 2022, Figure A2).
     """
@@ -267,7 +267,7 @@ def _masks(scored: dict) -> dict[str, np.ndarray]:
     masks = {"all": np.ones_like(has_cxr_N)}
     if not had_ehr_N.any():
         return masks
-    masks |= {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "film_only": has_cxr_N & ~has_ehr_N}
+    masks |= {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "cxr_only": has_cxr_N & ~has_ehr_N}
     if "had_cxr" in scored:
         masks["had_both"] = had_cxr_N & had_ehr_N
     return {name: mask for name, mask in masks.items() if mask.any()}
@@ -313,7 +313,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir)
     compilation.keep()
     given = flags.FLAGS
-    what = Scored(given.split, given.head, given.drop_ehr, given.drop_film)
+    what = Scored(given.split, given.head, given.drop_ehr, given.drop_cxr)
     result = evaluate(workdir, what, data_dir=given.data_dir)
     print(terminal.table([result]))
     print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")
@@ -324,6 +324,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "test", "train, val or test.")
     flags.DEFINE_string("head", "", "Another classifier of the model, such as ehr_only; by default the main one.")
     flags.DEFINE_string("data_dir", "", "Where the run's shards are, if they were moved; it is kept.")
-    flags.DEFINE_float("drop_ehr", 0.0, "Fraction of the stays with EHR and film to score without their EHR.")
-    flags.DEFINE_float("drop_film", 0.0, "Fraction of the stays with EHR and film to score without their film.")
+    flags.DEFINE_float("drop_ehr", 0.0, "Fraction of the stays with EHR and X-ray to score without their EHR.")
+    flags.DEFINE_float("drop_cxr", 0.0, "Fraction of the stays with EHR and X-ray to score without their X-ray.")
     command_line.run(main)

@@ -32,16 +32,16 @@ class Experiment:
         """Which records of train or val the run uses, by config.data.<split>_stays; bool [N]."""
         include_N = self.dataset.usable(split)
         if self.config.data[f"{split}_stays"] == "paired":
-            has_stay_N = (self.dataset.index[split]["length"] > 0) | self.dataset.task.films_only
+            has_stay_N = (self.dataset.index[split]["length"] > 0) | self.dataset.task.cxr_only
             include_N = include_N & self.dataset.index[split]["has_cxr"] & has_stay_N
         return include_N
 
     def has_encoder(self, name: str) -> bool:
         """Whether the method has an encoder for 'ehr' or 'cxr'."""
-        return {"ehr": self.options.model.uses_ehr, "cxr": self.options.model.uses_film}[name]
+        return {"ehr": self.options.model.uses_ehr, "cxr": self.options.model.uses_cxr}[name]
 
     def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Turns:
-        """The training batches of one epoch, those of films with their own labels in turn with the stays'."""
+        """The training batches of one epoch, those of X-rays with their own labels in turn with the stays'."""
         seed = self.config.seed if self.config.data.order_seed < 0 else self.config.data.order_seed
         drawn = {"batch_size": self.config.batch_size, "seed": seed, "epoch": epoch}
         stays = plan_lib.train_plan(
@@ -49,16 +49,16 @@ class Experiment:
             self.dataset.paired("train"),
             self.selects("train"),
             buckets=self.dataset.buckets,
-            num_films=self.config.films_per_batch or None,
+            num_images=self.config.images_per_batch or None,
             ehr_only_ratio=self.config.data.ehr_only_ratio,
             ehr_only_N=~self.dataset.index["train"]["has_cxr"],
             **drawn,
         )
-        films = self.dataset.films
-        if films is None:
+        images = self.dataset.images
+        if images is None:
             return stays
-        of_films = (films.lengths("train"), films.paired("train"), films.usable("train"))
-        return plan_lib.take_turns(stays, plan_lib.train_plan(*of_films, buckets=films.buckets, **drawn))
+        of_images = (images.lengths("train"), images.paired("train"), images.usable("train"))
+        return plan_lib.take_turns(stays, plan_lib.train_plan(*of_images, buckets=images.buckets, **drawn))
 
     def eval_plans(self, split: str, include_N: np.ndarray) -> list[plan_lib.Plan]:
         """Batches in which every included record of a split stands exactly once; UserError where there is none."""
@@ -117,23 +117,23 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
         config.data.dir,
         config.task,
         use_ehr=method.uses_ehr,
-        use_film=method.uses_film,
+        use_cxr=method.uses_cxr,
         needs=method.needs,
         statistics=config.data.statistics,
         max_buckets=config.data.max_buckets,
         modalities=modalities,
     )
-    dataset = missing.withhold(dataset, config.data.drop_ehr, config.data.drop_film)
+    dataset = missing.drop_modalities(dataset, config.data.drop_ehr, config.data.drop_cxr)
     for modality in modalities:
         loading.check_encoder(modality, dataset.extra[modality.name]["train"], config.model.ehr_hidden)
-    film_heads = [head for head in method.heads if head.label == batches.FILM_LABEL]
-    if any(config.loss[head.weight] for head in film_heads):
-        dataset = batches.with_films(dataset, config.data.dir, config.data.film_task)
-    if method.uses_ehr and dataset.task.films_only:
+    cxr_heads = [head for head in method.heads if head.label == batches.CXR_LABEL]
+    if any(config.loss[head.weight] for head in cxr_heads):
+        dataset = batches.with_cxr_dataset(dataset, config.data.dir, config.data.cxr_task)
+    if method.uses_ehr and dataset.task.cxr_only:
         raise UserError(f"the method {config.method!r} reads EHR, and the task {config.task!r} has none: use 'uni_cxr'")
-    own = {"num_film_labels": len(schema.TASKS[config.data.film_task].labels)} if film_heads else {}
-    if config.model.missing_film:
-        own["missing"] = config.model.missing_film
+    own = {"num_cxr_labels": len(schema.TASKS[config.data.cxr_task].labels)} if cxr_heads else {}
+    if config.model.missing_cxr:
+        own["missing"] = config.model.missing_cxr
     if config.model.freeze_encoders:
         own["frozen_encoders"] = True
     if modalities:
@@ -155,7 +155,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
             **own,
         ),
         optimizer=optim.adam(config.beta2),
-        film=augment.FilmOptions(**config.film.to_dict()),
+        image=augment.ImageOptions(**config.image.to_dict()),
         mean_F=tuple(dataset.mean_F.tolist()),
         std_F=tuple(dataset.std_F.tolist()),
         weights=losses.Weights(**config.loss.to_dict()),
@@ -170,17 +170,17 @@ def _check_batches(run: Experiment) -> None:
     config = run.config
     for split in ("train", "val"):
         run.check_any(split, run.selects(split))
-    if run.dataset.films:
-        what = f"the classifier of films (config.data.film_task={config.data.film_task})"
-        check_unseen(run, what, run.dataset.films.index["train"]["subject_id"])
+    if run.dataset.images:
+        what = f"the classifier of X-rays (config.data.cxr_task={config.data.cxr_task})"
+        check_unseen(run, what, run.dataset.images.index["train"]["subject_id"])
     include_N, paired_N = run.selects("train"), run.dataset.paired("train")
     if (include_N & paired_N).any() and (include_N & ~paired_N).any():
         if config.batch_size < 2:
-            raise UserError("config.batch_size is 1; stays with and without a film need a batch of at least 2")
-        if config.films_per_batch == config.batch_size:
+            raise UserError("config.batch_size is 1; stays with and without an X-ray need a batch of at least 2")
+        if config.images_per_batch == config.batch_size:
             raise UserError(
-                f"config.films_per_batch is {config.films_per_batch}, the whole batch, which leaves no row for the "
-                "stays without a film: choose fewer, or config.data.train_stays=paired"
+                f"config.images_per_batch is {config.images_per_batch}, the whole batch, which leaves no row for the "
+                "stays without an X-ray: choose fewer, or config.data.train_stays=paired"
             )
     # Only then: a plan takes a while, and a whole one holds what was counted above.
     if config.data.ehr_only_ratio < 1 and not len(run.train_plan(epoch=1)):

@@ -50,7 +50,7 @@ def check_placement(dataset: batches.Dataset, include_N: np.ndarray, on: list[ja
     """Raises UserError where the records cannot lie on the devices as config.placement wants; reads none."""
     if placement == "stream":
         return
-    if dataset.films:
+    if dataset.images:
         raise UserError(
             "config.placement is 'device', and the method trains on two datasets in turn: take config.placement=stream"
         )
@@ -69,7 +69,7 @@ def _steps(on, train_fn, held, state, plan, start, stops, key):
     for step in range(start, len(plan)):
         rows = parallel.divide(device_store.deal(plan, range(step, step + 1), len(on)), on)
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-            state, loss_S = train_fn(state, held, rows, key, 0, 1, int(plan.steps_S[step]))
+            state, loss_S = train_fn(state, held, rows, key, 0, 1, int(plan.padded_length_S[step]))
         yield state, loss_S
 
 
@@ -78,6 +78,6 @@ def _calls(on, train_fn, held, state, plan, start, stops, key):
     for stop in stops:
         # One length for all steps: a longer bucket costs memory, hardly time (models/chunked_lstm.py).
         with jax.profiler.StepTraceAnnotation("train", step_num=start + 1):
-            state, loss_S = train_fn(state, held, rows, key, start, stop, int(plan.steps_S.max()))
+            state, loss_S = train_fn(state, held, rows, key, start, stop, int(plan.padded_length_S.max()))
         yield state, loss_S[start:stop]
         start = stop

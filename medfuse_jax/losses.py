@@ -1,4 +1,4 @@
-"""Losses: which classifiers a batch trains, on which rows. Shapes: B rows of the batch, P films, K labels."""
+"""Losses: which classifiers a batch trains, on which rows. Shapes: B rows of the batch, P X-rays, K labels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -60,12 +60,12 @@ def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weig
 
 
 def present_rows(batch: dict) -> dict[str, jax.Array]:
-    """{'ehr', 'cxr': bool [B]}: which rows have a stay, and which a film."""
+    """{'ehr', 'cxr': bool [B]}: which rows have a stay, and which an X-ray."""
     num_rows = batch["valid"].shape[0]
     has_ehr_B = batch["length"] > 0 if "length" in batch else jnp.zeros(num_rows, bool)
     has_cxr_B = jnp.zeros(num_rows, bool)
-    if "film_row" in batch:  # an empty slot names the row after the last, which is dropped
-        has_cxr_B = has_cxr_B.at[batch["film_row"]].set(True, mode="drop")
+    if "image_row" in batch:  # an empty slot names the row after the last, which is dropped
+        has_cxr_B = has_cxr_B.at[batch["image_row"]].set(True, mode="drop")
     return {"ehr": has_ehr_B, "cxr": has_cxr_B}
 
 

@@ -68,12 +68,12 @@ def _synthetic_shards(options: ConfigDict, cache_dir: Path) -> Path:
     from data_prep import build  # the one place where medfuse_jax calls data_prep
     from data_prep.synthetic import tree
 
-    stays, film_fraction = options.synthetic_stays, options.synthetic_film_fraction
-    root = cache_dir / f"synthetic_{tree.VERSION}_{stays}_{film_fraction:g}"
+    stays, cxr_fraction = options.synthetic_stays, options.synthetic_cxr_fraction
+    root = cache_dir / f"synthetic_{tree.VERSION}_{stays}_{cxr_fraction:g}"
     print(f"no --config.data.dir given: using a synthetic cohort of {stays} stays, kept in {root}", flush=True)
     raw, shards = root / "raw", root / "shards"
     # Both leave alone what is there already; the build makes anew what an older version of this package left.
-    tree.write(raw, num_stays=stays, seed=0, film_fraction=film_fraction)
+    tree.write(raw, num_stays=stays, seed=0, cxr_fraction=cxr_fraction)
     build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards)
     return shards
 

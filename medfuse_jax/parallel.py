@@ -88,11 +88,11 @@ def merge(batch: dict) -> dict:
     """Folds the device axis of a batch into its rows: [D, B, ...] -> [D * B, ...]."""
     num_devices, rows = batch["valid"].shape
     merged = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-    if "film_row" in batch:
-        # An empty film slot names the row after the device's last: it becomes the one after all.
+    if "image_row" in batch:
+        # An empty X-ray slot names the row after the device's last: it becomes the one after all.
         first_D1 = rows * jnp.arange(num_devices)[:, None]
-        film_row_DP = jnp.where(batch["film_row"] < rows, batch["film_row"] + first_D1, num_devices * rows)
-        merged["film_row"] = film_row_DP.reshape(-1)
+        image_row_DP = jnp.where(batch["image_row"] < rows, batch["image_row"] + first_D1, num_devices * rows)
+        merged["image_row"] = image_row_DP.reshape(-1)
     return merged
 
 

@@ -3,7 +3,7 @@
 On disk, one folder a task, written by `data_prep` and renamed into place when whole:
 
     <data_dir>/<task>/dataset_info.json, features.json   (TFDS)
-    <data_dir>/<task>/<task>-<split>.array_record-*      one record a stay, or a film
+    <data_dir>/<task>/<task>-<split>.array_record-*      one record a stay, or an X-ray
     <data_dir>/<task>/index_<split>.npz                  length, pairing, ids, static facts and labels, in record order
     <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
 
@@ -12,7 +12,7 @@ The index is what batch plans are made from, so no record is read to plan an epo
 A task whose labels are per step (tasks.Task.per_step) has one record a stay too, not one a prediction: its
 `label` is [H, K], a row for each of H prediction times, `label_time_h` [H] (hours since the stay began). At
 label_time_h[i] a model may read the first floor(label_time_h[i] / timestep_h) steps of `ehr`, which hold nothing
-later, and of the stay's P films those with film_time_h <= label_time_h[i]. The index's `label` is 1 where it
+later, and of the stay's P X-rays those with cxr_time_h <= label_time_h[i]. The index's `label` is 1 where it
 is at any prediction time.
 """
 
@@ -27,7 +27,7 @@ from medfuse_jax import schema
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
-FORMAT_VERSION = "1.2.0"
+FORMAT_VERSION = "1.3.0"
 MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # '' where unknown
 MISSING = "is missing"  # what is wrong with a file that is not there
@@ -37,7 +37,7 @@ INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *STATIC_TEX
 def features(num_labels: int, per_step: bool = False):
     """The TFDS features of one record with `num_labels` labels, of the whole stay or per step.
 
-    A missing film is an image of shape [0, 256, 256]; a film without a stay has ehr [0, 76].
+    A missing X-ray is an image of shape [0, 256, 256]; an X-ray without a stay has ehr [0, 76].
     `Encoding.BYTES` because it is ten times faster to read than TFDS' default.
     """
     import tensorflow_datasets as tfds  # 2 s to import: only builders and readers pay
@@ -45,16 +45,16 @@ def features(num_labels: int, per_step: bool = False):
     def tensor(shape, dtype):
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
-    size = schema.FILM_SIZE_PX
+    size = schema.IMAGE_SIZE_PX
     timed = {
         "label": tensor((None, num_labels), np.int8),
         "label_time_h": tensor((None,), np.float32),
-        "film_time_h": tensor((None,), np.float32),
+        "cxr_time_h": tensor((None,), np.float32),
         "los_h": np.float32,  # what length_of_stay is to predict, less label_time_h: no input
     }
     return tfds.features.FeaturesDict(
         {
-            "stay_id": np.int64,  # -1 for a film without a stay
+            "stay_id": np.int64,  # -1 for an X-ray without a stay
             "subject_id": np.int64,
             "ehr": tensor((None, len(schema.CHANNELS)), np.float32),  # not standardised
             "label": tensor((num_labels,), np.int8),
@@ -78,8 +78,8 @@ def task_dir(data_dir: str | Path, task: str) -> Path:
         raise UserError(f"no data folder {data_dir}: build one with `python -m data_prep.build --out={data_dir} ...`")
     present = sorted(p.name for p in Path(data_dir).iterdir() if p.is_dir() and p.name in schema.TASKS)
     how = f"build it with `python -m data_prep.build --tasks={task} ...`"
-    if schema.TASKS[task].films_only:
-        how += " and --mimic_cxr=DIR; without films only --config.method=uni_ehr can be trained"
+    if schema.TASKS[task].cxr_only:
+        how += " and --mimic_cxr=DIR; without X-rays only --config.method=uni_ehr can be trained"
     raise UserError(
         f"{data_dir} holds no dataset for the task {task!r} (it holds: {', '.join(present) or 'none'}); {how}"
     )
@@ -180,7 +180,7 @@ class Split(Sequence):
         except (RuntimeError, ValueError) as error:
             raise UserError(f"record {i} of {self._name} is damaged ({error}); run data_prep.build again") from None
         text = {k: v.decode() for k, v in record.items() if isinstance(v, bytes)}
-        if "film_time_h" in record:  # per step: every film of the stay, in order of time; no one of them is the film
+        if "cxr_time_h" in record:  # per step: every X-ray of the stay, in order of time; no one of them is the X-ray
             return {**record, **text, "images": record["image"], "image": None}
         image = record["image"][0] if len(record["image"]) else None
         return {**record, **text, "image": image}
@@ -195,7 +195,7 @@ def open_split(data_dir: str | Path, task: str, split: str) -> Split:
     Each record is a dict with at least stay_id int, ehr float32 [T, 76] (not standardised),
     label int8 [K], has_cxr bool, dicom_id str or '', image uint8 [256, 256] or None.
     Where labels are per step: label int8 [H, K], label_time_h float32 [H], images uint8 [P, 256, 256],
-    film_time_h float32 [P], dicom_id the P names with a space between, image None, los_h float.
+    cxr_time_h float32 [P], dicom_id the P names with a space between, image None, los_h float.
     """
     import tensorflow_datasets as tfds
     from google.protobuf import json_format

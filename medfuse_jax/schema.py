@@ -175,20 +175,20 @@ class Task:
 
     labels: names of the K binary labels, in order.
     window_h: hours of the stay that may be seen, or None for the whole stay.
-    films_only: records are films (no ICU stay, ehr of length 0).
+    cxr_only: records are X-rays (no ICU stay, ehr of length 0).
     per_step: a stay has labels at many prediction times, label [H, K] (records.py); not trained on yet.
     """
 
     name: str
     labels: tuple[str, ...]
     window_h: float | None = None
-    films_only: bool = False
+    cxr_only: bool = False
     per_step: bool = False
 
     @property
     def unit(self) -> str:
-        """What a record is, in the plural: 'stays' or 'films'."""
-        return "films" if self.films_only else "stays"
+        """What a record is, in the plural: 'stays' or 'images'."""
+        return "images" if self.cxr_only else "stays"
 
 
 # Remaining length of stay, days: [0, 1) ... [7, 8), [8, 14), [14, inf). Harutyunyan et al. 2019.
@@ -198,11 +198,11 @@ _LENGTH_OF_STAY_LABELS = ("under 1 day", *(f"{d} to {d + 1} days" for d in range
 TASKS = {
     "pheno": Task("pheno", tuple(p.name for p in PHENOTYPES)),
     "mortality": Task("mortality", ("In-hospital mortality",), window_h=48.0),
-    "radiology": Task("radiology", RADIOLOGY_LABELS, films_only=True),
+    "radiology": Task("radiology", RADIOLOGY_LABELS, cxr_only=True),
     "decompensation": Task("decompensation", ("Death within 24 h",), per_step=True),
     "length_of_stay": Task("length_of_stay", _LENGTH_OF_STAY_LABELS, per_step=True),
 }
 TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if not task.per_step)
 
 SPLITS = ("train", "val", "test")
-FILM_SIZE_PX = 256  # films are stored square, one grey uint8 channel
+IMAGE_SIZE_PX = 256  # X-rays are stored square, one grey uint8 channel

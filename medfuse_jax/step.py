@@ -41,7 +41,7 @@ class StepOptions:
 
     model: flax.linen.Module
     optimizer: optax.GradientTransformation
-    film: augment.FilmOptions
+    image: augment.ImageOptions
     mean_F: tuple[float, ...]
     std_F: tuple[float, ...]
     weights: losses.Weights = dataclasses.field(default_factory=losses.Weights)
@@ -73,25 +73,25 @@ def state_maker(
 
 
 def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> dict:
-    """Standardises the series and prepares the films; augments them where a key is given."""
+    """Standardises the series and prepares the X-rays; augments them where a key is given."""
     num_rows = batch["valid"].shape[0]
     inputs = {"length": batch.get("length", jnp.zeros(num_rows, jnp.int32))}
     if "ehr_features" in batch:  # of frozen encoders: sweep/heads.py
         inputs["ehr"] = batch["ehr_features"]
     elif "ehr" in batch:
         inputs["ehr"] = (batch["ehr"] - jnp.asarray(options.mean_F)) / jnp.asarray(options.std_F)
-    if "film_features" in batch:
-        film_row_P = batch["film_row"]
-        inputs |= {"image": batch["film_features"][:, None, None], "film_row": film_row_P}
-        inputs["film_mask"] = film_row_P < num_rows
+    if "cxr_features" in batch:
+        image_row_P = batch["image_row"]
+        inputs |= {"image": batch["cxr_features"][:, None, None], "image_row": image_row_P}
+        inputs["image_mask"] = image_row_P < num_rows
     elif "image" in batch:
-        film_row_P = batch["film_row"]
+        image_row_P = batch["image_row"]
         if key is None:
-            image = augment.prepare(batch["image"], options.film)
+            image = augment.prepare(batch["image"], options.image)
         else:
-            film_id_P = batch["row_id"][jnp.minimum(film_row_P, num_rows - 1)]
-            image = augment.prepare_augmented(key, film_id_P, batch["image"], options.film)
-        inputs |= {"image": image, "film_row": film_row_P, "film_mask": film_row_P < num_rows}
+            image_id_P = batch["row_id"][jnp.minimum(image_row_P, num_rows - 1)]
+            image = augment.prepare_augmented(key, image_id_P, batch["image"], options.image)
+        inputs |= {"image": image, "image_row": image_row_P, "image_mask": image_row_P < num_rows}
     if extra := {name.removeprefix("extra_"): x for name, x in batch.items() if name.startswith("extra_")}:
         inputs["extra"] = extra
     return inputs

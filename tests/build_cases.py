@@ -1,9 +1,9 @@
-"""Small trees of raw tables and films, and what a build makes of them; its fixtures are in conftest.py."""
+"""Small trees of raw tables and X-rays, and what a build makes of them; its fixtures are in conftest.py."""
 
 import sys
 from pathlib import Path
 
-from raw_tables import at, chart, film, lab, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import at, chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from medfuse_jax import records, schema
 
@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_tree(root):
-    """12 stays of 20 h to 6 days, heart rates every hour, 11 films of which 6 pair; secrets in the free text."""
-    stays, charts, labs, codes, films = [], [], [], [], []
+    """12 stays of 20 h to 6 days, heart rates every hour, 11 X-rays of which 6 pair; secrets in the free text."""
+    stays, charts, labs, codes, images = [], [], [], [], []
     for n in range(12):
         los_h = 20 + 11 * n
         changes = {"deathtime": at(los_h)} if n == 8 else {}
@@ -28,21 +28,21 @@ def write_tree(root):
         codes += [(n, "4019", 9)] if n % 2 else [(n, "J9601", 10)]
         codes += [(n, SECRET, 9), (n, SURNAME, 10)]
         if n < 7:
-            films.append(film(n, 10 + n, Edema="1.0"))
+            images.append(image(n, 10 + n, Edema="1.0"))
         if n == 6:
-            films.append(film(n, 70, k=1))
-            films.append(film(n, 71, "PA", k=2))
+            images.append(image(n, 70, k=1))
+            images.append(image(n, 71, "PA", k=2))
         if n == 7:
-            films.append(film(n, -1))
-    films.append(film(99, 5))
-    return write_mimic_iv(root / "iv", stays, charts, labs, codes), write_mimic_cxr(root / "cxr", films)
+            images.append(image(n, -1))
+    images.append(image(99, 5))
+    return write_mimic_iv(root / "iv", stays, charts, labs, codes), write_mimic_cxr(root / "cxr", images)
 
 
-def write_one_stay(root, films=(), **options):
+def write_one_stay(root, images=(), **options):
     """A tree of one stay with a heart rate every hour."""
     charts = [chart(0, h, HEART_RATE, "61") for h in range(1, 60)]
     iv = write_mimic_iv(root / "iv", [stay(0)], charts, **options)
-    return iv, write_mimic_cxr(root / "cxr", films, size=(32, 32)) if films else None
+    return iv, write_mimic_cxr(root / "cxr", images, size=(32, 32)) if images else None
 
 
 def read_all(out, task):

@@ -39,7 +39,7 @@ def parsed_flags():
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real input that MEDFUSE_TEST_DATA names (MIMIC-IV demo, films, parity values)."""
+    """The folder of real input that MEDFUSE_TEST_DATA names (MIMIC-IV demo, X-rays, parity values)."""
     folder = os.environ.get("MEDFUSE_TEST_DATA", "")
     if not folder:
         pytest.skip("MEDFUSE_TEST_DATA is not set: no real data to test on")
@@ -93,7 +93,7 @@ def tiny_config(shared_tiny_config):
 
 @pytest.fixture
 def ehr_config(tiny_config):
-    """Without films: compiled in a second."""
+    """Without X-rays: compiled in a second."""
     tiny_config.method = "uni_ehr"
     return tiny_config
 
@@ -106,7 +106,7 @@ def shared_tiny_config(shards):
     config = config_lib.default()
     config.data.dir = str(shards)
     config.data.max_buckets = 1
-    config.film.resize_px, config.film.crop_px = 32, 32
+    config.image.resize_px, config.image.crop_px = 32, 32
     config.model.ehr_hidden, config.model.fusion_hidden = 8, 8
     config.model.resnet_stage_sizes, config.model.resnet_width = (1, 1, 1, 1), 4
     config.num_epochs = 2

@@ -32,8 +32,8 @@ from medfuse_jax.models import registry
 STAYS = 200
 _TIMEOUT_S = 600
 _SIZES = (
-    "--config.film.resize_px=32",
-    "--config.film.crop_px=32",
+    "--config.image.resize_px=32",
+    "--config.image.crop_px=32",
     "--config.model.ehr_hidden=8",
     "--config.model.fusion_hidden=8",
     "--config.model.resnet_width=4",
@@ -52,7 +52,7 @@ _FILLED = {
     "--data_dir=NEW": "--data_dir=moved/shards",
     "--runner=...": "--runner=DirectRunner",
 }
-_OUT = {"data_prep.build": "shards", "data_prep.images.beam": "films", "data_prep.bench": "benchmark"}
+_OUT = {"data_prep.build": "shards", "data_prep.images.beam": "images", "data_prep.bench": "benchmark"}
 # The quickest case of each benchmark preset, as a pattern for --only.
 SMALLEST = {
     "cpu": "uni_ehr",

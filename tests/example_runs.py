@@ -1,7 +1,7 @@
 """Workdirs with made-up values, for tests of what reads them: `python tests/example_runs.py DIR` writes them.
 
 A tiny simulated problem: labels depend on a hidden state, of which "EHR" sees one part and a
-"film" another. Nothing is trained, and no number stands for any model.
+"cxr" another. Nothing is trained, and no number stands for any model.
 """
 
 import json
@@ -23,21 +23,21 @@ def simulate(task: str, num_stays: int, seed: int = 0) -> dict:
     prevalence = rng.uniform(0.06, 0.45, num_labels)
     labels = rng.random((num_stays, num_labels)) < prevalence
     ehr = labels * rng.uniform(0.5, 1.5, num_labels) + rng.normal(size=labels.shape)
-    film = labels * rng.uniform(0.2, 1.3, num_labels) + rng.normal(size=labels.shape)
-    has_cxr = np.ones(num_stays, bool) if schema.TASKS[task].films_only else rng.random(num_stays) < 0.4
-    return {"labels": labels, "ehr": ehr, "film": film, "has_cxr": has_cxr, "age": rng.uniform(18, 90, num_stays)}
+    image = labels * rng.uniform(0.2, 1.3, num_labels) + rng.normal(size=labels.shape)
+    has_cxr = np.ones(num_stays, bool) if schema.TASKS[task].cxr_only else rng.random(num_stays) < 0.4
+    return {"labels": labels, "ehr": ehr, "cxr": image, "has_cxr": has_cxr, "age": rng.uniform(18, 90, num_stays)}
 
 
 def scores_of(method: str, data: dict) -> np.ndarray:
     """Probabilities [N, K] as float32."""
-    film = np.where(data["has_cxr"][:, None], data["film"], 0)
+    image = np.where(data["has_cxr"][:, None], data["cxr"], 0)
     weight = {"early": 0.3, "joint": 0.5, "medfuse": 0.8, "medfuse_attention": 0.8}
-    logits = {"uni_ehr": data["ehr"], "uni_cxr": film}.get(method, data["ehr"] + weight.get(method, 0.4) * film)
+    logits = {"uni_ehr": data["ehr"], "uni_cxr": image}.get(method, data["ehr"] + weight.get(method, 0.4) * image)
     return (1 / (1 + np.exp(1.5 - logits))).astype(np.float32)
 
 
 def attention_of(data: dict, num_steps: int = 60, seed: int = 0) -> dict:
-    """Weights that grow towards the end of a stay; half of a paired stay's is the film's, give or take."""
+    """Weights that grow towards the end of a stay; half of a paired stay's is the X-ray's, give or take."""
     rng = np.random.default_rng(seed)
     num_stays = len(data["has_cxr"])
     length = rng.integers(3, num_steps + 1, num_stays)
@@ -46,11 +46,11 @@ def attention_of(data: dict, num_steps: int = 60, seed: int = 0) -> dict:
         step < length[:, None], np.exp((step - length[:, None]) / 12 + rng.normal(0, 0.4, (num_stays, 1))), 0
     )
     raw *= rng.gamma(4, 1, raw.shape)
-    film = np.where(data["has_cxr"], rng.beta(4, 5, num_stays), 0)
+    image = np.where(data["has_cxr"], rng.beta(4, 5, num_stays), 0)
     return {
         "time_weights": (raw / raw.sum(1, keepdims=True)).astype(np.float16),
         "length": length,
-        "modality_weights": np.stack([0.2 * (1 - film), 0.8 * (1 - film), film], 1).astype(np.float32),
+        "modality_weights": np.stack([0.2 * (1 - image), 0.8 * (1 - image), image], 1).astype(np.float32),
         "modalities": np.array(["static", "ehr", "cxr"]),
     }
 
@@ -94,10 +94,10 @@ def write_evaluation(
     np.savez(
         workdir / "predictions_test.npz",
         **(attention_of(data) if method == "medfuse_attention" else {}),
-        stay_id=np.full(len(labels), -1) if schema.TASKS[task].films_only else np.arange(len(labels)),
+        stay_id=np.full(len(labels), -1) if schema.TASKS[task].cxr_only else np.arange(len(labels)),
         scores=scores,
         labels=labels.astype(np.int8),
-        has_ehr=np.full(len(labels), not schema.TASKS[task].films_only),
+        has_ehr=np.full(len(labels), not schema.TASKS[task].cxr_only),
         has_cxr=has_cxr,
         age=data["age"].astype(np.float32),
         step=100 * best_epoch,

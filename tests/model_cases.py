@@ -56,16 +56,16 @@ def random_variables(model, seed: int = 0) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes(model))
 
 
-def batch(seed: int = 0, rows: int = 4, steps: int = 5, film_rows: tuple[int, ...] = (2, 0), slots: int = 3) -> dict:
-    """A batch with listed films: `film_rows` have one, the other slots are empty."""
+def batch(seed: int = 0, rows: int = 4, steps: int = 5, image_rows: tuple[int, ...] = (2, 0), slots: int = 3) -> dict:
+    """A batch with listed X-rays: `image_rows` have one, the other slots are empty."""
     rng = np.random.default_rng(seed)
-    empty = slots - len(film_rows)
+    empty = slots - len(image_rows)
     return {
         "ehr": rng.standard_normal((rows, steps, 76)).astype(np.float32),
         "length": np.resize([steps, 2, 4, 1], rows).astype(np.int32),
         "image": rng.standard_normal((slots, 16, 16)).astype(np.float32),
-        "film_row": np.array([*film_rows] + [rows] * empty, np.int32),
-        "film_mask": np.array([True] * len(film_rows) + [False] * empty),
+        "image_row": np.array([*image_rows] + [rows] * empty, np.int32),
+        "image_mask": np.array([True] * len(image_rows) + [False] * empty),
     }
 
 
@@ -74,7 +74,7 @@ def dense(listed: dict) -> dict:
     rows = len(listed["length"])
     image_BHW = np.full((rows, *listed["image"].shape[1:]), 7.0, np.float32)
     has_cxr_B = np.zeros(rows, bool)
-    for image_HW, row, real in zip(listed["image"], listed["film_row"], listed["film_mask"]):
+    for image_HW, row, real in zip(listed["image"], listed["image_row"], listed["image_mask"]):
         if real:
             image_BHW[row], has_cxr_B[row] = image_HW, True
     return {"ehr": listed["ehr"], "length": listed["length"], "image": image_BHW, "has_cxr": has_cxr_B}

@@ -99,11 +99,11 @@ def write_mimic_iv(root: Path, stays: list[dict], charts=(), labs=(), codes=(), 
     return root
 
 
-def film(n: int, hour: float, view: str = "AP", k: int = 0, **changes) -> dict:
-    """The k-th film of the n-th patient, `hour` after START; keys that are labels set that label."""
+def image(n: int, hour: float, view: str = "AP", k: int = 0, **changes) -> dict:
+    """The k-th X-ray of the n-th patient, `hour` after START; keys that are labels set that label."""
     date, clock = at(hour).split(" ")
     return {
-        "dicom_id": f"film-{n:04d}-{k:02d}",
+        "dicom_id": f"X-ray-{n:04d}-{k:02d}",
         "subject_id": 10_000_000 + n,
         "study_id": 50_000_000 + 100 * n + k,
         "ViewPosition": view,
@@ -112,27 +112,27 @@ def film(n: int, hour: float, view: str = "AP", k: int = 0, **changes) -> dict:
     } | changes
 
 
-def film_path(row: dict) -> str:
-    """Where MIMIC-CXR-JPG keeps a film."""
+def image_path(row: dict) -> str:
+    """Where MIMIC-CXR-JPG keeps an X-ray."""
     subject = str(row["subject_id"])
     return f"files/p{subject[:2]}/p{subject}/s{row['study_id']}/{row['dicom_id']}.jpg"
 
 
-def write_mimic_cxr(root: Path, films: list[dict], size=(80, 64), version: str = "2.0.0", gz: bool = True) -> Path:
-    """A MIMIC-CXR-JPG tree with one small noise JPEG (width, height) a film. Returns `root`."""
+def write_mimic_cxr(root: Path, images: list[dict], size=(80, 64), version: str = "2.0.0", gz: bool = True) -> Path:
+    """A MIMIC-CXR-JPG tree with one small noise JPEG (width, height) an X-ray. Returns `root`."""
     header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
-    only = [{c: row[c] for c in header.split(",")} for row in films]
+    only = [{c: row[c] for c in header.split(",")} for row in images]
     write_table(root / f"mimic-cxr-{version}-metadata.csv", header, only, gz)
-    split = [{c: row[c] for c in ("dicom_id", "study_id", "subject_id")} | {"split": "train"} for row in films]
+    split = [{c: row[c] for c in ("dicom_id", "study_id", "subject_id")} | {"split": "train"} for row in images]
     write_table(root / f"mimic-cxr-{version}-split.csv", "dicom_id,study_id,subject_id,split", split, gz)
     labels = {
         row["study_id"]: {k: row[k] for k in ("subject_id", "study_id", *schema.RADIOLOGY_LABELS) if k in row}
-        for row in films
+        for row in images
     }
     header = "subject_id,study_id," + ",".join(schema.RADIOLOGY_LABELS)
     write_table(root / f"mimic-cxr-{version}-chexpert.csv", header, list(labels.values()), gz)
-    for seed, row in enumerate(films):
-        path = root / film_path(row)
+    for seed, row in enumerate(images):
+        path = root / image_path(row)
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8), np.uint8)
         Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(path, quality=90)

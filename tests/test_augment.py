@@ -1,4 +1,4 @@
-"""Films on the device: exact where nothing is drawn, right where something is, alike in any layout."""
+"""X-rays on the device: exact where nothing is drawn, right where something is, alike in any layout."""
 
 import dataclasses
 
@@ -8,40 +8,40 @@ import pytest
 
 from medfuse_jax import augment
 
-_OPTIONS = augment.FilmOptions(resize_px=64, crop_px=56)
+_OPTIONS = augment.ImageOptions(resize_px=64, crop_px=56)
 _STILL = dataclasses.replace(_OPTIONS, flip=False, rotation_deg=0.0, scale=(1.0, 1.0), translation=0.0)
 
 
-def _films(count=3, size=64, seed=0):
+def _images(count=3, size=64, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size), np.uint8)
 
 
 def test_evaluation_takes_the_centre_and_a_channel_of_ones():
-    films = _films()
-    out = np.asarray(augment.prepare(films, _OPTIONS))
+    images = _images()
+    out = np.asarray(augment.prepare(images, _OPTIONS))
     assert out.shape == (3, 56, 56, 2)
-    np.testing.assert_allclose(out[..., 0], films[:, 4:60, 4:60] / 255.0, atol=1e-6)
+    np.testing.assert_allclose(out[..., 0], images[:, 4:60, 4:60] / 255.0, atol=1e-6)
     assert (out[..., 1] == 1).all()
 
 
 def test_resizing_keeps_the_mean_and_the_size():
-    films = _films(size=256)
-    out = np.asarray(augment.prepare(films, augment.FilmOptions(resize_px=64, crop_px=64)))
+    images = _images(size=256)
+    out = np.asarray(augment.prepare(images, augment.ImageOptions(resize_px=64, crop_px=64)))
     assert out.shape == (3, 64, 64, 2)
-    np.testing.assert_allclose(out[..., 0].mean((1, 2)), films.mean((1, 2)) / 255, atol=2e-3)
+    np.testing.assert_allclose(out[..., 0].mean((1, 2)), images.mean((1, 2)) / 255, atol=2e-3)
 
 
 def test_drawing_nothing_is_evaluation():
-    films = _films()
-    still = augment.prepare_augmented(jax.random.key(0), np.arange(3), films, _STILL)
-    np.testing.assert_allclose(still, augment.prepare(films, _STILL), atol=1e-5)
+    images = _images()
+    still = augment.prepare_augmented(jax.random.key(0), np.arange(3), images, _STILL)
+    np.testing.assert_allclose(still, augment.prepare(images, _STILL), atol=1e-5)
 
 
 def test_a_flip_mirrors_left_and_right():
-    films = _films(count=16)
+    images = _images(count=16)
     options = dataclasses.replace(_STILL, flip=True)
-    out = np.asarray(augment.prepare_augmented(jax.random.key(1), np.arange(16), films, options))[..., 0]
-    plain = np.asarray(augment.prepare(films, _STILL))[..., 0]
+    out = np.asarray(augment.prepare_augmented(jax.random.key(1), np.arange(16), images, options))[..., 0]
+    plain = np.asarray(augment.prepare(images, _STILL))[..., 0]
     mirrored = np.isclose(out, plain[:, :, ::-1], atol=1e-4).all((1, 2))
     same = np.isclose(out, plain, atol=1e-4).all((1, 2))
     assert (mirrored ^ same).all() and 2 < mirrored.sum() < 14
@@ -53,9 +53,9 @@ def _centre_of_mass(image):
 
 
 def _dot(y, x):
-    film = np.zeros((1, 64, 64), np.uint8)
-    film[0, 31 + y : 33 + y, 31 + x : 33 + x] = 255
-    return film
+    image = np.zeros((1, 64, 64), np.uint8)
+    image[0, 31 + y : 33 + y, 31 + x : 33 + x] = 255
+    return image
 
 
 def test_rotation_keeps_the_distance_and_stays_within_its_angle():
@@ -99,11 +99,11 @@ def test_a_random_crop_reaches_beyond_the_centre():
     assert 5 < np.abs(centres).max() <= 16.1
 
 
-def test_a_film_is_augmented_alike_wherever_it_stands_in_the_batch():
-    films = _films(count=4)
+def test_a_image_is_augmented_alike_wherever_it_stands_in_the_batch():
+    images = _images(count=4)
     key, ids = jax.random.key(6), np.array([3, 9, 12, 15])
-    whole = np.asarray(augment.prepare_augmented(key, ids, films, _OPTIONS))
-    halves = [augment.prepare_augmented(key, ids[h], films[h], _OPTIONS) for h in (slice(0, 2), slice(2, 4))]
+    whole = np.asarray(augment.prepare_augmented(key, ids, images, _OPTIONS))
+    halves = [augment.prepare_augmented(key, ids[h], images[h], _OPTIONS) for h in (slice(0, 2), slice(2, 4))]
     np.testing.assert_allclose(whole, np.concatenate(halves), atol=1e-6)
-    other = augment.prepare_augmented(key, ids + 1, films, _OPTIONS)
+    other = augment.prepare_augmented(key, ids + 1, images, _OPTIONS)
     assert np.abs(whole - np.asarray(other)).mean() > 0.05

@@ -80,7 +80,7 @@ def test_num_epochs_reaches_the_pretraining_stages():
         ({}, ["ehr", "cxr"]),
         ({"encoders": "random"}, []),
         ({"method": "early"}, ["ehr", "cxr"]),
-        ({"method": "uni_ehr"}, ["cxr"]),  # which main leaves out: the method has no film encoder
+        ({"method": "uni_ehr"}, ["cxr"]),  # which main leaves out: the method has no X-ray encoder
         ({"method": "uni_cxr"}, ["ehr", "cxr"]),  # from the radiology labels to the task's
     ],
 )
@@ -94,7 +94,7 @@ def test_a_stage_is_of_whole_stays_and_trains_all_of_its_encoder():
     """What is of the fusion alone does not reach it; what the stage itself sets does."""
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     fusion = {"data.ehr_only_ratio": 0.2, "model.batch_norm": "frozen", "model.freeze_encoders": True}
-    fusion |= {"data.drop_ehr": 0.1, "data.drop_film": 0.5, "profile_steps": "500:510", "init.ehr": "runs/other"}
+    fusion |= {"data.drop_ehr": 0.1, "data.drop_cxr": 0.5, "profile_steps": "500:510", "init.ehr": "runs/other"}
     config.update_from_flattened_dict(fusion)
     config_lib.validate(config)
     for name in ("ehr", "cxr"):
@@ -130,18 +130,18 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("profile_steps", "6:3", "give the first and last"),
         ("batch_size", 0, "config.batch_size is 0; it must be at least 1"),
         ("learning_rate", -1.0, "config.learning_rate is -1.0; it must be between 0.0 and 1.0"),
-        ("films_per_batch", 17, "config.films_per_batch is 17; it must be between 0 and 16"),
+        ("images_per_batch", 17, "config.images_per_batch is 17; it must be between 0 and 16"),
         ("data.ehr_only_ratio", 1.5, "between 0.0 and 1.0"),
-        ("film.crop_px", 300, "between 32 and 256"),
+        ("image.crop_px", 300, "between 32 and 256"),
         ("model.resnet_stage_sizes", (1, 2), "give four numbers"),
         ("seed", -1, "config.seed is -1; it must be between 0"),
-        ("film.scale", (1.0,), "config.film.scale is (1.0,); give the least and the most"),
-        ("film.scale", (0.0, 0.0), "config.film.scale is (0.0, 0.0); give the least and the most"),
-        ("film.translation", -5.0, "config.film.translation is -5.0"),
-        ("model.missing_film", "learned", "Did you mean 'learnt'?"),
-        ("model.missing_film", "zeros", "the method 'medfuse' puts nothing in a missing film's place"),
+        ("image.scale", (1.0,), "config.image.scale is (1.0,); give the least and the most"),
+        ("image.scale", (0.0, 0.0), "config.image.scale is (0.0, 0.0); give the least and the most"),
+        ("image.translation", -5.0, "config.image.translation is -5.0"),
+        ("model.missing_cxr", "learned", "Did you mean 'learnt'?"),
+        ("model.missing_cxr", "zeros", "the method 'medfuse' puts nothing in a missing X-ray's place"),
         ("encoders", "pretraind", "Did you mean 'pretrained'?"),
-        ("data.film_task", "pheno", "config.data.film_task is 'pheno'; it must be one of radiology"),
+        ("data.cxr_task", "pheno", "config.data.cxr_task is 'pheno'; it must be one of radiology"),
         ("loss.align", -1.0, "config.loss.align is -1.0; it must be between"),
         ("loss.align", 0.1, "the method 'medfuse' has no such loss: leave it out, or take mmtm3 or mmtm4"),
         ("pretrain", 5, "config.pretrain is 5; it must hold the fields ehr, cxr"),

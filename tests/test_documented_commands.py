@@ -126,11 +126,11 @@ def _check_synthetic(command: Command, outcome: Outcome, root: Path) -> None:
     assert {path.name for path in (root / command.value("out")).iterdir()} >= {"mimic-iv", "mimic-cxr"}
 
 
-def _check_films(command: Command, outcome: Outcome, root: Path) -> None:
-    """As many films as the records of radiology have, and those that have no label."""
-    said = re.search(r"^(\d+) films in (\d+) chunks are in .*films$", outcome.output, re.M)
+def _check_images(command: Command, outcome: Outcome, root: Path) -> None:
+    """As many X-rays as the records of radiology have, and those that have no label."""
+    said = re.search(r"^(\d+) X-rays in (\d+) chunks are in .*X-rays$", outcome.output, re.M)
     assert int(said[1]) >= records.manifest("shards", "radiology")["counts"]["splits"]["train"]["records"], said
-    assert len(list((root / command.value("out") / ".stages" / "films").iterdir())) >= int(said[2])
+    assert len(list((root / command.value("out") / ".stages" / "images").iterdir())) >= int(said[2])
 
 
 def _check_run(command: Command, outcome: Outcome, root: Path) -> None:
@@ -161,7 +161,7 @@ def _check_evaluation(command: Command, outcome: Outcome, root: Path) -> None:
     result, predictions = (root / path for path in written)
     assert result.parent == predictions.parent == root / command.value("workdir")
     found = _check_scored(result.parent, predictions.name, result.name)
-    dropped = [name for name in ("drop_ehr", "drop_film") if command.value(name)]
+    dropped = [name for name in ("drop_ehr", "drop_cxr") if command.value(name)]
     for asked in (command.value("head"), command.value("split"), *dropped):
         assert asked in result.name
     if command.value("data_dir"):
@@ -244,13 +244,13 @@ def _check_printed_table(command: Command, outcome: Outcome, root: Path) -> None
 def _check_measured(command: Command, outcome: Outcome, root: Path) -> None:
     rows = [json.loads(line) for line in outcome.output.splitlines() if line.startswith("{")]
     assert {row["copies"] for row in rows if row.get("rows_per_s", 0) > 0} == {1, 8}, outcome.output
-    assert sum(row.get("films_per_s_core", 0) > 0 for row in rows) == 4, outcome.output
+    assert sum(row.get("images_per_s_core", 0) > 0 for row in rows) == 4, outcome.output
 
 
 _LEAVES = {
     "data_prep.synthetic": _check_synthetic,
     "data_prep.build": _check_build,
-    "data_prep.images.beam": _check_films,
+    "data_prep.images.beam": _check_images,
     "data_prep.bench": _check_measured,
     "data_prep.labels.compare_routes": _check_printed_table,
     "medfuse_jax.main": _check_run,

@@ -39,7 +39,7 @@ def data():
 
 @pytest.fixture
 def runs(tmp_path, data):
-    """The EHR run scores every stay, the film's those with a film."""
+    """The EHR run scores every stay, the X-ray's those with an X-ray."""
     ehr = _member(tmp_path / "ehr", "uni_ehr", data)
     cxr = _member(tmp_path / "cxr", "uni_cxr", data, rows=np.flatnonzero(data["has_cxr"]))
     return [str(tmp_path / "ehr"), str(tmp_path / "cxr")], ehr, cxr
@@ -66,23 +66,23 @@ def test_the_late_average_is_of_those_that_score_a_stay(runs, tmp_path, data):
     compared = {(c["against"], c["subset"]): c["num_samples"] for c in result["comparisons"]}
     assert compared[("uni_ehr", "all")] == 300 and compared[("uni_cxr", "all")] == has_cxr.sum()
     assert compared[("uni_cxr", "paired")] == has_cxr.sum() and result["num_left_out"] == 0
-    (to_film,) = [line for line in terminal.table([result]).splitlines() if "average − Film only" in line]
-    assert "  with film  " in to_film  # its "all" are those
+    (to_image,) = [line for line in terminal.table([result]).splitlines() if "average − X-ray only" in line]
+    assert "  with X-ray  " in to_image  # its "all" are those
 
 
-def test_the_ensemble_of_the_paper_takes_a_run_by_whether_there_is_a_film(runs, tmp_path, data):
+def test_the_ensemble_of_the_paper_takes_a_run_by_whether_there_is_a_image(runs, tmp_path, data):
     names, ehr, cxr = runs
-    ensemble.ensemble(names[::-1], tmp_path / "both", "by_film")
+    ensemble.ensemble(names[::-1], tmp_path / "both", "by_image")
     scored, has_cxr = _scores(tmp_path / "both")["scores"], data["has_cxr"]
     np.testing.assert_allclose(scored[has_cxr], cxr["scores"], rtol=1e-6)
     np.testing.assert_allclose(scored[~has_cxr], ehr["scores"][~has_cxr], rtol=1e-6)
     with pytest.raises(UserError, match="stays are not scored by the run that is to score them: mind the order"):
-        ensemble.ensemble(names, tmp_path / "wrong", "by_film")
+        ensemble.ensemble(names, tmp_path / "wrong", "by_image")
 
 
 def test_weights_are_those_of_validation_whatever_the_test_split_holds(tmp_path, data):
     validation = simulate("mortality", 400, seed=5)
-    noise = np.random.default_rng(0).normal(size=validation["film"].shape)
+    noise = np.random.default_rng(0).normal(size=validation["cxr"].shape)
     good, bad = {**validation, "ehr": validation["labels"] * 3.0 + noise}, {**validation, "ehr": noise}
     for name, on_val in (("a", good), ("b", bad)):
         _member(tmp_path / name, "uni_ehr", on_val, split="val")

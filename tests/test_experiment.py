@@ -71,7 +71,7 @@ def test_a_split_without_a_record_is_named(ehr_run, split, said):
 
 
 def test_a_part_of_nothing_is_refused(ehr_run):
-    """Stays without films alone, of which none is to be drawn."""
+    """Stays without X-rays alone, of which none is to be drawn."""
     index = {split: part | {"has_cxr": np.zeros_like(part["has_cxr"])} for split, part in ehr_run.dataset.index.items()}
     ehr_run.config.data.ehr_only_ratio = 0.0
     without = dataclasses.replace(ehr_run, dataset=dataclasses.replace(ehr_run.dataset, index=index))

@@ -93,7 +93,7 @@ def test_one_program_serves_any_part_of_an_epoch(config):
     rows = parallel.divide(device_store.deal(plan, range(len(plan)), 2), run.devices)
     state = parallel.replicate(run.fresh_state(), run.devices)
     for start, stop in ((0, 1), (1, 3)):
-        state, loss_S = fn(state, held, rows, jax.random.key(0), start, stop, int(plan.steps_S.max()))
+        state, loss_S = fn(state, held, rows, jax.random.key(0), start, stop, int(plan.padded_length_S.max()))
         assert np.flatnonzero(np.asarray(loss_S)).tolist() == list(range(start, stop))
     assert fn._cache_size() == 1 and int(state.step) == 3
 
@@ -120,7 +120,7 @@ def test_gathered_batches_are_those_read(config, task, method, num_devices):
     gather = jax.jit(device_store.gather, static_argnums=2)
     for step, batch in enumerate(batches.batches(run.dataset, "train", plan, num_devices=num_devices)):
         for d in range(num_devices):
-            gathered = gather(held, {name: x[d, step] for name, x in rows.items()}, int(plan.steps_S[step]))
+            gathered = gather(held, {name: x[d, step] for name, x in rows.items()}, int(plan.padded_length_S[step]))
             assert gathered.keys() == batch.keys()
             for name in batch:
                 np.testing.assert_array_equal(gathered[name], batch[name][d], err_msg=name)
@@ -158,7 +158,7 @@ def test_a_split_that_does_not_fit_is_one_line_with_what_it_needs(config):
 
 def test_two_datasets_in_turn_are_streamed(config):
     run = _open(config)
-    beside = dataclasses.replace(run.dataset, films=run.dataset)
+    beside = dataclasses.replace(run.dataset, images=run.dataset)
     with pytest.raises(UserError, match=r"take config\.placement=stream"):
         feed.check_placement(beside, run.selects("train"), run.devices, "device")
 
@@ -172,5 +172,5 @@ def test_the_loop_lowers_for_a_gpu(config):
     )
     rows = device_store.deal(plan, range(len(plan)), 1)
     fn = parallel.compile_resident(run.options, "jit", run.devices, in_loop=True)
-    arguments = (run.abstract_state(), held, rows, jax.random.key(0), 0, 2, int(plan.steps_S.max()))
+    arguments = (run.abstract_state(), held, rows, jax.random.key(0), 0, 2, int(plan.padded_length_S.max()))
     assert "stablehlo.while" in fn.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -11,7 +11,12 @@ _ROOT = Path(__file__).parent.parent
 # Definitions, how a command runs, the writing of whole files, and the look of a page.
 _SHARED = {
     "medfuse_jax",
-    *(f"medfuse_jax.{name}" for name in ("tasks", "records", "errors", "command_line", "files", "webpage")),
+    "medfuse_jax.schema",
+    "medfuse_jax.records",
+    "medfuse_jax.runtime",
+    *(f"medfuse_jax.runtime.{name}" for name in ("errors", "command_line", "files")),
+    "medfuse_jax.report",
+    "medfuse_jax.report.html",
 }
 
 

@@ -44,22 +44,22 @@ def test_a_batch_of_padding_alone_has_loss_zero():
 _HEADS = (
     losses.Head("joint", needs=("cxr",)),
     losses.Head("ehr_only", needs=("ehr",), weight="ehr_only"),
-    losses.Head("cxr_only", needs=("cxr",), weight="cxr_only", label="film_label"),
+    losses.Head("cxr_only", needs=("cxr",), weight="cxr_only", label="cxr_label"),
 )
 _OUTPUTS = {
     name: jnp.asarray(_RNG.normal(size=(6, k)).astype(np.float32)) for name, k in (("joint", 4), ("ehr_only", 4))
 }
 _OUTPUTS["cxr_only"] = jnp.asarray(_RNG.normal(size=(6, 3)).astype(np.float32))
 _OUTPUTS["align_loss_rows"] = jnp.arange(1.0, 7.0)
-_FILM_LABELS = (_RNG.random((6, 3)) < 0.5).astype(np.float32)
-# rows: both; EHR; film; both; EHR; padded. The last film slot is empty.
+_IMAGE_LABELS = (_RNG.random((6, 3)) < 0.5).astype(np.float32)
+# rows: both; EHR; X-ray; both; EHR; padded. The last X-ray slot is empty.
 _STAYS = {
     "valid": np.array([1, 1, 1, 1, 1, 0], bool),
     "length": np.array([3, 5, 0, 1, 2, 0]),
-    "film_row": np.array([3, 0, 2, 6]),
+    "image_row": np.array([3, 0, 2, 6]),
     "label": _LABELS,
 }
-_FILMS = {"valid": np.ones(6, bool), "film_row": np.arange(6), "film_label": _FILM_LABELS}
+_IMAGES = {"valid": np.ones(6, bool), "image_row": np.arange(6), "cxr_label": _IMAGE_LABELS}
 
 
 def _objective(batch, weights=losses.Weights(), outputs=_OUTPUTS):  # noqa: B008
@@ -78,9 +78,9 @@ def test_each_head_learns_from_the_rows_that_have_what_it_needs():
     assert abs(everywhere - expected) > 1e-3
 
 
-def test_a_batch_of_films_with_their_own_labels_trains_the_film_head_alone():
-    np.testing.assert_allclose(_objective(_FILMS), _bce("cxr_only", _FILM_LABELS, slice(None)), rtol=1e-6)
-    gradient = jax.grad(lambda outputs: _objective(_FILMS, outputs=outputs))(_OUTPUTS)
+def test_a_batch_of_images_with_their_own_labels_trains_the_image_head_alone():
+    np.testing.assert_allclose(_objective(_IMAGES), _bce("cxr_only", _IMAGE_LABELS, slice(None)), rtol=1e-6)
+    gradient = jax.grad(lambda outputs: _objective(_IMAGES, outputs=outputs))(_OUTPUTS)
     assert not np.any(gradient["joint"]) and not np.any(gradient["ehr_only"]) and np.all(gradient["cxr_only"])
 
 
@@ -92,9 +92,9 @@ def test_the_alignment_loss_is_the_mean_over_the_rows_that_have_both():
 
 def test_the_objectives_of_two_devices_add_up():
     weights = losses.Weights(align=0.3)
-    # rows 0-2 with the film of row 0; rows 3-5 with that of row 3; each device counts its rows from 0
+    # rows 0-2 with the X-ray of row 0; rows 3-5 with that of row 3; each device counts its rows from 0
     batch = {name: _STAYS[name].reshape(2, 3, *_STAYS[name].shape[1:]) for name in ("valid", "length", "label")}
-    batch["film_row"] = np.array([[0, 3], [0, 3]])
+    batch["image_row"] = np.array([[0, 3], [0, 3]])
     outputs = {name: x.reshape(2, 3, *x.shape[1:]) for name, x in _OUTPUTS.items()}
 
     def of_device(total):
@@ -103,13 +103,13 @@ def test_the_objectives_of_two_devices_add_up():
 
         return jax.vmap(objective, axis_name="device")(batch, outputs)
 
-    whole = float(_objective({**_STAYS, "film_row": np.array([3, 0, 6, 6])}, weights))
+    whole = float(_objective({**_STAYS, "image_row": np.array([3, 0, 6, 6])}, weights))
     np.testing.assert_allclose(of_device(lambda x: jax.lax.psum(x, "device")).sum(), whole, rtol=1e-6)
     assert abs(of_device(lambda x: x).sum() - whole) > 1e-3  # each a mean of its own: too large
 
 
 def test_no_row_with_what_a_head_needs_gives_no_loss_and_no_gradient():
-    batch = {**_STAYS, "film_row": np.full(4, 6), "length": np.zeros(6, int)}
+    batch = {**_STAYS, "image_row": np.full(4, 6), "length": np.zeros(6, int)}
     assert float(_objective(batch, losses.Weights(align=1.0))) == pytest.approx(0.0, abs=0)
     gradient = jax.grad(lambda outputs: _objective(batch, losses.Weights(align=1.0), outputs))(_OUTPUTS)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))

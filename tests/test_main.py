@@ -247,7 +247,7 @@ def test_a_frozen_encoder_that_nothing_trains_is_refused(fusion_config, tmp_path
         ({"batch_size": 3}, "not a multiple of the 2 devices"),
         ({"recurrence": "palas"}, "Did you mean 'pallas'"),
         ({"profile_steps": "9000:9001"}, r"config.profile_steps is 9000:9001, and experiment has \d+ steps"),
-        ({"films_per_batch": 32}, "which leaves no row for the stays without a film"),
+        ({"images_per_batch": 32}, "which leaves no row for the stays without an X-ray"),
         ({"learning_rate": 2.0}, "config.learning_rate is 2.0"),
     ],
 )

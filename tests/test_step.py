@@ -14,7 +14,7 @@ _D, _B, _T, _P, _K = 2, 4, 9, 2, 3
 
 
 def _batch(seed=0):
-    """Two devices of four rows: films for rows 0 and 2, and 1; one padded row, one empty film slot."""
+    """Two devices of four rows: X-rays for rows 0 and 2, and 1; one padded row, one empty X-ray slot."""
     rng = np.random.default_rng(seed)
     return {
         "label": (rng.random((_D, _B, _K)) < 0.4).astype(np.float32),
@@ -23,7 +23,7 @@ def _batch(seed=0):
         "length": np.array([[9, 3, 5, 2], [4, 6, 1, 0]], np.int32),
         "ehr": rng.normal(size=(_D, _B, _T, 76)).astype(np.float32),
         "image": rng.integers(0, 256, (_D, _P, 64, 64), np.uint8),
-        "film_row": np.array([[0, 2], [1, _B]], np.int32),
+        "image_row": np.array([[0, 2], [1, _B]], np.int32),
     }
 
 
@@ -33,7 +33,7 @@ def _options(optimizer=None, **model_options):
         model=registry.build("medfuse", _K, **(sizes | model_options)),
         # Plain gradients: Adam would hide a gradient that is n times too large.
         optimizer=optimizer or optax.identity(),
-        film=augment.FilmOptions(resize_px=64, crop_px=56),
+        image=augment.ImageOptions(resize_px=64, crop_px=56),
         mean_F=(0.5,) * 76,
         std_F=(2.0,) * 76,
     )
@@ -109,7 +109,7 @@ def test_what_stands_in_padding_changes_no_number(fresh, on_one_device):
     batch = _batch()
     batch["ehr"][1, 3] = np.nan  # the padded row
     batch["ehr"][0, 1, 3:] = np.nan  # beyond a stay's length
-    batch["image"][1, 1] = 255  # the empty film slot
+    batch["image"][1, 1] = 255  # the empty X-ray slot
     batch["label"][1, 3] = 1
     out = _run(_options(), fresh, "jit", 1, batch)
     jax.tree.map(np.testing.assert_array_equal, out["params"], on_one_device["params"])
@@ -117,7 +117,7 @@ def test_what_stands_in_padding_changes_no_number(fresh, on_one_device):
     assert out["loss"][7] == 0
 
 
-def test_a_film_changes_only_its_own_row_in_evaluation(fresh):
+def test_a_image_changes_only_its_own_row_in_evaluation(fresh):
     batch, other = _batch(), _batch()
     other["image"][0, 1] = 255 - other["image"][0, 1]
     eval_fn = jax.jit(lambda b: step_lib.eval_step(_options(), fresh, parallel.merge(b))[0])

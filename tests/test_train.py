@@ -154,7 +154,7 @@ def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config
         ({"model.resnet_stage_sizes": (1, 1, 2, 1)}, {"method": "daft3"}, "other sizes"),
     ],
 )
-def test_a_film_encoder_with_less_or_other_stages_is_named(tiny_config, tmp_path, theirs, ours, said):
+def test_a_image_encoder_with_less_or_other_stages_is_named(tiny_config, tmp_path, theirs, ours, said):
     def opened(changes):
         config = tiny_config.copy_and_resolve_references()
         config.update_from_flattened_dict(changes)
@@ -165,18 +165,18 @@ def test_a_film_encoder_with_less_or_other_stages_is_named(tiny_config, tmp_path
 
 
 @pytest.mark.slow
-def test_unified_learns_from_films_with_their_own_labels(tiny_config, tmp_path):
-    """One epoch: its batches are stays and films in turn, and every classifier moves."""
+def test_unified_learns_from_images_with_their_own_labels(tiny_config, tmp_path):
+    """One epoch: its batches are stays and X-rays in turn, and every classifier moves."""
     tiny_config.method, tiny_config.num_epochs = "unified", 1
     run = experiment.open_experiment(tiny_config)
-    assert len(run.train_plan(1).films) > 0
+    assert len(run.train_plan(1).images) > 0
     _train(tiny_config, tmp_path)
     (state, _), fresh = _latest(tiny_config, tmp_path), run.fresh_state()
     assert int(state.step) == len(run.train_plan(1))
     for head in ("classifier", "ehr_classifier", "cxr_classifier"):
         assert np.abs(state.params[head]["kernel"] - fresh.params[head]["kernel"]).max() > 1e-5
     tiny_config.loss.cxr_only = 0.0
-    assert experiment.open_experiment(tiny_config).dataset.films is None
+    assert experiment.open_experiment(tiny_config).dataset.images is None
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from raw_tables import chart, film, lab, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
 from data_prep.raw import tables
@@ -100,8 +100,8 @@ CXR_FOLDERS = {
 @pytest.mark.parametrize(("beside", "version"), CXR_FOLDERS.values(), ids=CXR_FOLDERS)
 def test_each_cxr_version(tmp_path, capsys, beside, version):
     gz = version == "2.0.0"
-    films = [film(n, 5, Edema="1.0") for n in range(6)]
-    root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16), version="2.0.0", gz=gz)
+    images = [image(n, 5, Edema="1.0") for n in range(6)]
+    root = write_mimic_cxr(tmp_path / "cxr", images, size=(16, 16), version="2.0.0", gz=gz)
     if beside:
         (root / beside[0]).write_text(beside[1])
     build.build(_iv(tmp_path / "iv", "2.2", gz), root, tmp_path / "out", tasks=["pheno", "radiology"])
@@ -115,9 +115,9 @@ def test_each_cxr_version(tmp_path, capsys, beside, version):
 @pytest.mark.parametrize("name", ["physionet.org/files/mimic-cxr-jpg/{}", "mimic-cxr-jpg-{}.physionet.org"])
 def test_a_cxr_folder_may_name_its_version(tmp_path, name):
     for version in ("2.0.0", "2.1.0"):
-        root = write_mimic_cxr(tmp_path / name.format(version), [film(1, 1)])
+        root = write_mimic_cxr(tmp_path / name.format(version), [image(1, 1)])
         assert tables.mimic_cxr_version(tables.mimic_cxr(root)) == version
     (root / "SHA256SUMS.txt").write_text("0a mimic-cxr-2.0.0-split.csv.gz\n")  # the files know better
     assert tables.mimic_cxr_version(tables.mimic_cxr(root)) == "2.0.0"
-    newer = write_mimic_cxr(tmp_path / "other", [film(1, 1)], version="2.1.0", gz=False)
+    newer = write_mimic_cxr(tmp_path / "other", [image(1, 1)], version="2.1.0", gz=False)
     assert tables.mimic_cxr_version(tables.mimic_cxr(newer)) == "2.1.0"

@@ -1,7 +1,7 @@
 """The audit of a build: `audit.json` and `audit.html`, made from the manifests and indexes in the output folder.
 
 Manifests and shards are for the same eyes: both hold exact counts, the first of the second. The audit is what
-may be shown to others: aggregates only, no name of a patient, stay or film, no count of 0 to 9 (privacy.py).
+may be shown to others: aggregates only, no name of a patient, stay or X-ray, no count of 0 to 9 (privacy.py).
 The checks (times, patients in one split) are repeated on what is on disk, and a build that fails one fails.
 """
 
@@ -57,7 +57,7 @@ def gather(out: Path) -> dict:
     for name, manifest in manifests.items():
         index = {split: records.index(out, name, split) for split in schema.SPLITS}
         found = _task(name, manifest, index)  # its checks run whether it is shown or not
-        if not schema.TASKS[name].films_only:
+        if not schema.TASKS[name].cxr_only:
             stays = set().union(*(fields["stay_id"].tolist() for fields in index.values()))
             near = next((other for other in stays_of if 0 < len(stays ^ stays_of[other]) < privacy.SMALLEST), None)
             if near:
@@ -140,11 +140,11 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
             audit["events_given_twice"] = _shown(counts["events_given_twice"])
         if "diagnosis_codes" in counts:
             audit["diagnosis_codes"] = _codes(counts["diagnosis_codes"], left)
-    if "films" in counts:
-        films = {what: n for what, n in counts["films"].items() if isinstance(n, int)}
-        films["films that cannot be read"] = len(manifest["skipped_films"])
+    if "images" in counts:
+        images = {what: n for what, n in counts["images"].items() if isinstance(n, int)}
+        images["X-rays that cannot be read"] = len(manifest["skipped_images"])
         sizes = [len(fields["stay_id"]) for fields in index.values()]
-        audit["films"] = apart(films, [sum(sizes)] if schema.TASKS[name].films_only else [])
+        audit["images"] = apart(images, [sum(sizes)] if schema.TASKS[name].cxr_only else [])
     return audit
 
 
@@ -183,7 +183,7 @@ def _splits(name: str, index: dict, left: list[int | str]) -> dict:
     result = {}
     for split, size in sizes.items():
         # Of a split, too: neither the paired nor the others may be few.
-        few = isinstance(part(paired[split], size), str) and not schema.TASKS[name].films_only
+        few = isinstance(part(paired[split], size), str) and not schema.TASKS[name].cxr_only
         result[split] = {
             "records": shown[split],
             "paired": part(paired[split], size, isinstance(shown[split], int)) if few else paired_shown[split],
@@ -215,7 +215,7 @@ def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dic
         for split, positive in positives.items():
             row[split] = _prevalence(int(positive.sum()), len(positive), splits[split]["records"])
         test, has_cxr = positives["test"], index["test"]["has_cxr"]
-        if not schema.TASKS[name].films_only:
+        if not schema.TASKS[name].cxr_only:
             # The unpaired follow from these and the test split's: with or without the label, they must not be few.
             sides = [{"paired": int(t[has_cxr].sum()), "unpaired": int(t[~has_cxr].sum())} for t in (test, ~test)]
             few = any(isinstance(cells(side)["paired"], str) for side in sides)
@@ -257,16 +257,16 @@ def _prevalence(positive: int, total: int, total_shown: int | str, hide: bool = 
 def _time_check(check: dict, splits: dict, left: list[int | str]) -> dict:
     """left: the stays that the filters left, as they are shown."""
     if check["violations"]:
-        raise AssertionError(f"{check['violations']} events or films are later than their records may see")
+        raise AssertionError(f"{check['violations']} events or X-rays are later than their records may see")
     total = apart({"records": check["records"]}, left)["records"]
-    event, film = (check[f"hours_from_{what}_to_cut_off"] for what in ("latest_event", "film"))
+    event, image = (check[f"hours_from_{what}_to_cut_off"] for what in ("latest_event", "cxr"))
     # The sum of what is hidden by split would give it away, and so would the sum of a histogram.
     known = all(isinstance(row["paired"], int) for row in splits.values())
     return check | {
         "records": total,
-        "films": _shown(check["films"]) if known else None,
+        "images": _shown(check["images"]) if known else None,
         "hours_from_latest_event_to_cut_off": cells(event, hide_sum=isinstance(total, str)),
-        "hours_from_film_to_cut_off": cells(film) if known else None,
+        "hours_from_cxr_to_cut_off": cells(image) if known else None,
     }
 
 

@@ -100,8 +100,8 @@ def _crossing(found: dict) -> str:
     )
 
 
-def _films(count: int | str | None) -> str:
-    return "their films" if count is None else f"{number(count)} films"
+def _images(count: int | str | None) -> str:
+    return "their X-rays" if count is None else f"{number(count)} X-rays"
 
 
 def _one_of(audit: dict, field: str) -> str:
@@ -119,7 +119,7 @@ def _checks(audit: dict) -> str:
         if check := content.get("time_check"):
             items.append(
                 f"{NAMES[name]}: nothing is later than its record may see<small>The latest event of "
-                f"{number(check['records'])} records and the time of {_films(check['films'])}, each against its "
+                f"{number(check['records'])} records and the time of {_images(check['images'])}, each against its "
                 f"own cut-off ({escape(check['cut_off'])}): {check['violations']} violations</small>"
             )
     for group in audit["patients"]["groups"]:
@@ -135,7 +135,7 @@ def _checks(audit: dict) -> str:
 def _task(name: str, content: dict, audit: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
-        _splits(content["splits"], schema.TASKS[name].films_only),
+        _splits(content["splits"], schema.TASKS[name].cxr_only),
         _many("Records whose text was no known word and became OTHER", content["other_words"]),
         _many("Times that cannot be read, each no death or no admission", content.get("unreadable_times", {})),
     ]
@@ -144,9 +144,9 @@ def _task(name: str, content: dict, audit: dict) -> str:
         parts.append(_variables(content))
     if "diagnosis_codes" in content:
         parts.append(_codes(content))
-    if "films" in content and schema.TASKS[name].films_only:
-        rows = [[escape(what), number(n)] for what, n in content["films"].items()]
-        parts.append("<h3>Films</h3>" + table(["", "films"], rows))
+    if "images" in content and schema.TASKS[name].cxr_only:
+        rows = [[escape(what), number(n)] for what, n in content["images"].items()]
+        parts.append("<h3>X-rays</h3>" + table(["", "images"], rows))
     return "".join(parts)
 
 
@@ -161,20 +161,20 @@ def _flow(steps: list[dict]) -> str:
     return f'<h3>Which stays</h3>{table(["", "stays left", "removed", ""], rows)}<p class="note">{note}</p>'
 
 
-def _splits(splits: dict, films_only: bool) -> str:
+def _splits(splits: dict, cxr_only: bool) -> str:
     ours, rows = splits["ours"], []
     head = ["", *ours]
     rows.append(["Records", *(number(row["records"]) for row in ours.values())])
-    if not films_only:
-        rows.append(["With a film", *(number(row["paired"]) for row in ours.values())])
-        rows.append(["Share with a film", *(percent(row["paired_share"]) for row in ours.values())])
+    if not cxr_only:
+        rows.append(["With an X-ray", *(number(row["paired"]) for row in ours.values())])
+        rows.append(["Share with an X-ray", *(percent(row["paired_share"]) for row in ours.values())])
     for what, counts in splits["published"].items():
         first, _, source = what.partition(", ")
-        title = {"records": "Records", "paired": "With a film"}[first]
+        title = {"records": "Records", "paired": "With an X-ray"}[first]
         rows.append([f'<span class="papers">{title}, {escape(source)}</span>', *(number(counts[s]) for s in ours)])
     if splits["published_paired_test_share"]:
         share = percent(splits["published_paired_test_share"])
-        rows.append(['<span class="papers">Share with a film, paper</span>', number(None), number(None), share])
+        rows.append(['<span class="papers">Share with an X-ray, paper</span>', number(None), number(None), share])
     return f"<h3>Splits and pairs</h3>{table(head, rows)}"
 
 
@@ -249,10 +249,10 @@ def _variables(content: dict) -> str:
         ("How long the records are", plots.bars(content["length_h"], "stays", "hours")),
     ]
     check = content["time_check"]
-    event, film = check["hours_from_latest_event_to_cut_off"], check["hours_from_film_to_cut_off"]
+    event, image = check["hours_from_latest_event_to_cut_off"], check["hours_from_cxr_to_cut_off"]
     charts.append(("From the latest event to the cut-off", plots.bars(event, "stays", "hours")))
-    if film is not None and check["films"] != privacy.FEW:
-        charts.append(("From the film to the cut-off", plots.bars(film, "films", "hours")))
+    if image is not None and check["images"] != privacy.FEW:
+        charts.append(("From the X-ray to the cut-off", plots.bars(image, "images", "hours")))
     figures = "".join(f'<figure class="chart"><figcaption>{t}</figcaption>{svg}</figure>' for t, svg in charts)
     note = "Percentiles of the observed steps, where at least 10 lie on either side."
     if "events_given_twice" in content:
@@ -341,7 +341,7 @@ def _footer() -> str:
     return (
         f"<footer>Counts below {privacy.SMALLEST} are shown as {escape(privacy.FEW)}. Where one of them could be had "
         f"by subtraction, the next smallest of its group is hidden as {privacy.ENOUGH}. This does not hold between "
-        "tables of two tasks, which share stays: give one task's away. No patient, stay or film is "
+        "tables of two tasks, which share stays: give one task's away. No patient, stay or X-ray is "
         "named. The paper is Hayat et al. 2022 (MedFuse), on MIMIC-IV 1.0 and MIMIC-CXR 2.0.0: its Table 4 and "
         "Figure 1.</footer>"
     )

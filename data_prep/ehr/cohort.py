@@ -50,7 +50,7 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     known = stays.drop_nulls(["los_h", "intime", "outtime"])
     known = known.filter(pl.col("los_h") > 0, pl.col("outtime") > pl.col("intime"))
     stays = count("with times and a length of stay", known)
-    # Steps are counted by `los`, films by `outtime`: where they contradict each other, neither can be trusted.
+    # Steps are counted by `los`, X-rays by `outtime`: where they contradict each other, neither can be trusted.
     lasts_h = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
     agrees = (pl.col("los_h") - lasts_h).abs() <= LOS_SLACK_H
     stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))

@@ -1,11 +1,11 @@
-"""The film step of a build on many processes or machines, as an Apache Beam pipeline (`pip install .[beam]`).
+"""The X-ray step of a build on many processes or machines, as an Apache Beam pipeline (`pip install .[beam]`).
 
     python -m data_prep.images.beam --mimic_cxr=DIR --out=DIR [--profile=paper] [--workers=N]
         [--runner=DirectRunner|DataflowRunner|FlinkRunner|SparkRunner] [any other option of Beam]
 
-It decodes every film of MIMIC-CXR-JPG that has labels into the cache of `--out`, in the same files and with the same
+It decodes every X-ray of MIMIC-CXR-JPG that has labels into the cache of `--out`, in the same files and with the same
 bytes as `python -m data_prep.build` would; that command, run afterwards with the same --out, --profile and
---mimic_cxr, then finds every film decoded, whatever its tasks. Both are folders and no addresses (gs://, s3://): on a
+--mimic_cxr, then finds every X-ray decoded, whatever its tasks. Both are folders and no addresses (gs://, s3://): on a
 cluster every worker must have mounted them at the same path. apache-beam wants an older protobuf than TensorFlow
 Datasets' newest does: where pip cannot have both, give it an environment of its own, which needs neither jax nor TFDS
 but the build's version of Pillow (what another one decoded is decoded again).
@@ -28,18 +28,18 @@ OURS = ("mimic_cxr", "out", "profile", "workers", "runner")
 
 
 def chunk_list(mimic_cxr: Path) -> list[list[tuple[str, str]]]:
-    """The chunks that the task 'radiology' asks for: every film with labels."""
+    """The chunks that the task 'radiology' asks for: every X-ray with labels."""
     raw = tables.mimic_cxr(mimic_cxr)
-    films, _ = image_store.read_films(raw)
-    labelled = films.join(image_store.read_labels(raw), on="study_id", maintain_order="left")
+    images, _ = image_store.read_metadata(raw)
+    labelled = images.join(image_store.read_labels(raw), on="study_id", maintain_order="left")
     return image_store.chunks(labelled.select("dicom_id", "path").iter_rows())
 
 
-def decode_chunk(films: list, folder: str, root: str, film_shape: str) -> int:
-    """Writes one chunk, for the owner alone; how many of its films could be read."""
+def decode_chunk(images: list, folder: str, root: str, image_shape: str) -> int:
+    """Writes one chunk, for the owner alone; how many of its X-rays could be read."""
     before = os.umask(0o077)
     try:
-        path = image_store.write_chunk(Path(folder), Path(root), film_shape, [tuple(film) for film in films])
+        path = image_store.write_chunk(Path(folder), Path(root), image_shape, [tuple(image) for image in images])
     finally:
         os.umask(before)
     return len(np.load(path, mmap_mode="r"))
@@ -52,19 +52,19 @@ def run(mimic_cxr: Path, out: Path, profile: str, beam_options: list[str]) -> No
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise UserError("apache-beam is not installed: pip install '.[beam]'") from None
-    film_shape = profiles.rules(profile).film_shape
+    image_shape = profiles.rules(profile).image_shape
     chunks = chunk_list(mimic_cxr)
     with cache.private(out) as hidden:
-        folder = (hidden / "films").resolve()  # a worker may run elsewhere
+        folder = (hidden / "images").resolve()  # a worker may run elsewhere
         folder.mkdir(exist_ok=True)
         with beam.Pipeline(options=PipelineOptions(beam_options)) as pipeline:
             _ = (
                 pipeline
                 | "chunks" >> beam.Create(chunks)
                 | "spread" >> beam.Reshuffle()
-                | "decode" >> beam.Map(decode_chunk, str(folder), str(mimic_cxr.resolve()), film_shape)
+                | "decode" >> beam.Map(decode_chunk, str(folder), str(mimic_cxr.resolve()), image_shape)
             )
-    progress.say(f"{sum(map(len, chunks)):,} films in {len(chunks):,} chunks are in {folder}")
+    progress.say(f"{sum(map(len, chunks)):,} X-rays in {len(chunks):,} chunks are in {folder}")
 
 
 def check_beam_options(options: list[str]) -> None:
@@ -82,7 +82,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     values.set_gnu_getopt(True)  # ours may follow Beam's, whose values absl cannot tell from the end of the options
     flags.DEFINE_string("mimic_cxr", None, "The MIMIC-CXR-JPG folder (holds files/).", flag_values=values)
     flags.DEFINE_string("out", None, "The output folder of the build.", flag_values=values)
-    flags.DEFINE_string("profile", "paper", "As for the build: it decides the films' shape.", flag_values=values)
+    flags.DEFINE_string("profile", "paper", "As for the build: it decides the X-rays' shape.", flag_values=values)
     flags.DEFINE_integer("workers", None, "Processes of the DirectRunner; default: the cores.", flag_values=values)
     flags.DEFINE_string("runner", "DirectRunner", "Beam's runner.", flag_values=values)
 

@@ -1,6 +1,6 @@
-"""The films: what is known of each, its 14 labels, and its pixels as one grey 256 x 256 square.
+"""The X-rays: what is known of each, its 14 labels, and its pixels as one grey 256 x 256 square.
 
-Shape key: N films, H W pixels, K 14 labels.
+Shape key: N X-rays, H W pixels, K 14 labels.
 """
 
 import json
@@ -25,48 +25,48 @@ from medfuse_jax.runtime.errors import UserError
 DECODER = f"Pillow {PIL.__version__}"  # another may give other pixels
 VERSION = 1  # raise it when the same file gives other pixels
 CHUNK_FORMAT = 2  # raise it when a chunk's files hold something else
-CHUNK_FILMS = 1024  # 64 MiB: one file of the cache, and what a stopped build loses at most
+CHUNK_IMAGES = 1024  # 64 MiB: one file of the cache, and what a stopped build loses at most
 MAX_UNREADABLE = 0.01
 
 
-def read_films(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
-    """Every film with a usable metadata row, sorted by dicom_id, and what was left out.
+def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
+    """Every X-ray with a usable metadata row, sorted by dicom_id, and what was left out.
 
     Columns: dicom_id, subject_id, study_id, view, time, path (below the MIMIC-CXR folder).
     """
     metadata = raw["metadata"].read(*tables.MIMIC_CXR["metadata"])
     # StudyTime is HHMMSS.fff written as a float: 3042.1 is 00:30:42.
     clock = pl.col("StudyTime").str.strip_chars().str.split(".").list.first().str.zfill(6)
-    films = metadata.select(
+    images = metadata.select(
         pl.col("dicom_id").str.strip_chars(),
         tables.integer("subject_id"),
         tables.integer("study_id"),
         view=pl.col("ViewPosition").fill_null(""),
         time=(pl.col("StudyDate").str.strip_chars() + clock).str.to_datetime("%Y%m%d%H%M%S", strict=False),
     )
-    counts = {"rows of metadata": len(films)}
-    films = films.drop_nulls(["dicom_id", "subject_id", "study_id"]).unique(
+    counts = {"rows of metadata": len(images)}
+    images = images.drop_nulls(["dicom_id", "subject_id", "study_id"]).unique(
         "dicom_id", keep="first", maintain_order=True
     )
-    counts["films with ids"] = len(films)
-    counts["films without a valid time (never paired)"] = films["time"].null_count()
-    if films.is_empty():
-        raise UserError(f"{raw['metadata'].path} names no film; is it whole?")
+    counts["X-rays with ids"] = len(images)
+    counts["X-rays without a valid time (never paired)"] = images["time"].null_count()
+    if images.is_empty():
+        raise UserError(f"{raw['metadata'].path} names no X-ray; is it whole?")
     if "split" in raw:
-        _note_without_metadata(raw, films, counts)
+        _note_without_metadata(raw, images, counts)
     subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
     path = pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
-    return films.with_columns(path=path).sort("dicom_id"), counts
+    return images.with_columns(path=path).sort("dicom_id"), counts
 
 
-def _note_without_metadata(raw: dict[str, tables.Table], films: pl.DataFrame, counts: dict) -> None:
+def _note_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame, counts: dict) -> None:
     listed = raw["split"].read("dicom_id").select(pl.col("dicom_id").str.strip_chars()).drop_nulls().unique()
-    lost = listed.join(films, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
-    counts["films without a metadata row"] = len(lost)
+    lost = listed.join(images, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
+    counts["X-rays without a metadata row"] = len(lost)
     counts["dicom_ids without a metadata row"] = lost[:100]
     if lost:
         progress.say(
-            f"warning: {len(lost)} film(s) of {raw['split'].path} have no row in {raw['metadata'].path} and are left "
+            f"warning: {len(lost)} X-ray(s) of {raw['split'].path} have no row in {raw['metadata'].path} and are left "
             f"out, the first is {lost[0]}: download that table again if it should be whole"
         )
 
@@ -85,16 +85,16 @@ def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
     return rows.drop_nulls("study_id").unique("study_id", keep="first", maintain_order=True)
 
 
-def decode(path: Path, film_shape: str) -> np.ndarray:
-    """One film as uint8 [256, 256]; OSError where it cannot be read.
+def decode(path: Path, image_shape: str) -> np.ndarray:
+    """One X-ray as uint8 [256, 256]; OSError where it cannot be read.
 
     The JPEG is decoded at the smallest of its own scales (1/8 to 1) that still has 256 px on both
     sides, which is several times faster than decoding it whole, then resized.
-    film_shape: 'squash' makes both sides 256 px, as the paper says, and stretches the film by its
+    image_shape: 'squash' makes both sides 256 px, as the paper says, and stretches the X-ray by its
         aspect ratio. 'crop' keeps the ratio: the shorter side to 256 px, then the centre square, of
         which the released test transform (resize 256, centre crop 224) sees every pixel it ever saw.
     """
-    size = schema.FILM_SIZE_PX
+    size = schema.IMAGE_SIZE_PX
     try:
         with Image.open(path) as image:
             image.draft("L", (size, size))
@@ -102,7 +102,7 @@ def decode(path: Path, film_shape: str) -> np.ndarray:
     except (SyntaxError, ValueError, IndexError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise OSError(f"not a readable image ({type(error).__name__})") from None
     box = None
-    if film_shape == "crop":
+    if image_shape == "crop":
         width, height = image.size
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
@@ -110,36 +110,36 @@ def decode(path: Path, film_shape: str) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def chunks(films: Iterable[tuple[str, str]]) -> list[list[tuple[str, str]]]:
-    """Films (dicom_id, path) in the groups that share a file of the cache."""
-    films = sorted(films)
-    return [films[i : i + CHUNK_FILMS] for i in range(0, len(films), CHUNK_FILMS)]
+def chunks(images: Iterable[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """X-rays (dicom_id, path) in the groups that share a file of the cache."""
+    images = sorted(images)
+    return [images[i : i + CHUNK_IMAGES] for i in range(0, len(images), CHUNK_IMAGES)]
 
 
 def write_chunk(
-    folder: Path, root: Path, film_shape: str, films: list[tuple[str, str]], map_films: Callable = map
+    folder: Path, root: Path, image_shape: str, images: list[tuple[str, str]], map_images: Callable = map
 ) -> Path:
-    """Decodes one chunk of films to a file of the cache, unless it is there and whole; the file.
+    """Decodes one chunk of X-rays to a file of the cache, unless it is there and whole; the file.
 
-    The .npy holds the pixels of the readable ones. The .json beside it says how they were made, and of each film its
+    The .npy holds the pixels of the readable ones. The .json beside it says how they were made, and of each X-ray its
     file's signature: 'readable' in the order of the pixels, 'unreadable'.
-    map_films: maps a function over the films, in order. Two processes may write the same chunk at once.
+    map_images: maps a function over the X-rays, in order. Two processes may write the same chunk at once.
     """
-    signed = [(dicom_id, path, signature(root / path)) for dicom_id, path in films]
-    made = _made(film_shape)
-    path = folder / f"{cache.key(films=signed, made=made)}.npy"
+    signed = [(dicom_id, path, signature(root / path)) for dicom_id, path in images]
+    made = _made(image_shape)
+    path = folder / f"{cache.key(images=signed, made=made)}.npy"
     if _facts(path, made):
         return path
 
-    def try_decode(film_path: str) -> np.ndarray | None:
+    def try_decode(image_path: str) -> np.ndarray | None:
         try:
-            return decode(root / film_path, film_shape)
+            return decode(root / image_path, image_shape)
         except OSError:
             return None
 
-    decoded = list(map_films(try_decode, [film_path for _, film_path in films]))
-    images = [image for image in decoded if image is not None]
-    pixels = np.stack(images) if images else np.zeros((0, schema.FILM_SIZE_PX, schema.FILM_SIZE_PX), np.uint8)
+    decoded = list(map_images(try_decode, [image_path for _, image_path in images]))
+    readable = [image for image in decoded if image is not None]
+    pixels = np.stack(readable) if readable else np.zeros((0, schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX), np.uint8)
     facts = {"made": made, "readable": [], "unreadable": []}
     for (dicom_id, _, sign), image in zip(signed, decoded, strict=True):
         facts["unreadable" if image is None else "readable"].append([dicom_id, sign])
@@ -167,25 +167,25 @@ def _facts(path: Path, made: dict) -> dict | None:
             num_bytes = os.fstat(file.fileno()).st_size - file.tell()
     except (OSError, ValueError):
         return None
-    wanted = (len(facts["readable"]), schema.FILM_SIZE_PX, schema.FILM_SIZE_PX)
+    wanted = (len(facts["readable"]), schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX)
     return facts if shape == wanted and num_bytes == math.prod(wanted) else None
 
 
-def _made(film_shape: str) -> dict:
-    return {"film_shape": film_shape, "version": VERSION, "format": CHUNK_FORMAT, "decoder": DECODER}
+def _made(image_shape: str) -> dict:
+    return {"image_shape": image_shape, "version": VERSION, "format": CHUNK_FORMAT, "decoder": DECODER}
 
 
-class FilmStore:
-    """Decoded films by dicom_id, kept in a folder in chunks, so that no film is decoded twice.
+class ImageStore:
+    """Decoded X-rays by dicom_id, kept in a folder in chunks, so that no X-ray is decoded twice.
 
-    A film is found in whichever chunk holds it, an earlier build's or beam_films', as long as its file's signature is
+    An X-ray is found in whichever chunk holds it, an earlier build's or Beam's, while its file's signature is
     the one it was decoded with. `unreadable` lists what could not be read (dicom_id -> signature). Neither that nor
     the pixels depend on the number of workers.
     """
 
-    def __init__(self, folder: Path, root: Path, film_shape: str, workers: int):
+    def __init__(self, folder: Path, root: Path, image_shape: str, workers: int):
         self.unreadable: dict[str, list[int] | None] = {}
-        self._folder, self._root, self._film_shape, self._workers = folder, root, film_shape, workers
+        self._folder, self._root, self._image_shape, self._workers = folder, root, image_shape, workers
         self._place: dict[str, tuple[Path, int]] = {}
         self._asked: set[str] = set()
         self._kept: dict[str, list[tuple[Path, int | None, list[int] | None]]] = {}  # row None: unreadable
@@ -200,24 +200,24 @@ class FilmStore:
     def __contains__(self, dicom_id: str) -> bool:
         return dicom_id in self._place
 
-    def add(self, films: Iterable[tuple[str, str]]) -> None:
-        """Decodes films (dicom_id, path); UserError where more than 1 % of all asked for are unreadable."""
-        films = sorted(films)
-        self._asked.update(dicom_id for dicom_id, _ in films)
-        signed = signatures(self._root, films, self._workers)
-        missing = [film for film in films if not self._find(film[0], signed[film[0]])]
+    def add(self, images: Iterable[tuple[str, str]]) -> None:
+        """Decodes X-rays (dicom_id, path); UserError where more than 1 % of all asked for are unreadable."""
+        images = sorted(images)
+        self._asked.update(dicom_id for dicom_id, _ in images)
+        signed = signatures(self._root, images, self._workers)
+        missing = [image for image in images if not self._find(image[0], signed[image[0]])]
         with ThreadPoolExecutor(self._workers) as pool:
-            for chunk in progress.bar(chunks(missing), "films", "chunks"):
-                path = write_chunk(self._folder, self._root, self._film_shape, chunk, pool.map)
+            for chunk in progress.bar(chunks(missing), "images", "chunks"):
+                path = write_chunk(self._folder, self._root, self._image_shape, chunk, pool.map)
                 for dicom_id, sign in self._note_chunk(path).items():
                     self._find(dicom_id, sign)
                 # Or they would be asked for again, for ever.
-                assert all(film[0] in self or film[0] in self.unreadable for film in chunk), path
+                assert all(image[0] in self or image[0] in self.unreadable for image in chunk), path
                 self._check_unreadable()
         self._check_unreadable()
 
     def forget_useless(self) -> None:
-        """Removes the chunks that no build can use again: of another shape or version, or of films all replaced."""
+        """Removes the chunks that no build can use again: of another shape or version, or of X-rays all replaced."""
         for path in self._folder.glob("*.partial"):
             path.unlink()
         used = {path for path, _ in self._place.values()}
@@ -230,8 +230,8 @@ class FilmStore:
                 path.unlink()
 
     def _note_chunk(self, path: Path) -> dict[str, list[int] | None]:
-        """Takes note of the films of a chunk (dicom_id -> signature); of none where it cannot be used."""
-        facts = _facts(path, _made(self._film_shape))
+        """Takes note of the X-rays of a chunk (dicom_id -> signature); of none where it cannot be used."""
+        facts = _facts(path, _made(self._image_shape))
         if facts is None:
             return {}
         for row, (dicom_id, sign) in enumerate(facts["readable"]):
@@ -241,7 +241,7 @@ class FilmStore:
         return dict(facts["readable"] + facts["unreadable"])
 
     def _find(self, dicom_id: str, sign: list[int] | None) -> bool:
-        """Whether a chunk knows this film as it is now; then it is in `_place`, or `unreadable`."""
+        """Whether a chunk knows this X-ray as it is now; then it is in `_place`, or `unreadable`."""
         for path, row, kept_sign in self._kept.get(dicom_id, ()):
             if kept_sign == sign:
                 if row is None:
@@ -255,7 +255,7 @@ class FilmStore:
         bad = sorted(self.unreadable)
         if len(bad) > MAX_UNREADABLE * len(self._asked):
             raise UserError(
-                f"{len(bad)} of {len(self._asked)} films under {self._root / 'files'} are missing or cannot be read, "
+                f"{len(bad)} of {len(self._asked)} X-rays under {self._root / 'files'} are missing or cannot be read, "
                 f"more than 1 %, the first is {bad[0]}.jpg: download them (again), then run the same command"
             )
 
@@ -269,13 +269,13 @@ def signature(path: str | Path) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def signatures(root: Path, films: Iterable[tuple[str, str]], workers: int) -> dict[str, list[int] | None]:
-    """dicom_id -> signature of films (dicom_id, path). Threads, because a file system over a network answers slowly."""
-    films = list(films)
+def signatures(root: Path, images: Iterable[tuple[str, str]], workers: int) -> dict[str, list[int] | None]:
+    """dicom_id -> signature of X-rays (dicom_id, path). Threads, because a network file system answers slowly."""
+    images = list(images)
 
     def of_some(some: list[tuple[str, str]]) -> list[tuple[str, list[int] | None]]:
         return [(dicom_id, signature(f"{root}/{path}")) for dicom_id, path in some]
 
     with ThreadPoolExecutor(4 * workers) as pool:
-        parts = pool.map(of_some, [films[i : i + CHUNK_FILMS] for i in range(0, len(films), CHUNK_FILMS)])
+        parts = pool.map(of_some, [images[i : i + CHUNK_IMAGES] for i in range(0, len(images), CHUNK_IMAGES)])
         return {dicom_id: sign for part in parts for dicom_id, sign in part}

@@ -191,7 +191,7 @@ def mimic_cxr(root: str | Path) -> dict[str, Table]:
 def mimic_cxr_version(tables: dict[str, Table]) -> str:
     """The MIMIC-CXR-JPG version, where the folder tells it.
 
-    2.1.0 has the tables and films of 2.0.0 and adds IMAGE_FILENAMES and a labelled test set (its release notes and
+    2.1.0 has the tables and X-rays of 2.0.0 and adds IMAGE_FILENAMES and a labelled test set (its release notes and
     list of files). Their README and LICENSE.txt are not asked: that of 2.1.0 may be the one of 2.0.0.
     """
     metadata = tables["metadata"].path

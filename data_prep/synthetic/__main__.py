@@ -12,15 +12,15 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "folder to write; it must not exist or be empty", required=True)
     flags.DEFINE_integer("stays", 1000, "ICU stays that the cohort rules leave")
     flags.DEFINE_integer("seed", 0, "the same seed gives the same bytes")
-    flags.DEFINE_float("film_fraction", 0.19, "share of the stays with an AP film in them")
-    flags.DEFINE_float("films_per_stay", 1.5, "films for each stay, those of patients without a stay included")
+    flags.DEFINE_float("cxr_fraction", 0.19, "share of the stays with an AP X-ray in them")
+    flags.DEFINE_float("images_per_stay", 1.5, "X-rays for each stay, those of patients without a stay included")
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     del argv
-    report = tree.write(FLAGS.out, FLAGS.stays, FLAGS.seed, FLAGS.film_fraction, FLAGS.films_per_stay)
-    print(f"{FLAGS.out}: {report['num_stays']} stays, {report['num_films']} films. Best AUROC to expect (macro):")
+    report = tree.write(FLAGS.out, FLAGS.stays, FLAGS.seed, FLAGS.cxr_fraction, FLAGS.images_per_stay)
+    print(f"{FLAGS.out}: {report['num_stays']} stays, {report['num_images']} X-rays. Best AUROC to expect (macro):")
     for task in signal.RULES:
         for subset in ("all", "paired"):
             best = report[task][subset]

@@ -80,15 +80,15 @@ def draw_stays(rng: np.random.Generator, num_stays: int) -> tuple[pl.DataFrame, 
     """All ICU stays, in order of patient and time, and what is planted in them.
 
     The frame: kind, ids, times, los_h, died, age, gender, units, icd_version. The dict: 'vitals' [N, V] and
-    'film' [N, E] latents, and by task the true probabilities ('pheno', 'mortality': as `signal.probabilities`) and
+    'cxr' [N, E] latents, and by task the true probabilities ('pheno', 'mortality': as `signal.probabilities`) and
     drawn labels ('pheno_label', 'mortality_label' [N, K] bool).
     """
     kind = _kinds(num_stays)
     num = len(kind)
-    vitals, film = signal.draw_latents(rng, num)
-    planted = {"vitals": vitals, "film": film}
+    vitals, image = signal.draw_latents(rng, num)
+    planted = {"vitals": vitals, "cxr": image}
     for task in signal.RULES:
-        planted[task] = signal.probabilities(task, vitals, film)
+        planted[task] = signal.probabilities(task, vitals, image)
         planted[f"{task}_label"] = rng.random(planted[task]["both"].shape) < planted[task]["both"]
     planted["mortality_label"][kind == "twin"] = False
     died = planted["mortality_label"][:, 0]

@@ -1,4 +1,4 @@
-"""Which synthetic films are taken when, and the tables of MIMIC-CXR-JPG 2.0.0 that describe them."""
+"""Which synthetic X-rays are taken when, and the tables of MIMIC-CXR-JPG 2.0.0 that describe them."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,16 +8,16 @@ import polars as pl
 from scipy.special import expit
 
 from data_prep import progress
-from data_prep.synthetic import draw as films
+from data_prep.synthetic import draw as images
 from data_prep.synthetic.cohort import FIRST_DAY, unique_ids
-from data_prep.synthetic.signal import FILM_LATENTS
+from data_prep.synthetic.signal import IMAGE_LATENTS
 from medfuse_jax import schema
 
-EARLY_SHARE = 0.85  # of the paired stays have their first film in the first 48 h
-FILM_NOISE = 0.2  # standard deviation of a film's latents about its stay's
+EARLY_SHARE = 0.85  # of the paired stays have their first X-ray in the first 48 h
+IMAGE_NOISE = 0.2  # standard deviation of an X-ray's latents about its stay's
 UNCERTAIN_SHARE, MENTIONED_SHARE = 0.06, 0.25  # labels read as -1; negative findings written down as 0
 
-# A finding is present with p = sigmoid(5 (weights . film latents - threshold)).
+# A finding is present with p = sigmoid(5 (weights . X-ray latents - threshold)).
 FINDINGS = {
     "Atelectasis": (0.6, {"effusion": 0.8, "nodule": 0.4}),
     "Cardiomegaly": (0.6, {"heart": 1.0}),
@@ -40,20 +40,20 @@ VIEWS = {  # what is written of each: procedure, view code
 }
 
 
-def _studies_of_stays(rng, stays: pl.DataFrame, film_latents_NE, film_fraction: float) -> list[pl.DataFrame]:
+def _studies_of_stays(rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: float) -> list[pl.DataFrame]:
     """Studies of patients with a stay: in it (AP, or only PA and lateral), before it and after it."""
     los_h = stays["los_h"].to_numpy()
     kept = (stays["kind"] == "kept").to_numpy()
     num_kept = int(kept.sum())
     order = rng.permutation(num_kept)  # kept stays come first in the frame
-    paired, unpaired = np.split(order, [round(film_fraction * num_kept)])
+    paired, unpaired = np.split(order, [round(cxr_fraction * num_kept)])
     dropped = np.flatnonzero(~kept)
-    dropped = dropped[rng.random(len(dropped)) < film_fraction]
+    dropped = dropped[rng.random(len(dropped)) < cxr_fraction]
     frames = []
 
     def add(rows, hours, view, own_state):
-        noise = rng.standard_normal((len(rows), len(FILM_LATENTS)))
-        latents = film_latents_NE[rows] + FILM_NOISE * noise if own_state else noise
+        noise = rng.standard_normal((len(rows), len(IMAGE_LATENTS)))
+        latents = image_latents_NE[rows] + IMAGE_NOISE * noise if own_state else noise
         frames.append(_studies(stays["subject_id"].to_numpy()[rows], latents, view, rows, hours))
 
     def within(rows, start_h, end_h):
@@ -79,31 +79,31 @@ def _studies(subject_id, latents, view, rows, hours) -> pl.DataFrame:
     """One row a study; view: 'AP', or 'PA' for a pair with a lateral one; rows: of the stay, or -1."""
     view = np.broadcast_to(view, len(rows))
     frame = pl.DataFrame({"subject_id": subject_id, "row": rows, "hours": hours, "view": view})
-    return frame.with_columns(pl.Series(f"film_{name}", latents[:, i]) for i, name in enumerate(FILM_LATENTS))
+    return frame.with_columns(pl.Series(f"image_{name}", latents[:, i]) for i, name in enumerate(IMAGE_LATENTS))
 
 
-def _studies_without_stay(rng, taken: np.ndarray, num_films: int) -> pl.DataFrame:
-    """Studies of `num_films` films, or one more, of people who never were in intensive care."""
-    view = np.where(rng.random(num_films) < 0.2, "PA", "AP")
-    num = int(np.searchsorted(np.cumsum(1 + (view == "PA")), num_films)) + 1
+def _studies_without_stay(rng, taken: np.ndarray, num_images: int) -> pl.DataFrame:
+    """Studies of `num_images` X-rays, or one more, of people who never were in intensive care."""
+    view = np.where(rng.random(num_images) < 0.2, "PA", "AP")
+    num = int(np.searchsorted(np.cumsum(1 + (view == "PA")), num_images)) + 1
     person = np.cumsum(rng.random(num) < 0.6)
     ids = unique_ids(rng, 10_000_000, person[-1] + 1, taken)
     hours = rng.uniform(0, 90 * 365 * 24, num)
-    latents = rng.standard_normal((num, len(FILM_LATENTS)))
+    latents = rng.standard_normal((num, len(IMAGE_LATENTS)))
     return _studies(ids[person], latents, view[:num], np.full(num, -1), hours)
 
 
 def plan(
-    rng: np.random.Generator, stays: pl.DataFrame, film_latents_NE, film_fraction: float, num_films: int
+    rng: np.random.Generator, stays: pl.DataFrame, image_latents_NE, cxr_fraction: float, num_images: int
 ) -> pl.DataFrame:
-    """All films: ids, view, row of the stay (-1: none), hours since its intime, time, and latents as `film_*`.
+    """All X-rays: ids, view, row of the stay (-1: none), hours since its intime, time, and latents as `image_*`.
 
-    At least one film of a patient without a stay is added, and as many as make `num_films` in all.
+    At least one X-ray of a patient without a stay is added, and as many as make `num_images` in all.
     """
-    studies = pl.concat(_studies_of_stays(rng, stays, film_latents_NE, film_fraction))
+    studies = pl.concat(_studies_of_stays(rng, stays, image_latents_NE, cxr_fraction))
     num_so_far = len(studies) + (studies["view"] == "PA").sum()
     taken = stays["subject_id"].unique().to_numpy()
-    studies = pl.concat([studies, _studies_without_stay(rng, taken, max(1, num_films - num_so_far))])
+    studies = pl.concat([studies, _studies_without_stay(rng, taken, max(1, num_images - num_so_far))])
     row, hours = studies["row"].to_numpy(), studies["hours"].to_numpy()
     start = np.where(row < 0, FIRST_DAY, stays["intime"].to_numpy()[row])
     studies = studies.with_columns(
@@ -120,7 +120,7 @@ def plan(
 
 
 def tables(rng: np.random.Generator, planned: pl.DataFrame) -> dict[str, pl.DataFrame]:
-    """The three tables beside the films, by name without suffix."""
+    """The three tables beside the X-rays, by name without suffix."""
     time = pl.col("time").dt
     clock = time.hour().cast(pl.Int32) * 10_000 + time.minute().cast(pl.Int32) * 100 + time.second()
     person = planned["subject_id"].unique(maintain_order=True)
@@ -132,8 +132,8 @@ def tables(rng: np.random.Generator, planned: pl.DataFrame) -> dict[str, pl.Data
         "study_id",
         PerformedProcedureStepDescription=_of_view(0),
         ViewPosition="view",
-        Rows=pl.lit(films.ROWS_PX),
-        Columns=pl.lit(films.COLUMNS_PX),
+        Rows=pl.lit(images.ROWS_PX),
+        Columns=pl.lit(images.COLUMNS_PX),
         StudyDate=time.strftime("%Y%m%d"),
         StudyTime=clock + time.millisecond() / 1000,  # HHMMSS.fff as a number: no leading zeros
         ProcedureCodeSequence_CodeMeaning=_of_view(0),
@@ -160,7 +160,7 @@ def _chexpert(rng, planned: pl.DataFrame) -> pl.DataFrame:
     for finding, (threshold, weights) in FINDINGS.items():
         shown = np.full(len(studies), -threshold)
         for name, weight in weights.items():
-            shown += weight * studies[f"film_{name}"].to_numpy()
+            shown += weight * studies[f"image_{name}"].to_numpy()
         present = rng.random(len(studies)) < expit(5 * shown)
         anything |= present & (finding != "Support Devices")
         uncertain = rng.random(len(studies)) < UNCERTAIN_SHARE
@@ -172,9 +172,9 @@ def _chexpert(rng, planned: pl.DataFrame) -> pl.DataFrame:
     return studies.select("subject_id", "study_id", *columns).sort("study_id")
 
 
-def write_films(folder: Path, planned: pl.DataFrame, seed: int, workers: int) -> None:
-    """Draws every film and writes it to files/p<two digits>/p<subject>/s<study>/<dicom>.jpg."""
-    latents = planned.select(f"film_{name}" for name in FILM_LATENTS).to_numpy()
+def write_images(folder: Path, planned: pl.DataFrame, seed: int, workers: int) -> None:
+    """Draws every X-ray and writes it to files/p<two digits>/p<subject>/s<study>/<dicom>.jpg."""
+    latents = planned.select(f"image_{name}" for name in IMAGE_LATENTS).to_numpy()
     paths = planned.select(
         pl.format("files/p{}/p{}/s{}/{}.jpg", pl.col("subject_id") // 1_000_000, "subject_id", "study_id", "dicom_id")
     ).to_series()
@@ -183,8 +183,8 @@ def write_films(folder: Path, planned: pl.DataFrame, seed: int, workers: int) ->
     def write_one(i: int) -> None:
         path = folder / paths[i]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(films.jpeg(films.draw(latents[i], views[i], (seed, 3, i))))
+        path.write_bytes(images.jpeg(images.draw(latents[i], views[i], (seed, 3, i))))
 
     with ThreadPoolExecutor(workers) as pool:  # numpy and the JPEG encoder let go of the interpreter's lock
-        for _ in progress.bar(pool.map(write_one, range(len(paths))), "drawing films", "films", len(paths)):
+        for _ in progress.bar(pool.map(write_one, range(len(paths))), "drawing X-rays", "images", len(paths)):
             pass

@@ -2,7 +2,7 @@
 
 What carries a latent survives downscaling to 64 px, flips, rotation, scaling and shifting: sizes, shapes,
 brightness and texture, never a place or a side. Body coordinates: x to the right, y down, the middle of the chest
-at (0, 0), the short side of a film from -1 to 1.
+at (0, 0), the short side of an X-ray from -1 to 1.
 
 Shapes: H, W pixels of the drawing.
 """
@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 from scipy.special import expit
 
-from data_prep.synthetic.signal import FILM_LATENTS
+from data_prep.synthetic.signal import IMAGE_LATENTS
 
-ROWS_PX, COLUMNS_PX = 320, 390  # of a stored film; real ones are about 2,500 x 3,000
-_COARSE = 2  # films are drawn at half of that and enlarged: four times faster, and as soft as a real one
+ROWS_PX, COLUMNS_PX = 320, 390  # of a stored X-ray; real ones are about 2,500 x 3,000
+_COARSE = 2  # X-rays are drawn at half of that and enlarged: four times faster, and as soft as a real one
 JPEG_QUALITY = 90
 
 AIR, BODY, LUNG, FLUID, HEART, BONE, METAL = 0.03, 0.60, 0.17, 0.68, 0.79, 0.82, 1.0  # brightness
@@ -48,7 +48,7 @@ def _over(image, colour, opacity):
 
 
 def _smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> np.ndarray:
-    """Mottle of about `cells` patches across the film, roughly in [-1, 1], shape [H, W]."""
+    """Mottle of about `cells` patches across the X-ray, roughly in [-1, 1], shape [H, W]."""
     coarse = rng.standard_normal((cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC))
 
@@ -164,12 +164,12 @@ def _draw_device(image, x, y, rng, load: float) -> None:
 
 
 def draw(latents: np.ndarray, view: str, seed: tuple[int, ...]) -> np.ndarray:
-    """One film, uint8 [320, 390].
+    """One X-ray, uint8 [320, 390].
 
-    latents: one value for each of FILM_LATENTS; view: 'AP', 'PA' or 'LATERAL'.
+    latents: one value for each of IMAGE_LATENTS; view: 'AP', 'PA' or 'LATERAL'.
     """
     rng = np.random.default_rng(seed)
-    value = dict(zip(FILM_LATENTS, latents.tolist(), strict=True))
+    value = dict(zip(IMAGE_LATENTS, latents.tolist(), strict=True))
     lateral = view == "LATERAL"
     x, y = _coordinates(rng)
     if view == "PA":  # taken standing, from behind: a smaller heart shadow, deeper breath
@@ -192,7 +192,7 @@ def draw(latents: np.ndarray, view: str, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray) -> bytes:
-    """The film as a grey JPEG."""
+    """The X-ray as a grey JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

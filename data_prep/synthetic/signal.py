@@ -1,17 +1,17 @@
 """What a synthetic patient's hidden state says about his labels, and how much of it can be learnt.
 
-A stay has VITAL_LATENTS, which drive its events, and FILM_LATENTS, which drive its film; all are
+A stay has VITAL_LATENTS, which drive its events, and IMAGE_LATENTS, which drive its X-ray; all are
 independent and standard normal. A label is drawn as Bernoulli(p) and
 
-    p = sigmoid(bias + SCALE * c),   u_v = a unit vector . vital latents,   u_f = a unit vector . film latents
+    p = sigmoid(bias + SCALE * c),   u_v = a unit vector . vital latents,   u_f = a unit vector . X-ray latents
     c = u_v           for a label readable from the vitals only        ("vitals")
-    c = u_f           for one readable from the film only              ("film")
+    c = u_f           for one readable from the X-ray only              ("cxr")
     c = (u_v+u_f)/2^½ for one of which each modality shows half        ("sum")
     c ~ min(u_v, u_f) for one that needs both to be high               ("and")
 
-so the best scores are known: p with both modalities, E[p | vital latents] without a film.
+so the best scores are known: p with both modalities, E[p | vital latents] without an X-ray.
 
-Shapes: N stays, V vital latents, E film latents, K labels, Q quadrature nodes.
+Shapes: N stays, V vital latents, E X-ray latents, K labels, Q quadrature nodes.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ VITAL_LATENTS = (
     "acidosis",
     "coma",
 )
-FILM_LATENTS = ("heart", "effusion", "haze", "device", "nodule", "lucency")
+IMAGE_LATENTS = ("heart", "effusion", "haze", "device", "nodule", "lucency")
 SCALE = 2.5  # standard deviation of a logit: a best AUROC of about 0.9 at these prevalences
 _MIN_MEAN, _MIN_STD = -1 / np.sqrt(np.pi), np.sqrt(1 - 1 / np.pi)  # of the smaller of two standard normals
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
@@ -45,21 +45,21 @@ class Rule:
     """How one label depends on the latents.
 
     prevalence: of the whole cohort; Table 4 of the paper, train column, for the phenotypes.
-    vitals, film: latent -> weight (made a unit vector).
+    vitals, X-ray: latent -> weight (made a unit vector).
     both: how the two are joined where both are given, 'sum' or 'and'.
     """
 
     prevalence: float
     vitals: dict[str, float] = dataclasses.field(default_factory=dict)
-    film: dict[str, float] = dataclasses.field(default_factory=dict)
+    image: dict[str, float] = dataclasses.field(default_factory=dict)
     both: str = "sum"
 
     @property
     def group(self) -> str:
-        """'vitals', 'film', 'sum' or 'and'."""
-        if not self.film:
+        """'vitals', 'cxr', 'sum' or 'and'."""
+        if not self.image:
             return "vitals"
-        return self.both if self.vitals else "film"
+        return self.both if self.vitals else "cxr"
 
 
 PHENOTYPE_RULES = {  # by CCS category
@@ -68,11 +68,11 @@ PHENOTYPE_RULES = {  # by CCS category
     100: Rule(0.074, {"tachycardia": 1.0}, {"haze": 1.0, "heart": 0.6}),
     106: Rule(0.326, {"tachycardia": 1.0}, {"heart": 1.0}),
     158: Rule(0.206, {"acidosis": 1.0}, {"effusion": 1.0}),
-    127: Rule(0.143, film={"lucency": 1.0, "nodule": 0.5}),
-    238: Rule(0.189, film={"device": 1.0, "effusion": 0.6}),
-    105: Rule(0.100, film={"device": 1.0}),
-    108: Rule(0.255, film={"heart": 1.0, "effusion": 0.6}),
-    101: Rule(0.311, film={"heart": 1.0, "device": 0.6}),
+    127: Rule(0.143, image={"lucency": 1.0, "nodule": 0.5}),
+    238: Rule(0.189, image={"device": 1.0, "effusion": 0.6}),
+    105: Rule(0.100, image={"device": 1.0}),
+    108: Rule(0.255, image={"heart": 1.0, "effusion": 0.6}),
+    101: Rule(0.311, image={"heart": 1.0, "device": 0.6}),
     50: Rule(0.114, {"hyperglycaemia": 1.0, "acidosis": 0.5}),
     49: Rule(0.172, {"hyperglycaemia": 1.0}),
     53: Rule(0.404, {"hypotension": -1.0, "hyperglycaemia": 0.8}),
@@ -81,10 +81,10 @@ PHENOTYPE_RULES = {  # by CCS category
     153: Rule(0.070, {"tachycardia": 1.0, "hypotension": 0.8}),
     99: Rule(0.215, {"hypotension": -1.0}, {"heart": 1.0}),
     151: Rule(0.125, {"coma": 1.0}, {"effusion": 1.0}),
-    133: Rule(0.095, film={"haze": 1.0}),
+    133: Rule(0.095, image={"haze": 1.0}),
     134: Rule(0.048, {"tachypnoea": 1.0}, {"device": 1.0}),
-    130: Rule(0.067, film={"effusion": 1.0, "lucency": 0.8}),
-    122: Rule(0.127, film={"nodule": 1.0, "haze": 0.6}),
+    130: Rule(0.067, image={"effusion": 1.0, "lucency": 0.8}),
+    122: Rule(0.127, image={"nodule": 1.0, "haze": 0.6}),
     131: Rule(0.160, {"hypoxaemia": 1.0, "tachypnoea": 0.8}, {"haze": 1.0}, "and"),
     2: Rule(0.158, {"fever": 1.0, "tachycardia": 0.6}),
     249: Rule(0.123, {"hypotension": 1.0, "acidosis": 0.5}, {"heart": 1.0, "haze": 0.6}, "and"),
@@ -97,8 +97,8 @@ RULES = {
 
 
 def draw_latents(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """The vital latents [num, V] and film latents [num, E] of `num` stays."""
-    return rng.standard_normal((num, len(VITAL_LATENTS))), rng.standard_normal((num, len(FILM_LATENTS)))
+    """The vital latents [num, V] and X-ray latents [num, E] of `num` stays."""
+    return rng.standard_normal((num, len(VITAL_LATENTS))), rng.standard_normal((num, len(IMAGE_LATENTS)))
 
 
 def _along(weights: dict[str, float], names: tuple[str, ...], latents: np.ndarray) -> np.ndarray:
@@ -111,7 +111,7 @@ def _along(weights: dict[str, float], names: tuple[str, ...], latents: np.ndarra
 def _logit(rule: Rule, u_v: np.ndarray, u_f: np.ndarray) -> np.ndarray:
     joined = {
         "vitals": lambda: u_v + 0 * u_f,
-        "film": lambda: u_f + 0 * u_v,
+        "cxr": lambda: u_f + 0 * u_v,
         "sum": lambda: (u_v + u_f) / np.sqrt(2),
         "and": lambda: (np.minimum(u_v, u_f) - _MIN_MEAN) / _MIN_STD,
     }
@@ -125,16 +125,16 @@ def _bias(rule: Rule) -> float:
     return brentq(lambda bias: (weight_QQ * expit(logit_QQ + bias)).sum() - rule.prevalence, -40.0, 40.0)
 
 
-def probabilities(task: str, vitals_NV: np.ndarray, film_NE: np.ndarray) -> dict[str, np.ndarray]:
-    """The true label probabilities, each [N, K]: given 'both', 'ehr_only' and 'film_only' latents."""
-    given = {"both": [], "ehr_only": [], "film_only": []}
+def probabilities(task: str, vitals_NV: np.ndarray, cxr_NE: np.ndarray) -> dict[str, np.ndarray]:
+    """The true label probabilities, each [N, K]: given 'both', 'ehr_only' and 'cxr_only' latents."""
+    given = {"both": [], "ehr_only": [], "cxr_only": []}
     for rule in RULES[task]:
         u_v = _along(rule.vitals, VITAL_LATENTS, vitals_NV)
-        u_f = _along(rule.film, FILM_LATENTS, film_NE)
+        u_f = _along(rule.image, IMAGE_LATENTS, cxr_NE)
         bias = _bias(rule)
         given["both"].append(expit(_logit(rule, u_v, u_f) + bias))
         given["ehr_only"].append(expit(_logit(rule, u_v[:, None], _NODES[None, :]) + bias) @ _WEIGHTS)
-        given["film_only"].append(expit(_logit(rule, _NODES[None, :], u_f[:, None]) + bias) @ _WEIGHTS)
+        given["cxr_only"].append(expit(_logit(rule, _NODES[None, :], u_f[:, None]) + bias) @ _WEIGHTS)
     return {name: np.stack(columns, axis=1) for name, columns in given.items()}
 
 
@@ -148,17 +148,17 @@ def expected_auroc(true_p: np.ndarray, score: np.ndarray) -> float:
     return float(roc_auc_score(label, np.tile(score.round(12), 2), sample_weight=weight))
 
 
-def best_auroc(task: str, given: dict[str, np.ndarray], has_film_N: np.ndarray) -> dict:
+def best_auroc(task: str, given: dict[str, np.ndarray], has_cxr_N: np.ndarray) -> dict:
     """The best AUROC any model can expect on these stays, per label and macro.
 
-    given: what `probabilities` returned; has_film_N: bool, the stays with a film to use.
-    'all': every stay, where 'both' sees a film only where there is one. 'paired': those with a film.
+    given: what `probabilities` returned; has_cxr_N: bool, the stays with an X-ray to use.
+    'all': every stay, where 'both' sees an X-ray only where there is one. 'paired': those with an X-ray.
     None where there are no stays of that kind.
     """
-    seen = np.where(has_film_N[:, None], given["both"], given["ehr_only"])
+    seen = np.where(has_cxr_N[:, None], given["both"], given["ehr_only"])
     scores = {
         "all": (slice(None), {"both": seen, "ehr_only": given["ehr_only"]}),
-        "paired": (has_film_N, given),
+        "paired": (has_cxr_N, given),
     }
     report = {"labels": list(schema.TASKS[task].labels), "groups": [rule.group for rule in RULES[task]]}
     for subset, (rows, by_modality) in scores.items():

@@ -1,4 +1,4 @@
-"""That no record holds what was not known by its cut-off: the written arrays and films, against the raw events.
+"""That no record holds what was not known by its cut-off: the written arrays and X-rays, against the raw events.
 
 What wrote the arrays is not asked. Each event's step is worked out here once more, and every value must then be
 that of an event of its own step, or the one carried forward. So arrays that are a step early, or hold one event of
@@ -23,7 +23,7 @@ from data_prep.write import datasets, describe
 from medfuse_jax import schema
 
 MARGIN_EDGES_H = (0, 1, 2, 4, 8, 12, 24, 48)
-FILM_SLACK_S = 1.0  # a film's hours are float32: exact to 0.2 s up to 4,000 h
+IMAGE_SLACK_S = 1.0  # an X-ray's hours are float32: exact to 0.2 s up to 4,000 h
 _FIRST_CHANNEL_V = np.cumsum([0, *(len(v.classes) or 1 for v in schema.VARIABLES)])[:-1]
 
 
@@ -31,7 +31,7 @@ _FIRST_CHANNEL_V = np.cumsum([0, *(len(v.classes) or 1 for v in schema.VARIABLES
 class Seen:
     """What the records of a task see.
 
-    stays: the cohort. pairs: stay_id, dicom_id, film_time, a row a film. window_h: hours from `intime` that may
+    stays: the cohort. pairs: stay_id, dicom_id, cxr_time, a row an X-ray. window_h: hours from `intime` that may
     be seen, None for the whole stay. timestep_h: hours a step.
     """
 
@@ -61,21 +61,21 @@ def check(seen: Seen, events_dir: Path, predictions: Predictions | None) -> dict
         latest_s_S = np.maximum.reduceat(latest_s_R, seen.arrays.start[places_S])
         margin_h_N[places_S] = end_h_N[places_S] - latest_s_S / 3600.0
     labels_outside = 0 if predictions is None else _labels_outside(seen, end_h_N, predictions)
-    film_margin_h, late_films = _check_films(seen, predictions)
-    if wrong_cells or labels_outside or late_films:
+    image_margin_h, late_images = _check_images(seen, predictions)
+    if wrong_cells or labels_outside or late_images:
         raise AssertionError(
-            f"{wrong_cells} values of steps, {labels_outside} labels and {late_films} films are later than they may be"
+            f"{wrong_cells} values of steps, {labels_outside} labels and {late_images} X-rays are too late"
         )
     end = "the end of the stay"
     if seen.window_h is not None:
         end = f"{seen.window_h:g} h, or the end of the stay before it"
     return {
         "records": len(seen.arrays.row),
-        "films": len(seen.pairs),
+        "images": len(seen.pairs),
         "violations": 0,
         "cut_off": end if predictions is None else f"{end} (of each label, its own time)",
         "hours_from_latest_event_to_cut_off": describe.histogram(margin_h_N, MARGIN_EDGES_H),
-        "hours_from_film_to_cut_off": describe.histogram(film_margin_h, MARGIN_EDGES_H),
+        "hours_from_cxr_to_cut_off": describe.histogram(image_margin_h, MARGIN_EDGES_H),
     }
 
 
@@ -165,21 +165,23 @@ def _labels_outside(seen: Seen, end_h_N: np.ndarray, predictions: Predictions) -
     return int(outside_L.sum())
 
 
-def _check_films(seen: Seen, predictions: Predictions | None) -> tuple[np.ndarray, int]:
-    """Hours from each film to its stay's cut-off, and how many films are outside it or said to be earlier."""
+def _check_images(seen: Seen, predictions: Predictions | None) -> tuple[np.ndarray, int]:
+    """Hours from each X-ray to its stay's cut-off, and how many X-rays are outside it or said to be earlier."""
     end = pl.col("outtime")
     if seen.window_h is not None:
         end = pl.min_horizontal(end, pl.col("intime") + datetime.timedelta(hours=seen.window_h))
-    films = seen.pairs.join(seen.stays, on="stay_id", maintain_order="left").with_columns(
-        film_h=(pl.col("film_time") - pl.col("intime")).dt.total_milliseconds() / 3.6e6,
-        margin_h=(end - pl.col("film_time")).dt.total_milliseconds() / 3.6e6,
+    images = seen.pairs.join(seen.stays, on="stay_id", maintain_order="left").with_columns(
+        image_h=(pl.col("cxr_time") - pl.col("intime")).dt.total_milliseconds() / 3.6e6,
+        margin_h=(end - pl.col("cxr_time")).dt.total_milliseconds() / 3.6e6,
     )
-    assert len(films) == len(seen.pairs)
-    late = (films["film_h"] < 0) | (films["margin_h"] < 0)
+    assert len(images) == len(seen.pairs)
+    late = (images["image_h"] < 0) | (images["margin_h"] < 0)
     if predictions is not None:
-        # A label's films are those whose hours, as the record says them, are at most the label's.
-        said = datasets.films_by_stay(seen.stays, seen.pairs)
+        # A label's X-rays are those whose hours, as the record says them, are at most the label's.
+        said = datasets.images_by_stay(seen.stays, seen.pairs)
         hours_of = {(stay_id, dicom_id): float(h) for stay_id, of in said.items() for dicom_id, h in of}
-        said_h = pl.Series([hours_of[key] for key in films.select("stay_id", "dicom_id").iter_rows()], dtype=pl.Float64)
-        late |= films["film_h"] > said_h + FILM_SLACK_S / 3600.0
-    return films["margin_h"].to_numpy(), int(late.sum())
+        said_h = pl.Series(
+            [hours_of[key] for key in images.select("stay_id", "dicom_id").iter_rows()], dtype=pl.Float64
+        )
+        late |= images["image_h"] > said_h + IMAGE_SLACK_S / 3600.0
+    return images["margin_h"].to_numpy(), int(late.sum())

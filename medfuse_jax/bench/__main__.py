@@ -77,7 +77,7 @@ def measure(case: cases.Case, values, say) -> list[dict]:
         from medfuse_jax.models import registry
 
         method, _ = registry.METHODS[case.method]
-        uses = {"use_ehr": method.uses_ehr, "use_film": method.uses_film, "max_buckets": case.max_buckets}
+        uses = {"use_ehr": method.uses_ehr, "use_cxr": method.uses_cxr, "max_buckets": case.max_buckets}
         data = batches.open_dataset(values.data_dir, "pheno", **uses)
     before = machine.moment()
     rows = importlib.import_module(f"medfuse_jax.bench.{_MODULES[case.kind]}").measure(case, data, say)

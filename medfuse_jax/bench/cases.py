@@ -21,7 +21,7 @@ class Case:
     the EHR encoder's recurrence alone; 'bootstrap' the metrics' bounds; 'first_step' the time from an
     empty process to the first update; 'trials' the steps of num_trials trials of a sweep beside runs alone; 'sweep'
     whole commands on the demo's cohort, of num_epochs each.
-    film_share: of the stays; it fixes the batch's film slots P. num_batches: batches a repeat, taken at
+    cxr_share: of the stays; it fixes the batch's X-ray slots P. num_batches: batches a repeat, taken at
     equal quantiles of their length. placement: 'stream', threads that read and send batches ahead, or 'device',
     the split in the device's memory.
     parallel: 'pmap' or 'jit'. peers: which torch variants take part, where torch is there.
@@ -31,7 +31,7 @@ class Case:
     kind: str = "step"
     method: str = "medfuse"
     batch_size: int = 16
-    film_share: float = 0.19
+    cxr_share: float = 0.19
     precision: str = "float32"
     placement: str = "stream"
     parallel: str = "pmap"
@@ -58,7 +58,7 @@ class Case:
             return f"sweep {self.method} {self.num_trials} trials"
         parts = [self.kind, self.method, f"B={self.batch_size}"]
         if self.method != "uni_ehr" and self.kind != "lstm":
-            parts.append(f"{self.film_share:.0%} paired")
+            parts.append(f"{self.cxr_share:.0%} paired")
         parts += [f"{self.timestep_h:g} h", self.precision]
         if self.kind == "feed":
             parts.append(self.placement)
@@ -75,7 +75,7 @@ def _cpu() -> list[Case]:
     """The targets of a CPU, the headline first: about eight minutes on two cores."""
     return [
         Case(max_buckets=2, num_batches=3),
-        Case(film_share=1.0, max_buckets=1, num_batches=1),
+        Case(cxr_share=1.0, max_buckets=1, num_batches=1),
         Case(kind="bootstrap", num_stays=11_914),
         Case(kind="lstm", num_batches=6),
         Case(kind="first_step", max_buckets=1),
@@ -90,9 +90,9 @@ def _h200() -> list[Case]:
     """One large GPU, the headline first: what the time budget leaves out is said."""
     bf16 = {"precision": "bfloat16", "max_buckets": 1, "num_batches": 8, "repeats": 7, "warm_up": 2}
     return [
-        Case(batch_size=256, film_share=1.0, **bf16),
+        Case(batch_size=256, cxr_share=1.0, **bf16),
         Case(batch_size=16, **bf16 | {"num_batches": 16}),
-        Case(method="uni_cxr", batch_size=256, film_share=1.0, **bf16, peers=("torch_tuned",)),
+        Case(method="uni_cxr", batch_size=256, cxr_share=1.0, **bf16, peers=("torch_tuned",)),
         Case(kind="feed", batch_size=256, **bf16 | {"num_batches": 32}),
         Case(kind="feed", batch_size=256, **bf16 | {"num_batches": 32}, placement="device"),
         Case(kind="lstm", batch_size=256, **bf16 | {"precision": "float32", "max_buckets": 4}),
@@ -100,7 +100,7 @@ def _h200() -> list[Case]:
         Case(kind="bootstrap", num_stays=11_914),
         Case(kind="trials", **bf16, peers=()),
         Case(batch_size=256, **bf16),
-        Case(batch_size=16, film_share=1.0, **bf16 | {"num_batches": 16}),
+        Case(batch_size=16, cxr_share=1.0, **bf16 | {"num_batches": 16}),
         Case(kind="lstm", batch_size=256, **bf16 | {"max_buckets": 4}),
         Case(method="uni_ehr", batch_size=256, **bf16, peers=("torch_tuned",)),
         Case(method="mmtm3", batch_size=256, **bf16, peers=("torch_tuned",)),
@@ -112,7 +112,7 @@ def _h200() -> list[Case]:
 _TINY = {
     "num_stays": 300,
     "batch_size": 4,
-    "film_share": 0.5,
+    "cxr_share": 0.5,
     "timestep_h": 4.0,
     "max_buckets": 1,
     "num_batches": 2,
@@ -132,18 +132,18 @@ def _tiny() -> list[Case]:
 def _devices() -> list[Case]:
     """The same batch over 1, 2 and 8 devices, both ways; a case with more devices than there are is left out.
 
-    Small films, so that what dividing costs shows where all devices are simulated on one CPU.
+    Small X-rays, so that what dividing costs shows where all devices are simulated on one CPU.
     """
-    shared = {"batch_size": 64, "film_share": 0.25, "resize_px": 64, "crop_px": 64, "max_buckets": 1, "num_batches": 2}
+    shared = {"batch_size": 64, "cxr_share": 0.25, "resize_px": 64, "crop_px": 64, "max_buckets": 1, "num_batches": 2}
     return [Case(**shared, num_devices=n, parallel=mode, peers=()) for n in (1, 2, 8) for mode in ("pmap", "jit")]
 
 
 def _growth() -> list[Case]:
-    """Where the step's time goes, and how it grows with stays, steps of a series and films: one of them at a time."""
+    """Where the step's time goes, and how it grows with stays, steps of a series and X-rays: one of them at a time."""
     shared = {"max_buckets": 1, "num_batches": 2, "peers": ()}
     lengths = [Case(method="uni_ehr", timestep_h=hours, **shared) for hours in (4.0, 2.0, 1.0)]
     stays = Case(method="uni_ehr", batch_size=32, **shared)
-    shares = [Case(film_share=share, **shared) for share in (0.19, 0.5, 1.0)]
+    shares = [Case(cxr_share=share, **shared) for share in (0.19, 0.5, 1.0)]
     return [*lengths, stays, Case(kind="parts", **shared), *shares]
 
 

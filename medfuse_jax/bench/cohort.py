@@ -13,7 +13,7 @@ from medfuse_jax.models import registry
 
 # Lengths of stay: log-normal, as in the synthetic cohort (data_prep/synthetic/cohort.py), which has MIMIC-IV's shape.
 MEDIAN_LOS_H, LOS_SPREAD, SHORTEST_H, LONGEST_H = 60.0, 0.9, 5.0, 27 * 24.0
-_NUM_FILMS = 64  # distinct images; what they show is of no matter to speed
+_NUM_IMAGES = 64  # distinct images; what they show is of no matter to speed
 
 
 def dataset(case: Case) -> batches.Dataset:
@@ -25,7 +25,7 @@ def dataset(case: Case) -> batches.Dataset:
     index = {
         "stay_id": np.arange(case.num_stays),
         "length": length_N,
-        "has_cxr": rng.permutation(case.num_stays) < round(case.film_share * case.num_stays),
+        "has_cxr": rng.permutation(case.num_stays) < round(case.cxr_share * case.num_stays),
         "label": rng.integers(0, 2, (case.num_stays, len(labels)), np.int8),
     }
     method, _ = registry.METHODS[case.method]
@@ -39,7 +39,7 @@ def dataset(case: Case) -> batches.Dataset:
         mean_F=np.zeros(channels, np.float32),
         std_F=np.ones(channels, np.float32),
         use_ehr=method.uses_ehr,
-        use_film=method.uses_film,
+        use_cxr=method.uses_cxr,
         buckets=plan_lib.buckets(length_N, case.max_buckets) if method.uses_ehr else (0,),
         digest="",  # there are no shards
     )
@@ -49,10 +49,10 @@ class _Records:
     """Records made on demand, out of one pool of numbers and few images."""
 
     def __init__(self, index: dict[str, np.ndarray], rng: np.random.Generator):
-        size = schema.FILM_SIZE_PX
+        size = schema.IMAGE_SIZE_PX
         self._index = index
         self._pool = rng.standard_normal((2 * int(index["length"].max()), len(schema.CHANNELS)), np.float32)
-        self._films = rng.integers(0, 256, (_NUM_FILMS, size, size), np.uint8)
+        self._images = rng.integers(0, 256, (_NUM_IMAGES, size, size), np.uint8)
 
     def __len__(self) -> int:
         return len(self._index["stay_id"])
@@ -60,7 +60,7 @@ class _Records:
     def __getitem__(self, i: int) -> dict:
         start = int(i) % (len(self._pool) // 2)
         ehr = self._pool[start : start + self._index["length"][i]]
-        image = self._films[i % _NUM_FILMS] if self._index["has_cxr"][i] else None
+        image = self._images[i % _NUM_IMAGES] if self._index["has_cxr"][i] else None
         return {"stay_id": i, "ehr": ehr, "image": image}
 
 
@@ -83,15 +83,15 @@ def sample(plan: plan_lib.Plan, length_N: np.ndarray, num_batches: int) -> plan_
     longest_S = np.where(rows_SB == plan_lib.PADDING, 0, length_N[rows_SB]).max(1)
     order = np.argsort(longest_S, kind="stable")
     chosen = order[((np.arange(num_batches) + 0.5) / num_batches * len(order)).astype(int)]
-    return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.steps_S[chosen])
+    return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.padded_length_S[chosen])
 
 
 def collate_all(data: batches.Dataset, plan: plan_lib.Plan, num_devices: int) -> list[dict]:
     """The batches of a plan as the input pipeline lays them out."""
     dealt = (plan_lib.deal(plan, step, num_devices) for step in range(len(plan)))
     return [
-        batches.collate(data, "train", rows_DB, film_row_DP, int(num_steps))
-        for (rows_DB, film_row_DP), num_steps in zip(dealt, plan.steps_S)
+        batches.collate(data, "train", rows_DB, image_row_DP, int(num_steps))
+        for (rows_DB, image_row_DP), num_steps in zip(dealt, plan.padded_length_S)
     ]
 
 

@@ -2,7 +2,7 @@
 
 `python -m medfuse_jax.bench.flops` prints the table of docs/methods.md; `--write=docs/methods.md` puts it there.
 
-Shapes: as in step.py; B rows, P films, T time.
+Shapes: as in step.py; B rows, P X-rays, T time.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ _BEGIN, _END = "<!-- made by python -m medfuse_jax.bench.flops --write=docs/meth
 def table() -> str:
     """A Markdown table with a row a method."""
     lines = [
-        "| method | needs | reads | parameters | MFLOP a time step | GFLOP a film | GFLOP a paired stay |",
+        "| method | needs | reads | parameters | MFLOP a time step | GFLOP an X-ray | GFLOP a paired stay |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for method, (module, _) in registry.METHODS.items():
-        reads = [name for name, used in (("EHR", module.uses_ehr), ("film", module.uses_film)) if used]
-        needs = {(): "either", ("ehr",): "EHR", ("cxr",): "film"}[module.needs]
+        reads = [name for name, used in (("EHR", module.uses_ehr), ("cxr", module.uses_cxr)) if used]
+        needs = {(): "either", ("ehr",): "EHR", ("cxr",): "cxr"}[module.needs]
         flops = training_flops(method)
-        stay = STAY_STEPS * flops["time_step"] + flops["film"]
+        stay = STAY_STEPS * flops["time_step"] + flops["cxr"]
         lines.append(
             f"| `{method}` | {needs if len(reads) > 1 else reads[0]} | {' + '.join(reads)} | {num_params(method):,} "
-            f"| {flops['time_step'] / 1e6:.2f} | {flops['film'] / 1e9:.2f} | {stay / 1e9:.2f} |"
+            f"| {flops['time_step'] / 1e6:.2f} | {flops['cxr'] / 1e9:.2f} | {stay / 1e9:.2f} |"
         )
     return "\n".join(lines)
 
 
 def num_labels(method: str) -> int:
-    """Those the method is counted with: the 14 films' labels for uni_cxr, else the 25 phenotypes."""
+    """Those the method is counted with: the 14 X-rays' labels for uni_cxr, else the 25 phenotypes."""
     return len(schema.TASKS["radiology" if method == "uni_cxr" else "pheno"].labels)
 
 
@@ -55,24 +55,24 @@ def num_params(method: str) -> int:
 
 
 def training_flops(method: str) -> dict[str, float]:
-    """{'time_step', 'film'}: floating-point operations that one more of it adds to a training step.
+    """{'time_step', 'cxr'}: floating-point operations that one more of it adds to a training step.
 
     Forward, backward and augmentation, at the released sizes, in float32. By XLA's cost analysis of
     the lowered step, as differences: what a step costs whatever its batch (the update) cancels.
-    The time step is of a stay without a film; fusion and heads count with the film.
+    The time step is of a stay without an X-ray; fusion and heads count with the X-ray.
     """
     module, _ = registry.METHODS[method]
     with _loops_of_one_step():
         time_step = (
-            _row_flops(method, films=False, steps=1) - _row_flops(method, films=False) if module.uses_ehr else 0.0
+            _row_flops(method, images=False, steps=1) - _row_flops(method, images=False) if module.uses_ehr else 0.0
         )
-        paired = _row_flops(method, films=True, steps=int(module.uses_ehr)) if module.uses_film else time_step
-    return {"time_step": time_step, "film": paired - time_step}
+        paired = _row_flops(method, images=True, steps=int(module.uses_ehr)) if module.uses_cxr else time_step
+    return {"time_step": time_step, "cxr": paired - time_step}
 
 
-def _row_flops(method: str, films: bool, steps: int = 0) -> float:
-    """Of one more row, with a film or without."""
-    one, two = (_step_flops(method, rows, rows * films, steps) for rows in (1, 2))
+def _row_flops(method: str, images: bool, steps: int = 0) -> float:
+    """Of one more row, with an X-ray or without."""
+    one, two = (_step_flops(method, rows, rows * images, steps) for rows in (1, 2))
     return two - one
 
 
@@ -86,15 +86,15 @@ def _loops_of_one_step() -> Iterator[None]:
         chunks.CHUNK_STEPS = chunk_steps
 
 
-def _step_flops(method: str, rows: int, films: int, steps: int = 0) -> float:
+def _step_flops(method: str, rows: int, images: int, steps: int = 0) -> float:
     options = step.StepOptions(
         model=registry.build(method, num_labels(method)),
         optimizer=adam(0.999),
-        film=augment.FilmOptions(),
+        image=augment.ImageOptions(),
         mean_F=(0.0,) * len(schema.CHANNELS),
         std_F=(1.0,) * len(schema.CHANNELS),
     )
-    batch = _batch(num_labels(method), rows, films, steps)
+    batch = _batch(num_labels(method), rows, images, steps)
     state = jax.eval_shape(lambda: step.state_maker(options)(jax.random.key(0), 0.0))
     return step_flops(options, state, batch)
 
@@ -108,7 +108,7 @@ def step_flops(options: step.StepOptions, state: step.TrainState, batch: dict) -
     return traced.lower(lowering_platforms=("cuda",)).cost_analysis()["flops"]
 
 
-def _batch(labels: int, rows: int, films: int, steps: int) -> dict:
+def _batch(labels: int, rows: int, images: int, steps: int) -> dict:
     batch = {
         "label": np.zeros((rows, labels), np.float32),
         "valid": np.ones(rows, bool),
@@ -116,9 +116,9 @@ def _batch(labels: int, rows: int, films: int, steps: int) -> dict:
         "length": np.full(rows, steps, np.int32),
         "ehr": np.zeros((rows, steps, len(schema.CHANNELS)), np.float32),
     }
-    if films:
-        size = schema.FILM_SIZE_PX
-        batch |= {"image": np.zeros((films, size, size), np.uint8), "film_row": np.arange(films, dtype=np.int32)}
+    if images:
+        size = schema.IMAGE_SIZE_PX
+        batch |= {"image": np.zeros((images, size, size), np.uint8), "image_row": np.arange(images, dtype=np.int32)}
     return batch
 
 

@@ -3,7 +3,7 @@
 They are made of the newest folder of `results/` that holds `growth.json` and `devices.json`, which are what
 `python -m medfuse_jax.bench` wrote with the presets of these names.
 
-The model of a step's time is t = a B T + b P + c: B rows, T time steps run, P films, and what a step costs whatever
+The model of a step's time is t = a B T + b P + c: B rows, T time steps run, P X-rays, and what a step costs whatever
 its batch. On a CPU a, b and c are fitted; for accelerators they are worked out from what is assumed below.
 """
 
@@ -22,14 +22,14 @@ _STAYS = Case.num_stays  # phenotyping's train split
 _BEGIN, _END = "<!-- made by python -m medfuse_jax.bench.growth -->", "<!-- end -->"
 _PARTS = {
     "augment": "augmentation",
-    "film_stem": "ResNet: stem",
-    "film_half": "ResNet: stages 1-2",
-    "film_encoder": "ResNet: stages 3-4",
+    "cxr_stem": "ResNet: stem",
+    "cxr_half": "ResNet: stages 1-2",
+    "cxr_encoder": "ResNet: stages 3-4",
     "ehr_encoder": "EHR encoder (LSTM)",
     "update": "Adam",
 }
-# MedFuse: docs/methods.md (parameters; operations a film, forward and backward).
-_PARAMETERS, _FLOPS_A_FILM = 23_870_041, 19.98e9
+# MedFuse: docs/methods.md (parameters; operations an X-ray, forward and backward).
+_PARAMETERS, _FLOPS_A_IMAGE = 23_870_041, 19.98e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,9 @@ def _newest(results: Path) -> Path:
 
 
 def _shares(rows: list[dict]) -> dict[str, float]:
-    """Seconds of each part a batch. The film encoder is timed up to three depths: here what each adds."""
+    """Seconds of each part a batch. The X-ray encoder is timed up to three depths: here what each adds."""
     taken = {row["contender"]: row["seconds"] / row["batches_per_repeat"] for row in rows}
-    deeper = {"film_half": "film_stem", "film_encoder": "film_half"}
+    deeper = {"cxr_half": "cxr_stem", "cxr_encoder": "cxr_half"}
     added = {name: taken[name] - taken.get(deeper.get(name), 0.0) for name in parts.PARTS}
     return added | {"rest": taken["ours"] - sum(added.values()), "whole": taken["ours"]}
 
@@ -106,14 +106,14 @@ def _parts_table(parts: dict[str, float]) -> str:
 
 
 def fit(rows: list[dict]) -> np.ndarray:
-    """Seconds a row and time step, a film, a step without a film encoder, and a step with one (least squares)."""
+    """Seconds a row and time step, an X-ray, a step without an X-ray encoder, and a step with one (least squares)."""
     return np.linalg.lstsq(np.stack([_terms(row) for row in rows]), [_seconds(row) for row in rows], rcond=None)[0]
 
 
 def _terms(row: dict) -> np.ndarray:
-    batches, films = row["batches_per_repeat"], row["films_per_batch"]
+    batches, images = row["batches_per_repeat"], row["images_per_batch"]
     row_steps = row["time_steps_per_repeat"] / batches * row["settings"]["batch_size"]
-    return np.array([row_steps, row["films_per_repeat"] / batches, not films, bool(films)], float)
+    return np.array([row_steps, row["images_per_repeat"] / batches, not images, bool(images)], float)
 
 
 def _seconds(row: dict) -> float:
@@ -129,15 +129,20 @@ def _growth_table(rows: list[dict]) -> str:
     a, b, alone, fused = fit(rows)
     cells = []
     for row in rows:
-        row_steps, films, _, _ = _terms(row)
+        row_steps, images, _, _ = _terms(row)
         settings, modelled = row["settings"], float(_terms(row) @ np.array([a, b, alone, fused]))
         cells.append(
-            (settings["method"], str(settings["batch_size"]), f"{row_steps / settings['batch_size']:.0f}", f"{films:g}")
+            (
+                settings["method"],
+                str(settings["batch_size"]),
+                f"{row_steps / settings['batch_size']:.0f}",
+                f"{images:g}",
+            )
             + (table.seconds(_seconds(row)), f"{_epoch_s(row) / 60:.1f} min")
             + (f"{table.seconds(modelled)} ({modelled / _seconds(row) - 1:+.0%})",)
         )
-    header = ("method", "rows", "time steps", "films", "a batch", f"an epoch of {_STAYS:,} stays", "by the model")
-    formula = f"a = {a * 1e6:.0f} us a row and time step, b = {b * 1e3:.0f} ms a film, "
+    header = ("method", "rows", "time steps", "images", "a batch", f"an epoch of {_STAYS:,} stays", "by the model")
+    formula = f"a = {a * 1e6:.0f} us a row and time step, b = {b * 1e3:.0f} ms an X-ray, "
     formula += f"c = {alone * 1e3:.0f} ms (LSTM alone) or {fused * 1e3:.0f} ms (MedFuse)"
     return page.markdown(header, cells) + f"\nFitted: {formula}. An epoch is as many batches as its stays fill.\n"
 
@@ -158,8 +163,8 @@ def _predicted_table(rows: list[dict]) -> str:
     time_steps = fused["time_steps_per_repeat"] / fused["batches_per_repeat"]
     cells = []
     for device in _ACCELERATORS:
-        films = 0.19 * device.batch
-        compute_s = films * _FLOPS_A_FILM / (_SHARE_OF_PEAK * device.bf16_flops)
+        images = 0.19 * device.batch
+        compute_s = images * _FLOPS_A_IMAGE / (_SHARE_OF_PEAK * device.bf16_flops)
         sum_s = 2 * (device.num_devices - 1) / device.num_devices * 4 * _PARAMETERS / device.link_bytes
         step_s = compute_s + time_steps * device.time_step_s + sum_s + device.fixed_s
         rate = device.batch * device.num_devices / step_s
@@ -167,7 +172,7 @@ def _predicted_table(rows: list[dict]) -> str:
             (device.name, str(device.batch), table.seconds(compute_s), table.seconds(time_steps * device.time_step_s))
             + (table.seconds(sum_s), table.seconds(step_s), f"{rate:,.0f}", table.seconds(_STAYS / rate))
         )
-    header = ("predicted", "rows a device", "films", "recurrence", "gradients' sum", "a step", "stays/s", "an epoch")
+    header = ("predicted", "rows a device", "images", "recurrence", "gradients' sum", "a step", "stays/s", "an epoch")
     return page.markdown(header, cells)
 
 
@@ -187,7 +192,7 @@ def draw(parts: dict[str, float], path: Path) -> None:
         axes.barh(0, width, left=left, height=0.5, label=f"{label}, {width:.0f} ms")
         left += width
     together = "" if parts["rest"] > 0 else f"; in one step, {-parts['rest'] * 1e3:.0f} ms less"
-    xlabel = f"ms a training step (MedFuse, 16 stays, 3 with a film, 2 CPU cores){together}"
+    xlabel = f"ms a training step (MedFuse, 16 stays, 3 with an X-ray, 2 CPU cores){together}"
     axes.set(yticks=[], xlabel=xlabel, ylim=(-0.3, 0.3))
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)

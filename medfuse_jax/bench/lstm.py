@@ -46,7 +46,7 @@ def measure(case: Case, data=None, say=lambda text, end="": None) -> list[dict]:
             row["time_over_ours"] = clock.ratio(taken, seconds[step.OURS])
         rows.append(row)
     # A run's own: every bucket of the epoch's plan, not only those of the sampled batches.
-    rows[0]["buckets_in_epoch"] = len(np.unique(whole.steps_S))
+    rows[0]["buckets_in_epoch"] = len(np.unique(whole.padded_length_S))
     return rows
 
 
@@ -132,7 +132,7 @@ def _torch_runs(case: Case, batches: list[dict], width: int, data) -> dict:
     runs = {}
     for name in case.peers:
         variant = torch_peer.VARIANTS[name]
-        no_films = [{key: x for key, x in batch.items() if key != "film_row"} for batch in batches]
-        placed = [torch_peer.batch_for(variant, batch, None, data.mean_F, data.std_F) for batch in no_films]
+        no_cxr = [{key: x for key, x in batch.items() if key != "image_row"} for batch in batches]
+        placed = [torch_peer.batch_for(variant, batch, None, data.mean_F, data.std_F) for batch in no_cxr]
         runs[name] = torch_peer.lstm_runner(variant, len(schema.CHANNELS), width, placed, case.precision)
     return runs

@@ -46,8 +46,8 @@ records in `results/`, one folder a machine and day.
 
 - `ours`: the training step as a run does it (augmentation included), on batches that lie on the device.
 - `torch_released`: the same model as the released code runs it: float32, NCHW, packed series, and a zero image
-  through the ResNet for every stay without a film. Its films come augmented: it is timed without.
-- `torch_tuned`: channels_last, padded series (cuDNN on a GPU), TF32, fused Adam, only the films there are; on a GPU
+  through the ResNet for every stay without an X-ray. Its X-rays come augmented: it is timed without.
+- `torch_tuned`: channels_last, padded series (cuDNN on a GPU), TF32, fused Adam, only the X-rays there are; on a GPU
   `torch.compile`, and autocast where the case says bfloat16. Also timed without augmentation.
 - `end_to_end`, `input`: the same batches read and sent as in a run; reading alone.
 - `plain_scan`: the recurrence as one scan over the bucket. `pallas`, `cudnn`: its other forms (on a GPU). How far their
@@ -59,8 +59,8 @@ median, with the least and the most of the repeats behind it; a ratio is the med
 most, and that of both sides' best repeats, which a busy machine disturbs least. Padded: the share of the steps run that
 belong to no stay; in brackets, what it would be if all steps of a bucket were run. FLOPs are those of the plain
 convolution, also where fewer are run (Winograd's, on a CPU), beside the rate of a large matrix product on that device.
-A repeat is a pass over several batches (`batches_per_repeat` in the record). In the parts of a step, `film_stem`,
-`film_half` and `film_encoder` are the film encoder up to there, and `update` is Adam.
+A repeat is a pass over several batches (`batches_per_repeat` in the record). In the parts of a step, `cxr_stem`,
+`cxr_half` and `cxr_encoder` are the X-ray encoder up to there, and `update` is Adam.
 """
 
 
@@ -121,7 +121,7 @@ def _check(row: dict) -> None:
     row["settings"]["kind"]
     compared = "time_over_ours" in row or any(_is(row, *shown) for *shown, _ in SHOWN)
     ratios = [row["time_over_ours"][name] for name in ("median", "min", "max", "of_best")] if compared else []
-    for number in [*ratios, *(row[name] for name in ("samples_per_s", "films_per_repeat") if name in row)]:
+    for number in [*ratios, *(row[name] for name in ("samples_per_s", "images_per_repeat") if name in row)]:
         if not _is_number(number):
             raise ValueError(f"{number!r} is no number")
 
@@ -162,7 +162,7 @@ def _section(path: Path, rows: list[dict], is_open: bool) -> str:
         parts.append(
             markdown(("case", "against", "aimed at", "measured (least-most; of the best repeats)", ""), targets)
         )
-    header = ("case", "contender", "time a repeat", "samples/s", "films/s", "time over ours", "remarks")
+    header = ("case", "contender", "time a repeat", "samples/s", "images/s", "time over ours", "remarks")
     parts.append(markdown(header, [_cells(row) for row in rows]))
     return "\n".join([*parts, "</details>\n"])
 
@@ -208,8 +208,8 @@ def _cells(row: dict) -> tuple[str, ...]:
         row["contender"],
         f"{table.seconds(row['seconds'])} ({spread})",
         f"{row['samples_per_s']:.1f}" if "samples_per_s" in row else "",
-        f"{row['films_per_repeat'] / row['seconds']:.1f}"
-        if row.get("films_per_repeat") and "samples_per_s" in row
+        f"{row['images_per_repeat'] / row['seconds']:.1f}"
+        if row.get("images_per_repeat") and "samples_per_s" in row
         else "",
         _over(row["time_over_ours"]) if "time_over_ours" in row else "",
         "; ".join(_remarks(row)),

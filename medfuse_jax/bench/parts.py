@@ -1,6 +1,6 @@
 """Where the time of a training step goes: the whole step, and its parts alone, each compiled and timed by itself.
 
-Shapes: P films, C pixels a side, D LSTM width; a batch's as in `input_pipeline`.
+Shapes: P X-rays, C pixels a side, D LSTM width; a batch's as in `input_pipeline`.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from medfuse_jax.bench import clock, cohort, step
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.models import ehr_encoder, resnet
 
-# Each with what it holds beside the one before: of the film encoder the stem, the first two stages, all four.
-PARTS = ("augment", "film_stem", "film_half", "film_encoder", "ehr_encoder", "update")
+# Each with what it holds beside the one before: of the X-ray encoder the stem, the first two stages, all four.
+PARTS = ("augment", "cxr_stem", "cxr_half", "cxr_encoder", "ehr_encoder", "update")
 
 
 def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
@@ -27,7 +27,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     state = step.fresh_state(options)
     trainer = step.Trainer(case, data, batches, say)
     runs = {step.OURS: trainer.run}
-    alone = [_with_prepared_films(batch, case) for batch in batches]
+    alone = [_with_prepared_images(batch, case) for batch in batches]
     for name, part in _parts(options).items():
         say(f"{name}: compiling")
         runs[name] = _over(part, state, alone)
@@ -35,30 +35,30 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     return [{"contender": name} | clock.summary(taken) | step.counts(plan, batches) for name, taken in seconds.items()]
 
 
-def _with_prepared_films(batch: dict, case: Case) -> dict:
-    """The batch of the one device, and 'prepared' [P, C, C, 2]: what the film encoder reads."""
+def _with_prepared_images(batch: dict, case: Case) -> dict:
+    """The batch of the one device, and 'prepared' [P, C, C, 2]: what the X-ray encoder reads."""
     alone = {key: x[0] for key, x in batch.items()}
     return alone | {"prepared": np.ones((len(alone["image"]), case.crop_px, case.crop_px, 2), np.float32)}
 
 
 def _parts(options: step_lib.StepOptions) -> dict[str, Callable]:
-    """name -> a function of a state and a batch: forward and backward, without gradients of films and series.
+    """name -> a function of a state and a batch: forward and backward, without gradients of X-rays and series.
 
     Both are arguments: of constants the compiler would compute a part itself.
     """
     model, key = options.model, jax.random.key(0)
-    film = resnet.ResNet(model.resnet_stage_sizes, model.resnet_width, model.dtype)
+    image = resnet.ResNet(model.resnet_stage_sizes, model.resnet_width, model.dtype)
     ehr = ehr_encoder.EhrEncoder(model.ehr_hidden, model.dropout, model.dtype, model.recurrence)
 
     def augmented(state, batch):
-        return augment.prepare_augmented(key, batch["film_row"], batch["image"], options.film)
+        return augment.prepare_augmented(key, batch["image_row"], batch["image"], options.image)
 
     def until(last):
         def loss(params, batch_stats, batch):
-            there_P = batch["film_row"] < len(batch["valid"])
+            there_P = batch["image_row"] < len(batch["valid"])
             variables = {"params": params, "batch_stats": batch_stats}
             given = (last, batch["prepared"], True, there_P)
-            return film.apply(variables, *given, method="until", mutable=["batch_stats"])[0].sum()
+            return image.apply(variables, *given, method="until", mutable=["batch_stats"])[0].sum()
 
         def run(state, batch):
             return jax.grad(loss)(state.params["cxr_encoder"], state.batch_stats["cxr_encoder"], batch)

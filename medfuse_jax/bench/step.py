@@ -50,10 +50,12 @@ def counts(plan: plan_lib.Plan, batches: list[dict]) -> dict:
     """What a repeat holds; time steps as the recurrence runs them: those of each batch's longest series."""
     longest = [int(batch["length"].max()) for batch in batches if "length" in batch]
     return {
-        "films_per_batch": plan.films_per_batch,
+        "images_per_batch": plan.images_per_batch,
         "batches_per_repeat": len(plan),
         "samples_per_repeat": int(sum(b["valid"].sum() for b in batches)),
-        "films_per_repeat": int(sum((b["film_row"] < b["valid"].shape[1]).sum() for b in batches if "film_row" in b)),
+        "images_per_repeat": int(
+            sum((b["image_row"] < b["valid"].shape[1]).sum() for b in batches if "image_row" in b)
+        ),
         "time_steps_per_repeat": sum(chunks.steps_run(n) for n in longest),
     }
 
@@ -63,7 +65,7 @@ def _rates(shared: dict, seconds: list[float], case: Case) -> dict:
     return shared | {
         "samples_per_s": round(shared["samples_per_repeat"] * per_s, 2),
         "samples_per_s_device": round(shared["samples_per_repeat"] * per_s / case.num_devices, 2),
-        "films_per_s_device": round(shared["films_per_repeat"] * per_s / case.num_devices, 2),
+        "images_per_s_device": round(shared["images_per_repeat"] * per_s / case.num_devices, 2),
     }
 
 
@@ -172,7 +174,7 @@ def step_options(case: Case, data: batches.Dataset) -> step_lib.StepOptions:
     return step_lib.StepOptions(
         model=registry.build(case.method, len(data.labels), dtype=jnp.dtype(case.precision), **dict(case.sizes)),
         optimizer=optim.adam(0.999),
-        film=augment.FilmOptions(resize_px=case.resize_px, crop_px=case.crop_px),
+        image=augment.ImageOptions(resize_px=case.resize_px, crop_px=case.crop_px),
         mean_F=tuple(data.mean_F.tolist()),
         std_F=tuple(data.std_F.tolist()),
     )
@@ -195,23 +197,23 @@ def torch_runs(case: Case, data: batches.Dataset, batches: list[dict], say) -> d
     from medfuse_jax.bench import torch_peer
 
     runs = {}
-    films = [ready_films(batch, case) for batch in batches]
+    images = [ready_images(batch, case) for batch in batches]
     for name in case.peers:
         say(f"{name}: building")
         variant = torch_peer.VARIANTS[name]
         placed = [
-            torch_peer.batch_for(variant, batch, film_PCHW, data.mean_F, data.std_F)
-            for batch, film_PCHW in zip(batches, films)
+            torch_peer.batch_for(variant, batch, image_PCHW, data.mean_F, data.std_F)
+            for batch, image_PCHW in zip(batches, images)
         ]
         runs[name] = torch_peer.runner(variant, case.method, len(data.labels), placed, case.precision, dict(case.sizes))
     return runs
 
 
-def ready_films(batch: dict, case: Case) -> np.ndarray | None:
-    """A batch's films as the released data loader gives them: float32 [P, 3, C, C], ImageNet's statistics."""
+def ready_images(batch: dict, case: Case) -> np.ndarray | None:
+    """A batch's X-rays as the released data loader gives them: float32 [P, 3, C, C], ImageNet's statistics."""
     if "image" not in batch:
         return None
-    options = augment.FilmOptions(resize_px=case.resize_px, crop_px=case.crop_px)
+    options = augment.ImageOptions(resize_px=case.resize_px, crop_px=case.crop_px)
     grey_PCC1 = np.asarray(augment.prepare(jnp.asarray(batch["image"][0]), options)[..., :1])
     standardised_PCC3 = (grey_PCC1 - np.array(resnet.IMAGENET_MEAN)) / np.array(resnet.IMAGENET_STD)
     return np.ascontiguousarray(standardised_PCC3.transpose(0, 3, 1, 2), np.float32)

@@ -1,16 +1,16 @@
 """The same models in plain PyTorch: what ours are measured against, on the same batches.
 
-Shapes: B rows (stays), P films, T time, F EHR channel, H W pixels, D LSTM width, E film features, K label.
+Shapes: B rows (stays), P X-rays, T time, F EHR channel, H W pixels, D LSTM width, E X-ray features, K label.
 
 Our own writing. Parameters have the released names, so `torch_import.export` fills a peer and a
 test shows that it computes what ours computes. Two variants of the training step:
 
 - RELEASED, as the released code runs: float32, NCHW, packed series, and a zero image through the
-  ResNet for every stay without a film.
+  ResNet for every stay without an X-ray.
 - TUNED, as a careful user would: channels_last, cuDNN's padded LSTM, TF32, cudnn.benchmark, fused Adam,
-  the ResNet under torch.compile on a GPU, bfloat16 autocast where asked, and only the films there are.
+  the ResNet under torch.compile on a GPU, bfloat16 autocast where asked, and only the X-rays there are.
 
-Neither augments: the released code does that in its data loader, so films come ready in float32.
+Neither augments: the released code does that in its data loader, so X-rays come ready in float32.
 Ours augments inside the step and is timed with it.
 """
 
@@ -27,17 +27,17 @@ from torch.nn.utils import rnn
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How a peer runs. zero_films: every row has an image, zeros where there is no film."""
+    """How a peer runs. zero_images: every row has an image, zeros where there is no X-ray."""
 
     name: str
     packed: bool
-    zero_films: bool
+    zero_images: bool
     channels_last: bool
     tuned_kernels: bool  # TF32, cudnn.benchmark, fused Adam, torch.compile on a GPU
 
 
-RELEASED = Variant("torch_released", packed=True, zero_films=True, channels_last=False, tuned_kernels=False)
-TUNED = Variant("torch_tuned", packed=False, zero_films=False, channels_last=True, tuned_kernels=True)
+RELEASED = Variant("torch_released", packed=True, zero_images=True, channels_last=False, tuned_kernels=False)
+TUNED = Variant("torch_tuned", packed=False, zero_images=False, channels_last=True, tuned_kernels=True)
 # The methods that the released code trains: it has no training of `unified`.
 METHODS = (
     *("uni_ehr", "uni_cxr", "early", "joint", "joint_zeros", "joint_learnable", "medfuse"),
@@ -157,7 +157,7 @@ class Daft(nn.Module):
 
 
 class Peer(nn.Module):
-    """One method's model. `forward` takes films with their rows, listed or one a row."""
+    """One method's model. `forward` takes X-rays with their rows, listed or one a row."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class Peer(nn.Module):
                 self.missing_token = nn.Parameter(torch.zeros(ehr_hidden))
 
     def forward(self, ehr_BTF, length_B, image_PCHW, row_P, has_cxr_B):
-        """Logits [B, K]. row_P: each film's row, B for an empty slot; has_cxr_B: which rows have a film."""
+        """Logits [B, K]. row_P: each X-ray's row, B for an empty slot; has_cxr_B: which rows have an X-ray."""
         if self.kind == "uni_ehr":
             return self.ehr_model.dense_layer(self.ehr_model(ehr_BTF, length_B))
         if self.kind == "uni_cxr":
@@ -213,8 +213,8 @@ class Peer(nn.Module):
             return self._daft(ehr_BTF, length_B, image_PCHW, row_P, has_cxr_B)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "early"):
             ehr_BD = self.ehr_model(ehr_BTF, length_B)
-            film_PE = self.cxr_model.vision_backbone(image_PCHW).mean((2, 3))
-        cxr_BD = to_rows(self.projection(film_PE), row_P, len(has_cxr_B))
+            cxr_PE = self.cxr_model.vision_backbone(image_PCHW).mean((2, 3))
+        cxr_BD = to_rows(self.projection(cxr_PE), row_P, len(has_cxr_B))
         if self.kind == "medfuse":
             token_B2D = torch.stack([ehr_BD, cxr_BD.to(ehr_BD.dtype)], 1)
             num_tokens_B = 1 + has_cxr_B.long()
@@ -249,9 +249,9 @@ class Peer(nn.Module):
     def _daft(self, ehr_BTF, length_B, image_PCHW, row_P, has_cxr_B):
         layer = getattr(self, f"daft_layer_{self.place}").aux
         hidden_BTD = self.ehr_model.first_layer(ehr_BTF, length_B)
-        film_PC = self.cxr_model.vision_backbone(image_PCHW).mean((2, 3))
+        image_PC = self.cxr_model.vision_backbone(image_PCHW).mean((2, 3))
         stay_PD = from_rows(mean_over_steps(hidden_BTD, length_B), row_P)
-        affine_PA = layer["aux_out"](functional.relu(layer["aux_base"](torch.cat([film_PC, stay_PD], 1))))
+        affine_PA = layer["aux_out"](functional.relu(layer["aux_base"](torch.cat([image_PC, stay_PD], 1))))
         scale_BD, shift_BD = to_rows(affine_PA, row_P, len(has_cxr_B)).chunk(2, 1)
         scale_BD = torch.where(has_cxr_B[:, None], scale_BD, torch.ones_like(scale_BD))
         shift_BD = torch.where(has_cxr_B[:, None], shift_BD, torch.zeros_like(shift_BD))
@@ -260,13 +260,13 @@ class Peer(nn.Module):
 
 
 def to_rows(x_PE, row_P, num_rows: int):
-    """Film values to their rows [B, E], zeros elsewhere; an empty slot's go to a row that is cut off."""
+    """X-ray values to their rows [B, E], zeros elsewhere; an empty slot's go to a row that is cut off."""
     rows = torch.zeros(num_rows + 1, x_PE.shape[1], dtype=x_PE.dtype, device=x_PE.device)
     return rows.index_copy(0, row_P, x_PE)[:num_rows]
 
 
 def from_rows(x_BE, row_P):
-    """Row values to their films [P, E]; an empty slot gets the last row's, which nothing reads."""
+    """Row values to their X-rays [P, E]; an empty slot gets the last row's, which nothing reads."""
     return x_BE[row_P.clamp(max=len(x_BE) - 1)]
 
 
@@ -277,10 +277,10 @@ def device() -> torch.device:
 def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.ndarray | None, mean_F, std_F) -> dict:
     """One of our batches (`input_pipeline`, one device) as the variant takes it, on the peer's device.
 
-    image_PCHW: its films ready for the network, three standardised channels.
+    image_PCHW: its X-rays ready for the network, three standardised channels.
     """
     num_rows = batch["valid"].shape[1]
-    row_P = batch["film_row"][0] if "film_row" in batch else np.zeros(0, np.int64)
+    row_P = batch["image_row"][0] if "image_row" in batch else np.zeros(0, np.int64)
     has_cxr_B = np.isin(np.arange(num_rows), row_P)
     out = {"label": batch["label"][0], "valid": batch["valid"][0], "has_cxr": has_cxr_B}
     if "ehr" in batch:
@@ -288,7 +288,7 @@ def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.nda
         out["length"] = np.maximum(batch["length"][0], 1).astype(np.int64)  # a padded row: one step of zeros
         out["ehr"] = out["ehr"][:, : out["length"].max()]  # padded to the longest of the batch, as both variants do
     if image_PCHW is not None:
-        if variant.zero_films:
+        if variant.zero_images:
             out["image"] = np.zeros((num_rows, *image_PCHW.shape[1:]), np.float32)
             out["image"][row_P[row_P < num_rows]] = image_PCHW[row_P < num_rows]
             row_P = np.arange(num_rows)

@@ -9,11 +9,11 @@ A batch is a dict of arrays, each with a leading device axis D:
     row_id     int32   [D, B]         the row's number in the whole batch, whatever D is
     record     int32   [D, B]         the record's number in its split, -1 in a padded row
     image      uint8   [D, P, 256, 256]
-    film_row   int32   [D, P]         the row a film belongs to; B: an empty film slot
+    image_row   int32   [D, P]         the row an X-ray belongs to; B: an empty X-ray slot
     extra_NAME float32 [D, B, ...]    a further modality's values; NaN throughout in a row without
 
-`ehr`/`length` are left out for film-only tasks, `image`/`film_row` where there are no film slots.
-In a batch of `Dataset.films` the labels are named `film_label`.
+`ehr`/`length` are left out for X-ray-only tasks, `image`/`image_row` where there are no X-ray slots.
+In a batch of `Dataset.images` the labels are named `cxr_label`.
 """
 
 import dataclasses
@@ -33,21 +33,21 @@ from medfuse_jax.runtime.errors import UserError
 READ_OPTIONS = {"num_threads": 2, "prefetch_buffer_size": 16}
 
 
-FILM_LABEL = "film_label"
+CXR_LABEL = "cxr_label"
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """One task's shards, opened: what a run needs to know of them before it reads a record.
 
-    use_ehr, use_film: whether the method reads that modality; what it does not read is
+    use_ehr, use_cxr: whether the method reads that modality; what it does not read is
     neither decoded into a batch nor sent to the device.
     needs: the modalities, 'ehr' and 'cxr', without which it has no prediction.
     buckets: padded lengths shared by all splits.
     extra: name -> split -> values [N, ...] of the further modalities (modalities/loading.py).
     digest: of the content of the shards and of `extra`, and of other statistics than the train split's.
     label_field: what the labels are called in a batch.
-    films: the films with labels of their own that take turns with the stays in training, or None.
+    X-rays: the X-rays with labels of their own that take turns with the stays in training, or None.
     """
 
     task: schema.Task
@@ -58,17 +58,17 @@ class Dataset:
     mean_F: np.ndarray
     std_F: np.ndarray
     use_ehr: bool
-    use_film: bool
+    use_cxr: bool
     buckets: tuple[int, ...]
     digest: str
     needs: tuple[str, ...] = ()
     label_field: str = "label"
-    films: "Dataset | None" = None
+    images: "Dataset | None" = None
     extra: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def paired(self, split: str) -> np.ndarray:
-        """Which records of `split` come with a film that the method uses, bool [N]."""
-        return self.index[split]["has_cxr"] & self.use_film
+        """Which records of `split` come with an X-ray that the method uses, bool [N]."""
+        return self.index[split]["has_cxr"] & self.use_cxr
 
     def usable(self, split: str) -> np.ndarray:
         """Which records the method can score: those with something it reads and all it needs; bool [N]."""
@@ -89,7 +89,7 @@ def open_dataset(
     task: str,
     *,
     use_ehr: bool = True,
-    use_film: bool = True,
+    use_cxr: bool = True,
     needs: tuple[str, ...] = (),
     statistics: str = "train",
     max_buckets: int = 4,
@@ -106,10 +106,10 @@ def open_dataset(
     index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
     if not len(index["train"]["stay_id"]):
         raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")
-    use_ehr = use_ehr and not schema.TASKS[task].films_only
+    use_ehr = use_ehr and not schema.TASKS[task].cxr_only
     if not use_ehr and not any(part["has_cxr"].any() for part in index.values()):
         raise UserError(
-            f"{records.task_dir(data_dir, task)} holds no films, and the method reads nothing else: "
+            f"{records.task_dir(data_dir, task)} holds no X-rays, and the method reads nothing else: "
             "build with --mimic_cxr, or choose a method that reads EHR"
         )
     splits = {split: records.open_split(data_dir, task, split) for split in schema.SPLITS}
@@ -132,17 +132,17 @@ def open_dataset(
         mean_F=mean_F,
         std_F=std_F,
         use_ehr=use_ehr,
-        use_film=use_film,
+        use_cxr=use_cxr,
         buckets=plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,),
         needs=needs,
         extra=extra,
     )
 
 
-def with_films(dataset: Dataset, data_dir: str | Path, film_task: str) -> Dataset:
-    """The same dataset beside the films of a film-only task; UserError where that is not built."""
-    films = open_dataset(data_dir, film_task, use_ehr=False)
-    return dataclasses.replace(dataset, films=dataclasses.replace(films, label_field=FILM_LABEL))
+def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str) -> Dataset:
+    """The same dataset beside the X-rays of an X-ray-only task; UserError where that is not built."""
+    images = open_dataset(data_dir, cxr_task, use_ehr=False)
+    return dataclasses.replace(dataset, images=dataclasses.replace(images, label_field=CXR_LABEL))
 
 
 def batches(
@@ -170,18 +170,18 @@ class _Batches:
         return len(self._plan)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        rows_DB, film_row_DP = plan_lib.deal(self._plan, step, self._num_devices)
-        return collate(self._dataset, self._split, rows_DB, film_row_DP, int(self._plan.steps_S[step]))
+        rows_DB, image_row_DP = plan_lib.deal(self._plan, step, self._num_devices)
+        return collate(self._dataset, self._split, rows_DB, image_row_DP, int(self._plan.padded_length_S[step]))
 
 
 class _InTurn:
-    """A random-access source of the batches of stays and of films, in the order of `Turns`."""
+    """A random-access source of the batches of stays and of X-rays, in the order of `Turns`."""
 
     def __init__(self, dataset: Dataset, split: str, turns: plan_lib.Turns, num_devices: int):
         self._turns = turns
         self._sources = {
             "stays": _Batches(dataset, split, turns.stays, num_devices),
-            "films": _Batches(dataset.films, split, turns.films, num_devices),
+            "images": _Batches(dataset.images, split, turns.images, num_devices),
         }
 
     def __len__(self) -> int:
@@ -193,7 +193,7 @@ class _InTurn:
 
 
 def collate(
-    dataset: Dataset, split: str, rows_DB: np.ndarray, film_row_DP: np.ndarray, num_steps: int
+    dataset: Dataset, split: str, rows_DB: np.ndarray, image_row_DP: np.ndarray, num_steps: int
 ) -> dict[str, np.ndarray]:
     """Reads the records of one batch and lays them out (see the top of the module)."""
     part = dataset.index[split]
@@ -212,20 +212,20 @@ def collate(
     if dataset.use_ehr:
         batch["length"] = np.where(valid_DB, part["length"][safe_DB], 0).astype(np.int32)
         batch["ehr"] = np.zeros((devices, rows, num_steps, len(schema.CHANNELS)), np.float32)
-    if film_row_DP.shape[1]:
-        size = schema.FILM_SIZE_PX
-        batch["film_row"] = film_row_DP.astype(np.int32)
-        batch["image"] = np.zeros((*film_row_DP.shape, size, size), np.uint8)
-    wants_film = np.zeros((devices, rows), bool)
-    for device, slot in np.argwhere(film_row_DP < rows):
-        wants_film[device, film_row_DP[device, slot]] = True
-    for device, row in np.argwhere(valid_DB if dataset.use_ehr else wants_film):
+    if image_row_DP.shape[1]:
+        size = schema.IMAGE_SIZE_PX
+        batch["image_row"] = image_row_DP.astype(np.int32)
+        batch["image"] = np.zeros((*image_row_DP.shape, size, size), np.uint8)
+    wants_image = np.zeros((devices, rows), bool)
+    for device, slot in np.argwhere(image_row_DP < rows):
+        wants_image[device, image_row_DP[device, slot]] = True
+    for device, row in np.argwhere(valid_DB if dataset.use_ehr else wants_image):
         record = dataset.splits[split][rows_DB[device, row]]
         check_against_index(record, part, rows_DB[device, row], split)
         if dataset.use_ehr:
             batch["ehr"][device, row, : len(record["ehr"])] = record["ehr"]
-        if wants_film[device, row]:
-            slot = int(np.flatnonzero(film_row_DP[device] == row)[0])
+        if wants_image[device, row]:
+            slot = int(np.flatnonzero(image_row_DP[device] == row)[0])
             batch["image"][device, slot] = record["image"]
     return batch
 

@@ -1,12 +1,12 @@
 """A split that lies in the accelerator's memory as a whole, and the batches that are gathered there.
 
-Shapes: N records, S time steps of all series together, M films held; a batch's as in `input_pipeline`.
+Shapes: N records, S time steps of all series together, M X-rays held; a batch's as in `input_pipeline`.
 
     ehr     float32 [S, 76]        the series one after the other, without padding
     first   int32   [N]            where a record's series begins
     length  int32   [N]
     label   int8    [N, K]
-    film    int32   [N]            the number of a record's film, 0 where it has none
+    X-ray    int32   [N]            the number of a record's X-ray, 0 where it has none
     image   uint8   [M, 256, 256]
     extra_NAME float32 [N, ...]    a further modality's values
 
@@ -50,14 +50,14 @@ def load(dataset: batches.Dataset, split: str, include_N: np.ndarray) -> dict[st
     """Reads the included records of a split, by threads, into the arrays at the top of the module."""
     held = {name: np.zeros(shape, dtype) for name, (shape, dtype) in _layout(dataset, split, include_N).items()}
     part = dataset.index[split]
-    has_film_N = include_N & dataset.paired(split)
+    has_cxr_N = include_N & dataset.paired(split)
     held["label"][:] = part["label"]
     held |= {f"extra_{name}": by_split[split] for name, by_split in dataset.extra.items()}
     if "ehr" in held:
         held["length"][:] = np.where(include_N, part["length"], 0)
         held["first"][1:] = np.cumsum(held["length"])[:-1]
     if "image" in held:
-        held["film"][has_film_N] = np.arange(has_film_N.sum())
+        held["cxr"][has_cxr_N] = np.arange(has_cxr_N.sum())
 
     def read(numbers: np.ndarray) -> None:
         for i in numbers.tolist():
@@ -66,8 +66,8 @@ def load(dataset: batches.Dataset, split: str, include_N: np.ndarray) -> dict[st
             if "ehr" in held:
                 first = held["first"][i]
                 held["ehr"][first : first + len(record["ehr"])] = record["ehr"]
-            if has_film_N[i]:
-                held["image"][held["film"][i]] = record["image"]
+            if has_cxr_N[i]:
+                held["image"][held["cxr"][i]] = record["image"]
 
     num_threads = batches.READ_OPTIONS["num_threads"]
     with ThreadPoolExecutor(num_threads) as pool:
@@ -84,16 +84,16 @@ def _layout(dataset: batches.Dataset, split: str, include_N: np.ndarray) -> dict
         num_steps = int(part["length"][include_N].sum())
         layout |= {"first": ((num_records,), np.int32), "length": ((num_records,), np.int32)}
         layout["ehr"] = ((max(num_steps, 1), len(schema.CHANNELS)), np.float32)
-    if num_films := int((include_N & dataset.paired(split)).sum()):
-        size = schema.FILM_SIZE_PX
-        layout |= {"film": ((num_records,), np.int32), "image": ((num_films, size, size), np.uint8)}
+    if num_images := int((include_N & dataset.paired(split)).sum()):
+        size = schema.IMAGE_SIZE_PX
+        layout |= {"cxr": ((num_records,), np.int32), "image": ((num_images, size, size), np.uint8)}
     return layout
 
 
 def deal(plan: plan_lib.Plan, steps: range, num_devices: int) -> dict[str, np.ndarray]:
     """Which records stand where in the batches of `steps`: all that is sent of them, with leading axes [D, S].
 
-    record, row_id int32 [D, S, B], valid bool [D, S, B], film_row int32 [D, S, P], as in `input_pipeline`.
+    record, row_id int32 [D, S, B], valid bool [D, S, B], image_row int32 [D, S, P], as in `input_pipeline`.
     """
     dealt = [plan_lib.deal(plan, step, num_devices) for step in steps]
     record_DSB = np.stack([rows_DB for rows_DB, _ in dealt], axis=1).astype(np.int32)
@@ -103,8 +103,8 @@ def deal(plan: plan_lib.Plan, steps: range, num_devices: int) -> dict[str, np.nd
         "row_id": np.broadcast_to(row_id_DB[:, None], record_DSB.shape),
         "valid": record_DSB != plan_lib.PADDING,
     }
-    if plan.films_per_batch:
-        rows["film_row"] = np.stack([film_row_DP for _, film_row_DP in dealt], axis=1).astype(np.int32)
+    if plan.images_per_batch:
+        rows["image_row"] = np.stack([image_row_DP for _, image_row_DP in dealt], axis=1).astype(np.int32)
     return rows
 
 
@@ -120,9 +120,9 @@ def gather(held: dict, rows: dict, num_steps: int) -> dict:
         inside_BT1 = (jnp.arange(num_steps) < length_B[:, None])[..., None]
         ehr_BTF = held["ehr"][jnp.minimum(step_BT, len(held["ehr"]) - 1)]
         batch |= {"length": length_B, "ehr": jnp.where(inside_BT1, ehr_BTF, 0)}
-    if "film_row" in rows:
+    if "image_row" in rows:
         num_rows = len(record_B)
-        film_P = held["film"][record_B[jnp.minimum(rows["film_row"], num_rows - 1)]]
-        there_P = rows["film_row"] < num_rows
-        batch["image"] = jnp.where(there_P[:, None, None], held["image"][film_P], 0)
+        image_P = held["cxr"][record_B[jnp.minimum(rows["image_row"], num_rows - 1)]]
+        there_P = rows["image_row"] < num_rows
+        batch["image"] = jnp.where(there_P[:, None, None], held["image"][image_P], 0)
     return batch

@@ -4,7 +4,7 @@ A plan is computed from the index alone. So the order of the data resumes from a
 number, is the same however many readers or devices there are, and can be looked at
 without reading a record.
 
-Shapes: N records, S steps (batches), B rows a batch, P films a batch, D devices.
+Shapes: N records, S steps (batches), B rows a batch, P X-rays a batch, D devices.
 """
 
 import dataclasses
@@ -13,57 +13,57 @@ import math
 
 import numpy as np
 
-PADDING = -1  # a row, or a film slot, with no record
+PADDING = -1  # a row, or an X-ray slot, with no record
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The batches of one epoch.
 
-    paired_SP: record numbers of the stays whose film is used, PADDING in empty slots.
-    unpaired_SU: record numbers of the stays used without a film, U = B - P.
-    steps_S: time steps to which each batch's series are padded (one of the buckets).
+    paired_SP: record numbers of the stays whose X-ray is used, PADDING in empty slots.
+    unpaired_SU: record numbers of the stays used without an X-ray, U = B - P.
+    padded_length_S: time steps to which each batch's series are padded (one of the buckets).
     """
 
     paired_SP: np.ndarray
     unpaired_SU: np.ndarray
-    steps_S: np.ndarray
+    padded_length_S: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.steps_S)
+        return len(self.padded_length_S)
 
     @property
     def batch_size(self) -> int:
         return self.paired_SP.shape[1] + self.unpaired_SU.shape[1]
 
     @property
-    def films_per_batch(self) -> int:
+    def images_per_batch(self) -> int:
         return self.paired_SP.shape[1]
 
     def longest(self) -> int:
         """The step whose series are padded to the most time steps."""
-        return int(self.steps_S.argmax())
+        return int(self.padded_length_S.argmax())
 
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """An epoch of batches from two datasets, stays' and films' in turn, spread evenly over it."""
+    """An epoch of batches from two datasets, stays' and X-rays' in turn, spread evenly over it."""
 
     stays: Plan
-    films: Plan
+    images: Plan
 
     def __len__(self) -> int:
-        return len(self.stays) + len(self.films)
+        return len(self.stays) + len(self.images)
 
     @property
     def batch_size(self) -> int:
         return self.stays.batch_size
 
     def at(self, step: int) -> tuple[str, int]:
-        """('stays' or 'films', the number of that plan's batch)."""
-        before = step * len(self.films) // len(self)
-        if (step + 1) * len(self.films) // len(self) > before:
-            return "films", before
+        """('stays' or 'images', the number of that plan's batch)."""
+        before = step * len(self.images) // len(self)
+        if (step + 1) * len(self.images) // len(self) > before:
+            return "images", before
         return "stays", step - before
 
     def longest(self) -> int:
@@ -72,14 +72,14 @@ class Turns:
         return next(step for step in range(len(self)) if self.at(step) == ("stays", longest))
 
 
-def take_turns(stays: Plan, films: Plan) -> Turns:
-    """A batch of films after each of stays; of a longer plan of films as many, another part each epoch."""
+def take_turns(stays: Plan, images: Plan) -> Turns:
+    """A batch of X-rays after each of stays; of a longer plan of X-rays as many, another part each epoch."""
     first = slice(len(stays))
-    return Turns(stays, Plan(films.paired_SP[first], films.unpaired_SU[first], films.steps_S[first]))
+    return Turns(stays, Plan(images.paired_SP[first], images.unpaired_SU[first], images.padded_length_S[first]))
 
 
-def films_per_batch(num_paired: int, num_stays: int, batch_size: int) -> int:
-    """The number P of film slots a batch gets: its share of paired stays, at least one if there is any."""
+def images_per_batch(num_paired: int, num_stays: int, batch_size: int) -> int:
+    """The number P of X-ray slots a batch gets: its share of paired stays, at least one if there is any."""
     if num_paired == 0:
         return 0
     if num_paired == num_stays:
@@ -120,21 +120,21 @@ def train_plan(
     seed: int,
     epoch: int,
     buckets: tuple[int, ...],
-    num_films: int | None = None,
+    num_images: int | None = None,
     ehr_only_ratio: float = 1.0,
     ehr_only_N: np.ndarray | None = None,
     window: int = 128,
 ) -> Plan:
-    """The batches of one training epoch: every batch with the same number of film slots.
+    """The batches of one training epoch: every batch with the same number of X-ray slots.
 
-    length_N: time steps of each record; paired_N: which records' films are used;
+    length_N: time steps of each record; paired_N: which records' X-rays are used;
     include_N: which records take part at all.
-    num_films: P, or None for the share of paired stays. A P above that share repeats
+    num_images: P, or None for the share of paired stays. A P above that share repeats
     no stay: it makes more batches with fewer EHR-only stays each. Where all stays are paired,
     or none is, there is nothing to choose.
     ehr_only_ratio: the part of the EHR-only stays to take, drawn anew each epoch
     without replacement (the paper's OPTIMAL: 0.2 phenotyping, 0.1 mortality). ehr_only_N: which those are,
-    where a method that reads no film has stays with one too; by default all that are not paired.
+    where a method that reads no X-ray has stays with one too; by default all that are not paired.
     window: batches among which stays are sorted by length, so that little is padded.
 
     Every drawn stay is in exactly one batch. Slots left over are padding, spread evenly.
@@ -144,16 +144,16 @@ def train_plan(
     unpaired = rng.permutation(np.flatnonzero(include_N & ~paired_N))
     ehr_only = unpaired if ehr_only_N is None else unpaired[ehr_only_N[unpaired]]
     unpaired = unpaired[~np.isin(unpaired, ehr_only[round(ehr_only_ratio * len(ehr_only)) :])]
-    if num_films is None or not len(paired) or not len(unpaired):
-        num_films = films_per_batch(len(paired), len(paired) + len(unpaired), batch_size)
+    if num_images is None or not len(paired) or not len(unpaired):
+        num_images = images_per_batch(len(paired), len(paired) + len(unpaired), batch_size)
     num_steps = max(
-        math.ceil(len(paired) / num_films) if num_films else 0,
-        math.ceil(len(unpaired) / (batch_size - num_films)) if batch_size > num_films else 0,
+        math.ceil(len(paired) / num_images) if num_images else 0,
+        math.ceil(len(unpaired) / (batch_size - num_images)) if batch_size > num_images else 0,
     )
-    assert num_films or not len(paired), "paired stays need film slots"
-    assert batch_size > num_films or not len(unpaired), "EHR-only stays need rows"
-    paired_SP = _spread(paired, num_steps, num_films)
-    unpaired_SU = _spread(unpaired, num_steps, batch_size - num_films)
+    assert num_images or not len(paired), "paired stays need X-ray slots"
+    assert batch_size > num_images or not len(unpaired), "EHR-only stays need rows"
+    paired_SP = _spread(paired, num_steps, num_images)
+    unpaired_SU = _spread(unpaired, num_steps, batch_size - num_images)
     for first in range(0, num_steps, window):
         block = slice(first, first + window)
         paired_SP[block] = _sorted_by_length(paired_SP[block], length_N)
@@ -170,12 +170,12 @@ def eval_plans(
     batch_size: int,
     buckets: tuple[int, ...],
 ) -> list[Plan]:
-    """Plans that score every included record exactly once: one of stays with a film, one of stays without.
+    """Plans that score every included record exactly once: one of stays with an X-ray, one of stays without.
 
-    Two plans, so that a batch either has a film in every row or runs no film code at all.
+    Two plans, so that a batch either has an X-ray in every row or runs no X-ray code at all.
     """
     plans = []
-    for records, films in (
+    for records, images in (
         (np.flatnonzero(include_N & paired_N), True),
         (np.flatnonzero(include_N & ~paired_N), False),
     ):
@@ -186,39 +186,39 @@ def eval_plans(
         rows_SB[: len(records)] = records
         rows_SB = rows_SB.reshape(-1, batch_size)
         none_S0 = rows_SB[:, :0]
-        plans.append(_with_steps(*((rows_SB, none_S0) if films else (none_S0, rows_SB)), length_N, buckets))
+        plans.append(_with_steps(*((rows_SB, none_S0) if images else (none_S0, rows_SB)), length_N, buckets))
     return plans
 
 
 def deal(plan: Plan, step: int, num_devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lays one batch out over devices: (rows_DB record numbers, film_row_DP rows with a film).
+    """Lays one batch out over devices: (rows_DB record numbers, image_row_DP rows with an X-ray).
 
     Each device gets batch_size / D rows; paired stays are dealt in turn so that no device
-    has more than ceil(P / D) films. film_row_DP names the row, within the device's own
-    rows, that each film slot belongs to; a slot without a film names the row after the last.
+    has more than ceil(P / D) X-rays. image_row_DP names the row, within the device's own
+    rows, that each X-ray slot belongs to; a slot without an X-ray names the row after the last.
     """
     assert plan.batch_size % num_devices == 0, "checked by config.validate"
     rows_per_device = plan.batch_size // num_devices
-    film_slots = math.ceil(plan.films_per_batch / num_devices)
+    image_slots = math.ceil(plan.images_per_batch / num_devices)
     rows_DB = np.full((num_devices, rows_per_device), PADDING)
-    film_row_DP = np.full((num_devices, film_slots), rows_per_device)
+    image_row_DP = np.full((num_devices, image_slots), rows_per_device)
     used_D = np.zeros(num_devices, int)
     for slot, record in enumerate(plan.paired_SP[step]):
         device = slot % num_devices
         rows_DB[device, used_D[device]] = record
         if record != PADDING:
-            film_row_DP[device, slot // num_devices] = used_D[device]
+            image_row_DP[device, slot // num_devices] = used_D[device]
         used_D[device] += 1
     free = np.arange(rows_per_device)[None] >= used_D[:, None]
     rows_DB[free] = plan.unpaired_SU[step]
-    return rows_DB, film_row_DP
+    return rows_DB, image_row_DP
 
 
 def padded_share(plan: Plan, length_N: np.ndarray) -> float:
     """The part of the padded time steps that belongs to no stay's series."""
     rows_SB = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
     real = np.where(rows_SB == PADDING, 0, length_N[rows_SB]).sum()
-    return 1.0 - float(real) / max(1, int((plan.steps_S * rows_SB.shape[1]).sum()))
+    return 1.0 - float(real) / max(1, int((plan.padded_length_S * rows_SB.shape[1]).sum()))
 
 
 def _spread(records: np.ndarray, num_steps: int, slots: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What all methods share: sizes, encoders, and the form of a batch.
 
-Shapes: B rows (stays), P films, T time, F EHR channel, H W C image, D LSTM width,
-E film features, K label.
+Shapes: B rows (stays), P X-rays, T time, F EHR channel, H W C image, D LSTM width,
+E X-ray features, K label.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from medfuse_jax.losses import Head
 from medfuse_jax.models import ehr_encoder, resnet
-from medfuse_jax.models.presence import Films, films_of
+from medfuse_jax.models.presence import Images, images_of
 
 _linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's, with zero bias
 
@@ -38,7 +38,7 @@ class Model(nn.Module):
 
     # Which modalities a method reads: the input pipeline leaves out what it does not.
     uses_ehr = True
-    uses_film = True
+    uses_cxr = True
     # Without these a row has no prediction: evaluation leaves it out.
     needs: ClassVar[tuple[str, ...]] = ()
     # The classifiers that are trained (step.train_step).
@@ -66,7 +66,7 @@ class Model(nn.Module):
         return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats)
 
     @property
-    def num_film_features(self) -> int:
+    def num_cxr_features(self) -> int:
         return self.resnet_width * 2 ** (len(self.resnet_stage_sizes) - 1)
 
     def __call__(
@@ -76,19 +76,19 @@ class Model(nn.Module):
         image=None,
         has_cxr=None,
         *,
-        film_row=None,
-        film_mask=None,
+        image_row=None,
+        image_mask=None,
         train: bool = False,
         dropout_rows=None,
         axis_name: str | None = None,
         extra: dict | None = None,
     ) -> dict:
-        """Scores a batch in which each row may lack its stay or its film.
+        """Scores a batch in which each row may lack its stay or its X-ray.
 
         ehr: float [B, T, F], standardised, with length [B] in whole steps (default T; 0: no stay), or None.
         image: [P, H, W] or [P, H, W, C] (see resnet.StemConv for C), or None.
-        Films listed: film_row int [P] is each film's row, film_mask bool [P] False (film_row
-        then B) an empty slot, and has_cxr is derived. Films dense (film_row None): P = B and
+        X-rays listed: image_row int [P] is each X-ray's row, image_mask bool [P] False (image_row
+        then B) an empty slot, and has_cxr is derived. X-rays dense (image_row None): P = B and
         has_cxr bool [B] says which count; the others are computed, but reach no statistic,
         no gradient and no number. train: batch statistics and dropout, whose masks depend on
         dropout_rows int [B], the rows' ids in the whole batch; axis_name: the devices' axis.
@@ -98,19 +98,19 @@ class Model(nn.Module):
         """
         num_rows = _num_rows(ehr, length, has_cxr, dropout_rows, image)
         if ehr is not None and ehr.shape[1] == 0:
-            ehr = None  # films without stays: no step to compute
+            ehr = None  # X-rays without stays: no step to compute
         if length is None:
             length = jnp.full(num_rows, 0 if ehr is None else ehr.shape[1])
         length = jnp.asarray(length, jnp.int32)
         if ehr is None:
             length = jnp.zeros_like(length)
-        films = self.find_films(image, num_rows, has_cxr, film_row, film_mask, train)
+        images = self.find_images(image, num_rows, has_cxr, image_row, image_mask, train)
         further = {"extra": extra} if extra else {}  # the methods that have none do not know the word
         with products(self.dtype):
-            return self.forward(ehr, length, films, train, dropout_rows, axis_name, **further)
+            return self.forward(ehr, length, images, train, dropout_rows, axis_name, **further)
 
-    def find_films(self, image, num_rows, has_cxr, film_row, film_mask, train) -> Films | None:
-        return films_of(image, num_rows, has_cxr, film_row, film_mask)
+    def find_images(self, image, num_rows, has_cxr, image_row, image_mask, train) -> Images | None:
+        return images_of(image, num_rows, has_cxr, image_row, image_mask)
 
     def encode_ehr(self, ehr_BTF, length_B, train: bool, dropout_rows_B) -> jax.Array:
         """Features of the stays [B, D]; zeros for a row without, all zeros for a batch without."""

@@ -1,7 +1,7 @@
 """The methods of the paper by name: one model each, all with the same call.
 
-Shapes: B rows (stays), P films, T time, F EHR channel, H W C image, D LSTM width,
-E film features, M modality, K label.
+Shapes: B rows (stays), P X-rays, T time, F EHR channel, H W C image, D LSTM width,
+E X-ray features, M modality, K label.
 """
 
 import inspect
@@ -16,32 +16,32 @@ from medfuse_jax.data.modalities.loading import Modality
 from medfuse_jax.losses import Head
 from medfuse_jax.models import attention, daft, fusion, mmtm, resnet
 from medfuse_jax.models.model import Model, linear
-from medfuse_jax.models.presence import films_of
+from medfuse_jax.models.presence import images_of
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 
 class UniEhr(Model):
-    """The EHR encoder and a linear layer; films are not read."""
+    """The EHR encoder and a linear layer; X-rays are not read."""
 
-    uses_film = False
+    uses_cxr = False
     needs = ("ehr",)
 
     def setup(self):
         self.ehr_encoder = self.new_ehr_encoder()
         self.classifier = linear(self.num_labels)
 
-    def find_films(self, *batch) -> None:
+    def find_images(self, *batch) -> None:
         return None
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
+    def forward(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name) -> dict:
         ehr_BD = self.encode_ehr(ehr_BTF, length_B, train, dropout_rows_B)
         return {"logits": self.classifier(ehr_BD), "ehr_features": ehr_BD}
 
 
 class UniCxr(Model):
-    """The film encoder and a linear layer; the stay is not read.
+    """The X-ray encoder and a linear layer; the stay is not read.
 
-    A row without a film has no prediction: its logits mean nothing. Dense and not in training,
+    A row without an X-ray has no prediction: its logits mean nothing. Dense and not in training,
     every image given is scored, whatever has_cxr says.
     """
 
@@ -52,19 +52,19 @@ class UniCxr(Model):
         self.cxr_encoder = self.new_cxr_encoder()
         self.classifier = linear(self.num_labels)
 
-    def find_films(self, image, num_rows, has_cxr, film_row, film_mask, train):
-        return films_of(image, num_rows, has_cxr if train else None, film_row, film_mask)
+    def find_images(self, image, num_rows, has_cxr, image_row, image_mask, train):
+        return images_of(image, num_rows, has_cxr if train else None, image_row, image_mask)
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
-        if films is None:
-            cxr_BE = jnp.zeros((len(length_B), self.num_film_features))
+    def forward(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name) -> dict:
+        if images is None:
+            cxr_BE = jnp.zeros((len(length_B), self.num_cxr_features))
         else:
-            cxr_BE = films.to_rows(self.cxr_encoder(films.image_PHWC, train, films.valid_P, axis_name))
+            cxr_BE = images.to_rows(self.cxr_encoder(images.image_PHWC, train, images.valid_P, axis_name))
         return {"logits": self.classifier(cxr_BE), "cxr_features": cxr_BE}
 
 
 class ProjectedModel(Model):
-    """Both encoders, and the film's features projected to the width of the stay's.
+    """Both encoders, and the X-ray's features projected to the width of the stay's.
 
     frozen_encoders: no gradient reaches the encoders, and batch statistics are frozen too.
     """
@@ -77,23 +77,23 @@ class ProjectedModel(Model):
         self.projection = linear(self.ehr_hidden)
         self.setup_head()
 
-    def encode(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name):
-        """(stays' features [B, D], films' features [B, D], has_cxr bool [B])."""
-        ehr_BD, film_PE = self.encode_both(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
-        if films is None:
+    def encode(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name):
+        """(stays' features [B, D], X-rays' features [B, D], has_cxr bool [B])."""
+        ehr_BD, cxr_PE = self.encode_both(ehr_BTF, length_B, images, train, dropout_rows_B, axis_name)
+        if images is None:
             return ehr_BD, jnp.zeros_like(ehr_BD), jnp.zeros(len(length_B), bool)
-        return ehr_BD, films.to_rows(self.projection(film_PE)), films.present_rows()
+        return ehr_BD, images.to_rows(self.projection(cxr_PE)), images.present_rows()
 
-    def encode_both(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name):
-        """(stays' features [B, D], films' own features [P, E], None where the batch has no films)."""
+    def encode_both(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name):
+        """(stays' features [B, D], X-rays' own features [P, E], None where the batch has no X-rays)."""
         ehr_BD = self.encode_ehr(ehr_BTF, length_B, train, dropout_rows_B)
-        if films is None:
+        if images is None:
             return ehr_BD, None
-        if films.image_PHWC.shape[1:3] == (1, 1):  # [P, 1, 1, E]: a frozen encoder's features, computed before
-            return ehr_BD, films.image_PHWC[:, 0, 0]
+        if images.image_PHWC.shape[1:3] == (1, 1):  # [P, 1, 1, E]: a frozen encoder's features, computed before
+            return ehr_BD, images.image_PHWC[:, 0, 0]
         # Differs from MedFuse (trainers/fusion_trainer.py): frozen encoders keep their batch statistics too.
         batch_stats = train and not self.frozen_encoders
-        return ehr_BD, self.freeze(self.cxr_encoder(films.image_PHWC, batch_stats, films.valid_P, axis_name))
+        return ehr_BD, self.freeze(self.cxr_encoder(images.image_PHWC, batch_stats, images.valid_P, axis_name))
 
     def encode_ehr(self, ehr_BTF, length_B, train, dropout_rows_B) -> jax.Array:
         return self.freeze(super().encode_ehr(ehr_BTF, length_B, train, dropout_rows_B))
@@ -103,7 +103,7 @@ class ProjectedModel(Model):
 
 
 class MedFuse(ProjectedModel):
-    """An LSTM over the tokens there are: the stay's, then the film's (Hayat et al. 2022, 3).
+    """An LSTM over the tokens there are: the stay's, then the X-ray's (Hayat et al. 2022, 3).
 
     modalities: further ones, whose tokens come first: such facts are known before the stay is.
     """
@@ -133,10 +133,10 @@ class MedFuse(ProjectedModel):
             tokens.append((getattr(self, f"{name}_encoder")(jnp.where(absent_B, filler, values_B)), present_B))
         return tokens
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name, extra=None) -> dict:
-        ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
+    def forward(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name, extra=None) -> dict:
+        ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, images, train, dropout_rows_B, axis_name)
         tokens = [*self.extra_tokens(extra), (ehr_BD, length_B > 0)]
-        if films is not None:
+        if images is not None:
             tokens.append((cxr_BD, has_cxr_B))
         fused_BN = self.fusion_lstm(*fusion.stack_tokens(tokens))
         return {"logits": self.classifier(fused_BN), "ehr_features": ehr_BD, "cxr_features": cxr_BD}
@@ -169,8 +169,8 @@ class MedFuseAttention(MedFuse):
         self.sow("intermediates", "time_weights", weight_BT, reduce_fn=_newest, init_fn=tuple)
         return self.ehr_encoder.drop(pooled_BD, train, dropout_rows_B)
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name, extra=None) -> dict:
-        ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
+    def forward(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name, extra=None) -> dict:
+        ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, images, train, dropout_rows_B, axis_name)
         tokens = [*self.extra_tokens(extra), (ehr_BD, length_B > 0), (cxr_BD, has_cxr_B)]
         fused_BN, weight_BM = self.modality_attention(*fusion.stack_tokens(tokens))
         self.sow("intermediates", "modality_weights", weight_BM, reduce_fn=_newest, init_fn=tuple)
@@ -184,7 +184,7 @@ def _newest(_, value):
 class Concat(ProjectedModel):
     """A linear layer over both feature vectors side by side: the early and joint fusion baselines.
 
-    missing: what stands for a missing film: 'zeros', or 'learnt', a vector that starts as zeros.
+    missing: what stands for a missing X-ray: 'zeros', or 'learnt', a vector that starts as zeros.
     A missing stay is zeros.
     """
 
@@ -195,8 +195,8 @@ class Concat(ProjectedModel):
         if self.missing == "learnt":
             self.missing_token = self.param("missing_token", nn.initializers.zeros_init(), (self.ehr_hidden,))
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
-        ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
+    def forward(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name) -> dict:
+        ehr_BD, cxr_BD, has_cxr_B = self.encode(ehr_BTF, length_B, images, train, dropout_rows_B, axis_name)
         if self.missing == "learnt":
             cxr_BD = jnp.where(has_cxr_B[:, None], cxr_BD, self.missing_token)
         logits_BK = self.classifier(jnp.concatenate([ehr_BD, cxr_BD], axis=-1))
@@ -206,33 +206,33 @@ class Concat(ProjectedModel):
 class Unified(ProjectedModel):
     """A classifier for each set of modalities (Hayat et al. 2021, arXiv 2111.02710).
 
-    The film's own classifier is of other labels than the task's ('cxr_only_logits'
-    [B, num_film_labels]): it is trained by batches of films with those labels, which take turns
+    The X-ray's own classifier is of other labels than the task's ('cxr_only_logits'
+    [B, num_cxr_labels]): it is trained by batches of X-rays with those labels, which take turns
     with the stays' (plan.Turns). 'logits' are the joint classifier's ('joint_logits') for a row
-    with a film, the stay's ('ehr_only_logits') for one without. A film without a stay, of which
+    with an X-ray, the stay's ('ehr_only_logits') for one without. An X-ray without a stay, of which
     the paper says nothing, has the joint classifier's, with zeros for the stay.
     """
 
     heads = (
         Head("joint_logits", needs=("cxr",)),
         Head("ehr_only_logits", needs=("ehr",), weight="ehr_only"),
-        Head("cxr_only_logits", needs=("cxr",), weight="cxr_only", label="film_label"),
+        Head("cxr_only_logits", needs=("cxr",), weight="cxr_only", label="cxr_label"),
     )
 
-    num_film_labels: int = len(schema.RADIOLOGY_LABELS)
+    num_cxr_labels: int = len(schema.RADIOLOGY_LABELS)
 
     def setup_head(self):
         self.classifier = linear(self.num_labels)
         self.ehr_classifier = linear(self.num_labels)
-        self.cxr_classifier = linear(self.num_film_labels)
+        self.cxr_classifier = linear(self.num_cxr_labels)
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
-        ehr_BD, film_PE = self.encode_both(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
-        cxr_BE, cxr_BD = jnp.zeros((len(length_B), self.num_film_features)), jnp.zeros_like(ehr_BD)
+    def forward(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name) -> dict:
+        ehr_BD, cxr_PE = self.encode_both(ehr_BTF, length_B, images, train, dropout_rows_B, axis_name)
+        cxr_BE, cxr_BD = jnp.zeros((len(length_B), self.num_cxr_features)), jnp.zeros_like(ehr_BD)
         has_cxr_B = jnp.zeros(len(length_B), bool)
-        if films is not None:
-            cxr_BE, cxr_BD = films.to_rows(film_PE), films.to_rows(self.projection(film_PE))
-            has_cxr_B = films.present_rows()
+        if images is not None:
+            cxr_BE, cxr_BD = images.to_rows(cxr_PE), images.to_rows(self.projection(cxr_PE))
+            has_cxr_B = images.present_rows()
         joint_BK = self.classifier(jnp.concatenate([ehr_BD, cxr_BD], axis=-1))
         ehr_only_BK = self.ehr_classifier(ehr_BD)
         return {
@@ -255,7 +255,7 @@ class MmtmModel(Model):
     """
 
     # Differs from MedFuse (trainers/mmtm_trainer.py): one update of the summed losses, not three in
-    # turn, of which the one of the EHR head moved the film encoder alone (its optimiser was given no other).
+    # turn, of which the one of the EHR head moved the X-ray encoder alone (its optimiser was given no other).
     heads = (
         Head(),
         Head("ehr_only_logits", needs=("ehr",), weight="ehr_only"),
@@ -268,36 +268,36 @@ class MmtmModel(Model):
         self.ehr_encoder = self.new_ehr_encoder()
         self.cxr_encoder = self.new_cxr_encoder()
         self.mmtm = mmtm.Mmtm()
-        self.projection = linear(self.num_film_features)
+        self.projection = linear(self.num_cxr_features)
         self.ehr_classifier = linear(self.num_labels)
         self.cxr_classifier = linear(self.num_labels)
         self.classifier = linear(self.num_labels)
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
-        ehr_BD, cxr_BE = self.encode(ehr_BTF, length_B, films, train, dropout_rows_B, axis_name)
-        has_cxr_B = jnp.zeros(len(length_B), bool) if films is None else films.present_rows()
+    def forward(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name) -> dict:
+        ehr_BD, cxr_BE = self.encode(ehr_BTF, length_B, images, train, dropout_rows_B, axis_name)
+        has_cxr_B = jnp.zeros(len(length_B), bool) if images is None else images.present_rows()
         projected_BE = self.projection(ehr_BD)
         joint_B2E = jnp.concatenate([projected_BE, cxr_BE], axis=-1)
         outputs = {"logits": self.classifier(joint_B2E), "ehr_features": ehr_BD, "cxr_features": cxr_BE}
         outputs |= self.single_heads(ehr_BD, cxr_BE, length_B > 0, has_cxr_B)
         return outputs | self.alignment(cxr_BE, projected_BE, (length_B > 0) & has_cxr_B)
 
-    def encode(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name):
-        """(stays' features [B, D], films' features [B, E]), after the exchange."""
-        if films is None:
+    def encode(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name):
+        """(stays' features [B, D], X-rays' features [B, E]), after the exchange."""
+        if images is None:
             return self.encode_ehr(ehr_BTF, length_B, train, dropout_rows_B), jnp.zeros(
-                (len(length_B), self.num_film_features)
+                (len(length_B), self.num_cxr_features)
             )
-        stage_args = (train, films.valid_P, axis_name)
-        x_PHWC = self.cxr_encoder.until(self.stage, films.image_PHWC, *stage_args)
+        stage_args = (train, images.valid_P, axis_name)
+        x_PHWC = self.cxr_encoder.until(self.stage, images.image_PHWC, *stage_args)
         ehr_BD = jnp.zeros((len(length_B), self.ehr_hidden))
         if ehr_BTF is not None:
             hidden_BTD = self.ehr_encoder.first_layer(ehr_BTF, length_B)
-            x_PHWC, hidden_BTD = self.mmtm(x_PHWC, hidden_BTD, length_B, films)
+            x_PHWC, hidden_BTD = self.mmtm(x_PHWC, hidden_BTD, length_B, images)
             ehr_BD = self.ehr_encoder.last_state(hidden_BTD, length_B, train, dropout_rows_B)
         for i in range(self.stage + 1, len(self.resnet_stage_sizes) + 1):
             x_PHWC = self.cxr_encoder.stage(i, x_PHWC, *stage_args)
-        return ehr_BD, films.to_rows(resnet.pooled(x_PHWC))
+        return ehr_BD, images.to_rows(resnet.pooled(x_PHWC))
 
     def single_heads(self, ehr_BD, cxr_BE, has_ehr_B, has_cxr_B) -> dict:
         ehr_logits_BK, cxr_logits_BK = self.ehr_classifier(ehr_BD), self.cxr_classifier(cxr_BE)
@@ -322,12 +322,12 @@ class MmtmModel(Model):
 
 
 class DaftModel(Model):
-    """The EHR model, its first layer's hidden states rescaled by the film (after one ResNet stage).
+    """The EHR model, its first layer's hidden states rescaled by the X-ray (after one ResNet stage).
 
     stage: the ResNet stage, 1..4; the later ones are not part of the model, as nothing reads them.
     """
 
-    needs = ("ehr",)  # a film alone has nothing to rescale
+    needs = ("ehr",)  # an X-ray alone has nothing to rescale
 
     stage: int = 4
 
@@ -337,13 +337,13 @@ class DaftModel(Model):
         self.daft = daft.Daft()
         self.classifier = linear(self.num_labels)
 
-    def forward(self, ehr_BTF, length_B, films, train, dropout_rows_B, axis_name) -> dict:
-        if films is None or ehr_BTF is None:  # nothing to rescale with, or nothing to rescale
+    def forward(self, ehr_BTF, length_B, images, train, dropout_rows_B, axis_name) -> dict:
+        if images is None or ehr_BTF is None:  # nothing to rescale with, or nothing to rescale
             ehr_BD = self.encode_ehr(ehr_BTF, length_B, train, dropout_rows_B)
         else:
-            x_PHWC = self.cxr_encoder.until(self.stage, films.image_PHWC, train, films.valid_P, axis_name)
+            x_PHWC = self.cxr_encoder.until(self.stage, images.image_PHWC, train, images.valid_P, axis_name)
             hidden_BTD = self.ehr_encoder.first_layer(ehr_BTF, length_B)
-            hidden_BTD = self.daft(resnet.pooled(x_PHWC), hidden_BTD, length_B, films)
+            hidden_BTD = self.daft(resnet.pooled(x_PHWC), hidden_BTD, length_B, images)
             ehr_BD = self.ehr_encoder.last_state(hidden_BTD, length_B, train, dropout_rows_B)
         return {"logits": self.classifier(ehr_BD), "ehr_features": ehr_BD}
 
@@ -382,12 +382,12 @@ def build(method: str, num_labels: int, **options) -> Model:
 
 
 def init(model: Model, key: jax.Array, extra: dict | None = None) -> dict:
-    """Initial variables: {'params': ..., 'batch_stats': ... where there are films}; to be called under jit.
+    """Initial variables: {'params': ..., 'batch_stats': ... where there are X-rays}; to be called under jit.
 
     extra: values [1, ...] of the model's further modalities, whose sizes shape their encoders.
     A key of the `rbg` kind compiles three times faster than a threefry one, whose code is long.
     """
-    # No size of the batch, the stay or the film shapes a parameter: the smallest will do. Lazy:
+    # No size of the batch, the stay or the X-ray shapes a parameter: the smallest will do. Lazy:
     # the forward pass is traced only, and never compiled.
     ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(schema.CHANNELS)), jnp.float32)
     image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)

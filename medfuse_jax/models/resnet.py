@@ -1,6 +1,6 @@
-"""ResNet-34 without its head (He et al. 2016, as torchvision has it), over the films of a batch.
+"""ResNet-34 without its head (He et al. 2016, as torchvision has it), over the X-rays of a batch.
 
-Shapes: P films, H W pixels, C channels, E film features (8 * width).
+Shapes: P X-rays, H W pixels, C channels, E X-ray features (8 * width).
 
 Every padding is explicit: torch pads (3, 3) and (1, 1), which `SAME` is not at stride 2.
 """
@@ -45,7 +45,7 @@ class StemConv(nn.Module):
     """The 7x7 stem, for three channels or for what three equal grey channels were made of.
 
     3 channels: as they are. 1: one standardised channel that stands for three equal ones.
-    2: grey in 0..1 and ones inside the film; ImageNet's mean and deviation are folded into the
+    2: grey in 0..1 and ones inside the X-ray; ImageNet's mean and deviation are folded into the
     kernel. Exact at the borders too: the zero padding of the ones cancels the mean there.
     The parameter is [7, 7, 3, features] always.
     """
@@ -56,7 +56,7 @@ class StemConv(nn.Module):
     def __call__(self, image_PHWC: jax.Array) -> jax.Array:
         kernel = self.param("kernel", _conv_init, (7, 7, 3, self.features))
         channels = image_PHWC.shape[-1]
-        assert channels in (1, 2, 3), f"a film has 1, 2 or 3 channels, not {channels}"
+        assert channels in (1, 2, 3), f"an X-ray has 1, 2 or 3 channels, not {channels}"
         if channels == 1:
             kernel = kernel.sum(axis=2, keepdims=True)
         elif channels == 2:
@@ -67,7 +67,7 @@ class StemConv(nn.Module):
 
 
 def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array, axis_name: str | None):
-    """Mean [C], biased variance [C] and count of the valid films' pixels, over all devices of the axis.
+    """Mean [C], biased variance [C] and count of the valid X-rays' pixels, over all devices of the axis.
 
     Centred squares, in float32: the difference of two large sums would lose the variance.
     """
@@ -87,9 +87,9 @@ def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array, axis_name: str | None
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over the valid films only.
+    """Batch normalisation over the valid X-rays only.
 
-    In training the statistics are those of the valid films of all devices of `axis_name`;
+    In training the statistics are those of the valid X-rays of all devices of `axis_name`;
     where there is not one, the running statistics are used and kept. As in torch the running
     variance is updated with the unbiased one. Scale, bias and statistics are float32.
     """
@@ -124,9 +124,9 @@ def _normalised(x_PHWC, mean_C, var_C, scale_C, bias_C) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _batch_normalised(axis_name, x_PHWC, scale_C, bias_C, valid_P, running_mean_C, running_var_C):
-    """(x normalised by its own valid films, their moments); by the running statistics where there is none.
+    """(x normalised by its own valid X-rays, their moments); by the running statistics where there is none.
 
-    The gradient is written out: autodiff passes over the films twice as often. None goes through the moments.
+    The gradient is written out: autodiff passes over the X-rays twice as often. None goes through the moments.
     """
     return _batch_normalised_saving(axis_name, x_PHWC, scale_C, bias_C, valid_P, running_mean_C, running_var_C)[0]
 
@@ -147,7 +147,7 @@ def _batch_normalised_backward(axis_name, saved, cotangents):
     centred_PHWC = x_PHWC.astype(jnp.float32) - mean_C
     d_bias_C = jnp.sum(d_y_PHWC, axis=(0, 1, 2))
     d_scale_C = jnp.sum(d_y_PHWC * centred_PHWC, axis=(0, 1, 2)) * inverse_C
-    # Every film is normalised by the moments, so all add to their gradient; only the valid ones made them.
+    # Every X-ray is normalised by the moments, so all add to their gradient; only the valid ones made them.
     sums = (d_bias_C, d_scale_C) if axis_name is None else jax.lax.psum((d_bias_C, d_scale_C), axis_name)
     mean_part_C, var_part_C = (total_C / jnp.maximum(count, 1) for total_C in sums)
     through_moments_PHWC = mean_part_C + centred_PHWC * (inverse_C * var_part_C)
@@ -204,7 +204,7 @@ class ResNet(nn.Module):
                 setattr(self, f"stage{i}_block{j}", BasicBlock(self.width * 2 ** (i - 1), stride))
 
     def stem(self, image_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
-        """Films to the input of stage 1, a quarter of their size."""
+        """X-rays to the input of stage 1, a quarter of their size."""
         x_PHWC = self.stem_conv(image_PHWC.astype(self.dtype))
         x_PHWC = nn.relu(self.stem_norm(x_PHWC, train and not self.frozen_stats, valid_P, axis_name))
         return max_pool(x_PHWC)
@@ -217,16 +217,16 @@ class ResNet(nn.Module):
         return x_PHWC
 
     def until(self, last: int, image_PHWC, train: bool = False, valid_P=None, axis_name=None) -> jax.Array:
-        """Films to the feature maps [P, h, w, C] after stage `last`."""
+        """X-rays to the feature maps [P, h, w, C] after stage `last`."""
         x_PHWC = self.stem(image_PHWC, train, valid_P, axis_name)
         for i in range(1, last + 1):
             x_PHWC = self.stage(i, x_PHWC, train, valid_P, axis_name)
         return x_PHWC
 
     def __call__(self, image_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
-        """Films [P, H, W, C] -> features [P, E], float32.
+        """X-rays [P, H, W, C] -> features [P, E], float32.
 
-        valid_P: which films count in the batch statistics. The others must be finite.
+        valid_P: which X-rays count in the batch statistics. The others must be finite.
         """
         return pooled(self.until(len(self.stage_sizes), image_PHWC, train, valid_P, axis_name))
 

@@ -10,7 +10,7 @@ import numpy as np
 from medfuse_jax.report import plots
 from medfuse_jax.report.read_runs import Run, number, section
 
-MODALITY_NAMES = {"ehr": "time series", "cxr": "film", "static": "static facts"}
+MODALITY_NAMES = {"ehr": "time series", "cxr": "cxr", "static": "static facts"}
 _NUM_EXAMPLES = 6
 
 
@@ -26,7 +26,7 @@ def shown(run: Run) -> str:
     paired_N = _paired(found)
     charts = _by_hour(found, timestep_h, run.color)
     if paired_N.any():
-        title = f"By modality, {number(int(paired_N.sum()), 0)} test stays with a film"
+        title = f"By modality, {number(int(paired_N.sum()), 0)} test stays with an X-ray"
         charts += _figure(plots.weight_by_modality(found["modality_weights"][paired_N], names, run.color), title)
     return (
         f'<h4>Attention weights</h4><div class="charts">{charts}</div>'
@@ -46,14 +46,14 @@ def _by_hour(found: dict, timestep_h: float, color: int) -> str:
 
 
 def _paired(found: dict) -> np.ndarray:
-    """bool [N]: stays with time series and film; a missing one weighs exactly 0."""
+    """bool [N]: stays with time series and X-ray; a missing one weighs exactly 0."""
     weight_of = dict(zip(found["modalities"].tolist(), found["modality_weights"].T))
     zeros_N = np.zeros(len(found["length"]))
     return (weight_of.get("ehr", zeros_N) > 0) & (weight_of.get("cxr", zeros_N) > 0)
 
 
 def _examples(found: dict, names: list[str], timestep_h: float, color: int) -> str:
-    """A few stays, from the shortest to the longest, those with a film where there are any.
+    """A few stays, from the shortest to the longest, those with an X-ray where there are any.
 
     Nothing but their lengths and weights: no id, age or label of a patient.
     """

@@ -20,7 +20,7 @@ from medfuse_jax.runtime.errors import UserError
 
 METHOD_NAMES = {
     "uni_ehr": "EHR only (LSTM)",
-    "uni_cxr": "Film only (ResNet)",
+    "uni_cxr": "X-ray only (ResNet)",
     "early": "Early fusion",
     "joint": "Joint fusion",
     "joint_zeros": "Joint fusion, zeros",
@@ -34,7 +34,7 @@ METHOD_NAMES = {
     "unified": "Unified",
     "late_average": "Late average",
     "weighted_average": "Weighted average",
-    "ensemble": "Ensemble, by film",
+    "ensemble": "Ensemble, by X-ray",
 }
 TASK_NAMES = {
     "pheno": "Phenotyping",
@@ -43,7 +43,7 @@ TASK_NAMES = {
     "decompensation": "Decompensation",
     "length_of_stay": "Length of stay",
 }
-SUBSETS = ("all", "paired", "unpaired", "film_only", "had_both")
+SUBSETS = ("all", "paired", "unpaired", "cxr_only", "had_both")
 OUTSIDE_ITS_CI = (
     "A value outside its own interval: with few positives, resamples that repeat them score higher, so that interval "
     "is not to be relied on."
@@ -114,7 +114,7 @@ def method_name(method) -> str:
 
 
 def title(result: dict) -> str:
-    """What a result's method is called, with the modalities beside EHR and film that it had."""
+    """What a result's method is called, with the modalities beside EHR and X-ray that it had."""
     return " + ".join(
         [method_name(result.get("method")), *(Path(name).stem for name in result.get("modalities") or [])]
     )
@@ -194,7 +194,7 @@ def comparisons(result: dict) -> list[dict]:
 
 
 def unit(task: str) -> str:
-    """What the task's records are: 'stays', also of a task that is not known, or 'films'."""
+    """What the task's records are: 'stays', also of a task that is not known, or 'images'."""
     return schema.TASKS[task].unit if task in schema.TASKS else "stays"
 
 

@@ -10,10 +10,10 @@ from medfuse_jax.report.read_runs import SUBSETS, Run, method_name, number, pair
 
 _SUBSET_TITLES = {
     "all": "All test stays",
-    "paired": "Test stays with a film",
-    "unpaired": "Test stays without a film",
-    "film_only": "Test films without time series",
-    "had_both": "Test stays with time series and film, before one was dropped",
+    "paired": "Test stays with an X-ray",
+    "unpaired": "Test stays without an X-ray",
+    "cxr_only": "Test X-rays without time series",
+    "had_both": "Test stays with time series and X-ray, before one was dropped",
 }
 _AGE_GROUPS = ((18, 40), (40, 60), (60, 80), (80, np.inf))  # years, low <= age < high; paper, Table 5
 _NUM_BOOTSTRAP = 1000
@@ -114,7 +114,7 @@ def ages(run: Run) -> str:
     paired_N = run.predictions["paired"]
     parts = [("All that it scores", np.ones(len(run.predictions["age"]), bool))]
     if paired_N is not None and paired_N.any():
-        parts.append(("Those with a film (the paper\u2019s Table 5)", paired_N))
+        parts.append(("Those with an X-ray (the paper\u2019s Table 5)", paired_N))
     groups = [(title, _age_groups(run, include_N)) for title, include_N in parts]
     axis = _axis([x for _, rows in groups for *_, values in rows for x in (values[0], *values[1])])
     body = ""

@@ -7,9 +7,9 @@ from medfuse_jax.report.read_runs import OUTSIDE_ITS_CI, SUBSETS, TASK_NAMES, me
 
 _WIDTH = 100
 _SUBSET_WORDS = {
-    "paired": "with film",
-    "unpaired": "no film",
-    "film_only": "film only",
+    "paired": "with X-ray",
+    "unpaired": "no X-ray",
+    "cxr_only": "X-ray only",
     "had_both": "had both",
 }
 

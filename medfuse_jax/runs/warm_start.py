@@ -38,7 +38,7 @@ def staged(config: ConfigDict) -> list[str]:
     """The encoders that a config has pre-trained: those of its method that config.init does not give."""
     given = {name for name, path in config.init.items() if path}
     method, _ = registry.METHODS[config.method]
-    has = {"ehr": method.uses_ehr, "cxr": method.uses_film}
+    has = {"ehr": method.uses_ehr, "cxr": method.uses_cxr}
     return [name for name in config_lib.stages(config) if has[name] and not given & {name, "model"}]
 
 
@@ -64,7 +64,7 @@ def check_frozen(run: Experiment, starts_from: Iterable[str]) -> None:
                 f"the {name} encoder is frozen (method {run.config.method}), and nothing trains it before, so it would "
                 f"stay random: give config.pretrain.{name} with config.encoders=pretrained, or config.init.{name}"
             )
-    if model.frozen_stats and model.uses_film and not {"cxr", "model"} & names:
+    if model.frozen_stats and model.uses_cxr and not {"cxr", "model"} & names:
         raise UserError(
             f"config.model.batch_norm is 'frozen' ({run.config.name}), and nothing trains the cxr encoder before, so "
             "its statistics would stay 0 and 1: give config.pretrain.cxr with config.encoders=pretrained, or "
@@ -114,7 +114,7 @@ def _check_values(what: str, run: Experiment, source: Experiment) -> None:
 def _check_module(what: str, run: Experiment, module: str, ours: dict, theirs: dict) -> None:
     ours, theirs = (jax.tree.map(jnp.shape, params) for params in (ours, theirs))
     if module.endswith("_encoder"):
-        # daft3's film encoder is a whole one's but for the last stage; stages themselves are taken whole.
+        # daft3's X-ray encoder is a whole one's but for the last stage; stages themselves are taken whole.
         our_stages, their_stages = ({part.partition("_")[0] for part in parts} for parts in (ours, theirs))
         if lacking := sorted(our_stages - their_stages):
             raise UserError(f"{what} cannot start {run.config.method}: its {module} has no {lacking[0]}")

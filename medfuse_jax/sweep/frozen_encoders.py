@@ -1,8 +1,8 @@
 """Heads on frozen encoders: the encoders run once over the data, then every trial is a small head on their features.
 
-Shapes: N records, D EHR features, J films, E film features, B rows, P films of a batch.
+Shapes: N records, D EHR features, J X-rays, E X-ray features, B rows, P X-rays of a batch.
 
-A film is encoded once, so it cannot be augmented anew each epoch: the trials' configs say that augmentation is
+An X-ray is encoded once, so it cannot be augmented anew each epoch: the trials' configs say that augmentation is
 off, and `medfuse_jax.main` with such a config gives the same numbers.
 """
 
@@ -31,7 +31,7 @@ from medfuse_jax.sweep import trial_store
 
 _ENCODERS = ("ehr_encoder", "cxr_encoder")
 # Their heads read nothing of an encoder but its features. medfuse_attention reads all hours of a stay, and unified's
-# classifier of films other films; the rest cannot freeze their encoders.
+# classifier of X-rays other X-rays; the rest cannot freeze their encoders.
 _OF_FEATURES = ("early", "joint", "joint_zeros", "joint_learnable", "medfuse")
 # Changing these changes no feature; any other field is taken to.
 _WITHOUT_EFFECT = (
@@ -40,7 +40,7 @@ _WITHOUT_EFFECT = (
     "learning_rate",
     "beta2",
     "batch_size",
-    "films_per_batch",
+    "images_per_batch",
     "num_epochs",
     "early_stop_epochs",
     "plateau_epochs",
@@ -49,39 +49,39 @@ _WITHOUT_EFFECT = (
     "model.dropout",
     "model.fusion_hidden",
     "model.freeze_encoders",
-    "model.missing_film",
+    "model.missing_cxr",
 )
 _NO_AUGMENTATION = {
-    "film.flip": False,
-    "film.rotation_deg": 0.0,
-    "film.scale": (1.0, 1.0),
-    "film.translation": 0.0,
-    "film.crop": "center",
+    "image.flip": False,
+    "image.rotation_deg": 0.0,
+    "image.scale": (1.0, 1.0),
+    "image.translation": 0.0,
+    "image.crop": "center",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What frozen encoders make of one split. film_N: each record's place in film_JE, or -1."""
+    """What frozen encoders make of one split. image_N: each record's place in cxr_JE, or -1."""
 
     ehr_ND: np.ndarray
-    film_JE: np.ndarray
-    film_N: np.ndarray
+    cxr_JE: np.ndarray
+    image_N: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadExperiment(experiment_lib.Experiment):
-    """An experiment whose batches hold features in place of stays and films."""
+    """An experiment whose batches hold features in place of stays and X-rays."""
 
     features: dict[str, Features] = dataclasses.field(default_factory=dict)
 
     def batches(self, split: str, plan: plan_lib.Plan, start: int = 0) -> Iterator[dict]:
-        """As Experiment.batches, with `ehr_features` [D, B, D] and `film_features` [D, P, E]."""
+        """As Experiment.batches, with `ehr_features` [D, B, D] and `cxr_features` [D, P, E]."""
         return parallel.prefetch((self._batch(split, plan, i) for i in range(start, len(plan))), self.devices)
 
     def _batch(self, split: str, plan: plan_lib.Plan, step: int) -> dict[str, np.ndarray]:
         part, features = self.dataset.index[split], self.features[split]
-        rows_1B, film_row_1P = plan_lib.deal(plan, step, num_devices=1)
+        rows_1B, image_row_1P = plan_lib.deal(plan, step, num_devices=1)
         valid_1B = rows_1B != plan_lib.PADDING
         safe_1B = np.where(valid_1B, rows_1B, 0)
         batch = {
@@ -92,11 +92,11 @@ class HeadExperiment(experiment_lib.Experiment):
             "length": np.where(valid_1B, part["length"][safe_1B], 0).astype(np.int32),
             "ehr_features": features.ehr_ND[safe_1B] * valid_1B[..., None],
         }
-        if film_row_1P.shape[1]:
+        if image_row_1P.shape[1]:
             # An empty slot names the row after the last; its features are cleared by the model.
-            record_1P = np.append(safe_1B, 0)[film_row_1P]
-            batch["film_row"] = film_row_1P.astype(np.int32)
-            batch["film_features"] = features.film_JE[features.film_N[record_1P]]
+            record_1P = np.append(safe_1B, 0)[image_row_1P]
+            batch["image_row"] = image_row_1P.astype(np.int32)
+            batch["cxr_features"] = features.cxr_JE[features.image_N[record_1P]]
         for name, by_split in self.dataset.extra.items():
             batch[f"extra_{name}"] = by_split[split][safe_1B]
             batch[f"extra_{name}"][~valid_1B] = np.nan
@@ -104,18 +104,18 @@ class HeadExperiment(experiment_lib.Experiment):
 
 
 def can_cache(config: ConfigDict, encoders: dict) -> bool:
-    """Whether a config's trials are heads on encoders that all share, of films that stay as they are."""
+    """Whether a config's trials are heads on encoders that all share, of X-rays that stay as they are."""
     is_frozen = config.method in _OF_FEATURES and (config.method == "early" or config.model.freeze_encoders)
     # With an odd margin the centre crop of training lies half a pixel beside evaluation's.
-    return is_frozen and set(encoders) == {"ehr", "cxr"} and (config.film.resize_px - config.film.crop_px) % 2 == 0
+    return is_frozen and set(encoders) == {"ehr", "cxr"} and (config.image.resize_px - config.image.crop_px) % 2 == 0
 
 
 def check_values(values: dict, config: ConfigDict, encoders: dict) -> None:
-    """Raises UserError where a trial tries a way of augmenting films, and its films are encoded once as they are."""
+    """Raises UserError where a trial tries a way of augmenting X-rays, and its X-rays are encoded once as they are."""
     tried = sorted(values.keys() & _NO_AUGMENTATION.keys())
     if tried and can_cache(config, encoders):
         raise UserError(
-            f"{tried[0]} changes nothing where frozen encoders run once over films that are not augmented: leave it out"
+            f"{tried[0]} changes nothing where frozen encoders see each X-ray once, without augmentation: leave it out"
         )
 
 
@@ -148,36 +148,36 @@ def encode(run: experiment_lib.Experiment, encoders: dict) -> dict[str, Features
 
 
 def encode_step(options: step_lib.StepOptions, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array | None]:
-    """(stays' features [B, D], films' features [P, E]) of a batch, in the precision that the whole model has."""
+    """(stays' features [B, D], X-rays' features [P, E]) of a batch, in the precision that the whole model has."""
     inputs = step_lib.model_inputs(options, batch, key=None)
     with products(options.model.dtype):
         return options.model.apply(variables, inputs, method=_encode)
 
 
 def _encode(model, inputs: dict) -> tuple[jax.Array, jax.Array | None]:
-    """(stays' features [B, D], films' features [P, E]) as the encoders of the model leave them, before dropout."""
+    """(stays' features [B, D], X-rays' features [P, E]) as the encoders of the model leave them, before dropout."""
     ehr_BD = model.encode_ehr(inputs["ehr"], inputs["length"], False, None)
-    film_PE = model.cxr_encoder(inputs["image"], False) if "image" in inputs else None
-    return ehr_BD, film_PE
+    cxr_PE = model.cxr_encoder(inputs["image"], False) if "image" in inputs else None
+    return ehr_BD, cxr_PE
 
 
 def _encode_split(run: experiment_lib.Experiment, encode, split: str) -> Features:
     dataset, include_N = run.dataset, run.selects(split)
-    has_film_N = include_N & dataset.paired(split)
-    film_N = np.where(has_film_N, np.cumsum(has_film_N) - 1, -1)
+    has_cxr_N = include_N & dataset.paired(split)
+    image_N = np.where(has_cxr_N, np.cumsum(has_cxr_N) - 1, -1)
     model = run.options.model
     ehr_ND = np.zeros((len(include_N), model.ehr_hidden), np.float32)
-    film_JE = np.zeros((max(1, int(has_film_N.sum())), model.num_film_features), np.float32)
+    cxr_JE = np.zeros((max(1, int(has_cxr_N.sum())), model.num_cxr_features), np.float32)
     for plan in run.eval_plans(split, include_N):
         for batch in run.batches(split, plan):
-            ehr_BD, film_PE = jax.device_get(encode(batch))
+            ehr_BD, cxr_PE = jax.device_get(encode(batch))
             record_B = np.asarray(batch["record"]).reshape(-1)
             ehr_ND[record_B[record_B != plan_lib.PADDING]] = ehr_BD[record_B != plan_lib.PADDING]
-            if film_PE is not None:
-                row_P = np.asarray(batch["film_row"]).reshape(-1)
+            if cxr_PE is not None:
+                row_P = np.asarray(batch["image_row"]).reshape(-1)
                 filled_P = row_P < len(record_B)
-                film_JE[film_N[record_B[row_P[filled_P]]]] = film_PE[filled_P]
-    return Features(ehr_ND, film_JE, film_N)
+                cxr_JE[image_N[record_B[row_P[filled_P]]]] = cxr_PE[filled_P]
+    return Features(ehr_ND, cxr_JE, image_N)
 
 
 def fresh_heads(run: experiment_lib.Experiment, seeds: list[int]) -> list[step_lib.TrainState]:

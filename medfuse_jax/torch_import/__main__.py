@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
 def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[str]:
     """Makes `workdir` a finished run of `config` with the checkpoint's weights; returns lines that say what was done.
 
-    A bare ResNet fills the film encoder alone: a start for others, which `evaluate` refuses to score.
+    A bare ResNet fills the X-ray encoder alone: a start for others, which `evaluate` refuses to score.
     UserError where the file, the config or its data do not fit together, or the workdir is in use.
     """
     from medfuse_jax import experiment, optim, torch_import
@@ -90,7 +90,7 @@ def export_weights(workdir: Path, path: Path) -> str:
 def _check_modalities(config: ConfigDict) -> None:
     if config.model.modalities:
         raise UserError(
-            f"config.model.modalities is {config.model.modalities!r}: the released models have EHR and film alone, "
+            f"config.model.modalities is {config.model.modalities!r}: the released models have EHR and X-ray alone, "
             "so such a run can be neither imported nor exported"
         )
 

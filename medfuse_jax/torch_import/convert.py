@@ -51,7 +51,7 @@ def is_backbone(state_dict: Mapping[str, np.ndarray]) -> bool:
 
 
 def fill_backbone(model: registry.Model, state_dict: Mapping[str, np.ndarray]) -> dict:
-    """A torchvision ResNet's weights for a model's film encoder: {'params': {'cxr_encoder': ...}, 'batch_stats': ...}.
+    """A torchvision ResNet's weights for a model's X-ray encoder: {'params': {'cxr_encoder': ...}, 'batch_stats': ...}.
 
     Its ImageNet head (fc.weight, fc.bias) is left out, and the stages that the model has not. UserError as in `load`.
     """
@@ -62,8 +62,8 @@ def fill_backbone(model: registry.Model, state_dict: Mapping[str, np.ndarray]) -
     known |= {name.replace("running_mean", "num_batches_tracked") for name in known}
     rows = [row for row in rows if row.path in expected]
     if not rows:
-        raise UserError("these are the weights of a film encoder (a ResNet), which this config's method has not")
-    _check_names(state_dict, rows, "the film encoder", known)
+        raise UserError("these are the weights of an X-ray encoder (a ResNet), which this config's method has not")
+    _check_names(state_dict, rows, "the X-ray encoder", known)
     return traverse_util.unflatten_dict({row.path: _to_flax(row, state_dict, expected[row.path]) for row in rows})
 
 
@@ -131,7 +131,7 @@ def _check_names(state_dict, rows: list[Row], what: str, known: set[str], hint: 
 def _hint(state_dict, stages) -> str:
     """What a checkpoint without the names that were looked for is, as far as its names tell."""
     if is_backbone(state_dict):
-        return "; it is a bare ResNet, for a film encoder to start from"
+        return "; it is a bare ResNet, for an X-ray encoder to start from"
     fitting = [m for m in TABLES if all(name in state_dict for row in table(m, stages) for name in row.names)]
     return f"; it has all weights of {', '.join(fitting)}" if fitting else ""
 

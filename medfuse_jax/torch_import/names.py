@@ -91,7 +91,7 @@ _FUSION_LSTM = _lstm_rows("lstm_fusion_layer", "fusion_lstm", "cell")
 def _mmtm_rows(place: int) -> list[Row]:
     return (
         _linear_rows(f"mmtm{place}.fc_squeeze", "mmtm", "squeeze")
-        + _linear_rows(f"mmtm{place}.fc_visual", "mmtm", "film_gate")
+        + _linear_rows(f"mmtm{place}.fc_visual", "mmtm", "image_gate")
         + _linear_rows(f"mmtm{place}.fc_skeleton", "mmtm", "ehr_gate")
     )
 
@@ -162,7 +162,7 @@ _NEVER_READ = ("sep_token", "cls_token")
 def table(method: str, stage_sizes: Iterable[int] = RESNET34_STAGES, missing: str = "") -> list[Row]:
     """The rows a method needs.
 
-    missing: what stands for a missing film in early and joint fusion, 'zeros' or 'learnt'; '': what the method's
+    missing: what stands for a missing X-ray in early and joint fusion, 'zeros' or 'learnt'; '': what the method's
     name says. UserError for a method that was not released.
     """
     check_choice("method", method, registry.METHODS)

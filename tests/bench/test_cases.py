@@ -105,10 +105,10 @@ def test_a_record_of_the_step_adds_up(step_rows):
     plan = cohort.train_plan(case, cohort.dataset(case))
     sampled = cohort.sample(plan, cohort.dataset(case).lengths("train"), 6)
     assert row["samples_per_repeat"] == (sampled.paired_SP >= 0).sum() + (sampled.unpaired_SU >= 0).sum()
-    assert row["films_per_repeat"] == (sampled.paired_SP >= 0).sum()
+    assert row["images_per_repeat"] == (sampled.paired_SP >= 0).sum()
     assert row["samples_per_s"] == pytest.approx(row["samples_per_repeat"] / row["seconds"], rel=1e-3)
     assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"] and len(row["seconds_all"]) == 2
-    assert row["compilations"] == len(set(sampled.steps_S)) == 2
+    assert row["compilations"] == len(set(sampled.padded_length_S)) == 2
     assert row["tflop_per_s_device"] > 0 and 0 < row["share_of_matrix_rate"] < 1.5
     assert row["step_memory_gb"] > 0 and 0 < row["padded_share_run"] < row["padded_share_bucket"] < 1
 
@@ -175,14 +175,14 @@ def test_the_parts_of_a_step_are_set_beside_it():
     assert {row["time_steps_per_repeat"] for row in rows} == {chunks.steps_run(longest)}
 
 
-def test_half_the_film_encoder_is_half():
+def test_half_the_image_encoder_is_half():
     """Its gradient reaches the first stage, and not the second."""
     case = _TINY["parts"]
     data = cohort.dataset(case)
     batches = cohort.collate_all(data, cohort.sample(cohort.train_plan(case, data), data.lengths("train"), 1), 1)
     options = step.step_options(case, data)
-    state, batch = step.fresh_state(options), parts._with_prepared_films(batches[0], case)
-    gradient = parts._parts(options)["film_half"](state, batch)
+    state, batch = step.fresh_state(options), parts._with_prepared_images(batches[0], case)
+    gradient = parts._parts(options)["cxr_half"](state, batch)
     largest = {name: max(float(np.abs(x).max()) for x in jax.tree.leaves(g)) for name, g in gradient.items()}
     assert largest["stage1_block0"] > 0 == largest["stage2_block0"]
 
@@ -192,10 +192,10 @@ def test_batches_of_shards_are_measured_as_made_up_ones_are(shards):
     from medfuse_jax.data import batches
 
     case = dataclasses.replace(_TINY["step"], method="uni_ehr", repeats=1, num_batches=1)
-    data = batches.open_dataset(shards, "pheno", use_film=False)
+    data = batches.open_dataset(shards, "pheno", use_cxr=False)
     (row,) = step.measure(case, data)
     assert row["steps_per_epoch"] == -(-len(data.splits["train"]) // case.batch_size)
-    assert 0 < row["samples_per_repeat"] <= case.batch_size and row["films_per_repeat"] == 0
+    assert 0 < row["samples_per_repeat"] <= case.batch_size and row["images_per_repeat"] == 0
 
 
 def test_contenders_take_turns_and_the_first_changes():
@@ -336,9 +336,9 @@ def test_a_preset_can_be_planned(preset):
             continue
         data = cohort.dataset(dataclasses.replace(case, num_stays=min(case.num_stays, 40 * case.batch_size)))
         plan = cohort.train_plan(case, data)
-        assert plan.batch_size == case.batch_size and len(np.unique(plan.steps_S)) <= case.max_buckets
+        assert plan.batch_size == case.batch_size and len(np.unique(plan.padded_length_S)) <= case.max_buckets
         assert len(plan) >= case.num_batches and case.batch_size % case.num_devices == 0
-        assert data.use_film == bool(plan.films_per_batch)
+        assert data.use_cxr == bool(plan.images_per_batch)
 
 
 def test_an_unknown_preset_names_the_nearest():
@@ -360,7 +360,7 @@ def test_the_steps_of_the_h200_preset_lower_for_a_gpu(method):
     state = jax.eval_shape(lambda: step.fresh_state(options))
     compiled = parallel.compile_train(options, case.parallel, parallel.devices(1))
     text = compiled.trace(state, batches[0], jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
-    assert "bf16" in text and ("stablehlo.convolution" in text) == data.use_film
+    assert "bf16" in text and ("stablehlo.convolution" in text) == data.use_cxr
 
 
 def test_the_environment_names_what_is_needed_and_no_place():

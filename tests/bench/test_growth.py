@@ -13,13 +13,13 @@ from medfuse_jax.runtime.errors import UserError
 _ROOT = Path(__file__).parents[2]
 
 
-def _row(seconds_of, method, rows, time_steps, films):
+def _row(seconds_of, method, rows, time_steps, images):
     settings = {"kind": "step", "method": method, "batch_size": rows}
-    counts = {"batches_per_repeat": 2, "films_per_batch": films, "films_per_repeat": 2 * films}
+    counts = {"batches_per_repeat": 2, "images_per_batch": images, "images_per_repeat": 2 * images}
     return {
         "settings": settings,
         "time_steps_per_repeat": 2 * time_steps,
-        "seconds": 2 * seconds_of(rows * time_steps, films),
+        "seconds": 2 * seconds_of(rows * time_steps, images),
         **counts,
     }
 
@@ -30,14 +30,14 @@ def _rows(seconds_of):
 
 
 def test_the_model_finds_what_was_planted():
-    found = growth.fit(_rows(lambda row_steps, films: 2e-4 * row_steps + 0.2 * films + (0.05 if films else 0.01)))
+    found = growth.fit(_rows(lambda row_steps, images: 2e-4 * row_steps + 0.2 * images + (0.05 if images else 0.01)))
     np.testing.assert_allclose(found, [2e-4, 0.2, 0.01, 0.05], rtol=1e-6)
-    other = growth.fit(_rows(lambda row_steps, films: 2.1e-4 * row_steps + 0.2 * films + (0.05 if films else 0.01)))
+    other = growth.fit(_rows(lambda row_steps, images: 2.1e-4 * row_steps + 0.2 * images + (0.05 if images else 0.01)))
     assert abs(found[0] - other[0]) > 5e-6
 
 
 def test_an_epoch_is_as_many_batches_as_its_stays_fill():
-    rows = _rows(lambda row_steps, films: 2e-4 * row_steps + 0.2 * films)
+    rows = _rows(lambda row_steps, images: 2e-4 * row_steps + 0.2 * images)
     assert "| 5.7 min |" in growth._growth_table(rows)  # 42,628 stays, 16 a batch, 0.128 s each
 
 
@@ -45,7 +45,7 @@ def test_the_parts_and_the_rest_are_the_step():
     taken = dict(zip(("ours", *parts.PARTS), (10.0, 0.5, 1.0, 3.0, 6.0, 2.0, 0.25)))
     rows = [{"contender": name, "seconds": 2 * s, "batches_per_repeat": 2} for name, s in taken.items()]
     shares = growth._shares(rows)
-    assert shares["film_half"] == 2.0 and shares["film_encoder"] == 3.0 and shares["rest"] == 1.25
+    assert shares["cxr_half"] == 2.0 and shares["cxr_encoder"] == 3.0 and shares["rest"] == 1.25
     assert sum(s for name, s in parts.items() if name != "whole") == parts["whole"] == 10.0
 
 
@@ -80,7 +80,7 @@ def test_tables_and_picture_are_made_of_records(tmp_path):
         "environment": {"commit": "0", "time": "2026-01-02", "platform": "cpu", "device": "cpu"},
         "command": "",
     }
-    steps = [about | row for row in _rows(lambda row_steps, films: 2e-4 * row_steps + 0.2 * films + 0.01)]
+    steps = [about | row for row in _rows(lambda row_steps, images: 2e-4 * row_steps + 0.2 * images + 0.01)]
     taken = zip(("ours", *parts.PARTS), (10.0, 0.5, 1.0, 3.0, 6.0, 2.0, 0.25))
     part_rows = [
         about | {"contender": n, "seconds": s, "batches_per_repeat": 1, "settings": {"kind": "parts"}} for n, s in taken
@@ -92,11 +92,11 @@ def test_tables_and_picture_are_made_of_records(tmp_path):
     growth.write(tmp_path / "results", docs)
     page = (docs / "performance.md").read_text()
     assert page.startswith("before\n") and page.endswith("after\n")
-    assert "| ResNet: stages 3-4 | 3 s | 30% |" in page and "b = 200 ms a film" in page
+    assert "| ResNet: stages 3-4 | 3 s | 30% |" in page and "b = 200 ms an X-ray" in page
     assert "| 2 | pmap | 1.5 s | 1.50 |" in page and "| predicted |" in page and "| v5e-256 | 16 |" in page
     assert "(+0%)" in page and "Adam" in (docs / "step_time.svg").read_text()
     written = {path: path.read_text() for path in docs.iterdir()}
-    first, *others = _named("growth", steps + parts)
+    first, *others = _named("growth", steps + part_rows)
     _write(folder / "growth.json", [row for row in others if row["case"] != first["case"]])
     with pytest.raises(UserError, match=r"growth\.json lacks .*: run all of --preset=growth"):
         growth.write(tmp_path / "results", docs)

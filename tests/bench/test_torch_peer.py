@@ -17,25 +17,25 @@ _ROWS = 4
 
 
 def _batch():
-    """As `input_pipeline` lays one out on one device: two films, one empty slot; and the films, three channels."""
+    """As `input_pipeline` lays one out on one device: two X-rays, one empty slot; and the X-rays, three channels."""
     rng = np.random.default_rng(0)
-    film_row = np.array([[2, 0, _ROWS]], np.int32)
+    image_row = np.array([[2, 0, _ROWS]], np.int32)
     batch = {
         "ehr": rng.standard_normal((1, _ROWS, 6, 76)).astype(np.float32),
         "length": np.array([[5, 2, 4, 1]], np.int32),
         "label": rng.integers(0, 2, (1, _ROWS, 3)).astype(np.float32),
         "valid": np.array([[True, True, True, False]]),
-        "film_row": film_row,
+        "image_row": image_row,
     }
     return batch, rng.standard_normal((3, 3, 32, 32)).astype(np.float32)
 
 
-def _ours(model, variables, batch, film_PCHW, train=False):
-    film_row_P = batch["film_row"][0]
-    films = {"image": film_PCHW.transpose(0, 2, 3, 1), "film_row": film_row_P, "film_mask": film_row_P < _ROWS}
+def _ours(model, variables, batch, image_PCHW, train=False):
+    image_row_P = batch["image_row"][0]
+    images = {"image": image_PCHW.transpose(0, 2, 3, 1), "image_row": image_row_P, "image_mask": image_row_P < _ROWS}
     ehr = {"ehr": batch["ehr"][0], "length": batch["length"][0]}
     mutable = ["batch_stats"] if train else False
-    out = jax.jit(lambda v: model.apply(v, **ehr, **films, train=train, mutable=mutable))(variables)
+    out = jax.jit(lambda v: model.apply(v, **ehr, **images, train=train, mutable=mutable))(variables)
     return out[0] if train else out
 
 
@@ -59,30 +59,30 @@ def test_a_peer_scores_as_ours(method, variant):
     stage = {"stage": int(method[-1])} if method[-1] in "34" else {}
     model = registry.build(method, 3, **_SIZES, **stage)
     variables = model_cases.random_variables(model)
-    batch, film_PCHW = _batch()
-    placed = torch_peer.batch_for(variant, batch, film_PCHW, np.zeros(76, np.float32), np.ones(76, np.float32))
+    batch, image_PCHW = _batch()
+    placed = torch_peer.batch_for(variant, batch, image_PCHW, np.zeros(76, np.float32), np.ones(76, np.float32))
     peer = _peer(variant, method, variables).eval()
-    ours_BK = np.asarray(_ours(model, variables, batch, film_PCHW)["logits"])
-    scored = [0, 2] if method == "uni_cxr" else slice(None)  # a row without a film has no score there
+    ours_BK = np.asarray(_ours(model, variables, batch, image_PCHW)["logits"])
+    scored = [0, 2] if method == "uni_cxr" else slice(None)  # a row without an X-ray has no score there
     np.testing.assert_allclose(_scores(peer, placed)[scored], ours_BK[scored], atol=_TOLERANCE, rtol=_TOLERANCE)
     if method != "uni_cxr":
         placed["length"][0] -= 1
         assert np.abs(_scores(peer, placed)[0] - ours_BK[0]).max() > 10 * _TOLERANCE, "a step too few would show"
 
 
-def test_a_tuned_training_step_has_our_loss_and_zero_films_do_not():
+def test_a_tuned_training_step_has_our_loss_and_zero_images_do_not():
     model = registry.build("medfuse", 3, **_SIZES)
     variables = model_cases.random_variables(model)
-    batch, film_PCHW = _batch()
-    batch["film_row"], film_PCHW = batch["film_row"][:, :2], film_PCHW[:2]
-    logits_BK = _ours(model, variables, batch, film_PCHW, train=True)["logits"]
+    batch, image_PCHW = _batch()
+    batch["image_row"], image_PCHW = batch["image_row"][:, :2], image_PCHW[:2]
+    logits_BK = _ours(model, variables, batch, image_PCHW, train=True)["logits"]
     ours = float(losses.mean_bce(logits_BK, batch["label"][0], batch["valid"][0], 3))
     found = {}
     for name, variant in torch_peer.VARIANTS.items():
         peer = _peer(variant, "medfuse", variables).train()
         before = peer.projection.weight.detach().clone()
         optimizer = torch.optim.Adam(peer.parameters(), lr=1e-3)
-        placed = torch_peer.batch_for(variant, batch, film_PCHW, np.zeros(76, np.float32), np.ones(76, np.float32))
+        placed = torch_peer.batch_for(variant, batch, image_PCHW, np.zeros(76, np.float32), np.ones(76, np.float32))
         found[name] = float(torch_peer.train_step(peer, optimizer, placed, "float32").detach())
         assert not torch.equal(before, peer.projection.weight), "the step changes the weights"
     assert abs(found["torch_tuned"] - ours) < _TOLERANCE
@@ -92,17 +92,17 @@ def test_a_tuned_training_step_has_our_loss_and_zero_films_do_not():
 def test_early_fusion_leaves_its_encoders_as_they_are():
     peer = torch_peer.Peer("early", 3, packed=False, **_SIZES).to(torch_peer.device()).train()
     frozen = {n: p.detach().clone() for n, p in peer.state_dict().items() if n.startswith(("ehr_model", "cxr_model"))}
-    batch, film_PCHW = _batch()
+    batch, image_PCHW = _batch()
     mean, std = np.zeros(76, np.float32), np.ones(76, np.float32)
-    placed = torch_peer.batch_for(torch_peer.TUNED, batch, film_PCHW, mean, std)
+    placed = torch_peer.batch_for(torch_peer.TUNED, batch, image_PCHW, mean, std)
     torch_peer.train_step(peer, torch.optim.Adam(peer.parameters(), lr=1e-3), placed, "float32")
     assert all(torch.equal(value, peer.state_dict()[name]) for name, value in frozen.items())
 
 
 def test_a_released_batch_has_zero_images_and_a_tuned_one_none():
-    batch, film_PCHW = _batch()
+    batch, image_PCHW = _batch()
     mean, std = np.zeros(76, np.float32), np.ones(76, np.float32)
-    released, tuned = (torch_peer.batch_for(v, batch, film_PCHW, mean, std) for v in torch_peer.VARIANTS.values())
+    released, tuned = (torch_peer.batch_for(v, batch, image_PCHW, mean, std) for v in torch_peer.VARIANTS.values())
     assert released["image"].shape[0] == _ROWS and tuned["image"].shape[0] == 3
     assert not released["image"][[1, 3]].any() and torch.equal(released["image"][2], tuned["image"][0])
     assert tuned["image"].is_contiguous(memory_format=torch.channels_last)

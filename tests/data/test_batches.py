@@ -26,8 +26,8 @@ def _plan(dataset, **changes):
 def test_a_batch_holds_the_records_of_its_plan(dataset):
     the_plan = _plan(dataset)
     for step, batch in zip(range(3), batches.batches(dataset, "train", the_plan)):
-        assert batch["ehr"].shape == (1, 16, the_plan.steps_S[step], 76)
-        films = dict(zip(batch["film_row"][0], batch["image"][0]))
+        assert batch["ehr"].shape == (1, 16, the_plan.padded_length_S[step], 76)
+        images = dict(zip(batch["image_row"][0], batch["image"][0]))
         for row in range(16):
             number = batch["record"][0, row]
             if number == plan.PADDING:
@@ -37,9 +37,9 @@ def test_a_batch_holds_the_records_of_its_plan(dataset):
             np.testing.assert_array_equal(batch["ehr"][0, row, :length], record["ehr"])
             assert not batch["ehr"][0, row, length:].any()
             np.testing.assert_array_equal(batch["label"][0, row], record["label"])
-            assert (row in films) == record["has_cxr"]
+            assert (row in images) == record["has_cxr"]
             if record["has_cxr"]:
-                np.testing.assert_array_equal(films[row], record["image"])
+                np.testing.assert_array_equal(images[row], record["image"])
 
 
 def test_batches_go_on_from_any_step(dataset):
@@ -51,47 +51,47 @@ def test_batches_go_on_from_any_step(dataset):
     assert list(batches.batches(dataset, "train", the_plan, start=len(the_plan))) == []
 
 
-def test_two_devices_get_the_same_stays_and_films_as_one(dataset):
+def test_two_devices_get_the_same_stays_and_images_as_one(dataset):
     the_plan = _plan(dataset)
     one, two = (next(batches.batches(dataset, "train", the_plan, num_devices=d)) for d in (1, 2))
     assert sorted(one["record"].reshape(-1)) == sorted(two["record"].reshape(-1))
 
-    def films(batch):
+    def images(batch):
         rows = batch["record"].shape[1]
         return {
             int(batch["record"][d, row]): batch["image"][d, slot].sum()
-            for d, slot in np.ndindex(batch["film_row"].shape)
-            if (row := batch["film_row"][d, slot]) < rows
+            for d, slot in np.ndindex(batch["image_row"].shape)
+            if (row := batch["image_row"][d, slot]) < rows
         }
 
-    assert films(one) == films(two) and films(one)
+    assert images(one) == images(two) and images(one)
 
 
 def test_what_a_method_does_not_read_is_not_in_its_batches(shards):
-    ehr_only = batches.open_dataset(shards, "pheno", use_film=False)
-    assert not {"image", "film_row"} & next(batches.batches(ehr_only, "train", _plan(ehr_only))).keys()
-    films = batches.open_dataset(shards, "radiology")
-    batch = next(batches.batches(films, "train", _plan(films)))
+    ehr_only = batches.open_dataset(shards, "pheno", use_cxr=False)
+    assert not {"image", "image_row"} & next(batches.batches(ehr_only, "train", _plan(ehr_only))).keys()
+    images = batches.open_dataset(shards, "radiology")
+    batch = next(batches.batches(images, "train", _plan(images)))
     assert not {"ehr", "length"} & batch.keys() and batch["image"].shape == (1, 16, 256, 256)
 
 
-def test_batches_of_films_with_their_own_labels_take_turns(dataset, shards):
-    with_films = batches.with_films(dataset, shards, "radiology")
-    films = with_films.films
-    of_films = (films.lengths("train"), films.paired("train"), films.usable("train"))
-    film_plan = plan.train_plan(*of_films, batch_size=16, seed=0, epoch=1, buckets=films.buckets)
-    turns = plan.take_turns(_plan(dataset), film_plan)
-    both = list(batches.batches(with_films, "train", turns))
+def test_batches_of_images_with_their_own_labels_take_turns(dataset, shards):
+    with_cxr_dataset = batches.with_cxr_dataset(dataset, shards, "radiology")
+    images = with_cxr_dataset.images
+    of_images = (images.lengths("train"), images.paired("train"), images.usable("train"))
+    image_plan = plan.train_plan(*of_images, batch_size=16, seed=0, epoch=1, buckets=images.buckets)
+    turns = plan.take_turns(_plan(dataset), image_plan)
+    both = list(batches.batches(with_cxr_dataset, "train", turns))
     assert len(both) == len(turns)
-    assert [("label" in b, "film_label" in b) for b in both[:2]] in (
+    assert [("label" in b, "cxr_label" in b) for b in both[:2]] in (
         [(True, False), (False, True)],
         [(True, False), (True, False)],
     )
-    of_films = next(b for b in both if "film_label" in b)
-    assert not {"ehr", "length"} & of_films.keys() and of_films["film_label"].shape == (1, 16, 14)
-    record = films.splits["train"][int(of_films["record"][0, 0])]
-    np.testing.assert_array_equal(of_films["film_label"][0, 0], record["label"])
-    again = list(batches.batches(with_films, "train", turns, start=3))
+    of_images = next(b for b in both if "cxr_label" in b)
+    assert not {"ehr", "length"} & of_images.keys() and of_images["cxr_label"].shape == (1, 16, 14)
+    record = images.splits["train"][int(of_images["record"][0, 0])]
+    np.testing.assert_array_equal(of_images["cxr_label"][0, 0], record["label"])
+    again = list(batches.batches(with_cxr_dataset, "train", turns, start=3))
     for a, b in zip(both[3:], again, strict=True):
         np.testing.assert_array_equal(a["record"], b["record"])
 
@@ -239,9 +239,9 @@ def test_other_statistics_are_part_of_what_a_run_is_trained_on(shards, tmp_path)
     assert digests[0] == train.digest == records.digest(shards, "pheno") and len(set(digests)) == 3
 
 
-def test_a_method_of_films_alone_needs_films(shards, tmp_path):
+def test_a_method_of_images_alone_needs_images(shards, tmp_path):
     folder = _copy(shards, tmp_path)
     for split in ("train", "val", "test"):
         _rewrite_index(folder, split, lambda fields: fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})
-    with pytest.raises(UserError, match="holds no films"):
+    with pytest.raises(UserError, match="holds no X-rays"):
         batches.open_dataset(folder, "pheno", use_ehr=False)

@@ -1,4 +1,4 @@
-"""Stays without time series but with a film, from the shards to the result; and, in training, what is absent."""
+"""Stays without time series but with an X-ray, from the shards to the result; and, in training, what is absent."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ from medfuse_jax.models import registry
 from medfuse_jax.runs import checkpoints, workdir
 
 _ROWS, _STEPS, _LABELS = 5, 4, 3
-_BOTH, _EHR, _FILM, _ALSO_BOTH, _PADDED = range(_ROWS)
+_BOTH, _EHR, _IMAGE, _ALSO_BOTH, _PADDED = range(_ROWS)
 
 
 @pytest.fixture(scope="module")
-def film_only_shards(shards, tmp_path_factory):
+def cxr_only_shards(shards, tmp_path_factory):
     """The small cohort, every second paired stay of each split without its time series."""
     from data_prep.write import shards as shards_lib
 
-    root = tmp_path_factory.mktemp("film_only")
+    root = tmp_path_factory.mktemp("cxr_only")
     shutil.copytree(shards / "radiology", root / "radiology")
     (root / "pheno").mkdir()
     index, records_of = {}, {}
@@ -48,13 +48,13 @@ def film_only_shards(shards, tmp_path_factory):
 
 
 @pytest.fixture
-def film_only_config(tiny_config, film_only_shards):
-    tiny_config.data.dir, tiny_config.num_epochs = str(film_only_shards), 1
+def cxr_only_config(tiny_config, cxr_only_shards):
+    tiny_config.data.dir, tiny_config.num_epochs = str(cxr_only_shards), 1
     return tiny_config
 
 
-def test_a_method_of_both_scores_every_stay_and_reports_those_with_a_film_alone(film_only_config, tmp_path):
-    run = experiment.open_experiment(film_only_config)
+def test_a_method_of_both_scores_every_stay_and_reports_those_with_a_image_alone(cxr_only_config, tmp_path):
+    run = experiment.open_experiment(cxr_only_config)
     workdir.claim(tmp_path, run)
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
         checkpoints.save(manager, run.fresh_state(), optim.Progress(), is_best=True)
@@ -62,35 +62,35 @@ def test_a_method_of_both_scores_every_stay_and_reports_those_with_a_film_alone(
     assert result["best_epoch"] == 0 and result["selected_by"].startswith("not selected")
     with np.load(tmp_path / "predictions_test.npz") as stored:
         scored = dict(stored)
-    index = records.index(film_only_config.data.dir, "pheno", "test")
+    index = records.index(cxr_only_config.data.dir, "pheno", "test")
     np.testing.assert_array_equal(scored["stay_id"], index["stay_id"])
     assert np.isfinite(scored["scores"]).all()
     alone_N = index["has_cxr"] & (index["length"] == 0)
     counts = {name: part["num_samples"] for name, part in result["subsets"].items()}
-    assert counts["film_only"] == alone_N.sum() > 0 and counts["all"] == len(alone_N)
+    assert counts["cxr_only"] == alone_N.sum() > 0 and counts["all"] == len(alone_N)
     assert counts["paired"] == (index["has_cxr"] & ~alone_N).sum() and counts["unpaired"] == (~index["has_cxr"]).sum()
     np.testing.assert_array_equal(scored["has_ehr"], index["length"] > 0)
 
 
 @pytest.mark.parametrize("method", ["uni_ehr", "daft3"])
-def test_a_method_that_needs_ehr_leaves_them_out(film_only_config, method):
-    film_only_config.method = method
-    run = experiment.open_experiment(film_only_config)
+def test_a_method_that_needs_ehr_leaves_them_out(cxr_only_config, method):
+    cxr_only_config.method = method
+    run = experiment.open_experiment(cxr_only_config)
     index = run.dataset.index["train"]
     np.testing.assert_array_equal(run.selects("train"), index["length"] > 0)
     drawn = np.concatenate([run.train_plan(1).paired_SP.reshape(-1), run.train_plan(1).unpaired_SU.reshape(-1)])
     assert (index["length"][drawn[drawn >= 0]] > 0).all()
 
 
-def test_paired_stays_are_those_with_both(film_only_config):
-    film_only_config.data.train_stays = "paired"
-    run = experiment.open_experiment(film_only_config)
+def test_paired_stays_are_those_with_both(cxr_only_config):
+    cxr_only_config.data.train_stays = "paired"
+    run = experiment.open_experiment(cxr_only_config)
     index = run.dataset.index["train"]
     np.testing.assert_array_equal(run.selects("train"), index["has_cxr"] & (index["length"] > 0))
 
 
 def _batch(seed=0):
-    """Rows with both, EHR alone, a film alone, both, and a padded one; the last film slot is empty."""
+    """Rows with both, EHR alone, an X-ray alone, both, and a padded one; the last X-ray slot is empty."""
     rng = np.random.default_rng(seed)
     return {
         "label": (rng.random((_ROWS, _LABELS)) < 0.4).astype(np.float32),
@@ -99,13 +99,13 @@ def _batch(seed=0):
         "length": np.array([4, 2, 0, 3, 0], np.int32),
         "ehr": rng.normal(size=(_ROWS, _STEPS, 76)).astype(np.float32),
         "image": rng.integers(0, 256, (4, 32, 32), np.uint8),
-        "film_row": np.array([_FILM, _BOTH, _ALSO_BOTH, _ROWS], np.int32),
+        "image_row": np.array([_IMAGE, _BOTH, _ALSO_BOTH, _ROWS], np.int32),
     }
 
 
 def _without(batch, part):
     if part == "cxr_encoder":
-        return {**batch, "film_row": np.full(4, _ROWS, np.int32)}
+        return {**batch, "image_row": np.full(4, _ROWS, np.int32)}
     return {**batch, "length": np.zeros(_ROWS, np.int32)}
 
 
@@ -126,7 +126,7 @@ def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method)
     options = step.StepOptions(
         model=registry.build(method, _LABELS, **sizes, **stage),
         optimizer=optax.identity(),
-        film=augment.FilmOptions(resize_px=32, crop_px=32),
+        image=augment.ImageOptions(resize_px=32, crop_px=32),
         mean_F=(0.0,) * 76,
         std_F=(1.0,) * 76,
         weights=step.losses.Weights(align=0.1),
@@ -137,7 +137,7 @@ def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method)
     clean = _batch()
 
     poisoned = {**clean, "ehr": clean["ehr"].copy(), "image": clean["image"].copy(), "label": clean["label"].copy()}
-    poisoned["ehr"][[_FILM, _PADDED]] = np.nan
+    poisoned["ehr"][[_IMAGE, _PADDED]] = np.nan
     poisoned["ehr"][_EHR, 2:] = np.nan
     poisoned["image"][3] = 255
     poisoned["label"][_PADDED] = 1
@@ -146,7 +146,7 @@ def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method)
     jax.tree.map(np.testing.assert_array_equal, after.batch_stats, after_poison.batch_stats)
 
     model = registry.METHODS[method][0]
-    for part, reads in (("ehr_encoder", model.uses_ehr), ("cxr_encoder", model.uses_film)):
+    for part, reads in (("ehr_encoder", model.uses_ehr), ("cxr_encoder", model.uses_cxr)):
         if reads:
             moved = compiled(state, _without(clean, part))[0]
             assert _largest_change(state.params[part], moved.params[part]) == 0
@@ -154,12 +154,12 @@ def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method)
             assert _largest_change(state.params[part], after.params[part]) > 1e-6  # and what is there does
 
     scores_BK = scores_of(clean)
-    if model.uses_film:
+    if model.uses_cxr:
         changed = {**clean, "image": clean["image"].copy()}
         changed["image"][0] = 255 - changed["image"][0]
-        for other in (changed, {**clean, "film_row": np.array([_ROWS, _BOTH, _ALSO_BOTH, _ROWS], np.int32)}):
+        for other in (changed, {**clean, "image_row": np.array([_ROWS, _BOTH, _ALSO_BOTH, _ROWS], np.int32)}):
             moved_B = np.abs(scores_of(other) - scores_BK).max(1) > 0
-            assert not moved_B[[_BOTH, _EHR, _ALSO_BOTH]].any() and moved_B[_FILM] == ("ehr" not in model.needs)
+            assert not moved_B[[_BOTH, _EHR, _ALSO_BOTH]].any() and moved_B[_IMAGE] == ("ehr" not in model.needs)
 
 
 def _largest_change(a, b) -> float:

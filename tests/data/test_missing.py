@@ -23,17 +23,17 @@ def _both(dataset, split="train"):
 
 
 def test_nothing_is_taken_unasked(whole):
-    assert missing.withhold(whole, 0.0, 0.0) is whole
+    assert missing.drop_modalities(whole, 0.0, 0.0) is whole
 
 
 def test_a_stay_loses_one_of_both_and_its_record_says_so_too(whole):
-    less = missing.withhold(whole, drop_ehr=0.4, drop_film=0.6)
+    less = missing.drop_modalities(whole, drop_ehr=0.4, drop_cxr=0.6)
     part, before, both_N = less.index["train"], whole.index["train"], _both(whole)
     assert not _both(less).any()
-    lost_ehr_N, lost_film_N = both_N & (part["length"] == 0), both_N & ~part["has_cxr"]
-    assert lost_ehr_N.any() and lost_film_N.any() and (lost_ehr_N ^ lost_film_N == both_N).all()
+    lost_ehr_N, lost_cxr_N = both_N & (part["length"] == 0), both_N & ~part["has_cxr"]
+    assert lost_ehr_N.any() and lost_cxr_N.any() and (lost_ehr_N ^ lost_cxr_N == both_N).all()
     np.testing.assert_array_equal(part["length"][~both_N], before["length"][~both_N])
-    for i in (int(np.flatnonzero(lost_ehr_N)[0]), int(np.flatnonzero(lost_film_N)[0]), int(np.flatnonzero(~both_N)[0])):
+    for i in (int(np.flatnonzero(lost_ehr_N)[0]), int(np.flatnonzero(lost_cxr_N)[0]), int(np.flatnonzero(~both_N)[0])):
         record = less.splits["train"][i]
         batches.check_against_index(record, part, i, "train")
         assert (record["image"] is not None) == part["has_cxr"][i] == record["has_cxr"]
@@ -42,13 +42,13 @@ def test_a_stay_loses_one_of_both_and_its_record_says_so_too(whole):
 
 
 def test_a_larger_share_takes_from_more_of_the_same(whole):
-    few, many = (missing.withhold(whole, 0.0, share).index["train"]["has_cxr"] for share in (0.3, 0.7))
+    few, many = (missing.drop_modalities(whole, 0.0, share).index["train"]["has_cxr"] for share in (0.3, 0.7))
     assert (few | ~many).all() and few.sum() > many.sum() > 0
     assert few.sum() == pytest.approx(0.7 * _both(whole).sum(), abs=4 * _both(whole).sum() ** 0.5)
 
 
 def test_what_a_stay_had_at_first_is_kept_however_often_something_is_taken(whole):
-    twice = missing.withhold(missing.withhold(whole, 0.0, 0.5), 0.5, 0.0)
+    twice = missing.drop_modalities(missing.drop_modalities(whole, 0.0, 0.5), 0.5, 0.0)
     for split, before in whole.index.items():
         np.testing.assert_array_equal(twice.index[split]["had_cxr"], before["has_cxr"])
         np.testing.assert_array_equal(twice.index[split]["had_ehr"], before["length"] > 0)
@@ -58,15 +58,15 @@ def test_what_a_stay_had_at_first_is_kept_however_often_something_is_taken(whole
 @pytest.mark.parametrize("shares", [(-0.1, 0.0), (0.6, 0.6), (0.0, float("nan"))])
 def test_shares_that_cannot_be_are_refused(whole, shares):
     with pytest.raises(UserError, match="give shares from 0 to 1"):
-        missing.withhold(whole, *shares)
+        missing.drop_modalities(whole, *shares)
 
 
-def test_a_config_without_ehr_trains_on_films_alone(tiny_config):
+def test_a_config_without_ehr_trains_on_images_alone(tiny_config):
     tiny_config.data.drop_ehr = 1.0
     run = experiment.open_experiment(tiny_config)
     batch = next(batches.batches(run.dataset, "train", run.train_plan(1)))
-    film_rows = batch["film_row"][batch["film_row"] < batch["valid"].shape[1]]
-    assert len(film_rows) and (batch["length"][0][film_rows] == 0).all()
+    image_rows = batch["image_row"][batch["image_row"] < batch["valid"].shape[1]]
+    assert len(image_rows) and (batch["length"][0][image_rows] == 0).all()
 
 
 def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
@@ -78,21 +78,21 @@ def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
         checkpoints.save(manager, state, optim.Progress(epoch=3, best_epoch=3), is_best=True)
     whole = evaluate.evaluate(tmp_path)
-    less = evaluate.evaluate(tmp_path, evaluate.Scored(drop_film=1.0))
+    less = evaluate.evaluate(tmp_path, evaluate.Scored(drop_cxr=1.0))
     assert whole["best_epoch"] == less["best_epoch"] == 3
     assert less["selected_by"] == "AUROC on the paired validation stays"
     counts, counts_less = ({name: part["num_samples"] for name, part in r["subsets"].items()} for r in (whole, less))
     assert set(counts) == {"all", "paired", "unpaired"}
     assert counts_less == {"all": counts["all"], "unpaired": counts["all"], "had_both": counts["paired"]}
-    stored = json.loads((tmp_path / "result_test_drop_film_1.json").read_text())
-    assert stored["dropped"] == {"film": 1.0} and "dropped" not in json.loads((tmp_path / "result.json").read_text())
+    stored = json.loads((tmp_path / "result_test_drop_cxr_1.json").read_text())
+    assert stored["dropped"] == {"cxr": 1.0} and "dropped" not in json.loads((tmp_path / "result.json").read_text())
     with (
-        np.load(tmp_path / "predictions_test_drop_film_1.npz") as scored,
+        np.load(tmp_path / "predictions_test_drop_cxr_1.npz") as scored,
         np.load(tmp_path / "predictions_test.npz") as w,
     ):
-        has_film_N = w["has_cxr"]
-        assert not scored["has_cxr"].any() and has_film_N.any()
-        np.testing.assert_array_equal(scored["had_cxr"], has_film_N)
+        has_cxr_N = w["has_cxr"]
+        assert not scored["has_cxr"].any() and has_cxr_N.any()
+        np.testing.assert_array_equal(scored["had_cxr"], has_cxr_N)
         assert scored["had_ehr"].all() and "had_cxr" not in w
-        np.testing.assert_allclose(scored["scores"][~has_film_N], w["scores"][~has_film_N], atol=1e-6)
-        assert np.abs(scored["scores"][has_film_N] - w["scores"][has_film_N]).max() > 1e-4
+        np.testing.assert_allclose(scored["scores"][~has_cxr_N], w["scores"][~has_cxr_N], atol=1e-6)
+        assert np.abs(scored["scores"][has_cxr_N] - w["scores"][has_cxr_N]).max() > 1e-4

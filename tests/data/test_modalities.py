@@ -268,7 +268,7 @@ def test_a_modality_that_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, na
 def test_a_method_that_takes_none_says_which_do():
     config = config_lib.default()
     config.model.modalities, config.method = "static", "joint"
-    with pytest.raises(UserError, match="'joint' fuses EHR and film alone: leave it out, or take medfuse"):
+    with pytest.raises(UserError, match="'joint' fuses EHR and X-ray alone: leave it out, or take medfuse"):
         config_lib.validate(config)
 
 

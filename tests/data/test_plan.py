@@ -1,4 +1,4 @@
-"""Batch plans: every stay once, the same from the same seed, films in every batch, little padding."""
+"""Batch plans: every stay once, the same from the same seed, X-rays in every batch, little padding."""
 
 import numpy as np
 import pytest
@@ -26,26 +26,26 @@ def test_an_epoch_has_every_stay_once():
     np.testing.assert_array_equal(_records(_train()), np.arange(_N))
 
 
-def test_films_per_batch_leaves_no_row_empty_where_all_stays_are_of_a_kind():
+def test_images_per_batch_leaves_no_row_empty_where_all_stays_are_of_a_kind():
     for paired in (np.zeros(_N, bool), _ALL):
         plan = plan_lib.train_plan(
-            _LENGTHS, paired, _ALL, batch_size=16, num_films=8, seed=0, epoch=1, buckets=_BUCKETS
+            _LENGTHS, paired, _ALL, batch_size=16, num_images=8, seed=0, epoch=1, buckets=_BUCKETS
         )
-        assert plan.films_per_batch == 16 * paired[0] and len(plan) == -(-_N // 16)
+        assert plan.images_per_batch == 16 * paired[0] and len(plan) == -(-_N // 16)
         np.testing.assert_array_equal(_records(plan), np.arange(_N))
 
 
-def test_film_slots_hold_paired_stays_only():
+def test_image_slots_hold_paired_stays_only():
     plan = _train()
     assert _PAIRED[plan.paired_SP[plan.paired_SP != plan_lib.PADDING]].all()
     assert not _PAIRED[plan.unpaired_SU[plan.unpaired_SU != plan_lib.PADDING]].any()
 
 
-def test_every_batch_has_a_film_and_few_slots_are_empty():
+def test_every_batch_has_a_image_and_few_slots_are_empty():
     plan = _train()
-    assert plan.films_per_batch == 3
-    films_S = (plan.paired_SP != plan_lib.PADDING).sum(1)
-    assert films_S.min() >= 2
+    assert plan.images_per_batch == 3
+    images_S = (plan.paired_SP != plan_lib.PADDING).sum(1)
+    assert images_S.min() >= 2
     rows = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
     assert (rows == plan_lib.PADDING).mean() < 0.05
 
@@ -63,7 +63,7 @@ def test_ehr_only_ratio_draws_anew_each_epoch_without_replacement():
     assert np.isin(np.flatnonzero(_PAIRED), first).all()
 
 
-def test_ehr_only_ratio_leaves_out_none_that_has_a_film_which_the_method_does_not_read():
+def test_ehr_only_ratio_leaves_out_none_that_has_a_image_which_the_method_does_not_read():
     arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": _BUCKETS, "ehr_only_ratio": 0.2}
     drawn = _records(plan_lib.train_plan(_LENGTHS, np.zeros(_N, bool), _ALL, ehr_only_N=~_PAIRED, **arguments))
     assert len(drawn) == _PAIRED.sum() + round(0.2 * (~_PAIRED).sum())
@@ -86,9 +86,9 @@ def test_each_batch_fits_its_bucket():
     plan = _train()
     rows = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
     longest = np.where(rows == plan_lib.PADDING, 0, _LENGTHS[rows]).max(1)
-    assert set(plan.steps_S) <= set(_BUCKETS)
-    assert (plan.steps_S >= longest).all()
-    smaller = [max((b for b in _BUCKETS if b < s), default=0) for s in plan.steps_S]
+    assert set(plan.padded_length_S) <= set(_BUCKETS)
+    assert (plan.padded_length_S >= longest).all()
+    smaller = [max((b for b in _BUCKETS if b < s), default=0) for s in plan.padded_length_S]
     assert (longest > smaller).all()
 
 
@@ -116,54 +116,55 @@ def test_buckets_are_no_more_than_asked_and_hold_the_longest(max_buckets):
 def test_evaluation_scores_every_record_once(paired):
     plans = plan_lib.eval_plans(_LENGTHS, paired, _ALL, batch_size=64, buckets=_BUCKETS)
     np.testing.assert_array_equal(np.sort(np.concatenate([_records(p) for p in plans])), np.arange(_N))
-    assert {p.films_per_batch for p in plans} <= {0, 64}
+    assert {p.images_per_batch for p in plans} <= {0, 64}
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
-def test_dealing_keeps_every_row_and_film_on_its_device(devices):
+def test_dealing_keeps_every_row_and_image_on_its_device(devices):
     plan = _train()
     for step in range(0, len(plan), 7):
-        rows_DB, film_row_DP = plan_lib.deal(plan, step, devices)
+        rows_DB, image_row_DP = plan_lib.deal(plan, step, devices)
         expected = np.concatenate([plan.paired_SP[step], plan.unpaired_SU[step]])
         np.testing.assert_array_equal(np.sort(rows_DB.reshape(-1)), np.sort(expected))
-        with_film = [rows_DB[d, row] for d in range(devices) for row in film_row_DP[d] if row < rows_DB.shape[1]]
-        assert sorted(with_film) == sorted(r for r in plan.paired_SP[step] if r != plan_lib.PADDING)
-        assert film_row_DP.shape[1] == -(-plan.films_per_batch // devices)
+        with_cxr = [rows_DB[d, row] for d in range(devices) for row in image_row_DP[d] if row < rows_DB.shape[1]]
+        assert sorted(with_cxr) == sorted(r for r in plan.paired_SP[step] if r != plan_lib.PADDING)
+        assert image_row_DP.shape[1] == -(-plan.images_per_batch // devices)
 
 
 def test_all_paired_and_none_paired_need_no_mixed_batches():
     plan = plan_lib.train_plan(_LENGTHS, _ALL, _ALL, batch_size=16, seed=0, epoch=1, buckets=_BUCKETS)
-    assert plan.films_per_batch == 16 and len(_records(plan)) == _N
+    assert plan.images_per_batch == 16 and len(_records(plan)) == _N
     plan = plan_lib.train_plan(_LENGTHS, ~_ALL, _ALL, batch_size=16, seed=0, epoch=1, buckets=_BUCKETS)
-    assert plan.films_per_batch == 0 and len(_records(plan)) == _N
+    assert plan.images_per_batch == 0 and len(_records(plan)) == _N
 
 
-@pytest.mark.parametrize(("num_stays", "num_films"), [(_N, 5000), (_N, 300), (40, 16), (_N, 1)])
-def test_films_take_turns_with_stays(num_stays, num_films):
+@pytest.mark.parametrize(("num_stays", "num_images"), [(_N, 5000), (_N, 300), (40, 16), (_N, 1)])
+def test_images_take_turns_with_stays(num_stays, num_images):
     stays = plan_lib.train_plan(
         _LENGTHS[:num_stays], _PAIRED[:num_stays], _ALL[:num_stays], batch_size=16, seed=0, epoch=1, buckets=_BUCKETS
     )
-    lengths, all_films = np.zeros(num_films, int), np.ones(num_films, bool)
-    films = plan_lib.train_plan(lengths, all_films, all_films, batch_size=16, seed=0, epoch=1, buckets=(0,))
-    turns = plan_lib.take_turns(stays, films)
+    lengths, all_images = np.zeros(num_images, int), np.ones(num_images, bool)
+    images = plan_lib.train_plan(lengths, all_images, all_images, batch_size=16, seed=0, epoch=1, buckets=(0,))
+    turns = plan_lib.take_turns(stays, images)
     order = [turns.at(step) for step in range(len(turns))]
-    for name, expected in (("stays", len(stays)), ("films", min(len(stays), len(films)))):
+    for name, expected in (("stays", len(stays)), ("images", min(len(stays), len(images)))):
         assert [i for which, i in order if which == name] == list(range(expected))
     assert (
-        turns.longest() == order.index(("stays", stays.steps_S.argmax())) and stays.longest() == stays.steps_S.argmax()
+        turns.longest() == order.index(("stays", stays.padded_length_S.argmax()))
+        and stays.longest() == stays.padded_length_S.argmax()
     )
-    at = np.flatnonzero([which == "films" for which, _ in order])
+    at = np.flatnonzero([which == "images" for which, _ in order])
     assert np.diff(at, prepend=-1).max() <= -(-len(order) // len(at))  # spread evenly
-    drawn = turns.films.paired_SP[turns.films.paired_SP != plan_lib.PADDING]
+    drawn = turns.images.paired_SP[turns.images.paired_SP != plan_lib.PADDING]
     assert len(set(drawn)) == len(drawn) and turns.batch_size == 16
 
 
-def test_a_longer_plan_of_films_is_another_part_each_epoch():
+def test_a_longer_plan_of_images_is_another_part_each_epoch():
     def drawn(epoch):
         stays = _train(epoch=epoch)
-        lengths, all_films = np.zeros(5000, int), np.ones(5000, bool)
-        films = plan_lib.train_plan(lengths, all_films, all_films, batch_size=16, seed=0, epoch=epoch, buckets=(0,))
-        return set(plan_lib.take_turns(stays, films).films.paired_SP.reshape(-1).tolist())
+        lengths, all_images = np.zeros(5000, int), np.ones(5000, bool)
+        images = plan_lib.train_plan(lengths, all_images, all_images, batch_size=16, seed=0, epoch=epoch, buckets=(0,))
+        return set(plan_lib.take_turns(stays, images).images.paired_SP.reshape(-1).tolist())
 
     assert len(drawn(1)) == 16 * len(_train()) and drawn(1) == drawn(1)
     assert len(drawn(1) & drawn(2)) < 0.5 * len(drawn(1))

@@ -7,7 +7,7 @@ import shutil
 import damage
 import numpy as np
 import pytest
-from raw_tables import at, chart, film, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
 from data_prep.audit import gather, published
@@ -20,9 +20,9 @@ ALL = tuple(schema.TASKS)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """60 stays of 30 h to 89 h; the first 25 have a film; 20 have a heart rate that is clipped."""
+    """60 stays of 30 h to 89 h; the first 25 have an X-ray; 20 have a heart rate that is clipped."""
     root = tmp_path_factory.mktemp("audit")
-    stays, charts, codes, films = [], [], [], []
+    stays, charts, codes, images = [], [], [], []
     for n in range(60):
         los_h = 30 + n
         died = {"deathtime": at(los_h)} if n % 4 == 0 else {}
@@ -38,10 +38,10 @@ def built(tmp_path_factory):
             chart(n, h + i, EYE, text) for h in range(3, 25, 3) for i, text in enumerate(eyes) if n in eyes[text]
         ]
         if n < 25:
-            films += [film(n, 10), film(n, 20, k=1)]
+            images += [image(n, 10), image(n, 20, k=1)]
     stays += [stay(100 + n, first_careunit="CCU") for n in range(11)]
     iv = write_mimic_iv(root / "iv", stays, charts, (), codes)
-    cxr = write_mimic_cxr(root / "cxr", films, size=(16, 16))
+    cxr = write_mimic_cxr(root / "cxr", images, size=(16, 16))
     val, test = root / "val.csv", root / "test.csv"
     val.write_text("".join(f"{10_000_000 + n}\n" for n in range(0, 60, 4)))
     test.write_text("".join(f"{10_000_000 + n}\n" for n in range(1, 60, 4)))
@@ -67,7 +67,7 @@ def test_splits_do_not_tell_how_few_a_filter_removed():
     assert rows["val"]["paired_share"] is None
 
 
-def test_every_record_of_films_has_one():
+def test_every_record_of_images_has_one():
     index = {split: {"stay_id": np.full(30, -1), "has_cxr": np.ones(30, bool)} for split in schema.SPLITS}
     rows = gather._splits("radiology", index, [])["ours"].values()
     assert [row["paired"] for row in rows] == [30] * 3
@@ -155,9 +155,9 @@ def test_every_time_was_checked(found):
         paired = [row["paired"] for row in found["tasks"][name]["splits"]["ours"].values()]
         hidden = any(isinstance(count, str) for count in paired)
         # Beside the splits that are shown, the sum would tell what is hidden.
-        assert check["films"] == (None if hidden else {"pheno": 25}.get(name, 50))
-        assert (check["hours_from_film_to_cut_off"] is None) == hidden  # it adds up to the same
-    assert found["tasks"]["mortality"]["time_check"]["films"] is None
+        assert check["images"] == (None if hidden else {"pheno": 25}.get(name, 50))
+        assert (check["hours_from_cxr_to_cut_off"] is None) == hidden  # it adds up to the same
+    assert found["tasks"]["mortality"]["time_check"]["images"] is None
     assert found["patients"]["groups"] == [
         {"tasks": list(ALL), "by_split": {"train": 30, "val": 15, "test": 15}, "in_two_splits": 0}
     ]
@@ -168,12 +168,12 @@ def test_nobody_can_be_read_from_it(built):
     """No id, no small count, no path, no script, nothing from elsewhere."""
     text, page = (built / "audit.json").read_text(), (built / "audit.html").read_text()
     for content in (text, page):
-        assert not re.search(r"[123]00000\d\d|50000\d\d\d|film-\d{4}", content)
+        assert not re.search(r"[123]00000\d\d|50000\d\d\d|X-ray-\d{4}", content)
         assert "U8888" not in content and str(built.parent) not in content
     assert not re.search(r"<script|<link|https?://(?!www\.w3\.org)", page)
     audit_of_counts = json.loads(text)
     for content in audit_of_counts["tasks"].values():
-        for part in ("splits", "labels", "cohort", "length_h", "event_rows", "films"):
+        for part in ("splits", "labels", "cohort", "length_h", "event_rows", "images"):
             small = [n for n in _counts(content.get(part, {})) if 0 < n < 10]
             assert not small, part
     assert (built / "audit.json").stat().st_mode & 0o077 == 0 and (built / "audit.html").stat().st_mode & 0o077 == 0
@@ -183,7 +183,7 @@ def test_nobody_can_be_read_from_it(built):
 def awkward(tmp_path_factory):
     """Groups that differ by few: 60 stays as above, 57 patients, 3 stays without an event, 4 too short to predict at.
 
-    Of the 30 stays in test, 25 have a film; all but 3 admissions have one and the same unmapped code.
+    Of the 30 stays in test, 25 have an X-ray; all but 3 admissions have one and the same unmapped code.
     """
     root = tmp_path_factory.mktemp("awkward")
     stays = []
@@ -195,7 +195,7 @@ def awkward(tmp_path_factory):
     charts = [chart(n, h, HEART_RATE, "80") | {"subject_id": stays[n]["subject_id"]} for n, h in hours]
     iv = write_mimic_iv(root / "iv", stays, charts, (), [(n, "U9999", 10) for n in range(64)])
     test = range(0, 60, 2)
-    cxr = write_mimic_cxr(root / "cxr", [film(n, 3) for n in [*test[:25], *range(1, 40, 2)]], size=(16, 16))
+    cxr = write_mimic_cxr(root / "cxr", [image(n, 3) for n in [*test[:25], *range(1, 40, 2)]], size=(16, 16))
     (root / "test.csv").write_text("".join(f"{10_000_000 + n}\n" for n in test))
     (root / "val.csv").write_text("".join(f"{10_000_000 + n}\n" for n in range(1, 24, 2)))
     build.build(iv, cxr, root / "out", timestep_h=1, tasks=ALL, val_ids=root / "val.csv", test_ids=root / "test.csv")
@@ -208,7 +208,7 @@ def awkward(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["pheno", "mortality", "decompensation", "length_of_stay"])
 def test_no_small_count_follows_by_subtraction(found, awkward, name):
-    """Of all that counts stays, records, patients or films of a task, and of what adds up to such a number."""
+    """Of all that counts stays, records, patients or X-rays of a task, and of what adds up to such a number."""
     for content, patients in ((found["tasks"][name], found["patients"]), awkward[name]):
         check, ours, labels = content["time_check"], content["splits"]["ours"], content["labels"]
         codes = content.get("diagnosis_codes", {"against": {}, "unmapped": []})
@@ -234,7 +234,7 @@ def test_no_small_count_follows_by_subtraction(found, awkward, name):
             if all(isinstance(n, int) for n in (test["of"], test["positive"], paired["of"], paired["positive"])):
                 _apart([test["of"] - test["positive"], paired["of"] - paired["positive"]])
         if any(isinstance(row["paired"], str) for row in ours.values()):  # then nothing may tell what they add up to
-            assert check["films"] is None and check["hours_from_film_to_cut_off"] is None
+            assert check["images"] is None and check["hours_from_cxr_to_cut_off"] is None
 
 
 def _sum(shown):
@@ -261,18 +261,18 @@ def test_what_may_not_be_subtracted_is_hidden(awkward):
 
 
 @pytest.mark.parametrize("few", [1, 5, 9])
-def test_films_that_were_left_out_cannot_be_counted(built, monkeypatch, few):
+def test_images_that_were_left_out_cannot_be_counted(built, monkeypatch, few):
     manifest = records.manifest
 
     def with_some_unreadable(out, name):
         found = manifest(out, name)
         if name == "radiology":
-            found["counts"]["films"] |= {"films with labels": 50 + few, "films readable": 50}
+            found["counts"]["images"] |= {"X-rays with labels": 50 + few, "X-rays readable": 50}
         return found
 
     monkeypatch.setattr(records, "manifest", with_some_unreadable)
-    films = gather.gather(built)["tasks"]["radiology"]["films"]
-    assert films["films readable"] == 50 and films["films with labels"] == "≥10"
+    images = gather.gather(built)["tasks"]["radiology"]["images"]
+    assert images["X-rays readable"] == 50 and images["X-rays with labels"] == "≥10"
 
 
 def test_hours_of_labels_that_exclude_each_other(built):
@@ -352,10 +352,10 @@ def test_a_patient_in_two_splits_fails(built, monkeypatch):
 
 
 def test_patients_that_cross_splits_between_sources_are_listed_and_the_build_warns(tmp_path, capsys):
-    """Half of the second source's patients have no stay that counts, so that their films train."""
+    """Half of the second source's patients have no stay that counts, so that their X-rays train."""
     charts = [chart(n, 1, HEART_RATE, "60") for n in range(60)]
     moved = [stay(n, last_careunit="PACU") if n % 2 else stay(n) for n in range(60)]
-    cxr = write_mimic_cxr(tmp_path / "cxr", [film(n, 3) for n in range(60)], size=(16, 16))
+    cxr = write_mimic_cxr(tmp_path / "cxr", [image(n, 3) for n in range(60)], size=(16, 16))
     build.build(write_mimic_iv(tmp_path / "a", [stay(n) for n in range(60)], charts), cxr, tmp_path, tasks=["pheno"])
     capsys.readouterr()
     build.build(write_mimic_iv(tmp_path / "b", moved, charts), cxr, tmp_path, tasks=["radiology"])
@@ -367,7 +367,7 @@ def test_patients_that_cross_splits_between_sources_are_listed_and_the_build_war
     shown = len(crossing) if len(crossing) >= 10 else "<10"
     assert crossing and found["crossings"] == [{"between": [["pheno"], ["radiology"]], "patients": shown}]
     assert "Patients in two splits" in (tmp_path / "audit.html").read_text()
-    build.build(tmp_path / "b", None, tmp_path, tasks=["mortality"])  # without films, of the same tables as radiology
+    build.build(tmp_path / "b", None, tmp_path, tasks=["mortality"])  # without X-rays, of the same tables as radiology
     said = capsys.readouterr().err
     assert f"{tmp_path / 'pheno'} was built from other" in said and f"{tmp_path / 'radiology'} was" not in said
 

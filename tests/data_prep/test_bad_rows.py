@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_tables import at, chart, film, lab, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import at, chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build, pipeline
 from data_prep.ehr import cohort
@@ -29,10 +29,10 @@ def _charts(stays=(0, 1)):
     return [chart(n, h, HEART_RATE, str(60 + n + h)) for n in stays for h in (1, 2, 3)]
 
 
-def _build(tmp_path, stays, charts, films=None):
+def _build(tmp_path, stays, charts, images=None):
     """Records by stay, and the manifest's counts."""
     iv = write_mimic_iv(tmp_path / "iv", stays, charts, codes=[(0, "4019", 9)])
-    cxr = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16)) if films else None
+    cxr = write_mimic_cxr(tmp_path / "cxr", images, size=(16, 16)) if images else None
     build.build(iv, cxr, tmp_path / "out", tasks=["pheno"])
     rows = [r for s in schema.SPLITS for r in records.open_split(tmp_path / "out", "pheno", s)]
     return {r["stay_id"] - 30_000_000: r for r in rows}, records.manifest(tmp_path / "out", "pheno")["counts"]
@@ -115,11 +115,11 @@ def test_a_stay_without_events_and_a_patient_without_an_admission(tmp_path, want
 
 
 def test_rows_given_twice_change_nothing(tmp_path, wanted):
-    films = [film(0, 3)]
-    found, counts = _build(tmp_path, [stay(0), stay(1), stay(1)], _charts() + _charts(), films + films)
+    images = [image(0, 3)]
+    found, counts = _build(tmp_path, [stay(0), stay(1), stay(1)], _charts() + _charts(), images + images)
     _equal(found, wanted)
-    assert found[0]["dicom_id"] == "film-0000-00" and counts["events_given_twice"] == len(_charts())
-    assert (counts["films"]["rows of metadata"], counts["films"]["films with ids"]) == (2, 1)
+    assert found[0]["dicom_id"] == "image-0000-00" and counts["events_given_twice"] == len(_charts())
+    assert (counts["images"]["rows of metadata"], counts["images"]["X-rays with ids"]) == (2, 1)
     icustays = tmp_path / "iv/icu/icustays.csv.gz"
     text = gzip.decompress(icustays.read_bytes()).decode()
     icustays.write_bytes(gzip.compress((text + text.splitlines(keepends=True)[-1]).encode()))
@@ -130,12 +130,12 @@ def test_rows_given_twice_change_nothing(tmp_path, wanted):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """A MIMIC-IV and a MIMIC-CXR of two stays with a film each, and the shards of them."""
+    """A MIMIC-IV and a MIMIC-CXR of two stays with an X-ray each, and the shards of them."""
     root = tmp_path_factory.mktemp("clean")
     charts = [*_charts(), chart(0, 9, HEART_RATE, "80"), chart(0, 9, HEART_RATE, "90")]
     iv = write_mimic_iv(root / "iv", [stay(0), stay(1)], charts, [lab(0, 2, GLUCOSE, "110")], [(0, "4019", 9)])
-    films = [film(0, 3, **{"Support Devices": "1.0"}), film(1, 4, Edema="1.0")]
-    cxr = write_mimic_cxr(root / "cxr", films, size=(16, 16))
+    images = [image(0, 3, **{"Support Devices": "1.0"}), image(1, 4, Edema="1.0")]
+    cxr = write_mimic_cxr(root / "cxr", images, size=(16, 16))
     return iv, cxr, _shards(iv, cxr, root / "out")
 
 
@@ -263,6 +263,6 @@ def test_a_disk_that_fills_up_is_said_and_the_build_goes_on_after_it(tmp_path, w
 
 def test_a_time_check_that_fails_stops_the_build(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.time_check, "EPSILON_H", -200.0)
-    with pytest.raises(AssertionError, match="later than they may be"):
+    with pytest.raises(AssertionError, match="too late"):
         _build(tmp_path, [stay(0)], _charts((0,)))
     assert not (tmp_path / "out/pheno").exists()

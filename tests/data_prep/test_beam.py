@@ -1,4 +1,4 @@
-"""The film step as a Beam pipeline: the same files, byte for byte, as the build's own."""
+"""The X-ray step as a Beam pipeline: the same files, byte for byte, as the build's own."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from raw_tables import chart, film, film_path, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import chart, image, image_path, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
 from data_prep.images import beam
@@ -17,10 +17,10 @@ from medfuse_jax.runtime.errors import UserError
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_store, "CHUNK_FILMS", 100)
-    films = [film(n, 1) for n in range(230)]
-    write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16))
-    (tmp_path / "cxr" / film_path(films[7])).write_bytes(b"broken")
+    monkeypatch.setattr(image_store, "CHUNK_IMAGES", 100)
+    images = [image(n, 1) for n in range(230)]
+    write_mimic_cxr(tmp_path / "cxr", images, size=(16, 16))
+    (tmp_path / "cxr" / image_path(images[7])).write_bytes(b"broken")
     return tmp_path / "cxr"
 
 
@@ -31,11 +31,11 @@ def _cache(folder):
 def _built(root, out):
     iv = write_mimic_iv(root.parent / "iv", [stay(0)], [chart(0, 3, 220045, "70")])
     build.build(iv, root, out, tasks=["radiology"])
-    return _cache(out / ".stages/films")
+    return _cache(out / ".stages/images")
 
 
 def test_chunks_written_one_by_one_are_those_of_the_build(root, tmp_path):
-    folder = tmp_path / "films"
+    folder = tmp_path / "images"
     folder.mkdir()
     readable = [beam.decode_chunk(c, str(folder), str(root), "squash") for c in beam.chunk_list(root)]
     assert readable == [99, 100, 30]
@@ -44,20 +44,20 @@ def test_chunks_written_one_by_one_are_those_of_the_build(root, tmp_path):
 
 
 def test_the_build_finds_what_the_step_decoded(root, tmp_path, monkeypatch):
-    (tmp_path / "out/.stages/films").mkdir(parents=True)
+    (tmp_path / "out/.stages/images").mkdir(parents=True)
     for chunk in beam.chunk_list(root):
-        beam.decode_chunk(chunk, str(tmp_path / "out/.stages/films"), str(root), "squash")
-    monkeypatch.setattr(image_store, "decode", lambda *a: pytest.fail("a film was decoded again"))
+        beam.decode_chunk(chunk, str(tmp_path / "out/.stages/images"), str(root), "squash")
+    monkeypatch.setattr(image_store, "decode", lambda *a: pytest.fail("an X-ray was decoded again"))
     assert len(_built(root, tmp_path / "out")) == 6
 
 
-def test_a_build_of_fewer_films_uses_and_keeps_what_the_step_decoded(root, tmp_path, monkeypatch):
-    folder = tmp_path / "out/.stages/films"
+def test_a_build_of_fewer_images_uses_and_keeps_what_the_step_decoded(root, tmp_path, monkeypatch):
+    folder = tmp_path / "out/.stages/images"
     folder.mkdir(parents=True)
     for chunk in beam.chunk_list(root):
         beam.decode_chunk(chunk, str(folder), str(root), "squash")
     before = _cache(folder)
-    monkeypatch.setattr(image_store, "decode", lambda *a: pytest.fail("a film was decoded again"))
+    monkeypatch.setattr(image_store, "decode", lambda *a: pytest.fail("an X-ray was decoded again"))
     iv = write_mimic_iv(tmp_path / "iv", [stay(n) for n in range(3)], [chart(n, 3, 220045, "70") for n in range(3)])
     build.build(iv, root, tmp_path / "out", tasks=["pheno"])
     assert _cache(folder) == before
@@ -70,7 +70,7 @@ def test_the_pipeline_gives_the_same_bytes(root, tmp_path):
     (tmp_path / "alone").mkdir()
     for chunk in beam.chunk_list(root):
         beam.decode_chunk(chunk, str(tmp_path / "alone"), str(root), "squash")
-    assert _cache(tmp_path / "beam/.stages/films") == _cache(tmp_path / "alone")
+    assert _cache(tmp_path / "beam/.stages/images") == _cache(tmp_path / "alone")
 
 
 def test_without_beam_it_says_what_to_install(root, tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def _main(arguments, monkeypatch):
     beam.define_flags(values)
     monkeypatch.setattr(beam.flags, "FLAGS", values)
     monkeypatch.setattr(beam, "run", lambda *a: given.append(a))
-    beam.main(values(["beam_films", *arguments], known_only=True))
+    beam.main(values(["beam_images", *arguments], known_only=True))
     return given[0]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from raw_tables import chart, film, lab, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import bench
 from data_prep.ehr import cohort
@@ -30,8 +30,8 @@ def tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return write_mimic_cxr(tmp_path_factory.mktemp("cxr"), [film(n, 1) for n in range(4)], size=(640, 520))
+def images(tmp_path_factory):
+    return write_mimic_cxr(tmp_path_factory.mktemp("cxr"), [image(n, 1) for n in range(4)], size=(640, 520))
 
 
 def _ids(root, table, column):
@@ -70,23 +70,27 @@ def test_events_to_arrays_counts_rows_and_stays_and_clears_up(tree, tmp_path):
 
 def test_the_whole_build_is_measured_as_such(tree, tmp_path):
     result = bench.whole_build(tree, tmp_path / "work")
-    assert (result["what"], result["raw_rows"], result["stays"]) == ("whole build, without films", CHARTS + LABS, STAYS)
+    assert (result["what"], result["raw_rows"], result["stays"]) == (
+        "whole build, without X-rays",
+        CHARTS + LABS,
+        STAYS,
+    )
     assert result["seconds"] > 0 and result["peak_memory_gb"] > 0.1 and not (tmp_path / "work").exists()
 
 
-def test_films_are_measured_as_they_are_and_enlarged(films, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "FILM_PX", (700, 800))
-    found = bench.films(films, tmp_path / "films", most=3)
-    assert [(row["what"], row["films"]) for row in found] == [
-        ("films, as they are, data_prep", 3),
-        ("films, as they are, PIL, whole film", 3),
-        ("films, 700x800 px, data_prep", 3),
-        ("films, 700x800 px, PIL, whole film", 3),
+def test_images_are_measured_as_they_are_and_enlarged(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "IMAGE_PX", (700, 800))
+    found = bench.images(images, tmp_path / "images", most=3)
+    assert [(row["what"], row["images"]) for row in found] == [
+        ("X-rays, as they are, data_prep", 3),
+        ("X-rays, as they are, PIL, whole X-ray", 3),
+        ("X-rays, 700x800 px, data_prep", 3),
+        ("X-rays, 700x800 px, PIL, whole X-ray", 3),
     ]
-    assert all(row["films_per_s_core"] > 0 for row in found) and not (tmp_path / "films").exists()
-    with pytest.raises(UserError, match="holds no film under files/"):
-        shutil.rmtree(shutil.copytree(films, tmp_path / "none") / "files")
-        bench.films(tmp_path / "none", tmp_path / "films")
+    assert all(row["images_per_s_core"] > 0 for row in found) and not (tmp_path / "images").exists()
+    with pytest.raises(UserError, match="holds no X-ray under files/"):
+        shutil.rmtree(shutil.copytree(images, tmp_path / "none") / "files")
+        bench.images(tmp_path / "none", tmp_path / "images")
 
 
 def test_without_a_tree_the_synthetic_cohort_is_repeated(tmp_path, monkeypatch):
@@ -105,10 +109,10 @@ def test_without_a_tree_the_synthetic_cohort_is_repeated(tmp_path, monkeypatch):
     assert result["stays"] >= 2 * 20  # of 20 that count; others are there to be left out
 
 
-def test_the_command_prints_a_line_a_measurement(tree, films, tmp_path):
+def test_the_command_prints_a_line_a_measurement(tree, images, tmp_path):
     options = [
         f"--mimic_iv={tree}",
-        f"--mimic_cxr={films}",
+        f"--mimic_cxr={images}",
         "--copies=16",
         "--repeats=2",
         "--whole_build",
@@ -124,7 +128,7 @@ def test_the_command_prints_a_line_a_measurement(tree, films, tmp_path):
     ]
     assert [row["raw_rows"] for row in rows[:8:2]] == [copies * (CHARTS + LABS) for copies in (2, 2, 16, 16)]
     assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "out").rglob("*"))
-    assert (rows[8]["what"], rows[8]["copies"], rows[8]["stays"]) == ("whole build, without films", 16, 16 * STAYS)
+    assert (rows[8]["what"], rows[8]["copies"], rows[8]["stays"]) == ("whole build, without X-rays", 16, 16 * STAYS)
     assert len(rows) == 13 and (tmp_path / "a").read_text() == done.stdout
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 from build_cases import SECRET, SURNAME, file_contents, read_all
-from raw_tables import film, film_path
+from raw_tables import image, image_path
 
 from data_prep import build
 from data_prep.ehr import discretize
@@ -32,7 +32,7 @@ def test_records_index_and_manifest_agree(built):
             assert sum(counts["positives"].values()) == index["label"].sum()
 
 
-def test_stays_lengths_labels_and_films(built):
+def test_stays_lengths_labels_and_images(built):
     pheno = read_all(built, "pheno")
     assert {split: [r["stay_id"] - 30_000_000 for r in rows] for split, rows in pheno.items()} == {
         "train": [0, 1, 2, 4, 7, 9, 10, 11],
@@ -41,10 +41,10 @@ def test_stays_lengths_labels_and_films(built):
     }
     by_stay = {r["stay_id"] - 30_000_000: r for rows in pheno.values() for r in rows}
     assert [len(by_stay[n]["ehr"]) for n in range(12)] == [20 + 11 * n for n in range(12)]
-    # Film times are 10 + n hours; the sixth stay's later AP film wins over its PA film; the seventh's was too early.
+    # X-ray times are 10 + n hours; the sixth stay's later AP X-ray wins over its PA X-ray; the seventh's was too early.
     assert [by_stay[n]["dicom_id"] for n in range(9)] == [
-        *(f"film-000{n}-00" for n in range(6)),
-        "film-0006-01",
+        *(f"X-ray-000{n}-00" for n in range(6)),
+        "image-0006-01",
         "",
         "",
     ]
@@ -54,11 +54,11 @@ def test_stays_lengths_labels_and_films(built):
     assert sorted(mortality) == list(range(3, 12))
     assert {len(r["ehr"]) for r in mortality.values()} == {48}
     assert [n for n, r in sorted(mortality.items()) if r["label"][0]] == [8]
-    assert mortality[6]["dicom_id"] == "film-0006-00"  # its later film came after 48 h
+    assert mortality[6]["dicom_id"] == "image-0006-00"  # its later X-ray came after 48 h
     np.testing.assert_array_equal(mortality[6]["ehr"], by_stay[6]["ehr"][:48])
 
 
-def test_films_go_where_their_patient_is(built, raw_tree):
+def test_images_go_where_their_patient_is(built, raw_tree):
     radiology = read_all(built, "radiology")
     assert {split: len(rows) for split, rows in radiology.items()} == {"train": 6, "val": 2, "test": 3}
     edema = schema.RADIOLOGY_LABELS.index("Edema")
@@ -68,7 +68,7 @@ def test_films_go_where_their_patient_is(built, raw_tree):
             assert row["label"][edema] == (row["dicom_id"].endswith("-00") and row["subject_id"] < 10_000_007)
             n, k = int(row["dicom_id"][5:9]), int(row["dicom_id"][10:])
             np.testing.assert_array_equal(
-                row["image"], image_store.decode(raw_tree[1] / film_path(film(n, 0, k=k)), "squash")
+                row["image"], image_store.decode(raw_tree[1] / image_path(image(n, 0, k=k)), "squash")
             )
             assert np.isnan(row["age"]) == (n == 99)
     subjects = [
@@ -100,8 +100,8 @@ def test_texts_that_are_no_known_word_become_one_and_are_counted(built, raw_tree
     by_stay = {r["stay_id"] - 30_000_000: r for rows in read_all(built, "pheno").values() for r in rows}
     for field in records.STATIC_TEXTS:
         assert {n for n, r in by_stay.items() if r[field] == "OTHER"} == {5, 11}, field
-    of_films = {r["subject_id"]: r["gender"] for rows in read_all(built, "radiology").values() for r in rows}
-    assert of_films[10_000_005] == "OTHER" and of_films[10_000_004] == "F" and of_films[10_000_099] == ""
+    of_images = {r["subject_id"]: r["gender"] for rows in read_all(built, "radiology").values() for r in rows}
+    assert of_images[10_000_005] == "OTHER" and of_images[10_000_004] == "F" and of_images[10_000_099] == ""
     train, val = (records.index(built, "pheno", split) for split in ("train", "val"))
     assert all("OTHER" in known for known in static.categories(train).values())
     known, other = static.table(train, train)[[0, -1]]
@@ -123,7 +123,7 @@ def test_workers_change_no_byte(raw_tree, id_lists, built, tmp_path):
     assert file_contents(tmp_path) == file_contents(built)
 
 
-def test_an_event_or_film_that_is_too_late_stops_the_build(raw_tree, tmp_path, monkeypatch):
+def test_an_event_or_image_that_is_too_late_stops_the_build(raw_tree, tmp_path, monkeypatch):
     discretized, paired = discretize.discretize, pairing.pair
 
     def with_longer_periods(found, first_stay, period_h, timestep_h):
@@ -133,7 +133,7 @@ def test_an_event_or_film_that_is_too_late_stops_the_build(raw_tree, tmp_path, m
     with pytest.raises(AssertionError):
         build.build(*raw_tree, tmp_path / "a", tasks=["mortality"])
     monkeypatch.undo()
-    monkeypatch.setattr(pairing, "pair", lambda stays, films, window_h: paired(stays, films, None))
+    monkeypatch.setattr(pairing, "pair", lambda stays, images, window_h: paired(stays, images, None))
     with pytest.raises(AssertionError):
         build.build(*raw_tree, tmp_path / "b", tasks=["mortality"])
     assert not (tmp_path / "a/mortality").exists() and not (tmp_path / "b/mortality").exists()
@@ -146,10 +146,10 @@ def test_strict_sees_nothing_after_the_prediction_time(raw_tree, id_lists, built
     assert sorted(strict) == sorted(paper)
     for n, record in strict.items():
         np.testing.assert_array_equal(record["ehr"], paper[n]["ehr"][:48])
-    assert strict[6]["dicom_id"] == "film-0006-00" and paper[6]["dicom_id"] == "film-0006-01"
+    assert strict[6]["dicom_id"] == "image-0006-00" and paper[6]["dicom_id"] == "image-0006-01"
 
 
-def test_without_films_nothing_is_paired_and_radiology_is_left_out(raw_tree, tmp_path, capsys):
+def test_without_images_nothing_is_paired_and_radiology_is_left_out(raw_tree, tmp_path, capsys):
     build.build(raw_tree[0], None, tmp_path, tasks=["mortality", "radiology"])
     assert not (tmp_path / "radiology").exists()
     assert not any(r["has_cxr"] for rows in read_all(tmp_path, "mortality").values() for r in rows)
@@ -158,7 +158,7 @@ def test_without_films_nothing_is_paired_and_radiology_is_left_out(raw_tree, tmp
 
 
 def test_counts_of_the_real_demo(real_data, tmp_path):
-    """Stays, pairs and films of the demo and its made-up films, as the released pairing counts them."""
+    """Stays, pairs and X-rays of the demo and its made-up X-rays, as the released pairing counts them."""
     gold = json.loads((real_data / "pipeline_gold/released_demo_subset.json").read_text())
     stay_split = {entry["stay_id"]: entry["split"] for entry in gold["stays"]}
     icu = pl.read_csv(real_data / "mimic-iv-demo-2.2/icu/icustays.csv.gz")
@@ -188,4 +188,4 @@ def test_the_synthetic_cohort_builds(tmp_path):
     build.build(tmp_path / "raw/mimic-iv", tmp_path / "raw/mimic-cxr", tmp_path / "out")
     for task in build.DEFAULT_TASKS:
         assert sum(len(records.open_split(tmp_path / "out", task, split)) for split in schema.SPLITS) >= 10
-    assert os.listdir(tmp_path / "out/.stages/films")
+    assert os.listdir(tmp_path / "out/.stages/images")

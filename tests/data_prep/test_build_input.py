@@ -8,7 +8,7 @@ import tempfile
 import pytest
 from absl import flags
 from build_cases import HEART_RATE, ROOT, command, read_all, write_one_stay, write_tree
-from raw_tables import at, chart, film, film_path, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import at, chart, image, image_path, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build, cache, profiles
 from medfuse_jax import records, schema
@@ -38,26 +38,26 @@ def test_two_builds_do_not_share_a_folder(raw_tree, tmp_path):
         build.build(*raw_tree, tmp_path)
 
 
-def test_an_unreadable_film_is_skipped_listed_and_the_one_before_it_taken(tmp_path):
-    films = [film(0, 1), film(0, 5, k=1), *(film(n, 1) for n in range(100, 200))]
+def test_an_unreadable_image_is_skipped_listed_and_the_one_before_it_taken(tmp_path):
+    images = [image(0, 1), image(0, 5, k=1), *(image(n, 1) for n in range(100, 200))]
     stays = [stay(0)]
     tree = (
         write_mimic_iv(tmp_path / "iv", stays, [chart(0, 3, HEART_RATE, "70")]),
-        write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16)),
+        write_mimic_cxr(tmp_path / "cxr", images, size=(16, 16)),
     )
-    broken = tree[1] / film_path(films[1])
+    broken = tree[1] / image_path(images[1])
     whole = broken.read_bytes()
     broken.write_bytes(b"broken")
     build.build(*tree, tmp_path / "out", tasks=["pheno", "radiology"])
     (record,) = (r for rows in read_all(tmp_path / "out", "pheno").values() for r in rows)
-    assert record["dicom_id"] == "film-0000-00"
+    assert record["dicom_id"] == "image-0000-00"
     assert sum(map(len, read_all(tmp_path / "out", "radiology").values())) == 101
     for task in ("pheno", "radiology"):
-        assert list(records.manifest(tmp_path / "out", task)["skipped_films"]) == ["film-0000-01"]
+        assert list(records.manifest(tmp_path / "out", task)["skipped_images"]) == ["image-0000-01"]
     broken.write_bytes(whole)  # mended: the same command makes it anew
     build.build(*tree, tmp_path / "out", tasks=["pheno", "radiology"])
     (record,) = (r for rows in read_all(tmp_path / "out", "pheno").values() for r in rows)
-    assert record["dicom_id"] == "film-0000-01" and records.manifest(tmp_path / "out", "pheno")["skipped_films"] == {}
+    assert record["dicom_id"] == "image-0000-01" and records.manifest(tmp_path / "out", "pheno")["skipped_images"] == {}
 
 
 def test_what_looks_wrong_with_the_input_is_said(tmp_path, capsys):
@@ -156,22 +156,22 @@ def _break(root, table, how):
     ],
 )
 def test_bad_input_is_one_line(tmp_path, table, how, message):
-    iv, films = write_tree(tmp_path)
+    iv, images = write_tree(tmp_path)
     if table == "cxr/files":
-        next((films / "files").rglob("*.jpg")).write_bytes(b"broken")
+        next((images / "files").rglob("*.jpg")).write_bytes(b"broken")
     else:
         _break(tmp_path if table.startswith("cxr") else iv, table, how)
     with pytest.raises(UserError) as caught:
-        build.build(iv, films, tmp_path / "out", timestep_h=1)
+        build.build(iv, images, tmp_path / "out", timestep_h=1)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not any((tmp_path / "out" / task).exists() for task in schema.TASKS)
 
 
 def test_the_command_ends_in_that_line(tmp_path):
-    iv, films = write_tree(tmp_path)
+    iv, images = write_tree(tmp_path)
     _break(iv, "icu/chartevents", "truncated")
     done = subprocess.run(
-        command((iv, films), tmp_path / "out", {}), cwd=ROOT, capture_output=True, text=True, timeout=60
+        command((iv, images), tmp_path / "out", {}), cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stdout == ""
     last = done.stderr.splitlines()[-1]

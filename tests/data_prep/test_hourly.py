@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from raw_tables import at, chart, film, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
 from medfuse_jax import config, records, schema
@@ -26,8 +26,8 @@ def built(tmp_path_factory, request):
         stays.append(stay(n, outtime=at(hours), dischtime=at(hours + 48), los=str(hours / 24), **changes[n]))
         first = {4: 10.5, 7: 10}.get(n, 0.5)
         charts += [chart(n, h, HEART_RATE, "70") for h in np.arange(first, min(hours, 60), 1)]
-    films = [film(0, 3), film(0, 12.5, k=1), film(0, 20, "PA", k=2), film(0, 41, k=3)]
-    iv, cxr = write_mimic_iv(root / "iv", stays, charts), write_mimic_cxr(root / "cxr", films, size=(16, 16))
+    images = [image(0, 3), image(0, 12.5, k=1), image(0, 20, "PA", k=2), image(0, 41, k=3)]
+    iv, cxr = write_mimic_iv(root / "iv", stays, charts), write_mimic_cxr(root / "cxr", images, size=(16, 16))
     build.build(iv, cxr, root / "out", timestep_h=request.param, tasks=["decompensation", "length_of_stay"])
     return root / "out", request.param
 
@@ -77,10 +77,10 @@ def test_what_may_be_read_is_not_later_than_the_prediction(built):
         assert all(seen[:steps].any() for steps in visible)
 
 
-def test_films_are_all_those_of_the_stay_with_their_times(built):
+def test_images_are_all_those_of_the_stay_with_their_times(built):
     record = _records(built, "decompensation")[0]
-    assert record["film_time_h"].tolist() == pytest.approx([3, 12.5], abs=1e-3)
-    assert record["dicom_id"].split(" ") == ["film-0000-00", "film-0000-01"]
+    assert record["cxr_time_h"].tolist() == pytest.approx([3, 12.5], abs=1e-3)
+    assert record["dicom_id"].split(" ") == ["image-0000-00", "image-0000-01"]
     assert record["images"].shape == (2, 256, 256) and record["image"] is None and record["has_cxr"]
     assert _records(built, "decompensation")[1]["images"].shape == (0, 256, 256)
 

@@ -1,11 +1,11 @@
-"""Films: times, labels, pixels, and what happens to those that cannot be read."""
+"""X-rays: times, labels, pixels, and what happens to those that cannot be read."""
 
 import damage
 import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
-from raw_tables import film, film_path, write_mimic_cxr, write_table
+from raw_tables import image, image_path, write_mimic_cxr, write_table
 
 from data_prep.images import store as image_store
 from data_prep.raw import tables
@@ -13,17 +13,17 @@ from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
 
-def _raw(root, films, **options):
-    return tables.mimic_cxr(write_mimic_cxr(root, films, **options))
+def _raw(root, images, **options):
+    return tables.mimic_cxr(write_mimic_cxr(root, images, **options))
 
 
 def test_times_are_padded_floats_and_paths_those_of_the_release(tmp_path):
-    films = [film(1, 0.5 + 42 / 3600), film(2, 15), film(3, 1, StudyTime="246060.0"), film(4, 1, StudyDate="")]
-    found, counts = image_store.read_films(_raw(tmp_path, films))
+    images = [image(1, 0.5 + 42 / 3600), image(2, 15), image(3, 1, StudyTime="246060.0"), image(4, 1, StudyDate="")]
+    found, counts = image_store.read_metadata(_raw(tmp_path, images))
     assert found["time"].cast(pl.String).to_list()[:2] == ["2150-01-01 00:30:42.000000", "2150-01-01 15:00:00.000000"]
     assert found["time"].to_list()[2:] == [None, None]
-    assert counts["films without a valid time (never paired)"] == 2
-    assert found["path"].to_list() == [film_path(row) for row in films]
+    assert counts["X-rays without a valid time (never paired)"] == 2
+    assert found["path"].to_list() == [image_path(row) for row in images]
     assert all((tmp_path / path).is_file() for path in found["path"])
 
 
@@ -43,25 +43,25 @@ def test_a_row_that_cannot_be_right_is_counted(tmp_path, changes, with_ids, with
         tmp_path / "mimic-cxr-2.0.0-chexpert.csv", "subject_id,study_id," + ",".join(schema.RADIOLOGY_LABELS), []
     )
     header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
-    write_table(tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [film(1, 1), film(2, 1) | changes])
-    found, counts = image_store.read_films(tables.mimic_cxr(tmp_path))
+    write_table(tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [image(1, 1), image(2, 1) | changes])
+    found, counts = image_store.read_metadata(tables.mimic_cxr(tmp_path))
     assert counts == {
         "rows of metadata": 2,
-        "films with ids": with_ids,
-        "films without a valid time (never paired)": without_time,
+        "X-rays with ids": with_ids,
+        "X-rays without a valid time (never paired)": without_time,
     }
-    assert found["time"].drop_nulls().len() == 1 and found["dicom_id"][0] == "film-0001-00"
+    assert found["time"].drop_nulls().len() == 1 and found["dicom_id"][0] == "image-0001-00"
 
 
 def test_only_a_positive_label_is_one(tmp_path):
-    row = film(1, 1, Edema="1.0", Fracture="0.0", Pneumonia="-1.0", **{"No Finding": "1"})
+    row = image(1, 1, Edema="1.0", Fracture="0.0", Pneumonia="-1.0", **{"No Finding": "1"})
     labels = image_store.read_labels(_raw(tmp_path, [row]))
     positive = {name for name in schema.RADIOLOGY_LABELS if labels[name][0]}
     assert positive == {"Edema", "No Finding"} and labels.columns == ["study_id", *schema.RADIOLOGY_LABELS]
 
 
 def test_a_table_without_a_label_or_metadata_is_named(tmp_path):
-    _raw(tmp_path, [film(1, 1)], gz=False)
+    _raw(tmp_path, [image(1, 1)], gz=False)
     path = tmp_path / "mimic-cxr-2.0.0-chexpert.csv"
     path.write_text(path.read_text().replace("Edema", "Oedema"))
     with pytest.raises(UserError, match=r"chexpert\.csv has no column 'Edema'"):
@@ -71,23 +71,23 @@ def test_a_table_without_a_label_or_metadata_is_named(tmp_path):
         tables.mimic_cxr(tmp_path)
 
 
-def test_a_film_without_a_metadata_row_is_named_and_counted(tmp_path, capsys):
-    films = [film(1, 1), film(2, 1)]
-    raw = _raw(tmp_path, films, gz=False)
+def test_a_image_without_a_metadata_row_is_named_and_counted(tmp_path, capsys):
+    images = [image(1, 1), image(2, 1)]
+    raw = _raw(tmp_path, images, gz=False)
     header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
     write_table(
-        tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [{c: films[0][c] for c in header.split(",")}], gz=False
+        tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [{c: images[0][c] for c in header.split(",")}], gz=False
     )
-    found, counts = image_store.read_films(raw)
-    assert found["dicom_id"].to_list() == ["film-0001-00"]
-    assert counts["films without a metadata row"] == 1
-    assert counts["dicom_ids without a metadata row"] == ["film-0002-00"]
+    found, counts = image_store.read_metadata(raw)
+    assert found["dicom_id"].to_list() == ["image-0001-00"]
+    assert counts["X-rays without a metadata row"] == 1
+    assert counts["dicom_ids without a metadata row"] == ["image-0002-00"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert "film-0002-00" in line and "metadata.csv" in line
+    assert "image-0002-00" in line and "metadata.csv" in line
 
 
 def _image(path, width, height, column=None, row=None):
-    """A black film with a white stripe, 32 px wide, that ends at `column`, or at `row`."""
+    """A black X-ray with a white stripe, 32 px wide, that ends at `column`, or at `row`."""
     pixels = np.zeros((height, width), np.uint8)
     if column is not None:
         pixels[:, column - 32 : column] = 255
@@ -123,13 +123,13 @@ def test_reduced_decoding_is_close_to_a_whole_decode(tmp_path):
     )  # the tolerance tells another geometry
 
 
-def test_colour_and_small_films_are_read(tmp_path):
+def test_colour_and_small_images_are_read(tmp_path):
     Image.new("RGB", (50, 60), (200, 200, 200)).save(tmp_path / "rgb.jpg")
     assert np.abs(image_store.decode(tmp_path / "rgb.jpg", "crop").astype(int) - 200).max() <= 2
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0" + b"\x00" * 40, "truncated"])
-def test_an_unreadable_film_is_an_oserror(tmp_path, content):
+def test_an_unreadable_image_is_an_oserror(tmp_path, content):
     path = tmp_path / "a.jpg"
     if content == "truncated":
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)).save(path)
@@ -142,24 +142,24 @@ def test_an_unreadable_film_is_an_oserror(tmp_path, content):
 
 
 def _store(root, folder, workers=2):
-    return image_store.FilmStore(folder, root, "crop", workers)
+    return image_store.ImageStore(folder, root, "crop", workers)
 
 
-def _jobs(films):
-    return [(row["dicom_id"], film_path(row)) for row in films]
+def _jobs(images):
+    return [(row["dicom_id"], image_path(row)) for row in images]
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_store, "CHUNK_FILMS", 7)
-    films = [film(n, 1) for n in range(20)]
-    root = write_mimic_cxr(tmp_path / "cxr", films)
+    monkeypatch.setattr(image_store, "CHUNK_IMAGES", 7)
+    images = [image(n, 1) for n in range(20)]
+    root = write_mimic_cxr(tmp_path / "cxr", images)
     kept = {}
     for workers in (1, 3):
         store = _store(root, tmp_path / f"w{workers}", workers)
-        store.add(_jobs(films[::-1] if workers == 3 else films))
+        store.add(_jobs(images[::-1] if workers == 3 else images))
         kept[workers] = {p.name: p.read_bytes() for p in (tmp_path / f"w{workers}").iterdir()}
-        for row in films:
-            np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / film_path(row), "crop"))
+        for row in images:
+            np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / image_path(row), "crop"))
     assert kept[1] == kept[3] and len(kept[1]) == 6
 
 
@@ -176,19 +176,19 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     ],
 )
 def test_a_damaged_chunk_is_decoded_again(tmp_path, monkeypatch, suffix, harm):
-    monkeypatch.setattr(image_store, "CHUNK_FILMS", 3)
-    films = [film(n, 1) for n in range(6)]
-    root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16))
-    folder = tmp_path / "films"
-    _store(root, folder).add(_jobs(films))
+    monkeypatch.setattr(image_store, "CHUNK_IMAGES", 3)
+    images = [image(n, 1) for n in range(6)]
+    root = write_mimic_cxr(tmp_path / "cxr", images, size=(16, 16))
+    folder = tmp_path / "images"
+    _store(root, folder).add(_jobs(images))
     before = {path: path.read_bytes() for path in folder.iterdir()}
     harm(min(folder.glob(f"*{suffix}")))
     decoded = _count_decodes(monkeypatch)
     store = _store(root, folder)
-    store.add(_jobs(films))
+    store.add(_jobs(images))
     assert len(decoded) == 3 and {path: path.read_bytes() for path in folder.iterdir()} == before
-    for row in films:
-        np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / film_path(row), "crop"))
+    for row in images:
+        np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / image_path(row), "crop"))
 
 
 def _count_decodes(monkeypatch):
@@ -197,83 +197,83 @@ def _count_decodes(monkeypatch):
     return decoded
 
 
-def test_a_film_is_decoded_once_unless_its_file_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_store, "CHUNK_FILMS", 5)
-    films = [film(n, 1) for n in range(10)]
-    root = write_mimic_cxr(tmp_path / "cxr", films)
-    _store(root, tmp_path / "films").add(_jobs(films))
+def test_a_image_is_decoded_once_unless_its_file_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_store, "CHUNK_IMAGES", 5)
+    images = [image(n, 1) for n in range(10)]
+    root = write_mimic_cxr(tmp_path / "cxr", images)
+    _store(root, tmp_path / "images").add(_jobs(images))
     decoded = _count_decodes(monkeypatch)
-    _store(root, tmp_path / "films").add(_jobs(films))
+    _store(root, tmp_path / "images").add(_jobs(images))
     assert decoded == []
-    _image(root / film_path(films[7]), 40, 40, column=36)
-    store = _store(root, tmp_path / "films")
-    store.add(_jobs(films))
-    assert decoded == ["film-0007-00"]
-    for row in films:
-        np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / film_path(row), "crop"))
+    _image(root / image_path(images[7]), 40, 40, column=36)
+    store = _store(root, tmp_path / "images")
+    store.add(_jobs(images))
+    assert decoded == ["image-0007-00"]
+    for row in images:
+        np.testing.assert_array_equal(store[row["dicom_id"]], image_store.decode(root / image_path(row), "crop"))
     store.forget_useless()
-    assert len(list((tmp_path / "films").glob("*.npy"))) == 3
+    assert len(list((tmp_path / "images").glob("*.npy"))) == 3
 
 
-def test_films_are_found_whatever_they_were_asked_for_with_and_the_others_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_store, "CHUNK_FILMS", 5)
-    films = [film(n, 1) for n in range(20)]
-    root = write_mimic_cxr(tmp_path / "cxr", films)
-    (root / film_path(films[3])).write_bytes(b"broken")
+def test_images_are_found_whatever_they_were_asked_for_with_and_the_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_store, "CHUNK_IMAGES", 5)
+    images = [image(n, 1) for n in range(20)]
+    root = write_mimic_cxr(tmp_path / "cxr", images)
+    (root / image_path(images[3])).write_bytes(b"broken")
     monkeypatch.setattr(image_store, "MAX_UNREADABLE", 0.5)
-    _store(root, tmp_path / "films").add(_jobs(films))
-    before = sorted((tmp_path / "films").iterdir())
+    _store(root, tmp_path / "images").add(_jobs(images))
+    before = sorted((tmp_path / "images").iterdir())
     decoded = _count_decodes(monkeypatch)
-    store = _store(root, tmp_path / "films")
-    store.add(_jobs(films[1:4] + films[9:11]))  # of a build with fewer films, in other groups
-    np.testing.assert_array_equal(store["film-0010-00"], image_store.decode(root / film_path(films[10]), "crop"))
-    assert decoded == ["film-0010-00"] and list(store.unreadable) == ["film-0003-00"]
+    store = _store(root, tmp_path / "images")
+    store.add(_jobs(images[1:4] + images[9:11]))  # of a build with fewer X-rays, in other groups
+    np.testing.assert_array_equal(store["image-0010-00"], image_store.decode(root / image_path(images[10]), "crop"))
+    assert decoded == ["image-0010-00"] and list(store.unreadable) == ["image-0003-00"]
     store.forget_useless()
-    assert sorted((tmp_path / "films").iterdir()) == before
+    assert sorted((tmp_path / "images").iterdir()) == before
 
 
 def test_chunks_that_cannot_be_used_again_are_forgotten(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_store, "CHUNK_FILMS", 2)
-    films = [film(n, 1) for n in range(4)]
-    root = write_mimic_cxr(tmp_path / "cxr", films)
-    image_store.FilmStore(tmp_path / "films", root, "squash", 1).add(_jobs(films))
-    (tmp_path / "films" / "stopped.npy.1-1.partial").write_bytes(b"")
-    store = _store(root, tmp_path / "films")
-    store.add(_jobs(films))
+    monkeypatch.setattr(image_store, "CHUNK_IMAGES", 2)
+    images = [image(n, 1) for n in range(4)]
+    root = write_mimic_cxr(tmp_path / "cxr", images)
+    image_store.ImageStore(tmp_path / "images", root, "squash", 1).add(_jobs(images))
+    (tmp_path / "images" / "stopped.npy.1-1.partial").write_bytes(b"")
+    store = _store(root, tmp_path / "images")
+    store.add(_jobs(images))
     crop = {path for path, _ in store._place.values()}
-    assert len(list((tmp_path / "films").glob("*.npy"))) == 4
+    assert len(list((tmp_path / "images").glob("*.npy"))) == 4
     store.forget_useless()
-    assert set((tmp_path / "films").glob("*.npy")) == crop and len(list((tmp_path / "films").iterdir())) == 4
-    for row in films[:2]:
-        _image(root / film_path(row), 40, 40)
-    store = _store(root, tmp_path / "films")
-    store.add(_jobs(films))
+    assert set((tmp_path / "images").glob("*.npy")) == crop and len(list((tmp_path / "images").iterdir())) == 4
+    for row in images[:2]:
+        _image(root / image_path(row), 40, 40)
+    store = _store(root, tmp_path / "images")
+    store.add(_jobs(images))
     store.forget_useless()
-    assert len(crop & set((tmp_path / "films").glob("*.npy"))) == 1
-    assert len(list((tmp_path / "films").glob("*.npy"))) == 2
+    assert len(crop & set((tmp_path / "images").glob("*.npy"))) == 1
+    assert len(list((tmp_path / "images").glob("*.npy"))) == 2
 
 
-def test_signatures_tell_a_replaced_film_and_a_missing_one(tmp_path):
-    films = [film(n, 1) for n in range(3)]
-    root = write_mimic_cxr(tmp_path / "cxr", films)
-    before = image_store.signatures(root, _jobs(films), 2)
-    assert before == {row["dicom_id"]: image_store.signature(root / film_path(row)) for row in films}
-    _image(root / film_path(films[1]), 40, 40)
-    (root / film_path(films[2])).unlink()
-    after = image_store.signatures(root, _jobs(films), 2)
-    assert after["film-0000-00"] == before["film-0000-00"] and after["film-0002-00"] is None
-    assert after["film-0001-00"] not in (before["film-0001-00"], None)
+def test_signatures_tell_a_replaced_image_and_a_missing_one(tmp_path):
+    images = [image(n, 1) for n in range(3)]
+    root = write_mimic_cxr(tmp_path / "cxr", images)
+    before = image_store.signatures(root, _jobs(images), 2)
+    assert before == {row["dicom_id"]: image_store.signature(root / image_path(row)) for row in images}
+    _image(root / image_path(images[1]), 40, 40)
+    (root / image_path(images[2])).unlink()
+    after = image_store.signatures(root, _jobs(images), 2)
+    assert after["image-0000-00"] == before["image-0000-00"] and after["image-0002-00"] is None
+    assert after["image-0001-00"] not in (before["image-0001-00"], None)
 
 
 def test_one_percent_may_be_unreadable_and_no_more(tmp_path):
-    films = [film(n, 1) for n in range(200)]
-    root = write_mimic_cxr(tmp_path / "cxr", films, size=(16, 16))
-    (root / film_path(films[3])).write_bytes(b"broken")
-    (root / film_path(films[150])).unlink()
-    store = _store(root, tmp_path / "films")
-    store.add(_jobs(films))
-    assert sorted(store.unreadable) == ["film-0003-00", "film-0150-00"] and store.unreadable["film-0150-00"] is None
-    assert "film-0003-00" not in store and "film-0004-00" in store
-    (root / film_path(films[4])).write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"3 of 200 films .* more than 1 %, the first is film-0003-00\.jpg"):
-        _store(root, tmp_path / "films").add(_jobs(films))
+    images = [image(n, 1) for n in range(200)]
+    root = write_mimic_cxr(tmp_path / "cxr", images, size=(16, 16))
+    (root / image_path(images[3])).write_bytes(b"broken")
+    (root / image_path(images[150])).unlink()
+    store = _store(root, tmp_path / "images")
+    store.add(_jobs(images))
+    assert sorted(store.unreadable) == ["image-0003-00", "image-0150-00"] and store.unreadable["image-0150-00"] is None
+    assert "image-0003-00" not in store and "image-0004-00" in store
+    (root / image_path(images[4])).write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"3 of 200 X-rays .* more than 1 %, the first is X-ray-0003-00\.jpg"):
+        _store(root, tmp_path / "images").add(_jobs(images))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from build_cases import HEART_RATE, ROOT, command, file_contents, read_all, write_one_stay
 from PIL import Image
-from raw_tables import chart, film, film_path, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import chart, image, image_path, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build, cache, pipeline
 from data_prep.ehr import cohort, discretize
@@ -50,7 +50,7 @@ def test_killed_at_any_time_it_goes_on_and_gives_the_same_bytes(raw_tree, id_lis
     killed = 0
     for wait_for in (
         ".stages/events.partial",
-        ".stages/films/*.npy",
+        ".stages/X-rays/*.npy",
         ".stages/shards-mortality.partial/*.partial",
         "pheno",
     ):
@@ -121,7 +121,7 @@ def test_a_stage_that_fails_leaves_nothing_that_looks_finished(raw_tree, tmp_pat
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A tree of one stay, without films, and its build of two tasks."""
+    """A tree of one stay, without X-rays, and its build of two tasks."""
     root = tmp_path_factory.mktemp("small")
     tree = write_one_stay(root)
     build.build(*tree, root / "out", tasks=["pheno", "mortality"])
@@ -167,28 +167,28 @@ def test_a_deleted_dataset_is_made_again(small, tmp_path):
     assert file_contents(tmp_path / "out") == before
 
 
-def test_a_replaced_film_is_seen_and_the_others_are_not_decoded_again(tmp_path, capsys, monkeypatch):
-    films = [film(n, 5) for n in range(2)] + [film(n, 5) for n in range(100, 110)]
+def test_a_replaced_image_is_seen_and_the_others_are_not_decoded_again(tmp_path, capsys, monkeypatch):
+    images = [image(n, 5) for n in range(2)] + [image(n, 5) for n in range(100, 110)]
     iv, _ = write_one_stay(tmp_path)
-    tree = (iv, write_mimic_cxr(tmp_path / "cxr", films, size=(32, 32)))
+    tree = (iv, write_mimic_cxr(tmp_path / "cxr", images, size=(32, 32)))
     build.build(*tree, tmp_path / "out", tasks=["pheno", "radiology"])
     old = {r["dicom_id"]: r["image"] for rows in read_all(tmp_path / "out", "radiology").values() for r in rows}
     decoded, decode = [], image_store.decode
     monkeypatch.setattr(image_store, "decode", lambda path, shape: decoded.append(path.stem) or decode(path, shape))
 
     def replace(row, grey):
-        Image.fromarray(np.full((64, 64), grey, np.uint8)).save(tree[1] / film_path(row))
+        Image.fromarray(np.full((64, 64), grey, np.uint8)).save(tree[1] / image_path(row))
         capsys.readouterr()
         build.build(*tree, tmp_path / "out", tasks=["pheno", "radiology"])
         heard = capsys.readouterr().err
-        return [task for task in ("pheno", "radiology") if f"out/{task} was built with other films" in heard]
+        return [task for task in ("pheno", "radiology") if f"out/{task} was built with other X-rays" in heard]
 
-    assert replace(films[0], 200) == ["pheno", "radiology"] and decoded == ["film-0000-00"]
+    assert replace(images[0], 200) == ["pheno", "radiology"] and decoded == ["image-0000-00"]
     (record,) = (r for rows in read_all(tmp_path / "out", "pheno").values() for r in rows)
     assert abs(record["image"].astype(int) - 200).max() <= 2
     new = {r["dicom_id"]: r["image"] for rows in read_all(tmp_path / "out", "radiology").values() for r in rows}
-    assert [name for name in old if not np.array_equal(old[name], new[name])] == ["film-0000-00"]
-    assert replace(films[5], 100) == ["radiology"], "no stay can have it"
+    assert [name for name in old if not np.array_equal(old[name], new[name])] == ["image-0000-00"]
+    assert replace(images[5], 100) == ["radiology"], "no stay can have it"
 
 
 def test_other_content_is_seen_though_size_and_mtime_are_the_same(tmp_path, capsys):
@@ -218,7 +218,7 @@ def test_events_of_another_cohort_are_not_used_again(tmp_path, monkeypatch):
 
 
 def test_another_decoder_or_map_of_codes_makes_anew_what_it_is_used_for(tmp_path, capsys, monkeypatch):
-    tree, names = write_one_stay(tmp_path, [film(0, 5)]), ["pheno", "mortality"]
+    tree, names = write_one_stay(tmp_path, [image(0, 5)]), ["pheno", "mortality"]
     build.build(*tree, tmp_path / "out", tasks=names)
     capsys.readouterr()
 
@@ -232,7 +232,7 @@ def test_another_decoder_or_map_of_codes_makes_anew_what_it_is_used_for(tmp_path
     decode, decoded = image_store.decode, []
     monkeypatch.setattr(image_store, "decode", lambda path, shape: decoded.append(path.stem) or decode(path, shape))
     monkeypatch.setattr(image_store, "DECODER", "Pillow 0")
-    assert made_anew(tree) == names and decoded == ["film-0000-00"]
+    assert made_anew(tree) == names and decoded == ["image-0000-00"]
     build.build(tree[0], None, tmp_path / "without", tasks=names)
     monkeypatch.setattr(image_store, "DECODER", "Pillow 1")
     assert made_anew((tree[0], None), tmp_path / "without") == []
@@ -253,10 +253,10 @@ def test_tables_are_read_for_their_hash_once_and_may_be_moved(tmp_path, capsys, 
     assert "is there already" in capsys.readouterr().err
 
 
-def test_films_are_not_replaced_by_a_build_without(raw_tree, id_lists, built, tmp_path):
+def test_images_are_not_replaced_by_a_build_without(raw_tree, id_lists, built, tmp_path):
     before = file_contents(built)
     with pytest.raises(
-        UserError, match=r"out/pheno was built with films.*: add --mimic_cxr=DIR, or give another --out"
+        UserError, match=r"out/pheno was built with X-rays.*: add --mimic_cxr=DIR, or give another --out"
     ):
         build.build(raw_tree[0], None, built, timestep_h=1, **id_lists)
     assert file_contents(built) == before

@@ -20,7 +20,7 @@ def _record(i, rng):
         "ehr": rng.normal(size=(i % 5 + 1, 76)).astype(np.float32),
         "label": np.array([i % 2], np.int8),
         "has_cxr": has_cxr,
-        "dicom_id": f"film-{i}" if has_cxr else "",
+        "dicom_id": f"X-ray-{i}" if has_cxr else "",
         "image": rng.integers(0, 256, (int(has_cxr), 256, 256), np.uint8),
         "age": np.float32(50 + i),
         "gender": "F",

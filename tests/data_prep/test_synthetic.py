@@ -21,7 +21,7 @@ from data_prep.synthetic import cxr, tables, tree
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
-NUM_STAYS, SEED, FILM_FRACTION = 200, 3, 0.3
+NUM_STAYS, SEED, IMAGE_FRACTION = 200, 3, 0.3
 # The headers of MIMIC-IV 2.2 and MIMIC-CXR-JPG 2.0.0.
 HEADERS = {
     "mimic-iv/hosp/patients": "subject_id,gender,anchor_age,anchor_year,anchor_year_group,dod",
@@ -51,7 +51,7 @@ REAL_FOLDERS = {"mimic-iv": "mimic-iv-demo-2.2", "mimic-cxr": "mimic-cxr-fixture
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic") / "cohort"
-    tree.write(folder, NUM_STAYS, SEED, FILM_FRACTION)
+    tree.write(folder, NUM_STAYS, SEED, IMAGE_FRACTION)
     return folder
 
 
@@ -276,54 +276,55 @@ def test_vitals_show_their_latents(cohort, planted):
         assert abs(level.select(pl.corr("valuenum", other)).item()) < 0.3  # planted error: the wrong latent
 
 
-# --- films ---
+# --- X-rays ---
 
 
 def in_window(cohort: Path, end_h: float | None = None) -> set[int]:
-    """Stays with an AP film in them (or in their first `end_h` hours), from the raw tables."""
-    films = read(cohort, "mimic-cxr/mimic-cxr-2.0.0-metadata").filter(pl.col("ViewPosition") == "AP")
+    """Stays with an AP X-ray in them (or in their first `end_h` hours), from the raw tables."""
+    images = read(cohort, "mimic-cxr/mimic-cxr-2.0.0-metadata").filter(pl.col("ViewPosition") == "AP")
     clock = pl.col("StudyTime").str.split(".").list.first().str.zfill(6)
-    films = films.with_columns(time=(pl.col("StudyDate").cast(pl.String) + clock).str.to_datetime("%Y%m%d%H%M%S"))
+    images = images.with_columns(time=(pl.col("StudyDate").cast(pl.String) + clock).str.to_datetime("%Y%m%d%H%M%S"))
     end = (
         pl.col("outtime")
         if end_h is None
         else pl.min_horizontal("outtime", pl.col("intime") + pl.duration(hours=end_h))
     )
-    taken = kept_stays(cohort).join(films, on="subject_id").filter(pl.col("time").is_between("intime", end))
+    taken = kept_stays(cohort).join(images, on="subject_id").filter(pl.col("time").is_between("intime", end))
     return set(taken["stay_id"])
 
 
-def test_share_of_stays_with_a_film(cohort):
+def test_share_of_stays_with_a_image(cohort):
     truth = read(cohort, "truth")
-    assert len(in_window(cohort)) == round(FILM_FRACTION * NUM_STAYS)
-    assert in_window(cohort) == set(truth.filter(pl.col("film_in_stay"))["stay_id"])
+    assert len(in_window(cohort)) == round(IMAGE_FRACTION * NUM_STAYS)
+    assert in_window(cohort) == set(truth.filter(pl.col("cxr_in_stay"))["stay_id"])
     early = in_window(cohort, 48)
-    assert early == set(truth.filter(pl.col("film_in_48h"))["stay_id"])
+    assert early == set(truth.filter(pl.col("cxr_in_48h"))["stay_id"])
     assert 0.8 < len(early) / len(in_window(cohort)) < 1
 
 
-def test_film_tables(cohort):
-    films = read(cohort, "mimic-cxr/mimic-cxr-2.0.0-metadata")
-    assert len(films) == round(1.5 * NUM_STAYS) and set(films["ViewPosition"]) == {"AP", "PA", "LATERAL"}
+def test_image_tables(cohort):
+    images = read(cohort, "mimic-cxr/mimic-cxr-2.0.0-metadata")
+    assert len(images) == round(1.5 * NUM_STAYS) and set(images["ViewPosition"]) == {"AP", "PA", "LATERAL"}
     assert (
-        films["dicom_id"].is_unique().all() and films["dicom_id"].str.contains(r"^[0-9a-f]{8}(-[0-9a-f]{8}){4}$").all()
+        images["dicom_id"].is_unique().all()
+        and images["dicom_id"].str.contains(r"^[0-9a-f]{8}(-[0-9a-f]{8}){4}$").all()
     )
-    assert (films["StudyTime"].str.split(".").list.first().str.len_chars() < 6).any()
+    assert (images["StudyTime"].str.split(".").list.first().str.len_chars() < 6).any()
     with_stay = set(read(cohort, "mimic-iv/icu/icustays")["subject_id"])
-    assert set(films["subject_id"]) - with_stay and set(films["subject_id"]) & with_stay
+    assert set(images["subject_id"]) - with_stay and set(images["subject_id"]) & with_stay
     labels = read(cohort, "mimic-cxr/mimic-cxr-2.0.0-chexpert")
-    assert set(labels["study_id"]) == set(films["study_id"]) and labels["study_id"].is_unique().all()
+    assert set(labels["study_id"]) == set(images["study_id"]) and labels["study_id"].is_unique().all()
     assert set(labels["Edema"]) == {1.0, 0.0, -1.0, None}
     paths = {
         f"p{subject // 1_000_000}/p{subject}/s{study}/{dicom}.jpg": (columns, rows)
-        for dicom, subject, study, rows, columns in films.select(
+        for dicom, subject, study, rows, columns in images.select(
             "dicom_id", "subject_id", "study_id", "Rows", "Columns"
         ).iter_rows()
     }
     root = cohort / "mimic-cxr" / "files"
     assert {str(p.relative_to(root)) for p in root.rglob("*.jpg")} == set(paths)
-    with Image.open(root / next(iter(paths))) as film:
-        assert film.mode == "L" and film.size == next(iter(paths.values()))
+    with Image.open(root / next(iter(paths))) as image:
+        assert image.mode == "L" and image.size == next(iter(paths.values()))
 
 
 # --- the command ---
@@ -334,8 +335,8 @@ def test_film_tables(cohort):
     [
         ({"num_stays": 3}, "--stays is 3"),
         ({"seed": -1}, "--seed is -1"),
-        ({"film_fraction": 1.5}, "--film_fraction is 1.5"),
-        ({"films_per_stay": -1}, "--films_per_stay is -1"),
+        ({"cxr_fraction": 1.5}, "--cxr_fraction is 1.5"),
+        ({"images_per_stay": -1}, "--images_per_stay is -1"),
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path, change, said):
@@ -362,7 +363,7 @@ def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cxr, "write_films", stop)
+    monkeypatch.setattr(cxr, "write_images", stop)
     with pytest.raises(KeyboardInterrupt):
         tree.write(tmp_path / "out", 10)
     assert not list(tmp_path.iterdir())
@@ -376,11 +377,11 @@ def test_the_command_says_what_can_be_reached(tmp_path):
             command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
         )
 
-    done = run(f"--out={tmp_path / 'out'}", "--stays=10", "--film_fraction=0.5")
+    done = run(f"--out={tmp_path / 'out'}", "--stays=10", "--cxr_fraction=0.5")
     assert done.returncode == 0, done.stderr
-    assert "10 stays, 15 films" in done.stdout and "paired stays: both 0." in done.stdout
-    failed = run(f"--out={tmp_path / 'other'}", "--film_fraction=2")
-    assert failed.returncode == 2 and len(failed.stderr.strip().splitlines()) == 1 and "film_fraction" in failed.stderr
+    assert "10 stays, 15 X-rays" in done.stdout and "paired stays: both 0." in done.stdout
+    failed = run(f"--out={tmp_path / 'other'}", "--cxr_fraction=2")
+    assert failed.returncode == 2 and len(failed.stderr.strip().splitlines()) == 1 and "cxr_fraction" in failed.stderr
 
 
 def test_time_grows_no_faster_than_the_cohort():

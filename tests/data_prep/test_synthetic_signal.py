@@ -1,4 +1,4 @@
-"""What is planted in the synthetic cohort: labels of known difficulty, and films that show what they should."""
+"""What is planted in the synthetic cohort: labels of known difficulty, and X-rays that show what they should."""
 
 import numpy as np
 import polars as pl
@@ -22,32 +22,32 @@ def many():
 @pytest.mark.parametrize("task", signal.RULES)
 def test_best_auroc_is_that_of_the_drawn_labels(many, task):
     given, label = many[task]
-    has_film = np.random.default_rng(1).random(len(label)) < 0.5
-    report = signal.best_auroc(task, given, has_film)
+    has_cxr = np.random.default_rng(1).random(len(label)) < 0.5
+    report = signal.best_auroc(task, given, has_cxr)
 
     def difference(score, drawn, expected):
         found = [roc_auc_score(drawn[:, k], score[:, k]) for k in range(drawn.shape[1])]
         return np.abs(np.array(found) - expected["per_label"]).max()
 
-    for subset, rows in (("all", slice(None)), ("paired", has_film)):
+    for subset, rows in (("all", slice(None)), ("paired", has_cxr)):
         score = given["ehr_only"][rows]
         assert difference(score, label[rows], report[subset]["ehr_only"]) < 0.04
     both = report["paired"]["both"]
-    assert difference(given["both"][has_film], label[has_film], both) < 0.04
-    assert difference(given["ehr_only"][has_film], label[has_film], both) > 0.06  # planted error: another score
+    assert difference(given["both"][has_cxr], label[has_cxr], both) < 0.04
+    assert difference(given["ehr_only"][has_cxr], label[has_cxr], both) > 0.06  # planted error: another score
 
 
 def test_groups_need_the_modalities_they_say(many):
     given, label = many["pheno"]
     report = signal.best_auroc("pheno", given, np.arange(len(label)) % 5 == 0)
     groups = np.array(report["groups"])
-    ehr, film, both = (np.array(report["paired"][m]["per_label"]) for m in ("ehr_only", "film_only", "both"))
-    assert {g: int((groups == g).sum()) for g in set(groups)} == {"vitals": 9, "film": 8, "sum": 6, "and": 2}
-    np.testing.assert_allclose(ehr[groups == "film"], 0.5)
-    np.testing.assert_allclose(film[groups == "vitals"], 0.5)
+    ehr, image, both = (np.array(report["paired"][m]["per_label"]) for m in ("ehr_only", "cxr_only", "both"))
+    assert {g: int((groups == g).sum()) for g in set(groups)} == {"vitals": 9, "cxr": 8, "sum": 6, "and": 2}
+    np.testing.assert_allclose(ehr[groups == "cxr"], 0.5)
+    np.testing.assert_allclose(image[groups == "vitals"], 0.5)
     np.testing.assert_allclose(ehr[groups == "vitals"], both[groups == "vitals"])
     needs_both = np.isin(groups, ("sum", "and"))
-    assert (both - np.maximum(ehr, film))[needs_both].min() > 0.04
+    assert (both - np.maximum(ehr, image))[needs_both].min() > 0.04
     macro = {m: report["paired"][m]["macro"] for m in ("ehr_only", "both")}
     assert 0.70 < macro["ehr_only"] < 0.76 and 0.88 < macro["both"] < 0.93
     assert report["all"]["ehr_only"]["macro"] < report["all"]["both"]["macro"] < macro["both"]
@@ -60,21 +60,21 @@ def test_prevalences_are_those_of_the_rules(many):
         np.testing.assert_allclose(many[task][1].mean(axis=0), wanted, atol=0.03)
 
 
-def test_ehr_only_score_is_the_mean_over_films():
+def test_ehr_only_score_is_the_mean_over_images():
     rng = np.random.default_rng(0)
     vitals, _ = signal.draw_latents(rng, 3)
-    films = rng.standard_normal((5_000, len(signal.FILM_LATENTS)))
+    images = rng.standard_normal((5_000, len(signal.IMAGE_LATENTS)))
     for i in range(3):
-        alone = signal.probabilities("pheno", vitals[i : i + 1], films[:1])["ehr_only"][0]
-        drawn = signal.probabilities("pheno", np.repeat(vitals[i : i + 1], len(films), 0), films)["both"]
+        alone = signal.probabilities("pheno", vitals[i : i + 1], images[:1])["ehr_only"][0]
+        drawn = signal.probabilities("pheno", np.repeat(vitals[i : i + 1], len(images), 0), images)["both"]
         np.testing.assert_allclose(alone, drawn.mean(axis=0), atol=0.025)
 
 
-def test_films_show_their_latents():
+def test_images_show_their_latents():
     rng = np.random.default_rng(0)
-    latents = rng.standard_normal((80, len(signal.FILM_LATENTS)))
+    latents = rng.standard_normal((80, len(signal.IMAGE_LATENTS)))
     drawn = np.stack([draw.draw(z, "AP", (0, i)) for i, z in enumerate(latents)])
-    by_name = dict(zip(signal.FILM_LATENTS, latents.T, strict=True))
+    by_name = dict(zip(signal.IMAGE_LATENTS, latents.T, strict=True))
     centre = drawn[:, 60:240, 80:310]
     features = {
         "device": (centre > 222).mean(axis=(1, 2)),
@@ -86,25 +86,25 @@ def test_films_show_their_latents():
         assert abs(np.corrcoef(feature, by_name["effusion"])[0, 1]) < 0.45, name
 
 
-def test_a_film_is_its_latents_and_its_seed():
-    middle = np.zeros(len(signal.FILM_LATENTS))
-    film = draw.draw(middle, "AP", (0, 1))
-    assert film.shape == (320, 390) and film.dtype == np.uint8
-    np.testing.assert_array_equal(film, draw.draw(middle, "AP", (0, 1)))
+def test_a_image_is_its_latents_and_its_seed():
+    middle = np.zeros(len(signal.IMAGE_LATENTS))
+    image = draw.draw(middle, "AP", (0, 1))
+    assert image.shape == (320, 390) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image, draw.draw(middle, "AP", (0, 1)))
     for i in range(len(middle)):
         more = draw.draw(middle + 2 * np.eye(len(middle))[i], "AP", (0, 1))
-        assert np.abs(more.astype(int) - film).mean() > 0.4, signal.FILM_LATENTS[i]
+        assert np.abs(more.astype(int) - image).mean() > 0.4, signal.IMAGE_LATENTS[i]
     assert len({draw.draw(middle, v, (0, 1)).tobytes() for v in ("AP", "PA", "LATERAL")}) == 3
 
 
 def test_findings_follow_the_latents():
     rng = np.random.default_rng(0)
     stays, truth = cohort.draw_stays(rng, 1000)
-    planned = cxr.plan(rng, stays, truth["film"], 0.2, 1500)
+    planned = cxr.plan(rng, stays, truth["cxr"], 0.2, 1500)
     labels = cxr.tables(rng, planned)["mimic-cxr-2.0.0-chexpert"]
     latents = planned.unique("study_id").join(labels, on="study_id", how="inner")
     for finding, (_, weights) in cxr.FINDINGS.items():
-        score = sum((w * latents[f"film_{name}"] for name, w in weights.items()), pl.Series([0.0] * len(latents)))
+        score = sum((w * latents[f"image_{name}"] for name, w in weights.items()), pl.Series([0.0] * len(latents)))
         auroc = roc_auc_score(latents[finding].fill_null(0) == 1, score)
         assert auroc > 0.9 if weights else auroc == 0.5, finding
     positive = (labels.select(*cxr.FINDINGS).drop("Support Devices").fill_null(0) == 1).sum_horizontal()

@@ -1,10 +1,10 @@
-"""Arrays, labels and films that are earlier than they may be stop the build, whatever made them."""
+"""Arrays, labels and X-rays that are earlier than they may be stop the build, whatever made them."""
 
 import json
 
 import numpy as np
 import pytest
-from raw_tables import at, chart, film, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build, pipeline
 from data_prep.ehr import discretize
@@ -18,7 +18,7 @@ ALL = ("pheno", "mortality", "decompensation", "length_of_stay")
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Three stays of 60, 71 and 82 h with events at odd minutes, some twice a minute; a film each."""
+    """Three stays of 60, 71 and 82 h with events at odd minutes, some twice a minute; an X-ray each."""
     root = tmp_path_factory.mktemp("raw")
     stays, charts = [], []
     for n in range(3):
@@ -28,8 +28,8 @@ def tree(tmp_path_factory):
             charts += [chart(n, hour, HEART_RATE, str(60 + int(7 * hour) % 50 + k)) for k in range(2)]
         charts.append(chart(n, 31, EYE, "To Pain"))
         charts.append(chart(n, 0, HEART_RATE, "99"))
-    films = [film(n, 30.5) for n in range(3)]
-    return write_mimic_iv(root / "iv", stays, charts), write_mimic_cxr(root / "cxr", films, size=(16, 16))
+    images = [image(n, 30.5) for n in range(3)]
+    return write_mimic_iv(root / "iv", stays, charts), write_mimic_cxr(root / "cxr", images, size=(16, 16))
 
 
 def _leaking(monkeypatch, change):
@@ -49,7 +49,7 @@ def test_true_arrays_pass(tree, tmp_path, timestep_h, profile):
     build.build(*tree, tmp_path, tasks=ALL, timestep_h=timestep_h, profile=profile)
     for task in ALL:
         check = records.manifest(tmp_path, task)["counts"]["time_check"]
-        assert (check["records"], check["films"], check["violations"]) == (3, 3, 0)
+        assert (check["records"], check["images"], check["violations"]) == (3, 3, 0)
         assert ("label" in check["cut_off"]) == schema.TASKS[task].per_step
 
 
@@ -83,7 +83,7 @@ def _one_value_of_the_next_observation(ehr_RF, length_S):
 )
 def test_arrays_that_hold_what_comes_later_stop_the_build(tree, tmp_path, monkeypatch, task, change):
     _leaking(monkeypatch, change)
-    with pytest.raises(AssertionError, match=r"[1-9]\d* values of steps, 0 labels and 0 films are later"):
+    with pytest.raises(AssertionError, match=r"[1-9]\d* values of steps, 0 labels and 0 X-rays are too late"):
         build.build(tree[0], None, tmp_path, tasks=[task])
     assert not (tmp_path / task).exists()
 
@@ -97,18 +97,18 @@ def test_a_label_after_the_stay_stops_the_build(tree, tmp_path, monkeypatch):
         return found, flow
 
     monkeypatch.setattr(pipeline.step_tasks, "predictions", later)
-    with pytest.raises(AssertionError, match=r" 3 labels and 0 films are later"):
+    with pytest.raises(AssertionError, match=r" 3 labels and 0 X-rays are too late"):
         build.build(tree[0], None, tmp_path, tasks=["length_of_stay"])
 
 
-def test_a_film_that_says_it_is_earlier_stops_the_build(tree, tmp_path, monkeypatch):
-    original = datasets.films_by_stay
+def test_a_image_that_says_it_is_earlier_stops_the_build(tree, tmp_path, monkeypatch):
+    original = datasets.images_by_stay
 
     def earlier(*args):
-        return {stay: [(name, hours - 0.5) for name, hours in films] for stay, films in original(*args).items()}
+        return {stay: [(name, hours - 0.5) for name, hours in images] for stay, images in original(*args).items()}
 
-    monkeypatch.setattr(datasets, "films_by_stay", earlier)
-    with pytest.raises(AssertionError, match=r" 0 labels and 3 films are later"):
+    monkeypatch.setattr(datasets, "images_by_stay", earlier)
+    with pytest.raises(AssertionError, match=r" 0 labels and 3 X-rays are too late"):
         build.build(*tree, tmp_path, tasks=["decompensation"])
     assert not (tmp_path / "decompensation").exists()
 

@@ -117,16 +117,16 @@ def weigh():
 
 
 def test_a_models_weights_are_of_what_each_row_has(weigh):
-    given = {**batch(), "length": np.array([0, 2, 4, 1], np.int32)}  # film; stay; both; stay
+    given = {**batch(), "length": np.array([0, 2, 4, 1], np.int32)}  # X-ray; stay; both; stay
     weights = weigh(given)
     np.testing.assert_array_equal(weights["modality_weights"] > 0, [[0, 1], [1, 0], [1, 1], [1, 0]])
     np.testing.assert_allclose(weights["modality_weights"].sum(1), 1, atol=1e-6)
     np.testing.assert_array_equal((weights["time_weights"] > 0).sum(1), given["length"])
 
 
-def test_a_film_that_is_missing_changes_no_weight_of_another_row(weigh):
+def test_a_image_that_is_missing_changes_no_weight_of_another_row(weigh):
     before = batch()
-    after = weigh({**before, "film_mask": np.array([False, True, False])})  # row 2's film
+    after = weigh({**before, "image_mask": np.array([False, True, False])})  # row 2's X-ray
     before = weigh(before)
     np.testing.assert_array_equal(after["time_weights"], before["time_weights"])
     changed_B = (after["modality_weights"] != before["modality_weights"]).any(1)

@@ -15,7 +15,7 @@ from medfuse_jax.runtime.errors import UserError
 # One of each model: early and joint are joint_zeros, of which joint_learnable is the harder case, and
 # the two stages differ in a number only.
 _DISTINCT = ("uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "medfuse_attention", "unified", "mmtm3", "daft3")
-_WITH_FILM = _DISTINCT[1:]
+_WITH_IMAGE = _DISTINCT[1:]
 _WITH_EHR = tuple(m for m in _DISTINCT if m != "uni_cxr")
 
 # Summed up by hand from the released shapes. 25 labels, but for uni_cxr: the 14 of the pre-training.
@@ -106,13 +106,13 @@ def test_outputs_have_the_contracts_shapes(method):
     assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(jnp.float32)}
     if method in _WITH_EHR:
         assert outputs["ehr_features"].shape == (4, 8)
-    if method not in ("uni_ehr", "daft3"):  # projected film features are as wide, here, as the ResNet's
+    if method not in ("uni_ehr", "daft3"):  # projected X-ray features are as wide, here, as the ResNet's
         assert outputs["cxr_features"].shape == (4, 8)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outputs))
 
 
-@pytest.mark.parametrize("method", _WITH_FILM)
-def test_listed_and_dense_films_give_the_same(method):
+@pytest.mark.parametrize("method", _WITH_IMAGE)
+def test_listed_and_dense_images_give_the_same(method):
     variables, _, evaluate = _functions(method)
     listed = batch()
     a, b = evaluate(variables, listed), evaluate(variables, dense(listed))
@@ -125,25 +125,25 @@ def test_listed_and_dense_films_give_the_same(method):
 def test_what_is_missing_reaches_no_number_and_no_gradient(method):
     variables, train, _ = _functions(method)
     clean = batch()
-    clean["length"][1] = 0  # row 1: no stay, no film; row 3: no film
+    clean["length"][1] = 0  # row 1: no stay, no X-ray; row 3: no X-ray
     padding_BT1 = (np.arange(5) >= clean["length"][:, None])[..., None]
     poisoned = {
         **clean,
         "ehr": np.where(padding_BT1, np.nan, clean["ehr"]),
-        "image": np.where(clean["film_mask"][:, None, None], clean["image"], np.nan),
+        "image": np.where(clean["image_mask"][:, None, None], clean["image"], np.nan),
     }
     a, b = train(variables, clean), train(variables, poisoned)
     _assert_same(a, b)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(b))
     _, ehr_gradient, image_gradient = b["gradients"]
-    assert not np.any(np.where(padding_BT1, ehr_gradient, 0)) and not np.any(image_gradient[~clean["film_mask"]])
+    assert not np.any(np.where(padding_BT1, ehr_gradient, 0)) and not np.any(image_gradient[~clean["image_mask"]])
     # and what is there does reach it
     assert np.any(ehr_gradient) == (method in _WITH_EHR)
-    assert np.any(image_gradient[:2]) == (method in _WITH_FILM)
+    assert np.any(image_gradient[:2]) == (method in _WITH_IMAGE)
 
 
 @pytest.mark.parametrize("method", ["medfuse"])
-def test_absent_rows_of_dense_films_reach_nothing_in_training(method):
+def test_absent_rows_of_dense_images_reach_nothing_in_training(method):
     variables, train, _ = _functions(method)
     clean = dense(batch())
     poisoned_BHW = np.where(clean["has_cxr"][:, None, None], clean["image"], np.nan)
@@ -154,23 +154,23 @@ def test_absent_rows_of_dense_films_reach_nothing_in_training(method):
     _assert_same(a["gradients"][0], listed["gradients"][0], atol=1e-3 * _largest(listed["gradients"][0]))
 
 
-@pytest.mark.parametrize("method", [m for m in _WITH_FILM if m != "uni_cxr"])
-def test_a_film_changes_its_own_row_only(method):
+@pytest.mark.parametrize("method", [m for m in _WITH_IMAGE if m != "uni_cxr"])
+def test_a_image_changes_its_own_row_only(method):
     variables, _, evaluate = _functions(method)
     before = batch()
     changed = {**before, "image": before["image"].copy()}
-    changed["image"][0] += 1.0  # the film of row 2
-    removed = {**before, "film_mask": np.array([False, True, False])}
+    changed["image"][0] += 1.0  # the X-ray of row 2
+    removed = {**before, "image_mask": np.array([False, True, False])}
     base = evaluate(variables, before)["logits"]
     for after in (changed, removed):
         moved_B = np.abs(evaluate(variables, after)["logits"] - base).max(axis=1)
         assert moved_B[2] > 1e-4 and moved_B[[0, 1, 3]].max() == 0
 
 
-@pytest.mark.parametrize("method", _WITH_FILM)
-def test_without_a_film_its_encoder_gets_no_gradient_and_keeps_its_statistics(method):
+@pytest.mark.parametrize("method", _WITH_IMAGE)
+def test_without_a_image_its_encoder_gets_no_gradient_and_keeps_its_statistics(method):
     variables, train, _ = _functions(method)
-    some, none = batch(), {**batch(), "film_mask": np.zeros(3, bool)}
+    some, none = batch(), {**batch(), "image_mask": np.zeros(3, bool)}
     gradients, _, image_gradient = train(variables, none)["gradients"]
     assert _largest(gradients["cxr_encoder"]) == 0 == _largest(image_gradient)
     _assert_same(train(variables, none)["stats"], variables["batch_stats"])
@@ -189,22 +189,22 @@ def _primitives(jaxpr) -> set[str]:
     return {equation.primitive.name for equation in equations(jaxpr)}
 
 
-@pytest.mark.parametrize("method", _WITH_FILM)
+@pytest.mark.parametrize("method", _WITH_IMAGE)
 @pytest.mark.parametrize("image", [None, np.zeros((0, 16, 16), np.float32)], ids=["none", "no_slots"])
-def test_without_film_slots_no_film_code_is_traced(method, image):
+def test_without_image_slots_no_image_code_is_traced(method, image):
     model = tiny_model(method)
     variables = _functions(method)[0]
     slots = np.zeros(0, np.int32)
-    none = {**batch(), "image": image, "film_row": slots, "film_mask": slots.astype(bool)}
+    none = {**batch(), "image": image, "image_row": slots, "image_mask": slots.astype(bool)}
     some = batch()
     assert "conv_general_dilated" in _primitives(jax.make_jaxpr(lambda v: model.apply(v, **some))(variables).jaxpr)
     assert "conv_general_dilated" not in _primitives(jax.make_jaxpr(lambda v: model.apply(v, **none))(variables).jaxpr)
 
 
-@pytest.mark.parametrize("method", _WITH_FILM)
-def test_film_slots_left_empty_are_the_same_as_no_slots(method):
+@pytest.mark.parametrize("method", _WITH_IMAGE)
+def test_image_slots_left_empty_are_the_same_as_no_slots(method):
     variables, _, evaluate = _functions(method)
-    empty = evaluate(variables, {**batch(), "film_mask": np.zeros(3, bool)})
+    empty = evaluate(variables, {**batch(), "image_mask": np.zeros(3, bool)})
     none = fast_jit(tiny_model(method).apply)(variables, ehr=batch()["ehr"], length=batch()["length"])
     _assert_same(empty, none, atol=1e-5)
 
@@ -214,9 +214,9 @@ def test_without_stays_no_ehr_code_is_traced(method):
     model = tiny_model(method)
     variables = _functions(method)[0]
     given = batch()
-    films = {name: given[name] for name in ("image", "film_row", "film_mask")}
+    images = {name: given[name] for name in ("image", "image_row", "image_mask")}
     for ehr in (None, np.zeros((4, 0, 76), np.float32)):
-        run = functools.partial(model.apply, ehr=ehr, length=np.zeros(4, np.int32), **films)
+        run = functools.partial(model.apply, ehr=ehr, length=np.zeros(4, np.int32), **images)
         outputs, jaxpr = jax.eval_shape(run, variables), jax.make_jaxpr(run)(variables).jaxpr
         assert outputs["logits"].shape == (4, NUM_LABELS)
         kernels = [v for v, leaf in zip(jaxpr.invars, jax.tree.leaves(variables)) if leaf.shape == (76, 32)]
@@ -236,15 +236,15 @@ def test_bfloat16_compute_gives_float32_outputs_near_the_exact_ones(method):
 
 def test_medfuse_of_one_modality_is_a_shorter_sequence():
     variables, _, evaluate = _functions("medfuse")
-    both = batch(film_rows=(0, 1, 2))
-    film_only = evaluate(variables, {**both, "length": np.array([0, 2, 4, 1], np.int32)})
+    both = batch(image_rows=(0, 1, 2))
+    cxr_only = evaluate(variables, {**both, "length": np.array([0, 2, 4, 1], np.int32)})
     full = evaluate(variables, both)
-    np.testing.assert_array_equal(full["logits"][1:], film_only["logits"][1:])
-    assert np.abs(full["logits"][0] - film_only["logits"][0]).max() > 1e-3
-    assert not np.any(film_only["ehr_features"][0]) and not np.any(film_only["cxr_features"][3])
+    np.testing.assert_array_equal(full["logits"][1:], cxr_only["logits"][1:])
+    assert np.abs(full["logits"][0] - cxr_only["logits"][0]).max() > 1e-3
+    assert not np.any(cxr_only["ehr_features"][0]) and not np.any(cxr_only["cxr_features"][3])
 
 
-def test_joint_learnable_puts_its_vector_where_a_film_is_missing():
+def test_joint_learnable_puts_its_vector_where_a_image_is_missing():
     variables, _, evaluate = _functions("joint_learnable")
     features_BD = np.asarray(evaluate(variables, batch())["cxr_features"])
     token_D = variables["params"]["missing_token"]
@@ -254,7 +254,7 @@ def test_joint_learnable_puts_its_vector_where_a_film_is_missing():
 
 def test_mmtm_late_average_is_of_the_modalities_there_are():
     variables, _, evaluate = _functions("mmtm3")
-    given = {**batch(), "length": np.array([0, 2, 4, 0], np.int32)}  # film; stay; both; nothing
+    given = {**batch(), "length": np.array([0, 2, 4, 0], np.int32)}  # X-ray; stay; both; nothing
     out = evaluate(variables, given)
     expected = [out["cxr_only"][0], out["ehr_only"][1], (out["cxr_only"][2] + out["ehr_only"][2]) / 2, np.zeros(3)]
     np.testing.assert_allclose(out["late_average"], expected, atol=1e-6)
@@ -290,7 +290,7 @@ def test_with_frozen_encoders_the_fusion_alone_is_trained(method):
 
 def test_unified_scores_a_row_by_the_classifier_of_what_it_has():
     variables, _, evaluate = _functions("unified")
-    given = {**batch(), "length": np.array([0, 2, 4, 1], np.int32)}  # film; stay; both; stay
+    given = {**batch(), "length": np.array([0, 2, 4, 1], np.int32)}  # X-ray; stay; both; stay
     out = jax.tree.map(np.asarray, evaluate(variables, given))
     np.testing.assert_array_equal(out["logits"][[0, 2]], out["joint_logits"][[0, 2]])
     np.testing.assert_array_equal(out["logits"][[1, 3]], out["ehr_only_logits"][[1, 3]])
@@ -298,7 +298,7 @@ def test_unified_scores_a_row_by_the_classifier_of_what_it_has():
     assert out["cxr_only_logits"].shape == (4, len(schema.RADIOLOGY_LABELS))
 
 
-def test_the_alignment_loss_pulls_the_stay_to_the_film_alone():
+def test_the_alignment_loss_pulls_the_stay_to_the_image_alone():
     model = tiny_model("mmtm3")
     variables = random_variables(model)
 
@@ -311,7 +311,7 @@ def test_the_alignment_loss_pulls_the_stay_to_the_film_alone():
 
     found = gradient(variables["params"])
     assert _largest(found["projection"]) > 0
-    # after the exchange nothing but the stay's side moves; before it the film has gated the stay
+    # after the exchange nothing but the stay's side moves; before it the X-ray has gated the stay
     assert _largest(found["cxr_encoder"]["stage2_block0"]) == 0 < _largest(found["cxr_encoder"]["stage1_block0"])
 
 

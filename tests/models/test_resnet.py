@@ -1,4 +1,4 @@
-"""The film encoder: torch's paddings, the folded stem, batch statistics of the valid films only."""
+"""The X-ray encoder: torch's paddings, the folded stem, batch statistics of the valid X-rays only."""
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,9 @@ def test_grey_and_ones_are_the_standardised_channels_borders_included():
     assert np.abs(ones_as_bias - expected)[:, 0].max() > 0.1
 
 
-def _norm_case(num_films: int = 5, size_px: int = 4, channels: int = 3):
+def _norm_case(num_images: int = 5, size_px: int = 4, channels: int = 3):
     rng = np.random.default_rng(0)
-    x_PHWC = (2 + 3 * rng.standard_normal((num_films, size_px, size_px, channels))).astype(np.float32)
+    x_PHWC = (2 + 3 * rng.standard_normal((num_images, size_px, size_px, channels))).astype(np.float32)
     variables = {
         "params": {"scale": np.array([0.5, 1, 2], np.float32), "bias": np.array([0.1, 0, -3], np.float32)},
         "batch_stats": {"mean": np.array([1, 0, -1], np.float32), "var": np.array([2, 1, 0.5], np.float32)},
@@ -113,7 +113,7 @@ def test_empty_slots_are_not_in_the_statistics():
     assert np.abs(stats["mean"] - stats_of_all["mean"]).max() > 1e-3
 
 
-def test_without_a_film_the_running_statistics_are_used_and_kept():
+def test_without_a_image_the_running_statistics_are_used_and_kept():
     x_PHWC, variables = _norm_case()
     out, stats = _train_norm(variables, x_PHWC, np.zeros(5, bool))
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
@@ -156,7 +156,7 @@ def test_the_gradient_that_is_written_out_is_autodiffs(which):
 
 
 def test_the_gradient_over_an_axis_is_that_of_the_whole_batch():
-    x_PHWC, variables = _norm_case(num_films=4)
+    x_PHWC, variables = _norm_case(num_images=4)
     params, valid_P = variables["params"], np.array([True, False, True, True])
 
     def loss(params, x_PHWC, valid_P, weight, axis_name=None):
@@ -188,8 +188,8 @@ def test_variance_survives_a_large_mean():
 
 
 def test_statistics_over_an_axis_are_those_of_the_whole_batch():
-    x_PHWC, variables = _norm_case(num_films=6)
-    valid_P = np.array([True, True, False, True, False, False])  # uneven: 2 films here, 1 there
+    x_PHWC, variables = _norm_case(num_images=6)
+    valid_P = np.array([True, True, False, True, False, False])  # uneven: 2 X-rays here, 1 there
 
     def loss(params, x_PHWC, valid_P, axis_name):
         out, stats = _train_norm({**variables, "params": params}, x_PHWC, valid_P, axis_name)

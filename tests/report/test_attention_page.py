@@ -32,13 +32,13 @@ def test_the_page_shows_hours_modalities_and_stays_without_naming_them(run_dir, 
     text = (tmp_path / "index.html").read_text()
     start = text.index("Attention weights")
     part = text[start : text.index("What made it", start)]
-    for wanted in ("hours since the stay began", "hours before its end", "time series", "film", "static facts"):
+    for wanted in ("hours since the stay began", "hours before its end", "time series", "cxr", "static facts"):
         assert wanted in part
     with np.load(run_dir / "predictions_test.npz") as stored:
         paired_N = stored["has_cxr"]
         mean = stored["modality_weights"][paired_N].mean(0)
         lengths = stored["length"][paired_N]
-    assert f"{paired_N.sum()} test stays with a film" in part
+    assert f"{paired_N.sum()} test stays with an X-ray" in part
     assert all(f">{value:.2f}<" in part for value in mean)
     strips = re.findall(r'<svg class="strip" viewBox="0 0 (\d+) 1".*?</svg>', part)
     assert len(strips) == 6 and (int(strips[0]), int(strips[-1])) == (lengths.min(), lengths.max())
@@ -48,7 +48,7 @@ def test_the_page_shows_hours_modalities_and_stays_without_naming_them(run_dir, 
 
 def test_a_modality_that_no_shown_stay_has_is_left_out():
     weight_NM = np.array([[0, 0.5, 0.5], [0, 0.4, 0.6]], np.float32)
-    svg = plots.weight_by_modality(weight_NM, ["notes", "time series", "film"], 0)
+    svg = plots.weight_by_modality(weight_NM, ["notes", "time series", "cxr"], 0)
     assert "notes" not in svg and ">0.45<" in svg and ">0.55<" in svg
 
 

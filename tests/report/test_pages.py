@@ -108,7 +108,7 @@ def test_the_page_says_what_and_on_whom(pheno_page):
     for part in ("Phenotyping with MedFuse", "Synthetic patients", "AUROC on all validation stays"):
         assert part in text
     for part in (
-        "Film only (ResNet)",
+        "X-ray only (ResNet)",
         "Radiology findings",
         example_runs.PROVENANCE,
         '"learning_rate": 0.001',
@@ -148,7 +148,7 @@ def test_mortality_has_age_groups_with_intervals(mortality, tmp_path):
     np.testing.assert_allclose([low, high], expected, atol=0.02)  # other resamples
     counts = [int(rows[name][1].split(" / ")[1]) for name in ("18 to 39", "40 to 59", "60 to 79", "80 and over")]
     assert sum(counts) == len(stored["age"])
-    at = next(i for i, row in enumerate(Page(page).rows) if row[0].startswith("Those with a film"))
+    at = next(i for i, row in enumerate(Page(page).rows) if row[0].startswith("Those with an X-ray"))
     of_paired = Page(page).rows[at + 1 : at + 5]
     assert sum(int(row[1].split(" / ")[1]) for row in of_paired) == stored["has_cxr"].sum() < len(stored["age"])
     include &= stored["has_cxr"]
@@ -223,22 +223,24 @@ def test_a_run_that_cannot_score_all_stands_beside_others_on_the_same_stays_alon
     group, stays = "", {}
     for row in shown.rows:
         group = row[0] if len(row) == 1 else group
-        if row[0] in ("MedFuse", "Film only (ResNet)") and len(row) == 5:
+        if row[0] in ("MedFuse", "X-ray only (ResNet)") and len(row) == 5:
             stays.setdefault(group, []).append(row[1])
     assert stays == {
         "All test stays": ["120"],
-        "Test stays with a film": [str(num_paired)] * 2,
-        "Test stays without a film": [str(120 - num_paired)],
+        "Test stays with an X-ray": [str(num_paired)] * 2,
+        "Test stays without an X-ray": [str(120 - num_paired)],
     }
-    (at,) = [i for i, row in enumerate(shown.rows) if row[0] == "Film only (ResNet) − EHR only (LSTM)"]
+    (at,) = [i for i, row in enumerate(shown.rows) if row[0] == "X-ray only (ResNet) − EHR only (LSTM)"]
     before = [row[0] for row in shown.rows[:at] if len(row) == 1]
-    assert before[-1] == "Test stays with a film"
+    assert before[-1] == "Test stays with an X-ray"
     words = " ".join(shown.text)
     assert f"Each label, on the {num_paired} of 120 test stays that it can score" in words
     labels = [value for name, value in shown.attributes if name == "aria-label"]
     assert "ROC curves, mean over labels, of MedFuse, EHR only (LSTM)" in labels
     alone = pages.write([tmp_path / "runs" / "uni_cxr"], tmp_path / "out")
-    assert not re.search(r"Film only \(ResNet\) +all", alone) and re.search(r"Film only \(ResNet\) +with film", alone)
+    assert not re.search(r"X-ray only \(ResNet\) +all", alone) and re.search(
+        r"X-ray only \(ResNet\) +with X-ray", alone
+    )
     shown = " ".join(Page((tmp_path / "out" / "index.html").read_text()).text)
     assert f"on {num_paired} test stays (it cannot score {120 - num_paired} others) is" in shown
 
@@ -324,4 +326,4 @@ def test_every_method_of_the_paper_has_a_name():
         read_runs.METHOD_NAMES
     )
     assert set(read_runs.TASK_NAMES) == set(schema.TASKS)
-    assert tables.subset_title("all", "radiology") == "All test films"
+    assert tables.subset_title("all", "radiology") == "All test X-rays"

@@ -112,7 +112,7 @@ def test_a_damaged_round_is_named(tmp_path, content, said):
 
 
 def test_what_was_drawn_is_read_back_whatever_its_type(tmp_path):
-    specs = ["seed:int(0,9)", "dropout:uniform(0,0.5)", "film.flip:choice(true,false)", "method:choice(mmtm3,mmtm4)"]
+    specs = ["seed:int(0,9)", "dropout:uniform(0,0.5)", "image.flip:choice(true,false)", "method:choice(mmtm3,mmtm4)"]
     parameters, at_random = _search(*specs, num_trials=6)
     assert sum(map(len, _run(tmp_path, parameters, at_random, per_round=2))) == 6
 

@@ -46,11 +46,11 @@ def test_trials_of_frozen_encoders_are_runs_alone_and_encode_once(tiny_config, t
     assert with_checkpoint == [chosen], "a head is written with its encoders only where it is chosen"
 
 
-def test_ways_of_augmenting_are_refused_where_films_are_encoded_once(tiny_config, tmp_path):
+def test_ways_of_augmenting_are_refused_where_images_are_encoded_once(tiny_config, tmp_path):
     tiny_config.method = "early"
     tiny_config.pretrain.update(PRETRAIN)
-    with pytest.raises(UserError, match=r"trial 0 \(film\.rotation_deg .*\): film\.rotation_deg changes nothing"):
-        sweep(tiny_config, tmp_path, ["film.rotation_deg:uniform(0,45)"])
+    with pytest.raises(UserError, match=r"trial 0 \(X-ray\.rotation_deg .*\): X-ray\.rotation_deg changes nothing"):
+        sweep(tiny_config, tmp_path, ["image.rotation_deg:uniform(0,45)"])
     assert not any(tmp_path.iterdir())
 
 
@@ -133,11 +133,11 @@ def test_features_are_computed_once_for_all_that_shares_them(frozen_config, enco
     encoded = []
     monkeypatch.setattr(frozen_encoders, "encode", lambda run, encoders: encoded.append(run.config) or {})
     values = [{}, {"beta2": 0.9}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16}, {"model.fusion_hidden": 4}]
-    values += [{"method": "early"}, {"film.resize_px": 48, "film.crop_px": 48}, {"data.val_stays": "paired"}]
+    values += [{"method": "early"}, {"image.resize_px": 48, "image.crop_px": 48}, {"data.val_stays": "paired"}]
     together, costs = run_lib.Sweep(frozen_config, tmp_path, encoders), Costs()
     for i, changed in enumerate(values):
         run_lib._program(together, search.Trial(i, changed), costs)
-    assert [config.film.resize_px for config in encoded] == [32, 48, 32] and len(together.programs) == len(values)
+    assert [config.image.resize_px for config in encoded] == [32, 48, 32] and len(together.programs) == len(values)
 
 
 @pytest.mark.parametrize(

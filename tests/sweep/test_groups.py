@@ -36,7 +36,7 @@ def test_a_trial_is_the_run_alone_with_its_config(tiny_config, tmp_path, monkeyp
     Plain gradient descent: Adam makes a difference of rounding in a gradient near zero a whole step.
     """
     monkeypatch.setattr(optim, "adam", lambda beta2: optax.identity())
-    tiny_config.method, tiny_config.film.crop = method, "random"
+    tiny_config.method, tiny_config.image.crop = method, "random"
     specs = ["lr:loguniform(0.03,0.3)", "dropout:uniform(0.0,0.5)", "seed:int(0,100)"]
     rows = sweep(tiny_config, tmp_path / "sweep", specs, num_trials=4, lanes=lanes)
     assert [row["status"] for row in rows] == ["finished"] * 4

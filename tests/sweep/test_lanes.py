@@ -73,9 +73,9 @@ def test_lanes_are_measured_on_trials_that_are_thrown_away(ehr_config, monkeypat
 def _steps_of_an_order_that_begins_short(config):
     """Sets the config's order to one whose first batch is not the longest; returns the lengths of its batches."""
     for config.data.order_seed in range(20):
-        steps_S = experiment.open_experiment(config).train_plan(epoch=1).steps_S
-        if steps_S[0] < steps_S.max():
-            return steps_S
+        padded_length_S = experiment.open_experiment(config).train_plan(epoch=1).padded_length_S
+        if padded_length_S[0] < padded_length_S.max():
+            return padded_length_S
     raise AssertionError("no such order")
 
 
@@ -90,13 +90,13 @@ def test_a_group_measures_its_lanes_once(ehr_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lanes, "measure", measure)
     ehr_config.num_epochs, ehr_config.data.max_buckets = 1, 3
-    steps_S = _steps_of_an_order_that_begins_short(ehr_config)
+    padded_length_S = _steps_of_an_order_that_begins_short(ehr_config)
     trials = [search.Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(9)]
     first = run_lib.Sweep(ehr_config, tmp_path, {}, in_rounds=True)
     run_lib.train_group(first, trials[:3], Costs())
     run_lib.train_group(first, trials[3:6], Costs())
     run_lib.train_group(run_lib.Sweep(ehr_config, tmp_path, {}), trials[2:9], Costs())
-    assert measured == [(2, steps_S.max())]
+    assert measured == [(2, padded_length_S.max())]
 
 
 def _never():

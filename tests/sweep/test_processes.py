@@ -33,7 +33,7 @@ def get_config():
     config.method = "uni_ehr"
     config.model.ehr_hidden = config.model.fusion_hidden = 8
     config.model.resnet_stage_sizes, config.model.resnet_width = (1, 1, 1, 1), 4
-    config.film.resize_px = config.film.crop_px = 32
+    config.image.resize_px = config.image.crop_px = 32
     config.batch_size, config.num_epochs, config.eval.num_bootstrap = 32, {num_epochs}, 20
     config.update({more!r})
     return config

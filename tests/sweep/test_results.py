@@ -11,7 +11,7 @@ from medfuse_jax.sweep import results
 from medfuse_jax.sweep.search import Trial
 
 _SEARCH = {"algorithm": "random", "trials": [{"learning_rate": 1e-3}, {"learning_rate": 1e-4}]}
-_TRIAL = Trial(1, {"learning_rate": 1e-3, "film.scale": (0.9, 1.1)})
+_TRIAL = Trial(1, {"learning_rate": 1e-3, "image.scale": (0.9, 1.1)})
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_no_two_trials_are_the_same():
             (f"{field}:choice({values})", f"--search: {field} is not tried, all trials of a sweep share it")
             for field, values in {
                 "data.dir": "a,b",
-                "data.drop_film": "0.1,0.5",
+                "data.drop_cxr": "0.1,0.5",
                 "data.val_stays": "partial,paired",
                 "encoders": "pretrained,random",
                 "eval.batch_size": "16,64",
@@ -75,7 +75,7 @@ def test_no_two_trials_are_the_same():
         ("lr:int(1,3)", "holds values such as 0.0001, which int does not draw: use uniform"),
         ("method:choice()", "lists no value"),
         ("seed:choice(1.5)", "'1.5' is not a value"),
-        ("film.flip:choice(yes)", "must be one of true, false"),
+        ("image.flip:choice(yes)", "must be one of true, false"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(spec, said):
@@ -96,11 +96,11 @@ def test_a_parameter_named_twice_is_refused():
 
 def test_a_trial_changes_its_config_alone():
     base = config_lib.default()
-    trial = search.Trial(0, {"learning_rate": 0.5, "film.flip": False, "method": "mmtm3"})
+    trial = search.Trial(0, {"learning_rate": 0.5, "image.flip": False, "method": "mmtm3"})
     config = trial.config(base)
-    assert (config.learning_rate, config.film.flip, config.method) == (0.5, False, "mmtm3")
-    assert (base.learning_rate, base.film.flip, base.method) == (1e-4, True, "medfuse")
-    assert trial.describe() == "lr 0.5, film.flip False, method mmtm3"
+    assert (config.learning_rate, config.image.flip, config.method) == (0.5, False, "mmtm3")
+    assert (base.learning_rate, base.image.flip, base.method) == (1e-4, True, "medfuse")
+    assert trial.describe() == "lr 0.5, image.flip False, method mmtm3"
 
 
 def _config_file(tmp_path, body) -> Path:

@@ -26,7 +26,7 @@ from medfuse_jax.torch_import.names import TABLES
 
 TOLERANCE = 1e-4  # of the contract, in float32
 
-# case of the reference -> (method, labels, whether every row has its film)
+# case of the reference -> (method, labels, whether every row has its X-ray)
 _CASES = {
     "uni_ehr": ("uni_ehr", 25, True),
     "uni_cxr": ("uni_cxr", 14, True),
@@ -84,8 +84,8 @@ def test_export_and_load_are_inverse_to_the_bit(method):
 @pytest.mark.parametrize(
     ("method", "missing"), [("early", "learnt"), ("joint_learnable", "zeros"), ("joint", "learnt")]
 )
-def test_what_stands_for_a_missing_film_is_the_models_not_the_names(method, missing):
-    """config.model.missing_film: a learnt vector is exported and read back, and asked for nowhere else."""
+def test_what_stands_for_a_missing_image_is_the_models_not_the_names(method, missing):
+    """config.model.missing_cxr: a learnt vector is exported and read back, and asked for nowhere else."""
     options = {**TINY, "missing": missing}
     variables = random_variables(registry.build(method, NUM_LABELS, **options))
     state_dict = torch_import.export(variables, method)
@@ -206,7 +206,7 @@ def test_a_classifier_of_another_size_is_told_its_own_count_of_labels():
         _load_tiny(state_dict, "unified")
 
 
-def test_imagenet_weights_fill_the_film_encoder():
+def test_imagenet_weights_fill_the_image_encoder():
     released = _tiny_state_dict("uni_cxr")
     prefix = "cxr_model.vision_backbone."
     imagenet = {n.removeprefix(prefix): v for n, v in released.items() if n.startswith(prefix)}
@@ -224,10 +224,14 @@ def test_imagenet_weights_fill_the_film_encoder():
 @pytest.mark.parametrize(
     ("change", "method", "message"),
     [
-        (_without("layer3.0.conv1.weight"), "uni_cxr", r"lacks layer3\.0\.conv1\.weight, which the film encoder needs"),
+        (
+            _without("layer3.0.conv1.weight"),
+            "uni_cxr",
+            r"lacks layer3\.0\.conv1\.weight, which the X-ray encoder needs",
+        ),
         (_with("layer3.1.conv1.weight", np.zeros(3)), "uni_cxr", r"holds layer3\.1\.conv1\.weight, which no"),
         (_with("bn1.weight", np.zeros(5)), "medfuse", r"bn1\.weight has shape \[5\]; \[4\] was expected"),
-        (lambda state_dict: state_dict, "uni_ehr", "weights of a film encoder.*which this config's method has not"),
+        (lambda state_dict: state_dict, "uni_ehr", "weights of an X-ray encoder.*which this config's method has not"),
     ],
 )
 def test_imagenet_weights_that_do_not_fit_are_refused(change, method, message):
@@ -397,11 +401,11 @@ def _one_label_flipped(variables, batch, labels):
     labels[0, 0] = 1 - labels[0, 0]
 
 
-def _films_shifted_by_a_grey_level(variables, batch, labels):
+def _images_shifted_by_a_grey_level(variables, batch, labels):
     batch["image"] = batch["image"] + 1 / 255 / 0.229  # ImageNet's standardisation
 
 
-def _films_scaled_as_another_channel(variables, batch, labels):
+def _images_scaled_as_another_channel(variables, batch, labels):
     batch["image"] = batch["image"] * (0.229 / 0.225)  # ImageNet's red and blue
 
 
@@ -416,8 +420,8 @@ def _gates_of_one_kernel_in_another_order(variables, batch, labels):
     [
         (_one_bias_left_out, ["loss", "gradient norms"]),
         (_one_label_flipped, ["gradient norms"]),
-        (_films_scaled_as_another_channel, ["stem variance"]),
-        (_films_shifted_by_a_grey_level, ["stem mean"]),
+        (_images_scaled_as_another_channel, ["stem variance"]),
+        (_images_shifted_by_a_grey_level, ["stem mean"]),
         (_gates_of_one_kernel_in_another_order, ["gradient norms"]),
     ],
 )

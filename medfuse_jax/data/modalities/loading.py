@@ -1,4 +1,4 @@
-"""Modalities beside EHR and film, by name: `static`, or a file of your own (docs/encoders.md).
+"""Modalities beside EHR and X-ray, by name: `static`, or a file of your own (docs/encoders.md).
 
 A modality is a module with two names in it:
 

@@ -1,6 +1,6 @@
-"""The convolution of the film encoder: on a CPU in the ways that XLA runs fast there, and apart under a vmap.
+"""The convolution of the X-ray encoder: on a CPU in the ways that XLA runs fast there, and apart under a vmap.
 
-Shapes: P films, H W pixels, C channels.
+Shapes: P X-rays, H W pixels, C channels.
 
 vmap over kernels would make it one convolution in groups (and its gradients grouped in the batch), for which the
 libraries have no fast code: on CPU 3.5 times slower than one after another (docs/notes.md). So the trials
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 
 from medfuse_jax.models.cpu import winograd
 
-# Where a film has few pixels (and, in a ResNet, many channels), a product of explicit columns is faster than a
+# Where an X-ray has few pixels (and, in a ResNet, many channels), a product of explicit columns is faster than a
 # convolution, for whose gradients XLA transposes the whole kernel. Winograd's goes first: it takes the last stage of a
-# ResNet where there are enough films.
+# ResNet where there are enough X-rays.
 _FEW_PIXELS = 7 * 7
 # Below so many channels Winograd's transforms would cost more than its products save: chosen by the number of additions
 # and products, not measured. A ResNet-34 has 64 and more.
 _WINOGRAD_CHANNELS = 32
-# The gradient of a kernel takes up to three times as long for many large films at once as for one after another: it is
+# The gradient of a kernel takes up to three times as long for many large X-rays at once as for one after another: it is
 # a convolution whose window is all of them.
 _PIXELS_A_PART = 56 * 56
 _MOST_PARTS = 16  # each is compiled
@@ -79,13 +79,13 @@ def _gradients_on_cpu(stride, padding, x_PHWC, kernel, d_output_PHWC):
 def _suits_winograd(stride, padding, x_PHWC, kernel) -> bool:
     of_three = kernel.shape[:2] == (3, 3) and (stride, padding) == (1, 1)
     exact = x_PHWC.dtype == jnp.float32  # half precision would lose in the transforms what it saves
-    num_pixels, num_channels = x_PHWC.size // x_PHWC.shape[-1], kernel.shape[2:]  # the pixels of all films
-    films_cost_most = num_pixels >= max(num_channels)  # and not the kernel's own transform
-    return of_three and exact and films_cost_most and min(num_channels) >= _WINOGRAD_CHANNELS
+    num_pixels, num_channels = x_PHWC.size // x_PHWC.shape[-1], kernel.shape[2:]  # the pixels of all X-rays
+    images_cost_most = num_pixels >= max(num_channels)  # and not the kernel's own transform
+    return of_three and exact and images_cost_most and min(num_channels) >= _WINOGRAD_CHANNELS
 
 
 def _num_pixels(stride, padding, x_PHWC, kernel) -> int:
-    """Of one film's output."""
+    """Of one X-ray's output."""
     height, width = ((size + 2 * padding - kernel.shape[0]) // stride + 1 for size in x_PHWC.shape[1:3])
     return height * width
 
@@ -102,12 +102,12 @@ def _product(stride: int, padding: int, x_PHWC: jax.Array, kernel: jax.Array) ->
 
 
 def _kernel_gradient_by_parts(stride, padding, x_PHWC, kernel, d_output_PHWC):
-    """The kernel's gradient as the sum of those of few films each."""
-    num_films, height, width, _ = d_output_PHWC.shape
-    films_a_part = max(1, _PIXELS_A_PART // (height * width), -(-num_films // _MOST_PARTS))
+    """The kernel's gradient as the sum of those of few X-rays each."""
+    num_images, height, width, _ = d_output_PHWC.shape
+    images_a_part = max(1, _PIXELS_A_PART // (height * width), -(-num_images // _MOST_PARTS))
     d_kernel = jnp.zeros_like(kernel)
-    for first in range(0, num_films, films_a_part):
-        part = slice(first, first + films_a_part)
+    for first in range(0, num_images, images_a_part):
+        part = slice(first, first + images_a_part)
         _, d_k = jax.vjp(functools.partial(_plain, stride, padding, x_PHWC[part]), kernel)
         d_kernel += d_k(d_output_PHWC[part])[0]
     return d_kernel

@@ -1,6 +1,6 @@
 """ResNet's max pool, 3x3 with stride 2 and torch's padding, with a gradient that is cheap on a CPU.
 
-Shapes: P films, H W pixels, C channels, h w pixels after the pool.
+Shapes: P X-rays, H W pixels, C channels, h w pixels after the pool.
 
 The gradient of XLA's own pool is a select-and-scatter, which runs through the windows one by one. Here the
 forward pass keeps which of the nine pixels won, and the gradient is nine comparisons over whole arrays.
@@ -38,7 +38,7 @@ def _forward(x_PHWC):
 
 def _backward(saved, d_PhwC):
     winner_PhwC, like_HW = saved
-    num_films, h, w, channels = d_PhwC.shape
+    num_images, h, w, channels = d_PhwC.shape
 
     def share(row: int, column: int) -> jax.Array:
         """What a window gives to its pixel (row, column), laid where the next window's first row or column lies."""
@@ -54,7 +54,7 @@ def _backward(saved, d_PhwC):
     around = ((_MIDDLE,), (2, 0))
     parts = [[sum(share(r, c) for r in rows for c in columns) for columns in around] for rows in around]
     d_PhHwWC = jnp.stack([jnp.stack(columns, axis=3) for columns in parts], axis=2)
-    d_PHWC = d_PhHwWC.reshape(num_films, 2 * h, 2 * w, channels)
+    d_PHWC = d_PhHwWC.reshape(num_images, 2 * h, 2 * w, channels)
     return (d_PHWC[:, : like_HW.shape[1], : like_HW.shape[2]],)
 
 

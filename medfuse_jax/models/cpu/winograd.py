@@ -4,7 +4,7 @@ A tile of 2x2 outputs needs 16 products a pair of channels where the plain sum n
 product over all tiles, which is what XLA runs best on a CPU. Every transform adds and halves, so the result is as exact
 as the plain convolution's.
 
-Shapes: P films, H W pixels, N tiles of all films, C channels in, D channels out.
+Shapes: P X-rays, H W pixels, N tiles of all X-rays, C channels in, D channels out.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The films of a part go through all stages before the next part begins, so that what lies between stays in the cache.
+# The X-rays of a part go through all stages before the next part begins, so that what lies between stays in the cache.
 _PIXELS_A_PART = 2 * 56 * 56
 
 _FILTER_1D = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
@@ -38,8 +38,8 @@ def kernel_gradient(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
     """The gradient [3, 3, C, D] of `convolve`'s kernel."""
     x_PHWC = _after(x_PHWC, d_output_PHWD)
 
-    def add_part(d_filters, films):
-        pairs = zip(_inputs(films[0]), _outputs_transposed(films[1]), strict=True)
+    def add_part(d_filters, images):
+        pairs = zip(_inputs(images[0]), _outputs_transposed(images[1]), strict=True)
         return [d_CD + tile_NC.T @ d_ND for d_CD, (tile_NC, d_ND) in zip(d_filters, pairs, strict=True)], None
 
     num_in, num_out = x_PHWC.shape[-1], d_output_PHWD.shape[-1]
@@ -49,9 +49,9 @@ def kernel_gradient(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
 
 
 def _after(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
-    """The films, but not before the gradient is there.
+    """The X-rays, but not before the gradient is there.
 
-    Otherwise XLA makes their tiles as early as in the forward pass and keeps them until here: four times the films'
+    Otherwise XLA makes their tiles as early as in the forward pass and keeps them until here: four times the X-rays'
     memory. (An optimization_barrier is gone before it decides on the order.) Where the gradient's first element is not
     finite, neither is any of the kernel's.
     """
@@ -59,13 +59,13 @@ def _after(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
 
 
 def _parts(x_PHWC: jax.Array) -> jax.Array:
-    """The films in parts of some _PIXELS_A_PART pixels, less than twice as many, the last one filled up with zeros."""
-    num_films, height, width, _ = x_PHWC.shape
+    """The X-rays in parts of some _PIXELS_A_PART pixels, less than twice as many, the last one filled up with zeros."""
+    num_images, height, width, _ = x_PHWC.shape
     fit = max(1, _PIXELS_A_PART // (height * width))
-    few, many = max(1, num_films // fit), -(-num_films // fit)
-    num_parts = min(few, many, key=lambda n: -num_films % n)  # the one that needs less filling
-    size = -(-num_films // num_parts)
-    x_PHWC = jnp.pad(x_PHWC, ((0, num_parts * size - num_films), (0, 0), (0, 0), (0, 0)))
+    few, many = max(1, num_images // fit), -(-num_images // fit)
+    num_parts = min(few, many, key=lambda n: -num_images % n)  # the one that needs less filling
+    size = -(-num_images // num_parts)
+    x_PHWC = jnp.pad(x_PHWC, ((0, num_parts * size - num_images), (0, 0), (0, 0), (0, 0)))
     return x_PHWC.reshape(num_parts, size, *x_PHWC.shape[1:])
 
 
@@ -73,7 +73,7 @@ def _inputs(x_PHWC: jax.Array) -> list[jax.Array]:
     """The 16 arrays [N, C] of the tiles' inputs: 4x4 pixels from one above and left of the outputs, transformed."""
     _, height, width, num_channels = x_PHWC.shape
     pads = ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0))
-    # All are made from films in memory: XLA would compute what the films are made of anew for each.
+    # All are made from X-rays in memory: XLA would compute what the X-rays are made of anew for each.
     x_PHWC = jax.lax.optimization_barrier(jnp.pad(x_PHWC, pads))
     tiles = [cell for row in _inputs_1d(x_PHWC, axis=1) for cell in _inputs_1d(row, axis=2)]
     return [tile.reshape(-1, num_channels) for tile in tiles]
@@ -86,14 +86,14 @@ def _inputs_1d(x: jax.Array, axis: int) -> list[jax.Array]:
 
 
 def _outputs(products: list[jax.Array], shape: tuple) -> jax.Array:
-    """Pixels [P, H, W, D], of films of `shape`, from the 16 products [N, D]."""
-    num_films, height, width, _ = shape
+    """Pixels [P, H, W, D], of X-rays of `shape`, from the 16 products [N, D]."""
+    num_images, height, width, _ = shape
     h, w = -(-height // 2), -(-width // 2)
-    products = [product.reshape(num_films, h, w, -1) for product in products]
+    products = [product.reshape(num_images, h, w, -1) for product in products]
     rows = [_outputs_1d(products[4 * i : 4 * i + 4]) for i in range(4)]
     pixels = _down(_outputs_1d, rows)  # [row even or odd][column even or odd]
     x_PhHwWD = jnp.stack([jnp.stack(row, axis=3) for row in pixels], axis=2)
-    return x_PhHwWD.reshape(num_films, 2 * h, 2 * w, -1)[:, :height, :width]
+    return x_PhHwWD.reshape(num_images, 2 * h, 2 * w, -1)[:, :height, :width]
 
 
 def _outputs_1d(m: list[jax.Array]) -> list[jax.Array]:

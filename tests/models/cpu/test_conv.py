@@ -7,14 +7,14 @@ import pytest
 
 from medfuse_jax.models.cpu import conv, winograd
 
-NUM_FILMS, SIZE_PX = 5, 8
-_SHAPES = ((NUM_FILMS, SIZE_PX, SIZE_PX, 3), (7, 7, 3, 4))  # of the films and of the largest kernel
-# Limits under which the small films here take a way: (few pixels, the least channels of Winograd's).
+NUM_IMAGES, SIZE_PX = 5, 8
+_SHAPES = ((NUM_IMAGES, SIZE_PX, SIZE_PX, 3), (7, 7, 3, 4))  # of the X-rays and of the largest kernel
+# Limits under which the small X-rays here take a way: (few pixels, the least channels of Winograd's).
 _WAYS = {"product": (SIZE_PX**2, 99), "winograd": (0, 1), "parts alone": (0, 99)}
 
 
 @pytest.fixture
-def two_films_a_part(monkeypatch):
+def two_images_a_part(monkeypatch):
     monkeypatch.setattr(conv, "_PIXELS_A_PART", 2 * SIZE_PX**2)
     take(monkeypatch, "parts alone")
 
@@ -62,11 +62,11 @@ def test_every_way_gives_the_convolution_and_its_gradients(monkeypatch, way, str
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_gradients_by_parts_are_those_of_the_whole(two_films_a_part, stride):
+def test_gradients_by_parts_are_those_of_the_whole(two_images_a_part, stride):
     assert largest_difference(values_and_gradients(conv.conv, stride), values_and_gradients(plain, stride)) < 1e-4
 
 
-def test_the_tolerance_notices_a_film_left_out(two_films_a_part, monkeypatch):
+def test_the_tolerance_notices_a_image_left_out(two_images_a_part, monkeypatch):
     by_parts = conv._kernel_gradient_by_parts
 
     def without_the_last(stride, padding, x_PHWC, kernel, d_output_PHWC):
@@ -76,7 +76,7 @@ def test_the_tolerance_notices_a_film_left_out(two_films_a_part, monkeypatch):
     assert largest_difference(values_and_gradients(conv.conv, 1), values_and_gradients(plain, 1)) > 1e-2
 
 
-def test_only_a_cpu_sums_the_kernels_gradient_over_parts(two_films_a_part):
+def test_only_a_cpu_sums_the_kernels_gradient_over_parts(two_images_a_part):
     x_PHWC, kernel = jnp.zeros(_SHAPES[0]), jnp.zeros((3, 3, 3, 4))
     gradient = jax.jit(jax.grad(lambda k: conv.conv(x_PHWC, k, 1, 1).sum())).trace(kernel)
 

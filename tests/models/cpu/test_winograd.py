@@ -1,4 +1,4 @@
-"""Winograd's convolution is the plain one to 1e-5, films of any size and any number of them in a part."""
+"""Winograd's convolution is the plain one to 1e-5, X-rays of any size and any number of them in a part."""
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,12 @@ def plain(x_PHWC, kernel):
     )
 
 
-def made_up(num_films=3, height=6, width=6, num_in=32, num_out=48):
-    """Films after a ReLU, a kernel as initialised, and the gradient of the output."""
+def made_up(num_images=3, height=6, width=6, num_in=32, num_out=48):
+    """X-rays after a ReLU, a kernel as initialised, and the gradient of the output."""
     rng = np.random.default_rng(0)
-    x_PHWC = np.maximum(rng.standard_normal((num_films, height, width, num_in)), 0)
+    x_PHWC = np.maximum(rng.standard_normal((num_images, height, width, num_in)), 0)
     kernel = rng.standard_normal((3, 3, num_in, num_out)) * np.sqrt(2 / (9 * num_out))
-    d_output_PHWD = rng.standard_normal((num_films, height, width, num_out))
+    d_output_PHWD = rng.standard_normal((num_images, height, width, num_out))
     return [jnp.asarray(x, jnp.float32) for x in (x_PHWC, kernel, d_output_PHWD)]
 
 
@@ -47,28 +47,28 @@ def traced_anew():
 
 
 @pytest.fixture
-def two_films_a_part(monkeypatch, traced_anew):
+def two_images_a_part(monkeypatch, traced_anew):
     monkeypatch.setattr(winograd, "_PIXELS_A_PART", 2 * 6 * 6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 6), (7, 7), (5, 8), (1, 1), (56, 2)])
-def test_films_of_any_size(height, width):
+def test_images_of_any_size(height, width):
     assert max(differences(*made_up(height=height, width=width))) < TOLERANCE
 
 
-@pytest.mark.parametrize("num_films", [1, 2, 3, 5, 7, 8])
-def test_any_number_of_films_in_parts(two_films_a_part, num_films):
-    assert max(differences(*made_up(num_films))) < TOLERANCE
+@pytest.mark.parametrize("num_images", [1, 2, 3, 5, 7, 8])
+def test_any_number_of_images_in_parts(two_images_a_part, num_images):
+    assert max(differences(*made_up(num_images))) < TOLERANCE
 
 
-def test_parts_are_filled_up_with_as_few_films_as_may_be(two_films_a_part):
+def test_parts_are_filled_up_with_as_few_images_as_may_be(two_images_a_part):
     shapes = {n: winograd._parts(jnp.zeros((n, 6, 6, 1))).shape[:2] for n in (1, 3, 5, 7, 16)}
     assert shapes == {1: (1, 1), 3: (1, 3), 5: (2, 3), 7: (4, 2), 16: (8, 2)}
 
 
 def test_as_exact_as_the_plain_convolution_at_the_sizes_of_a_resnet():
     """Against float64: within twice the plain convolution's own error."""
-    x_PHWC, kernel, _ = made_up(num_films=2, height=14, width=14, num_in=256, num_out=256)
+    x_PHWC, kernel, _ = made_up(num_images=2, height=14, width=14, num_in=256, num_out=256)
     patches = jnp.pad(x_PHWC, ((0, 0), (1, 1), (1, 1), (0, 0)))
     exact = sum(
         np.asarray(patches[:, i : i + 14, j : j + 14], np.float64) @ np.asarray(kernel[i, j], np.float64)
@@ -88,12 +88,12 @@ def test_the_tolerance_notices_a_wrong_transform(monkeypatch, traced_anew, trans
         else lambda x, **axis: [right(x, **axis)[0] * 1.0001, *right(x, **axis)[1:]]
     )
     monkeypatch.setattr(winograd, transform, wrong)
-    assert max(differences(*made_up(num_films=4, height=4))) > TOLERANCE
+    assert max(differences(*made_up(num_images=4, height=4))) > TOLERANCE
 
 
 def test_no_tiles_are_kept_from_the_forward_to_the_backward_pass(monkeypatch):
-    """Which XLA would do where both make the same ones: of each layer, four times its films."""
-    x_PHWC, kernel, _ = made_up(num_films=4, height=14, width=14, num_in=64, num_out=64)
+    """Which XLA would do where both make the same ones: of each layer, four times its X-rays."""
+    x_PHWC, kernel, _ = made_up(num_images=4, height=14, width=14, num_in=64, num_out=64)
 
     def memory() -> int:
         def loss(kernels, x_PHWC):
