@@ -1,4 +1,4 @@
-"""What a user can cause, said in one clear line: what, where and what to do."""
+"""Errors that a user can cause, each one clear line: what is wrong, where, what to do."""
 
 import difflib
 import traceback
@@ -7,11 +7,30 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user can put right: the message says what, where and what to do."""
+    """Something the user can put right: the message says what is wrong, where, and what to do.
+
+    field: the config field or flag, such as 'config.batch_size' or '--split'; path: the file or folder; row: a row's
+    number in it, from 1; value: what was given; nearest: the choice suggested in its place. Each '' or None where it
+    does not apply: callers and tests read these, people read the message.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        path: str | Path | None = None,
+        row: int | None = None,
+        value: object = None,
+        nearest: str = "",
+    ):
+        super().__init__(message)
+        self.field, self.path, self.row = field, None if path is None else Path(path), row
+        self.value, self.nearest = value, nearest
 
 
 class TryLater(UserError):
-    """What the very same command may get past: another process at work, a cluster that is not there yet."""
+    """Transient: retrying may succeed (another process holds the folder, a cluster is not up yet)."""
 
 
 def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
@@ -21,7 +40,12 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
         return
     near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{what} is {value!r}; it must be one of {', '.join(map(str, allowed))}.{hint}")
+    raise UserError(
+        f"{what} is {value!r}; it must be one of {', '.join(map(str, allowed))}.{hint}",
+        field=what,
+        value=value,
+        nearest=near[0] if near else "",
+    )
 
 
 def of_file(path: str | Path, error: Exception) -> str:
