@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import sys
 import zipfile
@@ -48,6 +49,28 @@ def remove_unfinished(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     with written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Writes JSON with sorted keys, atomically."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path, what_to_do: str, kind: type = dict):
+    """Returns the content of a JSON file.
+
+    kind: dict or list, what the file must hold. Raises UserError (path; the message ends in `what_to_do`) if the
+    file is missing, damaged or holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {what_to_do}", path=path) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {what_to_do}", path=path) from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'array'}: {what_to_do}", path=path)
+    return content
 
 
 @contextlib.contextmanager
