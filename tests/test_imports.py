@@ -1,47 +1,20 @@
-"""Which module may import which (docs/design.md, "One path for the data"), and the packages that must be declared."""
+"""The layering of docs/design.md, checked by one walk over all imports, and the packages that setup.py must declare."""
 
 import ast
+import functools
+import graphlib
 import re
 import sys
 from pathlib import Path
 
-import pytest
-
 _ROOT = Path(__file__).parent.parent
-# Definitions, how a command runs, the writing of whole files, and the look of a page.
-_SHARED = {
-    "medfuse_jax",
-    "medfuse_jax.schema",
-    "medfuse_jax.records",
-    "medfuse_jax.runtime",
-    *(f"medfuse_jax.runtime.{name}" for name in ("errors", "command_line", "files")),
-    "medfuse_jax.report",
-    "medfuse_jax.report.html",
-}
-
-
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(_ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _sources(package: str) -> dict[str, Path]:
-    return {_module_name(p): p for p in sorted((_ROOT / package).rglob("*.py"))}
-
-
-def _imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-# Import name -> what pip calls it, where they differ.
-_PACKAGES = {
+_MAX_MODULES = {"medfuse_jax": 16, "data_prep": 7}  # in a package's root
+_MAX_DEPTH = 15  # of the longest chain of imports; to become 11
+# What data_prep may import from medfuse_jax: definitions, the runtime, and the look of a page.
+_SHARED = ("medfuse_jax.schema", "medfuse_jax.records", "medfuse_jax.runtime", "medfuse_jax.report.html")
+_CALLS_DATA_PREP = ("medfuse_jax.main", "medfuse_jax.data.synthetic")
+_WITHOUT_JAX = ("medfuse_jax.report.__main__", "medfuse_jax.report.html", "data_prep.build")
+_PIP_NAMES = {
     "PIL": "pillow",
     "absl": "absl-py",
     "google": "protobuf",
@@ -50,63 +23,100 @@ _PACKAGES = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-_OURS = _sources("medfuse_jax") | _sources("data_prep")
 
 
-def _reaches(module: str, seen: set[str] | None = None) -> set[str]:
-    """All that importing `module` imports, through our own modules."""
-    seen = set() if seen is None else seen
-    for name in _imports(_OURS[module]):
-        if name not in seen:
-            seen.add(name)
-            if name in _OURS:
-                _reaches(name, seen)
-    return seen
+def _name(path: Path) -> str:
+    parts = path.relative_to(_ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_the_walk_sees_what_there_is():
-    assert "jax" in _reaches("medfuse_jax.train") and "polars" in _reaches("data_prep.build")
+_FILES = {_name(path): path for package in _MAX_MODULES for path in sorted((_ROOT / package).rglob("*.py"))}
 
 
-@pytest.mark.parametrize("module", _sources("data_prep"))
-def test_data_prep_knows_only_what_is_shared(module):
-    ours = {name for name in _imports(_OURS[module]) if name in _sources("medfuse_jax")}
-    assert ours <= _SHARED
+@functools.cache
+def _imports(module: str) -> frozenset[str]:
+    """All that a module imports, at its top or later: our modules by full name, packages by their dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(_FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & _FILES.keys()) or {node.module}
+    return frozenset(found)
 
 
-@pytest.mark.parametrize("module", sorted(set(_sources("medfuse_jax")) - {"medfuse_jax.main"}))
-def test_only_main_calls_data_prep(module):
-    assert not {name for name in _imports(_OURS[module]) if name.split(".")[0] == "data_prep"}
+def _ours(module: str) -> set[str]:
+    """Our modules that a module imports, without empty __init__ files."""
+    return {name for name in _imports(module) if name in _FILES and _FILES[name].stat().st_size > 0}
 
 
-@pytest.mark.parametrize("module", ["medfuse_jax.report.__main__", "medfuse_jax.report.html", "data_prep.build"])
-def test_reports_and_data_prep_run_without_jax(module):
-    assert not {name for name in _reaches(module) if name.split(".")[0] in ("jax", "flax", "optax", "orbax")}
+def _reaches(module: str) -> set[str]:
+    """All that importing a module imports, through our own modules."""
+    found, waiting = set(), [module]
+    while waiting:
+        new = _imports(waiting.pop()) - found
+        found |= new
+        waiting += new & _FILES.keys()
+    return found
 
 
-def _third_party() -> set[str]:
-    """The packages that any of our modules imports, at its top or later, by their normalised pip names."""
-    names = {name.split(".")[0] for path in _OURS.values() for name in _imports(path)}
-    names -= {*sys.stdlib_module_names, "medfuse_jax", "data_prep"}
-    return {_normalised(_PACKAGES.get(name, name)) for name in names}
+def _breaks_a_layer(importer: str, imported: str) -> bool:
+    ours, theirs = importer.split(".")[0], imported.split(".")[0]
+    if theirs == "data_prep":
+        return ours == "medfuse_jax" and importer not in _CALLS_DATA_PREP
+    return ours == "data_prep" and theirs == "medfuse_jax" and not f"{imported}.".startswith(_SHARED)
 
 
-def _normalised(requirement: str) -> str:
+def test_the_import_layers_hold():
+    pairs = [(importer, imported) for importer in _FILES for imported in sorted(_imports(importer))]
+    assert [pair for pair in pairs if _breaks_a_layer(*pair)] == []
+    assert {a for a, b in pairs if a.startswith("medfuse_jax") and b.startswith("data_prep")} in (
+        {name} for name in _CALLS_DATA_PREP
+    )
+    assert _breaks_a_layer("medfuse_jax.train", "data_prep.build")
+    assert _breaks_a_layer("data_prep.build", "medfuse_jax.config")
+
+
+def test_reports_and_data_prep_do_not_need_jax():
+    assert "jax" in _reaches("medfuse_jax.train") and "polars" in _reaches("data_prep.build")  # the walk works
+    for module in _WITHOUT_JAX:
+        assert not {name.split(".")[0] for name in _reaches(module)} & {"jax", "flax", "optax", "orbax"}, module
+
+
+def test_imports_have_no_cycle_and_are_not_deep():
+    depths = {}
+    for module in graphlib.TopologicalSorter({name: _ours(name) for name in _FILES}).static_order():
+        depths[module] = 1 + max((depths[name] for name in _ours(module)), default=0)
+    assert max(depths.values()) <= _MAX_DEPTH
+
+
+def test_package_roots_are_small():
+    for package, limit in _MAX_MODULES.items():
+        modules = [path.stem for path in (_ROOT / package).glob("*.py") if path.stem != "__init__"]
+        assert len(modules) <= limit, f"{package}: {sorted(modules)}"
+
+
+def _pip_name(requirement: str) -> str:
     return re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
 
 
-def _declared() -> set[str]:
-    """The packages in setup.py, in install_requires or an extra."""
-    call = ast.parse((_ROOT / "setup.py").read_text()).body[-1].value
-    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")}
-    return {_normalised(r) for some in (given["install_requires"], *given["extras_require"].values()) for r in some}
+def test_imported_packages_are_declared_and_declared_ones_explained():
+    names = {name.split(".")[0] for module in _FILES for name in _imports(module)}
+    names -= {*sys.stdlib_module_names, *_MAX_MODULES}
+    imported = {_pip_name(_PIP_NAMES.get(name, name)) for name in names}
+    assert {"jax", "pillow", "protobuf", "torch"} <= imported
 
+    setup = ast.parse((_ROOT / "setup.py").read_text()).body[-1].value
+    given = {
+        k.arg: ast.literal_eval(k.value) for k in setup.keywords if k.arg in ("install_requires", "extras_require")
+    }
+    requirements = sum(given["extras_require"].values(), given["install_requires"])
+    declared = {_pip_name(requirement) for requirement in requirements}
+    assert not imported - declared, "not in setup.py"
 
-def test_every_package_imported_is_declared_and_every_one_declared_has_its_reason():
     table = (_ROOT / "docs" / "design.md").read_text().partition("## Dependencies")[2]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
-    explained = {_normalised(name) for cell in cells for name in re.findall(r"[\w-]+", cell.rpartition(":")[2])}
-    imported, declared = _third_party(), _declared()
-    assert {"jax", "pillow", "protobuf", "torch"} <= imported
-    assert not imported - declared, "not in setup.py"
+    explained = {_pip_name(name) for cell in cells for name in re.findall(r"[\w-]+", cell.rpartition(":")[2])}
     assert not declared - explained, "not in the table of docs/design.md"
