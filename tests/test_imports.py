@@ -33,11 +33,21 @@ def _name(path: Path) -> str:
 _FILES = {_name(path): path for package in _MAX_MODULES for path in sorted((_ROOT / package).rglob("*.py"))}
 
 
+def _nodes(node: ast.AST, late: bool):
+    """All nodes below one, but for those under `if TYPE_CHECKING`; late: also the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        if late or not isinstance(child, ast.FunctionDef):
+            yield child
+            yield from _nodes(child, late)
+
+
 @functools.cache
-def _imports(module: str) -> frozenset[str]:
-    """All that a module imports, at its top or later: our modules by full name, packages by their dotted names."""
+def _imports(module: str, late: bool = True) -> frozenset[str]:
+    """All that a module imports, at its top or (late) in a function: our modules and packages, by full name."""
     found = set()
-    for node in ast.walk(ast.parse(_FILES[module].read_text())):
+    for node in _nodes(ast.parse(_FILES[module].read_text()), late):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -53,10 +63,12 @@ def _ours(module: str) -> set[str]:
 
 
 def _reaches(module: str) -> set[str]:
-    """All that importing a module imports, through our own modules."""
+    """All that importing a module imports, through our own modules; late imports count in its own folder."""
+    folder = module.rpartition(".")[0]
     found, waiting = set(), [module]
     while waiting:
-        new = _imports(waiting.pop()) - found
+        name = waiting.pop()
+        new = _imports(name, late=name.startswith(folder)) - found
         found |= new
         waiting += new & _FILES.keys()
     return found
