@@ -2,8 +2,8 @@
 
 Command: python -m medfuse_jax.main --config=configs/mortality.py --config.data.dir=DIR
 Paper: AUROC 0.841 (0.813, 0.868), AUPRC 0.544 (0.477, 0.609) on the paired test stays.
-Hardware and time: as configs/pheno.py: made for a GPU or TPU, and not yet run on one at full size.
-Learning rates: Table A1; that of the X-ray encoder's pre-training is not published.
+Hardware and time: for a GPU or TPU; not yet run at full size (see configs/pheno.py).
+Learning rates: Table A1, except 1e-4 for pre-training the X-ray encoder, which the paper does not give.
 """
 
 from ml_collections import ConfigDict

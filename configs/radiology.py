@@ -1,9 +1,9 @@
-"""The X-ray encoder alone, on the 14 CheXpert labels: the pre-training of Hayat et al. 2022, 4.2.
+"""The X-ray encoder alone, on the 14 CheXpert labels: the pre-training in section 4.2 of Hayat et al. 2022.
 
 Command: python -m medfuse_jax.main --config=configs/radiology.py --config.data.dir=DIR
-Paper: gives no result for this stage. Its run can be the start of others: --config.init.cxr=WORKDIR.
-Hardware and time: made for a GPU or TPU, where it has not been run at full size yet. On 2 CPU cores an epoch of
-MIMIC-CXR's 325,188 training X-rays would take some 14 hours (predicted from the 6.5 X-rays/s of BENCHMARKS.md).
+Paper: no result for this stage. Other runs can start from its encoder: --config.init.cxr=WORKDIR.
+Hardware and time: for a GPU or TPU; not yet run at full size. On 2 CPU cores an epoch of MIMIC-CXR's 325,188 training
+X-rays should take about 14 hours (at the 6.5 X-rays/s of BENCHMARKS.md).
 """
 
 from ml_collections import ConfigDict
