@@ -1,7 +1,7 @@
-"""Runs documented commands in a copy of the repository, as a reader would type them, at the smallest sizes.
+"""Run documented commands in a copy of the repository, as a reader would type them, at the smallest sizes.
 
-`as_run` fills in what a document leaves to the reader and adds flags for size; `Workspace.done` first makes what a
-command reads, by the documented command that writes it, and runs every command once for all test processes.
+`as_run` fills in placeholders and adds flags for size. `Workspace.done` first runs the documented commands whose output
+a command reads. Each command runs once for all test processes.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -27,9 +27,8 @@ import yaml
 from documented import Command
 
 from medfuse_jax import records, schema
-from medfuse_jax.models import registry
 
-STAYS = 200
+_STAYS = 200
 _TIMEOUT_S = 600
 _SIZES = (
     "--config.image.resize_px=32",
@@ -42,8 +41,7 @@ _SIZES = (
     "--config.num_epochs=1",
     "--config.eval.num_bootstrap=20",
 )
-# What stands for the reader's own.
-_FILLED = {
+_PLACEHOLDERS = {
     "--mimic_iv=DIR": "--mimic_iv=raw/mimic-iv",
     "--mimic_cxr=DIR": "--mimic_cxr=raw/mimic-cxr",
     "--config.data.dir=DIR": "--config.data.dir=shards",
@@ -61,69 +59,25 @@ SMALLEST = {
     "devices": "2 devices$",
     "sweeps": "sweep early",
 }
-_RAW = ("--mimic_iv=raw/mimic-iv", "--mimic_cxr=raw/mimic-cxr")
-# What documents say in words, or take as given: the raw tables, and released weights of single encoders.
-_UNDOCUMENTED = [
-    Command("data_prep/synthetic/tree.py", "data_prep.synthetic", ("--out=raw", f"--stays={STAYS}")),
-    Command(
-        "docs/data.md",
-        "data_prep.build",
-        (*_RAW, "--out=hourly", "--tasks=decompensation,length_of_stay", "--seed=1", "--workers=1"),
-    ),
-    Command("docs/data.md", "medfuse_jax.evaluate", ("--workdir=runs/pheno", "--split=val", "--drop_ehr=0.5")),
-    Command("docs/data.md", "data_prep.build", (*_RAW, "--out=strict", "--profile=strict")),
-    Command("README.md", "data_prep.build", (_RAW[0], "--out=ehr_alone")),
-    *(
-        Command(
-            "README.md",
-            "medfuse_jax.main",
-            (
-                "--config=configs/pheno.py",
-                "--config.method=uni_ehr",
-                f"--config.data.dir={shards}",
-                f"--workdir=runs/{folder}",
-                *_SIZES,
-            ),
-        )
-        for shards, folder in (("ehr_alone", "ehr_alone"), ("shards", "moved"))
-    ),
-    Command("docs/sweeps.md", "medfuse_jax.main", ("--config=sweeps/pheno/best_config.py", "--workdir=runs/best")),
-    Command(
-        "docs/sweeps.md",
-        "medfuse_jax.sweep",
-        ("--config=listed.py", "--config.data.dir=shards", "--trials=3", "--workdir=sweeps/listed", *_SIZES),
-    ),
-    Command(
-        "docs/performance.md",
-        "medfuse_jax.main",
-        (
-            "--config=configs/pheno.py",
-            "--config.method=uni_ehr",
-            "--config.data.dir=shards",
-            "--config.placement=device",
-            "--config.parallel=jit",
-            "--workdir=runs/jit",
-            *_SIZES,
-        ),
-    ),
-    *(
-        Command("docs/weights.md", "medfuse_jax.torch_import", flags)
-        for method in ("uni_ehr", "uni_cxr")
-        for flags in (
-            (f"--workdir=runs/{method}", f"--export={method}.safetensors"),
-            (
-                f"--checkpoint={method}.safetensors",
-                "--config=configs/pheno.py",
-                f"--config.method={method}",
-                "--config.data.dir=shards",
-                f"--workdir=runs/released_{method.removeprefix('uni_')}",
-                *_SIZES,
-            ),
-        )
-    ),
-]
-# Files that a reader has from elsewhere, made by hand below -> what they are made from.
-_BY_HAND = {
+# Commands that pages describe in words, or whose output they take as given.
+_IN_WORDS = f"""
+README.md: data_prep.synthetic --out=raw --stays={_STAYS}
+README.md: data_prep.build --mimic_iv=DIR --out=ehr_alone
+README.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=ehr_alone --workdir=runs/ehr_alone
+README.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=DIR --workdir=runs/moved
+docs/data.md: data_prep.build --mimic_iv=DIR --mimic_cxr=DIR --out=hourly --tasks=decompensation,length_of_stay --seed=1 --workers=1
+docs/data.md: data_prep.build --mimic_iv=DIR --mimic_cxr=DIR --out=strict --profile=strict
+docs/data.md: medfuse_jax.evaluate --workdir=DIR --split=val --drop_ehr=0.5
+docs/performance.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=DIR --config.placement=device --config.parallel=jit --workdir=runs/jit
+docs/sweeps.md: medfuse_jax.main --config=sweeps/pheno/best_config.py --workdir=runs/best
+docs/sweeps.md: medfuse_jax.sweep --config=listed.py --config.data.dir=DIR --workdir=sweeps/listed
+docs/weights.md: medfuse_jax.torch_import --workdir=runs/uni_ehr --export=uni_ehr.safetensors
+docs/weights.md: medfuse_jax.torch_import --workdir=runs/uni_cxr --export=uni_cxr.safetensors
+docs/weights.md: medfuse_jax.torch_import --checkpoint=uni_ehr.safetensors --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=DIR --workdir=runs/released_ehr
+docs/weights.md: medfuse_jax.torch_import --checkpoint=uni_cxr.safetensors --config=configs/pheno.py --config.method=uni_cxr --config.data.dir=DIR --workdir=runs/released_cxr
+"""  # noqa: E501
+# Files that a reader has from elsewhere and `Workspace._provide` writes -> what they are made from.
+_PROVIDED = {
     "val_ids.csv": "shards",
     "test_ids.csv": "shards",
     "notes.py": "shards",
@@ -136,23 +90,25 @@ _BY_HAND = {
 
 
 def all_commands() -> list[Command]:
-    """The documented commands as they are run, each once, and the few that documents say in words."""
+    """The commands to run, each once: those of the pages and configs, and those that pages describe in words."""
     shown = [c for c in documented.commands() if c.where.endswith(".md") or c.where.startswith("configs/")]
+    for line in _IN_WORDS.strip().splitlines():
+        where, module, *flags = shlex.split(line)
+        shown.append(Command(where.rstrip(":"), module, tuple(flags)))
     found = {}
-    for command in [*map(as_run, shown), *_UNDOCUMENTED]:
-        # The benchmark's quickest case is the same whatever cases and file a document names; and rows that differ in
-        # their learning rate alone run the same program.
-        alike = tuple(flag for flag in command.flags if not flag.startswith("--config.learning_rate="))
-        key = command.value("preset") or (command.module, alike)
-        found.setdefault(key, command)
+    for command in map(as_run, shown):
+        # Every case of a preset runs as its quickest one, and the learning rate does not change what is run.
+        flags = frozenset(flag for flag in command.flags if not flag.startswith("--config.learning_rate="))
+        found.setdefault(command.value("preset") or (command.module, flags), command)
     return list(found.values())
 
 
 def as_run(command: Command) -> Command:
-    """The command with the reader's own paths, and overrides for size."""
-    filled = _FILLED | ({"--workdir=DIR": "--workdir=runs/moved"} if command.value("data_dir") else {})
-    flags = [filled.get(flag, flag) for flag in command.flags]
-    flags = [f"--out={_OUT.get(command.module)}" if flag == "--out=DIR" else flag for flag in flags]
+    """The command with placeholders filled in and flags for size."""
+    filled = _PLACEHOLDERS | {"--out=DIR": f"--out={_OUT.get(command.module)}"}
+    if command.value("data_dir"):
+        filled["--workdir=DIR"] = "--workdir=runs/moved"
+    command = dataclasses.replace(command, flags=tuple(filled.get(flag, flag) for flag in command.flags))
     more = {
         "medfuse_jax.main": _for_main,
         "medfuse_jax.sweep": _for_sweep,
@@ -160,21 +116,23 @@ def as_run(command: Command) -> Command:
         "medfuse_jax.bench": _for_bench,
         "data_prep.bench": lambda command: ("--copies=8", "--repeats=1"),
     }.get(command.module, lambda command: ())
-    command = dataclasses.replace(command, flags=tuple(flags))
     return dataclasses.replace(command, flags=(*command.flags, *more(command)))
 
 
 def _for_main(command: Command) -> list[str]:
+    config = command.value("config")
+    if not config.startswith("configs/"):
+        return []  # a sweep's best config has the sizes
     flags = list(_SIZES)
-    if command.value("config") == "configs/demo.py":
-        flags.append(f"--config.data.synthetic_stays={STAYS}")
+    if config == "configs/demo.py":
+        flags.append(f"--config.data.synthetic_stays={_STAYS}")
         flags += [f"--config.pretrain.{name}.num_epochs=1" for name in ("ehr", "cxr")]
     elif not command.value("config.data.dir"):
         flags.append("--config.data.dir=shards")
-    if command.where == "docs/methods.md" and command.value("config") != "configs/demo.py":
+    if command.where == "docs/methods.md" and config != "configs/demo.py":
         unnamed = ("--config=", "--config.learning_rate=")
         values = [flag.partition("=")[2] for flag in command.flags if not flag.startswith(unnamed)]
-        named = [value for value in values if value not in ("true", "false")] or [Path(command.value("config")).stem]
+        named = [value for value in values if value not in ("true", "false")] or [Path(config).stem]
         flags.append(f"--workdir=runs/{'_'.join(named)}")
     if command.value("config.profile_steps"):
         flags.append("--config.num_epochs=3")  # enough steps for the documented ones
@@ -197,23 +155,20 @@ _WEIGHTS = (".safetensors", ".pth.tar")
 
 
 def reads(command: Command) -> list[str]:
-    """The paths that a command as run reads, as far as it names them."""
+    """The paths among a command's flags that it reads."""
     names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
     names += ["config.data.dir", "config.init.ehr", "config.init.cxr", "config.init.model"]
-    names += (
-        ["workdir"] if command.module == "medfuse_jax.evaluate" or command.value("export").endswith(_WEIGHTS) else []
-    )
+    if command.module == "medfuse_jax.evaluate" or command.value("export").endswith(_WEIGHTS):
+        names.append("workdir")
     found = [command.value(name) for name in names]
     found += [path.partition(":")[0] for path in command.value("runs").split(",")]
     found += [command.value("config")] if not command.value("config").startswith("configs/") else []
-    found += [
-        p for p in (command.value("config.data.statistics"), command.value("config.model.modalities")) if "." in p
-    ]
-    return [{"runs": "runs/pheno"}.get(path, path) for path in found if path]
+    found += [command.value(name) for name in ("config.data.statistics", "config.model.modalities")]
+    return ["runs/pheno" if path == "runs" else path for path in found if path not in ("", "static", "train")]
 
 
 def writes(command: Command) -> list[str]:
-    """The paths that a command as run writes, as far as it names them."""
+    """The paths among a command's flags that it writes."""
     export = command.value("export")
     if export.endswith(_WEIGHTS):
         return [export]
@@ -221,28 +176,23 @@ def writes(command: Command) -> list[str]:
     return [command.value(name) for name in names if command.value(name)]
 
 
+def _is_in(path: str, folders: list[str]) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
+
+
 def needs(command: Command, commands: list[Command]) -> list[Command]:
-    """The commands to run before: what writes the paths that this one reads, and what writes to its own before it."""
-
-    def is_in(path: str, folders: list[str]) -> bool:
-        return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
-
-    read = [path for path in reads(command) if not is_in(path, writes(command))]
-    read = [_BY_HAND.get(path, path) for path in read]
+    """The commands to run first: those that write what this one reads, and earlier ones that write the same paths."""
+    read = [_PROVIDED.get(path, path) for path in reads(command) if not _is_in(path, writes(command))]
     before = commands[: commands.index(command)]
-    makers = [c for c in commands if any(is_in(path, writes(c)) for path in read)]
+    makers = [c for c in commands if any(_is_in(path, writes(c)) for path in read)]
     makers += [c for c in before if set(writes(c)) & set(writes(command)) and not _are_together(c, command)]
     return [c for c in dict.fromkeys(makers) if c != command]
 
 
-def unmade(command: Command, commands: list[Command]) -> list[str]:
-    """The paths that a command reads and nothing makes."""
-    made = [path for c in commands for path in writes(c)]
-    return [
-        path
-        for path in reads(command)
-        if path not in _BY_HAND and not any(path == m or path.startswith(f"{m}/") for m in made)
-    ]
+def missing(command: Command, commands: list[Command]) -> list[str]:
+    """The paths that a command reads and no command writes."""
+    written = [path for c in commands for path in writes(c)]
+    return [path for path in reads(command) if path not in _PROVIDED and not _is_in(path, written)]
 
 
 def _are_together(a: Command, b: Command) -> bool:
@@ -253,15 +203,14 @@ def _are_together(a: Command, b: Command) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a command ended. output: both streams together."""
+    """How a command ended. output: stdout and stderr together."""
 
     returncode: int
     output: str
-    seconds: float
 
 
 class Workspace:
-    """A copy of the repository in `folder`, where commands are run and leave what they write."""
+    """A copy of the repository in `folder`, in which commands run."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -274,7 +223,7 @@ class Workspace:
 
     @staticmethod
     def _copy(target: Path) -> None:
-        """Copies what a clone holds and commands read. Pages that commands make are spoilt: they have to be made."""
+        """Copy what commands read. Tables that commands write are blanked, to show that they are written."""
         for name in ("medfuse_jax", "data_prep", "configs", "docs", "jobs", "results"):
             shutil.copytree(documented.ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in documented.ROOT.glob("*.md"):
@@ -282,17 +231,17 @@ class Workspace:
                 shutil.copy(path, target)
         for name in ("methods.md", "performance.md"):
             page = target / "docs" / name
-            made = re.compile(r"(<!-- made by [^>]* -->\n).*?(<!-- end -->)", re.S)
-            spoilt, count = made.subn(r"\1spoilt\n\2", page.read_text())
+            generated = re.compile(r"(<!-- made by [^>]* -->\n).*?(<!-- end -->)", re.S)
+            blanked, count = generated.subn(r"\1blank\n\2", page.read_text())
             assert count == 1, name
-            page.write_text(spoilt)
+            page.write_text(blanked)
 
     @property
     def root(self) -> Path:
         return self.folder / "repository"
 
     def done(self, command: Command) -> Outcome:
-        """Run the command unless it has run, after what it needs; return how it ended."""
+        """Run a command once, after those it needs; return how it ended."""
         together = [c for c in self.commands if c == command or _are_together(c, command)]
         key = hashlib.sha256(str(together[0]).encode()).hexdigest()[:16]
         with self._alone(key):
@@ -300,23 +249,22 @@ class Workspace:
             if not path.exists():
                 for need in dict.fromkeys(need for c in together for need in needs(c, self.commands)):
                     outcome = self.done(need)
-                    assert outcome.returncode == 0, f"before it, {need}\n{outcome.output[-3000:]}"
+                    assert outcome.returncode == 0, f"needed first: {need}\n{outcome.output[-3000:]}"
                 for part in reads(command):
-                    self._make_by_hand(part)
+                    self._provide(part)
                 outcomes = {str(c): dataclasses.asdict(o) for c, o in zip(together, self._run(together))}
                 path.write_text(json.dumps(outcomes))
             return Outcome(**json.loads(path.read_text())[str(command)])
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """Keeps other test processes out of the block until it ends."""
+        """Hold a lock against other test processes."""
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _run(self, together: list[Command]) -> list[Outcome]:
-        start_s, port = time.perf_counter(), _free_port()
-        running = []
+        port, running = _free_port(), []
         for command in together:
             flags = [re.sub(r"HOST:\d+$", f"localhost:{port}", flag) for flag in command.flags]
             running.append(
@@ -335,11 +283,10 @@ class Workspace:
         finally:
             for process in running:
                 process.kill()
-        seconds = time.perf_counter() - start_s
-        return [Outcome(process.returncode, output, seconds) for process, output in zip(running, outputs)]
+        return [Outcome(process.returncode, output) for process, output in zip(running, outputs)]
 
     def _environment(self, command: Command) -> dict[str, str]:
-        """The reader's: no simulated devices. Compiled programs are shared, and little optimised: all are small."""
+        """A reader's environment, without simulated devices. All commands share a compilation cache."""
         flags = "--xla_backend_optimization_level=0"
         if metadata.version("jaxlib").startswith("0.10."):
             flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
@@ -358,10 +305,10 @@ class Workspace:
             }
         )
 
-    def _make_by_hand(self, path: str) -> None:
-        """Makes a file that a reader has from elsewhere."""
+    def _provide(self, path: str) -> None:
+        """Write a file that a reader has from elsewhere."""
         target = self.root / path
-        if path not in _BY_HAND:
+        if path not in _PROVIDED:
             return
         with self._alone(Path(path).name):
             if target.exists():
@@ -389,13 +336,13 @@ class Workspace:
                 target.write_text(yaml.safe_dump(table))
 
     def python_block(self, document: str, begins: str) -> str:
-        """A document's Python block with this beginning."""
+        """The Python block of a document that begins so."""
         blocks = re.findall(r"```python\n(.*?)```", (self.root / document).read_text(), re.S)
         (found,) = [block for block in blocks if block.startswith(begins)]
         return found
 
     def run_block(self, block: str, *arguments: str) -> str:
-        """Runs a Python block in the workspace; returns what it prints."""
+        """Run a Python block in the workspace and return its output."""
         command = [sys.executable, "-c", block, *arguments]
         environment = self._environment(self.commands[0])
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=120)
@@ -406,13 +353,13 @@ class Workspace:
         return records.index(str(self.root / "shards"), "pheno", split)
 
     def _convert_normalizer(self) -> None:
-        """By the document's own block, from a pickle of the released form."""
+        """With the page's own code, from a pickle like the released one."""
         with (self.root / "normalizer.pickle").open("wb") as file:
             pickle.dump({"means": np.arange(76.0), "stds": np.ones(76)}, file)
         self.run_block(self.python_block("docs/weights.md", "import json, pickle, sys"), "normalizer.pickle")
 
     def _write_backbone(self, target: Path) -> None:
-        """A ResNet as torchvision names it: that of an exported run, with a head of its own."""
+        """Write an exported run's ResNet under torchvision's names, with a head."""
         import torch
 
         whole = torch.load(self.root / "best_checkpoint.pth.tar", weights_only=True)
@@ -426,9 +373,3 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
-
-
-def methods_run(commands: list[Command]) -> set[str]:
-    """The methods that some main command trains."""
-    named = {c.value("config.method") for c in commands if c.module == "medfuse_jax.main"}
-    return named & set(registry.METHODS)

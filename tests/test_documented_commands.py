@@ -1,6 +1,6 @@
-"""Every command of README, docs/, BENCHMARKS.md and the configs runs, unmocked, and leaves what its document says.
+"""Every command of the pages and configs runs and writes what its page says.
 
-Each is a process of its own in a copy of the repository, on a synthetic cohort, with flags for size added.
+Each runs as a process in a copy of the repository, on a synthetic cohort, with flags for size.
 """
 
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from documented import ROOT, Command, commands, made_table
-from documented_runs import SMALLEST, Outcome, Workspace, all_commands, methods_run, needs, reads, unmade, writes
+from documented_runs import SMALLEST, Outcome, Workspace, all_commands, missing, needs, reads, writes
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import records, torch_import
@@ -26,7 +26,7 @@ _COMMANDS = all_commands()
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Workspace:
-    """One for all test processes."""
+    """One workspace for all test processes."""
     base = tmp_path_factory.getbasetemp()
     return Workspace((base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "documented")
 
@@ -34,32 +34,33 @@ def workspace(tmp_path_factory) -> Workspace:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", _COMMANDS, ids=lambda command: str(command)[:100])
 def test_a_documented_command_runs(command, workspace, monkeypatch):
-    monkeypatch.chdir(workspace.root)  # where the paths in what it leaves hold
+    monkeypatch.chdir(workspace.root)  # outputs contain paths relative to it
     for package in _packages(command):
-        if not os.environ.get("MEDFUSE_TEST_ALL"):  # as in CI, where a command that is not run is an error
+        if not os.environ.get("MEDFUSE_TEST_ALL"):  # .ci/run sets it, so that no command is skipped there
             pytest.importorskip(package)
     outcome = workspace.done(command)
     assert outcome.returncode == 0, outcome.output[-5000:]
     assert "Traceback" not in outcome.output
-    _LEAVES[command.module](command, outcome, workspace.root)
+    _CHECKS[command.module](command, outcome, workspace.root)
 
 
-def test_every_method_is_trained_by_a_documented_command_and_nothing_is_read_that_nothing_makes():
-    assert methods_run(_COMMANDS) == set(registry.METHODS)
-    assert {str(command): unmade(command, _COMMANDS) for command in _COMMANDS if unmade(command, _COMMANDS)} == {}
+def test_commands_train_every_method_and_read_only_what_others_write():
+    trained = {c.value("config.method") for c in _COMMANDS if c.module == "medfuse_jax.main"}
+    assert trained >= set(registry.METHODS)
+    assert {str(command): paths for command in _COMMANDS if (paths := missing(command, _COMMANDS))} == {}
     lost = Command("README.md", "medfuse_jax.evaluate", ("--workdir=runs/lost",))
-    assert unmade(lost, [*_COMMANDS, lost]) == ["runs/lost"]
+    assert missing(lost, [*_COMMANDS, lost]) == ["runs/lost"]
 
 
-def test_what_a_command_reads_is_made_before_it():
-    evaluating = next(c for c in _COMMANDS if c.module == "medfuse_jax.evaluate" and "003" in c.value("workdir"))
-    assert [need.value("export") for need in needs(evaluating, _COMMANDS)] == ["", "0,3"]
-    training = next(c for c in _COMMANDS if c.value("workdir") == "runs/pheno" and c.module == "medfuse_jax.main")
-    assert [need.module for need in needs(training, _COMMANDS)] == ["data_prep.build"]
-    assert reads(training) == ["shards"] and writes(training) == ["runs/pheno"]
+def test_commands_run_after_those_they_need():
+    evaluate = next(c for c in _COMMANDS if c.module == "medfuse_jax.evaluate" and "003" in c.value("workdir"))
+    assert [need.value("export") for need in needs(evaluate, _COMMANDS)] == ["", "0,3"]
+    train = next(c for c in _COMMANDS if c.value("workdir") == "runs/pheno" and c.module == "medfuse_jax.main")
+    assert [need.module for need in needs(train, _COMMANDS)] == ["data_prep.build"]
+    assert reads(train) == ["shards"] and writes(train) == ["runs/pheno"]
 
 
-def test_the_cases_that_documents_name_are_there():
+def test_documented_benchmark_cases_exist():
     shown = [command for command in commands() if command.value("preset")]
     assert {command.value("preset") for command in shown if command.where.endswith(".md")} == set(SMALLEST)
     for command in shown:
@@ -69,7 +70,7 @@ def test_the_cases_that_documents_name_are_there():
 
 
 @pytest.mark.slow
-def test_the_block_that_reads_a_dataset_runs(workspace):
+def test_the_code_of_the_data_page_runs(workspace):
     for command in _COMMANDS:
         if command.module == "data_prep.build" and command.value("out") == "shards":
             workspace.done(command)
@@ -79,17 +80,14 @@ def test_the_block_that_reads_a_dataset_runs(workspace):
 
 
 def _packages(command: Command) -> list[str]:
-    """What a command needs that `pip install .` does not bring."""
+    """The optional packages that a command needs."""
     files = [*reads(command), *writes(command)]
     found = ["torch"] if any(path.endswith((".pth.tar", ".pth")) for path in files) else []
-    # A run from an imported one: the checkpoint that was imported is a torch file.
+    # These runs start from an imported torch file.
     found += ["torch"] if any(path in ("runs/released", "runs/imagenet") for path in files) else []
     found += ["safetensors"] if any("safetensors" in path or "runs/released_" in path for path in files) else []
     found += ["apache_beam"] if command.module == "data_prep.images.beam" else []
     return found + (["optuna"] if command.value("algorithm") == "optuna" else [])
-
-
-# What each command leaves
 
 
 def _json(path: Path) -> dict:
@@ -97,7 +95,7 @@ def _json(path: Path) -> dict:
 
 
 def _check_scored(folder: Path, predictions: str = "predictions_test.npz", result: str = "result.json") -> dict:
-    """The result of a workdir, whose predictions are whole."""
+    """Check a workdir's predictions and return its result."""
     with np.load(folder / predictions) as scored:
         assert len(scored["scores"]) == len(scored["labels"]) == len(scored["stay_id"]) > 0
         assert np.isfinite(scored["scores"]).all() and np.ptp(scored["scores"]) > 0
@@ -127,14 +125,14 @@ def _check_synthetic(command: Command, outcome: Outcome, root: Path) -> None:
 
 
 def _check_images(command: Command, outcome: Outcome, root: Path) -> None:
-    """As many X-rays as the records of radiology have, and those that have no label."""
-    said = re.search(r"^(\d+) X-rays in (\d+) chunks are in .*X-rays$", outcome.output, re.M)
-    assert int(said[1]) >= records.manifest("shards", "radiology")["counts"]["splits"]["train"]["records"], said
-    assert len(list((root / command.value("out") / ".stages" / "images").iterdir())) >= int(said[2])
+    printed = re.search(r"^(\d+) X-rays in (\d+) chunks are in .*X-rays$", outcome.output, re.M)
+    # At least those with radiology labels.
+    assert int(printed[1]) >= records.manifest("shards", "radiology")["counts"]["splits"]["train"]["records"]
+    assert len(list((root / command.value("out") / ".stages" / "images").iterdir())) >= int(printed[2])
 
 
 def _check_run(command: Command, outcome: Outcome, root: Path) -> None:
-    """A run of `main`, where it says that its report is."""
+    """A run of `main`, found by the report's path in its last line."""
     last = outcome.output.strip().splitlines()[-1]
     page = root / last.removeprefix("report: ")
     assert last.startswith("report: ") and page.stat().st_size > 10_000, last
@@ -217,7 +215,7 @@ def _check_bench(command: Command, outcome: Outcome, root: Path) -> None:
 
 
 def _check_page(name: str):
-    """A page that is made from the records in the repository is the one that is there."""
+    """The page generated from the committed records equals the committed page."""
 
     def check(command: Command, outcome: Outcome, root: Path) -> None:
         assert (root / name).read_text() == (ROOT / name).read_text()
@@ -226,8 +224,7 @@ def _check_page(name: str):
 
 
 def _check_costs(command: Command, outcome: Outcome, root: Path) -> None:
-    """The table of docs/methods.md is current; counts of operations differ a little between versions of XLA."""
-
+    """The table of docs/methods.md is current; operation counts differ a little between versions of XLA."""
     shown, now = (made_table((folder / "docs/methods.md").read_text()) for folder in (ROOT, root))
     assert list(shown) == list(now) == list(registry.METHODS)
     for method, cells in now.items():
@@ -237,22 +234,17 @@ def _check_costs(command: Command, outcome: Outcome, root: Path) -> None:
         )
 
 
-def _check_printed_table(command: Command, outcome: Outcome, root: Path) -> None:
-    assert any(line.startswith("| ") for line in outcome.output.splitlines()), outcome.output
-
-
 def _check_measured(command: Command, outcome: Outcome, root: Path) -> None:
     rows = [json.loads(line) for line in outcome.output.splitlines() if line.startswith("{")]
     assert {row["copies"] for row in rows if row.get("rows_per_s", 0) > 0} == {1, 8}, outcome.output
     assert sum(row.get("images_per_s_core", 0) > 0 for row in rows) == 4, outcome.output
 
 
-_LEAVES = {
+_CHECKS = {
     "data_prep.synthetic": _check_synthetic,
     "data_prep.build": _check_build,
     "data_prep.images.beam": _check_images,
     "data_prep.bench": _check_measured,
-    "data_prep.labels.compare_routes": _check_printed_table,
     "medfuse_jax.main": _check_run,
     "medfuse_jax.evaluate": _check_evaluation,
     "medfuse_jax.sweep": _check_sweep,
