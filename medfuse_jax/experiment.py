@@ -13,6 +13,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import batches, missing
 from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.data.dataset import CXR_LABEL, Dataset, open_dataset, with_cxr_dataset
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
 from medfuse_jax.models.recurrence import pallas
@@ -24,7 +25,7 @@ class Experiment:
     """What training and evaluation both need of a run."""
 
     config: ConfigDict
-    dataset: batches.Dataset
+    dataset: Dataset
     options: step_lib.StepOptions
     devices: list[jax.Device]
 
@@ -40,7 +41,7 @@ class Experiment:
         """Whether the method has an encoder for 'ehr' or 'cxr'."""
         return {"ehr": self.options.model.uses_ehr, "cxr": self.options.model.uses_cxr}[name]
 
-    def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Turns:
+    def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Alternating:
         """The training batches of one epoch, those of X-rays with their own labels in turn with the stays'."""
         seed = self.config.seed if self.config.data.order_seed < 0 else self.config.data.order_seed
         drawn = {"batch_size": self.config.batch_size, "seed": seed, "epoch": epoch}
@@ -54,11 +55,11 @@ class Experiment:
             ehr_only_N=~self.dataset.index["train"]["has_cxr"],
             **drawn,
         )
-        images = self.dataset.images
-        if images is None:
+        cxr = self.dataset.cxr_dataset
+        if cxr is None:
             return stays
-        of_images = (images.lengths("train"), images.paired("train"), images.usable("train"))
-        return plan_lib.take_turns(stays, plan_lib.train_plan(*of_images, buckets=images.buckets, **drawn))
+        of_cxr = (cxr.lengths("train"), cxr.paired("train"), cxr.usable("train"))
+        return plan_lib.alternate(stays, plan_lib.train_plan(*of_cxr, buckets=cxr.buckets, **drawn))
 
     def eval_plans(self, split: str, include_N: np.ndarray) -> list[plan_lib.Plan]:
         """Batches in which every included record of a split stands exactly once; UserError where there is none."""
@@ -111,9 +112,9 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
 
     on: the devices to divide each batch over, by default all of this process.
     """
-    method, _ = registry.METHODS[config.method]
+    method = registry.METHODS[config.method].model_class
     modalities = loading.load(config.model.modalities)
-    dataset = batches.open_dataset(
+    dataset = open_dataset(
         config.data.dir,
         config.task,
         use_ehr=method.uses_ehr,
@@ -126,9 +127,9 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
     dataset = missing.drop_modalities(dataset, config.data.drop_ehr, config.data.drop_cxr)
     for modality in modalities:
         loading.check_encoder(modality, dataset.extra[modality.name]["train"], config.model.ehr_hidden)
-    cxr_heads = [head for head in method.heads if head.label == batches.CXR_LABEL]
+    cxr_heads = [head for head in method.heads if head.label == CXR_LABEL]
     if any(config.loss[head.weight] for head in cxr_heads):
-        dataset = batches.with_cxr_dataset(dataset, config.data.dir, config.data.cxr_task)
+        dataset = with_cxr_dataset(dataset, config.data.dir, config.data.cxr_task)
     if method.uses_ehr and dataset.task.cxr_only:
         raise UserError(f"the method {config.method!r} reads EHR, and the task {config.task!r} has none: use 'uni_cxr'")
     own = {"num_cxr_labels": len(schema.TASKS[config.data.cxr_task].labels)} if cxr_heads else {}
@@ -170,9 +171,9 @@ def _check_batches(run: Experiment) -> None:
     config = run.config
     for split in ("train", "val"):
         run.check_any(split, run.selects(split))
-    if run.dataset.images:
+    if run.dataset.cxr_dataset:
         what = f"the classifier of X-rays (config.data.cxr_task={config.data.cxr_task})"
-        check_unseen(run, what, run.dataset.images.index["train"]["subject_id"])
+        check_unseen(run, what, run.dataset.cxr_dataset.index["train"]["subject_id"])
     include_N, paired_N = run.selects("train"), run.dataset.paired("train")
     if (include_N & paired_N).any() and (include_N & ~paired_N).any():
         if config.batch_size < 2:

@@ -16,13 +16,14 @@ from medfuse_jax import parallel
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import batches, device_store
 from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.runtime.errors import UserError
 
 Feed = Callable[[step_lib.TrainState, plan_lib.Plan, int, list[int], jax.Array], Iterator]
 
 
 def open_feed(
-    dataset: batches.Dataset,
+    dataset: Dataset,
     include_N: np.ndarray,
     options: step_lib.StepOptions,
     on: list[jax.Device],
@@ -46,11 +47,11 @@ def open_feed(
     return functools.partial(_calls if one_call else _steps, on, train_fn, held)
 
 
-def check_placement(dataset: batches.Dataset, include_N: np.ndarray, on: list[jax.Device], placement: str) -> None:
+def check_placement(dataset: Dataset, include_N: np.ndarray, on: list[jax.Device], placement: str) -> None:
     """Raises UserError where the records cannot lie on the devices as config.placement wants; reads none."""
     if placement == "stream":
         return
-    if dataset.images:
+    if dataset.cxr_dataset:
         raise UserError(
             "config.placement is 'device', and the method trains on two datasets in turn: take config.placement=stream"
         )

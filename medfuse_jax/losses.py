@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from medfuse_jax.models.presence import rows_with_image
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -60,12 +62,13 @@ def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weig
 
 
 def present_rows(batch: dict) -> dict[str, jax.Array]:
-    """{'ehr', 'cxr': bool [B]}: which rows have a stay, and which an X-ray."""
+    """{'ehr', 'cxr': bool [B]}: which rows have EHR, and which an X-ray."""
     num_rows = batch["valid"].shape[0]
-    has_ehr_B = batch["length"] > 0 if "length" in batch else jnp.zeros(num_rows, bool)
-    has_cxr_B = jnp.zeros(num_rows, bool)
-    if "image_row" in batch:  # an empty slot names the row after the last, which is dropped
-        has_cxr_B = has_cxr_B.at[batch["image_row"]].set(True, mode="drop")
+    none_B = jnp.zeros(num_rows, bool)
+    has_ehr_B = batch["length"] > 0 if "length" in batch else none_B
+    has_cxr_B = none_B
+    if "image_row" in batch:
+        has_cxr_B = rows_with_image(batch["image_row"], batch["image_mask"], num_rows)
     return {"ehr": has_ehr_B, "cxr": has_cxr_B}
 
 

@@ -88,11 +88,9 @@ def merge(batch: dict) -> dict:
     """Folds the device axis of a batch into its rows: [D, B, ...] -> [D * B, ...]."""
     num_devices, rows = batch["valid"].shape
     merged = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-    if "image_row" in batch:
-        # An empty X-ray slot names the row after the device's last: it becomes the one after all.
+    if "image_row" in batch:  # it counts rows within the device
         first_D1 = rows * jnp.arange(num_devices)[:, None]
-        image_row_DP = jnp.where(batch["image_row"] < rows, batch["image_row"] + first_D1, num_devices * rows)
-        merged["image_row"] = image_row_DP.reshape(-1)
+        merged["image_row"] = (batch["image_row"] + first_D1).reshape(-1)
     return merged
 
 

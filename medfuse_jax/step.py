@@ -17,7 +17,7 @@ import optax
 
 from medfuse_jax import augment, losses, optim
 from medfuse_jax.models import registry
-from medfuse_jax.models.model import products
+from medfuse_jax.models.precision import matmul_precision
 
 
 @flax.struct.dataclass
@@ -73,25 +73,19 @@ def state_maker(
 
 
 def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> dict:
-    """Standardises the series and prepares the X-rays; augments them where a key is given."""
+    """Standardise the series and prepare the images; a key augments them (training), None does not."""
     num_rows = batch["valid"].shape[0]
     inputs = {"length": batch.get("length", jnp.zeros(num_rows, jnp.int32))}
-    if "ehr_features" in batch:  # of frozen encoders: sweep/heads.py
-        inputs["ehr"] = batch["ehr_features"]
-    elif "ehr" in batch:
+    if "ehr" in batch:
         inputs["ehr"] = (batch["ehr"] - jnp.asarray(options.mean_F)) / jnp.asarray(options.std_F)
-    if "cxr_features" in batch:
-        image_row_P = batch["image_row"]
-        inputs |= {"image": batch["cxr_features"][:, None, None], "image_row": image_row_P}
-        inputs["image_mask"] = image_row_P < num_rows
+    if "image" in batch and key is None:
+        inputs["image"] = augment.prepare(batch["image"], options.image)
     elif "image" in batch:
-        image_row_P = batch["image_row"]
-        if key is None:
-            image = augment.prepare(batch["image"], options.image)
-        else:
-            image_id_P = batch["row_id"][jnp.minimum(image_row_P, num_rows - 1)]
-            image = augment.prepare_augmented(key, image_id_P, batch["image"], options.image)
-        inputs |= {"image": image, "image_row": image_row_P, "image_mask": image_row_P < num_rows}
+        image_id_P = batch["row_id"][batch["image_row"]]
+        inputs["image"] = augment.prepare_augmented(key, image_id_P, batch["image"], options.image)
+    for name in ("image_row", "image_mask", "ehr_features", "cxr_features"):  # features: of frozen encoders in a sweep
+        if name in batch:
+            inputs[name] = batch[name]
     if extra := {name.removeprefix("extra_"): x for name, x in batch.items() if name.startswith("extra_")}:
         inputs["extra"] = extra
     return inputs
@@ -129,7 +123,7 @@ def train_step(
         loss = losses.objective(model.heads, outputs, batch, options.weights, total)
         return loss, updated.get("batch_stats", state.batch_stats)
 
-    with products(model.dtype):  # of the gradients: the model sees to its own
+    with matmul_precision(model.dtype):  # of the gradients: the model sees to its own
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     loss, grads = _sum_over((loss, grads), axis)
     direction, opt_state = options.optimizer.update(grads, state.opt_state, state.params)

@@ -25,7 +25,7 @@ fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 
 
 def tiny_model(method: str, **options):
-    stage = {"stage": 1} if "stage" in registry.METHODS[method][1] else {}
+    stage = {"stage": 1} if "stage" in registry.METHODS[method].fields else {}
     return registry.build(method, NUM_LABELS, **TINIER, **stage, **options)
 
 
@@ -64,7 +64,7 @@ def batch(seed: int = 0, rows: int = 4, steps: int = 5, image_rows: tuple[int, .
         "ehr": rng.standard_normal((rows, steps, 76)).astype(np.float32),
         "length": np.resize([steps, 2, 4, 1], rows).astype(np.int32),
         "image": rng.standard_normal((slots, 16, 16)).astype(np.float32),
-        "image_row": np.array([*image_rows] + [rows] * empty, np.int32),
+        "image_row": np.array([*image_rows] + [0] * empty, np.int32),
         "image_mask": np.array([True] * len(image_rows) + [False] * empty),
     }
 

@@ -56,10 +56,16 @@ _IMAGE_LABELS = (_RNG.random((6, 3)) < 0.5).astype(np.float32)
 _STAYS = {
     "valid": np.array([1, 1, 1, 1, 1, 0], bool),
     "length": np.array([3, 5, 0, 1, 2, 0]),
-    "image_row": np.array([3, 0, 2, 6]),
+    "image_row": np.array([3, 0, 2, 0]),
+    "image_mask": np.array([True, True, True, False]),
     "label": _LABELS,
 }
-_IMAGES = {"valid": np.ones(6, bool), "image_row": np.arange(6), "cxr_label": _IMAGE_LABELS}
+_IMAGES = {
+    "valid": np.ones(6, bool),
+    "image_row": np.arange(6),
+    "image_mask": np.ones(6, bool),
+    "cxr_label": _IMAGE_LABELS,
+}
 
 
 def _objective(batch, weights=losses.Weights(), outputs=_OUTPUTS):  # noqa: B008
@@ -94,7 +100,7 @@ def test_the_objectives_of_two_devices_add_up():
     weights = losses.Weights(align=0.3)
     # rows 0-2 with the X-ray of row 0; rows 3-5 with that of row 3; each device counts its rows from 0
     batch = {name: _STAYS[name].reshape(2, 3, *_STAYS[name].shape[1:]) for name in ("valid", "length", "label")}
-    batch["image_row"] = np.array([[0, 3], [0, 3]])
+    batch["image_row"], batch["image_mask"] = np.zeros((2, 2), int), np.array([[True, False], [True, False]])
     outputs = {name: x.reshape(2, 3, *x.shape[1:]) for name, x in _OUTPUTS.items()}
 
     def of_device(total):
@@ -103,13 +109,13 @@ def test_the_objectives_of_two_devices_add_up():
 
         return jax.vmap(objective, axis_name="device")(batch, outputs)
 
-    whole = float(_objective({**_STAYS, "image_row": np.array([3, 0, 6, 6])}, weights))
+    whole = float(_objective({**_STAYS, "image_mask": np.array([True, True, False, False])}, weights))
     np.testing.assert_allclose(of_device(lambda x: jax.lax.psum(x, "device")).sum(), whole, rtol=1e-6)
     assert abs(of_device(lambda x: x).sum() - whole) > 1e-3  # each a mean of its own: too large
 
 
 def test_no_row_with_what_a_head_needs_gives_no_loss_and_no_gradient():
-    batch = {**_STAYS, "image_row": np.full(4, 6), "length": np.zeros(6, int)}
+    batch = {**_STAYS, "image_mask": np.zeros(4, bool), "length": np.zeros(6, int)}
     assert float(_objective(batch, losses.Weights(align=1.0))) == pytest.approx(0.0, abs=0)
     gradient = jax.grad(lambda outputs: _objective(batch, losses.Weights(align=1.0), outputs))(_OUTPUTS)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))

@@ -16,10 +16,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment, main, optim, train
-from medfuse_jax.data import batches
-from medfuse_jax.runs import checkpoints, warm_start, workdir
-from medfuse_jax.runtime import command_line
+from medfuse_jax import experiment, main, train
+from medfuse_jax.data.dataset import open_dataset
+from medfuse_jax.runs import checkpoints, sources, workdir
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -70,7 +70,7 @@ def test_a_stopped_command_goes_on_and_ends_in_results_and_a_report(
 
     # A finished encoder that is given takes the place of its pre-training.
     fusion_config.init.cxr = str(folder / "pretrain_cxr")
-    given, stages = warm_start.find(experiment.open_experiment(fusion_config), tmp_path / "given")
+    given, stages = sources.find(experiment.open_experiment(fusion_config), tmp_path / "given")
     assert set(given) == {"cxr"} and set(stages) == {"ehr"}
     with pytest.raises(UserError, match="holds another run"):
         run_main(fusion_config, folder)
@@ -125,7 +125,7 @@ def test_the_commands_train_score_and_report_as_typed(ehr_config, tmp_path):
 )
 def test_stages_that_the_method_does_not_need_are_left_out(fusion_config, tmp_path, method, wanted):
     fusion_config.method = method
-    assert set(warm_start.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == wanted
+    assert set(sources.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == wanted
 
 
 def _keep(folder, config, **progress):
@@ -133,7 +133,7 @@ def _keep(folder, config, **progress):
     run = experiment.open_experiment(config)
     workdir.claim(folder, run)
     with contextlib.closing(checkpoints.open_manager(folder)) as manager:
-        checkpoints.save(manager, run.fresh_state(), optim.Progress(**progress), is_best=True)
+        checkpoints.save(manager, run.fresh_state(), Progress(**progress), is_best=True)
     return run
 
 
@@ -145,28 +145,17 @@ def test_a_given_run_without_weights_is_refused_and_a_run_that_has_begun_needs_n
     workdir.claim(tmp_path / "source", experiment.open_experiment(source))
     run = experiment.open_experiment(tiny_config)
     with pytest.raises(UserError, match="source holds no trained model"):
-        warm_start.find(run, tmp_path / "run")
+        sources.find(run, tmp_path / "run")
     (tmp_path / "source" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no checkpoint"):
-        warm_start.find(run, tmp_path / "run")
+        sources.find(run, tmp_path / "run")
     _keep(tmp_path / "source", source)
-    assert set(warm_start.find(run, tmp_path / "run")[0]) == {"ehr"}
+    assert set(sources.find(run, tmp_path / "run")[0]) == {"ehr"}
     _keep(tmp_path / "run", tiny_config)
     shutil.rmtree(tmp_path / "source")
-    assert warm_start.find(run, tmp_path / "run") == ({}, {})
+    assert sources.find(run, tmp_path / "run") == ({}, {})
     with pytest.raises(UserError, match=r"source/config\.json is missing"):
-        warm_start.find(run, tmp_path / "other")
-
-
-def test_too_little_memory_is_one_line():
-    for error in (MemoryError("Unable to allocate 210. GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
-        assert command_line.in_one_line(error) == f"error: the memory is too small ({error})"
-        assert command_line.status(error) == 2
-    stopped, full = KeyboardInterrupt(), OSError("No space left on device")
-    for error in (stopped, full):
-        assert "the same command goes on" in command_line.in_one_line(error, resumes=True)
-        assert "the same command" not in command_line.in_one_line(error)
-    assert command_line.in_one_line(RuntimeError("INTERNAL")) == ""
+        sources.find(run, tmp_path / "other")
 
 
 def test_a_run_that_lost_its_checkpoints_says_that_it_starts_anew(tiny_config, tmp_path, capsys):
@@ -182,7 +171,6 @@ def test_a_run_that_lost_its_checkpoints_says_that_it_starts_anew(tiny_config, t
 
 def _without_test(monkeypatch, task):
     """Opens every dataset of a task as if its test split held nothing."""
-    open_dataset = batches.open_dataset
 
     def opened(data_dir, name, **options):
         dataset = open_dataset(data_dir, name, **options)
@@ -191,7 +179,7 @@ def _without_test(monkeypatch, task):
         part = {field: values[:0] for field, values in dataset.index["test"].items()}
         return dataclasses.replace(dataset, index=dataset.index | {"test": part})
 
-    monkeypatch.setattr(batches, "open_dataset", opened)
+    monkeypatch.setattr(experiment, "open_dataset", opened)
 
 
 def test_a_run_without_test_records_is_refused_at_its_start(fusion_config, run_main, tmp_path, monkeypatch):
@@ -215,27 +203,27 @@ def test_a_stage_without_test_records_is_not_scored_and_holds_up_nothing(
 
 def test_batch_statistics_that_nothing_trains_are_not_frozen(fusion_config, tmp_path):
     fusion_config.model.batch_norm = "frozen"
-    assert set(warm_start.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
+    assert set(sources.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
     fusion_config.pretrain.cxr.model = {"batch_norm": "frozen"}
     with pytest.raises(UserError, match=r"config\.model\.batch_norm is 'frozen' \(experiment_pretrain_cxr\)"):
-        warm_start.find(experiment.open_experiment(fusion_config), tmp_path)
+        sources.find(experiment.open_experiment(fusion_config), tmp_path)
     fusion_config.encoders = "random"
     with pytest.raises(UserError, match=r"is 'frozen' \(experiment\), and nothing trains the cxr encoder before"):
-        warm_start.find(experiment.open_experiment(fusion_config), tmp_path)
+        sources.find(experiment.open_experiment(fusion_config), tmp_path)
     fusion_config.method = "uni_ehr"
-    warm_start.find(experiment.open_experiment(fusion_config), tmp_path)
+    sources.find(experiment.open_experiment(fusion_config), tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"method": "early"}, {"model.freeze_encoders": True}])
 def test_a_frozen_encoder_that_nothing_trains_is_refused(fusion_config, tmp_path, changes):
     fusion_config.update_from_flattened_dict(changes)
-    assert set(warm_start.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
+    assert set(sources.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
     del fusion_config.pretrain.cxr
     with pytest.raises(UserError, match=r"the cxr encoder is frozen .*it would stay random: give config\.pretrain"):
-        warm_start.find(experiment.open_experiment(fusion_config), tmp_path)
+        sources.find(experiment.open_experiment(fusion_config), tmp_path)
     fusion_config.encoders = "random"
     with pytest.raises(UserError, match="the ehr encoder is frozen"):
-        warm_start.find(experiment.open_experiment(fusion_config), tmp_path)
+        sources.find(experiment.open_experiment(fusion_config), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def _batch(seed=0):
         "length": np.array([[9, 3, 5, 2], [4, 6, 1, 0]], np.int32),
         "ehr": rng.normal(size=(_D, _B, _T, 76)).astype(np.float32),
         "image": rng.integers(0, 256, (_D, _P, 64, 64), np.uint8),
-        "image_row": np.array([[0, 2], [1, _B]], np.int32),
+        "image_row": np.array([[0, 2], [1, 0]], np.int32),
+        "image_mask": np.array([[True, True], [True, False]]),
     }
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, feed, optim, train
+from medfuse_jax import evaluate, experiment, feed, train
 from medfuse_jax.models import registry
-from medfuse_jax.runs import checkpoints, warm_start
+from medfuse_jax.runs import checkpoints, sources, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import compilation
 from medfuse_jax.runtime.errors import UserError
 
@@ -104,7 +105,7 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
     pretrained = tiny_config.copy_and_resolve_references()
     pretrained.method, pretrained.num_epochs, pretrained.seed = "uni_ehr", 1, 7
     _train(pretrained, tmp_path / "ehr")
-    source = workdir_lib.open_run(tmp_path / "ehr")
+    source = sources.open_run(tmp_path / "ehr")
     best = checkpoints.restore_best(tmp_path / "ehr", source.abstract_state())
     fresh = experiment.open_experiment(tiny_config).fresh_state()
     started = warm_start.begin(fresh, {"ehr": (tmp_path / "ehr", source)})
@@ -135,7 +136,7 @@ def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config
     fresh = jax.tree.map(lambda x: np.full(x.shape, "new"), run.abstract_state())
     encoders = {name: encoder for name, encoder in encoders.items() if run.has_encoder(name)}
     for name, (_, source) in encoders.items():
-        warm_start.check(run, name, tmp_path / "source", source)
+        sources.check(run, name, tmp_path / "source", source)
     started = warm_start.begin(fresh, encoders)
     assert jax.tree.map(np.shape, started) == jax.tree.map(np.shape, fresh)
     for module, values in started.params.items():
@@ -161,7 +162,7 @@ def test_a_image_encoder_with_less_or_other_stages_is_named(tiny_config, tmp_pat
         return experiment.open_experiment(config)
 
     with pytest.raises(UserError, match=said):
-        warm_start.check(opened(ours), "cxr", tmp_path, opened(theirs))
+        sources.check(opened(ours), "cxr", tmp_path, opened(theirs))
 
 
 @pytest.mark.slow
@@ -169,14 +170,14 @@ def test_unified_learns_from_images_with_their_own_labels(tiny_config, tmp_path)
     """One epoch: its batches are stays and X-rays in turn, and every classifier moves."""
     tiny_config.method, tiny_config.num_epochs = "unified", 1
     run = experiment.open_experiment(tiny_config)
-    assert len(run.train_plan(1).images) > 0
+    assert len(run.train_plan(1).cxr) > 0
     _train(tiny_config, tmp_path)
     (state, _), fresh = _latest(tiny_config, tmp_path), run.fresh_state()
     assert int(state.step) == len(run.train_plan(1))
     for head in ("classifier", "ehr_classifier", "cxr_classifier"):
         assert np.abs(state.params[head]["kernel"] - fresh.params[head]["kernel"]).max() > 1e-5
     tiny_config.loss.cxr_only = 0.0
-    assert experiment.open_experiment(tiny_config).dataset.images is None
+    assert experiment.open_experiment(tiny_config).dataset.cxr_dataset is None
 
 
 @pytest.mark.slow
@@ -185,7 +186,7 @@ def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, 
     tiny_config.method = "unified"
     run = experiment.open_experiment(tiny_config)
     workdir_lib.claim(tmp_path / "unified", run)
-    fresh, index = (run.fresh_state(), optim.Progress()), run.dataset.index["test"]
+    fresh, index = (run.fresh_state(), Progress()), run.dataset.index["test"]
     monkeypatch.setattr(checkpoints, "restore_best_with_progress", lambda workdir, state: fresh)
     result = evaluate.evaluate(tmp_path / "unified", evaluate.Scored(head="joint"))
     assert (result["head"], list(result["subsets"])) == ("joint", ["all", "paired"])
@@ -215,19 +216,19 @@ def test_an_encoder_that_does_not_fit_is_refused(tiny_config, tmp_path, changes,
     tiny_config.update_from_flattened_dict(changes)
     run, source = (experiment.open_experiment(config) for config in (tiny_config, pretrained))
     with pytest.raises(UserError, match=said):
-        warm_start.check(run, name, tmp_path / "source", source)
+        sources.check(run, name, tmp_path / "source", source)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("joint", "early"), ("mmtm3", "mmtm4"), ("medfuse", "medfuse_attention")])
 def test_a_whole_model_of_another_method_is_refused_as_such(tiny_config, tmp_path, theirs, ours):
     source, run = (experiment.open_experiment(_with_method(tiny_config, method)) for method in (theirs, ours))
     with pytest.raises(UserError, match=rf"method {theirs}\) cannot start the method {ours}: for its encoders use"):
-        warm_start.check(run, "model", tmp_path, source)
+        sources.check(run, "model", tmp_path, source)
 
 
 def test_joint_fusion_is_one_model_by_both_its_names(tiny_config, tmp_path):
     source, run = (experiment.open_experiment(_with_method(tiny_config, m)) for m in ("joint", "joint_zeros"))
-    warm_start.check(run, "model", tmp_path, source)
+    sources.check(run, "model", tmp_path, source)
 
 
 def _with_method(config, method):
@@ -238,11 +239,11 @@ def _with_method(config, method):
 
 def test_an_encoder_that_has_seen_the_test_patients_is_refused(tiny_config, tmp_path):
     run, source = (experiment.open_experiment(tiny_config) for _ in range(2))
-    warm_start.check(run, "ehr", tmp_path, source)
+    sources.check(run, "ehr", tmp_path, source)
     seen = source.dataset.index["train"]["subject_id"]
     seen[:2] = run.dataset.index["test"]["subject_id"][0], run.dataset.index["val"]["subject_id"][0]
     with pytest.raises(UserError, match="was trained on 2 patients of the val and test splits"):
-        warm_start.check(run, "ehr", tmp_path, source)
+        sources.check(run, "ehr", tmp_path, source)
 
 
 def test_the_rate_is_without_compilation(tiny_config, tmp_path, monkeypatch):

@@ -1,36 +1,39 @@
-"""A made-up split with phenotyping's lengths, as the input pipeline takes it; nothing is read from a disk.
+"""A made-up train split with phenotyping's lengths, and the batches sampled from it; nothing is read from disk.
 
-Shapes: N stays, T time, K label; batches as in `input_pipeline`.
+Shapes: N stays, S steps of a plan, K label; batches as in `data.batches`.
 """
+
+import dataclasses
 
 import numpy as np
 
 from medfuse_jax import schema
 from medfuse_jax.bench.cases import Case
-from medfuse_jax.data import batches
+from medfuse_jax.data import batches as batches_lib
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.models import registry
+from medfuse_jax.models.recurrence import chunks
 
 # Lengths of stay: log-normal, as in the synthetic cohort (data_prep/synthetic/cohort.py), which has MIMIC-IV's shape.
 MEDIAN_LOS_H, LOS_SPREAD, SHORTEST_H, LONGEST_H = 60.0, 0.9, 5.0, 27 * 24.0
-_NUM_IMAGES = 64  # distinct images; what they show is of no matter to speed
+_NUM_IMAGES = 64  # distinct images; their content does not change the speed
 
 
-def dataset(case: Case) -> batches.Dataset:
-    """The split 'train' of a made-up phenotyping dataset."""
+def dataset(case: Case) -> batches_lib.Dataset:
+    """Make up a phenotyping dataset with only a train split."""
     rng = np.random.default_rng(0)
     los_h = np.exp(rng.normal(np.log(MEDIAN_LOS_H), LOS_SPREAD, case.num_stays)).clip(SHORTEST_H, LONGEST_H)
     length_N = np.ceil(los_h / case.timestep_h).astype(np.int32)
-    labels = tuple(f"label {k}" for k in range(25))  # as many as the phenotypes
+    labels = tuple(f"label {k}" for k in range(len(schema.TASKS["pheno"].labels)))
     index = {
         "stay_id": np.arange(case.num_stays),
         "length": length_N,
         "has_cxr": rng.permutation(case.num_stays) < round(case.cxr_share * case.num_stays),
         "label": rng.integers(0, 2, (case.num_stays, len(labels)), np.int8),
     }
-    method, _ = registry.METHODS[case.method]
+    model_class = registry.METHODS[case.method].model_class
     channels = len(schema.CHANNELS)
-    return batches.Dataset(
+    return batches_lib.Dataset(
         task=schema.TASKS["pheno"],
         labels=labels,
         splits={"train": _Records(index, rng)},
@@ -38,15 +41,15 @@ def dataset(case: Case) -> batches.Dataset:
         manifest={},
         mean_F=np.zeros(channels, np.float32),
         std_F=np.ones(channels, np.float32),
-        use_ehr=method.uses_ehr,
-        use_cxr=method.uses_cxr,
-        buckets=plan_lib.buckets(length_N, case.max_buckets) if method.uses_ehr else (0,),
+        use_ehr=model_class.uses_ehr,
+        use_cxr=model_class.uses_cxr,
+        buckets=plan_lib.buckets(length_N, case.max_buckets) if model_class.uses_ehr else (0,),
         digest="",  # there are no shards
     )
 
 
 class _Records:
-    """Records made on demand, out of one pool of numbers and few images."""
+    """Records cut on demand from one random array and a few images."""
 
     def __init__(self, index: dict[str, np.ndarray], rng: np.random.Generator):
         size = schema.IMAGE_SIZE_PX
@@ -64,7 +67,49 @@ class _Records:
         return {"stay_id": i, "ehr": ehr, "image": image}
 
 
-def train_plan(case: Case, data: batches.Dataset) -> plan_lib.Plan:
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A few batches that represent an epoch. epoch: the whole epoch's plan; plan: that of the sampled batches."""
+
+    data: batches_lib.Dataset
+    epoch: plan_lib.Plan
+    plan: plan_lib.Plan
+    batches: list[dict]
+
+    def counts(self) -> dict:
+        """What one repeat holds. Time steps are those the recurrence runs: up to each batch's longest series."""
+        longest = [int(batch["length"].max()) for batch in self.batches if "length" in batch]
+        return {
+            "images_per_batch": self.plan.images_per_batch,
+            "batches_per_repeat": len(self.plan),
+            "samples_per_repeat": int(sum(batch["valid"].sum() for batch in self.batches)),
+            "images_per_repeat": int(sum(batch["image_mask"].sum() for batch in self.batches if "image_mask" in batch)),
+            "time_steps_per_repeat": sum(chunks.steps_run(n) for n in longest),
+        }
+
+    def padding(self) -> dict:
+        """The share of padding over the whole epoch: in the buckets, and in the steps the recurrence runs."""
+        length_N = self.data.lengths("train")
+        return {
+            "steps_per_epoch": len(self.epoch),
+            "padded_share_bucket": round(plan_lib.padded_share(self.epoch, length_N), 4),
+            "padded_share_run": round(padded_share_run(self.epoch, length_N), 4),
+        }
+
+
+def sample(case: Case, data: batches_lib.Dataset | None = None) -> Sample:
+    """Sample `case.num_batches` batches of the first epoch. data: opened shards; made up if None."""
+    data = data or dataset(case)
+    epoch = train_plan(case, data)
+    plan = at_quantiles(epoch, data.lengths("train"), case.num_batches)
+    batches = [
+        batches_lib.read(data, "train", plan_lib.deal(plan, step, case.num_devices), int(plan.padded_length_S[step]))
+        for step in range(len(plan))
+    ]
+    return Sample(data, epoch, plan, batches)
+
+
+def train_plan(case: Case, data: batches_lib.Dataset) -> plan_lib.Plan:
     """The first epoch's plan, as a run makes it."""
     return plan_lib.train_plan(
         data.lengths("train"),
@@ -77,27 +122,21 @@ def train_plan(case: Case, data: batches.Dataset) -> plan_lib.Plan:
     )
 
 
-def sample(plan: plan_lib.Plan, length_N: np.ndarray, num_batches: int) -> plan_lib.Plan:
-    """Few batches that stand for the epoch: those at equal quantiles of the batches' longest stay."""
-    rows_SB = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
-    longest_S = np.where(rows_SB == plan_lib.PADDING, 0, length_N[rows_SB]).max(1)
-    order = np.argsort(longest_S, kind="stable")
+def at_quantiles(plan: plan_lib.Plan, length_N: np.ndarray, num_batches: int) -> plan_lib.Plan:
+    """Keep the batches at equal quantiles of their longest stay."""
+    order = np.argsort(_lengths(plan, length_N).max(1), kind="stable")
     chosen = order[((np.arange(num_batches) + 0.5) / num_batches * len(order)).astype(int)]
     return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.padded_length_S[chosen])
 
 
-def collate_all(data: batches.Dataset, plan: plan_lib.Plan, num_devices: int) -> list[dict]:
-    """The batches of a plan as the input pipeline lays them out."""
-    dealt = (plan_lib.deal(plan, step, num_devices) for step in range(len(plan)))
-    return [
-        batches.collate(data, "train", rows_DB, image_row_DP, int(num_steps))
-        for (rows_DB, image_row_DP), num_steps in zip(dealt, plan.padded_length_S)
-    ]
+def padded_share_run(plan: plan_lib.Plan, length_N: np.ndarray) -> float:
+    """The share of padding in the steps that the chunked recurrence runs."""
+    length_SB = _lengths(plan, length_N)
+    num_run = chunks.steps_run(length_SB.max(1)).sum() * length_SB.shape[1]
+    return 1.0 - float(length_SB.sum()) / max(1, int(num_run))
 
 
-def padded_share_run(plan: plan_lib.Plan, length_N: np.ndarray, chunk_steps: int) -> float:
-    """The part of the steps that the chunked recurrence computes and no stay has."""
+def _lengths(plan: plan_lib.Plan, length_N: np.ndarray) -> np.ndarray:
+    """Time steps of every row of every batch [S, B], 0 in a padded row."""
     rows_SB = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
-    length_SB = np.where(rows_SB == plan_lib.PADDING, 0, length_N[rows_SB])
-    run_S = -(-length_SB.max(1) // chunk_steps) * chunk_steps
-    return 1.0 - float(length_SB.sum()) / max(1, int(run_S.sum() * rows_SB.shape[1]))
+    return np.where(rows_SB == plan_lib.PADDING, 0, length_N[rows_SB])

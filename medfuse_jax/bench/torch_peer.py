@@ -24,6 +24,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import rnn
 
+from medfuse_jax.models import registry
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -39,10 +41,7 @@ class Variant:
 RELEASED = Variant("torch_released", packed=True, zero_images=True, channels_last=False, tuned_kernels=False)
 TUNED = Variant("torch_tuned", packed=False, zero_images=False, channels_last=True, tuned_kernels=True)
 # The methods that the released code trains: it has no training of `unified`.
-METHODS = (
-    *("uni_ehr", "uni_cxr", "early", "joint", "joint_zeros", "joint_learnable", "medfuse"),
-    *("mmtm3", "mmtm4", "daft3", "daft4"),
-)
+PEERS = tuple(name for name, row in registry.METHODS.items() if row.has_peer)
 VARIANTS = {variant.name: variant for variant in (RELEASED, TUNED)}
 
 
@@ -280,7 +279,8 @@ def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.nda
     image_PCHW: its X-rays ready for the network, three standardised channels.
     """
     num_rows = batch["valid"].shape[1]
-    row_P = batch["image_row"][0] if "image_row" in batch else np.zeros(0, np.int64)
+    row_P, mask_P = (batch[n][0] if n in batch else np.zeros(0, np.int64) for n in ("image_row", "image_mask"))
+    row_P = np.where(mask_P, row_P, num_rows)  # an empty slot is the row after the last: `to_rows` drops it
     has_cxr_B = np.isin(np.arange(num_rows), row_P)
     out = {"label": batch["label"][0], "valid": batch["valid"][0], "has_cxr": has_cxr_B}
     if "ehr" in batch:

@@ -1,4 +1,4 @@
-"""Stays from which a modality is taken away, to train and to score where it is missing (Hayat et al. 2022, Figure A2).
+"""Dropping a modality from paired stays, to train or score with it missing (Hayat et al. 2022, Figure A2).
 
 Shapes: N records.
 """
@@ -9,50 +9,51 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medfuse_jax.data.batches import Dataset
+from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.runtime.errors import UserError
 
 
 def drop_modalities(dataset: Dataset, drop_ehr: float, drop_cxr: float) -> Dataset:
-    """The dataset without the EHR, or without the X-ray, of a share of the stays that have both.
+    """Drop the EHR, or the X-ray, of a fraction of the stays that have both.
 
-    Which stays, a hash of stay_id decides: those of a smaller share are among those of a larger one, whatever the
-    seed, and no stay loses both. The index says what a stay had before, in had_ehr and had_cxr. UserError where the
-    shares are not such.
+    A hash of stay_id chooses the stays, whatever the seed: a larger fraction includes a smaller one, and no stay loses
+    both. The index keeps what a stay had before as had_ehr and had_cxr. UserError unless the fractions add up to at
+    most 1.
     """
     if not (drop_ehr >= 0 and drop_cxr >= 0 and drop_ehr + drop_cxr <= 1):
         raise UserError(
-            f"drop_ehr is {drop_ehr} and drop_cxr {drop_cxr}: give shares from 0 to 1, of stays that have both and "
-            "lose one, so together at most 1"
+            f"drop_ehr is {drop_ehr} and drop_cxr {drop_cxr}: give fractions from 0 to 1 of the stays that have both, "
+            "together at most 1",
+            field="drop_ehr",
         )
     if not drop_ehr and not drop_cxr:
         return dataset
     index, splits = {}, {}
     for split, part in dataset.index.items():
         has_both_N = part["has_cxr"] & (part["length"] > 0)
-        place_N = np.array([_place(stay_id) for stay_id in part["stay_id"].tolist()])
-        without_cxr_N = has_both_N & (place_N < drop_cxr)
-        without_ehr_N = has_both_N & (place_N >= 1 - drop_ehr)
+        hash_N = np.array([_hash_fraction(stay_id) for stay_id in part["stay_id"].tolist()])
+        without_cxr_N = has_both_N & (hash_N < drop_cxr)
+        without_ehr_N = has_both_N & (hash_N >= 1 - drop_ehr)
         had = {"had_ehr": part["length"] > 0, "had_cxr": part["has_cxr"]}
-        index[split] = (had | part) | {  # of a dataset that has been thinned before, what was there at first
+        index[split] = (had | part) | {  # had_* of a dataset that was thinned before are kept
             "has_cxr": part["has_cxr"] & ~without_cxr_N,
             "length": np.where(without_ehr_N, 0, part["length"]).astype(part["length"].dtype),
         }
-        splits[split] = WithoutModality(dataset.splits[split], without_ehr_N, without_cxr_N)
+        splits[split] = _Thinned(dataset.splits[split], without_ehr_N, without_cxr_N)
     return dataclasses.replace(dataset, index=index, splits=splits)
 
 
-class WithoutModality(Sequence):
-    """Records as `records.Split` gives them, some without their series, some without their X-ray."""
+class _Thinned(Sequence):
+    """Records as of `records.Split`, some without their series or their image."""
 
-    def __init__(self, inner: Sequence, without_ehr_N: np.ndarray, without_cxr_N: np.ndarray):
-        self._inner, self._without_ehr_N, self._without_cxr_N = inner, without_ehr_N, without_cxr_N
+    def __init__(self, records: Sequence, without_ehr_N: np.ndarray, without_cxr_N: np.ndarray):
+        self._records, self._without_ehr_N, self._without_cxr_N = records, without_ehr_N, without_cxr_N
 
     def __len__(self) -> int:
-        return len(self._inner)
+        return len(self._records)
 
     def __getitem__(self, i: int) -> dict:
-        record = self._inner[i]
+        record = self._records[i]
         if self._without_ehr_N[i]:
             record = record | {"ehr": record["ehr"][:0]}
         if self._without_cxr_N[i]:
@@ -60,6 +61,6 @@ class WithoutModality(Sequence):
         return record
 
 
-def _place(stay_id: int) -> float:
-    """A stay's own number, from 0 to 1."""
+def _hash_fraction(stay_id: int) -> float:
+    """A number in [0, 1) that depends on the stay alone."""
     return int.from_bytes(hashlib.sha256(str(stay_id).encode()).digest()[:8]) / 2**64

@@ -1,10 +1,9 @@
-"""Batch plans: which records make up which batch, as a pure function of (seed, epoch).
+"""Batch plans: which records form which batch, as a pure function of (seed, epoch).
 
-A plan is computed from the index alone. So the order of the data resumes from a step
-number, is the same however many readers or devices there are, and can be looked at
-without reading a record.
+A plan is computed from the index alone. So the data order resumes from a step number, does not depend on the number
+of readers or devices, and can be inspected without reading a record.
 
-Shapes: N records, S steps (batches), B rows a batch, P X-rays a batch, D devices.
+Shapes: N records, S steps (batches), B rows of a batch, P image slots of a batch, D devices.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ import math
 
 import numpy as np
 
-PADDING = -1  # a row, or an X-ray slot, with no record
+PADDING = -1  # in place of a record number: an empty row or image slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,45 +40,45 @@ class Plan:
         return self.paired_SP.shape[1]
 
     def longest(self) -> int:
-        """The step whose series are padded to the most time steps."""
+        """The batch with the longest series."""
         return int(self.padded_length_S.argmax())
 
 
 @dataclasses.dataclass(frozen=True)
-class Turns:
-    """An epoch of batches from two datasets, stays' and X-rays' in turn, spread evenly over it."""
+class Alternating:
+    """An epoch of batches from two datasets, stays and X-rays, the X-rays' spread evenly over it."""
 
     stays: Plan
-    images: Plan
+    cxr: Plan
 
     def __len__(self) -> int:
-        return len(self.stays) + len(self.images)
+        return len(self.stays) + len(self.cxr)
 
     @property
     def batch_size(self) -> int:
         return self.stays.batch_size
 
-    def at(self, step: int) -> tuple[str, int]:
-        """('stays' or 'images', the number of that plan's batch)."""
-        before = step * len(self.images) // len(self)
-        if (step + 1) * len(self.images) // len(self) > before:
-            return "images", before
-        return "stays", step - before
+    def at(self, step: int) -> tuple[bool, int]:
+        """(whether the step's batch is of X-rays, its number in that plan)."""
+        cxr_before = step * len(self.cxr) // len(self)
+        if (step + 1) * len(self.cxr) // len(self) > cxr_before:
+            return True, cxr_before
+        return False, step - cxr_before
 
     def longest(self) -> int:
-        """The step of stays whose series are padded to the most time steps."""
+        """The step with the longest series."""
         longest = self.stays.longest()
-        return next(step for step in range(len(self)) if self.at(step) == ("stays", longest))
+        return next(step for step in range(len(self)) if self.at(step) == (False, longest))
 
 
-def take_turns(stays: Plan, images: Plan) -> Turns:
-    """A batch of X-rays after each of stays; of a longer plan of X-rays as many, another part each epoch."""
+def alternate(stays: Plan, cxr: Plan) -> Alternating:
+    """Follow each batch of stays by one of X-rays; if there are more of X-rays, each epoch uses other ones."""
     first = slice(len(stays))
-    return Turns(stays, Plan(images.paired_SP[first], images.unpaired_SU[first], images.padded_length_S[first]))
+    return Alternating(stays, Plan(cxr.paired_SP[first], cxr.unpaired_SU[first], cxr.padded_length_S[first]))
 
 
 def images_per_batch(num_paired: int, num_stays: int, batch_size: int) -> int:
-    """The number P of X-ray slots a batch gets: its share of paired stays, at least one if there is any."""
+    """Return P, the image slots of a batch: its share of paired stays, at least one if any stay is paired."""
     if num_paired == 0:
         return 0
     if num_paired == num_stays:
@@ -88,20 +87,20 @@ def images_per_batch(num_paired: int, num_stays: int, batch_size: int) -> int:
 
 
 def buckets(length_N: np.ndarray, max_buckets: int) -> tuple[int, ...]:
-    """At most `max_buckets` padded lengths that waste the fewest steps over the given stays.
+    """Choose at most `max_buckets` padded lengths that pad the given stays least.
 
-    Each distinct one costs a compilation. Exact by dynamic programming over at most 256
-    candidate lengths (quantiles, where there are more distinct ones).
+    Each costs a compilation. Exact, by dynamic programming over at most 256 candidate lengths (quantiles, if there are
+    more distinct ones).
     """
     candidates = np.unique(np.quantile(length_N, np.linspace(0, 1, 256), method="higher").astype(int))
-    # cost of a bucket (i, j]: the stays longer than candidate i and at most j, each padded to j
+    # The cost of a bucket (i, j]: stays longer than candidate i and at most as long as j, each padded to j.
     count = np.searchsorted(np.sort(length_N), candidates, side="right")
-    best = count * candidates  # one bucket for all up to j
+    best = count * candidates  # one bucket for all stays up to j
     choices = []
     for _ in range(min(max_buckets, len(candidates)) - 1):
         cost_ij = best[:, None] + (count[None, :] - count[:, None]) * candidates[None, :]
         cost_ij = np.where(np.tri(len(candidates), k=-1, dtype=bool).T, cost_ij, np.iinfo(np.int64).max)
-        cost_ij[np.diag_indices(len(candidates))] = best  # one bucket fewer is allowed
+        cost_ij[np.diag_indices(len(candidates))] = best  # using one bucket fewer is allowed
         choices.append(cost_ij.argmin(0))
         best = cost_ij.min(0)
     chosen, j = {int(candidates[-1])}, len(candidates) - 1
@@ -125,17 +124,15 @@ def train_plan(
     ehr_only_N: np.ndarray | None = None,
     window: int = 128,
 ) -> Plan:
-    """The batches of one training epoch: every batch with the same number of X-ray slots.
+    """Return the batches of one training epoch, all with the same number of image slots.
 
-    length_N: time steps of each record; paired_N: which records' X-rays are used;
-    include_N: which records take part at all.
-    num_images: P, or None for the share of paired stays. A P above that share repeats
-    no stay: it makes more batches with fewer EHR-only stays each. Where all stays are paired,
-    or none is, there is nothing to choose.
-    ehr_only_ratio: the part of the EHR-only stays to take, drawn anew each epoch
-    without replacement (the paper's OPTIMAL: 0.2 phenotyping, 0.1 mortality). ehr_only_N: which those are,
-    where a method that reads no X-ray has stays with one too; by default all that are not paired.
-    window: batches among which stays are sorted by length, so that little is padded.
+    length_N: time steps of each record; paired_N: whose X-ray is used; include_N: which records take part.
+    num_images: P, or None for the share of paired stays. A larger P repeats no stay: the epoch has more batches, with
+    fewer EHR-only stays each. It is ignored if all stays or none are paired.
+    ehr_only_ratio: fraction of the EHR-only stays, drawn anew each epoch without replacement (the paper's OPTIMAL: 0.2
+    for phenotyping, 0.1 for mortality). ehr_only_N: which stays these are; default: all that are not paired (a method
+    that reads no image sees paired stays too).
+    window: how many batches' stays are sorted by length together, to reduce padding.
 
     Every drawn stay is in exactly one batch. Slots left over are padding, spread evenly.
     """
@@ -146,19 +143,19 @@ def train_plan(
     unpaired = unpaired[~np.isin(unpaired, ehr_only[round(ehr_only_ratio * len(ehr_only)) :])]
     if num_images is None or not len(paired) or not len(unpaired):
         num_images = images_per_batch(len(paired), len(paired) + len(unpaired), batch_size)
-    num_steps = max(
+    num_batches = max(
         math.ceil(len(paired) / num_images) if num_images else 0,
         math.ceil(len(unpaired) / (batch_size - num_images)) if batch_size > num_images else 0,
     )
-    assert num_images or not len(paired), "paired stays need X-ray slots"
+    assert num_images or not len(paired), "paired stays need image slots"
     assert batch_size > num_images or not len(unpaired), "EHR-only stays need rows"
-    paired_SP = _spread(paired, num_steps, num_images)
-    unpaired_SU = _spread(unpaired, num_steps, batch_size - num_images)
-    for first in range(0, num_steps, window):
+    paired_SP = _spread(paired, num_batches, num_images)
+    unpaired_SU = _spread(unpaired, num_batches, batch_size - num_images)
+    for first in range(0, num_batches, window):
         block = slice(first, first + window)
         paired_SP[block] = _sorted_by_length(paired_SP[block], length_N)
         unpaired_SU[block] = _sorted_by_length(unpaired_SU[block], length_N)
-    order = rng.permutation(num_steps)
+    order = rng.permutation(num_batches)
     return _with_steps(paired_SP[order], unpaired_SU[order], length_N, buckets)
 
 
@@ -170,9 +167,9 @@ def eval_plans(
     batch_size: int,
     buckets: tuple[int, ...],
 ) -> list[Plan]:
-    """Plans that score every included record exactly once: one of stays with an X-ray, one of stays without.
+    """Return plans that score every included record exactly once: one of stays with an X-ray, one of stays without.
 
-    Two plans, so that a batch either has an X-ray in every row or runs no X-ray code at all.
+    So a batch either has an image in every row or runs no image encoder at all.
     """
     plans = []
     for records, images in (
@@ -190,48 +187,51 @@ def eval_plans(
     return plans
 
 
-def deal(plan: Plan, step: int, num_devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lays one batch out over devices: (rows_DB record numbers, image_row_DP rows with an X-ray).
+def deal(plan: Plan, step: int, num_devices: int) -> dict[str, np.ndarray]:
+    """Lay one batch out over D devices, B / D rows each: {record, row_id, image_row, image_mask}, as in `batches`.
 
-    Each device gets batch_size / D rows; paired stays are dealt in turn so that no device
-    has more than ceil(P / D) X-rays. image_row_DP names the row, within the device's own
-    rows, that each X-ray slot belongs to; a slot without an X-ray names the row after the last.
+    The image fields are left out if the plan has no image slots. Paired stays are dealt to the devices in turn, so that
+    none has more than ceil(P / D) images. image_row counts rows within the device, and is 0 in an empty slot.
     """
     assert plan.batch_size % num_devices == 0, "checked by config.validate"
-    rows_per_device = plan.batch_size // num_devices
-    image_slots = math.ceil(plan.images_per_batch / num_devices)
-    rows_DB = np.full((num_devices, rows_per_device), PADDING)
-    image_row_DP = np.full((num_devices, image_slots), rows_per_device)
+    num_rows = plan.batch_size // num_devices
+    num_slots = math.ceil(plan.images_per_batch / num_devices)
+    record_DB = np.full((num_devices, num_rows), PADDING, np.int32)
+    image_row_DP = np.zeros((num_devices, num_slots), np.int32)
+    image_mask_DP = np.zeros((num_devices, num_slots), bool)
     used_D = np.zeros(num_devices, int)
-    for slot, record in enumerate(plan.paired_SP[step]):
-        device = slot % num_devices
-        rows_DB[device, used_D[device]] = record
+    for i, record in enumerate(plan.paired_SP[step]):
+        device, slot = i % num_devices, i // num_devices
+        record_DB[device, used_D[device]] = record
         if record != PADDING:
-            image_row_DP[device, slot // num_devices] = used_D[device]
+            image_row_DP[device, slot], image_mask_DP[device, slot] = used_D[device], True
         used_D[device] += 1
-    free = np.arange(rows_per_device)[None] >= used_D[:, None]
-    rows_DB[free] = plan.unpaired_SU[step]
-    return rows_DB, image_row_DP
+    free_DB = np.arange(num_rows)[None] >= used_D[:, None]
+    record_DB[free_DB] = plan.unpaired_SU[step]
+    rows = {"record": record_DB, "row_id": np.arange(plan.batch_size, dtype=np.int32).reshape(record_DB.shape)}
+    if num_slots:
+        rows |= {"image_row": image_row_DP, "image_mask": image_mask_DP}
+    return rows
 
 
 def padded_share(plan: Plan, length_N: np.ndarray) -> float:
-    """The part of the padded time steps that belongs to no stay's series."""
+    """The fraction of the computed time steps that is padding."""
     rows_SB = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
     real = np.where(rows_SB == PADDING, 0, length_N[rows_SB]).sum()
     return 1.0 - float(real) / max(1, int((plan.padded_length_S * rows_SB.shape[1]).sum()))
 
 
-def _spread(records: np.ndarray, num_steps: int, slots: int) -> np.ndarray:
-    """[num_steps, slots] record numbers, the empty slots spread evenly over the batches."""
-    table = np.full((num_steps, slots), PADDING)
-    ends = np.linspace(0, len(records), num_steps + 1).round().astype(int)
-    for step, (start, end) in enumerate(itertools.pairwise(ends)):
-        table[step, : end - start] = records[start:end]
+def _spread(records: np.ndarray, num_batches: int, slots: int) -> np.ndarray:
+    """Record numbers [num_batches, slots], with the empty slots spread evenly over the batches."""
+    table = np.full((num_batches, slots), PADDING)
+    ends = np.linspace(0, len(records), num_batches + 1).round().astype(int)
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+        table[i, : end - start] = records[start:end]
     return table
 
 
 def _sorted_by_length(table: np.ndarray, length_N: np.ndarray) -> np.ndarray:
-    """The same records in the same filled slots, sorted by length over the whole block."""
+    """Sort the records by length over the whole block; empty slots stay where they are."""
     out = table.copy()
     filled = table != PADDING
     records = table[filled]

@@ -1,35 +1,35 @@
-"""Attention over a stay's time steps and over modality tokens, with weights that can be read.
+"""MedFuse with attention over time steps and over modality tokens, whose weights can be read.
 
-Shapes: B rows, T time, M modality, D token width, A key width, N fused width.
+Shapes: B rows, T time, M modality, D token width, A key width, N fused width, K label.
 
-In both, what is pooled is a weighted mean, and the weights are all that decides how much of each step or token
-is in it: there is no second path around them.
+Both poolings are weighted means, and no second path goes around the weights: they alone decide how much of each time
+step or token the result contains.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models import ehr_encoder
+from medfuse_jax.models import ehr_encoder, fusion
+from medfuse_jax.models.medfuse import TokenModel
+from medfuse_jax.models.model import Inputs
 
-# Scores start as zeros: every step, and every token, counts the same at first.
+# Scores start as zeros: at first all time steps, and all tokens, have equal weight.
 _equal = nn.initializers.zeros_init()
-# One kernel a modality: the first axis is no input.
+# One kernel per modality: the first axis is not an input axis.
 _by_modality = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 
 
 def masked_softmax(score_BM: jax.Array, mask_BM: jax.Array) -> jax.Array:
-    """Weights that sum to 1 over what the mask lets in; 0 elsewhere, and everywhere where it lets nothing in."""
+    """Softmax over unmasked positions [B, M]; 0 for fully masked rows."""
     highest_B1 = jnp.max(jnp.where(mask_BM, score_BM, -jnp.inf), axis=1, keepdims=True, initial=-1e30)
     exp_BM = jnp.where(mask_BM, jnp.exp(jnp.where(mask_BM, score_BM - jax.lax.stop_gradient(highest_B1), 0)), 0)
-    return exp_BM / jnp.maximum(jnp.sum(exp_BM, axis=1, keepdims=True), 1)  # the highest alone adds 1
+    # A row with any unmasked position sums to at least 1, as its highest score adds 1.
+    return exp_BM / jnp.maximum(jnp.sum(exp_BM, axis=1, keepdims=True), 1)
 
 
 class TimeAttention(nn.Module):
-    """Pools hidden states over time: additive attention (Bahdanau et al. 2015), the last state as the query.
-
-    So what is asked of each step depends on how the stay went on.
-    """
+    """Pool hidden states over time: additive attention (Bahdanau et al. 2015) with the last state as the query."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -47,10 +47,9 @@ class TimeAttention(nn.Module):
 
 
 class AttentionFusion(nn.Module):
-    """A weighted mean of what each modality says; the query is the mean key of the tokens there are.
+    """A weighted mean of the tokens' values; the query is the mean key of the tokens present.
 
-    Keys and values have weights of their own for each modality: its place in the sequence tells which it is,
-    so a missing one keeps its place and is masked.
+    Each modality has its own key and value weights, chosen by its position: a missing one keeps its position, masked.
     """
 
     width: int = 512
@@ -72,6 +71,40 @@ class AttentionFusion(nn.Module):
         num_modalities, token_width = token_BMD.shape[1:]
         kernel_MDN = self.param(f"{name}_kernel", _by_modality, (num_modalities, token_width, width))
         bias_MN = self.param(f"{name}_bias", nn.initializers.zeros_init(), (num_modalities, width))
-        # No float32 result is asked of a bfloat16 product: XLA's CPU has none where one axis is a batch of products.
+        # XLA's CPU cannot give a float32 result of a batched bfloat16 product: cast it afterwards.
         product_BMN = jnp.einsum("bmd,mdn->bmn", token_BMD.astype(self.dtype), kernel_MDN.astype(self.dtype))
         return product_BMN.astype(jnp.float32) + bias_MN
+
+
+class MedFuseAttention(TokenModel):
+    """MedFuse with attention in place of both last states (future work of Hayat et al. 2022, 6).
+
+    Its weights are in the collection 'intermediates': time_weights [B, T] and modality_weights [B, M], M in the order
+    of `token_names`.
+    """
+
+    def setup_fusion(self):
+        super().setup_fusion()
+        # Beside the encoder, not in it: so an LSTM that was trained alone can initialise the encoder.
+        self.time_attention = TimeAttention(self.dtype)
+        self.modality_attention = AttentionFusion(self.fusion_hidden, self.dtype)
+
+    def encode_ehr(self, batch: Inputs) -> jax.Array:
+        if batch.ehr_BTF is None:
+            return super().encode_ehr(batch)
+        # `freeze` covers the encoder alone: the attention over its states belongs to the fusion.
+        hidden_BTD, last_BD = self.freeze(self.ehr_encoder.states(batch.ehr_BTF, batch.length_B))
+        pooled_BD, weight_BT = self.time_attention(hidden_BTD, last_BD, batch.length_B)
+        self.sow("intermediates", "time_weights", weight_BT, reduce_fn=_latest, init_fn=tuple)
+        return self.ehr_encoder.drop(pooled_BD, batch.train, batch.dropout_rows_B)
+
+    def forward(self, batch: Inputs) -> dict:
+        ehr_BD, cxr_BD = self.encode(batch)
+        tokens = [*self.extra_tokens(batch.extra), (ehr_BD, batch.has_ehr_B), (cxr_BD, batch.has_cxr_B)]
+        fused_BN, weight_BM = self.modality_attention(*fusion.stack_tokens(tokens))
+        self.sow("intermediates", "modality_weights", weight_BM, reduce_fn=_latest, init_fn=tuple)
+        return {"logits": self.classifier(fused_BN), "ehr_features": ehr_BD, "cxr_features": cxr_BD}
+
+
+def _latest(_, value):
+    return value

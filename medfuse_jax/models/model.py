@@ -1,10 +1,9 @@
 """What all methods share: sizes, encoders, and the form of a batch.
 
-Shapes: B rows (stays), P X-rays, T time, F EHR channel, H W C image, D LSTM width,
-E X-ray features, K label.
+Shapes: B rows (stays), P images, T time, F EHR channel, H W C image, D LSTM width, E image feature, K label.
 """
 
-import contextlib
+import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
@@ -13,36 +12,65 @@ import jax.numpy as jnp
 
 from medfuse_jax.losses import Head
 from medfuse_jax.models import ehr_encoder, resnet
+from medfuse_jax.models.precision import matmul_precision
 from medfuse_jax.models.presence import Images, images_of
 
 _linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's, with zero bias
 
 
 def linear(features: int) -> nn.Dense:
-    """A linear layer in float32: the heads are small, and their outputs are scores."""
+    """A linear layer in float32: heads are small, and their outputs are scores."""
     return nn.Dense(features, kernel_init=_linear_init)
 
 
-def products(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
-    """Within, products of float32 are float32's own where that is `dtype`: accelerators round them to fewer bits."""
-    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A batch as `forward` gets it.
+
+    ehr_BTF: series, or None if no row has one; ehr_features_BD: a frozen encoder's features in their place.
+    length_B: time steps, 0 for a row without EHR. images: None if the batch has no image slot.
+    dropout_rows_B: ids of the rows in the whole batch. axis_name: the devices' axis. extra: of further modalities.
+    """
+
+    ehr_BTF: jax.Array | None
+    ehr_features_BD: jax.Array | None
+    length_B: jax.Array
+    images: Images | None
+    train: bool = False
+    dropout_rows_B: jax.Array | None = None
+    axis_name: str | None = None
+    extra: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.length_B)
+
+    @property
+    def has_ehr_B(self) -> jax.Array:
+        return self.length_B > 0
+
+    @property
+    def has_cxr_B(self) -> jax.Array:
+        return jnp.zeros(self.num_rows, bool) if self.images is None else self.images.present_rows()
 
 
 class Model(nn.Module):
-    """What all methods share: sizes, encoders, and the form of a batch.
+    """Base class of all methods: a method builds its layers in `setup` and computes its outputs in `forward`.
 
-    num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs
-    are float32. frozen_stats: batch normalisation uses and keeps its running statistics in training.
-    recurrence: of `lstm.FORMS`, how the EHR encoder's is computed.
+    num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs are float32.
+    frozen_stats: batch normalisation uses and keeps its running statistics in training too.
+    recurrence: how the EHR encoder's LSTM is computed, of `ehr_encoder.FORMS`.
     """
 
-    # Which modalities a method reads: the input pipeline leaves out what it does not.
+    # Which modalities the method reads: the input pipeline leaves out the others.
     uses_ehr = True
     uses_cxr = True
-    # Without these a row has no prediction: evaluation leaves it out.
+    # Modalities without which a row has no prediction: evaluation leaves such rows out.
     needs: ClassVar[tuple[str, ...]] = ()
-    # The classifiers that are trained (step.train_step).
+    # The classifiers that are trained, and their losses (losses.objective).
     heads: ClassVar[tuple[Head, ...]] = (Head(),)
+    # Whether evaluation scores every image of a dense batch, whatever has_cxr says.
+    scores_every_image = False
 
     num_labels: int
     ehr_hidden: int = 256
@@ -56,7 +84,7 @@ class Model(nn.Module):
 
     @classmethod
     def loss_weights(cls) -> set[str]:
-        """The fields of `losses.Weights` that the method's training reads."""
+        """The fields of config.loss that the method's training reads."""
         return {head.weight for head in cls.heads} - {""}
 
     def new_ehr_encoder(self) -> ehr_encoder.EhrEncoder:
@@ -69,6 +97,10 @@ class Model(nn.Module):
     def num_cxr_features(self) -> int:
         return self.resnet_width * 2 ** (len(self.resnet_stage_sizes) - 1)
 
+    def forward(self, batch: Inputs) -> dict:
+        """Return 'logits' [B, K] and the method's other outputs."""
+        raise NotImplementedError
+
     def __call__(
         self,
         ehr=None,
@@ -78,49 +110,93 @@ class Model(nn.Module):
         *,
         image_row=None,
         image_mask=None,
+        ehr_features=None,
+        cxr_features=None,
         train: bool = False,
         dropout_rows=None,
         axis_name: str | None = None,
         extra: dict | None = None,
     ) -> dict:
-        """Scores a batch in which each row may lack its stay or its X-ray.
+        """Score a batch in which any row may lack its EHR or its X-ray.
 
-        ehr: float [B, T, F], standardised, with length [B] in whole steps (default T; 0: no stay), or None.
-        image: [P, H, W] or [P, H, W, C] (see resnet.StemConv for C), or None.
-        X-rays listed: image_row int [P] is each X-ray's row, image_mask bool [P] False (image_row
-        then B) an empty slot, and has_cxr is derived. X-rays dense (image_row None): P = B and
-        has_cxr bool [B] says which count; the others are computed, but reach no statistic,
-        no gradient and no number. train: batch statistics and dropout, whose masks depend on
-        dropout_rows int [B], the rows' ids in the whole batch; axis_name: the devices' axis.
-        extra: name -> values [B, ...] of a method's further modalities, NaN throughout where missing.
-        Returns a dict: 'logits' [B, K], and 'ehr_features' [B, D], 'cxr_features' [B, D or E]
-        (zeros for a row without, or the learnt vector) where the method has them.
+        ehr: float [B, T, F], standardised, with length [B] in time steps (default T; 0: no EHR), or None.
+        image: [P, H, W] or [P, H, W, C] (resnet.StemConv says which C), or None.
+        Listed images: image_row int [P] is each image's row, image_mask bool [P] False in an empty slot; has_cxr is
+        not read. Dense images (image_row None): P = B, and has_cxr bool [B] says which rows have one; the other images
+        reach no statistic, gradient or output.
+        ehr_features [B, D], cxr_features [P, E]: of frozen encoders, in place of ehr and image.
+        train: use batch statistics and dropout, drawn by dropout_rows int [B], the rows' ids in the whole batch.
+        axis_name: the devices' axis. extra: name -> values [B, ...] of further modalities, NaN in rows without.
+        Returns a dict: 'logits' [B, K]; 'ehr_features' [B, D] and 'cxr_features' [B, D or E] where the method has
+        them, zeros in rows without (or the learnt vector).
         """
-        num_rows = _num_rows(ehr, length, has_cxr, dropout_rows, image)
+        num_rows = len(next(x for x in (ehr, ehr_features, length, has_cxr, dropout_rows, image) if x is not None))
         if ehr is not None and ehr.shape[1] == 0:
-            ehr = None  # X-rays without stays: no step to compute
-        if length is None:
-            length = jnp.full(num_rows, 0 if ehr is None else ehr.shape[1])
-        length = jnp.asarray(length, jnp.int32)
-        if ehr is None:
-            length = jnp.zeros_like(length)
-        images = self.find_images(image, num_rows, has_cxr, image_row, image_mask, train)
-        further = {"extra": extra} if extra else {}  # the methods that have none do not know the word
-        with products(self.dtype):
-            return self.forward(ehr, length, images, train, dropout_rows, axis_name, **further)
+            ehr = None  # a batch without EHR: nothing to encode
+        if ehr is None and ehr_features is None:
+            length = jnp.zeros(num_rows, jnp.int32)
+        elif length is None:
+            length = jnp.full(num_rows, ehr.shape[1])
+        images = None
+        if self.uses_cxr:
+            if self.scores_every_image and not train:
+                has_cxr = None
+            presence = {"has_cxr": has_cxr, "image_row": image_row, "image_mask": image_mask}
+            images = images_of(num_rows, image, features=cxr_features, **presence)
+        batch = Inputs(
+            ehr, ehr_features, jnp.asarray(length, jnp.int32), images, train, dropout_rows, axis_name, extra or {}
+        )
+        with matmul_precision(self.dtype):
+            return self.forward(batch)
 
-    def find_images(self, image, num_rows, has_cxr, image_row, image_mask, train) -> Images | None:
-        return images_of(image, num_rows, has_cxr, image_row, image_mask)
+    def encode_ehr(self, batch: Inputs) -> jax.Array:
+        """Features of the series [B, D]; zeros in rows without one."""
+        if batch.ehr_features_BD is not None:
+            return self.ehr_encoder.drop(batch.ehr_features_BD, batch.train, batch.dropout_rows_B)
+        if batch.ehr_BTF is None:
+            return jnp.zeros((batch.num_rows, self.ehr_hidden))
+        return self.ehr_encoder(batch.ehr_BTF, batch.length_B, batch.train, batch.dropout_rows_B)
 
-    def encode_ehr(self, ehr_BTF, length_B, train: bool, dropout_rows_B) -> jax.Array:
-        """Features of the stays [B, D]; zeros for a row without, all zeros for a batch without."""
-        if ehr_BTF is None:
-            return jnp.zeros((len(length_B), self.ehr_hidden))
-        if ehr_BTF.ndim == 2:  # [B, D]: a frozen encoder's features, computed before
-            return self.ehr_encoder.drop(ehr_BTF, train, dropout_rows_B)
-        return self.ehr_encoder(ehr_BTF, length_B, train, dropout_rows_B)
+    def encode_images(self, batch: Inputs) -> jax.Array:
+        """Features of the images [P, E]; to be called only if the batch has images."""
+        images = batch.images
+        if images.features_PE is not None:
+            return images.features_PE
+        return self.cxr_encoder(images.image_PHWC, batch.train, images.valid_P, batch.axis_name)
 
 
-def _num_rows(*fields) -> int:
-    """B: the first given field's; an image alone is dense."""
-    return next(len(field) for field in fields if field is not None)
+class ProjectedModel(Model):
+    """Base class of the fusions of two feature vectors: the image's is projected to the width of the EHR's.
+
+    frozen_encoders: no gradient reaches the encoders, and their batch statistics are frozen too.
+    """
+
+    frozen_encoders: bool = False
+
+    def setup(self):
+        self.ehr_encoder = self.new_ehr_encoder()
+        self.cxr_encoder = self.new_cxr_encoder()
+        self.projection = linear(self.ehr_hidden)
+        self.setup_fusion()
+
+    def setup_fusion(self) -> None:
+        """Build the layers that the method adds."""
+        raise NotImplementedError
+
+    def encode(self, batch: Inputs) -> tuple[jax.Array, jax.Array]:
+        """(EHR features [B, D], projected image features [B, D]), zeros in rows without."""
+        ehr_BD = self.encode_ehr(batch)
+        if batch.images is None:
+            return ehr_BD, jnp.zeros_like(ehr_BD)
+        return ehr_BD, batch.images.to_rows(self.projection(self.encode_images(batch)))
+
+    def encode_ehr(self, batch: Inputs) -> jax.Array:
+        return self.freeze(super().encode_ehr(batch))
+
+    def encode_images(self, batch: Inputs) -> jax.Array:
+        # Differs from MedFuse (trainers/fusion_trainer.py): frozen encoders keep their batch statistics too.
+        train = batch.train and not self.frozen_encoders
+        return self.freeze(super().encode_images(dataclasses.replace(batch, train=train)))
+
+    def freeze(self, features):
+        return jax.lax.stop_gradient(features) if self.frozen_encoders else features

@@ -1,9 +1,9 @@
-"""Which X-ray belongs to which row of the batch.
+"""Which image belongs to which row of the batch, and which rows have one.
 
-Shapes: B rows, P X-rays, H W pixels, C channels, E any feature.
+Shapes: B rows, P images, H W pixels, C channels, E features of an image.
 
-Only X-rays that are there go through the image encoder: P images, not B. Differs from MedFuse
-(datasets/fusion.py), which makes a zero image for every stay without an X-ray.
+Only images that exist go through the encoder: P of them, not B. Differs from MedFuse (datasets/fusion.py), which
+computes a zero image for every stay without an X-ray.
 """
 
 import dataclasses
@@ -14,57 +14,66 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The X-rays of a batch of `num_rows` rows; images of X-rays that do not count are zeros.
+    """The images of a batch of `num_rows` rows, or the features that a frozen encoder computed from them before.
 
-    valid_P: False for a slot without an X-ray. row_P: the row each X-ray belongs to, num_rows in
-    an empty slot; None in the dense form, where X-ray b belongs to row b and P = B.
+    Exactly one of image_PHWC and features_PE is given. valid_P: False in an empty slot, whose pixels or features are
+    zeros. row_P: each image's row, num_rows in an empty slot; None in the dense form, where image b belongs to row b.
     """
 
-    image_PHWC: jax.Array
+    image_PHWC: jax.Array | None
+    features_PE: jax.Array | None
     valid_P: jax.Array
     row_P: jax.Array | None
     num_rows: int
 
     def to_rows(self, x_PE: jax.Array) -> jax.Array:
-        """X-ray values to their rows [B, E]; rows without an X-ray get zeros."""
+        """Scatter values of images to their rows [B, E]; rows without an image get zeros."""
         if self.row_P is None:
             return jnp.where(self.valid_P[:, None], x_PE, 0)
         return jnp.zeros((self.num_rows, *x_PE.shape[1:]), x_PE.dtype).at[self.row_P].set(x_PE, mode="drop")
 
     def from_rows(self, x_BE: jax.Array) -> jax.Array:
-        """Row values to their X-rays [P, E]; an empty slot gets zeros."""
+        """Gather values of rows for their images [P, E]; empty slots get zeros."""
         if self.row_P is None:
             return jnp.where(self.valid_P[:, None], x_BE, jnp.zeros_like(x_BE))
         return jnp.asarray(x_BE).at[self.row_P].get(mode="fill", fill_value=0)
 
     def present_rows(self) -> jax.Array:
-        """bool [B]: which rows have an X-ray."""
+        """bool [B]: which rows have an image."""
         if self.row_P is None:
             return self.valid_P
-        return jnp.zeros(self.num_rows, bool).at[self.row_P].set(True, mode="drop")
+        return rows_with_image(self.row_P, self.valid_P, self.num_rows)
 
 
-def images_of(image, num_rows: int, has_cxr=None, image_row=None, image_mask=None) -> Images | None:
-    """The X-rays of a batch, or None where it has no X-ray slots at all (then no X-ray code is traced).
+def rows_with_image(image_row_P: jax.Array, image_mask_P: jax.Array, num_rows: int) -> jax.Array:
+    """bool [B]: the rows that a filled slot names."""
+    row_P = jnp.where(image_mask_P, image_row_P, num_rows)
+    return jnp.zeros(num_rows, bool).at[row_P].set(True, mode="drop")
 
-    image: [P, H, W] or [P, H, W, C]. Dense form (image_row None): P = B, has_cxr bool [B] says
-    which X-rays count (default: all). Listed form: image_row int [P], image_mask bool [P], False
-    for an empty slot; has_cxr is not read.
+
+def images_of(
+    num_rows: int, image=None, *, features=None, has_cxr=None, image_row=None, image_mask=None
+) -> Images | None:
+    """The images of a batch, or None if it has no slot at all: then nothing of the image encoder is traced.
+
+    image: [P, H, W] or [P, H, W, C]; or features [P, E] in its place.
+    Listed form: image_row int [P] names each image's row, and image_mask bool [P] is False in an empty slot (default:
+    all filled). Dense form (image_row None): P = B, and has_cxr bool [B] says which rows have one (default: all).
     """
-    if image is None or image.shape[0] == 0:
+    given = image if features is None else features
+    if given is None or given.shape[0] == 0:
         return None
-    image_PHWC = image if image.ndim == 4 else image[..., None]
-    num_images = image_PHWC.shape[0]
+    num_images = given.shape[0]
     if image_row is None:
-        assert num_images == num_rows, f"{num_images} X-rays for {num_rows} rows, and no image_row"
+        assert num_images == num_rows, f"{num_images} images for {num_rows} rows, and no image_row"
         valid_P = jnp.ones(num_rows, bool) if has_cxr is None else jnp.asarray(has_cxr, bool)
         row_P = None
     else:
-        image_row = jnp.asarray(image_row)
-        valid_P = image_row < num_rows
-        if image_mask is not None:
-            valid_P &= jnp.asarray(image_mask, bool)
-        row_P = jnp.where(valid_P, image_row, num_rows)
+        valid_P = jnp.ones(num_images, bool) if image_mask is None else jnp.asarray(image_mask, bool)
+        row_P = jnp.where(valid_P, jnp.asarray(image_row), num_rows)
+    if features is not None:
+        return Images(None, jnp.where(valid_P[:, None], features, 0), valid_P, row_P, num_rows)
     # A NaN in an empty slot would reach the kernels' gradients as NaN * 0: clear it before any product.
+    image_PHWC = image if image.ndim == 4 else image[..., None]
     image_PHWC = jnp.where(valid_P[:, None, None, None], image_PHWC, 0)
-    return Images(image_PHWC, valid_P, row_P, num_rows)
+    return Images(image_PHWC, None, valid_P, row_P, num_rows)

@@ -1,4 +1,4 @@
-"""State dicts to flax variables and back, by the table of names."""
+"""State dicts to flax variables and back, by the rows of names.py."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -9,33 +9,34 @@ import numpy as np
 from flax import traverse_util
 
 from medfuse_jax.models import registry
+from medfuse_jax.models.model import Model
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.torch_import.names import (
     LAYOUTS,
     RESNET34_STAGES,
-    TABLES,
     WRAPPER,
     Row,
     backbone_rows,
     known_names,
+    released_methods,
     table,
     unwrapped,
 )
 
 
 def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **options):
-    """A released model: (model, variables) from a state dict of numpy arrays.
+    """Loads a released model: (model, variables) from a state dict of numpy arrays.
 
-    Names may all begin with `module.`, as torch's DataParallel saves them. options: fields of
-    `methods.Model`, for sizes other than the released ones. UserError for an unknown or missing
-    name, a wrong shape or label count, or a value that is not finite.
+    Every name may begin with `module.`, as torch's DataParallel saves them. options: fields of the model, for sizes
+    other than the released ones. Raises UserError for an unknown or missing name, a wrong shape or number of labels,
+    or a value that is not finite.
     """
     model = registry.build(method, num_labels, **options)
     return model, fill(model, method, state_dict)
 
 
-def fill(model: registry.Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
-    """The variables of a model that `methods.build` made for `method`; UserError as in `load`."""
+def fill(model: Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
+    """Returns the variables of a model that `registry.build` made for `method`; UserError as for `load`."""
     state_dict = unwrapped(state_dict)
     stages = model.resnet_stage_sizes
     rows = table(method, stages, getattr(model, "missing", ""))
@@ -50,10 +51,10 @@ def is_backbone(state_dict: Mapping[str, np.ndarray]) -> bool:
     return "conv1.weight" in state_dict
 
 
-def fill_backbone(model: registry.Model, state_dict: Mapping[str, np.ndarray]) -> dict:
-    """A torchvision ResNet's weights for a model's X-ray encoder: {'params': {'cxr_encoder': ...}, 'batch_stats': ...}.
+def fill_backbone(model: Model, state_dict: Mapping[str, np.ndarray]) -> dict:
+    """Returns a model's X-ray encoder from a torchvision ResNet: {'params': {'cxr_encoder': ...}, 'batch_stats': ...}.
 
-    Its ImageNet head (fc.weight, fc.bias) is left out, and the stages that the model has not. UserError as in `load`.
+    Ignores its ImageNet head (fc.weight, fc.bias) and the stages that the model lacks. UserError as for `load`.
     """
     state_dict = unwrapped(state_dict)
     expected = _shapes(model)
@@ -62,7 +63,7 @@ def fill_backbone(model: registry.Model, state_dict: Mapping[str, np.ndarray]) -
     known |= {name.replace("running_mean", "num_batches_tracked") for name in known}
     rows = [row for row in rows if row.path in expected]
     if not rows:
-        raise UserError("these are the weights of an X-ray encoder (a ResNet), which this config's method has not")
+        raise UserError("the checkpoint is an X-ray encoder (a ResNet), and config.method has none", field="method")
     _check_names(state_dict, rows, "the X-ray encoder", known)
     return traverse_util.unflatten_dict({row.path: _to_flax(row, state_dict, expected[row.path]) for row in rows})
 
@@ -73,72 +74,71 @@ def unused(
     stage_sizes: Iterable[int] = RESNET34_STAGES,
     missing: str = "",
 ) -> list[str]:
-    """The entries of a released checkpoint that a method does not read, in its order. missing: as in `table`."""
+    """The entries of a released checkpoint that a method does not read, in file order. missing: as in `table`."""
     used = {name for row in table(method, stage_sizes, missing) for name in row.names}
     return [name for name in state_dict if name not in used]
 
 
 def export(variables: Mapping, method: str) -> dict[str, np.ndarray]:
-    """The state dict of a method's variables, under the released names: what `load` reads back, bit for bit.
+    """Returns the state dict of a method's variables under the released names; `load` reads back the same bits.
 
-    It holds the parts the method uses. Our one LSTM bias becomes the first of torch's two. UserError where a
-    variable has no released name, or one that the method has is not there.
+    Our one LSTM bias becomes the first of torch's two. Raises UserError for a variable without a released name, or a
+    missing one.
     """
     blocks = variables["params"].get("cxr_encoder", {})
     stage_sizes = tuple(sum(name.startswith(f"stage{i}_") for name in blocks) for i in range(1, 5))
     flat = traverse_util.flatten_dict(dict(variables))
     missing = "learnt" if "missing_token" in variables["params"] else "zeros"
     rows = table(method, stage_sizes, missing)
-    if nameless := sorted(flat.keys() - {row.path for row in rows}):
-        left = _listed(["/".join(path) for path in nameless])
-        raise UserError(f"the variables hold {left}, which a released {method} has not: such a run is not exported")
+    if unnamed := sorted("/".join(path) for path in flat.keys() - {row.path for row in rows}):
+        raise UserError(
+            f"the run cannot be exported: a released {method} has no {_listed(unnamed)}", field="method", value=unnamed
+        )
     state_dict = {}
     for row in rows:
         if row.path not in flat:
-            raise UserError(f"the variables lack {'/'.join(row.path)}, which method {method} has")
+            raise UserError(f"the run cannot be exported: it lacks {'/'.join(row.path)} of {method}", value=row.path)
         value = np.asarray(flat[row.path], np.float32).transpose(np.argsort(LAYOUTS[row.kind]))
         state_dict[row.names[0]] = np.ascontiguousarray(value)
-        # -0.0, not 0.0: the one zero that changes no bit of what it is added to
+        # -0.0 rather than 0.0: adding it changes no bit of the other bias.
         state_dict |= {name: np.full_like(value, -0.0) for name in row.names[1:]}
         if row.names[0].endswith("running_var"):
             state_dict[row.names[0].replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     return state_dict
 
 
-def _shapes(model: registry.Model) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
     """{path: shape} of a model's variables."""
     variables = jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
 
 
-def _check_names(state_dict, rows: list[Row], what: str, known: set[str], hint: str = "") -> None:
+def _check_names(state_dict, rows: list[Row], reader: str, known: set[str], hint: str = "") -> None:
     wrapped = [name for name in state_dict if name.startswith(WRAPPER)]
-    if wrapped:  # all of them would have been unwrapped
-        rest = [name for name in state_dict if name not in wrapped]
+    if wrapped:  # if all names had the prefix, it would be gone
+        others = [name for name in state_dict if name not in wrapped]
         raise UserError(
-            f"the checkpoint has names with {WRAPPER!r} before them ({_listed(wrapped)}) and without "
-            f"({_listed(rest)}): give one model's"
+            f"some names of the checkpoint begin with {WRAPPER!r} ({_listed(wrapped)}) and others do not "
+            f"({_listed(others)}): give the checkpoint of one model",
+            value=wrapped,
         )
     needed = {name for row in rows for name in row.names}
-    missing = [name for name in sorted(needed) if name not in state_dict]
-    if missing:
-        raise UserError(f"the checkpoint lacks {_listed(missing)}, which {what} needs{hint}")
-    unknown = [name for name in state_dict if name not in known]
-    if unknown:
-        raise UserError(f"the checkpoint holds {_listed(unknown)}, which no released model has")
+    if missing := [name for name in sorted(needed) if name not in state_dict]:
+        raise UserError(f"the checkpoint lacks {_listed(missing)}, which {reader} needs{hint}", value=missing)
+    if unknown := [name for name in state_dict if name not in known]:
+        raise UserError(f"the checkpoint holds {_listed(unknown)}, which no released model has", value=unknown)
 
 
 def _hint(state_dict, stages) -> str:
-    """What a checkpoint without the names that were looked for is, as far as its names tell."""
+    """What a checkpoint of another method holds, as far as its names tell."""
     if is_backbone(state_dict):
-        return "; it is a bare ResNet, for an X-ray encoder to start from"
-    fitting = [m for m in TABLES if all(name in state_dict for row in table(m, stages) for name in row.names)]
-    return f"; it has all weights of {', '.join(fitting)}" if fitting else ""
+        return "; it is a bare ResNet, from which an X-ray encoder can start"
+    methods = [m for m in released_methods() if all(n in state_dict for row in table(m, stages) for n in row.names)]
+    return f"; it has all weights of {', '.join(methods)}" if methods else ""
 
 
 def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _to_flax(row: Row, state_dict, shape: tuple[int, ...]) -> jax.Array:
@@ -149,19 +149,20 @@ def _to_flax(row: Row, state_dict, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _checked(name: str, value: np.ndarray, expected: tuple[int, ...], row: Row) -> np.ndarray:
-    """One entry as float32; UserError where its shape, type or values are not a weight's."""
-    if value.shape != expected:
-        if row.path[1].endswith("classifier") and value.shape[1:] == expected[1:]:
-            raise UserError(
-                f"the checkpoint has {value.shape[0]} labels ({name} is {list(value.shape)}), not {expected[0]}"
-            )
-        raise UserError(f"{name} has shape {list(value.shape)}; {list(expected)} was expected")
+    """One entry as float32; UserError if its shape, type or values are not a weight's."""
+    shape = value.shape
+    if shape != expected and row.path[1].endswith("classifier") and shape[1:] == expected[1:]:
+        raise UserError(
+            f"the checkpoint has {shape[0]} labels, not {expected[0]} (shape of {name})", field=name, value=shape
+        )
+    if shape != expected:
+        raise UserError(f"{name} has shape {list(shape)}, not {list(expected)}", field=name, value=shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise UserError(f"{name} holds {value.dtype} numbers; floating-point ones were expected")
+        raise UserError(f"{name} holds {value.dtype} values, not floating-point ones", field=name, value=value.dtype)
     with np.errstate(over="ignore"):
-        value = value.astype(np.float32)  # what is too large for it becomes infinite, and is said
-    if not np.isfinite(value).all():
-        raise UserError(f"{name} holds {np.sum(~np.isfinite(value))} value(s) that are not finite (NaN or infinite)")
-    if row.path[-1] == "var" and (value < 0).any():
-        raise UserError(f"{name} holds {np.sum(value < 0)} value(s) below 0; variances were expected")
+        value = value.astype(np.float32)  # overflow becomes infinite and is refused below
+    if count := np.sum(~np.isfinite(value)):
+        raise UserError(f"{name} holds {count} value(s) that are NaN or infinite", field=name, value=count)
+    if row.path[-1] == "var" and (count := np.sum(value < 0)):
+        raise UserError(f"{name} holds {count} negative variance(s)", field=name, value=count)
     return value

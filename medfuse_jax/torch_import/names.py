@@ -1,21 +1,21 @@
-"""The table of names: which entries of a released PyTorch checkpoint make which flax variable.
+"""Which entries of a released PyTorch checkpoint make which flax variable.
 
-Names and layouts are those of the released MedFuse's modules and of torchvision's ResNet.
+Names are those of the released MedFuse's modules and of torchvision's ResNet.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from medfuse_jax.models import registry
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 RESNET34_STAGES = (3, 4, 6, 3)
 _BACKBONE = "cxr_model.vision_backbone."
-WRAPPER = "module."  # before every name where torch's DataParallel was saved with its model
+WRAPPER = "module."  # prefix of every name that torch's DataParallel saves
 
 
 def unwrapped(state_dict: Mapping) -> dict:
-    """The entries without the wrapper's name, where every one has it."""
+    """Removes DataParallel's prefix if every name has it."""
     if all(name.startswith(WRAPPER) for name in state_dict):
         return {name.removeprefix(WRAPPER): value for name, value in state_dict.items()}
     return dict(state_dict)
@@ -23,10 +23,9 @@ def unwrapped(state_dict: Mapping) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: the entries that make one flax variable.
+    """The entries of a state dict that make one flax variable.
 
-    names: of the state dict; two where they are added (an LSTM's biases).
-    path: collection and names in the flax tree; kind: how the layouts differ, a key of LAYOUTS.
+    names: two if they are added (an LSTM's biases). path: collection and names in flax. kind: a key of LAYOUTS.
     """
 
     names: tuple[str, ...]
@@ -34,7 +33,7 @@ class Row:
     kind: str
 
 
-# kind -> torch's axes in flax's order. torch: Linear and LSTM [out, in], convolution [out, in, h, w].
+# kind -> torch's axes in flax's order. Linear and LSTM in torch: [out, in]; convolution: [out, in, h, w].
 LAYOUTS = {"vector": (0,), "matrix": (1, 0), "convolution": (2, 3, 1, 0)}
 
 
@@ -44,7 +43,7 @@ def _linear_rows(torch_name: str, *path: str, bias: bool = True) -> list[Row]:
 
 
 def _lstm_rows(torch_name: str, *path: str) -> list[Row]:
-    # torch's gates stand in the order i, f, g, o, and so do ours
+    # Gates in the order i, f, g, o, as in torch.
     return [
         Row((f"{torch_name}.weight_ih_l0",), ("params", *path, "input_kernel"), "matrix"),
         Row((f"{torch_name}.weight_hh_l0",), ("params", *path, "recurrent_kernel"), "matrix"),
@@ -67,7 +66,7 @@ def _conv_norm_rows(conv: str, norm: str, path: tuple[str, ...], flax_conv: str,
 
 
 def backbone_rows(stage_sizes: Iterable[int] = RESNET34_STAGES, prefix: str = _BACKBONE) -> list[Row]:
-    """torchvision's ResNet of basic blocks; stages count from 1 in both."""
+    """torchvision's ResNet of basic blocks; both number stages from 1."""
     rows = _conv_norm_rows(f"{prefix}conv1", f"{prefix}bn1", ("cxr_encoder",), "stem_conv", "stem_norm")
     for i, num_blocks in enumerate(stage_sizes, start=1):
         for j in range(num_blocks):
@@ -80,105 +79,71 @@ def backbone_rows(stage_sizes: Iterable[int] = RESNET34_STAGES, prefix: str = _B
     return rows
 
 
-_EHR_ENCODER = _lstm_rows("ehr_model.layer0", "ehr_encoder", "layer0") + _lstm_rows(
-    "ehr_model.layer1", "ehr_encoder", "layer1"
-)
-_PROJECTION = _linear_rows("projection", "projection")
+_EHR_ENCODER = [row for i in (0, 1) for row in _lstm_rows(f"ehr_model.layer{i}", "ehr_encoder", f"layer{i}")]
 _MISSING_TOKEN = [Row(("missing_token",), ("params", "missing_token"), "vector")]
-_FUSION_LSTM = _lstm_rows("lstm_fusion_layer", "fusion_lstm", "cell")
 
 
-def _mmtm_rows(place: int) -> list[Row]:
-    return (
-        _linear_rows(f"mmtm{place}.fc_squeeze", "mmtm", "squeeze")
-        + _linear_rows(f"mmtm{place}.fc_visual", "mmtm", "image_gate")
-        + _linear_rows(f"mmtm{place}.fc_skeleton", "mmtm", "ehr_gate")
-    )
+def _mmtm_rows(stage: int) -> list[Row]:
+    layers = {"fc_squeeze": "squeeze", "fc_visual": "image_gate", "fc_skeleton": "ehr_gate"}
+    return [row for name, ours in layers.items() for row in _linear_rows(f"mmtm{stage}.{name}", "mmtm", ours)]
 
 
-def _daft_rows(place: int) -> list[Row]:
-    layer = f"daft_layer_{place}.aux"
-    return _linear_rows(f"{layer}.aux_base", "daft", "squeeze", bias=False) + _linear_rows(
-        f"{layer}.aux_out", "daft", "excite", bias=False
-    )
+def _daft_rows(stage: int) -> list[Row]:
+    layers = {"aux_base": "squeeze", "aux_out": "excite"}
+    prefix = f"daft_layer_{stage}.aux"
+    return [r for name, ours in layers.items() for r in _linear_rows(f"{prefix}.{name}", "daft", ours, bias=False)]
 
 
-def _concat(stage_sizes):
-    return _EHR_ENCODER + backbone_rows(stage_sizes) + _PROJECTION + _linear_rows("fused_cls.0", "classifier")
+def _layout(released: str, stage_sizes: tuple[int, ...], stage: int) -> list[Row]:
+    """The rows of a released checkpoint. released: as in registry.Method; stage: the ResNet stage of MMTM or DAFT."""
+
+    def head(torch_name: str, name: str = "classifier") -> list[Row]:
+        return _linear_rows(torch_name, name)
+
+    both = _EHR_ENCODER + backbone_rows(stage_sizes) + _linear_rows("projection", "projection")
+    concat = both + head("fused_cls.0")
+    own_heads = head("ehr_model.dense_layer", "ehr_classifier") + head("cxr_model.classifier.0", "cxr_classifier")
+    return {
+        "ehr": _EHR_ENCODER + head("ehr_model.dense_layer"),
+        "cxr": backbone_rows(stage_sizes) + head("cxr_model.classifier.0"),
+        "concat": concat,
+        "medfuse": both + _lstm_rows("lstm_fusion_layer", "fusion_lstm", "cell") + head("lstm_fused_cls.0"),
+        "unified": concat + own_heads,
+        "mmtm": both + _mmtm_rows(stage) + own_heads + head("joint_cls.0"),
+        # DAFT does not use the ResNet's later stages.
+        "daft": _EHR_ENCODER + backbone_rows(stage_sizes[:stage]) + _daft_rows(stage) + head("ehr_model.dense_layer"),
+    }[released]
 
 
-def _mmtm(stage_sizes, stage):
-    return (
-        _EHR_ENCODER
-        + backbone_rows(stage_sizes)
-        + _PROJECTION
-        + _mmtm_rows(stage)
-        + _linear_rows("ehr_model.dense_layer", "ehr_classifier")
-        + _linear_rows("cxr_model.classifier.0", "cxr_classifier")
-        + _linear_rows("joint_cls.0", "classifier")
-    )
-
-
-def _daft(stage_sizes, stage):
-    return (
-        _EHR_ENCODER
-        + backbone_rows(stage_sizes[:stage])  # what comes after feeds nothing
-        + _daft_rows(stage)
-        + _linear_rows("ehr_model.dense_layer", "classifier")
-    )
-
-
-# method -> its rows, given the ResNet's stage sizes
-TABLES: dict[str, Callable[[tuple[int, ...]], list[Row]]] = {
-    "uni_ehr": lambda stages: _EHR_ENCODER + _linear_rows("ehr_model.dense_layer", "classifier"),
-    "uni_cxr": lambda stages: backbone_rows(stages) + _linear_rows("cxr_model.classifier.0", "classifier"),
-    "medfuse": lambda stages: (
-        _EHR_ENCODER
-        + backbone_rows(stages)
-        + _PROJECTION
-        + _FUSION_LSTM
-        + _linear_rows("lstm_fused_cls.0", "classifier")
-    ),
-    "early": _concat,
-    "joint": _concat,
-    "joint_zeros": _concat,
-    "unified": lambda stages: (
-        _concat(stages)
-        + _linear_rows("ehr_model.dense_layer", "ehr_classifier")
-        + _linear_rows("cxr_model.classifier.0", "cxr_classifier")
-    ),
-    "joint_learnable": _concat,
-    "mmtm3": lambda stages: _mmtm(stages, 3),
-    "mmtm4": lambda stages: _mmtm(stages, 4),
-    "daft3": lambda stages: _daft(stages, 3),
-    "daft4": lambda stages: _daft(stages, 4),
-}
-
-# Released checkpoints hold these modules at five places, of which a method uses one; two tokens are never used.
-_PLACES = range(5)
-_NEVER_READ = ("sep_token", "cls_token")
+# Released checkpoints hold MMTM and DAFT modules for five stages, though a method uses one, and two unused tokens.
+_RELEASED_STAGES = range(5)
+_UNUSED_TOKENS = {"sep_token", "cls_token"}
 
 
 def table(method: str, stage_sizes: Iterable[int] = RESNET34_STAGES, missing: str = "") -> list[Row]:
-    """The rows a method needs.
+    """The rows that a method needs.
 
-    missing: what stands for a missing X-ray in early and joint fusion, 'zeros' or 'learnt'; '': what the method's
-    name says. UserError for a method that was not released.
+    missing: what replaces a missing X-ray in early and joint fusion, 'zeros' or 'learnt'; '': the method's default.
+    Raises UserError for a method that was not released.
     """
     check_choice("method", method, registry.METHODS)
-    if method not in TABLES:
+    row = registry.METHODS[method]
+    if not row.released:
         raise UserError(
-            f"the released models have no method {method!r}, so there is nothing to import from or to export to"
+            f"the method {method!r} was never released: it cannot be imported or exported", field="method", value=method
         )
-    missing = missing or registry.METHODS[method][1].get("missing", "")
-    has_token = missing == "learnt" and TABLES[method] is _concat
-    return TABLES[method](tuple(stage_sizes)) + _MISSING_TOKEN * has_token
+    has_token = row.released == "concat" and (missing or row.fields.get("missing")) == "learnt"
+    return _layout(row.released, tuple(stage_sizes), row.fields.get("stage", 0)) + _MISSING_TOKEN * has_token
+
+
+def released_methods() -> list[str]:
+    return [method for method, row in registry.METHODS.items() if row.released]
 
 
 def known_names(stage_sizes: Iterable[int] = RESNET34_STAGES) -> set[str]:
     """Every name a released checkpoint of any method may hold."""
-    rows = [row for method in TABLES for row in table(method, stage_sizes)]
-    rows += [row for place in _PLACES for row in _mmtm_rows(place) + _daft_rows(place)]
+    rows = [row for method in released_methods() for row in table(method, stage_sizes)]
+    rows += [row for stage in _RELEASED_STAGES for row in _mmtm_rows(stage) + _daft_rows(stage)]
     names = {name for row in rows for name in row.names}
     counters = {name.replace("running_mean", "num_batches_tracked") for name in names if "running_mean" in name}
-    return names | counters | set(_NEVER_READ)
+    return names | counters | _UNUSED_TOKENS

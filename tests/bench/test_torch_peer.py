@@ -19,20 +19,21 @@ _ROWS = 4
 def _batch():
     """As `input_pipeline` lays one out on one device: two X-rays, one empty slot; and the X-rays, three channels."""
     rng = np.random.default_rng(0)
-    image_row = np.array([[2, 0, _ROWS]], np.int32)
+    image_row, image_mask = np.array([[2, 0, 0]], np.int32), np.array([[True, True, False]])
     batch = {
         "ehr": rng.standard_normal((1, _ROWS, 6, 76)).astype(np.float32),
         "length": np.array([[5, 2, 4, 1]], np.int32),
         "label": rng.integers(0, 2, (1, _ROWS, 3)).astype(np.float32),
         "valid": np.array([[True, True, True, False]]),
         "image_row": image_row,
+        "image_mask": image_mask,
     }
     return batch, rng.standard_normal((3, 3, 32, 32)).astype(np.float32)
 
 
 def _ours(model, variables, batch, image_PCHW, train=False):
-    image_row_P = batch["image_row"][0]
-    images = {"image": image_PCHW.transpose(0, 2, 3, 1), "image_row": image_row_P, "image_mask": image_row_P < _ROWS}
+    images = {name: batch[name][0] for name in ("image_row", "image_mask")}
+    images["image"] = image_PCHW.transpose(0, 2, 3, 1)
     ehr = {"ehr": batch["ehr"][0], "length": batch["length"][0]}
     mutable = ["batch_stats"] if train else False
     out = jax.jit(lambda v: model.apply(v, **ehr, **images, train=train, mutable=mutable))(variables)
@@ -54,7 +55,7 @@ def _scores(peer, placed):
 
 
 @pytest.mark.parametrize("variant", torch_peer.VARIANTS.values(), ids=torch_peer.VARIANTS)
-@pytest.mark.parametrize("method", torch_peer.METHODS)
+@pytest.mark.parametrize("method", torch_peer.PEERS)
 def test_a_peer_scores_as_ours(method, variant):
     stage = {"stage": int(method[-1])} if method[-1] in "34" else {}
     model = registry.build(method, 3, **_SIZES, **stage)
@@ -74,7 +75,8 @@ def test_a_tuned_training_step_has_our_loss_and_zero_images_do_not():
     model = registry.build("medfuse", 3, **_SIZES)
     variables = model_cases.random_variables(model)
     batch, image_PCHW = _batch()
-    batch["image_row"], image_PCHW = batch["image_row"][:, :2], image_PCHW[:2]
+    batch |= {name: batch[name][:, :2] for name in ("image_row", "image_mask")}
+    image_PCHW = image_PCHW[:2]
     logits_BK = _ours(model, variables, batch, image_PCHW, train=True)["logits"]
     ours = float(losses.mean_bce(logits_BK, batch["label"][0], batch["valid"][0], 3))
     found = {}

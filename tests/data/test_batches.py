@@ -9,13 +9,14 @@ import pytest
 
 from medfuse_jax import records
 from medfuse_jax.data import batches, plan
+from medfuse_jax.data.dataset import open_dataset, with_cxr_dataset
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def dataset(shards):
-    return batches.open_dataset(shards, "pheno")
+    return open_dataset(shards, "pheno")
 
 
 def _plan(dataset, **changes):
@@ -27,7 +28,8 @@ def test_a_batch_holds_the_records_of_its_plan(dataset):
     the_plan = _plan(dataset)
     for step, batch in zip(range(3), batches.batches(dataset, "train", the_plan)):
         assert batch["ehr"].shape == (1, 16, the_plan.padded_length_S[step], 76)
-        images = dict(zip(batch["image_row"][0], batch["image"][0]))
+        filled_P = batch["image_mask"][0]
+        images = dict(zip(batch["image_row"][0][filled_P], batch["image"][0][filled_P]))
         for row in range(16):
             number = batch["record"][0, row]
             if number == plan.PADDING:
@@ -57,32 +59,30 @@ def test_two_devices_get_the_same_stays_and_images_as_one(dataset):
     assert sorted(one["record"].reshape(-1)) == sorted(two["record"].reshape(-1))
 
     def images(batch):
-        rows = batch["record"].shape[1]
         return {
-            int(batch["record"][d, row]): batch["image"][d, slot].sum()
-            for d, slot in np.ndindex(batch["image_row"].shape)
-            if (row := batch["image_row"][d, slot]) < rows
+            int(batch["record"][d, batch["image_row"][d, slot]]): batch["image"][d, slot].sum()
+            for d, slot in np.argwhere(batch["image_mask"])
         }
 
     assert images(one) == images(two) and images(one)
 
 
 def test_what_a_method_does_not_read_is_not_in_its_batches(shards):
-    ehr_only = batches.open_dataset(shards, "pheno", use_cxr=False)
+    ehr_only = open_dataset(shards, "pheno", use_cxr=False)
     assert not {"image", "image_row"} & next(batches.batches(ehr_only, "train", _plan(ehr_only))).keys()
-    images = batches.open_dataset(shards, "radiology")
+    images = open_dataset(shards, "radiology")
     batch = next(batches.batches(images, "train", _plan(images)))
     assert not {"ehr", "length"} & batch.keys() and batch["image"].shape == (1, 16, 256, 256)
 
 
-def test_batches_of_images_with_their_own_labels_take_turns(dataset, shards):
-    with_cxr_dataset = batches.with_cxr_dataset(dataset, shards, "radiology")
-    images = with_cxr_dataset.images
+def test_batches_of_x_rays_with_labels_of_their_own_alternate_with_the_stays(dataset, shards):
+    both_datasets = with_cxr_dataset(dataset, shards, "radiology")
+    images = both_datasets.cxr_dataset
     of_images = (images.lengths("train"), images.paired("train"), images.usable("train"))
     image_plan = plan.train_plan(*of_images, batch_size=16, seed=0, epoch=1, buckets=images.buckets)
-    turns = plan.take_turns(_plan(dataset), image_plan)
-    both = list(batches.batches(with_cxr_dataset, "train", turns))
-    assert len(both) == len(turns)
+    alternating = plan.alternate(_plan(dataset), image_plan)
+    both = list(batches.batches(both_datasets, "train", alternating))
+    assert len(both) == len(alternating)
     assert [("label" in b, "cxr_label" in b) for b in both[:2]] in (
         [(True, False), (False, True)],
         [(True, False), (True, False)],
@@ -91,7 +91,7 @@ def test_batches_of_images_with_their_own_labels_take_turns(dataset, shards):
     assert not {"ehr", "length"} & of_images.keys() and of_images["cxr_label"].shape == (1, 16, 14)
     record = images.splits["train"][int(of_images["record"][0, 0])]
     np.testing.assert_array_equal(of_images["cxr_label"][0, 0], record["label"])
-    again = list(batches.batches(with_cxr_dataset, "train", turns, start=3))
+    again = list(batches.batches(both_datasets, "train", alternating, start=3))
     for a, b in zip(both[3:], again, strict=True):
         np.testing.assert_array_equal(a["record"], b["record"])
 
@@ -165,7 +165,7 @@ def test_a_damaged_folder_is_named_in_one_line(shards, tmp_path, spoil, said):
     folder = _copy(shards, tmp_path)
     spoil(folder)
     with pytest.raises(UserError) as caught:
-        batches.open_dataset(folder, "pheno")
+        open_dataset(folder, "pheno")
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -203,7 +203,7 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
     shard = next((folder / "pheno").glob("*train*array_record*"))
     damage.cut(shard)
     with pytest.raises(UserError, match=r"pheno"):
-        opened = batches.open_dataset(folder, "pheno")
+        opened = open_dataset(folder, "pheno")
         for record in opened.splits["train"]:
             assert record["ehr"].shape[1] == 76
 
@@ -211,7 +211,7 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
 def test_shards_of_two_builds_mixed_are_noticed(shards, tmp_path):
     folder = _copy(shards, tmp_path)
     _rewrite_index(folder, "train", lambda fields: fields | {"stay_id": np.roll(fields["stay_id"], 1)})
-    mixed = batches.open_dataset(folder, "pheno")
+    mixed = open_dataset(folder, "pheno")
     with pytest.raises(UserError, match="mixes two builds"):
         next(batches.batches(mixed, "train", _plan(mixed)))
 
@@ -219,23 +219,23 @@ def test_shards_of_two_builds_mixed_are_noticed(shards, tmp_path):
 def test_statistics_from_a_file(shards, tmp_path):
     path = tmp_path / "statistics.json"
     path.write_text(json.dumps({"mean": [1.0] * 76, "std": [2.0] * 76}))
-    assert batches.open_dataset(shards, "pheno", statistics=str(path)).mean_F.tolist() == [1.0] * 76
+    assert open_dataset(shards, "pheno", statistics=str(path)).mean_F.tolist() == [1.0] * 76
     nan, inf = float("nan"), float("inf")
     for mean, std in ((1.0, 0.0), (nan, 1.0), (0.0, inf), ("a", 1.0), ([1.0], 1.0), (None, {})):
         path.write_text(json.dumps({"mean": [mean] * 76, "std": [std] * 76}))
         with pytest.raises(UserError, match="must be 76 finite numbers each, every std above 0") as caught:
-            batches.open_dataset(shards, "pheno", statistics=str(path))
+            open_dataset(shards, "pheno", statistics=str(path))
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="not 'train'"):
-        batches.open_dataset(shards, "pheno", statistics="trian")
+        open_dataset(shards, "pheno", statistics="trian")
 
 
 def test_other_statistics_are_part_of_what_a_run_is_trained_on(shards, tmp_path):
-    train = batches.open_dataset(shards, "pheno")
+    train = open_dataset(shards, "pheno")
     path, digests = tmp_path / "statistics.json", []
     for mean_F in (train.mean_F, train.mean_F + 1, train.mean_F + 2):
         path.write_text(json.dumps({"mean": mean_F.tolist(), "std": train.std_F.tolist()}))
-        digests.append(batches.open_dataset(shards, "pheno", statistics=str(path)).digest)
+        digests.append(open_dataset(shards, "pheno", statistics=str(path)).digest)
     assert digests[0] == train.digest == records.digest(shards, "pheno") and len(set(digests)) == 3
 
 
@@ -244,4 +244,4 @@ def test_a_method_of_images_alone_needs_images(shards, tmp_path):
     for split in ("train", "val", "test"):
         _rewrite_index(folder, split, lambda fields: fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})
     with pytest.raises(UserError, match="holds no X-rays"):
-        batches.open_dataset(folder, "pheno", use_ehr=False)
+        open_dataset(folder, "pheno", use_ehr=False)

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from medfuse_jax import augment, evaluate, experiment, optim, records, schema, step
+from medfuse_jax import augment, evaluate, experiment, records, schema, step
 from medfuse_jax.models import registry
 from medfuse_jax.runs import checkpoints, workdir
+from medfuse_jax.runs.progress import Progress
 
 _ROWS, _STEPS, _LABELS = 5, 4, 3
 _BOTH, _EHR, _IMAGE, _ALSO_BOTH, _PADDED = range(_ROWS)
@@ -57,7 +58,7 @@ def test_a_method_of_both_scores_every_stay_and_reports_those_with_a_image_alone
     run = experiment.open_experiment(cxr_only_config)
     workdir.claim(tmp_path, run)
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
-        checkpoints.save(manager, run.fresh_state(), optim.Progress(), is_best=True)
+        checkpoints.save(manager, run.fresh_state(), Progress(), is_best=True)
     result = evaluate.evaluate(tmp_path)
     assert result["best_epoch"] == 0 and result["selected_by"].startswith("not selected")
     with np.load(tmp_path / "predictions_test.npz") as stored:
@@ -99,13 +100,14 @@ def _batch(seed=0):
         "length": np.array([4, 2, 0, 3, 0], np.int32),
         "ehr": rng.normal(size=(_ROWS, _STEPS, 76)).astype(np.float32),
         "image": rng.integers(0, 256, (4, 32, 32), np.uint8),
-        "image_row": np.array([_IMAGE, _BOTH, _ALSO_BOTH, _ROWS], np.int32),
+        "image_row": np.array([_IMAGE, _BOTH, _ALSO_BOTH, 0], np.int32),
+        "image_mask": np.array([True, True, True, False]),
     }
 
 
 def _without(batch, part):
     if part == "cxr_encoder":
-        return {**batch, "image_row": np.full(4, _ROWS, np.int32)}
+        return {**batch, "image_mask": np.zeros(4, bool)}
     return {**batch, "length": np.zeros(_ROWS, np.int32)}
 
 
@@ -121,7 +123,7 @@ def _without(batch, part):
 )
 def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method):
     """With the whole objective, plain gradients and batch statistics in it."""
-    stage = {"stage": 1} if "stage" in registry.METHODS[method][1] else {}
+    stage = {"stage": 1} if "stage" in registry.METHODS[method].fields else {}
     sizes = {"ehr_hidden": 8, "fusion_hidden": 8, "resnet_stage_sizes": (1, 1), "resnet_width": 4}
     options = step.StepOptions(
         model=registry.build(method, _LABELS, **sizes, **stage),
@@ -145,7 +147,7 @@ def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method)
     jax.tree.map(np.testing.assert_array_equal, after.params, after_poison.params)
     jax.tree.map(np.testing.assert_array_equal, after.batch_stats, after_poison.batch_stats)
 
-    model = registry.METHODS[method][0]
+    model = registry.METHODS[method].model_class
     for part, reads in (("ehr_encoder", model.uses_ehr), ("cxr_encoder", model.uses_cxr)):
         if reads:
             moved = compiled(state, _without(clean, part))[0]
@@ -157,7 +159,7 @@ def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method)
     if model.uses_cxr:
         changed = {**clean, "image": clean["image"].copy()}
         changed["image"][0] = 255 - changed["image"][0]
-        for other in (changed, {**clean, "image_row": np.array([_ROWS, _BOTH, _ALSO_BOTH, _ROWS], np.int32)}):
+        for other in (changed, {**clean, "image_mask": np.array([False, True, True, False])}):
             moved_B = np.abs(scores_of(other) - scores_BK).max(1) > 0
             assert not moved_B[[_BOTH, _EHR, _ALSO_BOTH]].any() and moved_B[_IMAGE] == ("ehr" not in model.needs)
 

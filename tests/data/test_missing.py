@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medfuse_jax import evaluate, experiment, optim
+from medfuse_jax import evaluate, experiment
 from medfuse_jax.data import batches, missing
+from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.runs import checkpoints, workdir
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def whole(shards):
-    return batches.open_dataset(shards, "pheno")
+    return open_dataset(shards, "pheno")
 
 
 def _both(dataset, split="train"):
@@ -57,7 +59,7 @@ def test_what_a_stay_had_at_first_is_kept_however_often_something_is_taken(whole
 
 @pytest.mark.parametrize("shares", [(-0.1, 0.0), (0.6, 0.6), (0.0, float("nan"))])
 def test_shares_that_cannot_be_are_refused(whole, shares):
-    with pytest.raises(UserError, match="give shares from 0 to 1"):
+    with pytest.raises(UserError, match="give fractions from 0 to 1"):
         missing.drop_modalities(whole, *shares)
 
 
@@ -65,7 +67,7 @@ def test_a_config_without_ehr_trains_on_images_alone(tiny_config):
     tiny_config.data.drop_ehr = 1.0
     run = experiment.open_experiment(tiny_config)
     batch = next(batches.batches(run.dataset, "train", run.train_plan(1)))
-    image_rows = batch["image_row"][batch["image_row"] < batch["valid"].shape[1]]
+    image_rows = batch["image_row"][batch["image_mask"]]
     assert len(image_rows) and (batch["length"][0][image_rows] == 0).all()
 
 
@@ -76,7 +78,7 @@ def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
     workdir.claim(tmp_path, run)
     state = run.fresh_state().replace(step=jnp.int32(3 * len(run.train_plan(1))))
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
-        checkpoints.save(manager, state, optim.Progress(epoch=3, best_epoch=3), is_best=True)
+        checkpoints.save(manager, state, Progress(epoch=3, best_epoch=3), is_best=True)
     whole = evaluate.evaluate(tmp_path)
     less = evaluate.evaluate(tmp_path, evaluate.Scored(drop_cxr=1.0))
     assert whole["best_epoch"] == less["best_epoch"] == 3

@@ -14,13 +14,14 @@ from model_cases import batch, random_variables, shapes, tiny_model
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, experiment, records, step, train
 from medfuse_jax.data import batches
+from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.data.modalities import loading, static
 from medfuse_jax.models import registry
-from medfuse_jax.runs import warm_start, workdir
+from medfuse_jax.runs import sources, workdir
 from medfuse_jax.runtime.errors import UserError
 
 _PAGE = Path(__file__).parents[2] / "docs" / "encoders.md"
-_METHODS = [name for name, (module, _) in registry.METHODS.items() if hasattr(module, "modalities")]
+_METHODS = registry.with_field("modalities")
 
 
 def _part(ages, sexes, admissions, units) -> dict:
@@ -60,7 +61,7 @@ def test_the_index_holds_what_the_records_say(shards):
 
 
 def test_batches_hold_the_values_of_their_records(shards):
-    dataset = batches.open_dataset(shards, "pheno", modalities=loading.load("static"))
+    dataset = open_dataset(shards, "pheno", modalities=loading.load("static"))
     rows_DB = np.array([[3, 0], [-1, 5]])
     made = batches.collate(dataset, "val", rows_DB, np.zeros((2, 0), int), max(dataset.buckets))
     expected = static.table(dataset.index["val"], dataset.index["train"])
@@ -185,11 +186,11 @@ def test_a_run_with_static_facts_trains_evaluates_and_can_be_a_start(tiny_config
     with np.load(tmp_path / "a" / "predictions_test.npz") as stored:
         assert len(stored["stay_id"]) == len(run.dataset.index["test"]["stay_id"])
         assert np.isfinite(stored["scores"]).all()
-    source = workdir.open_run(tmp_path / "a")
-    warm_start.check(run, "model", tmp_path / "a", source)
+    source = sources.open_run(tmp_path / "a")
+    sources.check(run, "model", tmp_path / "a", source)
     source.dataset.index["train"]["gender"] = np.char.replace(source.dataset.index["train"]["gender"], "F", "W")
     with pytest.raises(UserError, match="other values of the modality 'static'"):
-        warm_start.check(run, "model", tmp_path / "a", source)
+        sources.check(run, "model", tmp_path / "a", source)
 
 
 def _example() -> str:
@@ -228,13 +229,13 @@ def test_the_pages_example_is_short_and_a_gradient_reaches_it(own):
 
 def test_values_that_change_after_training_are_noticed(own, tmp_path):
     workdir.claim(tmp_path / "run", experiment.open_experiment(own))
-    workdir.open_run(tmp_path / "run")
+    sources.open_run(tmp_path / "run")
     with np.load("notes.npz") as notes:
         content = dict(notes)
     content["vector"][0] += 1
     np.savez("notes.npz", **content)
     with pytest.raises(UserError, match=r"table\(\) of config.model.modalities=static,notes.py gives has changed"):
-        workdir.open_run(tmp_path / "run")
+        sources.open_run(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "data.json").read_text())["digest"] != records.digest(own.data.dir, "pheno")
 
 
@@ -294,7 +295,7 @@ def test_a_start_with_the_modalities_in_another_order_is_refused(own, tmp_path):
     run = experiment.open_experiment(own)
     own.model.modalities = "notes.py,static"
     with pytest.raises(UserError, match=r"has the modalities notes, static, in this order; here: static, notes"):
-        warm_start.check(run, "model", tmp_path, experiment.open_experiment(own))
+        sources.check(run, "model", tmp_path, experiment.open_experiment(own))
 
 
 def test_splits_of_different_widths_are_named():

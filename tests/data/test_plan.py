@@ -123,10 +123,11 @@ def test_evaluation_scores_every_record_once(paired):
 def test_dealing_keeps_every_row_and_image_on_its_device(devices):
     plan = _train()
     for step in range(0, len(plan), 7):
-        rows_DB, image_row_DP = plan_lib.deal(plan, step, devices)
+        rows = plan_lib.deal(plan, step, devices)
+        rows_DB, image_row_DP, image_mask_DP = rows["record"], rows["image_row"], rows["image_mask"]
         expected = np.concatenate([plan.paired_SP[step], plan.unpaired_SU[step]])
         np.testing.assert_array_equal(np.sort(rows_DB.reshape(-1)), np.sort(expected))
-        with_cxr = [rows_DB[d, row] for d in range(devices) for row in image_row_DP[d] if row < rows_DB.shape[1]]
+        with_cxr = [rows_DB[d, image_row_DP[d, slot]] for d, slot in np.argwhere(image_mask_DP)]
         assert sorted(with_cxr) == sorted(r for r in plan.paired_SP[step] if r != plan_lib.PADDING)
         assert image_row_DP.shape[1] == -(-plan.images_per_batch // devices)
 
@@ -145,7 +146,7 @@ def test_images_take_turns_with_stays(num_stays, num_images):
     )
     lengths, all_images = np.zeros(num_images, int), np.ones(num_images, bool)
     images = plan_lib.train_plan(lengths, all_images, all_images, batch_size=16, seed=0, epoch=1, buckets=(0,))
-    turns = plan_lib.take_turns(stays, images)
+    turns = plan_lib.alternate(stays, images)
     order = [turns.at(step) for step in range(len(turns))]
     for name, expected in (("stays", len(stays)), ("images", min(len(stays), len(images)))):
         assert [i for which, i in order if which == name] == list(range(expected))
@@ -155,7 +156,7 @@ def test_images_take_turns_with_stays(num_stays, num_images):
     )
     at = np.flatnonzero([which == "images" for which, _ in order])
     assert np.diff(at, prepend=-1).max() <= -(-len(order) // len(at))  # spread evenly
-    drawn = turns.images.paired_SP[turns.images.paired_SP != plan_lib.PADDING]
+    drawn = turns.cxr.paired_SP[turns.images.paired_SP != plan_lib.PADDING]
     assert len(set(drawn)) == len(drawn) and turns.batch_size == 16
 
 
@@ -164,7 +165,7 @@ def test_a_longer_plan_of_images_is_another_part_each_epoch():
         stays = _train(epoch=epoch)
         lengths, all_images = np.zeros(5000, int), np.ones(5000, bool)
         images = plan_lib.train_plan(lengths, all_images, all_images, batch_size=16, seed=0, epoch=epoch, buckets=(0,))
-        return set(plan_lib.take_turns(stays, images).images.paired_SP.reshape(-1).tolist())
+        return set(plan_lib.alternate(stays, images).cxr.paired_SP.reshape(-1).tolist())
 
     assert len(drawn(1)) == 16 * len(_train()) and drawn(1) == drawn(1)
     assert len(drawn(1) & drawn(2)) < 0.5 * len(drawn(1))

@@ -45,7 +45,7 @@ def _run(image_row):
             maps_PHWC,
             hidden_BTD,
             length_B,
-            images_of(np.ones((2, 1, 1)), _B, image_row=image_row),
+            images_of(_B, np.ones((2, 1, 1)), image_row=image_row),
         )
     )
     return apply(np.array(image_row))

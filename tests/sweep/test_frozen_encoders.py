@@ -16,10 +16,11 @@ from sweep_cases import (
     train_alone,
 )
 
-from medfuse_jax import experiment, optim, parallel, step
+from medfuse_jax import experiment, parallel, step
 from medfuse_jax.models import registry
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import frozen_encoders, results, search, trial_store
 from medfuse_jax.sweep import groups as run_lib
@@ -59,7 +60,7 @@ def _untrained(config, workdir):
     run = experiment.open_experiment(config)
     workdir_lib.claim(workdir, run)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
-        checkpoints.save(manager, run.fresh_state(), optim.Progress(epoch=1, learning_rate=0.1, best_epoch=1), True)
+        checkpoints.save(manager, run.fresh_state(), Progress(epoch=1, learning_rate=0.1, best_epoch=1), True)
     return workdir, run
 
 
@@ -81,7 +82,7 @@ def frozen_config(tiny_config, encoders):
     return tiny_config
 
 
-_CAN_FREEZE = [name for name, (module, _) in registry.METHODS.items() if hasattr(module, "frozen_encoders")]
+_CAN_FREEZE = registry.with_field("frozen_encoders")
 
 
 def test_heads_of_every_method_that_freezes_its_encoders_run_or_are_no_heads(frozen_config, encoders, tmp_path):

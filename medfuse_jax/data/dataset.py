@@ -1,0 +1,160 @@
+"""One task's shards, opened: what a run needs to know before it reads a record.
+
+Shapes: N records, F EHR channels.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from medfuse_jax import records, schema
+from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.data.modalities import loading
+from medfuse_jax.runtime import files
+from medfuse_jax.runtime.errors import UserError
+
+CXR_LABEL = "cxr_label"  # the labels of X-rays that are no stays', in a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One task's shards, opened: what a run needs to know of them before it reads a record.
+
+    use_ehr, use_cxr: whether the method reads that modality; what it does not read is
+    neither decoded into a batch nor sent to the device.
+    needs: the modalities, 'ehr' and 'cxr', without which it has no prediction.
+    buckets: padded lengths shared by all splits.
+    extra: name -> split -> values [N, ...] of the further modalities (modalities/loading.py).
+    digest: of the content of the shards and of `extra`, and of other statistics than the train split's.
+    label_field: what the labels are called in a batch.
+    X-rays: the X-rays with labels of their own that take turns with the stays in training, or None.
+    """
+
+    task: schema.Task
+    labels: tuple[str, ...]
+    splits: dict[str, records.Split]
+    index: dict[str, dict[str, np.ndarray]]
+    manifest: dict
+    mean_F: np.ndarray
+    std_F: np.ndarray
+    use_ehr: bool
+    use_cxr: bool
+    buckets: tuple[int, ...]
+    digest: str
+    needs: tuple[str, ...] = ()
+    label_field: str = "label"
+    cxr_dataset: "Dataset | None" = None
+    extra: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def paired(self, split: str) -> np.ndarray:
+        """bool [N]: the records with an X-ray that the method reads."""
+        return self.index[split]["has_cxr"] & self.use_cxr
+
+    def usable(self, split: str) -> np.ndarray:
+        """bool [N]: the records that the method can score: those with anything it reads and all that it needs."""
+        has_N = {"ehr": self.lengths(split) > 0, "cxr": self.paired(split)}
+        usable_N = has_N["ehr"] | has_N["cxr"]
+        for modality in self.needs:
+            usable_N = usable_N & has_N[modality]
+        return usable_N
+
+    def lengths(self, split: str) -> np.ndarray:
+        """Time steps that the method reads of each record, int [N]."""
+        length_N = self.index[split]["length"]
+        return length_N if self.use_ehr else np.zeros_like(length_N)
+
+    def columns(self, split: str) -> dict[str, np.ndarray]:
+        """The fields of a batch that are known without reading a record, each [N, ...] (see `batches.assemble`)."""
+        part = self.index[split]
+        length = {"length": part["length"]} if self.use_ehr else {}
+        extra = {f"extra_{name}": by_split[split] for name, by_split in self.extra.items()}
+        return {self.label_field: part["label"]} | length | extra
+
+
+def open_dataset(
+    data_dir: str | Path,
+    task: str,
+    *,
+    use_ehr: bool = True,
+    use_cxr: bool = True,
+    needs: tuple[str, ...] = (),
+    statistics: str = "train",
+    max_buckets: int = 4,
+    modalities: tuple[loading.Modality, ...] = (),
+) -> Dataset:
+    """Open a task's shards; UserError if they are missing, damaged or of no use to the method.
+
+    statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
+    {"mean": [76], "std": [76]}.
+    """
+    manifest = records.manifest(data_dir, task)
+    # Checked now: the test split is read only after days of training.
+    records.check_lengths(records.task_dir(data_dir, task), manifest)
+    index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
+    if not len(index["train"]["stay_id"]):
+        raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")
+    use_ehr = use_ehr and not schema.TASKS[task].cxr_only
+    if not use_ehr and not any(part["has_cxr"].any() for part in index.values()):
+        raise UserError(
+            f"{records.task_dir(data_dir, task)} holds no X-rays, and the method reads nothing else: "
+            "build with --mimic_cxr, or choose a method that reads EHR"
+        )
+    splits = {split: records.open_split(data_dir, task, split) for split in schema.SPLITS}
+    for split, part in splits.items():
+        if len(part) != len(index[split]["stay_id"]):
+            raise UserError(
+                f"{records.task_dir(data_dir, task)} holds {len(part)} {split} records, its index "
+                f"{len(index[split]['stay_id'])}: the folder mixes two builds; build it again"
+            )
+    mean_F, std_F = _statistics(manifest, statistics)
+    length_N = np.concatenate([index[s]["length"] for s in schema.SPLITS])
+    extra = {modality.name: loading.tables(modality, index) for modality in modalities}
+    return Dataset(
+        task=schema.TASKS[task],
+        labels=tuple(manifest["labels"]),
+        splits=splits,
+        digest=loading.digest(_with_statistics(records.digest(data_dir, task), manifest, mean_F, std_F), extra),
+        index=index,
+        manifest=manifest,
+        mean_F=mean_F,
+        std_F=std_F,
+        use_ehr=use_ehr,
+        use_cxr=use_cxr,
+        buckets=plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,),
+        needs=needs,
+        extra=extra,
+    )
+
+
+def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str) -> Dataset:
+    """Add the X-rays of an X-ray-only task to a dataset; UserError if that task is not built."""
+    cxr_dataset = open_dataset(data_dir, cxr_task, use_ehr=False)
+    return dataclasses.replace(dataset, cxr_dataset=dataclasses.replace(cxr_dataset, label_field=CXR_LABEL))
+
+
+def _statistics(manifest: dict, statistics: str) -> tuple[np.ndarray, np.ndarray]:
+    if statistics == "train":
+        mean, std, where = manifest["train_mean"], manifest["train_std"], "manifest.json"
+    else:
+        where = f"config.data.statistics={statistics}"
+        content = files.read_json(Path(statistics), "give 'train', or a JSON file with 'mean' and 'std'")
+        mean, std = content.get("mean"), content.get("std")
+    channels = len(schema.CHANNELS)
+    try:
+        mean_F, std_F = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        fits = mean_F.shape == std_F.shape == (channels,) and np.isfinite([mean_F, std_F]).all() and (std_F > 0).all()
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        message = f"{where}: mean and std must be {channels} finite numbers each, every std above 0"
+        raise UserError(message, field="config.data.statistics")
+    return mean_F, std_F
+
+
+def _with_statistics(digest: str, manifest: dict, mean_F: np.ndarray, std_F: np.ndarray) -> str:
+    """The shards' digest, extended by the statistics unless they are the train split's."""
+    if np.array_equal([mean_F, std_F], _statistics(manifest, "train")):
+        return digest
+    return hashlib.sha256(digest.encode() + mean_F.tobytes() + std_F.tobytes()).hexdigest()
