@@ -173,6 +173,7 @@ RADIOLOGY_LABELS = (
 class Task:
     """One prediction task, and one dataset on disk.
 
+    title: its name in reports.
     labels: names of the K binary labels, in order.
     window_h: hours of the stay that may be seen, or None for the whole stay.
     cxr_only: records are X-rays (no ICU stay, ehr of length 0).
@@ -180,6 +181,7 @@ class Task:
     """
 
     name: str
+    title: str
     labels: tuple[str, ...]
     window_h: float | None = None
     cxr_only: bool = False
@@ -187,8 +189,8 @@ class Task:
 
     @property
     def unit(self) -> str:
-        """What a record is, in the plural: 'stays' or 'images'."""
-        return "images" if self.cxr_only else "stays"
+        """What a record is, in the plural: 'stays' or 'X-rays'."""
+        return "X-rays" if self.cxr_only else "stays"
 
 
 # Remaining length of stay, days: [0, 1) ... [7, 8), [8, 14), [14, inf). Harutyunyan et al. 2019.
@@ -196,11 +198,11 @@ LENGTH_OF_STAY_EDGES_DAYS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 14)
 _LENGTH_OF_STAY_LABELS = ("under 1 day", *(f"{d} to {d + 1} days" for d in range(1, 8)), "8 to 14 days", "over 14 days")
 
 TASKS = {
-    "pheno": Task("pheno", tuple(p.name for p in PHENOTYPES)),
-    "mortality": Task("mortality", ("In-hospital mortality",), window_h=48.0),
-    "radiology": Task("radiology", RADIOLOGY_LABELS, cxr_only=True),
-    "decompensation": Task("decompensation", ("Death within 24 h",), per_step=True),
-    "length_of_stay": Task("length_of_stay", _LENGTH_OF_STAY_LABELS, per_step=True),
+    "pheno": Task("pheno", "Phenotyping", tuple(p.name for p in PHENOTYPES)),
+    "mortality": Task("mortality", "In-hospital mortality", ("In-hospital mortality",), window_h=48.0),
+    "radiology": Task("radiology", "Radiology findings", RADIOLOGY_LABELS, cxr_only=True),
+    "decompensation": Task("decompensation", "Decompensation", ("Death within 24 h",), per_step=True),
+    "length_of_stay": Task("length_of_stay", "Length of stay", _LENGTH_OF_STAY_LABELS, per_step=True),
 }
 TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if not task.per_step)
 

@@ -6,14 +6,6 @@ from data_prep.audit import plots, privacy, style
 from medfuse_jax import schema
 from medfuse_jax.report import html
 
-NAMES = {
-    "pheno": "Phenotyping",
-    "mortality": "In-hospital mortality",
-    "radiology": "Radiology findings",
-    "decompensation": "Decompensation",
-    "length_of_stay": "Length of stay",
-}
-
 _ROUTES = {  # docs/phenotypes.md has more
     "gem": "ICD-10-CM to ICD-9-CM by the General Equivalence Mappings, then CCS",
     "gem, last row": "as gem, but of several equivalents the last listed one alone",
@@ -26,7 +18,7 @@ def page(audit: dict) -> str:
     """The whole document, of what audit.gather gives."""
     parts = [_header(audit), _checks(audit)]
     for name, content in audit["tasks"].items():
-        parts.append(f'<section id="{name}"><h2>{NAMES[name]}</h2>{_task(name, content, audit)}</section>')
+        parts.append(f'<section id="{name}"><h2>{schema.TASKS[name].title}</h2>{_task(name, content, audit)}</section>')
     parts += [_events(audit), _sources(audit), _footer()]
     return html.document("Data audit", "".join(parts), style.CSS)
 
@@ -68,7 +60,8 @@ def _header(audit: dict) -> str:
     for name, content in audit["tasks"].items():
         records = [row["records"] for row in content["splits"]["ours"].values()]
         known = all(isinstance(n, int) for n in records)
-        lines.append(f"{NAMES[name].lower()} ({sum(records):,})" if known else NAMES[name].lower())
+        title = schema.TASKS[name].title.lower()
+        lines.append(f"{title} ({sum(records):,})" if known else title)
     first = next(iter(audit["tasks"].values()), None)
     lead = f'<p class="lead">What the build made, and from what: {escape(", ".join(lines))}.</p>' if lines else ""
     facts = ""
@@ -85,14 +78,16 @@ def _header(audit: dict) -> str:
             "Split by": _one_of(audit, "split_by"),
         }
         facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items())
-    left_out = "".join(f"<li>{escape(NAMES[n])}: {escape(why)}</li>" for n, why in audit["not_audited"].items())
+    left_out = "".join(
+        f"<li>{escape(schema.TASKS[n].title)}: {escape(why)}</li>" for n, why in audit["not_audited"].items()
+    )
     notice = f'<div class="notice"><strong>Not in this audit:</strong><ul>{left_out}</ul></div>' if left_out else ""
     notice += "".join(_crossing(found) for found in audit["patients"]["crossings"])
     return f'<header><h1>Data audit</h1>{lead}{notice}<dl class="facts">{facts}</dl></header>'
 
 
 def _crossing(found: dict) -> str:
-    here, there = (", ".join(NAMES[name].lower() for name in names) for names in found["between"])
+    here, there = (", ".join(schema.TASKS[name].title.lower() for name in names) for names in found["between"])
     return (
         f'<div class="notice"><strong>Patients in two splits:</strong> {number(found["patients"])} are in one split of '
         f"{escape(here)} and in another of {escape(there)}, which were built from other tables or by another split "
@@ -110,7 +105,7 @@ def _one_of(audit: dict, field: str) -> str:
     text = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
     if len(set(text.values())) == 1:
         return next(iter(text.values()))
-    return ", ".join(f"{value} ({NAMES[name].lower()})" for name, value in text.items())
+    return ", ".join(f"{value} ({schema.TASKS[name].title.lower()})" for name, value in text.items())
 
 
 def _checks(audit: dict) -> str:
@@ -118,13 +113,13 @@ def _checks(audit: dict) -> str:
     for name, content in audit["tasks"].items():
         if check := content.get("time_check"):
             items.append(
-                f"{NAMES[name]}: nothing is later than its record may see<small>The latest event of "
+                f"{schema.TASKS[name].title}: nothing is later than its record may see<small>The latest event of "
                 f"{number(check['records'])} records and the time of {_images(check['images'])}, each against its "
                 f"own cut-off ({escape(check['cut_off'])}): {check['violations']} violations</small>"
             )
     for group in audit["patients"]["groups"]:
         sizes = ", ".join(f"{split} {number(n)}" for split, n in group["by_split"].items())
-        named = ", ".join(NAMES[name].lower() for name in group["tasks"])
+        named = ", ".join(schema.TASKS[name].title.lower() for name in group["tasks"])
         items.append(
             f"No patient is in two splits<small>Over {escape(named)}: patients in {sizes}; in more than one: "
             f"{group['in_two_splits']}</small>"

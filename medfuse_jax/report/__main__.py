@@ -1,7 +1,7 @@
-"""Tables and charts of finished and unfinished runs: `python -m medfuse_jax.report --runs=DIR,DIR --out=DIR`.
+"""Report on finished and unfinished runs: `python -m medfuse_jax.report --runs=DIR,DIR --out=DIR`.
 
-Reads workdirs (workdirs.py), writes one self-contained index.html (page.py), and prints the table (text.py).
-Nothing here imports jax: reports are made where no accelerator is.
+Reads workdirs (read_runs.py), writes one self-contained index.html (pages.py) and prints a table (terminal.py).
+Never imports jax, so that reports can be made on a machine without it.
 """
 
 from absl import flags
@@ -15,6 +15,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("runs", None, "Workdirs, or folders that hold workdirs, commas between.", required=True)
-    flags.DEFINE_string("out", None, "Folder that index.html is written to.", required=True)
+    flags.DEFINE_list("runs", None, "Workdirs or folders that hold workdirs, comma-separated.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write index.html to.", required=True)
     command_line.run(main)

@@ -1,7 +1,7 @@
-"""What our HTML pages share: the frame, the look, and charts that take their colours from the page.
+"""The frame, style and charts that all our HTML pages share. Never imports jax.
 
-One column, light and dark, from 390 px wide on. A page is one file: nothing is loaded from elsewhere, and there is
-no script. matplotlib draws in stand-in colours, which become the page's CSS variables. Never imports jax.
+A page is one self-contained file without scripts: one column, light and dark, from 390 px wide. Charts are drawn by
+matplotlib in placeholder colours, which `svg` replaces by the page's CSS variables.
 """
 
 import html
@@ -11,14 +11,14 @@ import re
 
 from matplotlib.figure import Figure
 
-_CHART = "chart-"  # begins every id within a chart; `document` numbers the charts
+_CHART_ID = "chart-"  # prefix of every id in a chart; `document` makes it unique
 NUM_COLORS = 7  # --run0 ... --run6
 INK, MUTED, RULE, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
 
 CHART_STYLE = {
-    "svg.fonttype": "none",  # text stays text: the page's font, and readers of screens can read it
+    "svg.fonttype": "none",  # text stays text: in the page's font, readable by screen readers
     "svg.hashsalt": "medfuse_jax",
-    "text.parse_math": False,  # names come from folders, where a $ is a $
+    "text.parse_math": False,  # names come from folders: a $ is a $
     "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": INK,
@@ -76,7 +76,7 @@ h1, h2, h3, h4 { text-wrap: balance; font-weight: 650; }
 .facts dt { color: var(--muted); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 
-/* A shadow at the side where a table goes on. */
+/* A shadow on the side where a table scrolls. */
 .scroll {
   overflow-x: auto; overscroll-behavior-x: contain; background-repeat: no-repeat;
   background-image: linear-gradient(to left, var(--paper) 40%, transparent),
@@ -108,10 +108,10 @@ footer { border-top: 1px solid var(--rule); }
 
 
 def document(title: str, body: str, css: str = "") -> str:
-    """A whole page. title: text; body: HTML; css: rules of this page alone."""
+    """A whole page. title: text; body: HTML; css: additional rules."""
     count = itertools.count()
-    # Two charts may be the same: each gets ids of its own.
-    body = re.sub("<svg.*?</svg>", lambda m: m[0].replace(_CHART, f"c{next(count)}-"), body, flags=re.DOTALL)
+    # Identical charts need different ids.
+    body = re.sub("<svg.*?</svg>", lambda m: m[0].replace(_CHART_ID, f"c{next(count)}-"), body, flags=re.DOTALL)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -120,8 +120,13 @@ def document(title: str, body: str, css: str = "") -> str:
     )
 
 
+def figure(svg_text: str, caption: str) -> str:
+    """A chart with its caption. caption: text."""
+    return f'<figure class="chart"><figcaption>{html.escape(caption)}</figcaption>{svg_text}</figure>'
+
+
 def run_color(color: int) -> str:
-    """The stand-in for --run0, --run1 ..., in turn."""
+    """The placeholder for --run0, --run1, ..., cyclic."""
     return f"#0c000{color % NUM_COLORS}"
 
 
@@ -130,26 +135,26 @@ _VARIABLES |= {run_color(i): f"--run{i}" for i in range(NUM_COLORS)}
 
 
 def new_figure(width_px: int, height_px: int) -> Figure:
-    return Figure(figsize=(width_px / 72, height_px / 72))  # an SVG's unit is 1/72 inch
+    return Figure(figsize=(width_px / 72, height_px / 72))  # an SVG unit is 1/72 inch
 
 
-def svg(figure: Figure, description: str) -> str:
-    """The figure as an inline <svg> with the page's colours and font, and no ids but those it refers to."""
+def svg(chart: Figure, description: str) -> str:
+    """The figure as an inline <svg> with the page's colours and font, keeping only the ids it refers to."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    chart.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # A <style> would be the whole page's.
+    # A <style> would apply to the whole page.
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
-    width, height = figure.get_size_inches() * 72
+    width, height = chart.get_size_inches() * 72
     opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(description)}">'
     text = re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
-    # Hundredths of a pixel are enough; numbers that are text stay whole.
+    # Round positions to 0.01 px, but not numbers in text.
     text = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), text)
     text = re.sub(r"font-family: [^;]*; ", "", text).replace("xlink:href", "href")
     text = re.sub(r"\s*\n\s*", " ", text)
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, f"var({variable})")
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, f"var({variable})")
     used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
-    text = re.sub(r' id="([\w.:-]+)"', lambda m: f' id="{_CHART}{m[1]}"' if m[1] in used else "", text)
-    return re.sub(r'(url\(|href=")#([\w-]+)', rf"\1#{_CHART}\2", text).strip()
+    text = re.sub(r' id="([\w.:-]+)"', lambda m: f' id="{_CHART_ID}{m[1]}"' if m[1] in used else "", text)
+    return re.sub(r'(url\(|href=")#([\w-]+)', rf"\1#{_CHART_ID}\2", text).strip()

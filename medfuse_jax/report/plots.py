@@ -9,76 +9,168 @@ from html import escape
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from medfuse_jax.report.html import CHART_STYLE, MUTED, NUM_COLORS, PAPER, new_figure, run_color, svg
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
-_WIDTH_PX, _LOW_PX, _HIGH_PX = 380, 250, 340  # near the size they are shown at, so that text keeps its size
+_WIDTH_PX, _LOW_PX, _HIGH_PX = 380, 250, 340  # close to the displayed size, so that text keeps its size
+_DASHED = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (3, 3))}
 _GRID_G = np.linspace(0, 1, 201)
 
 
+# By epoch
+
+
 def loss_curves(
-    train: dict[int, float], val: dict[int, float], chosen_epoch: int | None, color: int, chosen_label: str = "chosen"
+    train: dict[int, float], val: dict[int, float], best_epoch: int | None, color: int, best_label: str = "chosen"
 ) -> str:
-    """Training and validation loss by epoch, the chosen epoch marked."""
+    """Training and validation loss by epoch, with the best epoch marked."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _epoch_axes(chosen_epoch, right=0.83)
+        axes = _epoch_axes(best_epoch, right=0.83)
         ends = []
         for values, name, line_color in ((train, "training", MUTED), (val, "validation", run_color(color))):
             if values:
-                _by_epoch(axes, values, line_color)
+                _plot_by_epoch(axes, values, line_color)
                 ends.append((list(values.values())[-1], name, line_color))
         _label_ends(axes, ends)
-        _name_chosen(axes, chosen_epoch, chosen_label)
-        return svg(figure, "Training and validation loss by epoch")
+        _label_best_epoch(axes, best_epoch, best_label)
+        return svg(axes.figure, "Training and validation loss by epoch")
 
 
-def auroc_curve(val: dict[int, float], chosen_epoch: int | None, color: int, chosen_label: str = "chosen") -> str:
-    """Validation AUROC by epoch, the chosen epoch marked with its value."""
+def auroc_curve(val: dict[int, float], best_epoch: int | None, color: int, best_label: str = "chosen") -> str:
+    """Validation AUROC by epoch, with the best epoch and its value marked."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _epoch_axes(chosen_epoch, right=0.96)
-        _by_epoch(axes, val, run_color(color))
-        if chosen_epoch in val:
-            axes.plot([chosen_epoch], [val[chosen_epoch]], "o", color=run_color(color), markersize=6)
-            # Above the curve's top there is nothing that the number could hide.
-            axes.set_ymargin(0.16)
-            is_late = chosen_epoch > (min(val) + max(val)) / 2
+        axes = _epoch_axes(best_epoch, right=0.96)
+        _plot_by_epoch(axes, val, run_color(color))
+        if best_epoch in val:
+            axes.plot([best_epoch], [val[best_epoch]], "o", color=run_color(color), markersize=6)
+            axes.set_ymargin(0.16)  # room for the number above the curve
+            is_late = best_epoch > (min(val) + max(val)) / 2
             axes.annotate(
-                f"{val[chosen_epoch]:.3f}",
-                (chosen_epoch, val[chosen_epoch]),
+                f"{val[best_epoch]:.3f}",
+                (best_epoch, val[best_epoch]),
                 xytext=(-6 if is_late else 6, 7),
                 textcoords="offset points",
                 ha="right" if is_late else "left",
                 color=run_color(color),
                 weight="bold",
             )
-        _name_chosen(axes, chosen_epoch, chosen_label)
-        return svg(figure, "Validation AUROC by epoch")
+        _label_best_epoch(axes, best_epoch, best_label)
+        return svg(axes.figure, "Validation AUROC by epoch")
 
 
-def roc(labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) -> str:
-    """ROC curves: a thin grey line a label, and their mean (for one label, that label's curve)."""
-    return _curve_chart(_roc_G, labels_NK, scores_NK, color, "ROC")
+def _epoch_axes(best_epoch: int | None, right: float) -> Axes:
+    axes = new_figure(_WIDTH_PX, _LOW_PX).add_axes((0.13, 0.16, right - 0.13, 0.75))
+    axes.grid(axis="x", visible=False)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=7, min_n_ticks=1)
+    axes.yaxis.get_major_locator().set_params(nbins=5)
+    axes.set_xlabel("epoch")
+    if best_epoch is not None:
+        axes.axvline(best_epoch, **_DASHED)
+    return axes
 
 
-def precision_recall(labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) -> str:
-    """Precision by recall: a thin grey line a label, and their mean (for one label, that label's curve)."""
-    return _curve_chart(_precision_G, labels_NK, scores_NK, color, "PR")
+def _plot_by_epoch(axes: Axes, values: dict[int, float], color: str) -> None:
+    marker = "o" if len(values) <= 3 else None  # a line through one point is invisible
+    axes.plot(list(values), list(values.values()), color=color, marker=marker, markersize=4)
+
+
+def _label_best_epoch(axes: Axes, best_epoch: int | None, label: str) -> None:
+    """Write the epoch above its line, inside the chart's width. Call it last, when the x limits are final."""
+    if best_epoch is not None:
+        low, high = axes.get_xlim()
+        share = (best_epoch - low) / (high - low)
+        side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
+        place = {"transform": axes.get_xaxis_transform(), "ha": side, "va": "bottom"}
+        axes.text(best_epoch, 1.02, f"{label}: epoch {best_epoch}", color=MUTED, fontsize=9.5, **place)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Label lines at their right ends without overlap. ends: (y, name, color)."""
+    low, high = axes.get_ylim()
+    last = -np.inf
+    for y, name, color in sorted(ends):
+        last = max((y - low) / (high - low), last + 0.08)
+        axes.text(1.02, last, name, transform=axes.transAxes, color=color, va="center", fontsize=9.5)
+
+
+# ROC and precision-recall. kind: 'ROC' or 'PR'.
+
+
+def curves(kind: str, labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) -> str:
+    """One thin grey curve per label, and their mean; for a single label, its curve alone."""
+    with mpl.rc_context(_STYLE):
+        axes = _unit_axes(kind)
+        curves_KG = _label_curves(kind, labels_NK, scores_NK)
+        several = labels_NK.shape[1] > 1
+        if several:
+            for curve_G in curves_KG:
+                axes.plot(*_points(kind, curve_G), color=MUTED, linewidth=0.7, alpha=0.45)
+            _legend(axes, kind, [("mean of the labels", run_color(color)), ("each label", MUTED)])
+        if curves_KG:
+            axes.plot(*_points(kind, np.mean(curves_KG, axis=0)), color=run_color(color), linewidth=2.4)
+        return svg(axes.figure, f"{kind} curves of {len(curves_KG)} labels" if several else f"{kind} curve")
 
 
 def overlay(kind: str, runs: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) -> str:
-    """The mean curves of several runs. kind: 'ROC' or 'PR'; runs: (name, color, labels [N, K], scores [N, K])."""
+    """The mean curves of several runs, each (name, color, labels [N, K], scores [N, K])."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _unit_axes(kind)
-        curve = {"ROC": _roc_G, "PR": _precision_G}[kind]
+        axes = _unit_axes(kind)
         for _, color, labels_NK, scores_NK in runs:
-            curves_KG = _curves(curve, labels_NK, scores_NK)
-            if curves_KG:
-                axes.plot(*_mean(kind, curves_KG), color=run_color(color))
-        _key(axes, kind, [(name, run_color(color)) for name, color, _, _ in runs])
-        return svg(figure, f"{kind} curves, mean over labels, of {', '.join(name for name, *_ in runs)}")
+            if curves_KG := _label_curves(kind, labels_NK, scores_NK):
+                axes.plot(*_points(kind, np.mean(curves_KG, axis=0)), color=run_color(color))
+        _legend(axes, kind, [(name, run_color(color)) for name, color, _, _ in runs])
+        return svg(axes.figure, f"{kind} curves, mean over labels, of {', '.join(name for name, *_ in runs)}")
+
+
+def _unit_axes(kind: str) -> Axes:
+    axes = new_figure(_WIDTH_PX, _HIGH_PX).add_axes((0.13, 0.13, 0.83, 0.83))
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+    if kind == "ROC":
+        axes.set(xlabel="1 − specificity", ylabel="sensitivity")
+        axes.plot([0, 1], [0, 1], **_DASHED)
+    else:
+        axes.set(xlabel="recall (sensitivity)", ylabel="precision")
+    return axes
+
+
+def _label_curves(kind: str, labels_NK: np.ndarray, scores_NK: np.ndarray) -> list[np.ndarray]:
+    """The curve, on the grid, of every label that has both classes."""
+    curve = {"ROC": _roc, "PR": _precision}[kind]
+    columns = zip(np.asarray(labels_NK).T, np.asarray(scores_NK).T, strict=True)
+    return [curve(label_N, score_N) for label_N, score_N in columns if 0 < label_N.sum() < len(label_N)]
+
+
+def _roc(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
+    """True positive rate [G]; the upper end of a jump."""
+    fpr, tpr, _ = roc_curve(label_N, score_N)
+    return np.interp(_GRID_G, fpr, tpr)
+
+
+def _precision(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
+    """Precision [G] where each recall is first reached: steps whose area is the average precision."""
+    precision, recall, _ = precision_recall_curve(label_N, score_N)
+    precision, recall = precision[::-1], recall[::-1]
+    return precision[np.searchsorted(recall, np.maximum(_GRID_G, 1e-12), side="left")]
+
+
+def _points(kind: str, curve_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a curve; a ROC curve starts at (0, 0)."""
+    return (np.append(0, _GRID_G), np.append(0, curve_G)) if kind == "ROC" else (_GRID_G, curve_G)
+
+
+def _legend(axes: Axes, kind: str, names: list[tuple[str, str]]) -> None:
+    """Coloured names in the corner that the curves leave empty: bottom right for ROC, top right for PR."""
+    top = 0.06 + 0.065 * (len(names) - 1) if kind == "ROC" else 0.95
+    look = {"transform": axes.transAxes, "ha": "right", "va": "center"}
+    box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1.5}
+    for i, (name, color) in enumerate(names):
+        weight = "normal" if color == MUTED else "bold"
+        axes.text(0.98, top - 0.065 * i, name, color=color, weight=weight, bbox=box, **look)
+
+
+# A table cell
 
 
 def interval(
@@ -86,12 +178,12 @@ def interval(
     value: float,
     bounds: tuple[float | None, float | None],
     color: int,
-    beside: Sequence[tuple[float, int]] = (),
+    others: Sequence[tuple[float, int]] = (),
     reference: float | None = None,
 ) -> str:
-    """A table cell's bar on an axis (low, high): a value's dot with its bounds.
+    """A value's dot with its bounds, on an axis (low, high).
 
-    beside: (value, color) of others, as small dots. reference: a dashed line where it is inside the axis.
+    others: (value, color) of other runs, drawn as small dots. reference: a dashed line, if it is inside the axis.
     """
     width_px, height_px, edge_px = 132, 16, 6
     low, high = axis
@@ -106,41 +198,44 @@ def interval(
     css = f"var(--run{color % NUM_COLORS})"
     if None not in bounds:
         parts.append(f'<path d="M{x(bounds[0])} 8H{x(bounds[1])}" stroke="{css}" stroke-width="2" opacity=".5"/>')
-    for other, other_color in beside:
+    for other, other_color in others:
         parts.append(f'<circle cx="{x(other)}" cy="8" r="2.5" fill="var(--run{other_color % NUM_COLORS})"/>')
     parts.append(f'<circle cx="{x(value)}" cy="8" r="3.5" fill="{css}"/>')
     size = f'width="{width_px}" height="{height_px}" viewBox="0 0 {width_px} {height_px}"'
     return f'<svg class="interval" {size} aria-hidden="true">{"".join(parts)}</svg>'
 
 
-def weight_by_hour(weight_NT: np.ndarray, length_N: np.ndarray, timestep_h: float, color: int, to_end: bool) -> str:
-    """Attention by hours since the stay began, or before its end: mean, and the 10th to 90th percentile of the stays.
+# Attention weights
 
-    In units of the even share, 1 / length, so that long and short stays can be averaged. As far as a tenth of
-    the stays go.
+
+def weight_by_hour(weight_NT: np.ndarray, length_N: np.ndarray, timestep_h: float, color: int, to_end: bool) -> str:
+    """Mean weight, and 10th to 90th percentile of the stays, by hours since the stay began or before its end.
+
+    In multiples of the uniform weight, 1 / length, so that short and long stays can be averaged. Covers the hours
+    that at least a tenth of the stays have.
     """
     with mpl.rc_context(_STYLE):
-        figure = new_figure(_WIDTH_PX, _LOW_PX)
-        axes = figure.add_axes((0.13, 0.18, 0.83, 0.72))
+        axes = new_figure(_WIDTH_PX, _LOW_PX).add_axes((0.13, 0.18, 0.83, 0.72))
         axes.grid(axis="x", visible=False)
-        share_NT = _shares(weight_NT, length_N, to_end)
-        hour_T = (np.arange(share_NT.shape[1]) + 0.5) * timestep_h
-        low_T, high_T = np.nanpercentile(share_NT, (10, 90), axis=0)
+        relative_NT = _relative_weights(weight_NT, length_N, to_end)
+        hour_T = (np.arange(relative_NT.shape[1]) + 0.5) * timestep_h
+        low_T, high_T = np.nanpercentile(relative_NT, (10, 90), axis=0)
         axes.fill_between(hour_T, low_T, high_T, color=run_color(color), alpha=0.18, linewidth=0)
-        few = len(hour_T) <= 3  # a line of one point is not seen
-        axes.plot(hour_T, np.nanmean(share_NT, axis=0), color=run_color(color), marker="o" if few else None)
-        axes.axhline(1, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+        marker = "o" if len(hour_T) <= 3 else None  # a line through one point is invisible
+        axes.plot(hour_T, np.nanmean(relative_NT, axis=0), color=run_color(color), marker=marker)
+        axes.axhline(1, **_DASHED)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("hours before the end" if to_end else "hours since the stay began")
+        label = "hours before the end" if to_end else "hours since the stay began"
+        axes.set_xlabel(label)
         if to_end:
             axes.invert_xaxis()
         place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 9.5}
-        axes.text(0.01, 1, "even", color=MUTED, **place)
-        return svg(figure, f"Attention weight by {'hours before the end' if to_end else 'hours since the stay began'}")
+        axes.text(0.01, 1, "uniform", color=MUTED, **place)
+        return svg(axes.figure, f"Attention weight by {label}")
 
 
-def _shares(weight_NT: np.ndarray, length_N: np.ndarray, to_end: bool) -> np.ndarray:
-    """Weights times the stay's length, NaN past its end, as many steps as a tenth of the stays have; [N, T]."""
+def _relative_weights(weight_NT: np.ndarray, length_N: np.ndarray, to_end: bool) -> np.ndarray:
+    """Weights times the stay's length [N, T], NaN beyond its end; T: the 90th percentile of the lengths."""
     rows = np.flatnonzero(length_N > 0)
     length_N, weight_NT = length_N[rows], weight_NT[rows].astype(np.float32)
     num_steps = max(1, int(np.quantile(length_N, 0.9, method="lower"))) if len(rows) else 1
@@ -148,18 +243,18 @@ def _shares(weight_NT: np.ndarray, length_N: np.ndarray, to_end: bool) -> np.nda
     inside_NT = step_NT < length_N[:, None]
     if to_end:
         step_NT = length_N[:, None] - 1 - step_NT
-    share_NT = np.take_along_axis(weight_NT, np.where(inside_NT, step_NT, 0), axis=1) * length_N[:, None]
-    return np.where(inside_NT, share_NT, np.nan)
+    relative_NT = np.take_along_axis(weight_NT, np.where(inside_NT, step_NT, 0), axis=1) * length_N[:, None]
+    return np.where(inside_NT, relative_NT, np.nan)
 
 
 def weight_by_modality(weight_NM: np.ndarray, names: Sequence[str], color: int) -> str:
-    """A row a modality that any stay has: mean weight, and the 10th to 90th percentile of the stays that have it."""
+    """Mean weight of each modality, and 10th to 90th percentile, over the stays that have it."""
     shown = [(name, weight_N[weight_N > 0]) for name, weight_N in zip(names, weight_NM.T) if (weight_N > 0).any()]
     names = [name for name, _ in shown]
+    height_px = 70 + 38 * len(names)
+    bottom = 50 / height_px
     with mpl.rc_context(_STYLE):
-        figure = new_figure(_WIDTH_PX, 70 + 38 * len(names))
-        bottom = 50 / (70 + 38 * len(names))
-        axes = figure.add_axes((0.25, bottom, 0.71, 0.96 - bottom))
+        axes = new_figure(_WIDTH_PX, height_px).add_axes((0.25, bottom, 0.71, 0.96 - bottom))
         axes.grid(axis="y", visible=False)
         for row, (_, weight_N) in enumerate(shown):
             low, high = np.percentile(weight_N, (10, 90))
@@ -169,119 +264,12 @@ def weight_by_modality(weight_NM: np.ndarray, names: Sequence[str], color: int) 
             axes.annotate(f"{weight_N.mean():.2f}", (weight_N.mean(), row), color=run_color(color), **above)
         axes.set(xlim=(-0.03, 1.03), ylim=(len(names) - 0.5, -0.7), xlabel="weight")
         axes.set_yticks(range(len(names)), names)
-        return svg(figure, f"Attention weight by modality: {', '.join(names)}")
+        return svg(axes.figure, f"Attention weight by modality: {', '.join(names)}")
 
 
 def weight_strip(weight_T: np.ndarray, color: int, description: str) -> str:
-    """One stay's weights as a strip, first step to last; the fullest colour is its own largest weight."""
+    """One stay's weights as a strip from the first time step to the last; its largest weight is fully opaque."""
     opacity_T = np.asarray(weight_T, np.float32) / max(float(np.max(weight_T)), 1e-9)
     rects = "".join(f'<rect x="{i}" width="1.02" height="1" opacity="{o:.2f}"/>' for i, o in enumerate(opacity_T))
     size = f'viewBox="0 0 {len(weight_T)} 1" preserveAspectRatio="none" role="img" aria-label="{escape(description)}"'
     return f'<svg class="strip" {size} fill="var(--run{color % NUM_COLORS})">{rects}</svg>'
-
-
-def _epoch_axes(chosen_epoch: int | None, right: float) -> tuple[Figure, Axes]:
-    figure = new_figure(_WIDTH_PX, _LOW_PX)
-    axes = figure.add_axes((0.13, 0.16, right - 0.13, 0.75))
-    axes.grid(axis="x", visible=False)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=7, min_n_ticks=1)
-    axes.yaxis.get_major_locator().set_params(nbins=5)
-    axes.set_xlabel("epoch")
-    if chosen_epoch is not None:
-        axes.axvline(chosen_epoch, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
-    return figure, axes
-
-
-def _name_chosen(axes: Axes, chosen_epoch: int | None, text: str) -> None:
-    """Writes over the chosen epoch's line, turned inwards at the chart's sides. Last: the x axis is known then."""
-    if chosen_epoch is not None:
-        low, high = axes.get_xlim()
-        share = (chosen_epoch - low) / (high - low)
-        side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
-        place = {"transform": axes.get_xaxis_transform(), "ha": side, "va": "bottom"}
-        axes.text(chosen_epoch, 1.02, f"{text}: epoch {chosen_epoch}", color=MUTED, fontsize=9.5, **place)
-
-
-def _by_epoch(axes: Axes, values: dict[int, float], color: str) -> None:
-    few = len(values) <= 3  # a line of one point is not seen
-    axes.plot(list(values), list(values.values()), color=color, marker="o" if few else None, markersize=4)
-
-
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Names lines at their right ends, moved apart where they would touch. ends: (y, name, color)."""
-    low, high = axes.get_ylim()
-    last = -np.inf
-    for y, name, color in sorted(ends):
-        last = max((y - low) / (high - low), last + 0.08)
-        axes.text(1.02, last, name, transform=axes.transAxes, color=color, va="center", fontsize=9.5)
-
-
-def _unit_axes(kind: str) -> tuple[Figure, Axes]:
-    figure = new_figure(_WIDTH_PX, _HIGH_PX)
-    axes = figure.add_axes((0.13, 0.13, 0.83, 0.83))
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
-    if kind == "ROC":
-        axes.set(xlabel="1 − specificity", ylabel="sensitivity")
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
-    else:
-        axes.set(xlabel="recall (sensitivity)", ylabel="precision")
-    return figure, axes
-
-
-def _curve_chart(curve, labels_NK: np.ndarray, scores_NK: np.ndarray, color: int, kind: str) -> str:
-    with mpl.rc_context(_STYLE):
-        figure, axes = _unit_axes(kind)
-        curves_KG = _curves(curve, labels_NK, scores_NK)
-        several = labels_NK.shape[1] > 1
-        if several:
-            for curve_G in curves_KG:
-                axes.plot(*_closed(kind, curve_G), color=MUTED, linewidth=0.7, alpha=0.45)
-        if curves_KG:
-            axes.plot(*_mean(kind, curves_KG), color=run_color(color), linewidth=2.4)
-        names = [("mean of the labels", run_color(color)), ("each label", MUTED)] if several else []
-        _key(axes, kind, names)
-        return svg(figure, f"{kind} curves of {len(curves_KG)} labels" if several else f"{kind} curve")
-
-
-def _curves(curve, labels_NK: np.ndarray, scores_NK: np.ndarray) -> list[np.ndarray]:
-    """The curve of every label that has both classes, on the grid."""
-    pairs = zip(np.asarray(labels_NK).T, np.asarray(scores_NK).T, strict=True)
-    return [curve(label_N, score_N) for label_N, score_N in pairs if 0 < label_N.sum() < len(label_N)]
-
-
-def _roc_G(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
-    fpr, tpr, _ = roc_curve(label_N, score_N)
-    return np.interp(_GRID_G, fpr, tpr)  # at a jump: its upper end
-
-
-def _precision_G(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
-    """Precision where the recall is first reached: the steps whose area is the average precision."""
-    precision, recall, _ = precision_recall_curve(label_N, score_N)
-    precision, recall = precision[::-1], recall[::-1]
-    return precision[np.searchsorted(recall, np.maximum(_GRID_G, 1e-12), side="left")]
-
-
-def _mean(kind: str, curves_KG: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    return _closed(kind, np.mean(curves_KG, axis=0))
-
-
-def _closed(kind: str, curve_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of a curve; a ROC curve starts in the corner."""
-    return (np.append(0, _GRID_G), np.append(0, curve_G)) if kind == "ROC" else (_GRID_G, curve_G)
-
-
-def _key(axes: Axes, kind: str, names: list[tuple[str, str]]) -> None:
-    """Coloured names in the corner that such curves leave empty: ROC bottom right, PR top right."""
-    top = 0.06 + 0.065 * (len(names) - 1) if kind == "ROC" else 0.95
-    for i, (name, color) in enumerate(names):
-        axes.text(
-            0.98,
-            top - 0.065 * i,
-            name,
-            transform=axes.transAxes,
-            ha="right",
-            va="center",
-            color=color,
-            weight="bold" if color != MUTED else "normal",
-            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
-        )

@@ -1,8 +1,8 @@
-"""The report's own rules, after those that all our pages share (webpage.py)."""
+"""CSS rules of the report and the sweep page, added to those of html.py."""
 
 CSS = """
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; flex: none; }
-.key span { margin-left: 0.75rem; white-space: nowrap; }
+.legend span { margin-left: 0.75rem; white-space: nowrap; }
 
 table { width: 100%; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -30,10 +30,10 @@ details.run > summary .dot { margin-right: -6px; }
 summary::marker { color: var(--muted); }
 details.run > summary::before { content: "+"; width: 0.7rem; color: var(--muted); }
 details.run[open] > summary::before { content: "−"; }
-details.made { margin-top: 1.25rem; font-size: 0.875rem; }
-details.made > summary { color: var(--muted); }
+details.more { margin-top: 1.25rem; font-size: 0.875rem; }
+details.more > summary { color: var(--muted); }
 pre { background: var(--wash); padding: 0.9rem; overflow-x: auto; font-size: 0.8125rem; line-height: 1.45; margin: 0; }
-/* On a phone a value stands above its interval, and what the numbers also say is left out. */
+/* On a phone: a value above its interval, no bars. */
 @media (max-width: 40rem) {
   th, td { padding: 0.4rem 0.2rem; }
   .ci { display: block; font-size: 0.6875rem; }

@@ -1,5 +1,6 @@
-"""plots: inline SVG that a page can hold; curves that say what the scores say."""
+"""Charts are valid inline SVG, and their curves match the scores."""
 
+import functools
 import re
 from xml.etree import ElementTree
 
@@ -19,13 +20,18 @@ def problem(num_samples=200, num_labels=3, seed=0):
     return labels, labels + rng.normal(size=labels.shape)
 
 
+@functools.cache
 def charts() -> dict[str, str]:
+    return draw()
+
+
+def draw() -> dict[str, str]:
     labels, scores = problem()
     return {
         "loss": plots.loss_curves(TRAIN, VAL, 3, 0),
         "auroc": plots.auroc_curve(VAL, 3, 1),
-        "roc": plots.roc(labels, scores, 0),
-        "precision_recall": plots.precision_recall(labels, scores, 0),
+        "roc": plots.curves("ROC", labels, scores, 0),
+        "precision_recall": plots.curves("PR", labels, scores, 0),
         "overlay": plots.overlay("ROC", [("A", 0, labels, scores), ("B", 1, labels, -scores)]),
         "interval": plots.interval((0.5, 1.0), 0.8, (0.7, 0.9), 0, [(0.6, 1)], 0.5),
     }
@@ -35,8 +41,8 @@ def texts(svg: str) -> list[str]:
     return [element.text for element in ElementTree.fromstring(svg).iter() if element.tag == "text"]
 
 
-@pytest.mark.parametrize("name", charts())
-def test_a_chart_takes_colours_and_font_from_the_page_and_brings_no_style_of_its_own(name):
+@pytest.mark.parametrize("name", ["loss", "auroc", "roc", "precision_recall", "overlay", "interval"])
+def test_a_chart_takes_colours_and_font_from_the_page(name):
     svg = charts()[name]
     assert ElementTree.fromstring(svg).tag == "svg"
     assert not re.findall(r"#[0-9a-f]{6}\b", svg)
@@ -45,61 +51,66 @@ def test_a_chart_takes_colours_and_font_from_the_page_and_brings_no_style_of_its
         assert unwanted not in svg
 
 
-def test_charts_are_the_same_every_time_and_hold_the_ids_they_refer_to():
-    first, second = charts(), charts()
-    assert first == second
-    for svg in first.values():
+def test_charts_are_reproducible_and_define_the_ids_they_refer_to():
+    assert charts() == draw()
+    for svg in charts().values():
         assert set(re.findall(r' id="([^"]+)"', svg)) == set(re.findall(r'(?:url\(|href=")#([\w-]+)', svg))
 
 
-def test_no_two_charts_of_a_page_share_an_id():
+def test_charts_of_a_page_share_no_id():
     page = html.document("Two of each", "".join([*charts().values()] * 2))
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 0
     assert set(re.findall(r'(?:url\(|href=")#([\w-]+)', page)) == set(ids)
 
 
-def test_lines_are_named_at_their_ends_and_the_chosen_epoch_is_marked():
+def test_lines_are_labelled_and_the_best_epoch_is_marked():
     assert {"training", "validation", "chosen: epoch 3", "epoch"} <= set(texts(plots.loss_curves(TRAIN, VAL, 3, 0)))
     named = texts(plots.auroc_curve({1: 0.7, 2: 0.7345678}, 2, 0, "best so far"))
-    assert {"0.735", "best so far: epoch 2"} <= set(named)  # whole: only positions are shortened
+    assert {"0.735", "best so far: epoch 2"} <= set(named)  # only positions are rounded, not text
     assert "training" not in texts(plots.loss_curves({}, VAL, None, 0))
 
 
-def test_names_at_line_ends_keep_apart():
+def test_labels_at_line_ends_do_not_overlap():
     svg = plots.loss_curves({1: 0.5, 2: 0.4}, {1: 0.5, 2: 0.4001}, None, 0)
     heights = {e.text: float(e.get("y")) for e in ElementTree.fromstring(svg).iter() if e.tag == "text"}
     assert abs(heights["training"] - heights["validation"]) > 9
 
 
-def test_the_mean_roc_has_the_mean_auroc_and_precision_steps_the_average_precision():
+def mean_curve(kind, labels, scores):
+    return plots._points(kind, np.mean(plots._label_curves(kind, labels, scores), axis=0))
+
+
+def test_the_area_under_a_mean_curve_is_the_mean_score():
     labels, scores = problem(3000)
-    grid, roc = plots._mean("ROC", plots._curves(plots._roc_G, labels, scores))
+    grid, roc = mean_curve("ROC", labels, scores)
     auroc = np.mean([roc_auc_score(y, s) for y, s in zip(labels.T, scores.T, strict=True)])
     assert abs(np.trapezoid(roc, grid) - auroc) < 0.004
-    _, precision = plots._mean("PR", plots._curves(plots._precision_G, labels, scores))
+    _, precision = mean_curve("PR", labels, scores)
     ap = np.mean([average_precision_score(y, s) for y, s in zip(labels.T, scores.T, strict=True)])
     assert abs(precision.mean() - ap) < 0.004
-    _, wrong = plots._mean("ROC", plots._curves(plots._roc_G, labels, scores[:, ::-1]))
+    _, wrong = mean_curve("ROC", labels, scores[:, ::-1])
     assert abs(np.trapezoid(wrong, grid) - auroc) > 0.1
 
 
 def test_a_label_of_one_class_has_no_curve():
     labels, scores = problem()
     labels[:, 1] = False
-    assert len(plots._curves(plots._roc_G, labels, scores)) == 2
+    assert len(plots._label_curves("ROC", labels, scores)) == 2
     labels[:] = False
-    assert "<path" in plots.roc(labels, scores, 0) and "<path" in plots.overlay("PR", [("A", 0, labels, scores)])
+    assert "<path" in plots.curves("ROC", labels, scores, 0) and "<path" in plots.overlay(
+        "PR", [("A", 0, labels, scores)]
+    )
 
 
-def test_text_from_outside_is_escaped_and_is_not_mathematics():
+def test_names_are_escaped_and_not_parsed_as_math():
     labels, scores = problem()
     svg = plots.overlay("ROC", [('<b>"$x_{$&', 0, labels, scores)])
     assert "<b>" not in svg and '<b>"$x_{$&' in texts(svg)
 
 
 def test_the_size_does_not_grow_with_the_samples():
-    assert len(plots.roc(*problem(20_000, 2), 0)) < 1.5 * len(plots.roc(*problem(500, 2), 0))
+    assert len(plots.curves("ROC", *problem(20_000, 2), 0)) < 1.5 * len(plots.curves("ROC", *problem(500, 2), 0))
 
 
 def test_interval_places_its_marks():
