@@ -1,30 +1,66 @@
-"""The audit as one HTML page: nothing loaded from elsewhere, no script, and no date, so that a build gives it again."""
+"""The audit as one HTML page: self-contained, without scripts or dates, so that the same build gives the same page."""
 
 from html import escape
 
-from data_prep.audit import plots, privacy, style
+from data_prep.audit import plots, privacy
+from data_prep.ehr import events
 from medfuse_jax import schema
 from medfuse_jax.report import html
 
+CSS = """
+h2 { margin: 3.5rem 0 0.5rem; padding-top: 1.5rem; border-top: 1px solid var(--rule); }
+h3 { margin-top: 2.25rem; }
+.checks { list-style: none; margin: 1.5rem 0 0; padding: 0; max-width: 46rem; }
+.checks li { padding: 0.6rem 0 0.6rem 1.9rem; border-top: 1px solid var(--rule); position: relative; }
+.checks li:last-child { border-bottom: 1px solid var(--rule); }
+.checks li::before { content: "✓"; position: absolute; left: 0.3rem; color: var(--run2); font-weight: 700; }
+.checks small { color: var(--muted); font-size: 0.8125rem; display: block; }
+
+table { min-width: min(100%, 34rem); }
+th, td { padding: 0.35rem 0.6rem; text-align: right; }
+th:first-child, td:first-child { padding-left: 0; text-align: left; }
+tbody th { white-space: normal; min-width: 9rem; max-width: 22rem; }
+td.text, th.text { text-align: left; white-space: normal; min-width: 11rem; }
+td.short, th.short { text-align: left; }
+td.bar { width: 40%; min-width: 7rem; }
+td.bar div { background: var(--run0); height: 0.65rem; border-radius: 2px; min-width: 2px; }
+.ours { color: var(--run0); } .papers { color: var(--run1); }
+.charts { margin-top: 2rem; }
+.chart { margin-top: 1rem; }
+.chart text { fill: var(--ink); font-size: 11px; }
+.chart text.soft { fill: var(--muted); font-size: 10px; }
+.chart .grid, .chart .link { stroke: var(--rule); fill: none; }
+.chart .link { stroke-width: 2.5; }
+.chart .bar, .chart .dot { fill: var(--run0); }
+.chart .ring { fill: none; stroke: var(--run1); stroke-width: 1.6; }
+details { margin-top: 1.25rem; font-size: 0.9375rem; }
+details > summary { color: var(--muted); padding: 0.25rem 0; }
+details[open] > summary { margin-bottom: 0.5rem; }
+footer { max-width: 46rem; }
+@media (max-width: 40rem) {
+  th, td { padding: 0.35rem 0.25rem; }
+  tbody th { max-width: 44vw; min-width: 7rem; }
+  td.bar { display: none; }
+  td .soft { display: block; font-size: 0.6875rem; }
+}
+"""
 _ROUTES = {  # docs/phenotypes.md has more
     "gem": "ICD-10-CM to ICD-9-CM by the General Equivalence Mappings, then CCS",
-    "gem, last row": "as gem, but of several equivalents the last listed one alone",
-    "HCUP CCS": "HCUP's own CCS for ICD-10-CM",
     "table": "the file given as --phenotypes",
 }
 
 
 def page(audit: dict) -> str:
-    """The whole document, of what audit.gather gives."""
+    """Return the whole document. audit: as from gather.gather."""
     parts = [_header(audit), _checks(audit)]
     for name, content in audit["tasks"].items():
-        parts.append(f'<section id="{name}"><h2>{schema.TASKS[name].title}</h2>{_task(name, content, audit)}</section>')
+        parts.append(f'<section id="{name}"><h2>{_title(name)}</h2>{_task(name, content)}</section>')
     parts += [_events(audit), _sources(audit), _footer()]
-    return html.document("Data audit", "".join(parts), style.CSS)
+    return html.document("Data audit", "".join(parts), CSS)
 
 
 def number(value) -> str:
-    """A count, a share or None as text."""
+    """A count, a share or None as HTML."""
     if value is None:
         return '<span class="soft">–</span>'
     if isinstance(value, str):
@@ -36,76 +72,69 @@ def percent(value: float | None) -> str:
     return number(None) if value is None else f"{100 * value:.1f}%"
 
 
-def table(head: list[str], rows: list[list[str]], text_columns: tuple[int, ...] = ()) -> str:
-    """A table; the first cell of a row is its heading. Cells are HTML."""
+def table(head: list[str], rows: list[list[str]], classes: dict[int, str] | None = None) -> str:
+    """A table of HTML cells; the first cell of a row is its heading. classes: column -> CSS class."""
 
-    def attributes(i: int) -> str:
-        return ' class="text"' if i in text_columns else ""
+    def cell(tag: str, i: int, content: str) -> str:
+        css_class = (classes or {}).get(i)
+        return f'<{tag} class="{css_class}">{content}</{tag}>' if css_class else f"<{tag}>{content}</{tag}>"
 
-    top = "".join(f"<th{attributes(i)}>{cell}</th>" for i, cell in enumerate(head))
+    top = "".join(cell("th", i, content) for i, content in enumerate(head))
     body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>'
-        + "".join(
-            cell if cell.startswith("<td") else f"<td{attributes(i)}>{cell}</td>"
-            for i, cell in enumerate(row[1:], start=1)
-        )
-        + "</tr>"
+        f'<tr><th scope="row">{row[0]}</th>{"".join(cell("td", i, c) for i, c in enumerate(row[1:], start=1))}</tr>'
         for row in rows
     )
     return f'<div class="scroll" tabindex=0><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _title(name: str) -> str:
+    return escape(schema.TASKS[name].title)
+
+
+def _titles(names: list[str]) -> str:
+    return ", ".join(_title(name).lower() for name in names)
+
+
 def _header(audit: dict) -> str:
-    lines = []
+    sizes = []
     for name, content in audit["tasks"].items():
         records = [row["records"] for row in content["splits"]["ours"].values()]
         known = all(isinstance(n, int) for n in records)
-        title = schema.TASKS[name].title.lower()
-        lines.append(f"{title} ({sum(records):,})" if known else title)
-    first = next(iter(audit["tasks"].values()), None)
-    lead = f'<p class="lead">What the build made, and from what: {escape(", ".join(lines))}.</p>' if lines else ""
+        sizes.append(f"{_title(name).lower()} ({sum(records):,})" if known else _title(name).lower())
+    lead = f'<p class="lead">Records of this build: {", ".join(sizes)}.</p>' if sizes else ""
     facts = ""
-    if first:
-        versions = [
-            f"{title} {first['source'][key]}"
-            for key, title in (("mimic_iv", "MIMIC-IV"), ("mimic_cxr", "MIMIC-CXR-JPG"))
-            if key in first["source"]
-        ]
-        shown = {
-            "Source": " and ".join(versions),
-            "Profile": _one_of(audit, "profile"),
-            "Step": _one_of(audit, "timestep_h") + " h",
-            "Split by": _one_of(audit, "split_by"),
+    if audit["tasks"]:
+        source = next(iter(audit["tasks"].values()))["source"]
+        titles = {"mimic_iv": "MIMIC-IV", "mimic_cxr": "MIMIC-CXR-JPG"}
+        facts = {
+            "Source": " and ".join(f"{title} {source[key]}" for key, title in titles.items() if key in source),
+            "Profile": _by_task(audit, "profile"),
+            "Time step": _by_task(audit, "timestep_h") + " h",
+            "Split by": _by_task(audit, "split_by"),
         }
-        facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items())
-    left_out = "".join(
-        f"<li>{escape(schema.TASKS[n].title)}: {escape(why)}</li>" for n, why in audit["not_audited"].items()
-    )
-    notice = f'<div class="notice"><strong>Not in this audit:</strong><ul>{left_out}</ul></div>' if left_out else ""
-    notice += "".join(_crossing(found) for found in audit["patients"]["crossings"])
+        facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    reasons = "".join(f"<li>{_title(name)}: {escape(why)}</li>" for name, why in audit["not_audited"].items())
+    notice = f'<div class="notice"><strong>Not in this audit:</strong><ul>{reasons}</ul></div>' if reasons else ""
+    notice += "".join(_crossing(crossing) for crossing in audit["patients"]["crossings"])
     return f'<header><h1>Data audit</h1>{lead}{notice}<dl class="facts">{facts}</dl></header>'
 
 
-def _crossing(found: dict) -> str:
-    here, there = (", ".join(schema.TASKS[name].title.lower() for name in names) for names in found["between"])
+def _crossing(crossing: dict) -> str:
+    a, b = (_titles(names) for names in crossing["between"])
     return (
-        f'<div class="notice"><strong>Patients in two splits:</strong> {number(found["patients"])} are in one split of '
-        f"{escape(here)} and in another of {escape(there)}, which were built from other tables or by another split "
-        "rule: do not train on one and test on the other.</div>"
+        f'<div class="notice"><strong>Patients in two splits:</strong> {number(crossing["patients"])} are in one split '
+        f"of {a} and in another of {b}, which were built from other tables or by another split rule. Do not train on "
+        "one and test on the other.</div>"
     )
 
 
-def _images(count: int | str | None) -> str:
-    return "their X-rays" if count is None else f"{number(count)} X-rays"
-
-
-def _one_of(audit: dict, field: str) -> str:
-    """A field that most often is the same for all tasks."""
+def _by_task(audit: dict, field: str) -> str:
+    """One value if all tasks agree, otherwise one a task."""
     values = {name: content[field] for name, content in audit["tasks"].items()}
-    text = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
-    if len(set(text.values())) == 1:
-        return next(iter(text.values()))
-    return ", ".join(f"{value} ({schema.TASKS[name].title.lower()})" for name, value in text.items())
+    texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{text} ({schema.TASKS[name].title.lower()})" for name, text in texts.items())
 
 
 def _checks(audit: dict) -> str:
@@ -113,93 +142,92 @@ def _checks(audit: dict) -> str:
     for name, content in audit["tasks"].items():
         if check := content.get("time_check"):
             items.append(
-                f"{schema.TASKS[name].title}: nothing is later than its record may see<small>The latest event of "
-                f"{number(check['records'])} records and the time of {_images(check['images'])}, each against its "
-                f"own cut-off ({escape(check['cut_off'])}): {check['violations']} violations</small>"
+                f"{_title(name)}: nothing is later than its cut-off<small>The latest event of "
+                f"{number(check['records'])} records and the times of {number(check['images'])} X-rays, each against "
+                f"its record's cut-off ({escape(check['cut_off'])}): {check['violations']} violations</small>"
             )
     for group in audit["patients"]["groups"]:
         sizes = ", ".join(f"{split} {number(n)}" for split, n in group["by_split"].items())
-        named = ", ".join(schema.TASKS[name].title.lower() for name in group["tasks"])
         items.append(
-            f"No patient is in two splits<small>Over {escape(named)}: patients in {sizes}; in more than one: "
+            f"No patient is in two splits<small>Patients of {_titles(group['tasks'])}: {sizes}; in more than one: "
             f"{group['in_two_splits']}</small>"
         )
     return f'<ul class="checks">{"".join(f"<li>{item}</li>" for item in items)}</ul>' if items else ""
 
 
-def _task(name: str, content: dict, audit: dict) -> str:
+def _task(name: str, content: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
         _splits(content["splits"], schema.TASKS[name].cxr_only),
-        _many("Records whose text was no known word and became OTHER", content["other_words"]),
-        _many("Times that cannot be read, each no death or no admission", content.get("unreadable_times", {})),
+        _warning("Records with an unknown word, read as OTHER", content["other_words"]),
+        _warning("Unreadable times, read as no death or no admission", content.get("unreadable_times", {})),
+        _labels(name, content["labels"]),
+        _variables(content) if "variables" in content else "",
+        _codes(content["diagnosis_codes"]) if "diagnosis_codes" in content else "",
     ]
-    parts.append(_labels(name, content["labels"]))
-    if "variables" in content:
-        parts.append(_variables(content))
-    if "diagnosis_codes" in content:
-        parts.append(_codes(content))
-    if "images" in content and schema.TASKS[name].cxr_only:
+    if "images" in content:
         rows = [[escape(what), number(n)] for what, n in content["images"].items()]
-        parts.append("<h3>X-rays</h3>" + table(["", "images"], rows))
+        parts.append("<h3>X-rays</h3>" + table(["", "X-rays"], rows))
     return "".join(parts)
 
 
 def _flow(steps: list[dict]) -> str:
-    most = max((s["stays"] for s in steps if isinstance(s["stays"], int)), default=1)
+    most = max((step["stays"] for step in steps if isinstance(step["stays"], int)), default=1)
     rows = []
     for step in steps:
         width = 100 * step["stays"] / most if isinstance(step["stays"], int) else 1
-        bar = f'<td class="bar"><div style="width:{width:.1f}%"></div></td>'
+        bar = f'<div style="width:{width:.1f}%"></div>'
         rows.append([escape(step["filter"]), number(step["stays"]), number(step["removed"] or None), bar])
-    note = "A filter that removed 1 to 9 stays is shown together with its neighbour."
-    return f'<h3>Which stays</h3>{table(["", "stays left", "removed", ""], rows)}<p class="note">{note}</p>'
+    note = "A filter that removed 1 to 9 stays is merged with its neighbours."
+    content = table(["", "stays left", "removed", ""], rows, {3: "bar"})
+    return f'<h3>Filters</h3>{content}<p class="note">{note}</p>'
 
 
 def _splits(splits: dict, cxr_only: bool) -> str:
-    ours, rows = splits["ours"], []
-    head = ["", *ours]
-    rows.append(["Records", *(number(row["records"]) for row in ours.values())])
+    ours = splits["ours"]
+    rows = [["Records", *(number(row["records"]) for row in ours.values())]]
     if not cxr_only:
         rows.append(["With an X-ray", *(number(row["paired"]) for row in ours.values())])
         rows.append(["Share with an X-ray", *(percent(row["paired_share"]) for row in ours.values())])
     for what, counts in splits["published"].items():
-        first, _, source = what.partition(", ")
-        title = {"records": "Records", "paired": "With an X-ray"}[first]
+        kind, _, source = what.partition(", ")
+        title = {"records": "Records", "paired": "With an X-ray"}[kind]
         rows.append([f'<span class="papers">{title}, {escape(source)}</span>', *(number(counts[s]) for s in ours)])
     if splits["published_paired_test_share"]:
         share = percent(splits["published_paired_test_share"])
         rows.append(['<span class="papers">Share with an X-ray, paper</span>', number(None), number(None), share])
-    return f"<h3>Splits and pairs</h3>{table(head, rows)}"
+    return f"<h3>Splits</h3>{table(['', *ours], rows)}"
 
 
-def _many(what: str, counts: dict) -> str:
-    """Said only where there are as many that it is no slip: new words, other forms."""
-    many = ", ".join(f"{field} {number(n)}" for field, n in counts.items() if n != privacy.FEW)
-    return f'<p class="note">{what}: {many}.</p>' if many else ""
+def _warning(what: str, counts: dict) -> str:
+    """A line if any count is 10 or more: too many for typing errors."""
+    large = ", ".join(f"{field} {number(n)}" for field, n in counts.items() if n != privacy.FEW)
+    return f'<p class="note">{what}: {large}.</p>' if large else ""
 
 
 def _labels(name: str, labels: list[dict]) -> str:
-    paper = any("paper" in row for row in labels)
+    has_paper = any("paper" in row for row in labels)
     columns = [c for c in ("train", "val", "test", "paired test") if c in labels[0]]
     head = ["", *columns]
-    if paper:
+    if has_paper:
         head += ['<span class="papers">paper, train</span>', '<span class="papers">paper, paired test</span>']
     rows = []
     for row in labels:
         cells = [escape(row["label"]), *(_prevalence(row[c]) for c in columns)]
-        if paper:
+        if has_paper:
             cells += [percent(row.get("paper", {}).get(c)) for c in ("train", "paired test")]
         rows.append(cells)
     content = table(head, rows)
-    title = "Share of positives"
+    title = "Prevalence"
     if schema.TASKS[name].per_step:
-        title += ", at any hour of the stay"
-        timed = [[escape(r["label"]), *(_prevalence(r["prediction_times"][s]) for s in schema.SPLITS)] for r in labels]
-        content += f"<h3>Share of positives, of all prediction times</h3>{table(['', *schema.SPLITS], timed)}"
-        content += '<p class="note">Where at least 10 stays of the split have the label, and at least 10 do not.</p>'
+        title += ": stays with the label at any hour"
+        by_time = [
+            [escape(r["label"]), *(_prevalence(r["prediction_times"][s]) for s in schema.SPLITS)] for r in labels
+        ]
+        content += f"<h3>Prevalence: prediction times</h3>{table(['', *schema.SPLITS], by_time)}"
+        content += '<p class="note">Shown if at least 10 stays of the split have the label and at least 10 do not.</p>'
     chart = ""
-    if paper and len(labels) > 1:
+    if has_paper and len(labels) > 1:
         svg = plots.prevalence(
             [row["label"] for row in labels],
             [row["train"]["share"] for row in labels],
@@ -217,100 +245,73 @@ def _prevalence(cell: dict) -> str:
 
 
 def _variables(content: dict) -> str:
+    variables, check = content["variables"], content["time_check"]
     rows = []
-    for row in content["variables"]:
-        p = row.get("percentiles", {})
+    for row in variables:
+        percentiles = row.get("percentiles", {})
         unit = row["unit"] or (f"{len(row['classes'])} classes" if "classes" in row else "")
-        fates = content["event_rows"][row["variable"]]
+        clipped = content["event_rows"][row["variable"]]["of the kept, clipped"]
         rows.append(
             [
                 escape(row["variable"]),
-                f'<td class="text">{escape(unit)}</td>',
-                *(number(p.get(q)) for q in ("1", "5", "50", "95", "99")),
+                escape(unit),
+                *(number(percentiles.get(q)) for q in ("1", "5", "50", "95", "99")),
                 number(row["stays_observed"]),
                 percent(row["steps_observed_share"]),
-                number(fates["of the kept, clipped"]),
+                number(clipped),
             ]
         )
-    head = ["", '<span style="float:left">unit</span>', "1 %", "5 %", "median", "95 %", "99 %"]
-    head += ["stays observed", "steps observed", "rows clipped"]
-    charts = [
-        (
-            "How often each variable was observed",
-            plots.observed(
-                [r["variable"] for r in content["variables"]], [r["steps_observed_share"] for r in content["variables"]]
-            ),
+    head = ["", "unit", "1%", "5%", "median", "95%", "99%", "stays observed", "steps observed", "rows clipped"]
+    names, shares = [row["variable"] for row in variables], [row["steps_observed_share"] for row in variables]
+    charts = {
+        "How often each variable is observed": plots.observed(names, shares),
+        "Length of the records": plots.histogram(content["length_h"], "stays", "hours"),
+        "From the latest event to the cut-off": plots.histogram(
+            check["hours_from_latest_event_to_cut_off"], "stays", "hours"
         ),
-        ("How long the records are", plots.bars(content["length_h"], "stays", "hours")),
-    ]
-    check = content["time_check"]
-    event, image = check["hours_from_latest_event_to_cut_off"], check["hours_from_cxr_to_cut_off"]
-    charts.append(("From the latest event to the cut-off", plots.bars(event, "stays", "hours")))
-    if image is not None and check["images"] != privacy.FEW:
-        charts.append(("From the X-ray to the cut-off", plots.bars(image, "images", "hours")))
-    figures = "".join(f'<figure class="chart"><figcaption>{t}</figcaption>{svg}</figure>' for t, svg in charts)
-    note = "Percentiles of the observed steps, where at least 10 lie on either side."
+    }
+    if check["images"] != privacy.FEW:
+        image_hours = check["hours_from_cxr_to_cut_off"]
+        charts["From the X-ray to the cut-off"] = plots.histogram(image_hours, "X-rays", "hours")
+    figures = "".join(html.figure(svg, caption) for caption, svg in charts.items())
+    note = "Percentiles are of the steps with an observation, if at least 10 lie on either side."
     if "events_given_twice" in content:
-        note += f" Events given twice, which count once: {number(content['events_given_twice'])}."
+        note += f" Duplicate events, counted once: {number(content['events_given_twice'])}."
     if "events_stored_too_late" in content:
-        note += f" Events left out because they were stored too late: {number(content['events_stored_too_late'])};"
-        note += f" kept though nothing says when they were: {number(content['events_stored_at_no_known_time'])}."
-    return f'<div class="charts">{figures}</div><h3>Variables</h3>{table(head, rows)}<p class="note">{note}</p>'
+        note += f" Events dropped because they were stored too late: {number(content['events_stored_too_late'])};"
+        note += f" kept without a storetime: {number(content['events_stored_at_no_known_time'])}."
+    variables_table = table(head, rows, {1: "short"})
+    return f'<div class="charts">{figures}</div><h3>Variables</h3>{variables_table}<p class="note">{note}</p>'
 
 
-def _codes(content: dict) -> str:
-    codes = content["diagnosis_codes"]
-    found = ", ".join(f"{number(n)} {version}" for version, n in codes["distinct_codes"].items())
+def _codes(codes: dict) -> str:
+    distinct = ", ".join(f"{number(n)} {version}" for version, n in codes["distinct_codes"].items())
     text = (
-        f"From code to label by the route {_route(codes['route'])}. {found} codes; "
-        f"{number(codes['stays_without_a_code'])} stays without a code; "
-        f"{number(codes['rows_without_a_valid_code'])} rows whose code cannot be one."
+        f"Labels follow from codes by the route {_route(codes['route'])}. Distinct codes: {distinct or 'none'}. "
+        f"Stays without a code: {number(codes['stays_without_a_code'])}. "
+        f"Rows with an invalid code: {number(codes['rows_without_a_valid_code'])}."
     )
-    few = number(codes["unmapped_of_few_stays"])
     rows = [[escape(r["code"]), f"ICD-{r['version']}", number(r["stays"])] for r in codes["unmapped"]]
     unmapped = table(["code without a category", "version", "stays"], rows) if rows else ""
-    unmapped += f'<p class="note">Codes without a category that fewer than 10 stays have: {few}.</p>'
-    parts = [f"<h3>Diagnosis codes</h3><p>{text}</p>{unmapped}"]
-    for name, other in codes["against"].items():
-        equal = f"{number(other['stays_with_all_labels_equal'])} of {number(other['stays'])}"
-        labels = [[escape(label), number(a), number(b)] for label, (a, b) in other["labels"].items()]
-        many = [
-            [escape(r["code"]), f"ICD-{r['version']}", number(r["stays"]), _ids(r["here"]), _ids(r["there"])]
-            for r in other["codes"]
-        ]
-        inner = (
-            table(["label", f"only by {escape(codes['route'])}", f"only by {escape(name)}"], labels) if labels else ""
-        )
-        if many:
-            inner += "<p></p>" + table(["code", "version", "stays", "CCS here", f"CCS by {escape(name)}"], many)
-        inner += f'<p class="note">Differing codes of fewer than 10 stays: {number(other["codes_of_few_stays"])}.</p>'
-        parts.append(
-            f"<details><summary>Against the route {_route(name)}: {equal} stays have all labels equal</summary>"
-            f"{inner}</details>"
-        )
-    return "".join(parts)
+    few = number(codes["unmapped_of_few_stays"])
+    note = f'<p class="note">Codes without a category in fewer than 10 stays: {few}.</p>'
+    return f"<h3>Diagnosis codes</h3><p>{text}</p>{unmapped}{note}"
 
 
 def _route(name: str) -> str:
     return f"{escape(name)} ({_ROUTES[name]})" if name in _ROUTES else escape(name)
 
 
-def _ids(categories: list[int]) -> str:
-    return ", ".join(map(str, categories)) or number(None)
-
-
 def _events(audit: dict) -> str:
-    """What became of the raw rows; the same for all tasks of a build, so once."""
+    """The raw rows kept and dropped, the same for all tasks of a build."""
     content = next((c for c in audit["tasks"].values() if "event_rows" in c), None)
     if content is None:
         return ""
-    fates = list(dict.fromkeys(fate for row in content["event_rows"].values() for fate in row))
-    fates.sort(key=lambda fate: (fate != "kept", fate != "of the kept, clipped"))
-    rows = [
-        [escape(variable), *(number(row.get(fate)) for fate in fates)]
-        for variable, row in content["event_rows"].items()
-    ]
-    return f"<section><h2>What became of the raw rows</h2>{table(['', *map(escape, fates)], rows)}</section>"
+    event_rows = content["event_rows"]
+    columns = list(dict.fromkeys(column for row in event_rows.values() for column in row))
+    columns.sort(key=lambda column: (column != events.KEPT, column != "of the kept, clipped"))
+    rows = [[escape(name), *(number(row.get(column)) for column in columns)] for name, row in event_rows.items()]
+    return f"<section><h2>Raw rows kept and dropped</h2>{table(['', *map(escape, columns)], rows)}</section>"
 
 
 def _sources(audit: dict) -> str:
@@ -320,23 +321,24 @@ def _sources(audit: dict) -> str:
     rules = [
         [f"<code>{escape(n)}</code>", escape(str(r["value"])), escape(r["why"])] for n, r in content["rules"].items()
     ]
-    files = [[escape(f["file"]), number(f["size_bytes"])] for f in content["source"]["files"]]
-    if content["profile"] == "released" and not content["phenotype_table_given"]:
-        given = "without the released phenotype table: its phenotype labels are not the released ones."
-    else:
-        given = "with a phenotype table." if content["phenotype_table_given"] else "without a phenotype table."
+    tables = [[escape(f["file"]), number(f["size_bytes"])] for f in content["source"]["files"]]
+    given = content["phenotype_table_given"]
+    phenotypes = f"{'with' if given else 'without'} a phenotype table."
+    if content["profile"] == "released" and not given:
+        phenotypes = "without the released phenotype table: its phenotype labels are not the released ones."
+    rules_table = table(["rule", "value", "why"], rules, {1: "short", 2: "text"})
     return (
-        f"<section><h2>How it was made</h2><p>Profile {escape(content['profile'])}, {given}</p>"
-        f"<details><summary>The profile's rules</summary>{table(['rule', 'value', 'why'], rules, (1, 2))}</details>"
-        f"<details><summary>The source's files</summary>{table(['file', 'bytes'], files)}</details></section>"
+        f"<section><h2>Rules and sources</h2><p>Profile {escape(content['profile'])}, {phenotypes}</p>"
+        f"<details><summary>The profile's rules</summary>{rules_table}</details>"
+        f"<details><summary>Source files</summary>{table(['file', 'bytes'], tables)}</details></section>"
     )
 
 
 def _footer() -> str:
+    few, enough = escape(privacy.FEW), privacy.ENOUGH
     return (
-        f"<footer>Counts below {privacy.SMALLEST} are shown as {escape(privacy.FEW)}. Where one of them could be had "
-        f"by subtraction, the next smallest of its group is hidden as {privacy.ENOUGH}. This does not hold between "
-        "tables of two tasks, which share stays: give one task's away. No patient, stay or X-ray is "
-        "named. The paper is Hayat et al. 2022 (MedFuse), on MIMIC-IV 1.0 and MIMIC-CXR 2.0.0: its Table 4 and "
-        "Figure 1.</footer>"
+        f"<footer>Counts below {privacy.SMALLEST} are shown as {few}. Where the other counts of a table would give one "
+        f"away, a neighbour is hidden too, as {enough}. Several tables or tasks together may reveal "
+        "more: check that before you share this page. No patient, stay or X-ray is named. The paper is Hayat et al. "
+        "2022 (MedFuse), on MIMIC-IV 1.0 and MIMIC-CXR 2.0.0: its Table 4 and Figure 1.</footer>"
     )

@@ -1,84 +1,96 @@
-"""The audit's charts, as inline SVG."""
+"""The audit's charts as inline SVG, in the colours of the page (classes in page.CSS)."""
 
-import matplotlib as mpl
+from html import escape
 
 from data_prep.audit import privacy
-from medfuse_jax.report.html import CHART_STYLE, INK, MUTED, RULE, new_figure, run_color, svg
 
-_STYLE = CHART_STYLE | {"ytick.color": INK}
-_OURS, _PAPERS = run_color(0), run_color(1)
-_WIDTH_PX = 400
+_WIDTH, _LEFT, _RIGHT = 400, 190, 388  # px; from _LEFT to _RIGHT: the axis of a chart with a row a name
+_TICKS = (0.1, 0.2, 0.25, 0.5)
 
 
 def prevalence(labels: list[str], ours: list[float | None], paper: list[float | None]) -> str:
-    """A dot a label for ours, a ring for the paper's, largest of the paper's first."""
-    order = sorted(range(len(labels)), key=lambda k: paper[k] or 0.0)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(24 * len(labels) + 50, left=0.47, bottom_px=40)
-        for row, k in enumerate(order):
-            if paper[k] is not None and ours[k] is not None:
-                axes.plot([paper[k], ours[k]], [row, row], color=RULE, linewidth=2.5, zorder=1)
-            if paper[k] is not None:
-                axes.plot(paper[k], row, "o", markersize=7, markerfacecolor="none", color=_PAPERS, markeredgewidth=1.6)
-            if ours[k] is not None:
-                axes.plot(ours[k], row, "o", markersize=6, color=_OURS)
-        axes.set_yticks(range(len(order)), [_short(labels[k]) for k in order])
-        axes.set(ylim=(-0.7, len(order) - 0.3), xlabel="share of the training stays")
-        axes.set_xlim(left=0)
-        axes.grid(axis="x")
-        return svg(figure, "Share of positives by label, ours and the paper's")
+    """A dot (ours) and a ring (the paper's) a label, the paper's largest first."""
+    order = sorted(range(len(labels)), key=lambda k: -(paper[k] or 0.0))
+    top = max([0.1, *(p for p in (*ours, *paper) if p is not None)]) * 1.05
+    parts, row_px = [], 22
+    for place, k in enumerate(order):
+        y = (place + 0.5) * row_px
+        parts.append(_text(_LEFT - 8, y, _short(labels[k]), "end"))
+        x_ours, x_paper = (None if p is None else _x(p, top) for p in (ours[k], paper[k]))
+        if x_ours is not None and x_paper is not None:
+            parts.append(f'<path class="link" d="M{x_paper:.1f} {y:g}H{x_ours:.1f}"/>')
+        if x_paper is not None:
+            parts.append(f'<circle class="ring" cx="{x_paper:.1f}" cy="{y:g}" r="4"/>')
+        if x_ours is not None:
+            parts.append(f'<circle class="dot" cx="{x_ours:.1f}" cy="{y:g}" r="3.5"/>')
+    axis = _share_axis(top, row_px * len(order), "share of the training stays")
+    return _svg(row_px * len(order) + 38, axis + "".join(parts), "Share of positives by label, ours and the paper's")
 
 
 def observed(names: list[str], shares: list[float | None]) -> str:
-    """A bar a variable: the share of steps in which it was observed."""
-    order = sorted(range(len(names)), key=lambda i: shares[i] or 0.0)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(22 * len(names) + 50, left=0.47, bottom_px=40)
-        values = [shares[i] or 0.0 for i in order]
-        axes.barh(range(len(order)), values, color=_OURS, height=0.62)
-        for row, i in enumerate(order):
-            text = "too few to show" if shares[i] is None else f"{shares[i]:.0%}" if shares[i] >= 0.01 else "under 1%"
-            axes.text((shares[i] or 0.0) + 0.015, row, text, va="center", color=MUTED, fontsize=9.5)
-        axes.set_yticks(range(len(order)), [_short(names[i]) for i in order])
-        axes.set(xlim=(0, 1.12), ylim=(-0.7, len(order) - 0.3), xlabel="share of steps with an observation")
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-        axes.grid(axis="x")
-        return svg(figure, "Share of time steps in which each variable was observed")
+    """A bar a variable: the share of time steps with an observation."""
+    order = sorted(range(len(names)), key=lambda i: -(shares[i] or 0.0))
+    parts, row_px = [], 22
+    for place, i in enumerate(order):
+        y, share = (place + 0.5) * row_px, shares[i] or 0.0
+        text = "too few to show" if shares[i] is None else f"{share:.0%}" if share >= 0.01 else "under 1%"
+        x = _x(share, 1.15)
+        parts.append(_text(_LEFT - 8, y, _short(names[i]), "end"))
+        parts.append(f'<rect class="bar" x="{_LEFT}" y="{y - 7:g}" width="{x - _LEFT:.1f}" height="14"/>')
+        parts.append(_text(x + 5, y, text, "start", "soft"))
+    axis = _share_axis(1.15, row_px * len(order), "share of time steps with an observation")
+    return _svg(row_px * len(order) + 38, axis + "".join(parts), "Share of time steps with an observation, by variable")
 
 
-def bars(counts: dict[str, int | str], what: str, unit: str) -> str:
-    """A bar an interval; one that may not be shown is a pale stub with its text."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(230, left=0.12, bottom_px=62)
-        shown = [n if isinstance(n, int) else 0 for n in counts.values()]
-        axes.bar(range(len(counts)), shown, color=_OURS, width=0.72)
-        for place, count in enumerate(counts.values()):
-            hidden = isinstance(count, str)
-            axes.annotate(
-                count if hidden else f"{count:,}",
-                (place, 0 if hidden else count),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="center",
-                color=MUTED,
-                fontsize=9,
-            )
-        names = [f"{name}+" if name.endswith("-") else name for name in (n.replace("-", "–") for n in counts)]
-        names = [name.replace("–+", "+").rstrip("–") for name in names]
-        names[-1] = names[-1].rstrip("+") + "+"
-        axes.set_xticks(range(len(counts)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
-        axes.set(xlabel=unit, ylabel=what, ylim=(0, max([*shown, privacy.SMALLEST]) * 1.12))
-        axes.yaxis.get_major_locator().set_params(nbins=4, integer=True)
-        axes.grid(axis="y")
-        return svg(figure, f"{what} by {unit}: " + ", ".join(f"{k}: {v}" for k, v in counts.items()))
+def histogram(counts: dict[str, int | str], what: str, unit: str) -> str:
+    """A bar an interval ('0-12', ..., '504-'); a hidden count is written without a bar."""
+    base_px, top_px = 180, 16
+    largest = max([privacy.SMALLEST, *(n for n in counts.values() if isinstance(n, int))])
+    slot_px = (_WIDTH - 8) / len(counts)
+    parts = [f'<path class="grid" d="M0 {base_px}H{_WIDTH}"/>']
+    for place, (interval, count) in enumerate(counts.items()):
+        middle = 4 + (place + 0.5) * slot_px
+        height = (base_px - top_px) * count / largest if isinstance(count, int) else 0
+        if height:
+            x, width = middle - 0.38 * slot_px, 0.76 * slot_px
+            y = base_px - height
+            parts.append(f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>')
+        text = f"{count:,}" if isinstance(count, int) else count
+        parts.append(_text(middle, base_px - height - 8, text, "middle", "soft"))
+        low, _, high = interval.partition("-")
+        name = f"{low}–{high}" if high else f"{low}+"
+        parts.append(
+            f'<text text-anchor="end" transform="translate({middle + 4:.1f} {base_px + 14}) rotate(-40)">{name}</text>'
+        )
+    parts.append(_text(_WIDTH / 2, base_px + 58, f"{unit}; {what} in each", "middle", "soft"))
+    description = f"{what} by {unit}: " + ", ".join(f"{interval}: {count}" for interval, count in counts.items())
+    return _svg(base_px + 68, "".join(parts), description)
 
 
-def _short(name: str, longest: int = 28) -> str:
+def _share_axis(top: float, height: float, title: str) -> str:
+    """Grid lines at round shares from 0 to `top`, at most six, named below."""
+    step = next((tick for tick in _TICKS if top / tick < 6), _TICKS[-1])
+    parts = []
+    for i in range(int(min(top, 1.0) / step + 1e-9) + 1):
+        x = _x(i * step, top)
+        parts.append(f'<path class="grid" d="M{x:.1f} 0V{height:g}"/>')
+        parts.append(_text(x, height + 11, f"{i * step:.0%}", "middle", "soft"))
+    return "".join(parts) + _text((_LEFT + _RIGHT) / 2, height + 28, title, "middle", "soft")
+
+
+def _x(share: float, top: float) -> float:
+    return _LEFT + (_RIGHT - _LEFT) * share / top
+
+
+def _text(x: float, y: float, text: str, anchor: str, css_class: str = "") -> str:
+    css_class = f' class="{css_class}"' if css_class else ""
+    return f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="{anchor}"{css_class}>{escape(text)}</text>'
+
+
+def _short(name: str, longest: int = 30) -> str:
     name = name.split(" (")[0].replace("Glascow coma scale", "GCS")
     return name if len(name) <= longest else name[: longest - 1].rstrip(" ;,") + "…"
 
 
-def _axes(height_px: int, left: float, bottom_px: int):
-    figure = new_figure(_WIDTH_PX, height_px)
-    bottom = bottom_px / height_px
-    return figure, figure.add_axes((left, bottom, 0.97 - left, 0.98 - bottom - 8 / height_px))
+def _svg(height: float, body: str, description: str) -> str:
+    return f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(description)}">{body}</svg>'

@@ -1,53 +1,43 @@
-"""Counts of people that may be shown: none below 10, and none that can be worked out from the others.
+"""Which counts of people the audit shows: none below 10, and none that gives one away within its own table.
 
-A count of 0 to 9 is shown as '<10'. Of counts that add up to a number that is known, one hidden alone could
-be had by subtraction, so the next smallest are hidden too, as '≥10', until what is hidden is 10 or more together.
+A count of 0 to 9 is shown as '<10'. Where a table's sum and its other counts would give it away, one neighbour is
+hidden too, as '≥10'.
 """
-
-from collections.abc import Iterable
 
 SMALLEST = 10
 FEW, ENOUGH = f"<{SMALLEST}", f"≥{SMALLEST}"
 
 
-def cells(counts: dict[str, int], hide_sum: bool = False) -> dict[str, int | str]:
-    """Counts of groups that share nobody and have a known sum, as they may be shown.
+def shown(count: int) -> int | str:
+    """A count that stands alone."""
+    return count if count >= SMALLEST else FEW
 
-    hide_sum: the sum is not to be known either, so at least one count of 10 or more is hidden.
-    """
+
+def cells(counts: dict[str, int]) -> dict[str, int | str]:
+    """Counts of disjoint groups with a known sum; if those hidden add up to 1 to 9, the next smallest is hidden too."""
     ordered = sorted(counts, key=lambda name: (counts[name], name))
     few = [name for name in ordered if counts[name] < SMALLEST]
-    hidden = list(few)
-    for name in ordered[len(few) :]:
-        enough = sum(counts[h] for h in hidden) >= SMALLEST if hidden else True
-        if enough and (len(hidden) > len(few) or not hide_sum):
-            break
-        hidden.append(name)
-    shown = {}
-    for name, count in counts.items():
-        shown[name] = count if name not in hidden else FEW if count < SMALLEST else ENOUGH
-    return shown
+    neighbour = ordered[len(few)] if 0 < len(few) < len(ordered) and sum(counts[n] for n in few) < SMALLEST else None
+    return {name: ENOUGH if name == neighbour else shown(count) for name, count in counts.items()}
 
 
-def part(count: int, whole: int, whole_is_shown: bool = True) -> int | str:
-    """A count of some of `whole`, as it may be shown; where `whole` is hidden, nothing may give it away."""
+def part(count: int, whole: int) -> int | str:
+    """A count beside the whole it is part of: if fewer than 10 are left over, a lower bound."""
     if count < SMALLEST:
         return FEW
-    if not whole_is_shown:
-        return count if whole - count >= SMALLEST else ENOUGH
     return count if whole - count >= SMALLEST else f"≥{whole - SMALLEST + 1}"
 
 
 def share(count: int, whole: int) -> float | None:
-    """The share `count` is of `whole`, None where the count may not be shown."""
+    """`count` / `whole`; None where the count is hidden."""
     return round(count / whole, 4) if whole and isinstance(part(count, whole), int) else None
 
 
-def many(counts: dict[str, int], people: dict[str, int], known_sum: bool) -> dict[str, int | None]:
-    """Counts of what one person has many of (hours, steps), None where fewer than 10 people are behind one.
+def by_people(counts: dict[str, int], people: dict[str, int], known_sum: bool) -> dict[str, int | None]:
+    """Counts of hours or time steps, None where fewer than 10 people are behind one.
 
-    people: how many are behind each count. known_sum: what the counts add up to is known, so where some are hidden
-    the smallest of the others is, too.
+    people: how many are behind each count. known_sum: the sum of the counts is known, so if any is hidden, the
+    smallest other is hidden too.
     """
     hidden = {name for name in counts if people[name] < SMALLEST}
     others = [name for name in counts if name not in hidden]
@@ -56,40 +46,27 @@ def many(counts: dict[str, int], people: dict[str, int], known_sum: bool) -> dic
     return {name: None if name in hidden else count for name, count in counts.items()}
 
 
-def apart(counts: dict[str, int], others: Iterable[int | str]) -> dict[str, int | str]:
-    """Counts of groups that share members, as they may be shown beside `others`: no two shown differ by 1 to 9."""
-    shown: dict[str, int | str] = {}
-    seen = list(others)
-    for name, count in counts.items():
-        near = any(isinstance(other, int) and 0 < abs(count - other) < SMALLEST for other in seen)
-        shown[name] = FEW if count < SMALLEST else ENOUGH if near else count
-        seen.append(shown[name])
-    return shown
-
-
 def flow(steps: list[dict]) -> list[dict]:
-    """Filters and how many stays each left; those that removed 1 to 9 are shown together with their neighbours.
+    """Merge each filter that removed 1 to 9 with its neighbours.
 
-    steps: {'filter', 'stays'} in order. Returns {'filter', 'stays', 'removed'} (removed None: before the first);
-    what is left below 10 ends it as '<10'.
+    steps: {'filter', 'stays'} in order. Returns {'filter', 'stays', 'removed'}; removed is None in the first row.
     """
-    shown: list[dict] = []
-    waiting: list[str] = []  # filters that removed too few to be seen alone, even together
+    rows: list[dict] = []
+    pending: list[str] = []  # filters that removed too few, even together
     for step in steps:
-        waiting.append(step["filter"])
-        removed = shown[-1]["stays"] - step["stays"] if shown else None
+        pending.append(step["filter"])
+        removed = rows[-1]["stays"] - step["stays"] if rows else None
         if removed is None or removed == 0 or removed >= SMALLEST:
-            shown.append({"filter": "; ".join(waiting), "stays": step["stays"], "removed": removed})
-            waiting = []
-    while waiting:  # the last ones: with those before them
-        last = shown.pop()
-        waiting.insert(0, last["filter"])
-        removed = shown[-1]["stays"] - steps[-1]["stays"] if shown else None
+            rows.append({"filter": "; ".join(pending), "stays": step["stays"], "removed": removed})
+            pending = []
+    while pending:  # the last filters: merge them into earlier rows
+        pending.insert(0, rows.pop()["filter"])
+        removed = rows[-1]["stays"] - steps[-1]["stays"] if rows else None
         if removed is None or removed >= SMALLEST:
-            shown.append({"filter": "; ".join(waiting), "stays": steps[-1]["stays"], "removed": removed})
-            waiting = []
-    few = next((i for i, step in enumerate(shown) if step["stays"] < SMALLEST), None)
+            rows.append({"filter": "; ".join(pending), "stays": steps[-1]["stays"], "removed": removed})
+            pending = []
+    few = next((i for i, row in enumerate(rows) if row["stays"] < SMALLEST), None)
     if few is None:
-        return shown
-    last = shown[few]
-    return [*shown[:few], last | {"stays": FEW, "removed": ENOUGH if last["removed"] else last["removed"]}]
+        return rows
+    last = rows[few]
+    return [*rows[:few], last | {"stays": FEW, "removed": ENOUGH if last["removed"] else last["removed"]}]

@@ -1,4 +1,4 @@
-"""Which X-ray belongs to which stay."""
+"""Match X-rays to stays by time."""
 
 import datetime
 
@@ -6,11 +6,11 @@ import polars as pl
 
 
 def within(stays: pl.DataFrame, images: pl.DataFrame, window_h: float | None) -> pl.DataFrame:
-    """Every AP X-ray taken between `intime` and the end of what a task may see, by stay and time.
+    """Return each stay's AP X-rays taken from `intime` to the end of its window, by stay and time.
 
-    stays: stay_id, subject_id, intime, outtime. X-rays: dicom_id, subject_id, view, time.
-    window_h: hours from `intime` that X-rays may come from, or None for up to `outtime`.
-    Returns stay_id, dicom_id, cxr_time. X-rays of one time are in the order of dicom_id.
+    stays: stay_id, subject_id, intime, outtime. images: dicom_id, subject_id, view, time.
+    window_h: hours after `intime`, at most to `outtime`; None: to `outtime`.
+    Columns: stay_id, dicom_id, cxr_time. X-rays taken at the same time are in order of dicom_id.
     """
     end = pl.col("outtime")
     if window_h is not None:
@@ -23,5 +23,5 @@ def within(stays: pl.DataFrame, images: pl.DataFrame, window_h: float | None) ->
 
 
 def pair(stays: pl.DataFrame, images: pl.DataFrame, window_h: float | None) -> pl.DataFrame:
-    """The last X-ray of each stay that `within` finds one for."""
+    """Return the last X-ray of each stay that has one in its window."""
     return within(stays, images, window_h).group_by("stay_id", maintain_order=True).last()

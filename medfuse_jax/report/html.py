@@ -8,8 +8,10 @@ import html
 import io
 import itertools
 import re
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CHART_ID = "chart-"  # prefix of every id in a chart; `document` makes it unique
 NUM_COLORS = 7  # --run0 ... --run6
@@ -134,11 +136,13 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"}
 _VARIABLES |= {run_color(i): f"--run{i}" for i in range(NUM_COLORS)}
 
 
-def new_figure(width_px: int, height_px: int) -> Figure:
+def new_figure(width_px: int, height_px: int) -> "Figure":
+    from matplotlib.figure import Figure  # takes seconds: not for pages without charts of matplotlib
+
     return Figure(figsize=(width_px / 72, height_px / 72))  # an SVG unit is 1/72 inch
 
 
-def svg(chart: Figure, description: str) -> str:
+def svg(chart: "Figure", description: str) -> str:
     """The figure as an inline <svg> with the page's colours and font, keeping only the ids it refers to."""
     buffer = io.StringIO()
     chart.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

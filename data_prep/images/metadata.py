@@ -1,0 +1,68 @@
+"""What the tables of MIMIC-CXR-JPG say of each X-ray: its patient, study, view, time and 14 labels."""
+
+import polars as pl
+
+from data_prep import progress
+from data_prep.raw import tables
+from medfuse_jax import schema
+from medfuse_jax.runtime.errors import UserError
+
+
+def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
+    """Return every X-ray with a usable metadata row, sorted by dicom_id, and counts of the rows read and dropped.
+
+    Columns: dicom_id, subject_id, study_id, view, time, path (below the MIMIC-CXR folder).
+    """
+    metadata = raw["metadata"].read(*tables.MIMIC_CXR["metadata"])
+    # StudyTime is HHMMSS.fff written as a float: 3042.1 is 00:30:42.
+    clock = pl.col("StudyTime").str.strip_chars().str.split(".").list.first().str.zfill(6)
+    images = metadata.select(
+        pl.col("dicom_id").str.strip_chars(),
+        tables.integer("subject_id"),
+        tables.integer("study_id"),
+        view=pl.col("ViewPosition").fill_null(""),
+        time=(pl.col("StudyDate").str.strip_chars() + clock).str.to_datetime("%Y%m%d%H%M%S", strict=False),
+    )
+    counts = {"rows of metadata": len(images)}
+    images = images.drop_nulls(["dicom_id", "subject_id", "study_id"])
+    images = images.unique("dicom_id", keep="first", maintain_order=True)
+    counts["X-rays with ids"] = len(images)
+    counts["X-rays without a valid time (never paired)"] = images["time"].null_count()
+    if images.is_empty():
+        path = raw["metadata"].path
+        raise UserError(f"{path} has no valid row; download it again if it is incomplete", path=path)
+    if "split" in raw:
+        counts |= _count_without_metadata(raw, images)
+    subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
+    path = pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
+    return images.with_columns(path=path).sort("dicom_id"), counts
+
+
+def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) -> dict:
+    """Count the X-rays that only the split table lists, and warn of them."""
+    listed = raw["split"].read("dicom_id").select(pl.col("dicom_id").str.strip_chars()).drop_nulls().unique()
+    missing = listed.join(images, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
+    if missing:
+        progress.say(
+            f"warning: dropping {len(missing)} X-ray(s) of {raw['split'].path} without a row in "
+            f"{raw['metadata'].path} (first: {missing[0]}); download that table again if it is incomplete"
+        )
+    return {"X-rays without a metadata row": len(missing), "dicom_ids without a metadata row": missing[:100]}
+
+
+def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
+    """Return study_id and the 14 labels (int8): 1 where positive; 0 where negative, uncertain (-1) or blank."""
+    table = raw["chexpert"]
+    for label in schema.RADIOLOGY_LABELS:
+        if label not in table.columns:
+            raise UserError(
+                f"{table.path} has no column {label!r}, one of the 14 CheXpert labels; download it again",
+                path=table.path,
+                field=label,
+            )
+    rows = table.read("study_id", *schema.RADIOLOGY_LABELS)
+    positive = [
+        (tables.number(name) == 1).fill_null(False).cast(pl.Int8).alias(name) for name in schema.RADIOLOGY_LABELS
+    ]
+    rows = rows.select(tables.integer("study_id"), *positive)
+    return rows.drop_nulls("study_id").unique("study_id", keep="first", maintain_order=True)
