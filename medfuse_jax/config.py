@@ -195,7 +195,7 @@ def _check_of_method(config: ConfigDict, methods: dict) -> None:
     """What only some methods have is refused for the others."""
     from medfuse_jax.data.modalities import loading  # late, as methods are
 
-    method, _ = methods[config.method]
+    method = methods[config.method].model_class
     if config.model.missing_cxr and not hasattr(method, "missing"):
         raise UserError(
             f"config.model.missing_cxr is {config.model.missing_cxr!r}, and the method {config.method!r} puts "
@@ -215,7 +215,7 @@ def _check_of_method(config: ConfigDict, methods: dict) -> None:
 
 def _with(methods: dict, field: str) -> list[str]:
     """The methods whose model has the field."""
-    return [name for name, (module, _) in methods.items() if hasattr(module, field)]
+    return [name for name, row in methods.items() if hasattr(row.model_class, field)]
 
 
 def _check_sizes(config: ConfigDict) -> None:
@@ -231,7 +231,7 @@ def _check_sizes(config: ConfigDict) -> None:
 def _check_losses(config: ConfigDict, methods: dict, defaults: ConfigDict) -> None:
     for name, weight in config.loss.items():
         _check_range(f"config.loss.{name}", weight, 0.0, 1e6)
-        read_by = [method for method, (module, _) in methods.items() if name in module.loss_weights()]
+        read_by = [method for method, row in methods.items() if name in row.model_class.loss_weights()]
         if weight != defaults[name] and config.method not in read_by:
             raise UserError(
                 f"config.loss.{name} is {weight}, and the method {config.method!r} has no such loss: leave it out, or "

@@ -14,22 +14,23 @@ Shapes: N stays, K labels, M members.
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, metrics, parallel, schema, train
+from medfuse_jax import evaluate, metrics, parallel, schema
 from medfuse_jax.report import terminal
-from medfuse_jax.runs import checkpoints
+from medfuse_jax.runs import checkpoints, sources
+from medfuse_jax.runs import result as result_lib
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import command_line, compilation, files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 METHODS = {"average": "late_average", "weighted": "weighted_average", "by_image": "ensemble"}
 _FIELDS = ("stay_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
+_NO_RESULT = "give a finished run"
 _WEIGHT_STEPS = 20  # weights are tried in steps of 1/20
 _MAX_WEIGHTED = 5  # members: 10,626 weightings; of 6 there are 53,130
 
@@ -97,15 +98,15 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         "loss": _mean_bce(scored),
         "num_left_out": _num_left_out(tests, len(together["stay_id"])),
         "members": [_listed(m, None if rule == "by_image" else float(w)) for m, w in zip(members, weight_M)],
-        "subsets": evaluate.subsets(scored, *bounds),
+        "subsets": result_lib.subsets(scored, *bounds),
         "comparisons": [
             difference
             for member, other in tests
-            for difference in evaluate.compare(scored, other, _title(member, members), *bounds)
+            for difference in result_lib.compare(scored, other, _title(member, members), *bounds)
         ],
-        "environment": evaluate.environment(parallel.devices()),
+        "environment": result_lib.environment(parallel.devices()),
     }
-    evaluate.save(workdir, evaluate.Scored(), scored, result)
+    result_lib.save(workdir, result_lib.Scored(), scored, result)
     return result
 
 
@@ -118,31 +119,20 @@ def _check_free(workdir: Path, content: dict) -> None:
     """Raises UserError where the workdir is something else's than this ensemble's."""
     workdir_lib.check_outside_sweeps(workdir)
     path = workdir / "config.json"
-    if path.exists() and _read_json(path, "choose another --workdir") != content:
+    if path.exists() and files.read_json(path, "choose another --workdir") != content:
         raise UserError(f"{workdir} holds another run: choose another --workdir")
 
 
 def _claim(workdir: Path, content: dict) -> None:
     with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(workdir / "config.json", json.dumps(content, indent=2) + "\n")
-
-
-def _read_json(path: Path, hint: str = "it is not of a finished run") -> dict:
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            return content
-        error = "it holds no fields"
-    except (OSError, ValueError) as damage:
-        error = damage
-    raise UserError(f"{path} cannot be read ({error}): {hint}")
+        files.write_json(workdir / "config.json", content)
 
 
 def _scored(run: str, split: str) -> tuple[Member, dict]:
     """A member and its predictions on a split, made where they are not there or not of its best checkpoint."""
     workdir, head = _folder_and_head(run)
-    what, step = evaluate.Scored(split, head), _best_step(workdir)
+    what, step = result_lib.Scored(split, head), _best_step(workdir)
     found = _stored(run, workdir, what, step)
     if found is None:
         evaluate.evaluate(workdir, what)
@@ -151,7 +141,7 @@ def _scored(run: str, split: str) -> tuple[Member, dict]:
     return found
 
 
-def _stored(run: str, workdir: Path, what: evaluate.Scored, step: int | None) -> tuple[Member, dict] | None:
+def _stored(run: str, workdir: Path, what: result_lib.Scored, step: int | None) -> tuple[Member, dict] | None:
     """A member as its files say; None where one is missing, or they are not of the checkpoint `step`.
 
     step: None where any will do, but the same for both files.
@@ -159,13 +149,9 @@ def _stored(run: str, workdir: Path, what: evaluate.Scored, step: int | None) ->
     path, result_path = what.predictions_path(workdir), what.result_path(workdir)
     if not (path.exists() and result_path.exists()):
         return None
-    try:
-        result = json.loads(result_path.read_text())
-        with np.load(path) as stored:
-            part = {name: stored[name] for name in ("scores", *_FIELDS)}
-            steps = {result.get("step"), int(stored["step"]) if "step" in stored else None}
-    except files.DAMAGED_NPZ as error:
-        raise UserError(f"the {what.split} predictions of {run} cannot be read ({error}); evaluate it again") from None
+    hint = f"run medfuse_jax.evaluate --workdir={workdir} again"
+    result, part = files.read_json(result_path, hint), result_lib.read_predictions(path, ("scores", *_FIELDS), hint)
+    steps = {result.get("step"), part.pop("step")}
     is_of = len(steps) == 1 if step is None else steps == {step}
     return (Member(workdir, what.head, result), part) if is_of else None
 
@@ -177,7 +163,7 @@ def _best_step(workdir: Path) -> int | None:
     step, progress = checkpoints.reached(workdir)
     config = config_lib.load(workdir / "config.json")
     # Of a trial that its sweep ended, the best alone may be kept.
-    if not train.finished(progress, config) and not (workdir / "trial.json").exists():
+    if not progress.is_finished(config) and not (workdir / "trial.json").exists():
         raise UserError(
             f"{workdir} is not finished (epoch {progress.epoch} of {config.num_epochs}): let medfuse_jax.main end it"
         )
@@ -186,8 +172,8 @@ def _best_step(workdir: Path) -> int | None:
 
 def _result(workdir: Path) -> dict:
     """The result on the test split, {} where there is none."""
-    path = evaluate.Scored().result_path(workdir)
-    return _read_json(path) if path.exists() else {}
+    path = result_lib.Scored().result_path(workdir)
+    return files.read_json(path, _NO_RESULT) if path.exists() else {}
 
 
 def _check_up_to_date(workdir: Path) -> None:
@@ -215,9 +201,9 @@ def _check_fit(members: list[Member]) -> None:
 def _check_splits(members: list[Member]) -> None:
     """Raises UserError where a member was trained or selected on patients whom another is tested on."""
     runs = {workdir: member.name for member in members for workdir in _trained(member.workdir)}
-    if len({_read_json(workdir / "data.json").get("digest") for workdir in runs}) == 1:
+    if len({files.read_json(workdir / "data.json", _NO_RESULT).get("digest") for workdir in runs}) == 1:
         return  # the same shards
-    index = {workdir: workdir_lib.open_run(workdir).dataset.index for workdir in runs}
+    index = {workdir: sources.open_run(workdir).dataset.index for workdir in runs}
     for ours, theirs in itertools.permutations(runs, 2):
         seen_N = np.concatenate([index[ours][split]["subject_id"] for split in ("train", "val")])
         if leaked := len(np.intersect1d(seen_N, index[theirs]["test"]["subject_id"])):
@@ -231,7 +217,7 @@ def _trained(workdir: Path) -> list[Path]:
     """The workdirs of the runs that were trained for a member: its own, or those of an ensemble's members."""
     if not workdir_lib.is_ensemble(workdir):
         return [workdir]
-    runs = _read_json(workdir / "config.json")["runs"]
+    runs = files.read_json(workdir / "config.json", _NO_RESULT)["runs"]
     return [trained for run in runs for trained in _trained(_folder_and_head(run)[0])]
 
 
@@ -323,7 +309,7 @@ def main(argv: list[str]) -> None:
     compilation.keep()
     result = ensemble(flags.FLAGS.runs, Path(flags.FLAGS.workdir), flags.FLAGS.rule)
     print(terminal.table([result]))
-    print(f"\nwritten: {evaluate.Scored().result_path(Path(flags.FLAGS.workdir))}")
+    print(f"\nwritten: {result_lib.Scored().result_path(Path(flags.FLAGS.workdir))}")
 
 
 if __name__ == "__main__":

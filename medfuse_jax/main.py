@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     # late: a wrong flag is refused before jax starts
     from medfuse_jax import evaluate, experiment, feed, train
     from medfuse_jax.report import pages
-    from medfuse_jax.runs import warm_start, workdir
+    from medfuse_jax.runs import sources, workdir
     from medfuse_jax.runtime import compilation
 
     config = flags.FLAGS.config
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     run.check_any("test", run.dataset.usable("test"))
     train.profiled_steps(run)
     experiment.check_recurrence(run)
-    given, stages = warm_start.find(run, folder)
+    given, stages = sources.find(run, folder)
     for trained in (run, *(staged for _, staged in stages.values())):
         feed.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
 

@@ -10,12 +10,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, metrics, optim, parallel
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import feed as feed_lib
+from medfuse_jax import metrics, parallel
 from medfuse_jax.runs import checkpoints, warm_start
+from medfuse_jax.runs import predictions as predictions_lib
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.log import RunLog
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import compilation
 from medfuse_jax.runtime.errors import UserError
 
@@ -40,8 +42,8 @@ def train(
             if (workdir / "metrics.jsonl").exists():
                 print(f"{workdir} was begun before and holds no checkpoint: training starts anew", flush=True)
             state = warm_start.begin(run.fresh_state(), encoders or {})
-            progress = optim.Progress(learning_rate=run.config.learning_rate)
-        if not finished(progress, run.config):
+            progress = Progress(learning_rate=run.config.learning_rate)
+        if not progress.is_finished(run.config):
             _loop(run, workdir, manager, state, progress)
 
 
@@ -52,7 +54,7 @@ def pretrain(stages: dict[str, tuple[Path, experiment_lib.Experiment]], by_sweep
         train(staged, folder)
 
 
-def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progress: optim.Progress) -> None:
+def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progress: Progress) -> None:
     config = run.config
     state = parallel.replicate(state, run.devices)
     feed = feed_lib.open_feed(
@@ -87,7 +89,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
             return time.perf_counter() - compiled.seconds
 
         _profile(profile, profiled, workdir, step, state)
-        while not finished(progress, config):
+        while not progress.is_finished(config):
             epoch = step // steps_per_epoch + 1
             plan = run.train_plan(epoch)
             done, epoch_end = step % steps_per_epoch, epoch * steps_per_epoch
@@ -121,7 +123,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 num_steps=len(losses),
             )
 
-            predictions = evaluate.predict(run, eval_fn, state, "val", run.selects("val"))
+            predictions = predictions_lib.predict(run, eval_fn, state, "val", run.selects("val"))
             val_auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
             is_best = progress.update(epoch, predictions.loss, val_auroc, config.plateau_epochs)
             state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
@@ -133,11 +135,6 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {rate:.1f} {unit}/s"
             )
         manager.wait_until_finished()
-
-
-def finished(progress: optim.Progress, config: ConfigDict) -> bool:
-    """Whether a run has come to its last epoch, or is stopped early."""
-    return progress.epoch >= config.num_epochs or progress.should_stop(config.early_stop_epochs)
 
 
 def profiled_steps(run: experiment_lib.Experiment) -> tuple[int, int]:

@@ -11,9 +11,10 @@ import pytest
 import sklearn.metrics
 from example_runs import simulate, write_config, write_evaluation
 
-from medfuse_jax import ensemble, evaluate, experiment, metrics, optim, train
+from medfuse_jax import ensemble, evaluate, experiment, metrics, train
 from medfuse_jax.report import pages, read_runs, terminal
-from medfuse_jax.runs import checkpoints, workdir
+from medfuse_jax.runs import checkpoints, sources, workdir
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -198,7 +199,7 @@ def test_predictions_that_are_not_there_are_made(tiny_config, tmp_path):
 def _save(folder, run, epoch, seed):
     """A checkpoint of made-up weights at an epoch's end, the best so far."""
     state = next(run.fresh_states([seed])).replace(step=jnp.int32(epoch * len(run.train_plan(1))))
-    progress = optim.Progress(epoch=epoch, best_epoch=epoch, best_auroc=0.5, learning_rate=1e-4)
+    progress = Progress(epoch=epoch, best_epoch=epoch, best_auroc=0.5, learning_rate=1e-4)
     with contextlib.closing(checkpoints.open_manager(folder)) as manager:
         checkpoints.save(manager, state, progress, is_best=True)
 
@@ -271,7 +272,7 @@ def splits(runs, tmp_path, monkeypatch):
         index = {split: {"subject_id": np.array(ids)} for split, ids in patients[folder].items()}
         return SimpleNamespace(dataset=SimpleNamespace(index=index))
 
-    monkeypatch.setattr(workdir, "open_run", open_run)
+    monkeypatch.setattr(sources, "open_run", open_run)
     return patients
 
 

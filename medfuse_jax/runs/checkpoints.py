@@ -1,12 +1,11 @@
-"""Checkpoints: the best and the latest state of a run, by orbax.
+"""Checkpoints of a run, kept by orbax: the best and the latest.
 
-A checkpoint is a TrainState and its optim.Progress, under the step's number. A kill during a
-save leaves only a temporary folder, which orbax ignores and cleans up.
+A checkpoint is a TrainState and its Progress, numbered by step. A process killed during a save leaves only a
+temporary folder, which orbax ignores and removes.
 """
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from logging import LogRecord
 from pathlib import Path
@@ -15,21 +14,21 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from medfuse_jax import optim
-from medfuse_jax.runtime import errors
+from medfuse_jax.runs.progress import Progress
+from medfuse_jax.runtime import errors, files
 from medfuse_jax.runtime.errors import UserError
 
-IMPORT_NOTE = "import.json"  # beside weights that were imported, not trained here
+IMPORT_NOTE = "import.json"  # written with weights that were imported rather than trained
 
 
-def _is_news(record: LogRecord) -> bool:
-    """Whether a user can do anything about it: a kill during a save leaves a folder that the next save replaces."""
+def _is_useful(record: LogRecord) -> bool:
+    """False for orbax's warning about a leftover temporary folder, which the next save replaces."""
     return "Attempted to create temporary directory" not in record.getMessage()
 
 
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
-    """The run's checkpoints, which keep the latest step and the one that `optim.Progress` calls the best."""
-    # best_fn beside the policy: with the policy alone, orbax 0.12's best_step() is the latest.
+    """Opens the run's checkpoints; it keeps the latest and the one that `Progress` calls the best."""
+    # best_fn as well as the policy: with the policy alone, orbax 0.12's best_step() is the latest.
     policy = ocp.checkpoint_managers.AnyPreservationPolicy(
         [
             ocp.checkpoint_managers.LatestN(1),
@@ -38,146 +37,148 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
     )
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_order, best_mode="max")
     folder = (workdir / "checkpoints").absolute()
-    logging.get_absl_logger().addFilter(_is_news)  # the same one again is no second
-    if jax.process_count() > 1:  # each process trains runs of its own: none waits for another at a save
+    logging.get_absl_logger().addFilter(_is_useful)  # adding the same function again does nothing
+    if jax.process_count() > 1:  # each process trains its own runs: a save waits for no other process
         folder.mkdir(parents=True, exist_ok=True)
-        alone = ocp.options.MultiprocessingOptions(
+        own_process = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
             barrier_sync_key_prefix=f"process{jax.process_index()}",
         )
-        options = dataclasses.replace(options, create=False, multiprocessing_options=alone)
-    with _damage_named(folder):
+        options = dataclasses.replace(options, create=False, multiprocessing_options=own_process)
+    with _as_user_error(folder):
         return ocp.CheckpointManager(folder, options=options, item_names=("state", "progress"))
 
 
-def save(manager: ocp.CheckpointManager, state, progress: optim.Progress, is_best: bool) -> None:
-    """Saves in the background. is_best: whether this very state is progress's best."""
-    if jax.process_count() > 1:  # orbax refuses a process' own device arrays; host arrays it writes in process 0
+def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: bool) -> None:
+    """Saves in the background. is_best: whether this state is the best so far."""
+    if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
     manager.save(
         int(state.step),
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
         ),
-        # One judge of what is best: orbax would settle ties and nan another way than Progress does.
+        # Progress alone decides what is best: orbax treats ties and NaN differently.
         metrics={"best_order": progress.epoch if is_best else -1},
         force=True,
     )
 
 
-def restore_latest(manager: ocp.CheckpointManager, state) -> tuple[object, optim.Progress] | None:
-    """The latest (state, progress) laid out as `state`, or None where nothing is saved."""
-    with _damage_named(manager.directory):
+def restore_latest(manager: ocp.CheckpointManager, state) -> tuple[object, Progress] | None:
+    """The latest (state, progress), shaped like `state`; None if nothing is saved."""
+    with _as_user_error(manager.directory):
         step = manager.latest_step()
     return None if step is None else _restore(manager, step, state)
 
 
 def restore_best(workdir: Path, state):
-    """The state of the best validation AUROC, laid out as `state`; UserError where there is none."""
+    """The state with the best validation AUROC, shaped like `state`; UserError if there is none."""
     return restore_best_with_progress(workdir, state)[0]
 
 
-def restore_best_with_progress(workdir: Path, state) -> tuple[object, optim.Progress]:
-    """The same, and the progress at it."""
+def restore_best_with_progress(workdir: Path, state) -> tuple[object, Progress]:
     with _open_trained(workdir) as manager:
         return best(manager, state)
 
 
-def reached(workdir: Path) -> tuple[int, optim.Progress]:
-    """The step of the best checkpoint, and the progress at the latest; no state is read. UserError as restore_best."""
-    with _open_trained(workdir) as manager:
-        return _best_step(manager), _latest_progress(manager)
-
-
-def any_saved(workdir: Path) -> bool:
-    """Whether there is a checkpoint to go on from; makes no folder."""
-    if not (workdir / "checkpoints").is_dir():
-        return False
-    with contextlib.closing(open_manager(workdir)) as manager, _damage_named(manager.directory):
-        return manager.latest_step() is not None
-
-
-@contextlib.contextmanager
-def _open_trained(workdir: Path) -> Iterator[ocp.CheckpointManager]:
-    """A run's checkpoints, of which there is at least one; else UserError, and nothing is made."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir() and (workdir / "state.npz").exists():
-        raise UserError(
-            f"{workdir} is a trial kept in state.npz: to write its checkpoint, give the sweep's command again with "
-            f"--export={int(workdir.name) if workdir.name.isdecimal() else 'TRIAL'}"
-        )
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing: {workdir} holds no trained model; run medfuse_jax.main first")
-    with contextlib.closing(open_manager(workdir)) as manager:
-        if _best_step(manager) is None:
-            raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main with --workdir={workdir} first")
-        yield manager
-
-
-def best(manager: ocp.CheckpointManager, state) -> tuple[object, optim.Progress] | None:
-    """The (state, progress) of the best validation AUROC, laid out as `state`, or None where nothing is saved."""
+def best(manager: ocp.CheckpointManager, state) -> tuple[object, Progress] | None:
+    """The (state, progress) with the best validation AUROC, shaped like `state`; None if nothing is saved."""
     step = _best_step(manager)
     if step is None:
         return None
     epoch = _latest_progress(manager).best_epoch
     restored, progress = _restore(manager, step, state)
     if epoch and progress.epoch != epoch:
-        raise UserError(f"{manager.directory} no longer holds the best, of epoch {epoch}: put it back, or train anew")
+        raise UserError(
+            f"{manager.directory} no longer holds the best checkpoint, of epoch {epoch}: restore it, or train again",
+            path=manager.directory,
+            value=epoch,
+        )
     return restored, progress
 
 
-def _best_step(manager: ocp.CheckpointManager) -> int | None:
-    with _damage_named(manager.directory):
-        return manager.best_step()
+def reached(workdir: Path) -> tuple[int, Progress]:
+    """The step of the best checkpoint and the progress at the latest, without reading a state; UserError if none."""
+    with _open_trained(workdir) as manager:
+        return _best_step(manager), _latest_progress(manager)
 
 
-def _latest_progress(manager: ocp.CheckpointManager) -> optim.Progress:
-    with _damage_named(manager.directory):
-        latest = manager.restore(manager.latest_step(), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        return optim.Progress(**latest["progress"])
+def any_saved(workdir: Path) -> bool:
+    """Whether there is a checkpoint to resume from; makes no folder."""
+    if not (workdir / "checkpoints").is_dir():
+        return False
+    with contextlib.closing(open_manager(workdir)) as manager, _as_user_error(manager.directory):
+        return manager.latest_step() is not None
 
 
 def imported(workdir: Path) -> dict:
-    """What `torch_import` noted of the weights it put into a workdir, {} where the run was trained.
+    """The note that `torch_import` wrote with imported weights, {} for a trained run.
 
-    'file', 'sha256', 'modules' (those the file held, by their names in the model), 'unused' (entries).
+    'file', 'sha256', 'modules' (those of the model that the file held), 'unused' (entries).
     """
     path = workdir / IMPORT_NOTE
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): import the weights again into another --workdir") from None
+    return files.read_json(path, "import the weights again into another --workdir") if path.exists() else {}
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[object, optim.Progress]:
-    # With a sharding of this machine: a checkpoint opens on any number of devices.
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
-    with _damage_named(manager.directory / str(step)):
+@contextlib.contextmanager
+def _open_trained(workdir: Path) -> Iterator[ocp.CheckpointManager]:
+    """Opens the checkpoints of a run that has at least one; otherwise raises UserError and makes no folder."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir() and (workdir / "state.npz").exists():
+        number = int(workdir.name) if workdir.name.isdecimal() else "TRIAL"
+        raise UserError(
+            f"{workdir} is a trial stored as state.npz: to write its checkpoint, repeat the sweep's command with "
+            f"--export={number}",
+            field="--export",
+            path=workdir,
+        )
+    if not folder.is_dir():
+        raise UserError(f"{workdir} holds no trained model: run medfuse_jax.main first", path=folder)
+    with contextlib.closing(open_manager(workdir)) as manager:
+        if _best_step(manager) is None:
+            raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main --workdir={workdir}", path=folder)
+        yield manager
+
+
+def _best_step(manager: ocp.CheckpointManager) -> int | None:
+    with _as_user_error(manager.directory):
+        return manager.best_step()
+
+
+def _latest_progress(manager: ocp.CheckpointManager) -> Progress:
+    with _as_user_error(manager.directory):
+        latest = manager.restore(manager.latest_step(), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        return Progress(**latest["progress"])
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[object, Progress]:
+    # With a sharding of this machine, so that a checkpoint opens on any number of devices.
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), state)
+    with _as_user_error(manager.directory / str(step)):
         restored = manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()),
         )
-        return restored["state"], optim.Progress(**restored["progress"])
+        return restored["state"], Progress(**restored["progress"])
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """What goes wrong while a checkpoint is read is said in one line that names it."""
+def _as_user_error(path: Path) -> Iterator[None]:
+    """Turns any error while a checkpoint is read, but for too little memory, into a UserError that names its path."""
     try:
         yield
     except Exception as error:  # orbax raises a bare Exception for a damaged file
-        if errors.is_out_of_memory(error):  # the checkpoint is whole, and a sweep goes on with fewer trials at once
+        if errors.is_out_of_memory(error):  # not damage: a sweep retries with fewer trials at once
             raise
         if errors.is_disk_full(error):
-            raise UserError(f"no space is left on the disk of {path}: free some, and it can be read") from None
+            raise UserError(f"the disk of {path} is full: free some space and try again", path=path) from None
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} does not fit this run's model or is damaged ({first_line[:200]}): put a whole copy in its "
-            "place, or start anew in another --workdir"
+            f"{path} does not match this run's model or is damaged ({first_line[:200]}): restore it from a copy, or "
+            "start again in another --workdir",
+            path=path,
         ) from None
 
 

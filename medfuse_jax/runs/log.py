@@ -1,7 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, TensorBoard events, and a progress bar.
-
-On a terminal there is one bar a run; elsewhere a plain line an epoch.
-"""
+"""The log of a run: metrics.jsonl, TensorBoard events and, on a terminal, a progress bar (else a line an epoch)."""
 
 import json
 import math
@@ -16,9 +13,9 @@ from medfuse_jax.runtime import files
 
 
 class RunLog:
-    """One run's record. Lines of steps after `resume_step` (a kill came before their checkpoint) are dropped.
+    """Logs one run. Drops lines after `resume_step`: those steps had no checkpoint yet.
 
-    quiet: for one run of many: no bar, no lines, no TensorBoard (a thread and an open file each).
+    quiet: no bar, no printed lines, no TensorBoard (a thread and an open file each), for one of many runs.
     """
 
     def __init__(self, workdir: Path, name: str, num_steps: int, resume_step: int = 0, quiet: bool = False):
@@ -36,23 +33,23 @@ class RunLog:
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar:10}| {elapsed}, {remaining} left{postfix}",
         )
-        self._bar.set_postfix_str("compiling the first step")  # until `show` says more
+        self._bar.set_postfix_str("compiling the first step")  # until the first `show`
         self._start_s = time.perf_counter()
         self._shown = {}
 
     def step(self, num_steps: int = 1) -> None:
-        """Moves the bar on."""
+        """Advances the bar."""
         self._bar.update(num_steps)
 
-    def show(self, **shown: str) -> None:
-        """Changes what is written beside the bar."""
-        self._shown |= shown
+    def show(self, **values: str) -> None:
+        """Updates values shown beside the bar."""
+        self._shown |= values
         self._bar.set_postfix_str("  ".join(f"{k} {v}" for k, v in self._shown.items()), refresh=False)
 
     def write(self, phase: str, epoch: int, step: int, **values: float) -> None:
-        """Adds one line to metrics.jsonl and the same values to TensorBoard."""
-        known = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
-        line = {"phase": phase, "epoch": epoch, "step": step, **known}
+        """Appends one line to metrics.jsonl, and the same values to TensorBoard."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        line = {"phase": phase, "epoch": epoch, "step": step, **finite}
         line["time_s"] = round(time.perf_counter() - self._start_s, 3)
         with self._path.open("a") as file:  # not kept open: a sweep has hundreds of runs
             file.write(json.dumps(line) + "\n")
@@ -60,7 +57,7 @@ class RunLog:
             self._tensorboard.add_scalar(f"{phase}/{key}", value, step)
 
     def line(self, text: str) -> None:
-        """A plain log line, where there is no bar."""
+        """Prints a line if there is no bar."""
         if self._bar.disable and not self._quiet:
             print(f"{self._name}: {text}", flush=True)
 
@@ -71,7 +68,7 @@ class RunLog:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keeps the whole lines up to `step` (a kill can leave half a line, a full disk a damaged one)."""
+    """Keeps the readable lines up to `step`: a kill or a full disk can leave a partial line."""
     if not path.exists():
         return
     kept = []

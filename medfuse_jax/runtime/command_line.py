@@ -1,12 +1,11 @@
-"""How every command starts and ends: flags, and one line for what its user can put right.
+"""How every command starts and ends: flags, and one line for an error that the user can fix.
 
-A traceback is left for what we did wrong.
+Other errors keep their traceback.
 """
 
 import difflib
 import functools
 import os
-import re
 import runpy
 import signal
 import sys
@@ -18,26 +17,29 @@ from absl import app, flags, logging
 
 from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full, is_out_of_memory, of_file
 
-_USER_ERROR = 2  # as argparse and shells have it; jobs/gke_tpu.yaml asks for it
+_USER_ERROR = 2  # as for argparse and shells; jobs/gke_tpu.yaml relies on it
 
 
 def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resumes: bool = False) -> None:
-    """Runs a command's `main(argv)` under absl; a UserError ends it with one line, and with the status of `status`.
+    """Runs a command's `main(argv)` under absl; ends with one line and `status(error)` if the user can fix the error.
 
-    pass_on_unknown: whether options that are none of absl's go to `main` rather than being refused. resumes: whether
-    the same command goes on where it was stopped.
+    pass_on_unknown: whether to pass unknown options on to `main` rather than refuse them. resumes: whether rerunning
+    the command resumes it.
     """
 
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax and TFDS say much that no user needs
-        os.umask(0o077)  # what is written is about patients: for its owner alone
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop is a user's
+            logging.set_verbosity(logging.WARNING)  # orbax and TFDS log much that users do not need
+        os.umask(0o077)  # output is patient data: readable by its owner alone
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
         try:
             main(argv)
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt):
-                _leave(in_one_line(error, resumes), status(error))
+        except KeyboardInterrupt as error:
+            # At once: a process interrupted while a thread starts would wait for that thread forever.
+            print(in_one_line(error, resumes), file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(status(error))
+        except Exception as error:
             if line := in_one_line(error, resumes):
                 _end(line, status(error))
             raise
@@ -46,31 +48,23 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
 
 
 def in_one_line(error: BaseException, resumes: bool = False) -> str:
-    """What a command says of an error that its user can put right; '' of one that needs its traceback."""
+    """What a command prints for an error that the user can fix; '' for one that needs its traceback."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return "stopped" + ("; the same command goes on where this one was" if resumes else "")
+        return "interrupted" + ("; rerun the command to resume" if resumes else "")
     if is_out_of_memory(error):
-        trains = "config" in flags.FLAGS
-        hint = ": give a smaller --config.batch_size or --config.eval.batch_size" if trains else ""
-        return f"error: the memory is too small{hint} ({' '.join(str(error).split())[:200]})"
+        hint = ": reduce --config.batch_size or --config.eval.batch_size" if "config" in flags.FLAGS else ""
+        return f"error: out of memory{hint} ({' '.join(str(error).split())[:200]})"
     if is_disk_full(error):
-        return "error: no space is left on the disk: free some" + (", and the same command goes on" if resumes else "")
+        return "error: the disk is full: free some space" + (" and rerun the command to resume" if resumes else "")
     return ""
 
 
 def status(error: BaseException) -> int:
-    """What a command exits with: 2 where the same command would fail again until its user puts something right."""
+    """A command's exit status: 2 if it would fail again until the user changes something, else 1."""
     fails_again = isinstance(error, UserError) and not isinstance(error, TryLater)
     return _USER_ERROR if fails_again or is_out_of_memory(error) else 1
-
-
-def _leave(line: str, status: int) -> NoReturn:
-    """Ends the process at once: one interrupted while a thread starts would wait for that thread for ever."""
-    print(line, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)
 
 
 def _end(line: str, status: int = _USER_ERROR) -> NoReturn:
@@ -79,72 +73,50 @@ def _end(line: str, status: int = _USER_ERROR) -> NoReturn:
 
 
 def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
-    """Parses the command line; what is wrong with it is one line, whoever finds it.
-
-    absl raises flags.Error; ml_collections, for a field of --config, whatever setting it raises.
-    """
-    if problem := _config_problem(argv):
-        _end(f"error: {problem}")
     try:
-        left = flags.FLAGS(argv, known_only=pass_on_unknown)
-    except (flags.Error, TypeError, ValueError) as error:
-        if "must have a value other than None" in str(error):
-            missing = re.search(r"--(\w+)", str(error))[1]
-            example = ", such as --config=configs/pheno.py" if missing == "config" else ""
-            _end(f"error: the flag --{missing} is missing{example}; --help lists the flags")
-        _end(f"error: {_of_flag(str(error))}")
-    if len(left) > 1 and not pass_on_unknown:
-        _end(f"error: unknown argument {left[1]!r}: every option starts with --; see --help")
-    return left
+        _check_config_flags(argv)
+        rest = flags.FLAGS(argv, known_only=pass_on_unknown)
+    except (flags.Error, TypeError, ValueError) as error:  # the last two are ml_collections' own
+        _end(f"error: {error}")
+    if len(rest) > 1 and not pass_on_unknown:
+        _end(f"error: unknown argument {rest[1]!r}: every option starts with --; see --help")
+    return rest
 
 
-_WRONG_TYPE = {  # what Python, absl and ml_collections say of a value of another type, and what it should have been
-    "invalid literal for int": "a whole number",
-    "could not convert string to float": "a number",
-    "oolean argument to boolean flag": "true or false",  # absl: Non-boolean
-    "as a ConfigDict": "given by its fields, such as --config.data.dir=DIR",
-}
+def _check_config_flags(argv: list[str]) -> None:
+    """Raises UserError for a --config file that cannot be used, or a --config.field that it does not have.
 
-
-def _of_flag(said: str) -> str:
-    """What a parser of flags said, in the words of the command line where the type is what is wrong."""
-    flag = re.match(r"flag (--[\w.]+=.*?): ", said)
-    for words, needed in _WRONG_TYPE.items():
-        if flag and words in said:
-            return f"{flag[1]} must be {needed}"
-    return said
-
-
-def _config_problem(argv: list[str]) -> str:
-    """What is wrong with --config=FILE or the name of a --config.field=value, '' where nothing is."""
+    ml_collections reports the first too late and the second as a bare KeyError.
+    """
     options = [a.removeprefix("--").partition("=") for a in argv[1:] if a.startswith("--config")]
     path = next((value for name, _, value in options if name == "config"), "")
     if not path:
-        return ""  # a flag that is required says so itself
-    if not Path(path).is_file():
-        there = [str(p) for p in sorted(Path(path).parent.glob("*.py"))]
-        near = difflib.get_close_matches(path, there, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(there) or 'none in that folder'}."
-        return f"--config={path} is not a file. {hint}"
-    if Path(path).suffix != ".py":
-        return f"--config={path} is not a Python file such as configs/pheno.py"
+        return
+    if not Path(path).is_file() or Path(path).suffix != ".py":
+        near = difflib.get_close_matches(Path(path).name, [p.name for p in Path(path).parent.glob("*.py")], n=1)
+        near = [str(Path(path).with_name(name)) for name in near]
+        raise _no_such(f"--config={path}", "a Python file", near, field="--config", path=path)
     try:
         config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # the file is the user's own, and may fail in any way
-        return f"--config={path} cannot be used ({of_file(path, error)})"
+    except Exception as error:  # the file is the user's own code
+        raise UserError(
+            f"--config={path} cannot be used ({of_file(path, error)})", field="--config", path=path
+        ) from None
+    fields = _names("config", config)
     for name, _, _ in options:
-        node, parts = config, name.split(".")
-        for depth, part in enumerate(parts[1:], start=1):
-            if not hasattr(node, "keys") or part not in node:
-                return _no_such_field(parts, depth, list(node) if hasattr(node, "keys") else [])
-            node = node[part]
-    return ""
+        if name.startswith("config.") and name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise _no_such(f"--{name}", f"a field of {path}", [f"--{n}" for n in near], field=f"--{name}")
 
 
-def _no_such_field(parts: list[str], depth: int, there: list[str]) -> str:
-    parent = ".".join(parts[:depth])
-    near = difflib.get_close_matches(parts[depth], there, n=1, cutoff=0.5)
-    hint = (
-        f"Did you mean --{parent}.{near[0]}?" if near else f"{parent} has: {', '.join(sorted(there)) or 'no fields'}."
-    )
-    return f"--{'.'.join(parts)} is not a field. {hint}"
+def _names(parent: str, config) -> list[str]:
+    """The dotted names of all fields of a ConfigDict."""
+    names = []
+    for key in config if hasattr(config, "keys") else ():
+        names += [f"{parent}.{key}", *_names(f"{parent}.{key}", config[key])]
+    return names
+
+
+def _no_such(what: str, kind: str, near: list[str], **where) -> UserError:
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"{what} is not {kind}{hint}", nearest=near[0] if near else "", **where)

@@ -1,10 +1,9 @@
-"""Weights from and to the released PyTorch models; the command is `python -m medfuse_jax.torch_import`.
+"""Import and export weights of the released PyTorch models; the command is `python -m medfuse_jax.torch_import`.
 
-A released checkpoint holds all parts of its model, whatever was trained: parts that a method
-does not use are allowed, and `unused` lists them. Each entry that a method needs is used
-exactly once; an unknown, missing, misshapen or non-finite one is a UserError that names it.
+A released checkpoint holds modules of all methods; `unused` lists the entries that a method does not read. Each entry
+that it needs is read exactly once; an unknown, missing, misshapen or non-finite one raises a UserError that names it.
 
-torch itself is needed only to read and write its own files (`pip install medfuse_jax[torch]`).
+torch is needed only to read and write its own files (`pip install medfuse_jax[torch]`).
 """
 
 from medfuse_jax.torch_import.convert import export, fill, fill_backbone, is_backbone, load, unused

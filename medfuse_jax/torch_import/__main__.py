@@ -1,11 +1,10 @@
-"""Imports a checkpoint into a workdir, or exports a workdir's best checkpoint (docs/weights.md).
+"""Import a checkpoint into a workdir, or export a workdir's best checkpoint (docs/weights.md).
 
 python -m medfuse_jax.torch_import --checkpoint=FILE --config=FILE --config.data.dir=DIR --workdir=DIR
 python -m medfuse_jax.torch_import --workdir=DIR --export=FILE
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 from absl import flags
@@ -15,7 +14,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError
 
-_RELEASED_TIMESTEP_H = 1.0  # of every released script
+_RELEASED_TIMESTEP_H = 1.0  # of all released scripts
 
 
 def main(argv: list[str]) -> None:
@@ -26,28 +25,34 @@ def main(argv: list[str]) -> None:
     elif given == {"export"}:
         print(export_weights(Path(options.workdir), Path(options.export)))
     else:
-        raise UserError("give --checkpoint=FILE with --config=FILE to import, or --export=FILE alone to export")
+        raise UserError("give --checkpoint=FILE and --config=FILE to import, or --export=FILE alone to export")
 
 
 def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[str]:
-    """Makes `workdir` a finished run of `config` with the checkpoint's weights; returns lines that say what was done.
+    """Makes `workdir` a finished run of `config` with the checkpoint's weights; returns the lines to print.
 
-    A bare ResNet fills the X-ray encoder alone: a start for others, which `evaluate` refuses to score.
-    UserError where the file, the config or its data do not fit together, or the workdir is in use.
+    A bare ResNet fills the X-ray encoder alone: other runs can start from it, but `evaluate` refuses to score it.
+    Raises UserError if the file, the config and its data do not match, or the workdir is in use.
     """
-    from medfuse_jax import experiment, optim, torch_import
-    from medfuse_jax.runs import checkpoints  # late: a wrong flag is refused before jax
+    from medfuse_jax import experiment, torch_import  # late: a wrong flag is refused before jax starts
+    from medfuse_jax.runs import checkpoints
+    from medfuse_jax.runs.progress import Progress
 
     config_lib.validate(config)
     _check_modalities(config)
     if not config.data.dir:
-        raise UserError("config.data.dir is empty: give the shards of the run with --config.data.dir=DIR")
+        raise UserError("config.data.dir is empty: give the run's shards", field="config.data.dir")
     run = experiment.open_experiment(config)
     state_dict = torch_import.read(checkpoint)
     try:
         variables, unused = _fill(run.options.model, config.method, state_dict)
     except UserError as error:
-        raise UserError(f"{checkpoint} for config.method={config.method}, config.task={config.task}: {error}") from None
+        raise UserError(
+            f"{checkpoint} for config.method={config.method}, config.task={config.task}: {error}",
+            field=error.field,
+            path=checkpoint,
+            value=error.value,
+        ) from None
     state = run.fresh_state()
     state = state.replace(
         params={**state.params, **variables["params"]},
@@ -56,29 +61,28 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     modules = sorted(variables["params"])
     note = {"file": checkpoint.name, "sha256": files.sha256(checkpoint), "modules": modules, "unused": unused}
     _claim(workdir, run, note)
-    # As after the last epoch: `main` does not train it on, `--config.init.*` starts another run from it.
-    progress = optim.Progress(epoch=config.num_epochs, learning_rate=config.learning_rate)
+    # As after the last epoch, so that `main` does not train it further.
+    progress = Progress(epoch=config.num_epochs, learning_rate=config.learning_rate)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         checkpoints.save(manager, state, progress, is_best=True)
         manager.wait_until_finished()
-    whole = set(modules) == set(state.params)
+    is_whole = set(modules) == set(state.params)
     return [
         f"imported {checkpoint} into {workdir}: {', '.join(modules)}",
-        f"not used by {config.method}: {_by_part(unused)}",
+        f"not used by {config.method}: {_by_module(unused)}",
         *(_differences_from_released(config, run.dataset.manifest) if "ehr_encoder" in modules else ()),
-        f"score it: python -m medfuse_jax.evaluate --workdir={workdir}"
-        if whole
-        else f"start a run from it: python -m medfuse_jax.main --config.init.cxr={workdir} ...",
+        f"to score it: python -m medfuse_jax.evaluate --workdir={workdir}"
+        if is_whole
+        else f"to start a run from it: python -m medfuse_jax.main --config.init.cxr={workdir} ...",
     ]
 
 
 def export_weights(workdir: Path, path: Path) -> str:
-    """Writes a run's best checkpoint under the released names; returns a line that says so. UserError as `write`."""
+    """Writes a run's best checkpoint under the released names; returns the line to print. UserError as for `write`."""
     from medfuse_jax import torch_import
-    from medfuse_jax.runs import checkpoints
-    from medfuse_jax.runs import workdir as workdir_lib
+    from medfuse_jax.runs import checkpoints, sources
 
-    run = workdir_lib.open_run(workdir)
+    run = sources.open_run(workdir)
     config = run.config
     _check_modalities(config)
     state = checkpoints.restore_best(workdir, run.abstract_state())
@@ -90,13 +94,15 @@ def export_weights(workdir: Path, path: Path) -> str:
 def _check_modalities(config: ConfigDict) -> None:
     if config.model.modalities:
         raise UserError(
-            f"config.model.modalities is {config.model.modalities!r}: the released models have EHR and X-ray alone, "
-            "so such a run can be neither imported nor exported"
+            f"config.model.modalities is {config.model.modalities!r}: a run with further modalities can be neither "
+            "imported nor exported, because the released models have EHR and X-ray only",
+            field="config.model.modalities",
+            value=config.model.modalities,
         )
 
 
 def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
-    """(variables, the names of the weights that were not used)."""
+    """Returns (variables, names of the unused weights)."""
     from medfuse_jax import torch_import
 
     if torch_import.is_backbone(state_dict):
@@ -115,37 +121,38 @@ def _claim(workdir: Path, run, note: dict) -> None:
     workdir_lib.check_outside_sweeps(workdir)
     with files.must_write(f"--workdir={workdir}"):
         if workdir.exists() and any(workdir.iterdir()):
-            raise UserError(f"{workdir} is not empty: choose another --workdir")
+            raise UserError(f"{workdir} is not empty: choose another --workdir", field="--workdir", path=workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(workdir / checkpoints.IMPORT_NOTE, json.dumps(note, indent=1) + "\n")
+        files.write_json(workdir / checkpoints.IMPORT_NOTE, note)
     workdir_lib.claim(workdir, run)
 
 
-def _by_part(names: list[str]) -> str:
-    """Names of entries, those of one module together."""
-    parts = {}
+def _by_module(names: list[str]) -> str:
+    """Names of entries, grouped by module."""
+    modules = {}
     for name in names:
         module, _, entry = name.rpartition(".")
-        parts.setdefault(module or entry, []).append(entry)
-    return ", ".join(f"{part} ({', '.join(e)})" if e != [part] else part for part, e in parts.items()) or "nothing"
+        modules.setdefault(module or entry, []).append(entry)
+    groups = [f"{module} ({', '.join(e)})" if e != [module] else module for module, e in modules.items()]
+    return ", ".join(groups) or "nothing"
 
 
 def _differences_from_released(config: ConfigDict, manifest: dict) -> list[str]:
-    """What a released model saw otherwise than this config's data gives it: its scores would be worse for it."""
+    """How this config's data differs from what a released model was trained on, which lowers its scores."""
     found = []
     if config.data.statistics == "train":
-        found.append("series standardised by MIMIC-III's mean and deviation (config.data.statistics here: train)")
+        found.append("series standardised by MIMIC-III's mean and deviation (here by the train split's)")
     if manifest["timestep_h"] != _RELEASED_TIMESTEP_H:
-        found.append(f"steps of {_RELEASED_TIMESTEP_H:g} h ({manifest['timestep_h']:g} h here)")
+        found.append(f"time steps of {_RELEASED_TIMESTEP_H:g} h (here {manifest['timestep_h']:g} h)")
     if manifest["profile"] != "released":
-        found.append(f"arrays of the profile released ({manifest['profile']} here)")
+        found.append(f"arrays of the profile released (here {manifest['profile']})")
     return [f"note: a released model was trained on {'; '.join(found)}: see docs/weights.md"] if found else []
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "To import: the experiment whose run this is.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "To import: the config of the run.", lock_config=True)
     flags.DEFINE_string("checkpoint", None, "To import: a .pth.tar, .pth, .pt or .safetensors file.")
     flags.DEFINE_string("export", None, "To export: the .safetensors or .pth.tar file to write.")
-    flags.DEFINE_string("workdir", None, "Folder of the run: new to import into, finished to export from.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: new to import into, trained to export from.")
     flags.mark_flag_as_required("workdir")
     command_line.run(main)

@@ -1,4 +1,4 @@
-"""What a run writes down: whole lines, none twice after a resume, the same values for TensorBoard."""
+"""log: whole lines, none twice after a resume, the same values in TensorBoard."""
 
 import json
 import threading
@@ -24,7 +24,7 @@ def test_lines_hold_phase_epoch_step_and_values(tmp_path):
     assert any(path.stat().st_size > 0 for path in (tmp_path / "tensorboard").iterdir())
 
 
-def test_a_resumed_log_drops_what_came_after_its_checkpoint_and_a_half_line(tmp_path):
+def test_resumed_log_drops_steps_after_the_checkpoint_and_a_partial_line(tmp_path):
     log = RunLog(tmp_path, "run", num_steps=10)
     for step in (5, 10):
         log.write("train", step // 5, step, train_loss=1 / step)
@@ -37,7 +37,7 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint_and_a_half_line(tmp_
     assert [(line["step"], line["train_loss"]) for line in _lines(tmp_path)] == [(5, 0.2), (10, 0.25)]
 
 
-def test_a_value_that_is_no_number_is_null(tmp_path):
+def test_nan_is_written_as_null(tmp_path):
     log = RunLog(tmp_path, "run", num_steps=10, quiet=True)
     log.write("val", 1, 5, val_auroc=float("nan"), val_loss=float("inf"), lr=0.5)
     log.close()
@@ -49,7 +49,7 @@ def test_a_value_that_is_no_number_is_null(tmp_path):
     assert (line["val_auroc"], line["val_loss"], line["lr"]) == (None, None, 0.5)
 
 
-def test_a_damaged_line_is_dropped_at_a_resume_and_a_kill_within_it_loses_none(tmp_path, monkeypatch):
+def test_resume_drops_damaged_lines_atomically(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     content = b'{"step": 1}\n{"step": 2, "ph\xff\n{"step": 3}\n{"step": 4}\n'
     path.write_bytes(content)
@@ -61,8 +61,8 @@ def test_a_damaged_line_is_dropped_at_a_resume_and_a_kill_within_it_loses_none(t
     assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
 
 
-def test_hundreds_of_quiet_logs_hold_no_file_open_and_no_thread(tmp_path):
-    """As a sweep's trials have them, all at once."""
+def test_quiet_logs_hold_no_open_file_and_no_thread(tmp_path):
+    """A sweep has hundreds of them at once."""
     open_files = Path("/proc/self/fd") if Path("/proc/self/fd").exists() else Path("/dev/fd")
     before, logs = (len(list(open_files.iterdir())), threading.active_count()), []
     for number in range(20):
@@ -75,7 +75,7 @@ def test_hundreds_of_quiet_logs_hold_no_file_open_and_no_thread(tmp_path):
     assert [line["val_loss"] for line in _lines(tmp_path / "19")] == [0.4]
 
 
-def test_a_plain_line_is_printed_where_there_is_no_terminal(tmp_path, capsys):
+def test_lines_are_printed_without_a_terminal(tmp_path, capsys):
     log = RunLog(tmp_path, "run", num_steps=10)
     log.line("epoch 1/2")
     log.close()

@@ -15,7 +15,7 @@ from sweep_cases import PRETRAIN, RATES, best_state, stop_at_save, sweep
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, experiment, records
-from medfuse_jax.runs import warm_start
+from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import command, processes, results
@@ -113,7 +113,7 @@ def test_trials_are_exported_and_chosen_where_the_shards_were_moved(tiny_config,
         assert found["data"]["dir"] == str(tmp_path / "after")
     best = runpy.run_path(str(tmp_path / "sweep" / "best_config.py"))["get_config"]()
     assert best.data.dir == str(tmp_path / "after")
-    assert warm_start.find(experiment.open_experiment(best), tmp_path / "run")[0].keys() == {"ehr", "cxr"}
+    assert sources.find(experiment.open_experiment(best), tmp_path / "run")[0].keys() == {"ehr", "cxr"}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_what_trials_cannot_do_is_refused(ehr_config, tmp_path, field, value, sa
 
 
 def test_two_sweeps_do_not_share_a_folder(ehr_config, tmp_path):
-    with workdir_lib.locked(tmp_path), pytest.raises(UserError, match="another process is at work in"):
+    with workdir_lib.locked(tmp_path), pytest.raises(UserError, match="another process is using"):
         sweep(ehr_config, tmp_path, RATES)
 
 

@@ -16,6 +16,7 @@ from sweep_cases import (
 )
 
 from medfuse_jax import experiment, optim
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import frozen_encoders, results, search, stacked_step
 from medfuse_jax.sweep import groups as run_lib
@@ -166,7 +167,7 @@ def test_trials_that_stop_early_free_their_place(ehr_config, tmp_path, monkeypat
         return stack(states, *args)
 
     monkeypatch.setattr(stacked_step, "stack", seen)
-    monkeypatch.setattr(optim.Progress, "should_stop", stops_by_its_rate)
+    monkeypatch.setattr(Progress, "should_stop", stops_by_its_rate)
     ehr_config.num_epochs = 4
     rows = sweep(ehr_config, tmp_path, RATES, num_trials=5, lanes=3)
     epochs = [int(row["epochs"]) for row in rows]

@@ -154,7 +154,7 @@ def test_a_sweep_stopped_while_it_pretrains_goes_on(tmp_path, shards):
             process.send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=60)[0] for process in running]
         assert [process.returncode for process in running] == [1] * num_processes, said
-        assert all("stopped; the same command goes on" in text for text in said)
+        assert all("interrupted; rerun the command to resume" in text for text in said)
         reached = (folder / "metrics.jsonl").read_text().count('"val"')
         assert 1 <= reached < 12 and not (folder / "trained.json").exists()
     running = _start_together(processes[-1], tmp_path, shards, "stopped", **settings)
@@ -228,11 +228,11 @@ command_line.run(main)
 @pytest.mark.parametrize(
     ("fails", "by_signal", "said"),
     [
-        ("", signal.SIGTERM, "stopped; the same command goes on"),
-        pytest.param("", signal.SIGINT, "stopped; the same command goes on", marks=pytest.mark.slow),
+        ("", signal.SIGTERM, "interrupted; rerun the command to resume"),
+        pytest.param("", signal.SIGINT, "interrupted; rerun the command to resume", marks=pytest.mark.slow),
         pytest.param("raise KeyError('a bug')", None, "KeyError: 'a bug'", marks=pytest.mark.slow),
         pytest.param(
-            "raise OSError('No space left on device')", None, "error: no space is left", marks=pytest.mark.slow
+            "raise OSError('No space left on device')", None, "error: the disk is full", marks=pytest.mark.slow
         ),
         ("raise errors.UserError('a wrong field')", None, "error: a wrong field"),
     ],

@@ -1,0 +1,50 @@
+"""How far a run has trained, and what validation changes: the learning rate and when to stop."""
+
+import dataclasses
+import math
+
+from ml_collections import ConfigDict
+
+# The relative improvement that torch's ReduceLROnPlateau, which the released code uses, asks for.
+_PLATEAU_THRESHOLD = 1e-4
+
+
+@dataclasses.dataclass
+class Progress:
+    """State of a run at its last validation; saved with each checkpoint.
+
+    best_auroc: validation AUROC of the selected epoch, best_epoch (0: none yet).
+    """
+
+    epoch: int = 0
+    learning_rate: float = 0.0
+    best_auroc: float = -math.inf
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    epochs_since_best_loss: int = 0
+
+    def update(self, epoch: int, val_loss: float, val_auroc: float, plateau_epochs: int) -> bool:
+        """Records one validation; returns whether its AUROC is the best so far.
+
+        Halves the learning rate after more than `plateau_epochs` validations in a row without a lower loss, as
+        torch's ReduceLROnPlateau counts. A NaN AUROC (no label with both classes) is best only in the first epoch.
+        """
+        self.epoch = epoch
+        if val_loss < self.best_loss * (1 - _PLATEAU_THRESHOLD):
+            self.best_loss, self.epochs_since_best_loss = val_loss, 0
+        else:
+            self.epochs_since_best_loss += 1
+        if self.epochs_since_best_loss > plateau_epochs:
+            self.learning_rate, self.epochs_since_best_loss = self.learning_rate / 2, 0
+        auroc = -math.inf if math.isnan(val_auroc) else val_auroc
+        if auroc > self.best_auroc or self.best_epoch == 0:
+            self.best_auroc, self.best_epoch = auroc, epoch
+            return True
+        return False
+
+    def should_stop(self, early_stop_epochs: int) -> bool:
+        return self.epoch - self.best_epoch >= early_stop_epochs
+
+    def is_finished(self, config: ConfigDict) -> bool:
+        """Whether the run has reached its last epoch or stops early."""
+        return self.epoch >= config.num_epochs or self.should_stop(config.early_stop_epochs)

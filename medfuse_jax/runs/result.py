@@ -1,0 +1,129 @@
+"""What a result and a predictions file hold, and how they are named, written and read.
+
+Shapes: N scored records, K labels.
+"""
+
+import dataclasses
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from medfuse_jax import metrics
+from medfuse_jax.runtime import files
+from medfuse_jax.runtime.errors import UserError
+
+_PACKAGES = ("medfuse_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What is scored of a run; decides the names of its result and predictions files.
+
+    head: another classifier head of the model than its main one, such as 'ehr_only', on the stays it can score.
+    drop_ehr, drop_cxr: the fraction of paired stays scored without that modality (data/missing.py).
+    """
+
+    split: str = "test"
+    head: str = ""
+    drop_ehr: float = 0.0
+    drop_cxr: float = 0.0
+
+    @property
+    def dropped(self) -> dict[str, float]:
+        return {name: part for name, part in (("ehr", self.drop_ehr), ("cxr", self.drop_cxr)) if part}
+
+    @property
+    def _name(self) -> str:
+        """test, val_joint_drop_cxr_0.5 or the like."""
+        return "_".join([self.split, *filter(None, [self.head]), *(f"drop_{n}_{p:g}" for n, p in self.dropped.items())])
+
+    def predictions_path(self, workdir: Path) -> Path:
+        return workdir / f"predictions_{self._name}.npz"
+
+    def result_path(self, workdir: Path) -> Path:
+        """result.json for the test split itself, else result_val_joint_drop_cxr_0.5.json or the like."""
+        return workdir / ("result.json" if self == TEST else f"result_{self._name}.json")
+
+
+TEST = Scored()
+
+
+def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
+    """Writes the predictions `scored` and their `result` to the workdir.
+
+    Both carry the result's step, if it has one: a process killed between the two files leaves different steps.
+    """
+    stamp = {"step": result["step"]} if "step" in result else {}
+    with files.written_whole(what.predictions_path(workdir)) as unfinished:
+        np.savez(unfinished, **scored, **stamp)
+    files.write_json(what.result_path(workdir), metrics.to_json(result))
+
+
+def read_predictions(path: Path, names: tuple[str, ...], what_to_do: str) -> dict:
+    """Returns these arrays of a predictions file, and 'step' (None if it has none); UserError if it is damaged."""
+    try:
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in names}
+            return arrays | {"step": int(stored["step"]) if "step" in stored else None}
+    except files.DAMAGED_NPZ as error:
+        raise UserError(f"{path} cannot be read ({error}): {what_to_do}", path=path) from None
+
+
+def subsets(scored: dict, num_bootstrap: int, seed: int) -> dict:
+    """Metrics with bounds of all scored records, and of each subset by modality."""
+    return {
+        name: metrics.evaluate(scored["labels"][include_N], scored["scores"][include_N], num_bootstrap, seed)
+        for name, include_N in _masks(scored).items()
+    }
+
+
+def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: int) -> list[dict]:
+    """Differences to another run, called `against`, on the stays that both score, with the same resamples."""
+    _, ours, theirs = np.intersect1d(scored["stay_id"], other["stay_id"], assume_unique=True, return_indices=True)
+    if not len(ours):
+        return []
+    order = np.argsort(ours)  # record order, as for the bounds of `subsets`
+    ours, theirs = ours[order], theirs[order]
+    common = {name: values[ours] for name, values in scored.items()}
+    other_NK = other["scores"][theirs]
+    comparisons = []
+    for name, include_N in _masks(common).items():
+        label_NK, score_NK = common["labels"][include_N], common["scores"][include_N]
+        difference = metrics.compare(label_NK, other_NK[include_N], score_NK, num_bootstrap, seed)
+        comparisons.append({"against": against, "subset": name, **difference})
+    return comparisons
+
+
+def _masks(scored: dict) -> dict[str, np.ndarray]:
+    """The subsets of a result that hold any record, bool [N]; 'all' alone for a task of X-rays without stays.
+
+    had_both: paired stays before a modality of some was dropped (Hayat et al. 2022, Figure A2).
+    """
+    has_cxr_N, has_ehr_N = scored["has_cxr"], scored["has_ehr"]
+    had_cxr_N, had_ehr_N = scored.get("had_cxr", has_cxr_N), scored.get("had_ehr", has_ehr_N)
+    masks = {"all": np.ones_like(has_cxr_N)}
+    if not had_ehr_N.any():
+        return masks
+    masks |= {"paired": has_cxr_N & has_ehr_N, "unpaired": ~has_cxr_N, "cxr_only": has_cxr_N & ~has_ehr_N}
+    if "had_cxr" in scored:
+        masks["had_both"] = had_cxr_N & had_ehr_N
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def environment(devices: list[jax.Device]) -> dict:
+    return {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a checkout that was not installed
+        return "not installed"

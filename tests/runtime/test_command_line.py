@@ -1,0 +1,53 @@
+"""command_line: one line for what the user can fix. tests/test_config.py runs whole commands."""
+
+from pathlib import Path
+
+import pytest
+
+from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime.errors import TryLater, UserError
+
+_PHENO = str(Path(__file__).parents[2] / "configs" / "pheno.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "nearest"),
+    [
+        ([f"--config={_PHENO.replace('pheno', 'phenotype')}"], "--config", _PHENO),
+        ([f"--config={Path(_PHENO).parents[1] / 'README.md'}"], "--config", ""),
+        ([f"--config={_PHENO}", "--config.learning_rat=1"], "--config.learning_rat", "--config.learning_rate"),
+        ([f"--config={_PHENO}", "--config.model.ehr_hiden=1"], "--config.model.ehr_hiden", "--config.model.ehr_hidden"),
+        ([f"--config={_PHENO}", "--config.batch_size.x=1"], "--config.batch_size.x", "--config.batch_size"),
+    ],
+)
+def test_unknown_config_file_or_field_names_the_nearest(arguments, field, nearest):
+    with pytest.raises(UserError) as caught:
+        command_line._check_config_flags(["main", *arguments])
+    assert (caught.value.field, caught.value.nearest) == (field, nearest)
+    assert "\n" not in str(caught.value)
+
+
+def test_error_in_a_config_file_names_its_line(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(UserError, match="line 2: ZeroDivisionError") as caught:
+        command_line._check_config_flags(["main", f"--config={path}"])
+    assert caught.value.path == path
+
+
+def test_known_flags_pass():
+    command_line._check_config_flags(["main", f"--config={_PHENO}", "--config.data.dir=x", "--workdir=y"])
+    command_line._check_config_flags(["main", "--workdir=y"])
+
+
+def test_errors_that_a_user_can_fix_are_one_line():
+    for error in (MemoryError("Unable to allocate 210. GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        line = command_line.in_one_line(error)
+        assert line.startswith("error: ") and str(error) in line and command_line.status(error) == 2
+    for error in (KeyboardInterrupt(), OSError("No space left on device")):
+        assert "rerun" in command_line.in_one_line(error, resumes=True)
+        assert "rerun" not in command_line.in_one_line(error)
+        assert command_line.status(error) == 1
+    assert command_line.in_one_line(UserError("a is b")) == "error: a is b"
+    assert command_line.in_one_line(RuntimeError("INTERNAL")) == ""
+    assert [command_line.status(error) for error in (UserError(""), TryLater(""))] == [2, 1]
