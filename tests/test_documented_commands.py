@@ -45,6 +45,7 @@ def test_a_documented_command_runs(command, workspace, monkeypatch):
 
 
 def test_commands_train_every_method_and_read_only_what_others_write():
+    assert {command.module for command in _COMMANDS} == set(_CHECKS)
     trained = {c.value("config.method") for c in _COMMANDS if c.module == "medfuse_jax.main"}
     assert trained >= set(registry.METHODS)
     assert {str(command): paths for command in _COMMANDS if (paths := missing(command, _COMMANDS))} == {}
@@ -125,10 +126,11 @@ def _check_synthetic(command: Command, outcome: Outcome, root: Path) -> None:
 
 
 def _check_images(command: Command, outcome: Outcome, root: Path) -> None:
-    printed = re.search(r"^(\d+) X-rays in (\d+) chunks are in .*X-rays$", outcome.output, re.M)
+    printed = re.search(r"([\d,]+) X-rays in ([\d,]+) chunks", outcome.output)
+    images, chunks = (int(number.replace(",", "")) for number in printed.groups())
     # At least those with radiology labels.
-    assert int(printed[1]) >= records.manifest("shards", "radiology")["counts"]["splits"]["train"]["records"]
-    assert len(list((root / command.value("out") / ".stages" / "images").iterdir())) >= int(printed[2])
+    assert images >= records.manifest("shards", "radiology")["counts"]["splits"]["train"]["records"]
+    assert len(list((root / command.value("out") / ".stages" / "images").iterdir())) >= chunks
 
 
 def _check_run(command: Command, outcome: Outcome, root: Path) -> None:
