@@ -15,6 +15,7 @@ import pytest
 from documented import ROOT, Command, commands, made_table
 from documented_runs import SMALLEST, Outcome, Workspace, all_commands, missing, needs, reads, writes
 
+from data_prep import cache
 from medfuse_jax import config as config_lib
 from medfuse_jax import records, torch_import
 from medfuse_jax.bench import cases
@@ -130,7 +131,7 @@ def _check_images(command: Command, outcome: Outcome, root: Path) -> None:
     images, chunks = (int(number.replace(",", "")) for number in printed.groups())
     # At least those with radiology labels.
     assert images >= records.manifest("shards", "radiology")["counts"]["splits"]["train"]["records"]
-    assert len(list((root / command.value("out") / ".stages" / "images").iterdir())) >= chunks
+    assert len(list((root / command.value("out") / cache.FOLDER / "images").iterdir())) >= chunks
 
 
 def _check_run(command: Command, outcome: Outcome, root: Path) -> None:
