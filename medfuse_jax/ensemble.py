@@ -1,13 +1,13 @@
-"""Finished runs scored together: `python -m medfuse_jax.ensemble --runs=A,B --workdir=C`.
+"""Combine the scores of finished runs: `python -m medfuse_jax.ensemble --runs=A,B --workdir=C`.
 
-A member is a workdir, or one classifier of its model: `DIR:ehr_only`. Its predictions are read
-from its workdir, and made first where they are not there or of older weights. What stands for a stay is, by --rule:
+A member is a workdir, or another classifier head of its model: `DIR:ehr_only`. Its predictions are read from its
+workdir, or made first if they are missing or of older weights. --rule says how scores are combined for each stay:
 
-    average    the mean of the members' probabilities, of those that score the stay: the late
-               average of uni_ehr and uni_cxr, or of MMTM's two classifiers of one modality
-    weighted   the same with weights chosen by macro AUROC on the validation stays alone
-    by_image    the first member where the stay has an X-ray, the second where it has none:
-               the ensemble of Table A3 (Hayat et al. 2022), MedFuse first, the LSTM second
+    average    the mean probability of the members that score the stay: the late average of uni_ehr and uni_cxr,
+               or of MMTM's two single-modality heads
+    weighted   the same, with weights chosen by macro AUROC on the validation stays
+    by_cxr     the first member for stays with an X-ray, the second for those without: the ensemble of
+               Table A3 (Hayat et al. 2022), with MedFuse first and the LSTM second
 
 Shapes: N stays, K labels, M members.
 """
@@ -28,197 +28,162 @@ from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import command_line, compilation, files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
-METHODS = {"average": "late_average", "weighted": "weighted_average", "by_image": "ensemble"}
+RULES = {"average": "late_average", "weighted": "weighted_average", "by_cxr": "ensemble"}  # rule -> method
 _FIELDS = ("stay_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
-_NO_RESULT = "give a finished run"
-_WEIGHT_STEPS = 20  # weights are tried in steps of 1/20
-_MAX_WEIGHTED = 5  # members: 10,626 weightings; of 6 there are 53,130
+_GIVE_FINISHED = "give a finished run"
+_WEIGHT_STEPS = 20  # weights are multiples of 1/20
+_MAX_WEIGHTED = 5  # members: 10,626 weightings; 6 would have 53,130
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A finished run, or one classifier (head) of its model."""
+    """A finished run, or another head of its model, with its predictions on one split (arrays by name)."""
 
     workdir: Path
     head: str
     result: dict
+    predictions: dict
 
     @property
     def name(self) -> str:
         return f"{self.workdir}:{self.head}" if self.head else str(self.workdir)
 
+    @property
+    def title(self) -> str:
+        return f"{self.result['method']}:{self.head}" if self.head else self.result["method"]
+
 
 def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
-    """Combines the members' scores on the test stays, and scores that: writes and returns the result.
+    """Combine the members' scores on the test stays; write and return the result.
 
-    runs: workdirs, each with `:head` for another classifier than the main one. Leaves config.json,
-    predictions_test.npz and result.json in the workdir, as a run does. UserError where members are
-    of different tasks, labels or splits, a stay has different labels, or the workdir holds something else.
+    runs: workdirs, each with `:head` for another head than the main one. Writes config.json, predictions_test.npz and
+    result.json to the workdir, as a run does. Raises UserError if members differ in task, labels or splits, or the
+    workdir holds something else.
     """
-    check_choice("--rule", rule, METHODS)
-    num_members = len(runs)
-    if num_members < 2 or (rule == "by_image" and num_members > 2):
-        wanted = (
-            "two, the one for stays with an X-ray first" if rule == "by_image" else "two or more, with commas between"
-        )
-        raise UserError(f"--runs names {num_members} run(s); --rule={rule} combines {wanted}")
-    if rule == "weighted" and num_members > _MAX_WEIGHTED:
-        raise UserError(
-            f"--runs names {num_members} runs; --rule=weighted tries every weighting in steps of 1/{_WEIGHT_STEPS}, so "
-            f"give it at most {_MAX_WEIGHTED}"
-        )
-    same = [(folder.resolve(), head) for folder, head in map(_folder_and_head, runs)]
-    if twice := [run for run, one in zip(runs, same) if same.count(one) > 1]:
-        raise UserError(f"--runs names {twice[0]} twice: give each member once")
-    content = {"name": "ensemble", "method": METHODS[rule], "rule": rule, "runs": runs}
+    _check_runs(runs, rule)
+    content = {"name": "ensemble", "method": RULES[rule], "rule": rule, "runs": runs}
     _check_free(workdir, content)
-    tests = [_scored(run, "test") for run in runs]
-    members = [member for member, _ in tests]
-    _check_fit(members)
+    members = [_open(run, "test") for run in runs]
+    _check_comparable(members)
     _check_splits(members)
-    _claim(workdir, content)
-    weight_M, selected_by = np.full(num_members, 1 / num_members), "nothing: equal weights"
-    if rule == "weighted":
-        weight_M, selected_by = _chosen_weights(_aligned([_scored(run, "val") for run in runs]))
-    elif rule == "by_image":
-        selected_by = "nothing: the first run where there is an X-ray, the second where there is none"
-    together = _aligned(tests)
-    scored = {name: together[name] for name in _FIELDS}
-    scored["scores"] = _by_image(together) if rule == "by_image" else _weighted(together["scores_MNK"], weight_M)
+    with files.must_write(f"--workdir={workdir}"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_json(workdir / "config.json", content)
+    joined = _join(members)
+    weights, selected_by = [None] * len(runs), "nothing: the first run for stays with an X-ray, the second for others"
+    if rule == "by_cxr":
+        score_NK = _by_cxr(joined)
+    else:
+        weights, selected_by = [1 / len(runs)] * len(runs), "nothing: equal weights"
+        if rule == "weighted":
+            weights, selected_by = _choose_weights(_join([_open(run, "val") for run in runs]))
+        score_NK = _weighted_mean(joined["scores_MNK"], np.array(weights))
+    scored = {name: joined[name] for name in _FIELDS} | {"scores": score_NK}
     first = members[0].result
-    bounds = (first["subsets"]["all"]["num_bootstrap"], first["seed"])
+    bootstrap = (first["subsets"]["all"]["num_bootstrap"], first["seed"])
+    titles = [member.title for member in members]
     result = {
         **{field: first[field] for field in ("task", "data", "labels", "seed")},
         "name": f"{rule} of {', '.join(runs)}",
-        "method": METHODS[rule],
+        "method": RULES[rule],
         "split": "test",
         "num_params": sum({member.workdir: member.result["num_params"] for member in members}.values()),
         "best_epoch": None,
         "selected_by": selected_by,
         "loss": _mean_bce(scored),
-        "num_left_out": _num_left_out(tests, len(together["stay_id"])),
-        "members": [_listed(m, None if rule == "by_image" else float(w)) for m, w in zip(members, weight_M)],
-        "subsets": result_lib.subsets(scored, *bounds),
+        "num_left_out": _num_left_out(members, len(score_NK)),
+        "members": [
+            {"run": m.name, "method": m.result["method"], "weight": w, "step": m.result.get("step")}
+            for m, w in zip(members, weights)
+        ],
+        "subsets": result_lib.subsets(scored, *bootstrap),
         "comparisons": [
             difference
-            for member, other in tests
-            for difference in result_lib.compare(scored, other, _title(member, members), *bounds)
+            for member in members
+            for difference in result_lib.compare(
+                scored,
+                member.predictions,
+                member.title if titles.count(member.title) == 1 else member.name,
+                *bootstrap,
+            )
         ],
         "environment": result_lib.environment(parallel.devices()),
     }
-    result_lib.save(workdir, result_lib.Scored(), scored, result)
+    result_lib.save(workdir, result_lib.TEST, scored, result)
     return result
 
 
-def _listed(member: Member, weight: float | None) -> dict:
-    result = member.result
-    return {"run": member.name, "method": result["method"], "weight": weight, "step": result.get("step")}
+# Checks
+
+
+def _check_runs(runs: list[str], rule: str) -> None:
+    check_choice("--rule", rule, RULES)
+    expected = ""
+    if rule == "by_cxr" and len(runs) != 2:
+        expected = "needs two, the one for stays with an X-ray first"
+    elif len(runs) < 2:
+        expected = "needs two or more, comma-separated"
+    elif rule == "weighted" and len(runs) > _MAX_WEIGHTED:
+        expected = f"tries all weights in steps of 1/{_WEIGHT_STEPS}, so give at most {_MAX_WEIGHTED}"
+    if expected:
+        raise UserError(f"--runs has {len(runs)} run(s); --rule={rule} {expected}", field="--runs", value=len(runs))
+    keys = [(folder.resolve(), head) for folder, head in map(_folder_and_head, runs)]
+    if repeated := [run for run, key in zip(runs, keys) if keys.count(key) > 1]:
+        raise UserError(f"--runs has {repeated[0]} twice: give each member once", field="--runs", value=repeated[0])
 
 
 def _check_free(workdir: Path, content: dict) -> None:
-    """Raises UserError where the workdir is something else's than this ensemble's."""
+    """Raises UserError if the workdir holds anything but this ensemble."""
     workdir_lib.check_outside_sweeps(workdir)
     path = workdir / "config.json"
     if path.exists() and files.read_json(path, "choose another --workdir") != content:
-        raise UserError(f"{workdir} holds another run: choose another --workdir")
+        raise UserError(f"{workdir} holds another run: choose another --workdir", field="--workdir", path=workdir)
 
 
-def _claim(workdir: Path, content: dict) -> None:
-    with files.must_write(f"--workdir={workdir}"):
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(workdir / "config.json", content)
-
-
-def _scored(run: str, split: str) -> tuple[Member, dict]:
-    """A member and its predictions on a split, made where they are not there or not of its best checkpoint."""
-    workdir, head = _folder_and_head(run)
-    what, step = result_lib.Scored(split, head), _best_step(workdir)
-    found = _stored(run, workdir, what, step)
-    if found is None:
-        evaluate.evaluate(workdir, what)
-        found = _stored(run, workdir, what, step)
-        assert found, "they are of the checkpoint that was there a moment ago"
-    return found
-
-
-def _stored(run: str, workdir: Path, what: result_lib.Scored, step: int | None) -> tuple[Member, dict] | None:
-    """A member as its files say; None where one is missing, or they are not of the checkpoint `step`.
-
-    step: None where any will do, but the same for both files.
-    """
-    path, result_path = what.predictions_path(workdir), what.result_path(workdir)
-    if not (path.exists() and result_path.exists()):
-        return None
-    hint = f"run medfuse_jax.evaluate --workdir={workdir} again"
-    result, part = files.read_json(result_path, hint), result_lib.read_predictions(path, ("scores", *_FIELDS), hint)
-    steps = {result.get("step"), part.pop("step")}
-    is_of = len(steps) == 1 if step is None else steps == {step}
-    return (Member(workdir, what.head, result), part) if is_of else None
-
-
-def _best_step(workdir: Path) -> int | None:
-    """The step of a member's best checkpoint, None where only its predictions are left; UserError if unfinished."""
-    if not (workdir / "checkpoints").is_dir():
-        return _check_up_to_date(workdir)
-    step, progress = checkpoints.reached(workdir)
-    config = config_lib.load(workdir / "config.json")
-    # Of a trial that its sweep ended, the best alone may be kept.
-    if not progress.is_finished(config) and not (workdir / "trial.json").exists():
-        raise UserError(
-            f"{workdir} is not finished (epoch {progress.epoch} of {config.num_epochs}): let medfuse_jax.main end it"
-        )
-    return step
-
-
-def _result(workdir: Path) -> dict:
-    """The result on the test split, {} where there is none."""
-    path = result_lib.Scored().result_path(workdir)
-    return files.read_json(path, _NO_RESULT) if path.exists() else {}
-
-
-def _check_up_to_date(workdir: Path) -> None:
-    """Raises UserError where an ensemble was made of weights that its members have since trained on from."""
-    for member in _result(workdir).get("members", []):
-        folder, _ = _folder_and_head(member["run"])
-        step = _best_step(folder)
-        if (step or _result(folder).get("step")) not in (None, member.get("step")):
-            raise UserError(f"{workdir} was made of older weights of {member['run']}: make that ensemble again")
-
-
-def _check_fit(members: list[Member]) -> None:
+def _check_comparable(members: list[Member]) -> None:
     first = members[0]
-    for member in members:
-        for field in ("task", "labels"):
-            if member.result[field] != first.result[field]:
-                raise UserError(
-                    f"{member.name} and {first.name} cannot be combined: they differ in {field} "
-                    f"({_short(member.result[field])} and {_short(first.result[field])})"
-                )
+    for member, field in itertools.product(members[1:], ("task", "labels")):
+        ours, theirs = member.result[field], first.result[field]
+        if ours != theirs:
+            details = f" ({ours} and {theirs})" if field == "task" else ""
+            raise UserError(
+                f"{member.name} and {first.name} cannot be combined: their {field} differ{details}",
+                field="--runs",
+                path=member.workdir,
+                value=field,
+            )
     if schema.TASKS[first.result["task"]].cxr_only:
-        raise UserError(f"{first.name} scores X-rays, which have no stay to match by; an ensemble is of stays")
+        message = f"{first.name} scores X-rays, but an ensemble combines scores of stays"
+        raise UserError(message, field="--runs", path=first.workdir)
 
 
 def _check_splits(members: list[Member]) -> None:
-    """Raises UserError where a member was trained or selected on patients whom another is tested on."""
+    """Raises UserError if a member was trained or selected on patients whom another is tested on."""
     runs = {workdir: member.name for member in members for workdir in _trained(member.workdir)}
-    if len({files.read_json(workdir / "data.json", _NO_RESULT).get("digest") for workdir in runs}) == 1:
+    if len({files.read_json(workdir / "data.json", _GIVE_FINISHED).get("digest") for workdir in runs}) == 1:
         return  # the same shards
-    index = {workdir: sources.open_run(workdir).dataset.index for workdir in runs}
-    for ours, theirs in itertools.permutations(runs, 2):
-        seen_N = np.concatenate([index[ours][split]["subject_id"] for split in ("train", "val")])
-        if leaked := len(np.intersect1d(seen_N, index[theirs]["test"]["subject_id"])):
+    indices = {workdir: sources.open_run(workdir).dataset.index for workdir in runs}
+    for trained, tested in itertools.permutations(runs, 2):
+        seen_N = np.concatenate([indices[trained][split]["subject_id"] for split in ("train", "val")])
+        if num_leaked := len(np.intersect1d(seen_N, indices[tested]["test"]["subject_id"])):
             raise UserError(
-                f"{runs[ours]} and {runs[theirs]} cannot be combined: {leaked} test patients of the second are train "
-                "or val patients of the first; build the shards of both with the same --seed, --val_ids and --test_ids"
+                f"{runs[trained]} and {runs[tested]} cannot be combined: {num_leaked} test patients of the second are "
+                "train or val patients of the first; build both shards with the same --seed, --val_ids and --test_ids",
+                field="--runs",
+                path=trained,
+                value=num_leaked,
             )
 
 
 def _trained(workdir: Path) -> list[Path]:
-    """The workdirs of the runs that were trained for a member: its own, or those of an ensemble's members."""
+    """The workdirs of the trained runs behind a member: its own, or those of an ensemble's members."""
     if not workdir_lib.is_ensemble(workdir):
         return [workdir]
-    runs = files.read_json(workdir / "config.json", _NO_RESULT)["runs"]
+    runs = files.read_json(workdir / "config.json", _GIVE_FINISHED)["runs"]
     return [trained for run in runs for trained in _trained(_folder_and_head(run)[0])]
+
+
+# Members
 
 
 def _folder_and_head(run: str) -> tuple[Path, str]:
@@ -228,61 +193,123 @@ def _folder_and_head(run: str) -> tuple[Path, str]:
     return Path(run), ""
 
 
-def _short(value) -> str:
-    return f"{len(value)} of them" if isinstance(value, list) else str(value)
+def _open(run: str, split: str) -> Member:
+    """A member with its predictions on a split, which are made if missing or not of its best checkpoint."""
+    workdir, head = _folder_and_head(run)
+    what, step = result_lib.Scored(split, head), _best_step(workdir)
+    member = _read(workdir, what, step)
+    if member is None:
+        evaluate.evaluate(workdir, what)
+        member = _read(workdir, what, step)
+        assert member, "evaluate has just written the files of this step"
+    return member
 
 
-def _aligned(scored: list[tuple[Member, dict]]) -> dict:
-    """The members' predictions on every stay that any of them scores.
+def _read(workdir: Path, what: result_lib.Scored, step: int | None) -> Member | None:
+    """A member from its files; None if one is missing or not of checkpoint `step`. None: any step, the same in both."""
+    path, result_path = what.predictions_path(workdir), what.result_path(workdir)
+    if not (path.exists() and result_path.exists()):
+        return None
+    hint = f"run medfuse_jax.evaluate --workdir={workdir} again"
+    result = files.read_json(result_path, hint)
+    predictions = result_lib.read_predictions(path, ("scores", *_FIELDS), hint)
+    steps = {result.get("step"), predictions.pop("step")}
+    is_current = len(steps) == 1 if step is None else steps == {step}
+    return Member(workdir, what.head, result, predictions) if is_current else None
 
-    stay_id, labels, has_ehr, has_cxr, age as in a predictions file, and scores_MNK, NaN where a
-    member does not score a stay.
+
+def _best_step(workdir: Path) -> int | None:
+    """The step of a member's best checkpoint, None if it has only predictions; UserError if it is unfinished."""
+    if not (workdir / "checkpoints").is_dir():
+        _check_up_to_date(workdir)
+        return None
+    step, progress = checkpoints.reached(workdir)
+    config = config_lib.load(workdir / "config.json")
+    # A sweep may keep only the best checkpoint of a trial that it stopped.
+    if not progress.is_finished(config) and not (workdir / "trial.json").exists():
+        raise UserError(
+            f"{workdir} is not finished (epoch {progress.epoch} of {config.num_epochs}): resume it with main",
+            field="--runs",
+            path=workdir,
+            value=progress.epoch,
+        )
+    return step
+
+
+def _check_up_to_date(workdir: Path) -> None:
+    """Raises UserError if members of the ensemble in `workdir` were trained on since it was made."""
+    for member in _test_result(workdir).get("members", []):
+        folder, _ = _folder_and_head(member["run"])
+        step = _best_step(folder) or _test_result(folder).get("step")
+        if step not in (None, member.get("step")):
+            message = f"{workdir} was made from older weights of {member['run']}: make that ensemble again"
+            raise UserError(message, field="--runs", path=workdir, value=step)
+
+
+def _test_result(workdir: Path) -> dict:
+    """The result on the test split, {} if there is none."""
+    path = result_lib.TEST.result_path(workdir)
+    return files.read_json(path, _GIVE_FINISHED) if path.exists() else {}
+
+
+def _join(members: list[Member]) -> dict:
+    """The predictions on every stay that any member scores.
+
+    stay_id, labels, has_ehr, has_cxr, age as in a predictions file, and scores_MNK, NaN where a member does not score
+    a stay.
     """
-    stay_id_N = np.unique(np.concatenate([part["stay_id"] for _, part in scored]))
-    num_labels = scored[0][1]["labels"].shape[1]
-    together = {"stay_id": stay_id_N, "scores_MNK": np.full((len(scored), len(stay_id_N), num_labels), np.nan)}
+    stay_id_N = np.unique(np.concatenate([member.predictions["stay_id"] for member in members]))
+    num_labels = members[0].predictions["labels"].shape[1]
+    joined = {"stay_id": stay_id_N, "scores_MNK": np.full((len(members), len(stay_id_N), num_labels), np.nan)}
     filled_N = np.zeros(len(stay_id_N), bool)
-    for m, (member, part) in enumerate(scored):
-        at = np.searchsorted(stay_id_N, part["stay_id"])
-        together["scores_MNK"][m, at] = part["scores"]
+    for m, member in enumerate(members):
+        part = member.predictions
+        rows = np.searchsorted(stay_id_N, part["stay_id"])
+        joined["scores_MNK"][m, rows] = part["scores"]
         for name in _FIELDS[1:]:
-            values = together.setdefault(name, np.zeros((len(stay_id_N), *part[name].shape[1:]), part[name].dtype))
-            if name == "labels" and (values[at] != part[name])[filled_N[at]].any():
-                differing = part["stay_id"][filled_N[at] & (values[at] != part[name]).any(-1)][0]
-                raise UserError(f"{member.name} has other labels for stay {differing} than {scored[0][0].name}")
-            values[at] = part[name]
-        filled_N[at] = True
-    return together
+            values = joined.setdefault(name, np.zeros((len(stay_id_N), *part[name].shape[1:]), part[name].dtype))
+            if name == "labels" and (differs_N := filled_N[rows] & (values[rows] != part[name]).any(-1)).any():
+                stay_id = int(part["stay_id"][differs_N][0])
+                message = f"{member.name} and {members[0].name} have different labels for stay {stay_id}"
+                raise UserError(message, field="--runs", path=member.workdir, value=stay_id)
+            values[rows] = part[name]
+        filled_N[rows] = True
+    return joined
 
 
-def _weighted(score_MNK: np.ndarray, weight_M: np.ndarray) -> np.ndarray:
-    """The weighted mean of the members that score a stay; their plain mean where all of those weigh nothing."""
-    present_MNK = np.isfinite(score_MNK)
-    weight_MNK = weight_M[:, None, None] * present_MNK
-    weight_MNK = np.where(weight_MNK.sum(0) > 0, weight_MNK, present_MNK)
-    return (np.where(present_MNK, score_MNK, 0) * weight_MNK).sum(0) / weight_MNK.sum(0)
+# Rules
 
 
-def _by_image(together: dict) -> np.ndarray:
-    score_NK = np.where(together["has_cxr"][:, None], *together["scores_MNK"])
-    if missing := int(np.isnan(score_NK).any(1).sum()):
-        raise UserError(f"{missing} stays are not scored by the run that is to score them: mind the order of --runs")
+def _weighted_mean(score_MNK: np.ndarray, weight_M: np.ndarray) -> np.ndarray:
+    """The weighted mean [N, K] over the members that score a stay; their plain mean if all their weights are 0."""
+    is_scored_MNK = np.isfinite(score_MNK)
+    weight_MNK = weight_M[:, None, None] * is_scored_MNK
+    weight_MNK = np.where(weight_MNK.sum(0) > 0, weight_MNK, is_scored_MNK)
+    return (np.where(is_scored_MNK, score_MNK, 0) * weight_MNK).sum(0) / weight_MNK.sum(0)
+
+
+def _by_cxr(joined: dict) -> np.ndarray:
+    score_NK = np.where(joined["has_cxr"][:, None], *joined["scores_MNK"])
+    if num_missing := int(np.isnan(score_NK).any(1).sum()):
+        message = (
+            f"the run for their kind does not score {num_missing} stays: give the run for stays with an X-ray first"
+        )
+        raise UserError(message, field="--runs", value=num_missing)
     return score_NK
 
 
-def _chosen_weights(together: dict) -> tuple[np.ndarray, str]:
-    """The weights of the best macro AUROC on what is given, the nearest to equal of the best."""
-    num_members = len(together["scores_MNK"])
-    parts = itertools.product(range(_WEIGHT_STEPS + 1), repeat=num_members - 1)
-    grid = [
-        np.array([*part, _WEIGHT_STEPS - sum(part)]) / _WEIGHT_STEPS for part in parts if sum(part) <= _WEIGHT_STEPS
-    ]
-    grid.sort(key=lambda weight_M: float(np.square(weight_M).sum()))  # of equals the first is taken
+def _choose_weights(joined: dict) -> tuple[list[float], str]:
+    """The weights with the best macro AUROC, and a description; among equals those nearest to equal weights."""
+    num_free = len(joined["scores_MNK"]) - 1
+    parts = [p for p in itertools.product(range(_WEIGHT_STEPS + 1), repeat=num_free) if sum(p) <= _WEIGHT_STEPS]
+    grid = [np.array([*part, _WEIGHT_STEPS - sum(part)]) / _WEIGHT_STEPS for part in parts]
+    grid.sort(key=lambda weight_M: float(np.square(weight_M).sum()))  # max() takes the first of equals
 
     def auroc(weight_M: np.ndarray) -> float:
-        return metrics.macro(metrics.auroc(together["labels"], _weighted(together["scores_MNK"], weight_M)))
+        return metrics.macro(metrics.auroc(joined["labels"], _weighted_mean(joined["scores_MNK"], weight_M)))
 
-    return max(grid, key=auroc), f"macro AUROC of {len(together['stay_id'])} validation stays, {len(grid)} weightings"
+    description = f"macro AUROC of {len(joined['stay_id'])} validation stays, {len(grid)} weightings"
+    return max(grid, key=auroc).tolist(), description
 
 
 def _mean_bce(scored: dict) -> float:
@@ -290,30 +317,21 @@ def _mean_bce(scored: dict) -> float:
     return float(-np.where(scored["labels"] == 1, np.log(score_NK), np.log1p(-score_NK)).mean())
 
 
-def _num_left_out(scored: list[tuple[Member, dict]], num_scored: int) -> int:
-    """Stays of the split that no member scores."""
-    in_split = max(len(part["stay_id"]) + member.result.get("num_left_out", 0) for member, part in scored)
-    return max(0, in_split - num_scored)
-
-
-def _title(member: Member, members: list[Member]) -> str:
-    """A member's method and classifier, or its path if another member has the same."""
-
-    def named(one: Member) -> str:
-        return f"{one.result['method']}:{one.head}" if one.head else one.result["method"]
-
-    return named(member) if sum(named(one) == named(member) for one in members) == 1 else member.name
+def _num_left_out(members: list[Member], num_scored: int) -> int:
+    """The number of stays of the split that no member scores."""
+    num_stays = max(len(m.predictions["stay_id"]) + m.result.get("num_left_out", 0) for m in members)
+    return max(0, num_stays - num_scored)
 
 
 def main(argv: list[str]) -> None:
     compilation.keep()
-    result = ensemble(flags.FLAGS.runs, Path(flags.FLAGS.workdir), flags.FLAGS.rule)
-    print(terminal.table([result]))
-    print(f"\nwritten: {result_lib.Scored().result_path(Path(flags.FLAGS.workdir))}")
+    workdir = Path(flags.FLAGS.workdir)
+    print(terminal.table([ensemble(flags.FLAGS.runs, workdir, flags.FLAGS.rule)]))
+    print(f"\nwritten: {result_lib.TEST.result_path(workdir)}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("runs", None, "Workdirs of finished runs, each DIR or DIR:HEAD.", required=True)
     flags.DEFINE_string("workdir", None, "Folder for the ensemble's predictions and result.", required=True)
-    flags.DEFINE_string("rule", "average", "average, weighted or by_image.")
+    flags.DEFINE_string("rule", "average", "average, weighted or by_cxr.")
     command_line.run(main)
