@@ -36,8 +36,6 @@ def get_config() -> ConfigDict:
     config.num_epochs = 10
     config.learning_rate = 3e-3
 
-    config.pretrain.ehr = ConfigDict({"method": "uni_ehr", "learning_rate": 4e-3})
-    config.pretrain.ehr.num_epochs = 6
-    config.pretrain.cxr = ConfigDict({"task": "radiology", "method": "uni_cxr", "learning_rate": 2e-3})
-    config.pretrain.cxr.num_epochs = 6
+    config.pretrain.ehr = config_lib.pretraining(method="uni_ehr", learning_rate=4e-3, num_epochs=6)
+    config.pretrain.cxr = config_lib.pretraining(task="radiology", method="uni_cxr", learning_rate=2e-3, num_epochs=6)
     return config

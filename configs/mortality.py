@@ -18,8 +18,6 @@ def get_config() -> ConfigDict:
     config.method = "medfuse"
     config.learning_rate = 1.452e-5
 
-    config.pretrain.ehr = ConfigDict({"method": "uni_ehr", "learning_rate": 5.399e-4})
-    config.pretrain.ehr.num_epochs = config.get_oneway_ref("num_epochs")
-    config.pretrain.cxr = ConfigDict({"task": "radiology", "method": "uni_cxr", "learning_rate": 1e-4})
-    config.pretrain.cxr.num_epochs = config.get_oneway_ref("num_epochs")
+    config.pretrain.ehr = config_lib.pretraining(method="uni_ehr", learning_rate=5.399e-4)
+    config.pretrain.cxr = config_lib.pretraining(task="radiology", method="uni_cxr", learning_rate=1e-4)
     return config

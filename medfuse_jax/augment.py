@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """How X-rays are resized, augmented and cropped.
+    """How X-rays are resized, augmented and cropped: the fields of config.image.
 
     resize_px: side after resizing; crop_px: side of the network's input.
     crop: 'center' (as the released code) or 'random' (as the paper says), in training.
@@ -23,13 +23,13 @@ class ImageOptions:
     Differs from the paper (A.1): no shear, of which it gives no size; the released code has none.
     """
 
-    resize_px: int = 256
-    crop_px: int = 224
-    crop: str = "center"
-    flip: bool = True
-    rotation_deg: float = 45.0
-    scale: tuple[float, float] = (0.85, 1.15)
-    translation: float = 0.15
+    resize_px: int
+    crop_px: int
+    crop: str
+    flip: bool
+    rotation_deg: float
+    scale: tuple[float, float]
+    translation: float
 
 
 def prepare(image_PSS: jax.Array, options: ImageOptions) -> jax.Array:

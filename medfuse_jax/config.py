@@ -1,320 +1,384 @@
-"""The fields of an experiment, their defaults and their limits.
+"""The fields of an experiment: one row each in `FIELDS`, read by everything that needs to know about a field.
 
-`configs/*.py` start from `default()` and change what makes the experiment. A field that is
-not here cannot be set, and `validate` refuses a wrong value before any work is done.
+`configs/*.py` start from `default()` and set what defines the experiment. To add a field, add a row (see
+CONTRIBUTING.md): it can then be set by flag, is validated, saved, compared on resume and listed in docs/config.md.
+`python -m medfuse_jax.config` prints that list.
 """
 
 import dataclasses
 import difflib
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-from medfuse_jax import augment, losses, schema
+from medfuse_jax import schema
+from medfuse_jax.models import registry
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
-# Per stage of pre-training, only what differs from the fusion run is given.
-_STAGE_NAMES = ("ehr", "cxr")
-# A stage trains an encoder from random weights, on its own.
-_NOT_OF_A_STAGE = ("init", "encoders", "pretrain")
-# How a run is run: they change none of its numbers, but for rounding. A stopped run may go on with others (and with
-# shards in another place: a workdir knows them by their content).
-ONLY_HOW = {"placement", "profile_steps", "recurrence"}
+PRETRAIN_STAGES = ("ehr", "cxr")
+_INFINITY = float("inf")
 
-_CHOICES = {
-    "data.train_stays": ("partial", "paired"),
-    "data.val_stays": ("partial", "paired"),
-    "data.cxr_task": tuple(name for name, task in schema.TASKS.items() if task.cxr_only),
-    "encoders": ("pretrained", "random"),
-    "model.missing_cxr": ("", "zeros", "learnt"),
-    "image.crop": ("center", "random"),
-    "model.batch_norm": ("batch", "frozen"),
-    "precision": ("auto", "float32", "bfloat16"),
-    "recurrence": ("chunks", "pallas", "cudnn"),
-    "parallel": ("pmap", "jit"),
-    "placement": ("stream", "device"),
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One config field.
+
+    default: also gives the field's type. help: one line. choices, or low and high: the values allowed.
+    execution_only: results agree up to rounding whatever its value, so a stopped run may resume with another.
+    searchable: whether a sweep may vary it.
+    affects_features: whether the features of a frozen encoder may depend on it.
+    fusion_only: it concerns the fusion run alone. A pre-training stage has the default unless its own section sets it.
+    """
+
+    default: object
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float = -_INFINITY
+    high: float = _INFINITY
+    execution_only: bool = False
+    searchable: bool = True
+    affects_features: bool = True
+    fusion_only: bool = False
+
+
+_shared = functools.partial(Field, searchable=False)
+_fusion = functools.partial(Field, fusion_only=True)
+_training = functools.partial(Field, affects_features=False)  # how the fusion is trained
+_execution = functools.partial(Field, execution_only=True, searchable=False)
+
+# Defaults are the paper's values (Hayat et al. 2022, 4.4 and A.1), except where the help says otherwise.
+FIELDS = {
+    "name": _shared("experiment", "name of the run in reports"),
+    "task": _shared("pheno", "what is predicted", choices=schema.TRAINABLE_TASKS),
+    "method": _training("medfuse", "the model", choices=tuple(registry.METHODS)),
+    "seed": _training(0, "of initial weights, dropout, augmentation and data order", low=0, high=2**32 - 1),
+    "data.dir": _shared("", "folder of the shards; '': a synthetic cohort, built once and cached"),
+    "data.synthetic_stays": _shared(1000, "stays of the synthetic cohort", low=50),
+    "data.synthetic_cxr_fraction": _shared(0.19, "its fraction of stays with an X-ray; MIMIC's", low=0.05, high=1.0),
+    "data.train_stays": _fusion(
+        "partial", "training stays: 'partial': all; 'paired': those with EHR and X-ray", choices=("partial", "paired")
+    ),
+    "data.val_stays": _fusion(
+        "partial", "validation stays that select the model", choices=("partial", "paired"), searchable=False
+    ),
+    "data.ehr_only_ratio": _fusion(
+        1.0, "fraction of EHR-only stays drawn each epoch (OPTIMAL: 0.2 / 0.1)", low=0, high=1, affects_features=False
+    ),
+    "data.drop_ehr": _fusion(
+        0.0, "fraction of paired stays whose EHR is dropped, in every split", low=0, high=1, searchable=False
+    ),
+    "data.drop_cxr": _fusion(
+        0.0, "fraction of paired stays whose X-ray is dropped, in every split", low=0, high=1, searchable=False
+    ),
+    "data.cxr_task": Field(
+        "radiology",
+        "task whose X-rays and labels train unified's X-ray classifier",
+        choices=tuple(name for name, task in schema.TASKS.items() if task.cxr_only),
+    ),
+    "data.statistics": Field("train", "EHR mean and std: 'train' split's, or a JSON file with 'mean' and 'std'"),
+    "data.max_buckets": Field(4, "padded lengths; each costs a compilation", low=1, high=32),
+    "data.order_seed": _shared(-1, "of the data order alone; -1: seed", low=-1),
+    "image.resize_px": Field(256, "side after resizing", low=32, high=1024),
+    "image.crop_px": Field(224, "side of the network's input, at most resize_px", low=32, high=1024),
+    "image.crop": Field(
+        "center", "in training: 'center' as released, 'random' as the paper says", choices=("center", "random")
+    ),
+    "image.flip": Field(True, "flip horizontally with probability 0.5 in training"),
+    "image.rotation_deg": Field(45.0, "largest rotation either way in training", low=0, high=180),
+    "image.scale": Field((0.85, 1.15), "smallest and largest scale in training, between 0.1 and 10"),
+    "image.translation": Field(0.15, "largest translation in training, as a fraction of the side", low=0, high=1),
+    "model.ehr_hidden": Field(256, "units of each LSTM layer of the EHR encoder", low=1),
+    "model.fusion_hidden": _training(512, "units of the fusion LSTM", low=1),
+    "model.dropout": _training(0.3, "dropout rate of the EHR features", low=0, high=0.99),
+    "model.resnet_stage_sizes": Field((3, 4, 6, 3), "blocks of each ResNet stage; (3, 4, 6, 3) is ResNet-34"),
+    "model.resnet_width": Field(64, "channels of the first ResNet stage", low=1),
+    "model.batch_norm": _fusion(
+        "batch", "statistics in training: of the 'batch', or 'frozen' pre-trained ones", choices=("batch", "frozen")
+    ),
+    "model.modalities": _fusion("", "further modalities of medfuse: 'static' or FILE.py of yours, comma-separated"),
+    "model.missing_cxr": _fusion(
+        "",
+        "features of a missing X-ray in early and joint: 'zeros' or 'learnt'; '': as the method's name says",
+        choices=("", "zeros", "learnt"),
+        affects_features=False,
+    ),
+    "model.freeze_encoders": _fusion(False, "train the fusion alone; 'early' always does", affects_features=False),
+    "loss.ehr_only": _fusion(1.0, "weight of the EHR classifier's loss (mmtm, unified)", low=0, high=1e6),
+    "loss.cxr_only": _fusion(1.0, "weight of the X-ray classifier's loss (mmtm, unified)", low=0, high=1e6),
+    "loss.align": _fusion(0.0, "weight of the alignment loss (mmtm); 0 as released", low=0, high=1e6),
+    "batch_size": _training(16, "rows of a training batch, over all devices", low=1),
+    "images_per_batch": _training(0, "image slots of a batch, at most batch_size; 0: share of paired stays", low=0),
+    "num_epochs": _training(50, "epochs at most", low=1),
+    "learning_rate": _training(1e-4, "Adam's", low=0, high=1),
+    "beta2": _training(0.999, "Adam's; the released code has 0.9", low=0, high=0.999999),
+    "early_stop_epochs": _training(15, "stop after so many epochs without a better validation AUROC", low=1),
+    "plateau_epochs": _training(10, "halve the rate after so many epochs without a better validation loss", low=1),
+    "checkpoint_every_steps": _training(0, "0: at the end of each epoch only", low=0),
+    "precision": Field(
+        "auto", "of products; 'auto': bfloat16, but float32 on CPU", choices=("auto", "float32", "bfloat16")
+    ),
+    "recurrence": _execution(
+        "chunks", "how the LSTM is computed; the last two on NVIDIA GPUs", choices=("chunks", "pallas", "cudnn")
+    ),
+    "parallel": _execution("pmap", "how a step is divided over devices", choices=("pmap", "jit")),
+    "placement": _execution(
+        "stream", "'device': the training split is held in device memory", choices=("stream", "device")
+    ),
+    "profile_steps": _execution("", "'a:b': trace steps a to b (from 1) into <workdir>/profile", fusion_only=True),
+    "eval.batch_size": _shared(64, "rows of an evaluation batch", low=1),
+    "eval.num_bootstrap": _shared(1000, "resamples of the confidence intervals", low=1),
+    "encoders": _shared(
+        "pretrained",
+        "'random': skip the stages of config.pretrain (the paper's RI)",
+        choices=("pretrained", "random"),
+        fusion_only=True,
+    ),
+    "init.ehr": _shared("", "workdir of a finished run whose EHR encoder to start from", fusion_only=True),
+    "init.cxr": _shared("", "workdir of a finished run whose X-ray encoder to start from", fusion_only=True),
+    "init.model": _shared("", "workdir of a finished run whose whole model to start from", fusion_only=True),
 }
-_RANGES = {  # the least and, where there is one, the most
-    "seed": (0, 2**32 - 1),
-    "batch_size": (1,),
-    "num_epochs": (1,),
-    "learning_rate": (0.0, 1.0),
-    "beta2": (0.0, 0.999999),
-    "early_stop_epochs": (1,),
-    "plateau_epochs": (1,),
-    "checkpoint_every_steps": (0,),
-    "data.synthetic_stays": (50,),
-    "data.synthetic_cxr_fraction": (0.05, 1.0),
-    "data.ehr_only_ratio": (0.0, 1.0),
-    "data.drop_ehr": (0.0, 1.0),
-    "data.drop_cxr": (0.0, 1.0),
-    "data.max_buckets": (1, 32),
-    "data.order_seed": (-1,),
-    "image.resize_px": (32, 1024),
-    "image.rotation_deg": (0.0, 180.0),
-    "image.translation": (0.0, 1.0),
-    "model.dropout": (0.0, 0.99),
-    "model.ehr_hidden": (1,),
-    "model.fusion_hidden": (1,),
-    "model.resnet_width": (1,),
-    "eval.batch_size": (1,),
-    "eval.num_bootstrap": (1,),
-}
+# A stage trains one encoder from random weights, alone.
+_NOT_OF_A_STAGE = ("encoders", "init.ehr", "init.cxr", "init.model")
 
 
 def default() -> ConfigDict:
-    """Every field with its default: the paper's values (Hayat et al. 2022, 4.4 and A.1), but for the crop of X-rays."""
-    config = ConfigDict()
-    config.name = "experiment"
-    config.task = "pheno"
-    config.method = "medfuse"
-    config.seed = 0
-
-    config.data = ConfigDict()
-    config.data.dir = ""  # '': a synthetic cohort, built once and kept in the user's cache folder
-    config.data.synthetic_stays = 1000
-    config.data.synthetic_cxr_fraction = 0.19  # of the stays; MIMIC's share
-    config.data.train_stays = "partial"  # 'partial': all stays; 'paired': those with an X-ray
-    config.data.val_stays = "partial"  # the validation stays that select the model
-    config.data.ehr_only_ratio = 1.0  # part of the EHR-only stays drawn each epoch (OPTIMAL: 0.2 / 0.1)
-    config.data.drop_ehr = 0.0  # part of the stays with both whose EHR is taken away, in every split
-    config.data.drop_cxr = 0.0  # the same of X-rays
-    config.data.cxr_task = "radiology"  # whose X-rays and labels train unified's classifier of X-rays
-    config.data.statistics = "train"  # or a JSON file with 'mean' and 'std', 76 numbers each
-    config.data.max_buckets = 4  # padded lengths, each a compilation
-    config.data.order_seed = -1  # of the order of the data; -1: config.seed. A sweep over seeds keeps it
-
-    config.image = ConfigDict()
-    for field in dataclasses.fields(augment.ImageOptions):
-        config.image[field.name] = field.default
-
-    config.model = ConfigDict()
-    config.model.ehr_hidden = 256
-    config.model.fusion_hidden = 512
-    config.model.dropout = 0.3
-    config.model.resnet_stage_sizes = (3, 4, 6, 3)
-    config.model.resnet_width = 64
-    config.model.batch_norm = "batch"  # 'frozen': keep the pre-trained running statistics
-    config.model.modalities = ""  # medfuse: beside EHR and X-ray, 'static' or FILE.py of your own, commas between
-    config.model.missing_cxr = ""  # early, joint: 'zeros' or 'learnt' (a vector); '': as the method's name says
-    config.model.freeze_encoders = False  # train the fusion alone; 'early' always does
-
-    config.loss = ConfigDict()  # weights of the losses beside the main one, in mmtm and unified
-    for field in dataclasses.fields(losses.Weights):
-        config.loss[field.name] = field.default
-
-    config.batch_size = 16
-    config.images_per_batch = 0  # 0: the share of paired stays
-    config.num_epochs = 50
-    config.learning_rate = 1e-4
-    config.beta2 = 0.999  # the released code has 0.9
-    config.early_stop_epochs = 15  # without a better validation AUROC
-    config.plateau_epochs = 10  # without a better validation loss, then the rate is halved
-    config.checkpoint_every_steps = 0  # 0: at the end of each epoch only
-
-    config.precision = "auto"  # 'bfloat16' on accelerators, 'float32' on CPU
-    config.recurrence = "chunks"  # on an NVIDIA GPU also 'pallas' or 'cudnn': the same numbers but for rounding
-    config.parallel = "pmap"  # or 'jit' with shardings: the same numbers
-    config.placement = "stream"  # or 'device': the train split lies in the accelerator's memory; the same numbers
-    config.profile_steps = ""  # 'a:b': a trace of the steps a to b (the first is 1) in <workdir>/profile
-
-    config.eval = ConfigDict()
-    config.eval.batch_size = 64
-    config.eval.num_bootstrap = 1000
-
-    config.encoders = "pretrained"  # 'random': without the stages of config.pretrain (the paper's RI)
-    config.pretrain = ConfigDict()  # 'ehr', 'cxr': what differs from the fields above
-    config.init = ConfigDict()
-    config.init.ehr = ""  # workdir of a finished run whose encoder to start from, in place of its pre-training
-    config.init.cxr = ""
-    config.init.model = ""  # or of one whose whole model to start from, in place of all pre-training
+    """Return a config with every field at its default, and no pre-training."""
+    config = _nested({name: field.default for name, field in FIELDS.items()})
+    config.pretrain = ConfigDict()
     return config
 
 
-def stages(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The pre-training stages, by the encoder they train ('ehr', 'cxr'): none that would be the run itself.
+def pretraining(**fields) -> ConfigDict:
+    """Return a section for config.pretrain.ehr or .cxr: what differs from the fusion run; all else is inherited.
 
-    None at all where the encoders start at random.
+    Every field can be set by flag, as in --config.pretrain.ehr.data.train_stays=paired.
     """
-    staged = {name: stage(config, name) for name in config.pretrain if config.encoders == "pretrained"}
+    unset = {
+        name: config_dict.placeholder(type(field.default))
+        for name, field in FIELDS.items()
+        if name not in _NOT_OF_A_STAGE
+    }
+    section = _nested(unset)
+    section.update(fields)
+    return section
+
+
+def section(name: str, **changes) -> dict:
+    """The default fields of a section such as 'image', with changes."""
+    prefix = f"{name}."
+    fields = {n.removeprefix(prefix): field.default for n, field in FIELDS.items() if n.startswith(prefix)}
+    assert not changes.keys() - fields.keys(), f"no such field of {name}: {sorted(changes.keys() - fields.keys())}"
+    return fields | changes
+
+
+def names(**properties: bool) -> frozenset[str]:
+    """The fields whose row has these properties, as in names(searchable=True)."""
+    return frozenset(n for n, f in FIELDS.items() if all(getattr(f, p) == v for p, v in properties.items()))
+
+
+def stages(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Return the pre-training stages by the encoder they train ('ehr', 'cxr'), without one equal to the run itself."""
+    if config.encoders != "pretrained":
+        return {}
+    staged = {name: stage(config, name) for name in config.pretrain}
     return {name: s for name, s in staged.items() if (s.method, s.task) != (config.method, config.task)}
 
 
 def stage(config: ConfigDict, name: str) -> ConfigDict:
-    """The whole config of one pre-training stage."""
+    """Return the whole config of one pre-training stage: its section, the defaults of fusion_only fields, the run's."""
     derived = config.copy_and_resolve_references()
-    changes = derived.pretrain[name]
-    derived.pretrain, derived.init, derived.encoders = ConfigDict(), default().init, default().encoders
-    derived.profile_steps = ""
-    # The fusion's, not an encoder's: an encoder is pre-trained on every stay, whole, with statistics of its own.
-    derived.model.missing_cxr = derived.model.modalities = ""
-    derived.model.freeze_encoders, derived.model.batch_norm = False, "batch"
-    derived.data.ehr_only_ratio, derived.data.drop_ehr, derived.data.drop_cxr = 1.0, 0.0, 0.0
-    derived.loss = default().loss
-    derived.update(changes)
+    derived.pretrain = ConfigDict()
+    derived.update_from_flattened_dict({n: FIELDS[n].default for n in names(fusion_only=True)})
+    derived.update_from_flattened_dict(dict(_flatten(_set_fields(config.pretrain[name]))))
     derived.name = f"{config.name}_pretrain_{name}"
     return derived
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for the first field that is unknown, missing, of the wrong type or out of its range."""
-    defaults = default()
-    _check_fields(config, defaults, "config")
-    _check_complete(config, defaults, "config")
-    _check_task(config)
-    from medfuse_jax.models import registry  # late: importing flax takes a second that --help need not pay
-
-    check_choice("config.method", config.method, registry.METHODS)
-    for field, allowed in _CHOICES.items():
-        check_choice(f"config.{field}", _value(config, field), allowed)
-    _check_of_method(config, registry.METHODS)
+    """Raise UserError for the first field that is unknown, missing, of the wrong type or out of range."""
+    content = _set_fields(config)
+    pretrain = content.pop("pretrain", {})
+    _check_fields(content, FIELDS, "config")
+    if missing := [name for name in FIELDS if name not in dict(_flatten(content))]:
+        raise UserError(f"config.{missing[0]} is missing", field=f"config.{missing[0]}")
     profile_steps(config)
-    for field, limits in _RANGES.items():
-        _check_range(f"config.{field}", _value(config, field), *limits)
     _check_sizes(config)
-    _check_losses(config, registry.METHODS, defaults.loss)
+    _check_method(config)
     _check_init(config)
-    _check_stages(config)
+    if not isinstance(pretrain, dict):
+        raise _not_a_section("config.pretrain", pretrain, PRETRAIN_STAGES)
+    for name, section in pretrain.items():
+        check_choice("config.pretrain stage", name, PRETRAIN_STAGES)
+        _check_stage_section(section, f"config.pretrain.{name}")
+        try:
+            validate(stage(config, name))
+        except UserError as error:
+            what, where = f"in config.pretrain.{name}: {error}", f"config.pretrain.{name}"
+            field = error.field.replace("config", where, 1)
+            raise UserError(what, field=field, value=error.value, nearest=error.nearest) from None
 
 
-def _check_task(config: ConfigDict) -> None:
-    if config.task not in schema.TASKS:
-        check_choice("config.task", config.task, schema.TRAINABLE_TASKS)
-    if config.task not in schema.TRAINABLE_TASKS:
+def _check_fields(content: dict, allowed: Iterable[str], where: str) -> None:
+    for name, value in _flatten(content):
+        if name in allowed:
+            _check_value(f"{where}.{name}", value, FIELDS[name])
+            continue
+        if inside := [field for field in allowed if field.startswith(f"{name}.")]:
+            raise _not_a_section(f"{where}.{name}", value, inside)
+        near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+        hint = f"Did you mean {where}.{near[0]}?" if near else f"There are: {', '.join(allowed)}."
+        what = f"{where}.{name} is not a field of a config. {hint}"
+        raise UserError(what, field=f"{where}.{name}", nearest=near[0] if near else "")
+
+
+def _check_stage_section(section, where: str) -> None:
+    if not isinstance(section, dict):
+        raise _not_a_section(where, section, [name for name in FIELDS if name not in _NOT_OF_A_STAGE])
+    for field in ("encoders", "init", "pretrain"):
+        if field in section:
+            raise UserError(
+                f"{where}.{field} is given, but a stage starts from random weights: train it as a run of its own and "
+                f"give that run as config.init.{where.rpartition('.')[2]}",
+                field=f"{where}.{field}",
+            )
+    _check_fields(section, [name for name in FIELDS if name not in _NOT_OF_A_STAGE], where)
+
+
+def _not_a_section(where: str, value, fields: Iterable[str]) -> UserError:
+    return UserError(f"{where} is {value!r}; it must hold the fields {', '.join(fields)}", field=where, value=value)
+
+
+def _check_value(where: str, value, field: Field) -> None:
+    wanted = type(field.default)
+    is_number = wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool)
+    if type(value) is not wanted and not is_number:
+        what = f"{where} is {value!r}, a {type(value).__name__}; it must be a {wanted.__name__}"
+        raise UserError(what, field=where, value=value)
+    if where == "config.task" and value in schema.TASKS and value not in schema.TRAINABLE_TASKS:
         raise UserError(
-            f"config.task is {config.task!r}, whose labels are per step: its data can be built and read, but not "
-            f"trained on yet; choose one of {', '.join(schema.TRAINABLE_TASKS)}"
+            f"config.task is {value!r}, which has labels at many times of a stay: it can be built and read, but not "
+            f"trained on yet; choose one of {', '.join(schema.TRAINABLE_TASKS)}",
+            field=where,
+            value=value,
         )
+    if field.choices:
+        check_choice(where, value, field.choices)
+    if wanted in (int, float):
+        _check_range(where, value, field.low, field.high)
 
 
-def _check_of_method(config: ConfigDict, methods: dict) -> None:
-    """What only some methods have is refused for the others."""
-    from medfuse_jax.data.modalities import loading  # late, as methods are
-
-    method = methods[config.method].model_class
-    if config.model.missing_cxr and not hasattr(method, "missing"):
-        raise UserError(
-            f"config.model.missing_cxr is {config.model.missing_cxr!r}, and the method {config.method!r} puts "
-            "nothing in a missing X-ray's place: leave it out, or take early or joint"
-        )
-    if config.model.freeze_encoders and not hasattr(method, "frozen_encoders"):
-        raise UserError(
-            f"config.model.freeze_encoders is true, and the method {config.method!r} has no fusion that could be "
-            f"trained alone: set it to false, or take {' or '.join(_with(methods, 'frozen_encoders'))}"
-        )
-    if loading.load(config.model.modalities) and not hasattr(method, "modalities"):
-        raise UserError(
-            f"config.model.modalities is {config.model.modalities!r}, and the method {config.method!r} fuses EHR and "
-            f"X-ray alone: leave it out, or take {' or '.join(_with(methods, 'modalities'))}"
-        )
-
-
-def _with(methods: dict, field: str) -> list[str]:
-    """The methods whose model has the field."""
-    return [name for name, row in methods.items() if hasattr(row.model_class, field)]
+def _check_range(where: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        limits = f"at least {low}" if high == _INFINITY else f"between {low} and {high}"
+        raise UserError(f"{where} is {value}; it must be {limits}", field=where, value=value)
 
 
 def _check_sizes(config: ConfigDict) -> None:
-    """The ranges that depend on another field, and those of several numbers."""
+    """Check ranges that depend on another field, and fields of several numbers."""
     _check_range("config.images_per_batch", config.images_per_batch, 0, config.batch_size)
     _check_range("config.image.crop_px", config.image.crop_px, 32, config.image.resize_px)
-    if len(config.image.scale) != 2 or not 0.1 <= config.image.scale[0] <= config.image.scale[1] <= 10:
-        raise UserError(f"config.image.scale is {config.image.scale}; give the least and the most, between 0.1 and 10")
-    if len(config.model.resnet_stage_sizes) != 4 or min(config.model.resnet_stage_sizes) < 1:
-        raise UserError(f"config.model.resnet_stage_sizes is {config.model.resnet_stage_sizes}; give four numbers >= 1")
+    scale, sizes = config.image.scale, config.model.resnet_stage_sizes
+    if len(scale) != 2 or not 0.1 <= scale[0] <= scale[1] <= 10:
+        what = f"config.image.scale is {scale}; give the smallest and the largest, between 0.1 and 10"
+        raise UserError(what, field="config.image.scale", value=scale)
+    if len(sizes) != 4 or min(sizes) < 1:
+        what = f"config.model.resnet_stage_sizes is {sizes}; give four numbers of at least 1"
+        raise UserError(what, field="config.model.resnet_stage_sizes", value=sizes)
 
 
-def _check_losses(config: ConfigDict, methods: dict, defaults: ConfigDict) -> None:
+def _check_method(config: ConfigDict) -> None:
+    """Refuse fields that the method does not read."""
+    method, model = registry.METHODS[config.method], config.model
+    for field, value, model_field in (
+        ("model.missing_cxr", model.missing_cxr, "missing"),
+        ("model.freeze_encoders", model.freeze_encoders, "frozen_encoders"),
+        ("model.modalities", model.modalities, "modalities"),
+    ):
+        if value and not method.has_field(model_field):
+            raise UserError(
+                f"config.{field} is {value!r}, which the method {config.method!r} does not read: leave it out, or use "
+                f"{' or '.join(registry.with_field(model_field))}",
+                field=f"config.{field}",
+                value=value,
+            )
+    if model.modalities:
+        from medfuse_jax.data.modalities import loading  # late: imports flax
+
+        loading.load(model.modalities)
     for name, weight in config.loss.items():
-        _check_range(f"config.loss.{name}", weight, 0.0, 1e6)
-        read_by = [method for method, row in methods.items() if name in row.model_class.loss_weights()]
-        if weight != defaults[name] and config.method not in read_by:
+        if weight != FIELDS[f"loss.{name}"].default and name not in method.model_class.loss_weights():
+            readers = [m for m, row in registry.METHODS.items() if name in row.model_class.loss_weights()]
             raise UserError(
                 f"config.loss.{name} is {weight}, and the method {config.method!r} has no such loss: leave it out, or "
-                f"take {' or '.join(read_by)}"
+                f"use {' or '.join(readers)}",
+                field=f"config.loss.{name}",
+                value=weight,
             )
 
 
 def _check_init(config: ConfigDict) -> None:
-    if config.init.model and (beside := [name for name in _STAGE_NAMES if config.init[name]]):
+    if config.init.model and (others := [name for name in PRETRAIN_STAGES if config.init[name]]):
         raise UserError(
-            f"config.init.model is {config.init.model!r}, a whole model, and config.init.{beside[0]} is "
-            f"{config.init[beside[0]]!r}, for a part of it: leave one of them out"
+            f"config.init.model is {config.init.model!r}, a whole model, and config.init.{others[0]} is "
+            f"{config.init[others[0]]!r}, a part of one: leave one of them out",
+            field="config.init.model",
         )
 
 
-def _check_stages(config: ConfigDict) -> None:
-    for name in config.pretrain:
-        check_choice("config.pretrain stage", name, _STAGE_NAMES)
-        for field in _NOT_OF_A_STAGE:
-            if field in config.pretrain[name]:
-                raise UserError(
-                    f"config.pretrain.{name}.{field} is given, and a stage starts at random: train it as a run of its "
-                    f"own, with config.init there, and give that run here as config.init.{name}"
-                )
-        try:
-            validate(stage(config, name))
-        except UserError as error:
-            raise UserError(f"in config.pretrain.{name}: {error}") from None
-
-
 def profile_steps(config: ConfigDict) -> tuple[int, int]:
-    """(first, last) of the steps to profile, (0, 0) for none; UserError where the field is neither."""
+    """Return (first, last) of the steps to profile, (0, 0) for none."""
     if not config.profile_steps:
         return 0, 0
     first, _, last = config.profile_steps.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(
-            f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25' (the "
-            "first of a run is 1)"
+            f"config.profile_steps is {config.profile_steps!r}; give the first and last step, such as '20:25' (a run's "
+            "first step is 1)",
+            field="config.profile_steps",
+            value=config.profile_steps,
         )
     return int(first), int(last)
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-    """Raises UserError where batches do not divide over the devices."""
+    """Raise UserError unless batches divide evenly over the devices."""
     for field, size in (("config.batch_size", config.batch_size), ("config.eval.batch_size", config.eval.batch_size)):
         if size % num_devices:
-            near = max(1, round(size / num_devices)) * num_devices
-            raise UserError(f"{field} is {size}, not a multiple of the {num_devices} devices; {near} would do")
+            low = size // num_devices * num_devices
+            choices = " or ".join(str(n) for n in (low, low + num_devices) if n)
+            what = f"{field} is {size}, not divisible by {num_devices} devices; use {choices}"
+            raise UserError(what, field=field, value=size)
 
 
 def save(config: ConfigDict, path: Path) -> None:
-    """Writes the resolved config as JSON."""
-    content = config.copy_and_resolve_references().to_dict()
-    files.write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    """Write the resolved config as JSON, without the fields of a stage that are not set."""
+    files.write_json(path, _set_fields(config.copy_and_resolve_references()))
 
 
 def load(path: Path) -> ConfigDict:
-    """Reads what `save` wrote; UserError where it is missing or not a config."""
+    """Read what `save` wrote; UserError if it is missing or not a valid config."""
+    content = files.read_json(path, f"{path.parent} is not the workdir of a run, or was damaged: use another --workdir")
+    config = ConfigDict(_lists_to_tuples(content))
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not the workdir of a run") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); start the run anew in another --workdir") from None
-    try:
-        if not isinstance(content, dict):
-            raise UserError("it holds no fields")
-        config = ConfigDict({"recurrence": "chunks"} | _lists_to_tuples(content))  # older runs had no other
         validate(config)
     except UserError as error:
-        raise UserError(f"{path} is of another version or was edited: {error}") from None
+        what = f"{path} is of another version or was edited: {error}"
+        raise UserError(what, field=error.field, path=path, value=error.value) from None
     return config
 
 
 def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str:
-    """'field is value in a there and value in b here' for the first field in which two configs differ, '' for none.
+    """Describe the first field in which two configs differ: 'field is X there and Y here', or '' for none.
 
-    Task and method come before all others, most of which follow from them. Fields that change no number of a run, but
-    for rounding, are no difference, nor are the `ignored` ones.
+    Task and method come first: most other differences follow from them. Execution-only fields, where the shards are,
+    and the `ignored` fields are not compared.
     """
     flat_a, flat_b = (flat(c) for c in (a, b))
-    fields = (flat_a.keys() | flat_b.keys()) - ONLY_HOW - {"data.dir", *ignored}
+    fields = (flat_a.keys() | flat_b.keys()) - names(execution_only=True) - {"data.dir", *ignored}
     differing = sorted(f for f in fields if flat_a.get(f) != flat_b.get(f))
     if not differing:
         return ""
@@ -325,15 +389,68 @@ def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str
 
 
 def flat(config: ConfigDict) -> dict:
-    """Every field by its dotted name, values as JSON has them."""
-    return _flat(json.loads(json.dumps(config.copy_and_resolve_references().to_dict())))
+    """Every field that is set, by its dotted name, values as JSON has them."""
+    return dict(_flatten(json.loads(json.dumps(_set_fields(config.copy_and_resolve_references())))))
 
 
-def _flat(content: dict, prefix: str = "") -> dict:
-    out = {}
+def get(config: ConfigDict, name: str):
+    """The value of a field by its dotted name."""
+    return functools.reduce(lambda part, key: part[key], name.split("."), config)
+
+
+def table() -> str:
+    """The Markdown table of docs/config.md: one row a field."""
+    lines = ["| field | default | values | |", "|---|---|---|---|"]
+    for name, field in FIELDS.items():
+        lines.append(f"| `{name}` | `{field.default!r}` | {_values(field)} | {field.help} |")
+    return "\n".join(lines)
+
+
+def describe() -> str:
+    """One line a field, for --help."""
+    return "\n".join(f"  --config.{name}={f.default!r}  {f.help}" for name, f in FIELDS.items())
+
+
+def _values(field: Field) -> str:
+    if field.choices:
+        return ", ".join(f"`{choice or repr(choice)}`" for choice in field.choices)
+    if field.low > -_INFINITY and field.high < _INFINITY:
+        return f"{field.low:g} to {field.high:g}"
+    return f"at least {field.low:g}" if field.low > -_INFINITY else ""
+
+
+def _nested(fields: dict) -> ConfigDict:
+    config = ConfigDict()
+    for name, value in fields.items():
+        *sections, key = name.split(".")
+        part = config
+        for section_name in sections:
+            if section_name not in part:
+                part[section_name] = ConfigDict()
+            part = part[section_name]
+        part[key] = value
+    return config
+
+
+def _set_fields(config: ConfigDict, is_pretrain: bool = False) -> dict:
+    """A config as a dict without unset fields (None), and without sections in which none is set."""
+    content = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            value = _set_fields(value, is_pretrain=key == "pretrain")
+            if not value and not is_pretrain and key != "pretrain":
+                continue
+        if value is not None:
+            content[key] = value
+    return content
+
+
+def _flatten(content: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in content.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _lists_to_tuples(value):
@@ -342,50 +459,5 @@ def _lists_to_tuples(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_fields(config: ConfigDict, allowed: ConfigDict, where: str) -> None:
-    for key in config:
-        if key not in allowed:
-            near = difflib.get_close_matches(key, list(allowed), n=1, cutoff=0.5)
-            hint = f" Did you mean {where}.{near[0]}?" if near else f" There are: {', '.join(sorted(allowed))}."
-            raise UserError(f"{where}.{key} is not a field of a config.{hint}")
-        if key == "pretrain":
-            _check_section(config.pretrain, _STAGE_NAMES, f"{where}.pretrain")
-            for name in [name for name in config.pretrain if name in _STAGE_NAMES]:
-                of_a_stage = [field for field in allowed if field not in _NOT_OF_A_STAGE]
-                _check_section(config.pretrain[name], of_a_stage, f"{where}.pretrain.{name}")
-                _check_fields(config.pretrain[name], allowed, f"{where}.pretrain.{name}")
-        elif isinstance(allowed[key], ConfigDict):
-            _check_section(config[key], allowed[key], f"{where}.{key}")
-            _check_fields(config[key], allowed[key], f"{where}.{key}")
-        elif not _same_kind(config[key], allowed[key]):
-            kind = type(allowed[key]).__name__
-            raise UserError(f"{where}.{key} is {config[key]!r}, a {type(config[key]).__name__}; it must be a {kind}")
-
-
-def _check_section(value, fields: Iterable[str], where: str) -> None:
-    if not isinstance(value, ConfigDict):
-        raise UserError(f"{where} is {value!r}; it must hold the fields {', '.join(fields)}")
-
-
-def _check_complete(config: ConfigDict, wanted: ConfigDict, where: str) -> None:
-    for key in wanted:
-        if key not in config:
-            raise UserError(f"{where}.{key} is missing")
-        if isinstance(wanted[key], ConfigDict):
-            _check_complete(config[key], wanted[key], f"{where}.{key}")
-
-
-def _same_kind(value, example) -> bool:
-    if isinstance(example, float):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is type(example)
-
-
-def _value(config: ConfigDict, field: str):
-    return functools.reduce(lambda section, name: section[name], field.split("."), config)
-
-
-def _check_range(field: str, value: float, low: float, high: float = float("inf")) -> None:
-    if not low <= value <= high:
-        limits = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-        raise UserError(f"{field} is {value}; it must be {limits}")
+if __name__ == "__main__":
+    print(table())

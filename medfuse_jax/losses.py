@@ -27,15 +27,11 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What multiplies the losses beside the main one, in the methods that have them (config.loss).
+    """Weights of the losses beside the main one, in the methods that have them: the fields of config.loss."""
 
-    ehr_only, cxr_only: of the classifiers of one modality. align: of the alignment loss, 0 as the
-    released code has it.
-    """
-
-    ehr_only: float = 1.0
-    cxr_only: float = 1.0
-    align: float = 0.0
+    ehr_only: float
+    cxr_only: float
+    align: float
 
 
 def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weights, total: Callable) -> jax.Array:

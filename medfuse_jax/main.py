@@ -58,7 +58,8 @@ def name_data(config: ConfigDict) -> None:
 
 def _default_workdir(config: ConfigDict) -> str:
     """One folder a config, so that the same command goes on where it was and another does not mix with it."""
-    fields = {name: value for name, value in config_lib.flat(config).items() if name not in config_lib.ONLY_HOW}
+    execution_only = config_lib.names(execution_only=True)
+    fields = {name: value for name, value in config_lib.flat(config).items() if name not in execution_only}
     content = json.dumps(fields, sort_keys=True)
     return f"runs/{config.name}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 

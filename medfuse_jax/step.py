@@ -44,7 +44,7 @@ class StepOptions:
     image: augment.ImageOptions
     mean_F: tuple[float, ...]
     std_F: tuple[float, ...]
-    weights: losses.Weights = dataclasses.field(default_factory=losses.Weights)
+    weights: losses.Weights
     head: str = "logits"
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from medfuse_jax import augment
+from medfuse_jax import config as config_lib
 
-_OPTIONS = augment.ImageOptions(resize_px=64, crop_px=56)
+_OPTIONS = augment.ImageOptions(**config_lib.section("image", resize_px=64, crop_px=56))
 _STILL = dataclasses.replace(_OPTIONS, flip=False, rotation_deg=0.0, scale=(1.0, 1.0), translation=0.0)
 
 
@@ -26,7 +27,8 @@ def test_evaluation_takes_the_centre_and_a_channel_of_ones():
 
 def test_resizing_keeps_the_mean_and_the_size():
     images = _images(size=256)
-    out = np.asarray(augment.prepare(images, augment.ImageOptions(resize_px=64, crop_px=64)))
+    options = augment.ImageOptions(**config_lib.section("image", resize_px=64, crop_px=64))
+    out = np.asarray(augment.prepare(images, options))
     assert out.shape == (3, 64, 64, 2)
     np.testing.assert_allclose(out[..., 0].mean((1, 2)), images.mean((1, 2)) / 255, atol=2e-3)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medfuse_jax import config as config_lib
 from medfuse_jax import losses
 
 _RNG = np.random.default_rng(0)
@@ -68,7 +69,11 @@ _IMAGES = {
 }
 
 
-def _objective(batch, weights=losses.Weights(), outputs=_OUTPUTS):  # noqa: B008
+def _weights(**changes):
+    return losses.Weights(**config_lib.section("loss", **changes))
+
+
+def _objective(batch, weights=_weights(), outputs=_OUTPUTS):  # noqa: B008
     return losses.objective(_HEADS, outputs, batch, weights, total=lambda x: x)
 
 
@@ -77,7 +82,7 @@ def _bce(name, labels, rows):
 
 
 def test_each_head_learns_from_the_rows_that_have_what_it_needs():
-    weights = losses.Weights(ehr_only=0.5)
+    weights = _weights(ehr_only=0.5)
     expected = _bce("joint", _LABELS, [0, 2, 3]) + 0.5 * _bce("ehr_only", _LABELS, [0, 1, 3, 4])
     np.testing.assert_allclose(_objective(_STAYS, weights), expected, rtol=1e-6)
     everywhere = _bce("joint", _LABELS, [0, 1, 2, 3, 4]) + 0.5 * _bce("ehr_only", _LABELS, [0, 1, 2, 3, 4])
@@ -91,13 +96,13 @@ def test_a_batch_of_images_with_their_own_labels_trains_the_image_head_alone():
 
 
 def test_the_alignment_loss_is_the_mean_over_the_rows_that_have_both():
-    weights = losses.Weights(align=0.1)
+    weights = _weights(align=0.1)
     added = _objective(_STAYS, weights) - _objective(_STAYS)
     np.testing.assert_allclose(added, 0.1 * (1 + 4) / 2, rtol=1e-4)
 
 
 def test_the_objectives_of_two_devices_add_up():
-    weights = losses.Weights(align=0.3)
+    weights = _weights(align=0.3)
     # rows 0-2 with the X-ray of row 0; rows 3-5 with that of row 3; each device counts its rows from 0
     batch = {name: _STAYS[name].reshape(2, 3, *_STAYS[name].shape[1:]) for name in ("valid", "length", "label")}
     batch["image_row"], batch["image_mask"] = np.zeros((2, 2), int), np.array([[True, False], [True, False]])
@@ -116,6 +121,6 @@ def test_the_objectives_of_two_devices_add_up():
 
 def test_no_row_with_what_a_head_needs_gives_no_loss_and_no_gradient():
     batch = {**_STAYS, "image_mask": np.zeros(4, bool), "length": np.zeros(6, int)}
-    assert float(_objective(batch, losses.Weights(align=1.0))) == pytest.approx(0.0, abs=0)
-    gradient = jax.grad(lambda outputs: _objective(batch, losses.Weights(align=1.0), outputs))(_OUTPUTS)
+    assert float(_objective(batch, _weights(align=1.0))) == pytest.approx(0.0, abs=0)
+    gradient = jax.grad(lambda outputs: _objective(batch, _weights(align=1.0), outputs))(_OUTPUTS)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))

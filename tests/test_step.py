@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from medfuse_jax import augment, optim, parallel
+from medfuse_jax import augment, losses, optim, parallel
+from medfuse_jax import config as config_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.models import registry
 
@@ -34,7 +35,8 @@ def _options(optimizer=None, **model_options):
         model=registry.build("medfuse", _K, **(sizes | model_options)),
         # Plain gradients: Adam would hide a gradient that is n times too large.
         optimizer=optimizer or optax.identity(),
-        image=augment.ImageOptions(resize_px=64, crop_px=56),
+        image=augment.ImageOptions(**config_lib.section("image", resize_px=64, crop_px=56)),
+        weights=losses.Weights(**config_lib.section("loss")),
         mean_F=(0.5,) * 76,
         std_F=(2.0,) * 76,
     )

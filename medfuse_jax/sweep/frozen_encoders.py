@@ -32,24 +32,6 @@ from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import trial_store
 
 _ENCODERS = ("ehr_encoder", "cxr_encoder")
-# These fields do not change the features; any other may.
-_WITHOUT_EFFECT = (
-    "method",
-    "seed",
-    "learning_rate",
-    "beta2",
-    "batch_size",
-    "images_per_batch",
-    "num_epochs",
-    "early_stop_epochs",
-    "plateau_epochs",
-    "checkpoint_every_steps",
-    "data.ehr_only_ratio",
-    "model.dropout",
-    "model.fusion_hidden",
-    "model.freeze_encoders",
-    "model.missing_cxr",
-)
 _NO_AUGMENTATION = {
     "image.flip": False,
     "image.rotation_deg": 0.0,
@@ -128,7 +110,8 @@ def without_augmentation(config: ConfigDict) -> ConfigDict:
 
 def features_key(config: ConfigDict) -> str:
     """Identify the features: all fields of a config that may change them."""
-    return json.dumps({k: v for k, v in config_lib.flat(config).items() if k not in _WITHOUT_EFFECT}, sort_keys=True)
+    without_effect = config_lib.names(affects_features=False)
+    return json.dumps({k: v for k, v in config_lib.flat(config).items() if k not in without_effect}, sort_keys=True)
 
 
 def with_features(run: experiment_lib.Experiment, features: dict[str, Features]) -> FrozenEncoderExperiment:

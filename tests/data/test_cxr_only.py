@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from medfuse_jax import augment, evaluate, experiment, records, schema, step
+from medfuse_jax import config as config_lib
 from medfuse_jax.models import registry
 from medfuse_jax.runs import checkpoints, workdir
 from medfuse_jax.runs.progress import Progress
@@ -128,10 +129,10 @@ def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method)
     options = step.StepOptions(
         model=registry.build(method, _LABELS, **sizes, **stage),
         optimizer=optax.identity(),
-        image=augment.ImageOptions(resize_px=32, crop_px=32),
+        image=augment.ImageOptions(**config_lib.section("image", resize_px=32, crop_px=32)),
         mean_F=(0.0,) * 76,
         std_F=(1.0,) * 76,
-        weights=step.losses.Weights(align=0.1),
+        weights=step.losses.Weights(**config_lib.section("loss", align=0.1)),
     )
     state = step.state_maker(options)(jax.random.key(0, impl="rbg"), 1.0)
     compiled = jax.jit(lambda s, b: step.train_step(options, s, b, jax.random.key(1)))

@@ -1,6 +1,7 @@
 """Every method: shapes, sizes, and that what is missing reaches no number and no gradient."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from model_cases import NUM_LABELS, batch, dense, equations, fast_jit, random_va
 
 from medfuse_jax import schema
 from medfuse_jax.models import registry
+from medfuse_jax.models.model import Inputs, ProjectedModel, linear
+from medfuse_jax.report import read_runs
 from medfuse_jax.runtime.errors import UserError
 
 # One of each model: early and joint are joint_zeros, of which joint_learnable is the harder case, and
@@ -342,3 +345,25 @@ def test_lengths_may_come_as_floats():
         model.apply(variables, ehr=one["ehr"], length=one["length"].astype(dtype))["logits"] for dtype in (int, float)
     )
     np.testing.assert_array_equal(whole, as_float)
+
+
+class _Sum(ProjectedModel):
+    """A toy fusion: the sum of both feature vectors."""
+
+    def setup_fusion(self):
+        self.classifier = linear(self.num_labels)
+
+    def forward(self, batch: Inputs) -> dict:
+        ehr_BD, cxr_BD = self.encode(batch)
+        return {"logits": self.classifier(ehr_BD + cxr_BD)}
+
+
+def test_a_new_method_is_one_class_and_one_row(monkeypatch):
+    """A row alone makes a method that a config may name, that is built with all options and trains."""
+    monkeypatch.setattr(importlib.import_module("medfuse_jax.models.concat"), "Sum", _Sum, raising=False)
+    monkeypatch.setitem(registry.METHODS, "sum", registry.Method("Sum of features", "concat:Sum", features_only=True))
+    model = tiny_model("sum", frozen_encoders=True)
+    variables, listed = random_variables(model), batch()
+    logits_BK = fast_jit(lambda v: model.apply(v, **listed))(variables)["logits"]
+    assert logits_BK.shape == (4, NUM_LABELS) and read_runs.method_name("sum") == "Sum of features"
+    assert "sum" in registry.with_field("frozen_encoders")
