@@ -1,4 +1,4 @@
-"""Documented commands exist, with their flags and values; pages name only files that exist."""
+"""Documented commands exist, with their flags and values; links lead to files; the layout lists every module."""
 
 import functools
 import re
@@ -85,6 +85,13 @@ def test_readme_starts_with_the_demo_and_the_tests():
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert len(blocks) == 2 and "--config=configs/demo.py" in blocks[0]
     assert blocks[1].splitlines() == ["pip install '.[test]'", "python -m pytest -n 2"]  # .ci/run runs this block
+
+
+def test_links_between_pages_lead_to_files():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text())]
+    assert len(links) > 30
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_the_layout_in_design_md_lists_every_module():
