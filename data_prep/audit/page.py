@@ -27,6 +27,7 @@ td.bar div { background: var(--run0); height: 0.65rem; border-radius: 2px; min-w
 .ours { color: var(--run0); } .papers { color: var(--run1); }
 .charts { margin-top: 2rem; }
 .chart { margin-top: 1rem; }
+.chart + .scroll { margin-top: 1.5rem; }
 .chart text { fill: var(--ink); font-size: 11px; }
 .chart text.soft { fill: var(--muted); font-size: 10px; }
 .chart .grid, .chart .link { stroke: var(--rule); fill: none; }

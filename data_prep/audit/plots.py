@@ -87,7 +87,7 @@ def _text(x: float, y: float, text: str, anchor: str, css_class: str = "") -> st
     return f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="{anchor}"{css_class}>{escape(text)}</text>'
 
 
-def _short(name: str, longest: int = 30) -> str:
+def _short(name: str, longest: int = 28) -> str:
     name = name.split(" (")[0].replace("Glascow coma scale", "GCS")
     return name if len(name) <= longest else name[: longest - 1].rstrip(" ;,") + "…"
 
