@@ -1,4 +1,4 @@
-"""The last AP X-ray inside the window, and no other."""
+"""Pairing: the last AP X-ray in the window."""
 
 import datetime
 
@@ -19,7 +19,7 @@ STAYS = pl.DataFrame(
 
 
 def _images(*images):
-    """(dicom_id, subject_id, view, hours after intime)"""
+    """images: (dicom_id, subject_id, view, hours after intime)."""
     rows = [(d, s, v, None if h is None else INTIME + datetime.timedelta(hours=h)) for d, s, v, h in images]
     return pl.DataFrame(
         rows,
@@ -39,13 +39,13 @@ def _images(*images):
         (72.01, False, False),
     ],
 )
-def test_a_image_counts_from_intime_to_the_end_of_the_window(hour, paired_72, paired_48):
+def test_the_window_includes_both_ends(hour, paired_72, paired_48):
     images = _images(("a", 1, "AP", hour))
     assert len(pairing.pair(STAYS, images, None)) == paired_72
     assert len(pairing.pair(STAYS, images, 48.0)) == paired_48
 
 
-def test_the_last_ap_image_wins():
+def test_the_last_ap_image_is_paired():
     images = _images(
         ("a", 1, "AP", 1), ("c", 1, "AP", 60), ("b", 1, "PA", 70), ("d", 1, "LATERAL", 71), ("e", 2, "PA", 3)
     )
@@ -53,12 +53,12 @@ def test_the_last_ap_image_wins():
     assert pairing.pair(STAYS, images, 48.0)["dicom_id"].to_list() == ["a"]
 
 
-def test_the_order_of_rows_does_not_matter_and_ties_go_to_the_last_id():
+def test_ties_go_to_the_last_id_in_any_row_order():
     images = _images(("a", 1, "AP", 5), ("b", 1, "AP", 5), ("z", 1, "AP", None), ("x", 3, "AP", 5))
     assert pairing.pair(STAYS, images, None)["dicom_id"].to_list() == ["b"]
     assert pairing.pair(STAYS[::-1], images[::-1], None)["dicom_id"].to_list() == ["b"]
 
 
-def test_a_window_never_reaches_past_the_stay():
+def test_the_window_ends_with_the_stay():
     short = STAYS.with_columns(outtime=pl.lit(INTIME + datetime.timedelta(hours=10)))
     assert len(pairing.pair(short, _images(("a", 1, "AP", 11)), 48.0)) == 0
