@@ -1,9 +1,9 @@
-"""X-rays on the device: from raw uint8 to the network's input, inside the jitted step.
+"""Turn stored X-rays (uint8) into the network's input, inside the jitted step.
 
-Shapes: P X-rays, S stored pixels a side, R resized, C cropped.
+Shapes: P X-rays, S stored side, R resized side, C cropped side, all in pixels.
 
-One bilinear sampling does flip, rotation, scale, translation and crop at once, so an X-ray is
-read once. Differs from MedFuse (datasets/cxr_dataset.py): its affine takes the nearest pixel.
+Flip, rotation, scale, translation and crop are one bilinear sampling. Differs from MedFuse
+(datasets/cxr_dataset.py): its affine transform takes the nearest pixel.
 """
 
 import dataclasses
@@ -16,11 +16,7 @@ import jax.numpy as jnp
 class ImageOptions:
     """How X-rays are resized, augmented and cropped: the fields of config.image.
 
-    resize_px: side after resizing; crop_px: side of the network's input.
-    crop: 'center' (as the released code) or 'random' (as the paper says), in training.
-    rotation_deg, translation (part of the side): drawn from plus or minus that;
-    scale: drawn between the two; flip: horizontally, with probability a half.
-    Differs from the paper (A.1): no shear, of which it gives no size; the released code has none.
+    Differs from the paper (A.1): no shear. The paper gives no shear angle, and the released code does not shear.
     """
 
     resize_px: int
@@ -33,10 +29,10 @@ class ImageOptions:
 
 
 def prepare(image_PSS: jax.Array, options: ImageOptions) -> jax.Array:
-    """X-rays for evaluation: resize, centre crop. uint8 [P, S, S] -> float32 [P, C, C, 2].
+    """Resize and centre-crop X-rays for evaluation: uint8 [P, S, S] -> float32 [P, C, C, 2].
 
-    The two channels are grey in 0..1 and one: the model folds ImageNet's mean and deviation
-    over three equal channels into its stem, which is exact at the borders too.
+    The channels are grey in 0..1, and ones. The model folds ImageNet's standardisation of three equal channels into
+    its stem; the ones make this exact at the borders, where the convolution pads with zeros.
     """
     grey_PRR = _resize(image_PSS, options.resize_px)
     start = (options.resize_px - options.crop_px) // 2
@@ -45,17 +41,15 @@ def prepare(image_PSS: jax.Array, options: ImageOptions) -> jax.Array:
 
 
 def prepare_augmented(key: jax.Array, image_id_P: jax.Array, image_PSS: jax.Array, options: ImageOptions) -> jax.Array:
-    """X-rays for training: each drawn from its own key, fold_in(key, image_id).
+    """Resize and augment X-rays for training: uint8 [P, S, S] -> float32 [P, C, C, 2], black outside the X-ray.
 
-    So an X-ray is augmented alike however the batch is laid out over devices.
-    uint8 [P, S, S] -> float32 [P, C, C, 2], black (0) outside the X-ray.
+    Each X-ray has its own key, fold_in(key, image_id), so its augmentation does not depend on its place in the batch.
     """
-    grey_PRR = _resize(image_PSS, options.resize_px)
 
-    def one(image_id, grey_RR):
+    def augment(image_id, grey_RR):
         return _sample(grey_RR, *_draw_affine(jax.random.fold_in(key, image_id), options), options.crop_px)
 
-    return _with_ones(jax.vmap(one)(image_id_P, grey_PRR))
+    return _with_ones(jax.vmap(augment)(image_id_P, _resize(image_PSS, options.resize_px)))
 
 
 def _resize(image_PSS: jax.Array, size_px: int) -> jax.Array:
@@ -66,8 +60,8 @@ def _resize(image_PSS: jax.Array, size_px: int) -> jax.Array:
 
 
 def _draw_affine(key: jax.Array, options: ImageOptions) -> tuple[jax.Array, jax.Array]:
-    """(matrix [2, 2], offset [2]) that take a crop pixel (y, x from the crop's centre) to the X-ray."""
-    # One draw for all: every random call compiles its own copy of the generator, half a second each on CPU.
+    """Draw (matrix [2, 2], offset [2]), which map a pixel of the crop to the X-ray, both as (y, x) from the centre."""
+    # A single draw: every call of jax.random compiles its own copy of the generator.
     u_7 = jax.random.uniform(key, (7,))
     angle = jnp.deg2rad(options.rotation_deg) * (2 * u_7[0] - 1)
     scale = options.scale[0] + (options.scale[1] - options.scale[0]) * u_7[1]
@@ -76,17 +70,17 @@ def _draw_affine(key: jax.Array, options: ImageOptions) -> tuple[jax.Array, jax.
     slack = (options.resize_px - options.crop_px) / 2
     crop = slack * (2 * u_7[5:] - 1) * (options.crop == "random")
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # X-ray = mirror . rotate(-angle) / scale . (crop - shift): the inverse of moving the X-ray
+    # position = mirror . rotate(-angle) / scale . (crop - shift): the inverse of transforming the X-ray
     inverse = jnp.array([[cos, sin], [-sin, cos]]) / scale
     inverse = inverse * jnp.stack([jnp.ones(2), jnp.full(2, mirror)])
     return inverse, jnp.matmul(inverse, crop - shift, precision="highest")
 
 
 def _sample(grey_RR: jax.Array, matrix: jax.Array, offset: jax.Array, crop_px: int) -> jax.Array:
-    size = grey_RR.shape[0]
+    """The crop [C, C] by bilinear sampling."""
     from_centre = jnp.arange(crop_px) - (crop_px - 1) / 2
     y_CC, x_CC = jnp.meshgrid(from_centre, from_centre, indexing="ij")
-    centre = (size - 1) / 2
+    centre = (grey_RR.shape[0] - 1) / 2
     image_y = matrix[0, 0] * y_CC + matrix[0, 1] * x_CC + offset[0] + centre
     image_x = matrix[1, 0] * y_CC + matrix[1, 1] * x_CC + offset[1] + centre
     return jax.scipy.ndimage.map_coordinates(grey_RR, [image_y, image_x], order=1, mode="constant", cval=0.0)
