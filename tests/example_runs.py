@@ -1,7 +1,6 @@
-"""Workdirs with made-up values, for tests of what reads them: `python tests/example_runs.py DIR` writes them.
+"""Write workdirs with simulated values, for tests of the report: `python tests/example_runs.py DIR`.
 
-A tiny simulated problem: labels depend on a hidden state, of which "EHR" sees one part and a
-"cxr" another. Nothing is trained, and no number stands for any model.
+Labels are seen through two noisy signals, "ehr" and "cxr". Nothing is trained: no number is a model's.
 """
 
 import json
@@ -13,59 +12,56 @@ import numpy as np
 from medfuse_jax import config as config_lib
 from medfuse_jax import metrics, schema
 
-PROVENANCE = "made up by tests/example_runs.py"
+PROVENANCE = "simulated by tests/example_runs.py"
 
 
 def simulate(task: str, num_stays: int, seed: int = 0) -> dict:
-    """Labels [N, K], the two parts of what is seen of them [N, K], has_cxr [N] and age [N]."""
+    """labels [N, K], the signals ehr and cxr [N, K], has_cxr [N] and age [N]."""
     rng = np.random.default_rng(seed)
     num_labels = len(schema.TASKS[task].labels)
     prevalence = rng.uniform(0.06, 0.45, num_labels)
     labels = rng.random((num_stays, num_labels)) < prevalence
     ehr = labels * rng.uniform(0.5, 1.5, num_labels) + rng.normal(size=labels.shape)
-    image = labels * rng.uniform(0.2, 1.3, num_labels) + rng.normal(size=labels.shape)
+    cxr = labels * rng.uniform(0.2, 1.3, num_labels) + rng.normal(size=labels.shape)
     has_cxr = np.ones(num_stays, bool) if schema.TASKS[task].cxr_only else rng.random(num_stays) < 0.4
-    return {"labels": labels, "ehr": ehr, "cxr": image, "has_cxr": has_cxr, "age": rng.uniform(18, 90, num_stays)}
+    return {"labels": labels, "ehr": ehr, "cxr": cxr, "has_cxr": has_cxr, "age": rng.uniform(18, 90, num_stays)}
 
 
 def scores_of(method: str, data: dict) -> np.ndarray:
     """Probabilities [N, K] as float32."""
-    image = np.where(data["has_cxr"][:, None], data["cxr"], 0)
+    cxr = np.where(data["has_cxr"][:, None], data["cxr"], 0)
     weight = {"early": 0.3, "joint": 0.5, "medfuse": 0.8, "medfuse_attention": 0.8}
-    logits = {"uni_ehr": data["ehr"], "uni_cxr": image}.get(method, data["ehr"] + weight.get(method, 0.4) * image)
+    logits = {"uni_ehr": data["ehr"], "uni_cxr": cxr}.get(method, data["ehr"] + weight.get(method, 0.4) * cxr)
     return (1 / (1 + np.exp(1.5 - logits))).astype(np.float32)
 
 
 def attention_of(data: dict, num_steps: int = 60, seed: int = 0) -> dict:
-    """Weights that grow towards the end of a stay; half of a paired stay's is the X-ray's, give or take."""
+    """Attention weights that grow towards the end of a stay; the X-ray has about half of a paired stay's weight."""
     rng = np.random.default_rng(seed)
     num_stays = len(data["has_cxr"])
     length = rng.integers(3, num_steps + 1, num_stays)
-    step = np.arange(num_steps)
-    raw = np.where(
-        step < length[:, None], np.exp((step - length[:, None]) / 12 + rng.normal(0, 0.4, (num_stays, 1))), 0
-    )
-    raw *= rng.gamma(4, 1, raw.shape)
-    image = np.where(data["has_cxr"], rng.beta(4, 5, num_stays), 0)
+    from_end = np.arange(num_steps) - length[:, None]
+    raw = np.where(from_end < 0, np.exp(from_end / 12), 0) * rng.gamma(4, 1, from_end.shape)
+    cxr = np.where(data["has_cxr"], rng.beta(4, 5, num_stays), 0)
     return {
         "time_weights": (raw / raw.sum(1, keepdims=True)).astype(np.float16),
         "length": length,
-        "modality_weights": np.stack([0.2 * (1 - image), 0.8 * (1 - image), image], 1).astype(np.float32),
+        "modality_weights": np.stack([0.2 * (1 - cxr), 0.8 * (1 - cxr), cxr], 1).astype(np.float32),
         "modalities": np.array(["static", "ehr", "cxr"]),
     }
 
 
 def write_config(workdir: Path, task: str, method: str, **changes) -> None:
-    """config.json."""
+    """Write config.json."""
     workdir.mkdir(parents=True, exist_ok=True)
     config = config_lib.default().to_dict()
-    config |= {"name": f"made_up_{task}", "task": task, "method": method, "num_epochs": 20, "learning_rate": 1e-3}
-    config["data"]["dir"] = "made_up_shards"
+    config |= {"name": f"simulated_{task}", "task": task, "method": method, "num_epochs": 20, "learning_rate": 1e-3}
+    config["data"]["dir"] = "simulated_shards"
     (workdir / "config.json").write_text(json.dumps(config | changes, indent=2))
 
 
 def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
-    """metrics.jsonl with curves of the usual shape; returns the best epoch."""
+    """Write metrics.jsonl with learning curves of the usual shape; return the best epoch."""
     rng = np.random.default_rng(seed)
     epoch = np.arange(1, num_epochs + 1)
     train_loss = 0.42 + 0.2 * np.exp(-epoch / 3) - 0.004 * epoch + rng.normal(0, 0.002, num_epochs)
@@ -76,10 +72,10 @@ def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
     val_auroc += rng.normal(0, 0.003, num_epochs)
     with (workdir / "metrics.jsonl").open("w") as file:
         for i, e in enumerate(epoch.tolist()):
-            at = {"epoch": e, "step": 100 * e}
+            place = {"epoch": e, "step": 100 * e}
             train = {"train_loss": train_loss[i], "lr": 1e-3, "samples_per_s": 55.0, "num_steps": 100}
             val = {"val_loss": val_loss[i], "val_auroc": val_auroc[i]}
-            for line in ({"phase": "train", **at, **train}, {"phase": "val", **at, **val}):
+            for line in ({"phase": "train", **place, **train}, {"phase": "val", **place, **val}):
                 line["time_s"] = 30.0 * e
                 file.write(json.dumps(line) + "\n")
     return int(epoch[val_auroc.argmax()])
@@ -88,7 +84,7 @@ def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
 def write_evaluation(
     workdir: Path, task: str, method: str, data: dict, best_epoch: int, against: tuple[str, ...] = (), num_bootstrap=40
 ) -> None:
-    """predictions_test.npz and result.json."""
+    """Write predictions_test.npz and result.json."""
     labels, has_cxr = data["labels"], data["has_cxr"]
     scores = scores_of(method, data)
     np.savez(
@@ -110,7 +106,7 @@ def write_evaluation(
         for name, mask in masks.items()
     ]
     result = {
-        "name": f"made_up_{task}",
+        "name": f"simulated_{task}",
         "task": task,
         "method": method,
         "split": "test",
@@ -121,7 +117,7 @@ def write_evaluation(
         "selected_by": "AUROC on all validation stays",
         "loss": 0.42,
         "num_left_out": 0,
-        "data": {"dir": "made_up_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
+        "data": {"dir": "simulated_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
         "labels": list(schema.TASKS[task].labels),
         "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},
         "comparisons": comparisons,
@@ -136,13 +132,13 @@ def write_evaluation(
 
 
 def write_run(workdir: Path, task: str, method: str, data: dict, against: tuple[str, ...] = (), seed: int = 0) -> None:
-    """One whole workdir."""
+    """Write a whole workdir."""
     write_config(workdir, task, method)
     write_evaluation(workdir, task, method, data, write_training(workdir, seed=seed), against)
 
 
 def write_fusion(workdir: Path, task: str = "pheno", num_stays: int = 400) -> None:
-    """A MedFuse run with both its pre-training runs."""
+    """Write a MedFuse run with its two pre-training runs."""
     data = simulate(task, num_stays)
     write_run(workdir / "pretrain_ehr", task, "uni_ehr", data, seed=1)
     write_run(workdir / "pretrain_cxr", "radiology", "uni_cxr", simulate("radiology", num_stays // 2), seed=2)
