@@ -12,7 +12,10 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ml_collections import ConfigDict, config_dict
+try:
+    from ml_collections import ConfigDict, config_dict
+except ModuleNotFoundError:  # the benchmark reads the defaults on machines with only jax, flax and optax
+    ConfigDict = config_dict = None  # type: ignore[assignment, misc]
 
 from medfuse_jax import schema
 from medfuse_jax.models import registry

@@ -1,7 +1,7 @@
-"""Measures speed: `python -m medfuse_jax.bench [--preset=NAME] [--json=FILE]`.
+"""Measure speed: `python -m medfuse_jax.bench [--preset=NAME] [--json=FILE]`.
 
-Runs with jax, flax, optax and numpy alone, on made-up arrays; torch and scikit-learn are measured beside ours where
-they are installed, and the 'feed' cases need grain. What the presets hold: `medfuse_jax/bench/cases.py`.
+Needs only jax, flax, optax and numpy, and makes up its input. It also measures PyTorch and scikit-learn where they are
+installed; the 'feed' cases need grain. The presets are in `medfuse_jax/bench/cases.py`.
 """
 
 import dataclasses
@@ -18,112 +18,105 @@ from pathlib import Path
 
 from absl import flags
 
-from medfuse_jax.bench import cases, table
+from medfuse_jax.bench import cases
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError
 
-# Before jax starts: torch shares the GPU, so jax must not take it whole. Fragmentation costs nothing measurable here.
+# Before jax starts: torch shares the GPU, so jax must not reserve all of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-_MODULES = {
-    "step": "step_case",
-    "feed": "step_case",
-    "lstm": "lstm_case",
-    "bootstrap": "bootstrap_case",
-    "first_step": "first_step",
-    "parts": "parts_case",
-    "trials": "trials_case",
-    "sweep": "sweep_case",
-}
 
 
 def main(argv: list[str]) -> None:
     values = flags.FLAGS
-    chosen, budget_s = cases.preset(values.preset)
-    chosen = [_changed(case, values) for case in chosen]
-    if values.only:
-        chosen = [case for case in chosen if _matches(values.only, case.name)]
-        if not chosen:
-            names = "; ".join(case.name for case in cases.preset(values.preset)[0])
-            raise UserError(f"--only={values.only} matches no case of --preset={values.preset}: {names}")
+    chosen, budget_s = _choose(values)
     if values.list:
         print("\n".join(case.name for case in chosen))
         return
     out = _open(values.json)
     if values.preset == "tiny":
-        print("tiny: a check that everything runs; its numbers mean nothing (--preset=cpu measures)", file=sys.stderr)
+        print("tiny only checks that everything runs; use --preset=cpu to measure", file=sys.stderr)
     start = time.perf_counter()
     for number, case in enumerate(chosen, start=1):
-        spent = time.perf_counter() - start
-        say = _progress(f"[{number}/{len(chosen)}, {spent:.0f} s] {case.name}: ")
-        reason = _cannot(case) or (budget_s and spent > budget_s and f"{budget_s:.0f} s are spent")
+        elapsed_s = time.perf_counter() - start
+        say = _progress(f"[{number}/{len(chosen)}, {elapsed_s:.0f} s] {case.name}: ")
+        reason = _why_not(case)
+        if budget_s and elapsed_s > budget_s:
+            reason = f"the budget of {budget_s:.0f} s is used up"
         if reason:
             say(f"left out: {reason}", end="\n")
             continue
-        for row in measure(case, values, say):
-            print(table.line(row))
-            if out:
-                print(json.dumps(row), file=out, flush=True)
+        _measure(case, values, say, out)
     print(f"{time.perf_counter() - start:.0f} s")
 
 
-def measure(case: cases.Case, values, say) -> list[dict]:
-    """The case's records, with all that is needed to repeat them."""
-    from medfuse_jax.bench import machine  # late: a wrong flag is refused before jax starts
-
-    data = None
-    if values.data_dir and case.kind in ("step", "feed", "parts", "trials"):
-        from medfuse_jax.data import batches
-        from medfuse_jax.models import registry
-
-        method, _ = registry.METHODS[case.method]
-        uses = {"use_ehr": method.uses_ehr, "use_cxr": method.uses_cxr, "max_buckets": case.max_buckets}
-        data = batches.open_dataset(values.data_dir, "pheno", **uses)
-    before = machine.moment()
-    rows = importlib.import_module(f"medfuse_jax.bench.{_MODULES[case.kind]}").measure(case, data, say)
-    gc.collect()  # the peers' graphs hold memory in cycles
-    say("", end="\r")
-    environment = machine.environment()
-    if "torch" in sys.modules:
-        from medfuse_jax.bench import torch_peer
-
-        environment = environment | torch_peer.environment()
-    settings = dataclasses.asdict(case) | {"sizes": dict(case.sizes)}
-    about = {"case": case.name, "input": "shards" if data else "made up", "command": _command()}
-    return [about | row | {"settings": settings, "environment": environment | before} for row in rows]
-
-
-def _cannot(case: cases.Case) -> str:
-    """Why a case cannot run here, '' where it can."""
-    import jax
-
-    if case.kind == "feed" and importlib.util.find_spec("grain") is None:
-        return "grain is not installed (pip install grain)"
-    if case.num_devices > len(jax.local_devices()):
-        return f"it needs {case.num_devices} devices, there are {len(jax.local_devices())}"
-    return ""
-
-
-def _changed(case: cases.Case, values) -> cases.Case:
-    """The case with what the command line sets."""
-    given = {
+def _choose(values) -> tuple[list[cases.Case], float | None]:
+    """The preset's cases that --only matches, with the fields that other flags set; and the budget in seconds."""
+    preset, budget_s = cases.preset(values.preset)
+    fields = {
         "repeats": values.repeats,
         "warm_up": values.warm_up,
         "num_trials": values.trials,
         "precision": values.precision,
         "peers": () if values.ours_only else None,
     }
-    return dataclasses.replace(case, **{name: value for name, value in given.items() if value is not None})
-
-
-def _matches(pattern: str, name: str) -> bool:
+    fields = {name: value for name, value in fields.items() if value is not None}
     try:
-        return re.search(pattern, name) is not None
+        pattern = re.compile(values.only or "")
     except re.error as error:
-        raise UserError(f"--only={pattern} is not a regular expression ({error})") from None
+        message = f"--only={values.only} is not a regular expression ({error})"
+        raise UserError(message, field="--only", value=values.only) from None
+    changed = [dataclasses.replace(case, **fields) for case in preset]
+    chosen = [case for case in changed if pattern.search(case.name)]
+    if not chosen:
+        names = "; ".join(case.name for case in changed)
+        message = f"--only={values.only} matches no case of --preset={values.preset}: {names}"
+        raise UserError(message, field="--only", value=values.only)
+    return chosen, budget_s
+
+
+def _measure(case: cases.Case, values, say, out) -> None:
+    """Measure a case, print its records and write them to `out`."""
+    from medfuse_jax.bench import clock, machine  # late: a wrong flag is refused before jax starts
+
+    data = None
+    if values.data_dir and case.kind in ("step", "feed", "parts", "trials"):
+        from medfuse_jax.data import dataset
+        from medfuse_jax.models import registry
+
+        model_class = registry.METHODS[case.method].model_class
+        uses = {"use_ehr": model_class.uses_ehr, "use_cxr": model_class.uses_cxr}
+        data = dataset.open_dataset(values.data_dir, "pheno", max_buckets=case.max_buckets, **uses)
+    before = machine.moment()
+    rows = importlib.import_module(f"medfuse_jax.bench.{case.kind}").measure(case, data, say)
+    gc.collect()  # the PyTorch graphs hold memory in reference cycles
+    say("", end="\r")
+    environment = machine.environment() | before
+    if "torch" in sys.modules:
+        from medfuse_jax.bench import torch_peer
+
+        environment |= torch_peer.environment()
+    first = {"case": case.name, "input": "shards" if data else "made up", "command": _command()}
+    last = {"settings": dataclasses.asdict(case) | {"sizes": dict(case.sizes)}, "environment": environment}
+    for row in rows:
+        record = first | row | last
+        print(clock.line(record))
+        if out:
+            print(json.dumps(record), file=out, flush=True)
+
+
+def _why_not(case: cases.Case) -> str:
+    """Why this machine cannot run a case, or ''."""
+    import jax
+
+    if case.kind == "feed" and importlib.util.find_spec("grain") is None:
+        return "grain is not installed (pip install grain)"
+    if case.num_devices > len(jax.local_devices()):
+        return f"it needs {case.num_devices} devices, and there are {len(jax.local_devices())}"
+    return ""
 
 
 def _open(path: str | None):
+    """The file to append records to, or None."""
     if not path:
         return None
     with files.must_write(f"--json={path}"):
@@ -132,7 +125,7 @@ def _open(path: str | None):
 
 
 def _progress(prefix: str):
-    """Says what is going on, on one line of the terminal; nothing where the output is no terminal."""
+    """Return a function that shows progress on one line of a terminal; lines that end in a newline show anywhere."""
 
     def say(text: str, end: str = "\r") -> None:
         if end == "\n" or sys.stderr.isatty():
@@ -143,27 +136,25 @@ def _progress(prefix: str):
 
 
 def _command() -> str:
-    """The command as typed, its paths without their folders."""
-    given = [re.sub(r"=.*/", "=", argument) for argument in sys.argv[1:]]
-    return shlex.join(["python", "-m", "medfuse_jax.bench", *given])
+    """The command as typed, without the folders of its paths."""
+    arguments = [re.sub(r"=.*/", "=", argument) for argument in sys.argv[1:]]
+    return shlex.join(["python", "-m", "medfuse_jax.bench", *arguments])
 
 
 def define_flags() -> None:
-    """The command's flags."""
+    """Define the command's flags."""
     flags.DEFINE_string(
-        "preset",
-        "tiny",
-        f"Which cases: {', '.join(cases.PRESETS)}; tiny checks that all of it runs, its numbers mean nothing.",
+        "preset", "tiny", f"Which cases to measure: {', '.join(cases.PRESETS)}. tiny only checks that they run."
     )
-    flags.DEFINE_string("only", None, "A regular expression: only the cases whose name it finds.")
-    flags.DEFINE_bool("list", False, "Print the names of the cases and end.")
-    flags.DEFINE_string("json", None, "A file to append the records to, one line of JSON a contender.")
-    flags.DEFINE_string("data_dir", None, "Shards of phenotyping to take batches from, instead of made-up arrays.")
-    flags.DEFINE_integer("repeats", None, "Repeats of every contender.", lower_bound=1)
-    flags.DEFINE_integer("warm_up", None, "Passes of every contender before the first that counts.", lower_bound=0)
-    flags.DEFINE_integer("trials", None, "Trials of the sweeps' cases.", lower_bound=1)
-    flags.DEFINE_enum("precision", None, ["float32", "bfloat16"], "Of ours and of torch_tuned.")
-    flags.DEFINE_bool("ours_only", False, "Without what ours is compared with in PyTorch and scikit-learn.")
+    flags.DEFINE_string("only", None, "Regular expression: measure only the cases whose name it matches.")
+    flags.DEFINE_bool("list", False, "Print the names of the cases and exit.")
+    flags.DEFINE_string("json", None, "File to append the records to, one JSON object a line.")
+    flags.DEFINE_string("data_dir", None, "Phenotyping shards to take batches from instead of making them up.")
+    flags.DEFINE_integer("repeats", None, "Timed repeats of every contender.", lower_bound=1)
+    flags.DEFINE_integer("warm_up", None, "Untimed passes of every contender before the first repeat.", lower_bound=0)
+    flags.DEFINE_integer("trials", None, "Trials in the cases of sweeps.", lower_bound=1)
+    flags.DEFINE_enum("precision", None, ["float32", "bfloat16"], "Precision of ours and of torch_tuned.")
+    flags.DEFINE_bool("ours_only", False, "Do not measure PyTorch and scikit-learn.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""What is measured: the fields of a case, and the presets.
+"""The cases of the benchmark, and its presets.
 
-A case is a set of contenders that take turns on the same batches, so that what else the machine does
-falls on all of them, and their ratios mean something.
+A case's contenders take turns on the same batches, so that other load on the machine affects all of them alike.
 """
 
 import dataclasses
 
 from medfuse_jax.runtime.errors import check_choice
 
-KINDS = ("step", "feed", "lstm", "bootstrap", "first_step", "parts", "trials", "sweep")
 PEERS = ("torch_released", "torch_tuned")
 
 
@@ -16,16 +14,10 @@ PEERS = ("torch_released", "torch_tuned")
 class Case:
     """One case.
 
-    kind: 'step' is the training step on batches that lie on the device (compute only); 'feed' the
-    same beside reading alone and beside both, end to end; 'parts' the step beside its parts; 'lstm'
-    the EHR encoder's recurrence alone; 'bootstrap' the metrics' bounds; 'first_step' the time from an
-    empty process to the first update; 'trials' the steps of num_trials trials of a sweep beside runs alone; 'sweep'
-    whole commands on the demo's cohort, of num_epochs each.
-    cxr_share: of the stays; it fixes the batch's X-ray slots P. num_batches: batches a repeat, taken at
-    equal quantiles of their length. placement: 'stream', threads that read and send batches ahead, or 'device',
-    the split in the device's memory.
-    parallel: 'pmap' or 'jit'. peers: which torch variants take part, where torch is there.
-    sizes: fields of `methods.Model` that differ from the paper's.
+    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the X-ray slots of a
+    batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'jit'. num_batches: batches a repeat, at equal
+    quantiles of their longest stay. peers: PyTorch variants to compare with, where torch is installed. sizes: fields of
+    the model that differ from the released sizes. num_trials: for 'trials' and 'sweep'; num_epochs: for 'sweep'.
     """
 
     kind: str = "step"
@@ -40,7 +32,7 @@ class Case:
     max_buckets: int = 4
     num_stays: int = 42_628  # phenotyping's train split (Hayat et al. 2022, Table 1)
     num_batches: int = 4
-    warm_up: int = 1  # passes over the batches before the first that counts, compilation included
+    warm_up: int = 1  # untimed passes over the batches
     repeats: int = 5
     resize_px: int = 256
     crop_px: int = 224
@@ -51,7 +43,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Short and unique within a preset."""
+        """A name unique within its preset."""
         if self.kind == "bootstrap":
             return f"bootstrap N={self.num_stays}"
         if self.kind == "sweep":
@@ -72,7 +64,7 @@ class Case:
 
 
 def _cpu() -> list[Case]:
-    """The targets of a CPU, the headline first: about eight minutes on two cores."""
+    """A CPU's targets, the headline first."""
     return [
         Case(max_buckets=2, num_batches=3),
         Case(cxr_share=1.0, max_buckets=1, num_batches=1),
@@ -87,7 +79,7 @@ def _cpu() -> list[Case]:
 
 
 def _h200() -> list[Case]:
-    """One large GPU, the headline first: what the time budget leaves out is said."""
+    """One large GPU, the headline first, since the time budget may drop the last cases."""
     bf16 = {"precision": "bfloat16", "max_buckets": 1, "num_batches": 8, "repeats": 7, "warm_up": 2}
     return [
         Case(batch_size=256, cxr_share=1.0, **bf16),
@@ -123,23 +115,23 @@ _TINY = {
 
 
 def _tiny() -> list[Case]:
-    """Every kind of case in seconds: for tests, its numbers mean nothing."""
+    """Every kind of case but whole sweeps in seconds, to check that it runs; its numbers mean nothing."""
     kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts", "trials")]
     kinds.append(Case(kind="feed", **_TINY, placement="device"))
     return [*kinds, Case(kind="bootstrap", num_stays=500, repeats=5)]
 
 
 def _devices() -> list[Case]:
-    """The same batch over 1, 2 and 8 devices, both ways; a case with more devices than there are is left out.
+    """One batch over 1, 2 and 8 devices, by pmap and jit.
 
-    Small X-rays, so that what dividing costs shows where all devices are simulated on one CPU.
+    The X-rays are small, so that the cost of dividing shows on devices simulated by one CPU.
     """
     shared = {"batch_size": 64, "cxr_share": 0.25, "resize_px": 64, "crop_px": 64, "max_buckets": 1, "num_batches": 2}
     return [Case(**shared, num_devices=n, parallel=mode, peers=()) for n in (1, 2, 8) for mode in ("pmap", "jit")]
 
 
 def _growth() -> list[Case]:
-    """Where the step's time goes, and how it grows with stays, steps of a series and X-rays: one of them at a time."""
+    """The parts of a step's time, and its growth with time steps, rows and X-rays, varied one at a time."""
     shared = {"max_buckets": 1, "num_batches": 2, "peers": ()}
     lengths = [Case(method="uni_ehr", timestep_h=hours, **shared) for hours in (4.0, 2.0, 1.0)]
     stays = Case(method="uni_ehr", batch_size=32, **shared)
@@ -157,12 +149,12 @@ def _sweeps() -> list[Case]:
 
 
 def _methods() -> list[Case]:
-    """The training step of every method of the paper, in its own batch of 16."""
+    """The training step of the paper's methods."""
     names = ("uni_ehr", "uni_cxr", "joint", "medfuse", "mmtm3", "mmtm4", "daft3", "daft4")
     return [Case(method=name, max_buckets=1, num_batches=2, peers=("torch_released",)) for name in names]
 
 
-# name -> (its cases, seconds after which no further case is started; None: all are run)
+# name -> (cases, seconds after which no further case starts, or None)
 PRESETS = {
     "cpu": (_cpu, 480.0),
     "h200": (_h200, 400.0),
@@ -175,7 +167,7 @@ PRESETS = {
 
 
 def preset(name: str) -> tuple[list[Case], float | None]:
-    """(cases, budget in seconds) of a preset; UserError for an unknown one."""
+    """Return a preset's cases and its time budget in seconds; UserError for an unknown name."""
     check_choice("--preset", name, PRESETS)
     make, budget_s = PRESETS[name]
     return make(), budget_s

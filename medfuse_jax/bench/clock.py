@@ -1,13 +1,15 @@
-"""Taking turns and telling the time: repeats interleaved, median and spread."""
+"""Time contenders in turns, summarise their times, and print them."""
 
 import time
 from collections.abc import Callable
 
 import numpy as np
 
+OURS = "ours"  # the contender that the others are compared with
+
 
 def interleave(runs: dict[str, Callable[[], None]], warm_up: int, repeats: int, say=lambda text: None) -> dict:
-    """{name: [seconds of each repeat]}; within a repeat every contender has its turn, in an order that rotates."""
+    """Return {name: seconds of each repeat}; every repeat runs all contenders, starting with the next one in turn."""
     for name, run in runs.items():
         for i in range(warm_up):
             say(f"{name}: warm-up {i + 1}/{warm_up}")
@@ -16,15 +18,25 @@ def interleave(runs: dict[str, Callable[[], None]], warm_up: int, repeats: int, 
     names = list(runs)
     for repeat in range(repeats):
         say(f"repeat {repeat + 1}/{repeats}")
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
+def records(seconds: dict[str, list[float]]) -> dict[str, dict]:
+    """Return {name: record}; all but ours carry 'time_over_ours'."""
+    rows = {name: {"contender": name} | summary(taken) for name, taken in seconds.items()}
+    for name in rows:
+        if name != OURS:
+            rows[name]["time_over_ours"] = ratio(seconds[name], seconds[OURS])
+    return rows
+
+
 def summary(seconds: list[float]) -> dict:
-    """Median, least and most of some repeats, and all of them."""
+    """Median, minimum and maximum of the repeats, and all of them."""
     return {
         "repeats": len(seconds),
         "seconds": round(float(np.median(seconds)), 6),
@@ -35,10 +47,32 @@ def summary(seconds: list[float]) -> dict:
 
 
 def ratio(slower: list[float], faster: list[float]) -> dict:
-    """How many times longer one contender took than the other, repeat by repeat: median, least and most.
-
-    of_best: of the fastest repeats of both, which what else the machine did disturbed least.
-    """
+    """Median, minimum and maximum of the repeats' ratios; of_best: the ratio of both sides' fastest repeats."""
     each = np.asarray(slower) / np.asarray(faster)
     out = {"median": np.median(each), "min": np.min(each), "max": np.max(each), "of_best": min(slower) / min(faster)}
     return {key: round(float(value), 3) for key, value in out.items()}
+
+
+def line(row: dict) -> str:
+    """Format a record as one line: case, contender, time and spread, rate, remark."""
+    spread = f"{format_s(row['seconds']):>8} ({format_s(row['seconds_min'])}-{format_s(row['seconds_max'])})"
+    rate = f"{row['samples_per_s']:>9.1f} samples/s" if "samples_per_s" in row else ""
+    return f"{row['case']:<44} {row['contender']:<15} {spread:<26} {rate:<20} {_remark(row)}".rstrip()
+
+
+def _remark(row: dict) -> str:
+    if "time_over_ours" in row:
+        error = row.get("difference_from_plain_scan")
+        return f"{row['time_over_ours']['median']:.2f} x ours' time" + (f", {error:.0e} off" if error else "")
+    if "cold_s" in row:
+        return f"warm; cold {row['cold_s']:.1f} s"
+    if "share_of_matrix_rate" in row:
+        return f"{row['share_of_matrix_rate']:.0%} of matrix rate"
+    if "padded_share_run" in row:
+        return f"{row['padded_share_run']:.1%} padded"
+    return ""
+
+
+def format_s(seconds: float) -> str:
+    """Format a time with three digits, in s or ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -11,6 +11,7 @@ from medfuse_jax import schema
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.data import batches as batches_lib
 from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.models import registry
 from medfuse_jax.models.recurrence import chunks
 
@@ -19,7 +20,7 @@ MEDIAN_LOS_H, LOS_SPREAD, SHORTEST_H, LONGEST_H = 60.0, 0.9, 5.0, 27 * 24.0
 _NUM_IMAGES = 64  # distinct images; their content does not change the speed
 
 
-def dataset(case: Case) -> batches_lib.Dataset:
+def dataset(case: Case) -> Dataset:
     """Make up a phenotyping dataset with only a train split."""
     rng = np.random.default_rng(0)
     los_h = np.exp(rng.normal(np.log(MEDIAN_LOS_H), LOS_SPREAD, case.num_stays)).clip(SHORTEST_H, LONGEST_H)
@@ -33,7 +34,7 @@ def dataset(case: Case) -> batches_lib.Dataset:
     }
     model_class = registry.METHODS[case.method].model_class
     channels = len(schema.CHANNELS)
-    return batches_lib.Dataset(
+    return Dataset(
         task=schema.TASKS["pheno"],
         labels=labels,
         splits={"train": _Records(index, rng)},
@@ -71,7 +72,7 @@ class _Records:
 class Sample:
     """A few batches that represent an epoch. epoch: the whole epoch's plan; plan: that of the sampled batches."""
 
-    data: batches_lib.Dataset
+    data: Dataset
     epoch: plan_lib.Plan
     plan: plan_lib.Plan
     batches: list[dict]
@@ -97,7 +98,7 @@ class Sample:
         }
 
 
-def sample(case: Case, data: batches_lib.Dataset | None = None) -> Sample:
+def sample(case: Case, data: Dataset | None = None) -> Sample:
     """Sample `case.num_batches` batches of the first epoch. data: opened shards; made up if None."""
     data = data or dataset(case)
     epoch = train_plan(case, data)
@@ -109,7 +110,7 @@ def sample(case: Case, data: batches_lib.Dataset | None = None) -> Sample:
     return Sample(data, epoch, plan, batches)
 
 
-def train_plan(case: Case, data: batches_lib.Dataset) -> plan_lib.Plan:
+def train_plan(case: Case, data: Dataset) -> plan_lib.Plan:
     """The first epoch's plan, as a run makes it."""
     return plan_lib.train_plan(
         data.lengths("train"),

@@ -1,6 +1,6 @@
-"""The time from an empty process to the end of the first training step, with a cold and a warm compilation cache.
+"""The time from starting Python to the end of the first training step, with a cold and a warm compilation cache.
 
-Each time is that of a process of its own: `python -m medfuse_jax.bench.first_step CASE`, CASE being the case as JSON.
+Every start is a process of its own: `python -m medfuse_jax.bench.first_step CASE`, with CASE as JSON.
 """
 
 import dataclasses
@@ -19,33 +19,33 @@ _ROOT = Path(__file__).parents[2]
 
 
 def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
-    """One record: seconds of one cold start, and the warm ones after it. data is not read."""
+    """Return one record: one cold start, then `repeats` warm ones. data is ignored."""
+    from medfuse_jax.bench import clock  # late: the child process times its own import of numpy
+
     with tempfile.TemporaryDirectory() as cache:
         say("cold start")
-        cold = _start(case, cache)
+        cold_s, _ = _start(case, cache)
         warm = []
         for repeat in range(case.repeats):
             say(f"warm start {repeat + 1}/{case.repeats}")
             warm.append(_start(case, cache))
-    from medfuse_jax.bench import clock  # late: a child of this module times its own import of jax
-
-    phases = {name: round(s, 2) for name, s in warm[len(warm) // 2]["phases"].items()}
-    row = {"contender": "ours"} | clock.summary([start["seconds"] for start in warm])
-    return [row | {"cold_s": round(cold["seconds"], 3), "warm_phases_s": phases}]
+    row = {"contender": clock.OURS} | clock.summary([seconds for seconds, _ in warm])
+    return [row | {"cold_s": round(cold_s, 3), "warm_phases_s": warm[len(warm) // 2][1]}]
 
 
-def _start(case: Case, cache: str) -> dict:
-    # A child that took the GPU's memory beforehand would find what its parent holds missing.
-    variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    variables["PYTHONPATH"] = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
+def _start(case: Case, cache: str) -> tuple[float, dict[str, float]]:
+    """Run the child process; return its wall-clock seconds and those of its phases."""
+    # Without preallocation: the parent process may hold most of the GPU's memory.
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "medfuse_jax.bench.first_step", json.dumps(dataclasses.asdict(case))]
     start = time.perf_counter()
-    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
-    return {"seconds": time.perf_counter() - start, "phases": json.loads(done.stdout.splitlines()[-1])}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])
 
 
 def _first_step(case: Case) -> dict[str, float]:
-    """Does the first step of a run; seconds of each phase."""
+    """Take the first step of a run; return the seconds of each phase."""
     marks = [("", time.perf_counter())]
     import jax
 
@@ -53,19 +53,17 @@ def _first_step(case: Case) -> dict[str, float]:
     from medfuse_jax.bench import cohort, step
 
     marks.append(("import", time.perf_counter()))
-    data = cohort.dataset(case)
-    plan = cohort.sample(cohort.train_plan(case, data), data.lengths("train"), 1)
-    batches = cohort.collate_all(data, plan, case.num_devices)
+    sample = cohort.sample(dataclasses.replace(case, num_batches=1))
     marks.append(("plan and read", time.perf_counter()))
     on = parallel.devices(case.num_devices)
-    options = step.step_options(case, data)
+    options = step.step_options(case, sample.data)
     state = parallel.replicate(step.fresh_state(options), on)
     jax.block_until_ready(state)
     marks.append(("initialise", time.perf_counter()))
-    step = parallel.compile_train(options, case.parallel, on)
-    jax.block_until_ready(step(state, next(parallel.prefetch(batches, on)), jax.random.key(0)))
+    train_fn = parallel.compile_train(options, case.parallel, on)
+    jax.block_until_ready(train_fn(state, next(parallel.prefetch(sample.batches, on)), jax.random.key(0)))
     marks.append(("compile and step", time.perf_counter()))
-    return {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
+    return {name: round(end - start, 2) for (_, start), (name, end) in itertools.pairwise(marks)}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 Prints the table of docs/methods.md, or writes it there.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from absl import flags
 from medfuse_jax import augment, losses, schema, step
 from medfuse_jax import config as config_lib
 from medfuse_jax.models import registry
+from medfuse_jax.models.model import init_variables
 from medfuse_jax.optim import adam
 from medfuse_jax.runtime import command_line
 
@@ -44,7 +46,7 @@ def table() -> str:
 def num_params(method: str) -> int:
     """Count the parameters at the released sizes."""
     model = _build(method)
-    shapes = jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))["params"]
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
@@ -73,10 +75,11 @@ def lstm_flops(num_steps: int, width: int = 256, trained: bool = True) -> float:
 
 
 def step_flops(options: step.StepOptions, state: step.TrainState, batch: dict) -> float:
-    """Return XLA's count of the training step, lowered for a GPU; state and batch may be shapes.
+    """Return XLA's count of the training step, lowered for a GPU with plain operations; state and batch may be shapes.
 
     XLA counts a loop's body once, however often it runs.
     """
+    options = dataclasses.replace(options, model=options.model.clone(ops="plain"))
     traced = jax.jit(functools.partial(step.train_step, options)).trace(state, batch, jax.random.key(0))
     return traced.lower(lowering_platforms=("cuda",)).cost_analysis()["flops"]
 

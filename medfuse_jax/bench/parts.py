@@ -1,6 +1,6 @@
-"""Where the time of a training step goes: the whole step, and its parts alone, each compiled and timed by itself.
+"""Where the time of a training step goes: the whole step beside its parts, each compiled and timed separately.
 
-Shapes: P X-rays, C pixels a side, D LSTM width; a batch's as in `input_pipeline`.
+Shapes: P X-rays, C pixels a side; a batch as in `data.batches`.
 """
 
 from collections.abc import Callable
@@ -12,61 +12,58 @@ from medfuse_jax import augment, optim
 from medfuse_jax import step as step_lib
 from medfuse_jax.bench import clock, cohort, step
 from medfuse_jax.bench.cases import Case
-from medfuse_jax.models import ehr_encoder, resnet
 
-# Each with what it holds beside the one before: of the X-ray encoder the stem, the first two stages, all four.
+# The X-ray encoder is timed to three depths: its stem, half of its stages, all of them.
 PARTS = ("augment", "cxr_stem", "cxr_half", "cxr_encoder", "ehr_encoder", "update")
 
 
 def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
-    """One record for the whole step, one for each part. data: shards to read instead of made-up records."""
-    data = data or cohort.dataset(case)
-    plan = cohort.sample(cohort.train_plan(case, data), data.lengths("train"), case.num_batches)
-    batches = cohort.collate_all(data, plan, 1)
-    options = step.step_options(case, data)
-    state = step.fresh_state(options)
-    trainer = step.Trainer(case, data, batches, say)
-    runs = {step.OURS: trainer.run}
-    alone = [_with_prepared_images(batch, case) for batch in batches]
-    for name, part in _parts(options).items():
+    """Return a record of the whole step ('ours') and one of each part. data: opened shards; made up if None."""
+    sample = cohort.sample(case, data)
+    trainer = step.Trainer(case, sample, say)
+    runs = {clock.OURS: trainer.run}
+    batches = [with_prepared_images(batch, case) for batch in sample.batches]
+    for name, part in part_fns(trainer.options).items():
         say(f"{name}: compiling")
-        runs[name] = _over(part, state, alone)
-    seconds = clock.interleave(runs, case.warm_up, case.repeats, say)
-    return [{"contender": name} | clock.summary(taken) | step.counts(plan, batches) for name, taken in seconds.items()]
+        runs[name] = _pass(part, step.fresh_state(trainer.options), batches)
+    counts = sample.counts()
+    rows = clock.records(clock.interleave(runs, case.warm_up, case.repeats, say))
+    return [row | counts for row in rows.values()]
 
 
-def _with_prepared_images(batch: dict, case: Case) -> dict:
-    """The batch of the one device, and 'prepared' [P, C, C, 2]: what the X-ray encoder reads."""
-    alone = {key: x[0] for key, x in batch.items()}
-    return alone | {"prepared": np.ones((len(alone["image"]), case.crop_px, case.crop_px, 2), np.float32)}
+def with_prepared_images(batch: dict, case: Case) -> dict:
+    """Return a one-device batch without its device axis, plus 'prepared' [P, C, C, 2]: what the X-ray encoder reads."""
+    one_device = {key: x[0] for key, x in batch.items()}
+    return one_device | {"prepared": np.ones((len(one_device["image"]), case.crop_px, case.crop_px, 2), np.float32)}
 
 
-def _parts(options: step_lib.StepOptions) -> dict[str, Callable]:
-    """name -> a function of a state and a batch: forward and backward, without gradients of X-rays and series.
+def part_fns(options: step_lib.StepOptions) -> dict[str, Callable]:
+    """Return {name: function of a state and a batch}: forward and backward, with gradients of parameters only.
 
-    Both are arguments: of constants the compiler would compute a part itself.
+    Both are arguments so that the compiler cannot fold a part of constants.
     """
     model, key = options.model, jax.random.key(0)
-    image = resnet.ResNet(model.resnet_stage_sizes, model.resnet_width, model.dtype)
-    ehr = ehr_encoder.EhrEncoder(model.ehr_hidden, model.dropout, model.dtype, model.recurrence)
 
     def augmented(state, batch):
         return augment.prepare_augmented(key, batch["image_row"], batch["image"], options.image)
 
+    def gradient(encoder, forward):
+        """The gradient of the sum of forward(model, batch) with respect to one encoder's parameters."""
+
+        def loss(encoder_params, state, batch):
+            variables = {"params": state.params | {encoder: encoder_params}, "batch_stats": state.batch_stats}
+            return model.apply(variables, batch, method=forward, mutable=["batch_stats"])[0].sum()
+
+        return lambda state, batch: jax.grad(loss)(state.params[encoder], state, batch)
+
     def until(last):
-        def loss(params, batch_stats, batch):
-            there_P = batch["image_row"] < len(batch["valid"])
-            variables = {"params": params, "batch_stats": batch_stats}
-            given = (last, batch["prepared"], True, there_P)
-            return image.apply(variables, *given, method="until", mutable=["batch_stats"])[0].sum()
+        def forward(model, batch):
+            return model.cxr_encoder.until(last, batch["prepared"], True, batch["image_mask"])
 
-        def run(state, batch):
-            return jax.grad(loss)(state.params["cxr_encoder"], state.batch_stats["cxr_encoder"], batch)
+        return gradient("cxr_encoder", forward)
 
-        return run
-
-    def encode(params, batch):
-        return ehr.apply({"params": params}, batch["ehr"], batch["length"]).sum()
+    def encode(model, batch):
+        return model.ehr_encoder(batch["ehr"], batch["length"])
 
     def update(state, batch):
         grads = jax.tree.map(lambda p: p * batch["label"][0, 0], state.params)
@@ -75,11 +72,11 @@ def _parts(options: step_lib.StepOptions) -> dict[str, Callable]:
 
     stages = len(model.resnet_stage_sizes)
     parts = (augmented, until(0), until(stages // 2), until(stages))
-    parts += (lambda state, batch: jax.grad(encode)(state.params["ehr_encoder"], batch), update)
+    parts += (gradient("ehr_encoder", encode), update)
     return dict(zip(PARTS, parts, strict=True))
 
 
-def _over(part: Callable, state: step_lib.TrainState, batches: list[dict]) -> Callable[[], None]:
+def _pass(part: Callable, state: step_lib.TrainState, batches: list[dict]) -> Callable[[], None]:
     compiled, placed = jax.jit(part), jax.device_put(batches)
 
     def run() -> None:

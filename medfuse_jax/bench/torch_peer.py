@@ -1,17 +1,17 @@
-"""The same models in plain PyTorch: what ours are measured against, on the same batches.
+"""The same models in plain PyTorch, to compare ours with on the same batches.
 
 Shapes: B rows (stays), P X-rays, T time, F EHR channel, H W pixels, D LSTM width, E X-ray features, K label.
 
-Our own writing. Parameters have the released names, so `torch_import.export` fills a peer and a
-test shows that it computes what ours computes. Two variants of the training step:
+This is our own code. Parameters have the released names, so tests fill a peer with `torch_import.export` and compare
+its scores with ours. The training step has two variants:
 
-- RELEASED, as the released code runs: float32, NCHW, packed series, and a zero image through the
-  ResNet for every stay without an X-ray.
-- TUNED, as a careful user would: channels_last, cuDNN's padded LSTM, TF32, cudnn.benchmark, fused Adam,
-  the ResNet under torch.compile on a GPU, bfloat16 autocast where asked, and only the X-rays there are.
+- RELEASED runs as the released code does: float32, NCHW, packed series, and a zero image through the ResNet for every
+  stay without an X-ray.
+- TUNED runs as a careful user would: channels_last, cuDNN's padded LSTM, TF32, cudnn.benchmark, fused Adam,
+  torch.compile for the ResNet on a GPU, bfloat16 autocast on request, and no zero images.
 
-Neither augments: the released code does that in its data loader, so X-rays come ready in float32.
-Ours augments inside the step and is timed with it.
+Both get augmented float32 X-rays, since the released code augments in its data loader. Ours augments in the step, and
+is timed with it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from medfuse_jax.models import registry
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How a peer runs. zero_images: every row has an image, zeros where there is no X-ray."""
+    """How a peer runs. packed: packed instead of padded series. zero_images: a zero image in rows without an X-ray."""
 
     name: str
     packed: bool
@@ -66,7 +66,7 @@ class BasicBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A ResNet of basic blocks without its head, which can stop and go on between stages."""
+    """A ResNet of basic blocks without a classifier, which can run any range of stages."""
 
     def __init__(self, stage_sizes: tuple[int, ...], width: int):
         super().__init__()
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
         self.num_features = num_inputs
 
     def forward(self, x, after: int = 0, last: int | None = None):
-        """Stages after+1 .. last; the stem first where `after` is 0."""
+        """Run stages after+1 to last, and the stem before them if `after` is 0."""
         if after == 0:
             x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         for i in range(after + 1, (last or self.num_stages) + 1):
@@ -119,7 +119,7 @@ class EhrModel(nn.Module):
 
 
 def run_lstm(layer: nn.LSTM, x_BTF, length_B, packed: bool):
-    """(hidden states [B, T, D], the last valid one [B, D]); lengths at least 1, on the CPU where packed."""
+    """Return (hidden states [B, T, D], the last valid one [B, D]). Lengths are at least 1, and on the CPU if packed."""
     if packed:
         series = rnn.pack_padded_sequence(x_BTF, length_B.cpu(), batch_first=True, enforce_sorted=False)
         hidden, (last_1BD, _) = layer(series)
@@ -156,7 +156,7 @@ class Daft(nn.Module):
 
 
 class Peer(nn.Module):
-    """One method's model. `forward` takes X-rays with their rows, listed or one a row."""
+    """The model of one method. `forward` takes X-rays in any order, with their rows."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class Peer(nn.Module):
         if self.kind != "uni_cxr":
             self.ehr_model = EhrModel(num_channels, ehr_hidden, num_labels, dropout, packed)
         if self.kind != "uni_ehr":
-            # What follows DAFT's stage feeds nothing: the released code computes it, the peer does not.
+            # Differs from the released code, which also computes the unused stages after DAFT's.
             kept = resnet_stage_sizes[: int(method[-1])] if self.kind == "daft" else resnet_stage_sizes
             self.cxr_model = CxrModel(kept, resnet_width, num_labels)
             num_features = self.cxr_model.vision_backbone.num_features
@@ -200,7 +200,7 @@ class Peer(nn.Module):
                 self.missing_token = nn.Parameter(torch.zeros(ehr_hidden))
 
     def forward(self, ehr_BTF, length_B, image_PCHW, row_P, has_cxr_B):
-        """Logits [B, K]. row_P: each X-ray's row, B for an empty slot; has_cxr_B: which rows have an X-ray."""
+        """Return logits [B, K]. row_P: each X-ray's row, B for an empty slot; has_cxr_B: which rows have an X-ray."""
         if self.kind == "uni_ehr":
             return self.ehr_model.dense_layer(self.ehr_model(ehr_BTF, length_B))
         if self.kind == "uni_cxr":
@@ -225,7 +225,7 @@ class Peer(nn.Module):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.kind == "early":  # as ours: frozen encoders keep their batch statistics
+        if self.kind == "early":  # as in ours, frozen encoders keep their batch statistics
             self.cxr_model.eval()
         return self
 
@@ -259,13 +259,13 @@ class Peer(nn.Module):
 
 
 def to_rows(x_PE, row_P, num_rows: int):
-    """X-ray values to their rows [B, E], zeros elsewhere; an empty slot's go to a row that is cut off."""
+    """Scatter X-ray values to their rows [B, E], zeros elsewhere; empty slots go to a row that is cut off."""
     rows = torch.zeros(num_rows + 1, x_PE.shape[1], dtype=x_PE.dtype, device=x_PE.device)
     return rows.index_copy(0, row_P, x_PE)[:num_rows]
 
 
 def from_rows(x_BE, row_P):
-    """Row values to their X-rays [P, E]; an empty slot gets the last row's, which nothing reads."""
+    """Gather row values for the X-rays [P, E]; an empty slot gets the last row's, which is unused."""
     return x_BE[row_P.clamp(max=len(x_BE) - 1)]
 
 
@@ -274,9 +274,9 @@ def device() -> torch.device:
 
 
 def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.ndarray | None, mean_F, std_F) -> dict:
-    """One of our batches (`input_pipeline`, one device) as the variant takes it, on the peer's device.
+    """Convert one of our one-device batches (`data.batches`) to the variant's inputs, on the peer's device.
 
-    image_PCHW: its X-rays ready for the network, three standardised channels.
+    image_PCHW: its X-rays as three standardised channels.
     """
     num_rows = batch["valid"].shape[1]
     row_P, mask_P = (batch[n][0] if n in batch else np.zeros(0, np.int64) for n in ("image_row", "image_mask"))
@@ -285,8 +285,8 @@ def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.nda
     out = {"label": batch["label"][0], "valid": batch["valid"][0], "has_cxr": has_cxr_B}
     if "ehr" in batch:
         out["ehr"] = (batch["ehr"][0] - mean_F) / std_F
-        out["length"] = np.maximum(batch["length"][0], 1).astype(np.int64)  # a padded row: one step of zeros
-        out["ehr"] = out["ehr"][:, : out["length"].max()]  # padded to the longest of the batch, as both variants do
+        out["length"] = np.maximum(batch["length"][0], 1).astype(np.int64)  # a padded row has one step of zeros
+        out["ehr"] = out["ehr"][:, : out["length"].max()]  # padded to the batch's longest series
     if image_PCHW is not None:
         if variant.zero_images:
             out["image"] = np.zeros((num_rows, *image_PCHW.shape[1:]), np.float32)
@@ -299,12 +299,12 @@ def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.nda
     if variant.channels_last and "image" in on:
         on["image"] = on["image"].to(memory_format=torch.channels_last)
     if variant.packed and "length" in on:
-        on["length"] = on["length"].cpu()  # where packing wants it
+        on["length"] = on["length"].cpu()  # packing needs it there
     return on
 
 
 def train_step(model: Peer, optimizer, batch: dict, precision: str):
-    """One update; returns the loss, on the device."""
+    """Update the model once; return the loss, on the device."""
     optimizer.zero_grad(set_to_none=True)
     with _autocast(precision):
         inputs = (batch.get(name) for name in ("ehr", "length", "image", "row", "has_cxr"))
@@ -319,9 +319,9 @@ def train_step(model: Peer, optimizer, batch: dict, precision: str):
 def runner(
     variant: Variant, method: str, num_labels: int, batches: list[dict], precision: str, sizes: dict
 ) -> Callable[[], None]:
-    """A function that trains one pass over `batches` (from `batch_for`) and waits for its end.
+    """Return a function that trains on `batches` (of `batch_for`) once and waits for the end.
 
-    The released variant is always float32. sizes: fields of `Peer`.
+    The released variant always runs in float32. sizes: fields of `Peer`.
     """
     torch.manual_seed(0)
     model = Peer(method, num_labels, packed=variant.packed, **sizes).to(device()).train()
@@ -346,7 +346,7 @@ def runner(
 def lstm_runner(
     variant: Variant, num_channels: int, hidden: int, batches: list[dict], precision: str
 ) -> Callable[[], None]:
-    """Forward and backward of the EHR encoder's two layers alone, over `batches`."""
+    """Return a function that runs the EHR encoder alone, forward and backward, over `batches`."""
     model = EhrModel(num_channels, hidden, 1, 0.0, variant.packed).to(device())
     precision = precision if variant.tuned_kernels else "float32"
 
@@ -369,7 +369,7 @@ def _autocast(precision: str):
 
 
 def _set_kernels(variant: Variant) -> None:
-    """These are torch's global switches, so they are set before each variant's turn."""
+    """Set torch's global switches; called before each variant's turn."""
     torch.backends.cudnn.benchmark = variant.tuned_kernels
     torch.set_float32_matmul_precision("high" if variant.tuned_kernels else "highest")
 

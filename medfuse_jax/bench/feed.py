@@ -1,0 +1,51 @@
+"""The training step fed as in a run: end to end, the input alone, and the step on batches already on the device."""
+
+from collections.abc import Callable
+
+import jax
+
+from medfuse_jax import feed as feed_lib
+from medfuse_jax import parallel
+from medfuse_jax.bench import clock, cohort, step
+from medfuse_jax.bench.cases import Case
+from medfuse_jax.data import batches as batches_lib
+from medfuse_jax.data.dataset import Dataset
+
+
+def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> list[dict]:
+    """Return the records of 'ours' (the step alone), 'end_to_end' and 'input'. data: opened shards; made up if None."""
+    say("reading")
+    sample = cohort.sample(case, data)
+    trainer = step.Trainer(case, sample, say)
+    end_to_end = _from_device(trainer, case, sample) if case.placement == "device" else _streamed(trainer, case, sample)
+    runs = {clock.OURS: trainer.run, "end_to_end": end_to_end, "input": lambda: _read(case, sample)}
+    return step.records(case, sample, trainer, clock.interleave(runs, case.warm_up, case.repeats, say))
+
+
+def _streamed(trainer: step.Trainer, case: Case, sample: cohort.Sample) -> Callable[[], None]:
+    """A pass that reads and sends the batches as config.placement=stream does."""
+
+    def run() -> None:
+        batches = batches_lib.batches(sample.data, "train", sample.plan, num_devices=case.num_devices)
+        trainer.train(parallel.prefetch(batches, trainer.on))
+
+    return run
+
+
+def _from_device(trainer: step.Trainer, case: Case, sample: cohort.Sample) -> Callable[[], None]:
+    """A pass that gathers the batches on the device as config.placement=device does."""
+    options = {"mode": case.parallel, "placement": "device"}
+    feed = feed_lib.open_feed(sample.data, sample.data.usable("train"), trainer.options, trainer.on, **options)
+
+    def run() -> None:
+        for state_and_losses in feed(trainer.state, sample.plan, 0, [len(sample.plan)], trainer.key):
+            trainer.state = state_and_losses[0]
+        jax.block_until_ready(state_and_losses)
+
+    return run
+
+
+def _read(case: Case, sample: cohort.Sample) -> None:
+    """Read and collate the batches, and discard them."""
+    for _ in batches_lib.batches(sample.data, "train", sample.plan, num_devices=case.num_devices):
+        pass

@@ -1,0 +1,116 @@
+"""The training step's cases: the step alone, fed, in parts, and as the trials of a sweep."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from medfuse_jax import parallel
+from medfuse_jax.bench import bootstrap, cases, cohort, feed, parts, step, trials
+from medfuse_jax.models.recurrence import chunks
+
+_TINY = {case.kind: dataclasses.replace(case, peers=()) for case in cases.preset("tiny")[0]}
+
+
+def _case(kind, **changes):
+    return dataclasses.replace(_TINY[kind], **{"repeats": 1, **changes})
+
+
+def test_record_of_the_step_is_consistent():
+    case = _case("step", max_buckets=2, num_batches=6, repeats=2)
+    (row,) = step.measure(case)
+    plan = cohort.sample(case).plan
+    assert row["samples_per_repeat"] == (plan.paired_SP >= 0).sum() + (plan.unpaired_SU >= 0).sum()
+    assert row["images_per_repeat"] == (plan.paired_SP >= 0).sum()
+    assert row["samples_per_s"] == pytest.approx(row["samples_per_repeat"] / row["seconds"], rel=1e-3)
+    assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"] and len(row["seconds_all"]) == 2
+    assert row["compilations"] == len(set(plan.padded_length_S)) == 2
+    assert row["tflop_per_s_device"] > 0 and 0 < row["share_of_matrix_rate"] < 1.5
+    assert row["step_memory_gb"] > 0 and 0 < row["padded_share_run"] < row["padded_share_bucket"] < 1
+
+
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
+def test_two_devices_share_the_batch(mode):
+    case = _case("step", method="uni_ehr", num_devices=2, parallel=mode, num_batches=1)
+    (row,) = step.measure(case)
+    assert row["samples_per_s_device"] == pytest.approx(row["samples_per_s"] / 2, rel=1e-2)
+    assert "2 devices" in case.name and case.name.endswith("jit") == (mode == "jit")
+
+
+@pytest.mark.parametrize("placement", ["stream", pytest.param("device", marks=pytest.mark.slow)])
+def test_feed_is_compared_with_the_step_alone(placement):
+    rows = feed.measure(_case("feed", method="uni_ehr", placement=placement))
+    assert [row["contender"] for row in rows] == ["ours", "end_to_end", "input"]
+    assert all("time_over_ours" in row for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_trials_are_compared_with_single_runs(monkeypatch):
+    passes = []
+    monkeypatch.setattr(step.Trainer, "run", lambda trainer: passes.append("single"))
+    monkeypatch.setattr(trials.Trials, "run", lambda trials: passes.append("together"))
+    case = _case("trials", method="uni_ehr", repeats=2, num_batches=1, num_trials=3)
+    ours, alone, one = trials.measure(case)
+    assert [row["contender"] for row in (ours, alone, one)] == ["ours", "runs_alone", "one_run"]
+    assert {"1"} < set(ours["lanes_step_s"]) <= {"1", "2", "3"} and str(ours["lanes"]) in ours["lanes_step_s"]
+    # A warm-up and two repeats, each with three runs, one run, and one pass of all trials.
+    assert case.warm_up == 1 and passes.count("single") == 3 * (3 + 1) and passes.count("together") == 3
+
+
+@pytest.mark.slow
+def test_parts_are_compared_with_the_whole_step():
+    case = _case("parts", num_batches=1)
+    rows = parts.measure(case)
+    assert [row["contender"] for row in rows] == ["ours", *parts.PARTS]
+    sample = cohort.sample(case)
+    longest = max(int(batch["length"].max()) for batch in sample.batches)
+    assert {row["time_steps_per_repeat"] for row in rows} == {chunks.steps_run(longest)}
+
+
+def test_half_of_the_image_encoder_excludes_the_later_stages():
+    """Its gradient reaches the first stage, but not the second."""
+    case = _case("parts", num_batches=1)
+    sample = cohort.sample(case)
+    options = step.step_options(case, sample.data)
+    batch = parts.with_prepared_images(sample.batches[0], case)
+    gradient = jax.jit(parts.part_fns(options)["cxr_half"])(step.fresh_state(options), batch)
+    largest = {name: max(float(np.abs(x).max()) for x in jax.tree.leaves(g)) for name, g in gradient.items()}
+    assert largest["stage1_block0"] > 0 == largest["stage2_block0"]
+
+
+@pytest.mark.slow
+def test_batches_of_shards_are_measured(shards):
+    from medfuse_jax.data import dataset
+
+    case = _case("step", method="uni_ehr", num_batches=1)
+    data = dataset.open_dataset(shards, "pheno", use_cxr=False)
+    (row,) = step.measure(case, data)
+    assert row["steps_per_epoch"] == -(-len(data.splits["train"]) // case.batch_size)
+    assert 0 < row["samples_per_repeat"] <= case.batch_size and row["images_per_repeat"] == 0
+
+
+@pytest.mark.parametrize(
+    "method", ["medfuse", *(pytest.param(m, marks=pytest.mark.slow) for m in ("uni_cxr", "uni_ehr", "mmtm3", "daft3"))]
+)
+def test_steps_of_the_gpu_preset_lower_for_a_gpu(method, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sizes = dict(_TINY["step"].sizes) | {"resnet_stage_sizes": (1, 1, 1, 1)}
+    changes = {"precision": "bfloat16", "parallel": "jit", "num_batches": 1, "sizes": tuple(sizes.items())}
+    case = _case("step", method=method, **changes)
+    sample = cohort.sample(case)
+    options = step.step_options(case, sample.data)
+    state = jax.eval_shape(lambda: step.fresh_state(options))
+    compiled = parallel.compile_train(options, case.parallel, parallel.devices(1))
+    text = compiled.trace(state, sample.batches[0], jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "bf16" in text and ("stablehlo.convolution" in text) == sample.data.use_cxr
+
+
+@pytest.mark.parametrize("peers", [(), cases.PEERS])
+def test_sklearn_loop_is_scaled_to_all_resamples(monkeypatch, peers):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(bootstrap, "NUM_BOOTSTRAP", 50)
+    ours, *others = bootstrap.measure(_case("bootstrap", num_stays=1000, peers=peers))
+    assert ours["num_bootstrap"] == 50 and [row["contender"] for row in others] == ["sklearn_loop"] * bool(peers)
+    for loop in others:
+        assert loop["scaled_from_resamples"] == 1 and loop["time_over_ours"]["median"] > 1
