@@ -126,10 +126,14 @@ def _check_runs(runs: list[str], rule: str) -> None:
     elif rule == "weighted" and len(runs) > _MAX_WEIGHTED:
         expected = f"tries all weights in steps of 1/{_WEIGHT_STEPS}, so give at most {_MAX_WEIGHTED}"
     if expected:
-        raise UserError(f"--runs has {len(runs)} run(s); --rule={rule} {expected}", field="--runs", value=len(runs))
+        raise _error(f"--runs has {len(runs)} run(s); --rule={rule} {expected}", value=len(runs))
     keys = [(folder.resolve(), head) for folder, head in map(_folder_and_head, runs)]
     if repeated := [run for run, key in zip(runs, keys) if keys.count(key) > 1]:
-        raise UserError(f"--runs has {repeated[0]} twice: give each member once", field="--runs", value=repeated[0])
+        raise _error(f"--runs has {repeated[0]} twice: give each member once", value=repeated[0])
+
+
+def _error(message: str, path: Path | None = None, value: object = None) -> UserError:
+    return UserError(message, field="--runs", path=path, value=value)
 
 
 def _check_free(workdir: Path, content: dict) -> None:
@@ -146,15 +150,10 @@ def _check_comparable(members: list[Member]) -> None:
         ours, theirs = member.result[field], first.result[field]
         if ours != theirs:
             details = f" ({ours} and {theirs})" if field == "task" else ""
-            raise UserError(
-                f"{member.name} and {first.name} cannot be combined: their {field} differ{details}",
-                field="--runs",
-                path=member.workdir,
-                value=field,
-            )
+            message = f"{member.name} and {first.name} cannot be combined: they differ in {field}{details}"
+            raise _error(message, member.workdir, field)
     if schema.TASKS[first.result["task"]].cxr_only:
-        message = f"{first.name} scores X-rays, but an ensemble combines scores of stays"
-        raise UserError(message, field="--runs", path=first.workdir)
+        raise _error(f"{first.name} scores X-rays, but an ensemble combines scores of stays", first.workdir)
 
 
 def _check_splits(members: list[Member]) -> None:
@@ -166,12 +165,11 @@ def _check_splits(members: list[Member]) -> None:
     for trained, tested in itertools.permutations(runs, 2):
         seen_N = np.concatenate([indices[trained][split]["subject_id"] for split in ("train", "val")])
         if num_leaked := len(np.intersect1d(seen_N, indices[tested]["test"]["subject_id"])):
-            raise UserError(
+            raise _error(
                 f"{runs[trained]} and {runs[tested]} cannot be combined: {num_leaked} test patients of the second are "
                 "train or val patients of the first; build both shards with the same --seed, --val_ids and --test_ids",
-                field="--runs",
-                path=trained,
-                value=num_leaked,
+                trained,
+                num_leaked,
             )
 
 
@@ -227,12 +225,10 @@ def _best_step(workdir: Path) -> int | None:
     config = config_lib.load(workdir / "config.json")
     # A sweep may keep only the best checkpoint of a trial that it stopped.
     if not progress.is_finished(config) and not (workdir / "trial.json").exists():
-        raise UserError(
-            f"{workdir} is not finished (epoch {progress.epoch} of {config.num_epochs}): resume it with main",
-            field="--runs",
-            path=workdir,
-            value=progress.epoch,
+        message = (
+            f"{workdir} is unfinished (epoch {progress.epoch} of {config.num_epochs}): resume it with medfuse_jax.main"
         )
+        raise _error(message, workdir, progress.epoch)
     return step
 
 
@@ -242,8 +238,7 @@ def _check_up_to_date(workdir: Path) -> None:
         folder, _ = _folder_and_head(member["run"])
         step = _best_step(folder) or _test_result(folder).get("step")
         if step not in (None, member.get("step")):
-            message = f"{workdir} was made from older weights of {member['run']}: make that ensemble again"
-            raise UserError(message, field="--runs", path=workdir, value=step)
+            raise _error(f"{workdir} combines older weights of {member['run']}: make it again", workdir, step)
 
 
 def _test_result(workdir: Path) -> dict:
@@ -271,7 +266,7 @@ def _join(members: list[Member]) -> dict:
             if name == "labels" and (differs_N := filled_N[rows] & (values[rows] != part[name]).any(-1)).any():
                 stay_id = int(part["stay_id"][differs_N][0])
                 message = f"{member.name} and {members[0].name} have different labels for stay {stay_id}"
-                raise UserError(message, field="--runs", path=member.workdir, value=stay_id)
+                raise _error(message, member.workdir, stay_id)
             values[rows] = part[name]
         filled_N[rows] = True
     return joined
@@ -294,7 +289,7 @@ def _by_cxr(joined: dict) -> np.ndarray:
         message = (
             f"the run for their kind does not score {num_missing} stays: give the run for stays with an X-ray first"
         )
-        raise UserError(message, field="--runs", value=num_missing)
+        raise _error(message, value=num_missing)
     return score_NK
 
 

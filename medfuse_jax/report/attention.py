@@ -67,6 +67,6 @@ def _examples(arrays: dict, names: list[str], timestep_h: float, color: int, pai
     head = f'<th scope="col">Length</th><th scope="col" class="strip">first hour to last</th>{heads}'
     return (
         f"<h4>Weights of single stays</h4>{tables.table(head, body, 'Weights of single stays')}"
-        '<p class="note">Test stays from the shortest to the longest, evenly spaced. The darkest colour of a strip is '
-        "that stay\u2019s largest weight.</p>"
+        '<p class="note">Test stays from the shortest to the longest, evenly spaced. The strongest colour of a strip '
+        "is that stay\u2019s largest weight.</p>"
     )

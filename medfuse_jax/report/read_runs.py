@@ -39,8 +39,8 @@ class Run:
     """One run; fields are None or empty where the run has not got that far.
 
     name: unique among the runs shown. train, val: the lines of metrics.jsonl by epoch.
-    predictions: scores [N, K], labels bool [N, K], age [N] or None, paired bool [N] or None, attention: {} or
-    time_weights [N, T], length [N], modality_weights [N, M], modalities [M]. problems: what could not be read.
+    predictions: scores [N, K], labels bool [N, K], age [N], paired bool [N], attention: {} or time_weights [N, T],
+    length [N], modality_weights [N, M], modalities [M]. problems: what could not be read.
     """
 
     folder: Path
@@ -203,34 +203,22 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[int, dict], dic
 def _read_predictions(path: Path, problems: list[str]) -> dict | None:
     try:
         with np.load(path) as stored:
-            scores_NK, labels_NK, age_N = stored["scores"], stored["labels"], stored.get("age")
-            has = [stored[name] for name in ("has_ehr", "has_cxr") if name in stored]
+            arrays = {name: stored[name] for name in ("scores", "labels", "age", "has_ehr", "has_cxr")}
             attention = {name: stored[name] for name in _ATTENTION_NDIM if name in stored}
-        labels_NK, scores_NK = ranks.check(labels_NK, scores_NK)
+        labels_NK, scores_NK = ranks.check(arrays["labels"], arrays["scores"])
     except FileNotFoundError:
         return None
-    except UserError as error:
-        problems.append(f"{path}: {error}")
-        return None
-    except files.DAMAGED_NPZ as error:
+    except files.DAMAGED_NPZ as error:  # UserError of ranks.check among them
         problems.append(f"{path} cannot be read ({error}): run medfuse_jax.evaluate again")
         return None
-    num_stays = len(scores_NK)
-
-    def drop(what: str) -> None:
-        problems.append(f"{path}: {what} do not match the {num_stays} scored stays: run medfuse_jax.evaluate again")
-
-    if age_N is not None and age_N.shape != (num_stays,):
-        drop("ages")
-        age_N = None
-    if any(has_N.shape != (num_stays,) or has_N.dtype != bool for has_N in has):
-        drop("has_ehr and has_cxr")
-        has = []
-    if attention and not _is_attention(attention, num_stays):
-        drop("the attention weights")
+    if any(arrays[name].shape != (len(scores_NK),) for name in ("age", "has_ehr", "has_cxr")):
+        problems.append(f"{path} holds arrays of different lengths: run medfuse_jax.evaluate again")
+        return None
+    if attention and not _is_attention(attention, len(scores_NK)):
+        problems.append(f"{path} holds damaged attention weights: run medfuse_jax.evaluate again")
         attention = {}
-    paired_N = has[0] & has[1] if len(has) == 2 else None
-    return {"scores": scores_NK, "labels": labels_NK, "age": age_N, "paired": paired_N, "attention": attention}
+    paired_N = arrays["has_ehr"].astype(bool) & arrays["has_cxr"].astype(bool)
+    return {"scores": scores_NK, "labels": labels_NK, "age": arrays["age"], "paired": paired_N, "attention": attention}
 
 
 def _is_attention(arrays: dict, num_stays: int) -> bool:

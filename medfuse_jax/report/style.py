@@ -36,9 +36,12 @@ pre { background: var(--wash); padding: 0.9rem; overflow-x: auto; font-size: 0.8
 /* On a phone: a value above its interval, no bars. */
 @media (max-width: 40rem) {
   th, td { padding: 0.4rem 0.2rem; }
-  .ci { display: block; font-size: 0.6875rem; }
+  thead th { white-space: normal; }
+  .ci { display: block; font-size: 0.6875rem; white-space: nowrap; }
+  td.strip, th.strip { min-width: 7rem; }
   .bar, .wide { display: none; }
-  tbody th[scope="row"] { white-space: normal; min-width: 7rem; hyphens: auto; }
+  tbody th[scope="row"] { white-space: normal; hyphens: auto; }
+  tbody .wrap, tbody .named { min-width: 7rem; }
 }
 @media print { details { break-inside: avoid; } }
 """

@@ -119,13 +119,14 @@ def labels(run: Run, runs: list[Run]) -> str:
 
 
 def ages(run: Run) -> str:
-    """For mortality: one row per age group, of all scored stays and of the paired; '' if the ages are unknown."""
-    if run.task != "mortality" or not run.predictions or run.predictions["age"] is None:
+    """For mortality: one row per age group, of all scored stays and of the paired; '' for other tasks."""
+    if run.task != "mortality" or not run.predictions:
         return ""
     paired_N = run.predictions["paired"]
-    parts = [("All scored stays", np.ones(len(run.predictions["age"]), bool))]
-    if paired_N is not None and paired_N.any():
-        parts.append(("Stays with an X-ray (the paper\u2019s Table 5)", paired_N))
+    parts = [
+        ("All scored stays", np.ones_like(paired_N)),
+        ("Stays with an X-ray (the paper\u2019s Table 5)", paired_N),
+    ]
     rows = [(title, *group) for title, include_N in parts for group in _age_groups(run.predictions, include_N)]
     axis = _axis([x for *_, values in rows for x in (values[0], *values[1])])
 
