@@ -9,18 +9,18 @@ FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("out", None, "folder to write; it must not exist or be empty", required=True)
-    flags.DEFINE_integer("stays", 1000, "ICU stays that the cohort rules leave")
-    flags.DEFINE_integer("seed", 0, "the same seed gives the same bytes")
-    flags.DEFINE_float("cxr_fraction", 0.19, "share of the stays with an AP X-ray in them")
-    flags.DEFINE_float("images_per_stay", 1.5, "X-rays for each stay, those of patients without a stay included")
+    flags.DEFINE_string("out", None, "A new or empty folder to write to.", required=True)
+    flags.DEFINE_integer("stays", 1000, "ICU stays that pass the cohort filters.")
+    flags.DEFINE_integer("seed", 0, "The same seed gives the same bytes.")
+    flags.DEFINE_float("cxr_fraction", 0.19, "Fraction of the stays with an AP X-ray during the stay.")
+    flags.DEFINE_float("images_per_stay", 1.5, "X-rays per stay, including those of patients without a stay.")
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     del argv
     report = tree.write(FLAGS.out, FLAGS.stays, FLAGS.seed, FLAGS.cxr_fraction, FLAGS.images_per_stay)
-    print(f"{FLAGS.out}: {report['num_stays']} stays, {report['num_images']} X-rays. Best AUROC to expect (macro):")
+    print(f"{FLAGS.out}: {report['num_stays']} stays, {report['num_images']} X-rays. Best expected AUROC (macro):")
     for task in signal.RULES:
         for subset in ("all", "paired"):
             best = report[task][subset]

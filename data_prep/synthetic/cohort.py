@@ -1,7 +1,7 @@
-"""Synthetic patients, admissions, ICU stays and diagnoses, in the shape of MIMIC-IV 2.2's `hosp` and `icu`.
+"""Synthetic patients, admissions, ICU stays and diagnoses, as in MIMIC-IV 2.2's `hosp` and `icu`.
 
-Stays of kind 'kept' are those the cohort rules leave; the other kinds are there to be dropped:
-'transfer' (ends in another unit), 'twin' (two stays in one admission), 'minor' (under 18), 'empty' (no usable event).
+Stays of kind 'kept' pass the cohort filters. The filters drop the others: 'transfer' (ends in another unit), 'twin'
+(two stays in one admission), 'minor' (under 18), 'empty' (no usable event).
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ from data_prep.synthetic import events, signal
 from data_prep.synthetic import tables as names
 from medfuse_jax import schema
 
-DROPPED_SHARES = {"transfer": 0.03, "twin": 0.02, "minor": 0.005, "empty": 0.005}  # of the kept stays
-RETURNING_SHARE = 0.12  # of the stays are a later admission of the patient before
+DROPPED_SHARES = {"transfer": 0.03, "twin": 0.02, "minor": 0.005, "empty": 0.005}  # relative to the kept stays
+RETURNING_SHARE = 0.12  # of the stays: a later admission of the previous patient
 MEDIAN_LOS_H, LOS_SPREAD, SHORTEST_H, LONGEST_H = 60.0, 0.9, 5.0, 27 * 24.0
-UNDATED_DEATH_SHARE = 0.05  # of the deaths are known by `dod` only
+UNDATED_DEATH_SHARE = 0.05  # of the deaths: only `dod` records them
 FIRST_DAY = np.datetime64("2110-01-01", "ms")
 UNITS = (
     "Medical Intensive Care Unit (MICU)",
@@ -30,13 +30,13 @@ _HOUR = np.timedelta64(3_600_000, "ms")
 
 
 def unique_ids(rng: np.random.Generator, first: int, num: int, taken: np.ndarray | None = None) -> np.ndarray:
-    """`num` different ids of [first, first + 10,000,000), none of them `taken`."""
+    """Draw `num` distinct ids from [first, first + 10,000,000), excluding `taken`."""
     ids = first + rng.choice(10_000_000, num + (0 if taken is None else len(taken)), replace=False)
     return ids[:num] if taken is None else ids[~np.isin(ids, taken)][:num]
 
 
 def _hours(hours: np.ndarray) -> np.ndarray:
-    """Hours as a duration in whole seconds (in ms: polars takes no numpy seconds)."""
+    """Convert hours to durations in whole seconds (stored as ms: polars does not read numpy seconds)."""
     return (np.round(np.asarray(hours) * 3600) * 1000).astype("timedelta64[ms]")
 
 
@@ -53,7 +53,7 @@ def _kinds(num_stays: int) -> np.ndarray:
 
 
 def _patients_and_times(rng, kind: np.ndarray, died: np.ndarray, los_h: np.ndarray) -> dict[str, np.ndarray]:
-    """Who each stay belongs to and when it was; nobody comes back after his death."""
+    """Draw the patient, admission and start of each stay; nobody returns after death."""
     num = len(kind)
     second_twin = (kind == "twin") & (np.cumsum(kind == "twin") % 2 == 0)
     returning = (rng.random(num) < RETURNING_SHARE) & (kind == "kept") & ~np.roll(died, 1)
@@ -64,7 +64,7 @@ def _patients_and_times(rng, kind: np.ndarray, died: np.ndarray, los_h: np.ndarr
     visit = np.arange(num) - np.searchsorted(patient, patient)
     intime = opened + _hours(visit * 330 * 24 + rng.uniform(0, 60 * 24, num))
     before_h = np.minimum(rng.exponential(8, num), 72)
-    before_h = np.where(rng.random(num) < 0.05, 0.0, before_h)  # straight from the street
+    before_h = np.where(rng.random(num) < 0.05, 0.0, before_h)  # no time in hospital before the ICU
     first = np.flatnonzero(second_twin) - 1
     intime[second_twin] = intime[first] + _hours(los_h[first] + rng.uniform(12, 60, len(first)))
     return {
@@ -77,7 +77,7 @@ def _patients_and_times(rng, kind: np.ndarray, died: np.ndarray, los_h: np.ndarr
 
 
 def draw_stays(rng: np.random.Generator, num_stays: int) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
-    """All ICU stays, in order of patient and time, and what is planted in them.
+    """Draw all ICU stays, in order of patient and time, and the latents and labels planted in them.
 
     The frame: kind, ids, times, los_h, died, age, gender, units, icd_version. The dict: 'vitals' [N, V] and
     'cxr' [N, E] latents, and by task the true probabilities ('pheno', 'mortality': as `signal.probabilities`) and
@@ -117,7 +117,7 @@ def draw_stays(rng: np.random.Generator, num_stays: int) -> tuple[pl.DataFrame, 
 
 
 def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
-    """One row an admission, with the columns of the real table, and `dod`."""
+    """One row per admission: the columns of the real table, and `dod`."""
     by_admission = stays.group_by("hadm_id", maintain_order=True)
     stays = by_admission.agg(pl.all().exclude("outtime").first(), pl.col("outtime").last())
     num = len(stays)
@@ -157,7 +157,7 @@ def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
 
 
 def patients(rng: np.random.Generator, stays: pl.DataFrame, admitted: pl.DataFrame) -> pl.DataFrame:
-    """One row a patient, with the columns of the real table."""
+    """One row per patient, with the columns of the real table."""
     people = stays.group_by("subject_id", maintain_order=True).first()
     died = admitted.group_by("subject_id").agg(pl.col("dod").max())
     groups = [f"{year} - {year + 2}" for year in range(2008, 2020, 3)]
@@ -172,7 +172,7 @@ def patients(rng: np.random.Generator, stays: pl.DataFrame, admitted: pl.DataFra
 
 
 def diagnoses(rng: np.random.Generator, stays: pl.DataFrame, label_NK: np.ndarray) -> pl.DataFrame:
-    """The diagnosis codes that spell out each admission's phenotype labels, among others that mean none of them."""
+    """Codes for each admission's phenotype labels, mixed with codes that belong to none of them."""
     rows = []
     stays = stays.with_row_index("row").group_by("hadm_id", maintain_order=True).first()
     columns = stays.select("subject_id", "hadm_id", "row", "icd_version")
@@ -190,7 +190,7 @@ def diagnoses(rng: np.random.Generator, stays: pl.DataFrame, label_NK: np.ndarra
 
 
 def _timed(rows: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
-    """Event rows with the ids of their stay and a `charttime` in whole minutes."""
+    """Add the stay's ids and a `charttime` in whole minutes to event rows."""
     start = stays["intime"].dt.truncate("1m")
     row = rows["row"]
     return rows.with_columns(
@@ -200,7 +200,7 @@ def _timed(rows: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
 
 
 def tables(rng: np.random.Generator, stays: pl.DataFrame, planted: dict[str, np.ndarray]) -> dict[str, pl.DataFrame]:
-    """Every MIMIC-IV table of the cohort, by its path without suffix."""
+    """Return every MIMIC-IV table of the cohort, by its path without suffix."""
     courses = events.draw_courses(rng, planted["vitals"])
     admitted = admissions(rng, stays)
     codes = [(code, version, title) for (_, version), known in names.CODES.items() for code, title in known]
@@ -244,7 +244,7 @@ def tables(rng: np.random.Generator, stays: pl.DataFrame, planted: dict[str, np.
 
 
 def _lab_table(rng: np.random.Generator, rows: pl.DataFrame) -> pl.DataFrame:
-    """Laboratory rows in the real columns: no stay_id, and no admission for one row in twenty."""
+    """Laboratory rows with the real columns: no stay_id, and no admission in one row of twenty."""
     number = pl.col("valuenum").cast(pl.Float64)
     lower, upper = (
         pl.col("itemid").replace_strict({item: b[i] for item, b in LAB_NORMAL.items()}, default=None) for i in (0, 1)

@@ -1,4 +1,4 @@
-"""Which synthetic X-rays are taken when, and the tables of MIMIC-CXR-JPG 2.0.0 that describe them."""
+"""When synthetic X-rays are taken, their files, and their tables, as in MIMIC-CXR-JPG 2.0.0."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,23 +8,23 @@ import polars as pl
 from scipy.special import expit
 
 from data_prep import progress
-from data_prep.synthetic import draw as images
+from data_prep.synthetic import draw
 from data_prep.synthetic.cohort import FIRST_DAY, unique_ids
 from data_prep.synthetic.signal import IMAGE_LATENTS
 from medfuse_jax import schema
 
-EARLY_SHARE = 0.85  # of the paired stays have their first X-ray in the first 48 h
-IMAGE_NOISE = 0.2  # standard deviation of an X-ray's latents about its stay's
-UNCERTAIN_SHARE, MENTIONED_SHARE = 0.06, 0.25  # labels read as -1; negative findings written down as 0
+EARLY_SHARE = 0.85  # of the paired stays: first X-ray in the first 48 h
+IMAGE_NOISE = 0.2  # standard deviation of an X-ray's latents around its stay's
+UNCERTAIN_SHARE, MENTIONED_SHARE = 0.06, 0.25  # findings labelled -1; negative findings labelled 0, not blank
 
-# A finding is present with p = sigmoid(5 (weights . X-ray latents - threshold)).
+# A finding is present with p = sigmoid(5 (weights . image latents - threshold)).
 FINDINGS = {
     "Atelectasis": (0.6, {"effusion": 0.8, "nodule": 0.4}),
     "Cardiomegaly": (0.6, {"heart": 1.0}),
     "Consolidation": (1.2, {"nodule": 1.0}),
     "Edema": (0.7, {"haze": 1.0}),
     "Enlarged Cardiomediastinum": (1.5, {"heart": 1.0}),
-    "Fracture": (0.7, {}),  # not drawn: nothing can find it
+    "Fracture": (0.7, {}),  # not drawn: no model can find it
     "Lung Lesion": (0.9, {"nodule": 1.0}),
     "Lung Opacity": (0.5, {"haze": 0.7, "nodule": 0.7}),
     "Pleural Effusion": (0.4, {"effusion": 1.0}),
@@ -33,7 +33,7 @@ FINDINGS = {
     "Pneumothorax": (1.0, {"lucency": 1.0}),
     "Support Devices": (0.0, {"device": 1.0}),
 }
-VIEWS = {  # what is written of each: procedure, view code
+VIEWS = {  # procedure, view code
     "AP": ("CHEST (PORTABLE AP)", "antero-posterior"),
     "PA": ("CHEST (PA AND LAT)", "postero-anterior"),
     "LATERAL": ("CHEST (PA AND LAT)", "lateral"),
@@ -41,7 +41,7 @@ VIEWS = {  # what is written of each: procedure, view code
 
 
 def _studies_of_stays(rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: float) -> list[pl.DataFrame]:
-    """Studies of patients with a stay: in it (AP, or only PA and lateral), before it and after it."""
+    """Studies of patients with a stay: during it (AP, or PA and lateral only), before it and after it."""
     los_h = stays["los_h"].to_numpy()
     kept = (stays["kind"] == "kept").to_numpy()
     num_kept = int(kept.sum())
@@ -76,14 +76,14 @@ def _studies_of_stays(rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: 
 
 
 def _studies(subject_id, latents, view, rows, hours) -> pl.DataFrame:
-    """One row a study; view: 'AP', or 'PA' for a pair with a lateral one; rows: of the stay, or -1."""
+    """One row per study. view: 'AP', or 'PA' for a PA and a lateral X-ray; rows: of the stay, or -1."""
     view = np.broadcast_to(view, len(rows))
     frame = pl.DataFrame({"subject_id": subject_id, "row": rows, "hours": hours, "view": view})
     return frame.with_columns(pl.Series(f"image_{name}", latents[:, i]) for i, name in enumerate(IMAGE_LATENTS))
 
 
 def _studies_without_stay(rng, taken: np.ndarray, num_images: int) -> pl.DataFrame:
-    """Studies of `num_images` X-rays, or one more, of people who never were in intensive care."""
+    """Studies with `num_images` X-rays, or one more, of people without an ICU stay."""
     view = np.where(rng.random(num_images) < 0.2, "PA", "AP")
     num = int(np.searchsorted(np.cumsum(1 + (view == "PA")), num_images)) + 1
     person = np.cumsum(rng.random(num) < 0.6)
@@ -96,9 +96,9 @@ def _studies_without_stay(rng, taken: np.ndarray, num_images: int) -> pl.DataFra
 def plan(
     rng: np.random.Generator, stays: pl.DataFrame, image_latents_NE, cxr_fraction: float, num_images: int
 ) -> pl.DataFrame:
-    """All X-rays: ids, view, row of the stay (-1: none), hours since its intime, time, and latents as `image_*`.
+    """Plan all X-rays: ids, view, row of the stay (-1: none), hours since its intime, time, and latents as `image_*`.
 
-    At least one X-ray of a patient without a stay is added, and as many as make `num_images` in all.
+    X-rays of patients without a stay, at least one, bring the total to `num_images`.
     """
     studies = pl.concat(_studies_of_stays(rng, stays, image_latents_NE, cxr_fraction))
     num_so_far = len(studies) + (studies["view"] == "PA").sum()
@@ -113,14 +113,16 @@ def plan(
     lateral = studies.filter(pl.col("view") == "PA").with_columns(
         view=pl.lit("LATERAL"), time=pl.col("time") + pl.duration(seconds=95)
     )
-    every = pl.concat([studies, lateral]).sort("subject_id", "study_id", "view")
-    digits = rng.integers(0, 16, (len(every), 40))
+    planned = pl.concat([studies, lateral]).sort("subject_id", "study_id", "view")
+    digits = rng.integers(0, 16, (len(planned), 40))
     texts = ["".join("0123456789abcdef"[d] for d in row) for row in digits]
-    return every.with_columns(dicom_id=pl.Series("-".join(text[i : i + 8] for i in range(0, 40, 8)) for text in texts))
+    return planned.with_columns(
+        dicom_id=pl.Series("-".join(text[i : i + 8] for i in range(0, 40, 8)) for text in texts)
+    )
 
 
 def tables(rng: np.random.Generator, planned: pl.DataFrame) -> dict[str, pl.DataFrame]:
-    """The three tables beside the X-rays, by name without suffix."""
+    """Return the metadata, CheXpert and split tables, by name without suffix."""
     time = pl.col("time").dt
     clock = time.hour().cast(pl.Int32) * 10_000 + time.minute().cast(pl.Int32) * 100 + time.second()
     person = planned["subject_id"].unique(maintain_order=True)
@@ -130,14 +132,14 @@ def tables(rng: np.random.Generator, planned: pl.DataFrame) -> dict[str, pl.Data
         "dicom_id",
         "subject_id",
         "study_id",
-        PerformedProcedureStepDescription=_of_view(0),
+        PerformedProcedureStepDescription=_view_text(0),
         ViewPosition="view",
-        Rows=pl.lit(images.ROWS_PX),
-        Columns=pl.lit(images.COLUMNS_PX),
+        Rows=pl.lit(draw.ROWS_PX),
+        Columns=pl.lit(draw.COLUMNS_PX),
         StudyDate=time.strftime("%Y%m%d"),
         StudyTime=clock + time.millisecond() / 1000,  # HHMMSS.fff as a number: no leading zeros
-        ProcedureCodeSequence_CodeMeaning=_of_view(0),
-        ViewCodeSequence_CodeMeaning=_of_view(1),
+        ProcedureCodeSequence_CodeMeaning=_view_text(0),
+        ViewCodeSequence_CodeMeaning=_view_text(1),
         PatientOrientationCodeSequence_CodeMeaning=pl.lit("Erect"),
     )
     return {
@@ -149,31 +151,31 @@ def tables(rng: np.random.Generator, planned: pl.DataFrame) -> dict[str, pl.Data
     }
 
 
-def _of_view(place: int) -> pl.Expr:
+def _view_text(place: int) -> pl.Expr:
     return pl.col("view").replace_strict({view: texts[place] for view, texts in VIEWS.items()})
 
 
 def _chexpert(rng, planned: pl.DataFrame) -> pl.DataFrame:
-    """Findings a study: 1, 0, -1 (uncertain) or blank (not mentioned)."""
+    """One row per study, each finding 1, 0, -1 (uncertain) or blank (not mentioned)."""
     studies = planned.unique("study_id", keep="first", maintain_order=True)
-    written, anything = {}, np.zeros(len(studies), bool)
+    labels, any_finding = {}, np.zeros(len(studies), bool)
     for finding, (threshold, weights) in FINDINGS.items():
-        shown = np.full(len(studies), -threshold)
+        score = np.full(len(studies), -threshold)
         for name, weight in weights.items():
-            shown += weight * studies[f"image_{name}"].to_numpy()
-        present = rng.random(len(studies)) < expit(5 * shown)
-        anything |= present & (finding != "Support Devices")
+            score += weight * studies[f"image_{name}"].to_numpy()
+        present = rng.random(len(studies)) < expit(5 * score)
+        any_finding |= present & (finding != "Support Devices")
         uncertain = rng.random(len(studies)) < UNCERTAIN_SHARE
         mentioned = present | (rng.random(len(studies)) < MENTIONED_SHARE)
         value = np.where(uncertain, -1.0, present.astype(float))
-        written[finding] = np.where(mentioned | uncertain, value, np.nan)
-    written["No Finding"] = np.where(anything, np.nan, 1.0)
-    columns = [pl.Series(label, written[label]).fill_nan(None) for label in schema.RADIOLOGY_LABELS]
+        labels[finding] = np.where(mentioned | uncertain, value, np.nan)
+    labels["No Finding"] = np.where(any_finding, np.nan, 1.0)
+    columns = [pl.Series(label, labels[label]).fill_nan(None) for label in schema.RADIOLOGY_LABELS]
     return studies.select("subject_id", "study_id", *columns).sort("study_id")
 
 
 def write_images(folder: Path, planned: pl.DataFrame, seed: int, workers: int) -> None:
-    """Draws every X-ray and writes it to files/p<two digits>/p<subject>/s<study>/<dicom>.jpg."""
+    """Draw every X-ray and write it to files/p<two digits>/p<subject>/s<study>/<dicom>.jpg."""
     latents = planned.select(f"image_{name}" for name in IMAGE_LATENTS).to_numpy()
     paths = planned.select(
         pl.format("files/p{}/p{}/s{}/{}.jpg", pl.col("subject_id") // 1_000_000, "subject_id", "study_id", "dicom_id")
@@ -183,8 +185,8 @@ def write_images(folder: Path, planned: pl.DataFrame, seed: int, workers: int) -
     def write_one(i: int) -> None:
         path = folder / paths[i]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(images.jpeg(images.draw(latents[i], views[i], (seed, 3, i))))
+        path.write_bytes(draw.jpeg(draw.draw(latents[i], views[i], (seed, 3, i))))
 
-    with ThreadPoolExecutor(workers) as pool:  # numpy and the JPEG encoder let go of the interpreter's lock
+    with ThreadPoolExecutor(workers) as pool:  # numpy and the JPEG encoder release the GIL
         for _ in progress.bar(pool.map(write_one, range(len(paths))), "drawing X-rays", "images", len(paths)):
             pass

@@ -1,8 +1,8 @@
-"""Schematic chest radiographs: six latents drawn as things to see.
+"""Schematic chest radiographs that show six latents.
 
-What carries a latent survives downscaling to 64 px, flips, rotation, scaling and shifting: sizes, shapes,
-brightness and texture, never a place or a side. Body coordinates: x to the right, y down, the middle of the chest
-at (0, 0), the short side of an X-ray from -1 to 1.
+A latent sets sizes, shapes, brightness or texture, never a position or a side: what it draws survives downscaling to
+64 px, flips, rotation, scaling and shifts. Body coordinates: x to the right, y down, the middle of the chest at (0, 0),
+the short side of an X-ray from -1 to 1.
 
 Shapes: H, W pixels of the drawing.
 """
@@ -16,15 +16,15 @@ from scipy.special import expit
 
 from data_prep.synthetic.signal import IMAGE_LATENTS
 
-ROWS_PX, COLUMNS_PX = 320, 390  # of a stored X-ray; real ones are about 2,500 x 3,000
-_COARSE = 2  # X-rays are drawn at half of that and enlarged: four times faster, and as soft as a real one
+ROWS_PX, COLUMNS_PX = 320, 390  # of an X-ray's file; real ones are about 2,500 x 3,000
+_COARSE = 2  # drawn at half the size and enlarged: four times faster, and as soft as a real X-ray
 JPEG_QUALITY = 90
 
 AIR, BODY, LUNG, FLUID, HEART, BONE, METAL = 0.03, 0.60, 0.17, 0.68, 0.79, 0.82, 1.0  # brightness
 
 
 def _share(latent: float) -> float:
-    """A latent squeezed into (0, 1); a Python float, so that float32 images stay float32."""
+    """Map a latent to (0, 1), as a Python float: float32 images stay float32."""
     return float(expit(1.2 * latent))
 
 
@@ -34,7 +34,7 @@ def _above(value: np.ndarray, edge: float) -> np.ndarray:
 
 
 def _inside(distance: np.ndarray, edge: float) -> np.ndarray:
-    """1 where `distance` < 1, 0 where it is more, with a soft rim of +-`edge`."""
+    """1 where `distance` < 1, 0 elsewhere, with a soft rim of +-`edge`."""
     return _above(1 - distance, 2 * edge)
 
 
@@ -43,7 +43,7 @@ def _ellipse(x, y, centre_x, centre_y, radius_x, radius_y, edge=0.06):
 
 
 def _over(image, colour, opacity):
-    """Paints `colour` over the image in place."""
+    """Paint `colour` over the image in place."""
     image += opacity * (colour - image)
 
 
@@ -54,7 +54,7 @@ def _smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) 
 
 
 def _coordinates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Body coordinates of every pixel for a patient who is never quite centred, upright or of one size."""
+    """Body coordinates of every pixel, for a patient slightly off centre, tilted and scaled."""
     rows, columns = ROWS_PX // _COARSE, COLUMNS_PX // _COARSE
     scale = 2 / rows / rng.uniform(0.93, 1.07)
     y = ((np.arange(rows) - rows / 2) * scale + rng.uniform(-0.05, 0.05)).astype(np.float32)[:, None]
@@ -64,7 +64,7 @@ def _coordinates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lung_shapes(x, y, lateral: bool) -> list[tuple[np.ndarray, float, float]]:
-    """(mask [H, W], centre x, centre y) of each lung: two beside the heart, or one from the side."""
+    """(mask [H, W], centre x, centre y) of each lung: two from the front, one from the side."""
     lungs = [(0.02, 0.52)] if lateral else [(-0.46, 0.37), (0.46, 0.37)]
     shapes = []
     for centre, half_width in lungs:
@@ -78,7 +78,7 @@ def _lung_shapes(x, y, lateral: bool) -> list[tuple[np.ndarray, float, float]]:
 
 
 def _draw_body(x, y, rng, lateral: bool) -> np.ndarray:
-    """The patient without his lungs, float32 [H, W]."""
+    """The body without lungs, float32 [H, W]."""
     image = np.full(np.broadcast_shapes(x.shape, y.shape), AIR, np.float32)
     half = 0.86 if lateral else 1.04
     neck = _above(-y - 0.84, 0.36)
@@ -91,19 +91,19 @@ def _draw_body(x, y, rng, lateral: bool) -> np.ndarray:
 
 
 def _draw_lungs(image, x, y, rng, lungs, haze: float, lucency: float) -> None:
-    """Lungs with their vessels; haze whitens and mottles them, lucency lets one collapse from its top."""
+    """Lungs with vessels: haze whitens and mottles them, lucency collapses one from the top."""
     fog = _share(haze)
     collapsed = rng.integers(len(lungs))
     vessels = np.exp(-np.abs(np.abs(x) - 0.14) * 4.0)
     mottle = _smooth_noise(rng, image.shape, 34)
     tissue = LUNG + 0.10 * vessels + 0.40 * fog * (1 - 0.2 * y) + (0.02 + 0.06 * fog) * mottle
     for i, (mask, centre, middle) in enumerate(lungs):
-        seen = tissue
+        texture = tissue
         if i == collapsed:  # black air above the lung's edge, and the edge a thin bright line
             edge = middle - 0.88 + 1.05 * _share(lucency) + 0.5 * (x - centre) ** 2
-            seen = tissue + _above(edge - y, 0.05) * (0.07 - tissue)
-            seen += 0.12 * _inside(np.abs(y - edge) / 0.02, 0.5)
-        _over(image, seen, mask)
+            texture = tissue + _above(edge - y, 0.05) * (0.07 - tissue)
+            texture += 0.12 * _inside(np.abs(y - edge) / 0.02, 0.5)
+        _over(image, texture, mask)
 
 
 def _draw_bones(image, x, y, lungs, lateral: bool) -> None:
@@ -140,7 +140,7 @@ def _draw_effusion(image, x, y, lungs, amount: float) -> None:
 
 
 def _draw_nodules(image, x, y, rng, lungs, size: float) -> None:
-    """One round density somewhere in each lung, both of one size."""
+    """A round density at a random place in each lung, both of the same size."""
     radius = 0.03 + 0.22 * _share(size)
     for _, centre, middle in lungs:
         centre_x, centre_y = centre * 1.05 + rng.uniform(-0.08, 0.08), middle + rng.uniform(-0.35, 0.1)
@@ -149,7 +149,7 @@ def _draw_nodules(image, x, y, rng, lungs, size: float) -> None:
 
 
 def _draw_device(image, x, y, rng, load: float) -> None:
-    """A generator box with its lead, and a tube: the more metal, the larger the load."""
+    """A pacemaker with its lead, and a tube: the larger the load, the more metal."""
     share = _share(load)
     side = int(rng.choice([-1, 1]))
     opacity = min(1.0, 0.3 + 1.5 * share)
@@ -164,15 +164,15 @@ def _draw_device(image, x, y, rng, load: float) -> None:
 
 
 def draw(latents: np.ndarray, view: str, seed: tuple[int, ...]) -> np.ndarray:
-    """One X-ray, uint8 [320, 390].
+    """Draw one X-ray, uint8 [320, 390].
 
-    latents: one value for each of IMAGE_LATENTS; view: 'AP', 'PA' or 'LATERAL'.
+    latents: one value per name in IMAGE_LATENTS; view: 'AP', 'PA' or 'LATERAL'.
     """
     rng = np.random.default_rng(seed)
     value = dict(zip(IMAGE_LATENTS, latents.tolist(), strict=True))
     lateral = view == "LATERAL"
     x, y = _coordinates(rng)
-    if view == "PA":  # taken standing, from behind: a smaller heart shadow, deeper breath
+    if view == "PA":  # standing, from behind: a smaller heart shadow, a deeper breath
         value["heart"] -= 0.2
         y = y * 0.96
     image = _draw_body(x, y, rng, lateral)

@@ -1,14 +1,14 @@
 """Bedside and laboratory events of synthetic stays, driven by their vital latents.
 
-Every latent shifts the level of one or two variables for the whole stay (blood pressure and awareness grow
-into it during the first day), over a patient's own baseline and noise. The rows then get the habits of the real
-tables: several items a variable, units, texts, gaps, rows outside the stay, misreadings.
+Each latent shifts the level of one or two variables for the whole stay (for blood pressure and awareness the shift
+builds up during the first day), over a patient's own baseline and noise. The rows have the quirks of the real tables:
+several items per variable, mixed units, texts, gaps, rows outside the stay, wrong values.
 
-`stays` is the frame of `synthetic_cohort.draw_stays`; rows come as `at` = (position of the stay in that frame [R],
-minutes since its intime [R]).
+`stays` is the frame of `cohort.draw_stays`; `at` = (row of the stay in that frame [R], minutes since its intime [R]).
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import polars as pl
@@ -20,7 +20,7 @@ MISREAD_SHARE = 1 / 20_000  # of numeric bedside rows: a slipped decimal point
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    """The course of one variable: base + shift of the latents + a patient's own offset + noise."""
+    """One variable over time: base + shift by the latents + the patient's offset + noise."""
 
     base: float
     shifts: dict[str, float]
@@ -42,7 +42,7 @@ SIGNALS = {
     "awareness": Signal(0.4, {"coma": -1.3}, 0.3, 0.35, grows=True),
 }
 
-# Least awareness of each answer, from the best answer down; then (MIMIC-IV's spelling, the older one).
+# Smallest awareness for each answer, from the best down; MIMIC-IV's spelling, the older one; points.
 GCS = {
     220739: (
         (0.3, "Spontaneously", "4 Spontaneously", 4),
@@ -66,16 +66,16 @@ GCS = {
         (-np.inf, "No response", "1 No Response", 1),
     ),
 }
-ETT = {False: "No Response-ETT", True: "1.0 ET/Trach"}  # by spelling: a tube, so no speech
+ETT = {False: "No Response-ETT", True: "1.0 ET/Trach"}  # old spelling -> answer of an intubated patient
 
 
 def as_text(values: np.ndarray, digits: int) -> pl.Series:
-    """Numbers as the real tables spell them: `77`, `36.6`."""
+    """Format numbers as the real tables do: `77`, `36.6`."""
     return pl.Series(np.round(values, digits) + 0.0).cast(pl.String).str.strip_suffix(".0")
 
 
 def draw_courses(rng: np.random.Generator, vitals_NV: np.ndarray) -> dict[str, tuple]:
-    """Per signal and stay what `read` needs: baseline, shift, and period (h) and phase of a slow wave, each [N]."""
+    """Draw for each signal: baseline, shift, and the period (h) and phase of a slow wave, each [N]."""
     num = len(vitals_NV)
     courses = {}
     for name, signal in SIGNALS.items():
@@ -86,17 +86,17 @@ def draw_courses(rng: np.random.Generator, vitals_NV: np.ndarray) -> dict[str, t
 
 
 def _read(rng, courses, name: str, at) -> np.ndarray:
-    """Values [R] of one signal at `at` = (stay row [R], minutes since intime [R])."""
+    """Return the values [R] of one signal."""
     row, hours = at[0], at[1] / 60
     signal = SIGNALS[name]
     baseline, shift, period_h, phase = (part[row] for part in courses[name])
     wave = 0.8 * np.sin(2 * np.pi * hours / period_h + phase) + 0.8 * rng.standard_normal(len(row))
-    grown = 0.4 + 0.6 * np.clip(hours / 24, 0, 1) if signal.grows else 1.0
-    return baseline + shift * grown + signal.noise_sd * wave
+    growth = 0.4 + 0.6 * np.clip(hours / 24, 0, 1) if signal.grows else 1.0
+    return baseline + shift * growth + signal.noise_sd * wave
 
 
 def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Charting times: stay and minutes since intime, about one an hour, most of them together on the hour."""
+    """Charting times: about one an hour, most at the same minute of the hour."""
     count = np.ceil(los_h).astype(int)
     row = np.repeat(np.arange(len(los_h)), count)
     hour = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
@@ -109,7 +109,7 @@ def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _rows(item: int, at, value, unit: str | None, number=None, comment: str | None = None) -> pl.DataFrame:
-    """Rows of one item at `at`; `number` where it is not spelled as `value`."""
+    """Rows of one item; number: valuenum, if it differs from `value`."""
     value = pl.lit(value, pl.String) if value is None or isinstance(value, str) else value
     frame = pl.DataFrame({"row": at[0].astype(np.int32), "minute": at[1].astype(np.int32)})
     return frame.with_columns(
@@ -122,7 +122,7 @@ def _rows(item: int, at, value, unit: str | None, number=None, comment: str | No
 
 
 def _ordered(frames: list[pl.DataFrame], stays: pl.DataFrame) -> pl.DataFrame:
-    """All rows in order of stay, time and item; stays that are to have no usable event keep the rhythm (220048)."""
+    """Sort all rows by stay, time and item; stays of kind 'empty' keep only the heart rhythm (220048)."""
     rows = pl.concat(frames)
     usable = (stays["kind"] != "empty").to_numpy()[rows["row"].to_numpy()]
     return rows.filter(pl.Series(usable) | (rows["itemid"] == 220048)).sort(
@@ -131,13 +131,13 @@ def _ordered(frames: list[pl.DataFrame], stays: pl.DataFrame) -> pl.DataFrame:
 
 
 def _some(rng, at, share):
-    """A share of the times; `share` may be one number for each of them."""
+    """A random share of the times; share: one number, or one per time."""
     keep = rng.random(len(at[0])) < share
     return at[0][keep], at[1][keep]
 
 
 def _every(at, hours: int):
-    """The times of every so many hours, at a different hour in each stay."""
+    """The times every `hours` hours, starting at a different hour in each stay."""
     keep = (at[1] // 60 + at[0]) % hours == 0
     return at[0][keep], at[1][keep]
 
@@ -178,7 +178,7 @@ def _vitals(rng, add, read, hourly, ventilated) -> None:
 
 
 def _pressures(rng, add, read, hourly, num: int) -> None:
-    """Cuff, arterial line (two sets of items), by hand, and one balloon pump."""
+    """Blood pressure by cuff, arterial line (two sets of items), hand and balloon pump."""
     arterial = rng.random(num) < 0.45
     second_line = rng.random(num) < 0.1
     at_cuff = _some(rng, hourly, np.where(arterial, 0.3, 0.95)[hourly[0]])
@@ -202,7 +202,7 @@ def _pressures(rng, add, read, hourly, num: int) -> None:
 
 
 def _bedside_labs(rng, add, read, hourly, num: int) -> None:
-    """Glucose and pH as the bedside chart has them."""
+    """Glucose and pH of the bedside chart."""
     for item, hours, share, unit in ((225664, 6, 0.7, None), (220621, 12, 0.9, "mg/dL"), (226537, 8, 0.1, "mg/dL")):
         at = _of(_every(hourly, hours), rng.random(num) < share)
         add(item, at, np.exp(read("log_glucose", at)), 0, unit)
@@ -221,8 +221,8 @@ def _body(rng, add, stays: pl.DataFrame, hourly) -> None:
     first = hourly[0][start], np.maximum(hourly[1][start], 0)
     at = _some(rng, first, 0.5)
     inches = np.round(height_cm[at[0]] / 2.54)
-    slipped = rng.random(len(inches)) < 0.003
-    add(226707, at, np.where(slipped, inches * 10, inches), 0, "Inch")
+    misread = rng.random(len(inches)) < 0.003
+    add(226707, at, np.where(misread, inches * 10, inches), 0, "Inch")
     add(226730, at, np.round(inches * 2.54), 0, "cm")
     at = _some(rng, first, 0.9)
     add(226512, at, weight_kg[at[0]], 1, "kg")
@@ -259,12 +259,10 @@ def _texts(rng, read, hourly, ventilated) -> list[pl.DataFrame]:
 
 
 def chart_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> pl.DataFrame:
-    """The bedside rows: row (of the stay), minute (since intime), itemid, value, valuenum, valueuom."""
+    """Return the bedside rows: row (of the stay), minute (since intime), itemid, value, valuenum, valueuom."""
     hourly = _hourly(rng, stays["los_h"].to_numpy())
     frames = []
-
-    def read(name, at):
-        return _read(rng, courses, name, at)
+    read = functools.partial(_read, rng, courses)
 
     def add(item, at, values, digits, unit):
         values = np.where(rng.random(len(values)) < MISREAD_SHARE, values * 10, np.maximum(values, 0))
@@ -280,18 +278,16 @@ def chart_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> 
 
 
 def lab_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> pl.DataFrame:
-    """The laboratory rows, from 8 h before the stay on: as `chart_rows`, with comments."""
+    """Return the laboratory rows, from 8 h before the stay on: as `chart_rows`, with comments."""
     row, minute = _hourly(rng, stays["los_h"].to_numpy() + 8)
     hourly = row, minute - 8 * 60
     frames = []
-
-    def read(name, at):
-        return _read(rng, courses, name, at)
+    read = functools.partial(_read, rng, courses)
 
     def add(item, at, values, digits, unit):
         frames.append(_rows(item, at, as_text(values, digits), unit))
 
-    at = _every(hourly, 8)  # the published tables blank these texts, but not the numbers
+    at = _every(hourly, 8)  # the published tables blank these texts, not the numbers
     fasting = "IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES."
     frames.append(_rows(50931, at, "___", "mg/dL", as_text(np.exp(read("log_glucose", at)), 0), fasting))
     at = _of(at, rng.random(len(stays)) < 0.9)  # blood gases
@@ -313,6 +309,6 @@ def lab_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> pl
 
 
 def output_rows(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
-    """Urine by catheter every other hour: as `chart_rows`."""
+    """Return urine output every other hour: as `chart_rows`."""
     at = _every(_hourly(rng, stays["los_h"].to_numpy()), 2)
     return _ordered([_rows(226559, at, as_text(rng.gamma(2, 60, len(at[0])) // 5 * 5, 0), "ml")], stays)

@@ -1,17 +1,17 @@
-"""What a synthetic patient's hidden state says about his labels, and how much of it can be learnt.
+"""How labels depend on a synthetic patient's latents, and the best AUROC that any model can reach.
 
-A stay has VITAL_LATENTS, which drive its events, and IMAGE_LATENTS, which drive its X-ray; all are
-independent and standard normal. A label is drawn as Bernoulli(p) and
+A stay has VITAL_LATENTS, which drive its events, and IMAGE_LATENTS, which drive its X-ray; all are independent and
+standard normal. A label is Bernoulli(p) with
 
-    p = sigmoid(bias + SCALE * c),   u_v = a unit vector . vital latents,   u_f = a unit vector . X-ray latents
-    c = u_v           for a label readable from the vitals only        ("vitals")
-    c = u_f           for one readable from the X-ray only              ("cxr")
-    c = (u_v+u_f)/2^½ for one of which each modality shows half        ("sum")
-    c ~ min(u_v, u_f) for one that needs both to be high               ("and")
+    p = sigmoid(bias + SCALE * c),   u_v = a unit vector . vital latents,   u_x = a unit vector . image latents
+    c = u_v             the vitals alone decide                ("vitals")
+    c = u_x             the X-ray alone decides                ("cxr")
+    c = (u_v+u_x)/2^½   each modality shows half               ("sum")
+    c ~ min(u_v, u_x)   both must be high                      ("and")
 
-so the best scores are known: p with both modalities, E[p | vital latents] without an X-ray.
+The best scores are thus known: p with both modalities, E[p | vital latents] without an X-ray.
 
-Shapes: N stays, V vital latents, E X-ray latents, K labels, Q quadrature nodes.
+Shapes: N stays, V vital latents, E image latents, K labels, Q quadrature nodes.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 class Rule:
     """How one label depends on the latents.
 
-    prevalence: of the whole cohort; Table 4 of the paper, train column, for the phenotypes.
-    vitals, X-ray: latent -> weight (made a unit vector).
-    both: how the two are joined where both are given, 'sum' or 'and'.
+    prevalence: in the whole cohort; for the phenotypes the train column of the paper's Table 4.
+    vitals, image: latent -> weight (scaled to a unit vector).
+    both: how a label of both modalities combines them, 'sum' or 'and'.
     """
 
     prevalence: float
@@ -97,7 +97,7 @@ RULES = {
 
 
 def draw_latents(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """The vital latents [num, V] and X-ray latents [num, E] of `num` stays."""
+    """Draw the vital latents [num, V] and image latents [num, E] of `num` stays."""
     return rng.standard_normal((num, len(VITAL_LATENTS))), rng.standard_normal((num, len(IMAGE_LATENTS)))
 
 
@@ -108,40 +108,40 @@ def _along(weights: dict[str, float], names: tuple[str, ...], latents: np.ndarra
     return latents @ (vector / np.linalg.norm(vector)) if weights else np.zeros(len(latents))
 
 
-def _logit(rule: Rule, u_v: np.ndarray, u_f: np.ndarray) -> np.ndarray:
-    joined = {
-        "vitals": lambda: u_v + 0 * u_f,
-        "cxr": lambda: u_f + 0 * u_v,
-        "sum": lambda: (u_v + u_f) / np.sqrt(2),
-        "and": lambda: (np.minimum(u_v, u_f) - _MIN_MEAN) / _MIN_STD,
+def _logit(rule: Rule, u_v: np.ndarray, u_x: np.ndarray) -> np.ndarray:
+    combine = {
+        "vitals": lambda: u_v + 0 * u_x,
+        "cxr": lambda: u_x + 0 * u_v,
+        "sum": lambda: (u_v + u_x) / np.sqrt(2),
+        "and": lambda: (np.minimum(u_v, u_x) - _MIN_MEAN) / _MIN_STD,
     }
-    return SCALE * joined[rule.group]()
+    return SCALE * combine[rule.group]()
 
 
 def _bias(rule: Rule) -> float:
-    """The bias that gives the rule its prevalence over all patients."""
+    """The bias that gives the rule its prevalence."""
     logit_QQ = _logit(rule, _NODES[:, None], _NODES[None, :])
     weight_QQ = _WEIGHTS[:, None] * _WEIGHTS[None, :]
     return brentq(lambda bias: (weight_QQ * expit(logit_QQ + bias)).sum() - rule.prevalence, -40.0, 40.0)
 
 
 def probabilities(task: str, vitals_NV: np.ndarray, cxr_NE: np.ndarray) -> dict[str, np.ndarray]:
-    """The true label probabilities, each [N, K]: given 'both', 'ehr_only' and 'cxr_only' latents."""
+    """Return the true label probabilities, each [N, K], given 'both', 'ehr_only' and 'cxr_only' latents."""
     given = {"both": [], "ehr_only": [], "cxr_only": []}
     for rule in RULES[task]:
         u_v = _along(rule.vitals, VITAL_LATENTS, vitals_NV)
-        u_f = _along(rule.image, IMAGE_LATENTS, cxr_NE)
+        u_x = _along(rule.image, IMAGE_LATENTS, cxr_NE)
         bias = _bias(rule)
-        given["both"].append(expit(_logit(rule, u_v, u_f) + bias))
+        given["both"].append(expit(_logit(rule, u_v, u_x) + bias))
         given["ehr_only"].append(expit(_logit(rule, u_v[:, None], _NODES[None, :]) + bias) @ _WEIGHTS)
-        given["cxr_only"].append(expit(_logit(rule, _NODES[None, :], u_f[:, None]) + bias) @ _WEIGHTS)
+        given["cxr_only"].append(expit(_logit(rule, _NODES[None, :], u_x[:, None]) + bias) @ _WEIGHTS)
     return {name: np.stack(columns, axis=1) for name, columns in given.items()}
 
 
 def expected_auroc(true_p: np.ndarray, score: np.ndarray) -> float:
-    """The AUROC to expect of `score` [N] where labels are Bernoulli(true_p [N]).
+    """Return the expected AUROC of `score` [N] for labels that are Bernoulli(true_p [N]).
 
-    Every stay counts as positive with weight p and as negative with weight 1 - p.
+    Every stay counts as a positive of weight p and a negative of weight 1 - p.
     """
     label = np.repeat([1, 0], len(true_p))
     weight = np.concatenate([true_p, 1 - true_p])
@@ -149,15 +149,14 @@ def expected_auroc(true_p: np.ndarray, score: np.ndarray) -> float:
 
 
 def best_auroc(task: str, given: dict[str, np.ndarray], has_cxr_N: np.ndarray) -> dict:
-    """The best AUROC any model can expect on these stays, per label and macro.
+    """Return the best expected AUROC on these stays, per label and macro.
 
-    given: what `probabilities` returned; has_cxr_N: bool, the stays with an X-ray to use.
-    'all': every stay, where 'both' sees an X-ray only where there is one. 'paired': those with an X-ray.
-    None where there are no stays of that kind.
+    given: from `probabilities`; has_cxr_N: bool, the stays with an X-ray. 'all': every stay, 'both' without the X-ray
+    where there is none. 'paired': stays with an X-ray. None with fewer than two stays.
     """
-    seen = np.where(has_cxr_N[:, None], given["both"], given["ehr_only"])
+    available = np.where(has_cxr_N[:, None], given["both"], given["ehr_only"])
     scores = {
-        "all": (slice(None), {"both": seen, "ehr_only": given["ehr_only"]}),
+        "all": (slice(None), {"both": available, "ehr_only": given["ehr_only"]}),
         "paired": (has_cxr_N, given),
     }
     report = {"labels": list(schema.TASKS[task].labels), "groups": [rule.group for rule in RULES[task]]}

@@ -4,7 +4,7 @@ Facts from the published MIMIC-IV demo 2.2 (d_items, d_labitems, d_icd_diagnoses
 """
 
 # itemid|label|abbreviation|linksto|category|unitname|param_type|lownormalvalue|highnormalvalue
-# A unitname of "None" is the real table's text for "no unit"; an empty one is empty there too.
+# The real table has the text "None" for some items without a unit, and an empty unitname for others.
 _ITEMS = """\
 220045|Heart Rate|HR|chartevents|Routine Vital Signs|bpm|Numeric||
 220050|Arterial Blood Pressure systolic|ABPs|chartevents|Routine Vital Signs|mmHg|Numeric|90|140
@@ -63,10 +63,10 @@ _LAB_ITEMS = """\
 50813|Lactate|Blood|Blood Gas
 """
 
-# CCS category, ICD version, code, title; CCS category 0: a diagnosis that is none of the 25 phenotypes.
-# Only codes of which the CCS category is beyond dispute: the phenotype table of the released MedFuse, ICD-9 CCS
-# (ICD-10 by way of the CMS GEMs), and HCUP's own CCS for ICD-10 give the same. (Many common codes are not:
-# J96.01 and I25.10 are missing from the released table, J44.0 is COPD or bronchitis.)
+# CCS category, ICD version, code, title; CCS category 0: none of the 25 phenotypes. Only codes with an undisputed CCS
+# category: the phenotype table of the released MedFuse, ICD-9 CCS (after the CMS GEMs for ICD-10) and HCUP's CCS for
+# ICD-10 agree. Many common codes are disputed: the released table lacks J96.01 and I25.10, and J44.0 is COPD or
+# bronchitis.
 _CODES = """\
 157 9 5849 Acute kidney failure, unspecified
 157 9 5845 Acute kidney failure with lesion of tubular necrosis
@@ -204,11 +204,11 @@ LAB_ITEMS = [tuple(line.split("|")) for line in _LAB_ITEMS.splitlines()]
 
 
 def _codes() -> dict[tuple[int, int], list[tuple[str, str]]]:
-    found = {}
+    codes = {}
     for line in _CODES.splitlines():
         ccs, version, code, title = line.split(maxsplit=3)
-        found.setdefault((int(ccs), int(version)), []).append((code, title))
-    return found
+        codes.setdefault((int(ccs), int(version)), []).append((code, title))
+    return codes
 
 
 CODES = _codes()  # (CCS category or 0, ICD version) -> [(code, title), ...]

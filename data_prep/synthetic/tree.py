@@ -1,15 +1,15 @@
-"""A made-up MIMIC-IV and MIMIC-CXR, with a planted signal of known strength.
+"""Write a synthetic MIMIC-IV and MIMIC-CXR with a planted signal of known strength (signal.py).
 
 python -m data_prep.synthetic --out=DIR [--stays=1000] [--seed=0] [--cxr_fraction=0.19]
 
 DIR then holds
-    mimic-iv/{hosp,icu}/*.csv.gz     as MIMIC-IV 2.2 publishes them
-    mimic-cxr/                       X-rays and tables as MIMIC-CXR-JPG 2.0.0 publishes them
-    best_auroc.json                  the best AUROC any model can expect, with and without X-rays
-    truth.csv.gz                     a row a stay that counts: its X-ray flags, true label probabilities (p_<CCS>,
-                                     p_mortality) and latents (vital_*, image_*)
-    truth_images.csv.gz               a row an X-ray: its latents
-The build reads neither of the truth files. What depends on what: `synthetic_signal.py`.
+    mimic-iv/{hosp,icu}/*.csv.gz   tables in the format of MIMIC-IV 2.2
+    mimic-cxr/                     X-rays and tables in the format of MIMIC-CXR-JPG 2.0.0
+    best_auroc.json                the best expected AUROC, with and without X-rays
+    truth.csv.gz                   a row per kept stay: X-ray flags, true label probabilities (p_<CCS>, p_mortality)
+                                   and latents (vital_*, image_*)
+    truth_images.csv.gz            a row per X-ray: its latents
+The build does not read best_auroc.json or the truth files.
 """
 
 import gzip
@@ -21,29 +21,28 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from absl import flags
 
 from data_prep.synthetic import cohort, cxr, signal
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-FEWEST_STAYS = 10
-VERSION = 2  # of the bytes that the same arguments give
+MIN_STAYS = 10
+VERSION = 2  # raise it when the same arguments give other bytes
 REPORT = "best_auroc.json"
 MORTALITY_WINDOW_H = schema.TASKS["mortality"].window_h
 
 
 def _settings(num_stays: int, seed: int, cxr_fraction: float, images_per_stay: float) -> dict:
-    """What decides the cohort; UserError where a value is out of range."""
-    if not FEWEST_STAYS <= num_stays <= 100_000:
-        raise UserError(f"--stays is {num_stays}; it must be from {FEWEST_STAYS} to 100,000")
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; it must be 0 or more")
-    if not 0 <= cxr_fraction <= 1:
-        raise UserError(f"--cxr_fraction is {cxr_fraction}; it is the share of stays with an X-ray, from 0 to 1")
-    if not 0 <= images_per_stay <= 100:
-        raise UserError(f"--images_per_stay is {images_per_stay}; it must be from 0 to 100")
+    """Return the settings that determine the cohort; raise UserError for a value out of range."""
+    for flag, value, low, high in (
+        ("--stays", num_stays, MIN_STAYS, 100_000),
+        ("--seed", seed, 0, 2**63),
+        ("--cxr_fraction", cxr_fraction, 0, 1),
+        ("--images_per_stay", images_per_stay, 0, 100),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{flag} is {value}; it must be from {low} to {high}", field=flag, value=value)
     return {
         "version": VERSION,
         "num_stays": num_stays,
@@ -54,7 +53,7 @@ def _settings(num_stays: int, seed: int, cxr_fraction: float, images_per_stay: f
 
 
 def _written_before(out_dir: Path, settings: dict) -> dict | None:
-    """The report of the same cohort where `out_dir` holds it; UserError where it holds anything else."""
+    """Return the report if `out_dir` holds this cohort, None if it is new or empty; otherwise raise UserError."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
     try:
@@ -62,25 +61,25 @@ def _written_before(out_dir: Path, settings: dict) -> dict | None:
     except (OSError, ValueError):
         report = {}
     if any(report.get(name) != value for name, value in settings.items()):
-        raise UserError(f"{out_dir} holds something else already; give another --out, or remove it first")
+        raise UserError(f"{out_dir} has other content; give another --out, or remove it", field="--out", path=out_dir)
     return report
 
 
 def _write_table(frame: pl.DataFrame, path: Path) -> None:
-    """Writes a .csv.gz with the same bytes every time: no name and no time in its header."""
+    """Write a reproducible .csv.gz: no name and no time in its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         path.open("wb") as file,
         gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=1, mtime=0) as packed,
     ):
-        for part, rows in enumerate(frame.iter_slices(1_000_000)):  # the whole text of a large table is gigabytes
+        for part, rows in enumerate(frame.iter_slices(1_000_000)):  # the text of a large table takes gigabytes
             text = io.BytesIO()
             rows.write_csv(text, include_header=part == 0, datetime_format="%Y-%m-%d %H:%M:%S")
             packed.write(text.getbuffer())
 
 
 def _image_flags(stays: pl.DataFrame, planned: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Which stays [N] have an AP X-ray in them, and which in their first 48 h."""
+    """Return which stays [N] have an AP X-ray during the stay, and which in its first 48 h."""
     in_stay = planned.filter((pl.col("view") == "AP") & (pl.col("row") >= 0) & (pl.col("hours") >= 0))
     row, hours = in_stay["row"].to_numpy(), in_stay["hours"].to_numpy()
     los_h = stays["los_h"].to_numpy()
@@ -91,7 +90,7 @@ def _image_flags(stays: pl.DataFrame, planned: pl.DataFrame) -> tuple[np.ndarray
 
 
 def _report(stays: pl.DataFrame, planted: dict, planned: pl.DataFrame) -> dict:
-    """The best AUROC to expect for each task, on the stays that its cohort rules leave."""
+    """Return the best expected AUROC of each task, on the stays that pass its cohort filters."""
     whole, early = _image_flags(stays, planned)
     kept = (stays["kind"] == "kept").to_numpy()
     long_enough = (stays["los_h"] >= MORTALITY_WINDOW_H).to_numpy()
@@ -142,21 +141,20 @@ def write(
     images_per_stay: float = 1.5,
     workers: int | None = None,
 ) -> dict:
-    """Writes the synthetic cohort to `out_dir`, a new or empty folder; returns its report.
+    """Write the synthetic cohort to `out_dir`, a new or empty folder, and return its report.
 
-    num_stays: ICU stays the cohort rules leave (others are written to be dropped); cxr_fraction: share of
-    them with an AP X-ray in the stay; images_per_stay: X-rays written for each stay, those of patients without a stay
-    included; workers: threads. The same arguments give the same bytes, whatever `workers` is; where `out_dir` holds
-    that cohort already, nothing is written. UserError for values out of range and a folder that holds anything else.
-    The report (also best_auroc.json): the settings, and by task `signal.best_auroc` and the prevalence of the
-    drawn labels.
+    num_stays: ICU stays that pass the cohort filters (others are added for the filters to drop); cxr_fraction: fraction
+    of them with an AP X-ray during the stay; images_per_stay: X-rays per stay, including those of patients without a
+    stay; workers: threads. The same arguments give the same bytes, for any `workers`; if `out_dir` holds that cohort
+    already, nothing is written. Raises UserError for a value out of range, or if the folder has other content.
+    The report, also best_auroc.json: the settings, and for each task `signal.best_auroc` and the labels' prevalence.
     """
     out_dir = Path(out_dir).resolve()
     settings = _settings(num_stays, seed, cxr_fraction, images_per_stay)
     if report := _written_before(out_dir, settings):
         return report
     workers = workers or min(8, os.cpu_count() or 1)
-    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")  # a stopped run leaves no whole-looking folder
+    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")  # an interrupted run must not look complete
     try:
         with files.must_write(f"--out={out_dir}"):
             partial.mkdir(parents=True)
@@ -165,6 +163,3 @@ def write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
-
-
-FLAGS = flags.FLAGS
