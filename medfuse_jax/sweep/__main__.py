@@ -1,6 +1,6 @@
-"""Tries an experiment with many settings: `python -m medfuse_jax.sweep --config=FILE --trials=10 --workdir=DIR`.
+"""Run an experiment with many settings: `python -m medfuse_jax.sweep --config=FILE --trials=10 --workdir=DIR`.
 
-The same command goes on where a stopped sweep was. See docs/sweeps.md.
+Rerunning the command resumes a stopped sweep. See docs/sweeps.md.
 """
 
 import functools
@@ -15,12 +15,9 @@ from medfuse_jax.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> None:
-    from medfuse_jax.sweep import command, processes  # late: a wrong flag is refused before jax starts
+    from medfuse_jax.sweep import command, processes  # late: absl checks the flags before jax is imported
 
     given = flags.FLAGS
-    for name, least in (("trials", 1), ("lanes", 1), ("round", 1), ("seed", 0)):
-        if given[name].value is not None and given[name].value < least:
-            raise UserError(f"--{name}={given[name].value}: give at least {least}")
     process = processes.start(given.coordinator, given.num_processes, given.process, given.distributed)
     request = command.Request(
         given.config,
@@ -32,36 +29,44 @@ def main(argv: list[str]) -> None:
         lanes=given.lanes,
         algorithm=given.algorithm,
         per_round=given.round,
-        export=_numbers(given.export),
+        export=_parse_numbers(given.export),
     )
-    processes.run(functools.partial(command.run, request, process, _STARTED_S))
+    processes.run(functools.partial(command.run, request, process, _START_S))
 
 
-def _numbers(texts: list[str]) -> list[int]:
-    """The trials that --export names."""
+def _parse_numbers(texts: list[str]) -> list[int]:
     for text in texts:
         if not text.isdecimal():
-            raise UserError(f"--export={','.join(texts)}: {text!r} is not a trial's number, as in sweep.csv")
+            message = f"--export={','.join(texts)}: {text!r} is not a trial number, as in sweep.csv"
+            raise UserError(message, field="--export", value=text)
     return [int(text) for text in texts]
 
 
-_STARTED_S = time.perf_counter()
+_START_S = time.perf_counter()
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "An experiment, such as configs/pheno.py.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder for the sweep, on a filesystem that all its processes see.")
-    flags.DEFINE_integer("trials", None, "How many trials: 10, or all that the config's sweep(add) lists.")
-    flags.DEFINE_multi_string(
-        "search", [], "NAME:KIND(VALUE,...), KIND loguniform, uniform, int or choice; repeatable."
+    flags.DEFINE_string("workdir", None, "Folder for the sweep, on a filesystem that all its processes share.")
+    flags.DEFINE_integer(
+        "trials", None, "Number of trials; default 10, or all that the config's sweep(add) lists.", lower_bound=1
     )
-    flags.DEFINE_string("algorithm", "random", "random, or optuna: rounds of trials, each drawn from the ones before.")
-    flags.DEFINE_integer("round", None, "With --algorithm=optuna: trials a round; 5, or as many as devices.")
-    flags.DEFINE_integer("seed", 0, "Of the trials drawn; each trial's own seed is config.seed, unless searched.")
-    flags.DEFINE_integer("lanes", None, "Trials a device computes in one call; measured where not given.")
-    flags.DEFINE_list("export", [], "Numbers of trials whose checkpoints to write at the end, to evaluate or combine.")
-    flags.DEFINE_bool("distributed", False, "Several processes, as jax finds them: Cloud TPU, Slurm, Open MPI.")
-    flags.DEFINE_string("coordinator", None, "Several processes, by hand: HOST:PORT of the first.")
-    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
-    flags.DEFINE_integer("process", None, "With --coordinator: which of them this one is, from 0.")
+    flags.DEFINE_multi_string(
+        "search",
+        [],
+        "NAME:KIND(VALUE,...) with KIND loguniform, uniform, int or choice; repeat it for several parameters.",
+    )
+    flags.DEFINE_string("algorithm", "random", "'random', or 'optuna': each round of trials learns from those before.")
+    flags.DEFINE_integer(
+        "round", None, "Trials per round of --algorithm=optuna; default 5, or the number of devices.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of the search. The trials train with config.seed, unless it is searched.", lower_bound=0
+    )
+    flags.DEFINE_integer("lanes", None, "Trials per device in one call; measured by default.", lower_bound=1)
+    flags.DEFINE_list("export", [], "Trials to write checkpoints of, by number: to evaluate or combine them.")
+    flags.DEFINE_bool("distributed", False, "Run as several processes, detected by jax: Cloud TPU, Slurm, Open MPI.")
+    flags.DEFINE_string("coordinator", None, "Run as several processes, started by hand: HOST:PORT of the first.")
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: the number of processes.")
+    flags.DEFINE_integer("process", None, "With --coordinator: the number of this process, from 0.")
     flags.mark_flags_as_required(["config", "workdir"])
     command_line.run(main, resumes=True)

@@ -1,53 +1,52 @@
-"""Trials by Optuna (extra `optuna`), a round at a time: each round knows what those before it reached.
+"""Trials proposed by Optuna (extra `optuna`), a round at a time, from the results of the rounds before.
 
-A round is drawn from the sweep's seed, its number and the records of the rounds before it, and kept in a file
-before any of its trials starts: so every process and every later start has the same trials.
+A round depends on the sweep's seed, the round's number and the records of earlier rounds. It is written to a file
+before any of its trials starts, so every process and every later start has the same trials.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import processes, results
 from medfuse_jax.sweep.search import Parameter, Trial
 
-_TRIES = 100
+_MAX_PROPOSALS = 100
 
 
 def check_installed() -> None:
-    """UserError where Optuna is missing."""
     try:
         import optuna  # noqa: F401
     except ImportError:
-        raise UserError("--algorithm=optuna needs Optuna: pip install optuna") from None
+        raise UserError("--algorithm=optuna needs Optuna: pip install optuna", field="--algorithm") from None
 
 
 def rounds(
     workdir: Path,
     parameters: list[Parameter],
-    at_random: list[Trial],
+    random_trials: list[Trial],
     per_round: int,
     seed: int,
     draws: bool,
     check: Callable[[Trial], None],
 ) -> Iterator[list[Trial]]:
-    """Yields the trials, `per_round` at a time and as many in all as `at_random` holds, once those before are recorded.
+    """Yield rounds of `per_round` trials, as many trials in all as `random_trials`.
 
-    at_random: different trials of the same parameters, for when Optuna proposes none that is new. draws: whether
-    this process draws the rounds; the others wait for their files. check: raises UserError for a trial that cannot
-    run; another is then drawn in its place.
+    Each round needs the records of the rounds before. random_trials: used when Optuna proposes no new trial.
+    draws: whether this process draws the rounds; the others wait for their files. check: raises UserError for a trial
+    that cannot run, which is then drawn again.
     """
     trials = []
-    for start in range(0, len(at_random), per_round):
+    for start in range(0, len(random_trials), per_round):
         number, path = start // per_round, workdir / "rounds" / f"{start // per_round:03d}.json"
-        count = min(per_round, len(at_random) - start)
+        count = min(per_round, len(random_trials) - start)
         if draws and not path.exists():
             known = [(trial, results.record(workdir, trial)) for trial in trials]
-            drawn = _propose(parameters, known, at_random, count, [seed, number], check)
-            results.write_whole(path, json.dumps([trial.values for trial in drawn], indent=1) + "\n")
+            proposed = _propose(parameters, known, random_trials, count, [seed, number], check)
+            results.write_json(path, [trial.values for trial in proposed])
         processes.wait_for(lambda path=path: [path.exists()], f"the first process to draw round {number}")
         drawn = [Trial(start + i, values) for i, values in enumerate(_read(path, parameters, count))]
         for trial in drawn:
@@ -57,31 +56,32 @@ def rounds(
 
 
 def _read(path: Path, parameters: list[Parameter], count: int) -> list[dict]:
-    """The values of a round's trials, `count` of them and each of what the parameters can be."""
-    try:
-        drawn = json.loads(path.read_text())
-        if not isinstance(drawn, list) or len(drawn) != count:
-            raise ValueError(f"it does not list {count} trials")
-        for values in drawn:
-            if not isinstance(values, dict) or values.keys() != {parameter.field for parameter in parameters}:
-                raise ValueError(f"{values} does not give each parameter of --search a value")
-            for parameter in parameters:
-                if not parameter.can_draw(values[parameter.field]):
-                    raise ValueError(f"--search draws no {parameter.field} of {values[parameter.field]!r}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it, and the round is drawn again") from None
-    return drawn
+    """Read a round's file; UserError unless it gives `count` trials with a valid value for each parameter."""
+    hint = "delete it to draw the round again"
+    drawn = files.read_json(path, hint, kind=list)
+    fields = [parameter.field for parameter in parameters]
+    invalid = [
+        values
+        for values in drawn
+        if not isinstance(values, dict)
+        or values.keys() != set(fields)
+        or not all(parameter.contains(values[parameter.field]) for parameter in parameters)
+    ]
+    if invalid or len(drawn) != count:
+        problem = f"--search draws no trial {invalid[0]}" if invalid else f"{len(drawn)} trials instead of {count}"
+        raise UserError(f"{path} is damaged ({problem}): {hint}", path=path, value=invalid or len(drawn))
+    return [{field: values[field] for field in fields} for values in drawn]
 
 
 def _propose(
     parameters: list[Parameter],
     known: list[tuple[Trial, dict]],
-    at_random: list[Trial],
+    random_trials: list[Trial],
     count: int,
     seed: list[int],
     check: Callable[[Trial], None],
 ) -> list[Trial]:
-    """The next trials, all new and all able to run, by a tree-structured Parzen estimator of what the known reached."""
+    """Propose `count` new trials that can run, by a tree-structured Parzen estimator on the known records."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -100,10 +100,9 @@ def _propose(
                 distributions=distributions,
             )
         )
-    seen = [trial.values for trial, _ in known]
-    proposed = []
+    seen, proposed = [trial.values for trial, _ in known], []
     for number in range(len(known), len(known) + count):
-        candidates = (Trial(number, values) for values in _candidates(study, distributions, parameters, at_random))
+        candidates = (Trial(number, values) for values in _candidates(study, distributions, parameters, random_trials))
         proposed.append(next(trial for trial in candidates if trial.values not in seen and _can_run(trial, check)))
         seen.append(proposed[-1].values)
     return proposed
@@ -117,13 +116,12 @@ def _can_run(trial: Trial, check: Callable[[Trial], None]) -> bool:
     return True
 
 
-def _candidates(study, distributions: dict, parameters: list[Parameter], at_random: list[Trial]) -> Iterator[dict]:
-    """What Optuna proposes, a number of times; then trials drawn at random."""
-    for _ in range(_TRIES):
+def _candidates(study, distributions: dict, parameters: list[Parameter], random_trials: list[Trial]) -> Iterator[dict]:
+    """Yield Optuna's proposals, a limited number of them, and then the random trials."""
+    for _ in range(_MAX_PROPOSALS):
         asked = study.ask(distributions)
-        yield {parameter.field: parameter.as_shown(asked.params[parameter.field]) for parameter in parameters}
-    for trial in at_random:
-        yield trial.values
+        yield {parameter.field: parameter.rounded(asked.params[parameter.field]) for parameter in parameters}
+    yield from (trial.values for trial in random_trials)
 
 
 def _distribution(parameter: Parameter):

@@ -10,28 +10,26 @@ import jax
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, main, parallel, train
+from medfuse_jax import evaluate, experiment, parallel, train
+from medfuse_jax.data import synthetic
 from medfuse_jax.report import read_runs, terminal
-from medfuse_jax.runs import warm_start
+from medfuse_jax.runs import sources, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import compilation
 from medfuse_jax.runtime.errors import UserError, check_choice
-from medfuse_jax.sweep import adaptive, frozen_encoders, page, processes, results, search
-from medfuse_jax.sweep import groups as run_lib
+from medfuse_jax.sweep import adaptive, frozen_encoders, groups, page, processes, results, search
 from medfuse_jax.sweep.costs import Costs
 
 ALGORITHMS = ("random", "optuna")
 _DEFAULT_TRIALS = 10
-_DEFAULT_ROUND = 5  # trials of an adaptive search's round, where there are no more devices than that
+_DEFAULT_ROUND = 5  # trials per round; more if there are more devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command is asked for, by its flags.
+    """The flags of the command, under their names but for `specs` (--search) and `per_round` (--round).
 
-    specs: of --search. num_trials, lanes, per_round: None for what a sweep takes by itself. algorithm: 'random' draws
-    all trials at once, 'optuna' `per_round` at a time, from what those before reached. export: trials whose
-    checkpoints to write.
+    None for num_trials, lanes and per_round means the default.
     """
 
     config: ConfigDict
@@ -46,85 +44,93 @@ class Request:
     export: Sequence[int] = ()
 
 
-def run(request: Request, process: processes.Process, started_s: float) -> None:
-    """Runs or goes on with a sweep; leaves sweep.csv, sweep.html and best_config.py in the workdir.
+def run(request: Request, process: processes.Process, start_s: float) -> None:
+    """Run or resume a sweep; write sweep.csv, sweep.html, best_config.py and costs.json to the workdir.
 
-    process: of several that share the workdir each trains its part of the trials; the first makes what all need, and
-    what they come to.
+    process: one of those that share the workdir. Each trains its share of the trials; the first also pre-trains the
+    encoders and writes the results. start_s: when the command started.
     """
     config, workdir = request.config, request.workdir
     config_lib.validate(config)
-    if config.profile_steps:
-        raise UserError("config.profile_steps is of a run alone, not of trials: leave it out")
-    if config.recurrence == "cudnn":
-        raise UserError("config.recurrence is 'cudnn', which runs no trials side by side: take pallas, or chunks")
+    _check_single_run_fields(config)
     compilation.keep()
-    tried = _search(request, process.is_first)
-    if unknown := set(request.export) - {trial.number for trial in tried.drawn}:
-        raise UserError(f"--export={min(unknown)}: the trials are 0 to {len(tried.drawn) - 1}")
-    _name_data(config, process.is_first)
+    trials = _plan_trials(request, process.is_first)
+    if unknown := set(request.export) - {trial.number for trial in trials.initial}:
+        message = f"--export={min(unknown)}: the trials are 0 to {len(trials.initial) - 1}"
+        raise UserError(message, field="--export", value=min(unknown))
+    _set_data(config, process.is_first)
     workdir_lib.check_outside_sweeps(workdir)
-    workdir_lib.check_apart(workdir, config.data.dir)
+    workdir_lib.check_outside_shards(workdir, config.data.dir)
     costs = Costs()
     compilation.count_into(costs.compiled)
     base = experiment.open_experiment(config, parallel.devices()[:1])
     experiment.check_recurrence(base)
-    staged = list(dict.fromkeys(name for trial in tried.drawn for name in _staged(trial, config)))
-    given, stages = warm_start.open_sources(config, workdir, staged, base.devices)
-    in_rounds = request.algorithm != "random"
-    sweep = run_lib.Sweep(config, workdir, given | stages, request.lanes, in_rounds)
-    check = functools.partial(_check, sweep=sweep, fitting=set())
-    for trial in tried.drawn:
+    pretrained = list(dict.fromkeys(name for trial in trials.initial for name in _pretrained(trial, config)))
+    given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
+    sweep = groups.Sweep(config, workdir, given | stages, request.lanes)
+    check = functools.partial(_check, sweep=sweep, checked_models=set())
+    for trial in trials.initial:
         check(trial)
     claim = functools.partial(
-        results.claim, workdir, config, base.dataset.digest, tried.identity, writes=process.is_first
+        results.claim, workdir, config, base.dataset.digest, trials.identity, writes=process.is_first
     )
     with workdir_lib.locked(workdir) if process.is_first else contextlib.nullcontext():
-        _begin(workdir, claim, stages, process.is_first, costs)
-        costs.started(started_s)
-        trials = _train(sweep, tried.rounds(check), process, costs)
+        _pretrain(workdir, claim, stages, process.is_first, costs)
+        costs.end_startup(start_s)
+        trained = _train(sweep, trials.rounds(check), process, costs)
         print(costs.summary())
         if process.is_first:
-            _conclude(sweep, trials, request.export)
+            costs.write(workdir)
+            _conclude(sweep, trained, request.export)
 
 
-def _name_data(config: ConfigDict, is_first: bool) -> None:
-    """Sets what a sweep of one process may leave open, and the order of the data, which all trials share."""
+def _check_single_run_fields(config: ConfigDict) -> None:
+    if config.profile_steps:
+        message = "config.profile_steps is for single runs: leave it out of a sweep"
+        raise UserError(message, field="config.profile_steps", value=config.profile_steps)
+    if config.recurrence == "cudnn":
+        message = "config.recurrence='cudnn' cannot run trials side by side: use pallas or chunks"
+        raise UserError(message, field="config.recurrence", value="cudnn")
+
+
+def _set_data(config: ConfigDict, is_first: bool) -> None:
+    """Set the data folder if it is not given, and the order of the data, which all trials share."""
     if is_first:
-        main.name_data(config)
+        synthetic.set_data_dir(config)
     elif not config.data.dir:
-        raise UserError("several processes need --config.data.dir: a folder that all of them see")
-    if config.data.order_seed < 0:  # a trial's own seed leaves the order of the data alone
+        message = "several processes need --config.data.dir: a folder that all of them see"
+        raise UserError(message, field="config.data.dir")
+    if config.data.order_seed < 0:  # a trial's own seed must not change the order
         config.data.order_seed = config.seed
 
 
-def _begin(workdir: Path, claim: Callable[[], None], stages: dict, is_first: bool, costs: Costs) -> None:
-    """Claims the folder and trains the encoders, or waits until the first process has."""
+def _pretrain(workdir: Path, claim: Callable[[], None], stages: dict, is_first: bool, costs: Costs) -> None:
+    """Claim the folder and pre-train the encoders, or wait until the first process has."""
     ready = [workdir / "started.json", *(folder / "trained.json" for folder, _ in stages.values())]
     if is_first:
         claim()
-        with costs.spent("pretrain_s"):
+        with costs.timed("pretrain_s"):
             train.pretrain(stages, by_sweep=True)
         for path in ready:
-            results.write_whole(path, "{}\n")
+            results.write_json(path, {})
     else:
-        with costs.spent("pretrain_s"):
+        with costs.timed("pretrain_s"):
             processes.wait_for(lambda: [path.exists() for path in ready], "the first process to pre-train the encoders")
         claim()
 
 
 def _train(
-    sweep: run_lib.Sweep, rounds: Iterable[list[search.Trial]], process: processes.Process, costs: Costs
+    sweep: groups.Sweep, rounds: Iterable[list[search.Trial]], process: processes.Process, costs: Costs
 ) -> list[search.Trial]:
-    """Trains this process' part of each round's trials, and waits for the others'; returns all trials."""
+    """Train this process's share of each round and wait for the others; return all trials."""
     trials = []
-    for drawn in rounds:
-        dealt = len(trials)
-        for group in run_lib.groups(sweep, drawn):
-            run_lib.train_group(sweep, process.part(group, dealt), costs)
-            dealt += len(group)
-        trials += drawn
-        processes.wait_for(functools.partial(_are_recorded, sweep.workdir, drawn), "the other processes")
+    for of_round in rounds:
+        num_dealt = len(trials)
+        for group in groups.split_into_groups(sweep, of_round):
+            groups.train_group(sweep, process.share(group, num_dealt), costs)
+            num_dealt += len(group)
+        trials += of_round
+        processes.wait_for(functools.partial(_are_recorded, sweep.workdir, of_round), "the other processes")
     return trials
 
 
@@ -133,143 +139,139 @@ def _are_recorded(workdir: Path, trials: list[search.Trial]) -> list[bool]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Search:
-    """What is tried. identity: all that decides it; drawn: what is checked first; rounds: the trials as they come.
+class _Trials:
+    """The trials of a sweep.
 
-    rounds takes the check of a trial, for those that are drawn on the way.
+    identity: what determines them. initial: drawn at random or listed, and checked before any training; with random
+    search these are all. rounds: check -> rounds of trials, where `check` is applied to trials drawn later.
     """
 
     identity: dict
-    drawn: list[search.Trial]
+    initial: list[search.Trial]
     rounds: Callable[[Callable[[search.Trial], None]], Iterable[list[search.Trial]]]
 
 
-def _search(request: Request, draws: bool) -> _Search:
-    """The trials: by --search, else as the config's sweep(add) lists them, else the paper's learning rates.
+def _plan_trials(request: Request, draws: bool) -> _Trials:
+    """Plan the trials: by --search, else by the config's sweep(add), else the paper's learning rates.
 
-    draws: whether this process draws the rounds, where there are any.
+    draws: whether this process draws the rounds.
     """
     check_choice("--algorithm", request.algorithm, ALGORITHMS)
-    if request.per_round and request.algorithm == "random":
-        raise UserError("--round is of --algorithm=optuna; trials drawn at random are one round")
-    listed = search.listed(request.config_path)
+    is_random = request.algorithm == "random"
+    if request.per_round and is_random:
+        raise UserError("--round needs --algorithm=optuna: random trials have no rounds", field="--round")
+    listed = search.sweep_function(request.config_path)
     specs = request.specs or [search.PAPER_SEARCH]
     if listed and request.specs and draws:
-        print(f"--search is given: the trials that {request.config_path} lists are not run")
+        print(f"--search replaces the trials listed in {request.config_path}")
     if listed and not request.specs:
-        if request.algorithm != "random":
-            raise UserError(
-                f"--algorithm={request.algorithm} needs --search: {request.config_path} lists its trials itself"
-            )
+        if not is_random:
+            message = f"--algorithm={request.algorithm} needs --search: {request.config_path} lists its trials itself"
+            raise UserError(message, field="--search")
         trials = search.collect(listed, request.config, request.num_trials)
     else:
         parameters = search.parse(specs, request.config)
         num_trials = _DEFAULT_TRIALS if request.num_trials is None else request.num_trials
         trials = search.draw(parameters, num_trials, request.seed)
-    if request.algorithm == "random":
-        identity = {"algorithm": "random", "trials": [trial.values for trial in trials]}
-        return _Search(identity, trials, lambda check: [trials])
+    identity = {"algorithm": request.algorithm}
+    if is_random:
+        return _Trials(identity | {"trials": [trial.values for trial in trials]}, trials, lambda check: [trials])
     adaptive.check_installed()
-    per_round = request.per_round or _kept_round(request.workdir)
-    identity = {
-        "algorithm": request.algorithm,
-        "search": specs,
-        "trials": len(trials),
-        "round": per_round,
-        "seed": request.seed,
-    }
-    return _Search(
-        identity,
-        trials,
-        lambda check: adaptive.rounds(request.workdir, parameters, trials, per_round, request.seed, draws, check),
-    )
+    per_round = request.per_round or _stored_round(request.workdir)
+    identity |= {"search": specs, "trials": len(trials), "round": per_round, "seed": request.seed}
+    rounds = functools.partial(adaptive.rounds, request.workdir, parameters, trials, per_round, request.seed, draws)
+    return _Trials(identity, trials, rounds)
 
 
-def _kept_round(workdir: Path) -> int:
-    """Trials a round where none are given: a sweep that goes on keeps its own, however many devices there are now."""
-    there = results.claimed(workdir) or {"search": {}}
-    return there["search"].get("round") or max(_DEFAULT_ROUND, len(jax.devices()))
+def _stored_round(workdir: Path) -> int:
+    """Return the default number of trials per round: in a resumed sweep that of before, on any number of devices."""
+    stored = results.read_claim(workdir) or {"search": {}}
+    return stored["search"].get("round") or max(_DEFAULT_ROUND, len(jax.devices()))
 
 
-def _check(trial: search.Trial, sweep: run_lib.Sweep, fitting: set) -> None:
-    """What is wrong with a trial is said before any is trained: its values, or what it starts from.
+def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> None:
+    """Raise UserError if a trial cannot run: its values, or the encoders that it starts from.
 
-    fitting: the models that their encoders do fit, with the encoders' names; this one is added.
+    checked_models: the models whose encoders were checked before, with the encoders' names; this trial's is added.
     """
-    with _named(trial):
-        if lacking := [name for name in _staged(trial, sweep.config) if name not in sweep.encoders]:
-            raise UserError(f"it needs config.pretrain.{lacking[0]}, which none of the trials has that are drawn first")
+    with _trial_named(trial):
+        if missing := [name for name in _pretrained(trial, sweep.config) if name not in sweep.encoders]:
+            field = f"config.pretrain.{missing[0]}"
+            raise UserError(f"it needs {field}, which no trial of the first round uses", field=field)
         config = sweep.config_of(trial)
         encoders = sweep.encoders_of(config)
         run = experiment.open_experiment(config, parallel.devices()[:1])
-        run.check_any("test", run.dataset.usable("test"))  # whichever is chosen is scored on it at the end
+        run.check_any("test", run.dataset.usable("test"))  # any trial may be chosen, and is then scored on it
         frozen_encoders.check_values(trial.values, config, encoders)
-        if (run.options.model, *encoders) not in fitting:
+        if (run.options.model, *encoders) not in checked_models:
             for name, (folder, source) in encoders.items():
-                warm_start.check(run, name, folder, source)
-            warm_start.check_frozen(run, encoders)
-            fitting.add((run.options.model, *encoders))
+                sources.check(run, name, folder, source)
+            sources.check_frozen(run, encoders)
+            checked_models.add((run.options.model, *encoders))
 
 
-def _staged(trial: search.Trial, config: ConfigDict) -> list[str]:
-    """The encoders that the trial's config would have pre-trained; UserError where it is wrong."""
-    with _named(trial):
+def _pretrained(trial: search.Trial, config: ConfigDict) -> list[str]:
+    """Return the encoders that the trial's config pre-trains; UserError if the config is invalid."""
+    with _trial_named(trial):
         config = trial.config(config)
         config_lib.validate(config)
         return warm_start.staged(config)
 
 
 @contextlib.contextmanager
-def _named(trial: search.Trial) -> Iterator[None]:
-    """What is wrong with a trial is said with its number and values."""
+def _trial_named(trial: search.Trial) -> Iterator[None]:
+    """Add the trial's number and values to a UserError."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"trial {trial.number} ({trial.describe()}): {error}") from None
+        message = f"trial {trial.number} ({trial.describe()}): {error}"
+        fields = {name: getattr(error, name) for name in ("field", "path", "row", "value", "nearest")}
+        raise UserError(message, **fields) from None
 
 
-def _conclude(sweep: run_lib.Sweep, trials: list[search.Trial], wanted: Sequence[int]) -> None:
-    """The table, the choice and its test result. wanted: further trials whose checkpoints to write."""
+def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequence[int]) -> None:
+    """Write the table, score the chosen trial on the test split and write the page. exported: of --export."""
     workdir = sweep.workdir
     records = [results.record(workdir, trial) for trial in trials]
     print(results.write_table(workdir, records))
     for trial, r in zip(trials, records):
         _update_paths(sweep, trial)
-        if trial.number in wanted and r["status"] == results.FAILED:
+        if trial.number in exported and r["status"] == results.FAILED:
             print(f"--export={trial.number}: the trial failed and has no checkpoint")
-        elif trial.number in wanted:
+        elif trial.number in exported:
             _export(sweep, trial)
-            print(f"--export={trial.number}: in {results.trial_dir(workdir, trial.number) / 'checkpoints'}")
+            print(f"--export={trial.number}: written to {results.trial_dir(workdir, trial.number) / 'checkpoints'}")
     chosen = results.choose(records)
     if chosen is None:
         page.write(workdir, sweep.config.to_dict(), records)
-        raise UserError(f"no trial of {workdir} finished with a validation AUROC: see the reasons in sweep.csv")
+        message = f"no trial of {workdir} finished with a validation AUROC: see the reasons in sweep.csv"
+        raise UserError(message, path=workdir / "sweep.csv")
     best = trials[records.index(chosen)]
     best_config = results.write_best_config(workdir, chosen, sweep.config_of(best))
     folder = results.trial_dir(workdir, best.number)
     if not (folder / "result.json").exists():
         _export(sweep, best)
-        result = evaluate.evaluate(folder, on=parallel.devices()[:1])  # the test split, once, for the chosen alone
-        assert result["best_epoch"] == chosen["best_epoch"], "what was scored is not what was chosen"
+        result = evaluate.evaluate(folder, devices=parallel.devices()[:1])
+        assert result["best_epoch"] == chosen["best_epoch"], "the scored checkpoint is not the chosen one"
     if tested := read_runs.read_run(folder).result:
         print("\n" + terminal.table([tested]))
     path = page.write(workdir, sweep.config.to_dict(), records)
-    print(f"\nchosen: trial {chosen['trial']}, in {folder}; its config: {best_config}; all trials: {path}")
+    print(f"\nchosen: trial {chosen['trial']} in {folder}; its config: {best_config}; all trials: {path}")
 
 
-def _update_paths(sweep: run_lib.Sweep, trial: search.Trial) -> None:
-    """Makes a trial's config name the shards and encoders where they are now."""
+def _update_paths(sweep: groups.Sweep, trial: search.Trial) -> None:
+    """Set the paths of shards and encoders in a trial's config, in case they were moved."""
     path = results.trial_dir(sweep.workdir, trial.number) / "config.json"
     if not path.exists():  # the trial failed before its first step
         return
-    config, now = config_lib.load(path), sweep.config_of(trial)
-    if (config.data.dir, config.init) != (now.data.dir, now.init):
-        config.data.dir, config.init = now.data.dir, now.init
+    config, current = config_lib.load(path), sweep.config_of(trial)
+    if (config.data.dir, config.init) != (current.data.dir, current.init):
+        config.data.dir, config.init = current.data.dir, current.init
         config_lib.save(config, path)
 
 
-def _export(sweep: run_lib.Sweep, trial: search.Trial) -> None:
-    """Writes the checkpoint of a trial whose state is in state.npz."""
+def _export(sweep: groups.Sweep, trial: search.Trial) -> None:
+    """Write the checkpoint of a trial stored as state.npz."""
     folder = results.trial_dir(sweep.workdir, trial.number)
     if (folder / "state.npz").exists():
         config = sweep.config_of(trial)

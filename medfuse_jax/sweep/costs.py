@@ -1,18 +1,20 @@
-"""Where the time of one start of a sweep went: what is paid once for all trials, and what all of them trained."""
+"""Where the time of one start of a sweep went: costs paid once for all trials, and the training steps."""
 
 import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from medfuse_jax.runtime import compilation
+from medfuse_jax.sweep import results
 
 
 @dataclasses.dataclass
 class Costs:
-    """Where the time of this start went, in seconds, and on how many trials.
+    """Seconds of this start, and the number of trials it trained.
 
-    startup_s, pretrain_s (or waiting for the process that does) and encode_s are without what `compiled` took.
+    startup_s, pretrain_s (or waiting for the process that pre-trains) and encode_s exclude compilation.
     """
 
     trials: int = 0
@@ -25,16 +27,22 @@ class Costs:
     steps: int = 0
 
     @contextlib.contextmanager
-    def spent(self, field: str) -> Iterator[None]:
-        """Counts the block's time, but for what it compiles."""
+    def timed(self, field: str) -> Iterator[None]:
+        """Add the block's time, without compilation, to a field."""
         start_s, compiled_s = time.perf_counter(), self.compiled.seconds
         yield
         taken_s = time.perf_counter() - start_s - (self.compiled.seconds - compiled_s)
         setattr(self, field, getattr(self, field) + taken_s)
 
-    def started(self, started_s: float) -> None:
-        """Counts what went before the first trial, since `started_s`, as start-up."""
-        self.startup_s = time.perf_counter() - started_s - self.pretrain_s - self.compiled.seconds
+    def end_startup(self, start_s: float) -> None:
+        """Count all time since `start_s`, without pre-training and compilation, as start-up."""
+        self.startup_s = time.perf_counter() - start_s - self.pretrain_s - self.compiled.seconds
+
+    def write(self, workdir: Path) -> None:
+        """Write costs.json."""
+        content = dataclasses.asdict(self)
+        content["compile_s"] = content.pop("compiled")["seconds"]
+        results.write_json(workdir / "costs.json", content)
 
     def summary(self) -> str:
         return (

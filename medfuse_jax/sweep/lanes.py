@@ -1,11 +1,10 @@
-"""How many trials a device computes in one call: measured, kept in a file, and halved where the memory is short.
+"""Lanes: the trials that a device computes together in one call. Their number is measured, and halved if out of memory.
 
-Lanes are the trials of a device's call. What is measured is what a step of all trials takes with other lanes.
+The measurement is the time of a step of all trials, by number of lanes. The result is stored in a file per group.
 """
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,111 +13,103 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from medfuse_jax.runtime import errors
+from medfuse_jax.runtime import errors, files
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results, stacked_step
 
 
 @dataclasses.dataclass
-class Fit:
-    """What a group's trials fit, of each device. path: the file that keeps it for the next start.
+class Capacity:
+    """How many trials of a group one device takes. path: the file that stores it.
 
-    lanes: trials in one call, None: not known yet; given: by --lanes. at_once: trials in its memory, None: all so far.
-    step_s: what was measured, seconds a step by lanes.
+    lanes: trials per call; None until measured. is_given: whether --lanes gave it. at_once: trials in memory; None
+    for no limit. step_s: measured seconds per step, by lanes.
     """
 
     path: Path
     lanes: int | None = None
     at_once: int | None = None
     step_s: dict[str, float] = dataclasses.field(default_factory=dict)
-    given: bool = False
+    is_given: bool = False
 
-    def keep(self) -> None:
-        content = {"lanes": self.lanes, "at_once": self.at_once, "step_s": self.step_s}
-        results.write_whole(self.path, json.dumps(content) + "\n")
+    def write(self) -> None:
+        results.write_json(self.path, {"lanes": self.lanes, "at_once": self.at_once, "step_s": self.step_s})
 
-    def wave(self, trials: list, num_devices: int) -> list:
-        """The first trials that there is room for."""
+    def next_wave(self, trials: list, num_devices: int) -> list:
+        """Return the first trials, as many as fit in memory."""
         return trials[: self.at_once and self.at_once * num_devices]
 
     def halve(self, num_trials: int, num_devices: int) -> bool:
-        """Makes less of the memory that so many trials did not fit: first of lanes, then of trials at once.
+        """Halve the lanes, or else the trials in memory, after `num_trials` trials ran out of memory.
 
-        False where nothing is left to halve: one trial a device, alone in its call.
+        Returns False if each device already had a single trial.
         """
-        a_device = math.ceil(num_trials / num_devices)
-        lanes = min(self.lanes or 1, a_device)
+        per_device = math.ceil(num_trials / num_devices)
+        lanes = min(self.lanes or 1, per_device)
         if lanes > 1:
             self.lanes = math.ceil(lanes / 2)
-        elif a_device > 1:
-            self.at_once = math.ceil(a_device / 2)
         else:
-            self.at_once = 1
-        self.keep()
-        room = f"{self.at_once * num_devices} trials at once" if self.at_once else "all trials at once"
-        print(f"out of memory: {self.lanes or 1} together and {room} from here on", flush=True)
-        return max(lanes, a_device) > 1
+            self.at_once = math.ceil(per_device / 2)
+        self.write()
+        limit = f"{self.at_once * num_devices} trials" if self.at_once else "all trials"
+        print(f"out of memory: continuing with {self.lanes or 1} lanes and {limit} at once", flush=True)
+        return max(lanes, per_device) > 1
 
 
-def read(workdir: Path, shared: str, given: int | None = None) -> Fit:
-    """What is kept of the group whose trials share `shared`; each process has devices of its own, and so a file.
-
-    given: lanes that count in place of the kept.
-    """
-    group = hashlib.sha256(shared.encode()).hexdigest()[:12]
-    path = workdir / "lanes" / f"{group}_{jax.process_index()}.json"
-    try:
-        kept = json.loads(path.read_text())
-        lanes, at_once = kept["lanes"], kept.get("at_once")
-        for number in (lanes, at_once):
-            if number is not None and (type(number) is not int or number < 1):
-                raise ValueError(f"{number!r} is no number of trials")
-    except FileNotFoundError:
-        return Fit(path, given, given=bool(given))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it, and the lanes are measured again") from None
-    return Fit(path, given or lanes, at_once, kept.get("step_s", {}), bool(given))
+def read(workdir: Path, group_key: str, given: int | None = None) -> Capacity:
+    """Read what is stored of a group, for the devices of this process. given: --lanes, used instead of the stored."""
+    digest = hashlib.sha256(group_key.encode()).hexdigest()[:12]
+    path = workdir / "lanes" / f"{digest}_{jax.process_index()}.json"
+    if not path.exists():
+        return Capacity(path, given, is_given=bool(given))
+    hint = "delete it to measure the lanes again"
+    stored = files.read_json(path, hint)
+    lanes, at_once, step_s = stored.get("lanes", ""), stored.get("at_once"), stored.get("step_s", {})
+    for number in (lanes, at_once):
+        if number is not None and (type(number) is not int or number < 1):
+            raise UserError(f"{path} is damaged ({number!r} is not a number of trials): {hint}", path=path)
+    return Capacity(path, given or lanes, at_once, step_s, bool(given))
 
 
-def choose(fit: Fit, most: int, measure: Callable[[], dict[int, float]]) -> int:
-    """Lanes for at most `most` trials a device: those that fit, or the fastest of those that are now measured."""
-    if most <= 1:
+def choose(capacity: Capacity, max_lanes: int, measure: Callable[[], dict[int, float]]) -> int:
+    """Return the number of lanes for at most `max_lanes` trials per device; measures it if it is not known yet."""
+    if max_lanes <= 1:
         return 1
-    if fit.lanes is None:
+    if capacity.lanes is None:
         times_s = measure()
-        print("a step of all trials: " + ", ".join(f"{n} together {s:.3f} s" for n, s in times_s.items()), flush=True)
-        fit.lanes = min(times_s, key=times_s.get, default=1)
-        fit.step_s = {str(lanes): step_s for lanes, step_s in times_s.items()}
-        fit.keep()
-    # Those that were measured stay when trials have ended: a resumed sweep has the numbers of one that was not stopped.
-    return min(fit.lanes, most) if fit.at_once or fit.given else fit.lanes
+        shown = ", ".join(f"{lanes}: {step_s:.3f}" for lanes, step_s in times_s.items())
+        print(f"seconds per step of all trials, by lanes: {shown}", flush=True)
+        capacity.lanes = min(times_s, key=times_s.get, default=1)
+        capacity.step_s = {str(lanes): step_s for lanes, step_s in times_s.items()}
+        capacity.write()
+    # A resumed sweep keeps the measured lanes, even if fewer trials are left: it must give the same numbers.
+    return min(capacity.lanes, max_lanes) if capacity.at_once or capacity.is_given else capacity.lanes
 
 
-def lanes_for(num_trials: int, most: int, num_devices: int) -> int:
-    """Lanes a device for so many trials: few different numbers, as each is a compilation.
+def lanes_for(num_trials: int, max_lanes: int, num_devices: int) -> int:
+    """Return the lanes per device for the trials that still run: `max_lanes`, then powers of two.
 
-    As many as there are at first, then powers of two: of ten trials, the first that stop early
-    free their place when eight are left.
+    Each number is a compilation. Of ten trials in ten lanes, the first to stop free their lanes when eight are left.
     """
-    a_device = math.ceil(num_trials / num_devices)
-    return min(most, a_device if a_device >= most else 2 ** math.ceil(math.log2(a_device)))
+    per_device = math.ceil(num_trials / num_devices)
+    return min(max_lanes, per_device if per_device >= max_lanes else 2 ** math.ceil(math.log2(per_device)))
 
 
 def measure(
     train_fn: Callable,
     stack_with: Callable[[int], list[stacked_step.Stack]],
-    most: int,
+    max_lanes: int,
     batch: dict,
     on: list[jax.Device],
 ) -> dict[int, float]:
-    """Seconds a step of all trials takes, the median of five, by lanes a device: 1, and on to `most` by doubling.
+    """Return the seconds per step of all trials (median of five), by lanes: 1, then about double, up to `max_lanes`.
 
-    Every number makes 2 ** n stacks of equal size, so none is padded with trials that nobody wants (ten trials: 1, 2,
-    3, 5, 10). It ends with the first that is slower than one before it, or that does not fit the memory, which is left
-    out. stack_with: lanes -> the trials stacked anew, one number at a time; what is trained here is thrown away.
+    Each number divides the trials into 2 ** n equal stacks, so none is padded (ten trials: 1, 2, 3, 5, 10). Stops at
+    the first number that is slower than an earlier one, or, without including it, that is out of memory.
+    stack_with: lanes -> newly stacked trials. The measured updates are discarded.
     """
     times_s = {}
-    for lanes in sorted({math.ceil(most / 2**n) for n in range(most.bit_length() + 1)}):
+    for lanes in sorted({math.ceil(max_lanes / 2**n) for n in range(max_lanes.bit_length() + 1)}):
         try:
             times_s[lanes] = _time_step(train_fn, stack_with(lanes), batch, on)
         except stacked_step.OUT_OF_MEMORY as error:

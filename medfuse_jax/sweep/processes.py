@@ -1,7 +1,6 @@
-"""Several processes, on one machine or many: what starts them, and which trials are whose.
+"""Several processes, on one machine or many: how they start, and which trials each one trains.
 
-Processes share nothing but the sweep's folder: no number crosses between trials, so none crosses
-between processes. jax.distributed gives each its number and its devices.
+Processes share only the sweep's folder; no arrays pass between them. jax.distributed gives each its number and devices.
 """
 
 import dataclasses
@@ -17,8 +16,8 @@ import jax
 from medfuse_jax.runtime import command_line
 from medfuse_jax.runtime.errors import TryLater, UserError
 
-_WAIT_S = 2.0
-_SHUTDOWN_S = 3600  # the others wait so long at their end for the first one's test result and page
+_POLL_S = 2.0
+_SHUTDOWN_TIMEOUT_S = 3600  # how long processes that have ended wait for the first to score the chosen trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,80 +31,73 @@ class Process:
     def is_first(self) -> bool:
         return self.number == 0
 
-    def part(self, items: list, dealt: int = 0) -> list:
-        """This process' part of items dealt in turn. dealt: how many were before; the next process goes on."""
-        return items[(self.number - dealt) % self.count :: self.count]
+    def share(self, items: list, num_dealt: int = 0) -> list:
+        """Return this process's share of items dealt in turn, after `num_dealt` earlier ones."""
+        return items[(self.number - num_dealt) % self.count :: self.count]
 
 
 def start(coordinator: str | None, num_processes: int | None, process: int | None, detect: bool) -> Process:
-    """Starts jax.distributed where asked to; returns this process.
+    """Start jax.distributed if asked to; return this process.
 
-    By flags (coordinator 'host:port'), or detect: by what jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes).
+    By flags (coordinator 'host:port'), or detect: with what jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes).
     """
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself, and nothing stops
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     given = [value is not None for value in (coordinator, num_processes, process)]
     if any(given) and not all(given):
-        raise UserError("give --coordinator=HOST:PORT, --num_processes and --process together, or none of them")
+        message = "give --coordinator=HOST:PORT, --num_processes and --process together, or none of them"
+        raise UserError(message, field="--coordinator")
     if all(given):
-        if not 0 <= process < num_processes:
-            raise UserError(f"--process={process}: with --num_processes={num_processes} give 0 to {num_processes - 1}")
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
-            raise UserError(f"--coordinator={coordinator} is not HOST:PORT, such as node1:8476")
-        if process == 0:
-            _check_free(coordinator, int(port))
+        _check(coordinator, num_processes, process)
+    if all(given) or detect:
+        flags = (coordinator, num_processes, process) if all(given) else ()
         try:
-            jax.distributed.initialize(coordinator, num_processes, process, shutdown_timeout_seconds=_SHUTDOWN_S)
-        except jax.errors.JaxRuntimeError as error:
-            raise TryLater(
-                f"--coordinator={coordinator}: process {process} cannot start ({_first_line(error)}); do all "
-                "processes name the same one, and do they all run?"
-            ) from None
-    elif detect:
-        try:
-            jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_S)
+            jax.distributed.initialize(*flags, shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S)
         except (ValueError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
-            raise TryLater(
-                f"--distributed: jax finds no cluster here ({_first_line(error)}); "
-                "give --coordinator=HOST:PORT, --num_processes and --process"
-            ) from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if flags:
+                message = f"--coordinator={coordinator}: process {process} cannot connect ({reason}); start all "
+                raise TryLater(f"{message}processes with the same coordinator", field="--coordinator") from None
+            message = f"--distributed: jax found no cluster ({reason}); give --coordinator=HOST:PORT, --num_processes "
+            raise TryLater(f"{message}and --process", field="--distributed") from None
     return Process(jax.process_index(), jax.process_count())
 
 
-def _check_free(coordinator: str, port: int) -> None:
-    """UserError where another program has the port: jax 0.10 then ends in a segmentation fault."""
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise UserError(f"--coordinator={coordinator}: the port is taken ({error.strerror}); give another") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _check(coordinator: str, num_processes: int, process: int) -> None:
+    """Raise UserError for invalid flags, or if the first process cannot have the port."""
+    if not 0 <= process < num_processes:
+        message = f"--process={process}: with --num_processes={num_processes} give 0 to {num_processes - 1}"
+        raise UserError(message, field="--process", value=process)
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        message = f"--coordinator={coordinator} is not HOST:PORT, such as node1:8476"
+        raise UserError(message, field="--coordinator", value=coordinator)
+    if process == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:  # jax 0.10 would end in a segmentation fault
+            message = f"--coordinator={coordinator}: the port is in use ({error.strerror}); give another"
+            raise UserError(message, field="--coordinator", value=coordinator) from None
 
 
 def run(work: Callable[[], None]) -> None:
-    """Runs one process' work. One that an error or a signal ends leaves at once: at jax's own end of a process it
-    would wait for all others, and they for its trials."""
+    """Run this process's work. If it fails or is interrupted, exit at once.
+
+    jax's own shutdown would wait for the other processes, which wait for this one's trials.
+    """
     try:
         work()
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        print(
-            command_line.in_one_line(error, resumes=True) or traceback.format_exc().rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
+        message = command_line.in_one_line(error, resumes=True) or traceback.format_exc().rstrip()
+        print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(command_line.status(error))
 
 
-def wait_for(are_there: Callable[[], Iterable[bool]], what: str) -> None:
-    """Waits until all that other processes write is there; jax ends this process if one of them dies."""
-    said = False
-    while not all(are_there()):
-        if not said:
-            print(f"waiting for {what}", flush=True)
-            said = True
-        time.sleep(_WAIT_S)
+def wait_for(is_ready: Callable[[], Iterable[bool]], what: str) -> None:
+    """Wait until everything that other processes write is ready; jax ends this process if another one dies."""
+    if not all(is_ready()):
+        print(f"waiting for {what}", flush=True)
+        while not all(is_ready()):
+            time.sleep(_POLL_S)

@@ -1,6 +1,6 @@
-"""What a sweep leaves behind: a record a trial, the table, the choice, and the best config as a file that runs.
+"""The files of a sweep: one record per trial, the table, and the best config.
 
-Selection is by validation alone; the test split is scored once, for the chosen trial.
+The best trial is chosen on validation alone; only that trial is scored on the test split, once.
 """
 
 import csv
@@ -18,40 +18,37 @@ from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep.search import Trial, short_name
 
 FINISHED, FAILED = "finished", "failed"
+_CHOOSE = "choose another --workdir"
 
 
 def trial_dir(workdir: Path, number: int) -> Path:
-    """A trial's folder, which is a workdir as `medfuse_jax.main` makes them."""
+    """A trial's folder: a workdir like that of a single run."""
     return workdir / "trials" / f"{number:03d}"
 
 
 def record(workdir: Path, trial: Trial) -> dict | None:
-    """How a trial ended: 'status', 'reason', 'val_auroc', 'best_epoch', 'epochs'; None while it has not."""
+    """Return how a trial ended: 'status', 'reason', 'val_auroc', 'best_epoch', 'epochs'; None if it has not."""
     path = trial_dir(workdir, trial.number) / "trial.json"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it, and the trial goes on") from None
-    if problem := _problem_of(content, trial):
-        raise UserError(f"{path} was edited or is another trial's ({problem}): delete it, and the trial goes on")
-    return content
+    hint = "delete it and rerun to resume the trial"
+    content, values = files.read_json(path, hint), _as_json(trial.values)
+    if problem := _find_problem(content, {"trial": trial.number, "values": values}):
+        raise UserError(f"{path} was edited or belongs to another trial ({problem}): {hint}", path=path)
+    return content | {"values": values}  # in the order of the trial's fields
 
 
-def _problem_of(content, trial: Trial) -> str:
-    """What keeps a file's content from being the trial's record, '' where nothing does."""
-    if not isinstance(content, dict) or content.get("status") not in (FINISHED, FAILED):
-        return "it does not say how the trial ended"
-    wanted = {"trial": trial.number, "values": _as_json(trial.values)}
-    for field, value in wanted.items():
+def _find_problem(content: dict, expected: dict) -> str:
+    """Return why a file's content is not the trial's record, '' if it is."""
+    for field, value in expected.items():
         if content.get(field) != value:
-            return f"{field} {content.get(field)}, not {value}"
+            return f"{field} is {content.get(field)}, not {value}"
     reached = {name: content[name] for name in ("val_auroc", "best_epoch", "epochs") if name in content}
-    is_whole = isinstance(content.get("reason"), str) and (len(reached) == 3 or content["status"] == FAILED)
-    if not is_whole or any(type(n) not in (int, float, type(None)) for n in reached.values()):
-        return "it does not say what the trial reached"
-    return ""
+    is_complete = content.get("status") == FAILED or (content.get("status") == FINISHED and len(reached) == 3)
+    if not is_complete or not isinstance(content.get("reason"), str):
+        return "the result is missing"
+    invalid = [name for name, value in reached.items() if type(value) not in (int, float, type(None))]
+    return f"{invalid[0]} is no number" if invalid else ""
 
 
 def _as_json(value):
@@ -59,128 +56,140 @@ def _as_json(value):
 
 
 def write_record(workdir: Path, trial: Trial, status: str, reason: str = "", **reached) -> None:
-    """Says how a trial ended, in one file that appears whole. reached: val_auroc, best_epoch, epochs."""
+    """Write how a trial ended. reached: val_auroc, best_epoch, epochs."""
     reached = {k: v if math.isfinite(v) else None for k, v in reached.items()}
     content = {"trial": trial.number, "values": trial.values, "status": status, "reason": reason, **reached}
-    write_whole(trial_dir(workdir, trial.number) / "trial.json", json.dumps(content, indent=1) + "\n")
+    write_json(trial_dir(workdir, trial.number) / "trial.json", content)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that other processes see either whole or not at all."""
-    with files.must_write(path, ": choose another --workdir"):
+def write_json(path: Path, content: dict | list) -> None:
+    with files.must_write(path, f": {_CHOOSE}"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, content)
+
+
+def write_text(path: Path, text: str) -> None:
+    with files.must_write(path, f": {_CHOOSE}"):
         files.write_text(path, text)
 
 
 def claim(workdir: Path, config: ConfigDict, digest: str, search: dict, writes: bool = True) -> None:
-    """Makes the folder this sweep's, or refuses one that is another's: of another search, config or shards.
+    """Claim the folder for this sweep; UserError if it belongs to another search, config or build of the shards.
 
-    search: all that decides the trials, by flag; a list of 'trials' that begins with those there goes on with more.
-    digest: of the shards. writes: whether this process writes sweep.json; the others only compare.
+    search: all that determines the trials. A list of 'trials' may extend the one in the folder.
+    digest: of the shards. writes: False in processes other than the first, which only compare.
     """
-    there = claimed(workdir)
-    if there is None:
-        if (workdir / "config.json").exists():
-            raise UserError(f"{workdir} holds a run, not a sweep: choose another --workdir")
-        if runs := sorted(workdir.glob("*/config.json")):
-            raise UserError(f"{workdir} holds other runs, such as {runs[0].parent.name}: choose another --workdir")
-        if left := [name for name in ("trials", "rounds") if any((workdir / name).glob("*"))]:
-            raise UserError(f"{workdir} holds {left[0]}/ and no sweep.json to say whose: choose another --workdir")
+    existing = read_claim(workdir)
+    if existing is None:
+        _check_unused(workdir)
     else:
-        different = _different_search(there["search"], _as_json(search))
-        different = different or config_lib.difference(ConfigDict(there["config"]), config)
+        different = _search_difference(existing["search"], _as_json(search))
+        different = different or config_lib.difference(ConfigDict(existing["config"]), config)
         if different:
-            raise UserError(f"{workdir} holds another sweep ({different}): choose another --workdir")
-        if there["data"] != digest:
-            raise UserError(
-                f"{config.data.dir}/{config.task} is no longer the build that the sweep in {workdir} was begun on: "
-                "put the shards back, or choose another --workdir"
-            )
-    mine = {"search": search, "config": config.copy_and_resolve_references().to_dict(), "data": digest}
-    if writes and (there is None or there["search"] != _as_json(search)):
-        write_whole(workdir / "sweep.json", json.dumps(mine, indent=1, sort_keys=True) + "\n")
+            raise UserError(f"{workdir} holds another sweep ({different}): {_CHOOSE}", path=workdir, value=different)
+        if existing["data"] != digest:
+            shards = Path(config.data.dir) / config.task
+            message = f"{shards} was rebuilt since the sweep in {workdir} started: restore the shards, or {_CHOOSE}"
+            raise UserError(message, path=shards)
+    if writes and (existing is None or existing["search"] != _as_json(search)):
+        content = {"search": search, "config": config.copy_and_resolve_references().to_dict(), "data": digest}
+        write_json(workdir / "sweep.json", content)
 
 
-def claimed(workdir: Path) -> dict | None:
-    """What `claim` wrote: 'search', 'config', 'data'; None where the folder is no sweep's yet."""
+def read_claim(workdir: Path) -> dict | None:
+    """Return what `claim` wrote: 'search', 'config', 'data'; None if the folder is unclaimed."""
     path = workdir / "sweep.json"
-    try:
-        content = json.loads(path.read_text())
-        kinds = {"search": dict, "config": dict, "data": str}
-        if not isinstance(content, dict) or any(not isinstance(content.get(k), kinds[k]) for k in kinds):
-            raise ValueError("it does not hold a search, a config and the data's digest")
-        per_round = content["search"].get("round", 1)
-        if type(per_round) is not int or per_round < 1:
-            raise ValueError(f"its round is {per_round!r}")
-        ConfigDict(content["config"])
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read or is of another version ({error}): choose another --workdir") from None
+    content = files.read_json(path, _CHOOSE)
+    kinds = {"search": dict, "config": dict, "data": str}
+    is_valid = all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    per_round = content["search"].get("round", 1) if is_valid else 0
+    try:
+        if type(per_round) is not int or per_round < 1:
+            raise ValueError("search, config or data is missing or invalid")
+        ConfigDict(content["config"])
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or of another version ({error}): {_CHOOSE}", path=path) from None
     return content
 
 
-def _different_search(theirs: dict, ours: dict) -> str:
-    """The first flag in which two searches differ, '' where none does or ours only has more trials."""
-    for field in sorted((theirs.keys() | ours.keys()) - {"trials"}):
-        if theirs.get(field) != ours.get(field):
-            return f"--{field} is {theirs.get(field)} there and {ours.get(field)} here"
-    there, here = theirs.get("trials"), ours["trials"]
-    if isinstance(there, list) and isinstance(here, list):
-        for number, (one, other) in enumerate(zip(there, here)):
-            if one != other:
-                return f"by --search or --seed, trial {number} is {one} there and {other} here"
-        if len(there) <= len(here):
+def _check_unused(workdir: Path) -> None:
+    """Raise UserError if a folder without sweep.json holds a run, or the remains of a sweep."""
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds a run, not a sweep: {_CHOOSE}", path=workdir / "config.json")
+    if runs := sorted(workdir.glob("*/config.json")):
+        raise UserError(f"{workdir} holds other runs, such as {runs[0].parent.name}: {_CHOOSE}", path=runs[0])
+    for name in ("trials", "rounds"):
+        if any((workdir / name).glob("*")):
+            raise UserError(f"{workdir} holds {name}/ but no sweep.json: {_CHOOSE}", path=workdir / name)
+
+
+def _search_difference(existing: dict, current: dict) -> str:
+    """Return the first flag in which two searches differ; '' if none does, or `current` only adds trials."""
+    for field in sorted((existing.keys() | current.keys()) - {"trials"}):
+        if existing.get(field) != current.get(field):
+            return f"--{field} was {existing.get(field)} and is now {current.get(field)}"
+    before, now = existing.get("trials"), current["trials"]
+    if isinstance(before, list) and isinstance(now, list):
+        for number, (old, new) in enumerate(zip(before, now)):
+            if old != new:
+                return f"--search or --seed: trial {number} was {old} and is now {new}"
+        if len(before) <= len(now):
             return ""
-        there, here = len(there), len(here)
-    return f"--trials is {there} there and {here} here" if there != here else ""
+        before, now = len(before), len(now)
+    return f"--trials was {before} and is now {now}" if before != now else ""
 
 
 def choose(records: list[dict]) -> dict | None:
-    """The finished trial of the highest validation AUROC, the first of equals; None where no trial finished."""
+    """Return the finished trial with the highest validation AUROC, the first in a tie; None if none finished."""
     finished = [r for r in records if r["status"] == FINISHED and r["val_auroc"] is not None]
     return max(finished, key=lambda r: (r["val_auroc"], -r["trial"]), default=None)
 
 
 def write_table(workdir: Path, records: list[dict]) -> str:
-    """Writes sweep.csv, a line a trial, the best first; returns it as aligned text."""
+    """Write sweep.csv, one row per trial, best first; return it as aligned text."""
     chosen = choose(records)
     fields = list(dict.fromkeys(field for r in records for field in r["values"]))
     rows = [["trial", *(short_name(f) for f in fields), "val_auroc", "best_epoch", "epochs", "status", "chosen"]]
-    for r in in_order(records):
+    for r in ranked(records):
         auroc = "" if r.get("val_auroc") is None else f"{r['val_auroc']:.6f}"
         reached = [auroc, r.get("best_epoch", ""), r.get("epochs", "")]
-        status = r["status"] + (f": {r['reason']}" if r["reason"] else "")
         values = [r["values"].get(field, "") for field in fields]
-        rows.append([r["trial"], *values, *reached, status, "yes" if r is chosen else ""])
+        rows.append([r["trial"], *values, *reached, status_text(r), "yes" if r is chosen else ""])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(workdir / "sweep.csv", text.getvalue())
-    shown = [[cell if len(str(cell)) <= 40 else f"{str(cell)[:39]}…" for cell in row] for row in rows]
-    widths = [max(len(str(row[i])) for row in shown) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell!s:>{w}}" for cell, w in zip(row, widths)).rstrip() for row in shown)
+    write_text(workdir / "sweep.csv", text.getvalue())
+    cells = [[str(x) if len(str(x)) <= 40 else f"{str(x)[:39]}…" for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(f"{x:>{w}}" for x, w in zip(row, widths)).rstrip() for row in cells)
 
 
-def in_order(records: list[dict]) -> list[dict]:
-    """The best validation AUROC first, what has none last."""
+def ranked(records: list[dict]) -> list[dict]:
+    """Sort the records by validation AUROC, best first, those without one last."""
     return sorted(records, key=lambda r: (-(r.get("val_auroc") or -1.0), r["trial"]))
 
 
+def status_text(r: dict) -> str:
+    return r["status"] + (f": {r['reason']}" if r["reason"] else "")
+
+
 def write_best_config(workdir: Path, chosen: dict, config: ConfigDict) -> Path:
-    """Writes a file for `medfuse_jax.main --config=FILE`. chosen: the record of the chosen trial; config: its own."""
+    """Write a file for `medfuse_jax.main --config=FILE`. chosen: the chosen trial's record; config: its config."""
     config = config.copy_and_resolve_references()
     _make_absolute(config)
-    changed = config_lib.flat(config)
-    for field, value in config_lib.flat(config_lib.default()).items():
-        if changed.get(field) == value:
-            del changed[field]
-    lines = "".join(f"            {field!r}: {_as_python(value)},\n" for field, value in sorted(changed.items()))
+    defaults = config_lib.flat(config_lib.default())
+    changed = {k: v for k, v in sorted(config_lib.flat(config).items()) if k not in defaults or defaults[k] != v}
+    lines = "".join(
+        f"            {field!r}: {tuple(value) if isinstance(value, list) else value!r},\n"
+        for field, value in changed.items()
+    )
     path = workdir / "best_config.py"
     values = ", ".join(f"{short_name(k)} {v}" for k, v in chosen["values"].items())
-    write_whole(
+    write_text(
         path,
         f'"""Trial {chosen["trial"]} of a sweep ({values}): validation AUROC {chosen["val_auroc"]:.4f}.\n\n'
-        "Run alone it gives the same to rounding, which training may amplify (docs/sweeps.md).\n"
+        "As a single run it gives the same results up to rounding, which training may amplify (docs/sweeps.md).\n"
         f'Command: python -m medfuse_jax.main --config={path.absolute()}\n"""\n\n'
         "from ml_collections import ConfigDict\n\nfrom medfuse_jax import config as config_lib\n\n\n"
         "def get_config() -> ConfigDict:\n    config = config_lib.default()\n"
@@ -190,7 +199,7 @@ def write_best_config(workdir: Path, chosen: dict, config: ConfigDict) -> Path:
 
 
 def _make_absolute(config: ConfigDict) -> None:
-    """The config's paths, so that its file runs from any folder."""
+    """Make the config's paths absolute, so that its file runs from any folder."""
     for section, field in (("data", "dir"), *(("init", name) for name in config.init)):
         if config[section][field]:
             config[section][field] = str(Path(config[section][field]).absolute())
@@ -198,7 +207,3 @@ def _make_absolute(config: ConfigDict) -> None:
         config.data.statistics = str(Path(config.data.statistics).absolute())
     names = loading.listed(config.model.modalities)
     config.model.modalities = ",".join(str(Path(n).absolute()) if n.endswith(".py") else n for n in names)
-
-
-def _as_python(value) -> str:
-    return repr(tuple(value) if isinstance(value, list) else value)

@@ -1,10 +1,9 @@
-"""Many trials in one step: states with a trial axis, one batch for all, nothing summed between trials.
+"""Train many trials in one step: states with a trial axis, one batch for all, no sums across trials.
 
-Shapes: D devices, V lanes (trials that a device computes together in one call), B rows, K labels.
+Shapes: D devices, V lanes (trials that a device computes together in one call), M trials, B rows, K labels.
 
-The program of a trial is the train step itself: trials are spread over devices by pmap, and a
-device's lanes are one vmap (models/conv.py keeps their convolutions apart). With one lane a
-device it is the program of a run alone, called once for every trial.
+Trials are divided over devices by pmap, and the lanes of a device are one vmap of the train step. With one lane per
+device, the program is that of a single run, called once per trial.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ import numpy as np
 from medfuse_jax import parallel
 from medfuse_jax import step as step_lib
 
-OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # a device's memory, the host's
+OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # of a device, of the host
 _AXIS = "device"
 # All trials of a stack are at the same step.
 _TRIAL_AXES = step_lib.TrainState(step=None, params=0, batch_stats=0, opt_state=0, learning_rate=0)
@@ -27,9 +26,9 @@ _TRIAL_AXES = step_lib.TrainState(step=None, params=0, batch_stats=0, opt_state=
 
 @dataclasses.dataclass
 class Stack:
-    """D x V trials side by side: trial i is lane i % V of device i // V. Lanes past num_trials repeat the first.
+    """D x V trials: trial i is lane i % V of device i // V. Lanes past num_trials repeat the first trial.
 
-    state: every leaf but `step` is [D, V, ...]; key, dropout [D, V].
+    state: leaves [D, V, ...] except `step`; key, dropout: [D, V].
     """
 
     state: step_lib.TrainState
@@ -41,7 +40,7 @@ class Stack:
 def stack(
     states: list[step_lib.TrainState], seeds: list[int], dropouts: list[float], lanes: int, on: list[jax.Device]
 ) -> list[Stack]:
-    """The trials in as few stacks of D x lanes as hold them. The states are at one step, and are not used up."""
+    """Stack the trials into as few stacks of D x lanes as possible. All states are at one step; they are copied."""
     size, stacks = len(on) * lanes, []
     assert len({int(state.step) for state in states}) == 1, "trials of a stack are at one step"
     for first in range(0, len(states), size):
@@ -58,7 +57,7 @@ def stack(
 
 
 def unstack(stacks: list[Stack]) -> list[step_lib.TrainState]:
-    """The states of the trials, in their order, as host arrays."""
+    """Return the states of the trials in order, as host arrays."""
     states = []
     for one in stacks:
         host = jax.device_get(one.state)
@@ -69,23 +68,23 @@ def unstack(stacks: list[Stack]) -> list[step_lib.TrainState]:
 
 
 def set_learning_rates(stacks: list[Stack], rates: list[float], on: list[jax.Device]) -> None:
-    """Gives each trial, in order, its learning rate."""
-    rest = list(rates)
+    """Set the learning rate of each trial, in order."""
+    remaining = list(rates)
     for one in stacks:
-        mine, rest = rest[: one.num_trials], rest[one.num_trials :]
+        own, remaining = remaining[: one.num_trials], remaining[one.num_trials :]
         shape = one.dropout.shape
-        padded = np.array(mine + [mine[0]] * (math.prod(shape) - len(mine)), np.float32).reshape(shape)
+        padded = np.array(own + [own[0]] * (math.prod(shape) - len(own)), np.float32).reshape(shape)
         one.state = one.state.replace(learning_rate=parallel.divide(padded, on))
 
 
 def compile_train(options: step_lib.StepOptions, on: list[jax.Device]) -> Callable:
-    """(state, batch, key, dropout) of a Stack and a batch of one device -> (state, metrics [D, V])."""
+    """Compile (state, batch, key, dropout) -> (state, metrics [D, V]), for a Stack and a batch of one device."""
 
     def one_trial(state, batch, key, dropout):
         return step_lib.train_step(options, state, parallel.merge(batch), key, dropout=dropout)
 
     def lanes(state, batch, key, dropout):
-        if key.shape == (1,):  # one lane needs no vmap: the very program of a run alone
+        if key.shape == (1,):  # without vmap: the program of a single run
             state, metrics = one_trial(_lane(state), batch, key[0], dropout[0])
             metrics = jax.tree.map(lambda x: x[None], metrics)
             return jax.tree.map(lambda x: x[None], state).replace(step=state.step), metrics
@@ -97,7 +96,7 @@ def compile_train(options: step_lib.StepOptions, on: list[jax.Device]) -> Callab
 
 
 def compile_eval(options: step_lib.StepOptions, on: list[jax.Device]) -> Callable:
-    """(state of a Stack, batch of one device) -> (scores [D, V, B, K], loss of each row [D, V, B])."""
+    """Compile (state of a Stack, batch of one device) -> (scores [D, V, B, K], loss of each row [D, V, B])."""
 
     def lanes(state, batch):
         evaluate = functools.partial(step_lib.eval_step, options)
@@ -109,7 +108,7 @@ def compile_eval(options: step_lib.StepOptions, on: list[jax.Device]) -> Callabl
 
 
 def train_all(train_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.Device]) -> list[jax.Array]:
-    """One step of every trial on one batch; returns the losses [D, V] of each stack."""
+    """Train every trial for one step on one batch; return the losses [D, V] of each stack."""
     batch, losses = parallel.replicate(batch, on), []
     for one in stacks:
         one.state, metrics = train_fn(one.state, batch, one.key, one.dropout)
@@ -118,7 +117,7 @@ def train_all(train_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax
 
 
 def eval_all(eval_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.Device]) -> tuple:
-    """(scores [M, 1, B, K], losses [M, 1, B]) of M trials in order, as evaluate.predict_each takes them."""
+    """(scores [M, 1, B, K], losses [M, 1, B]) of M trials in order, as predictions.predict_each takes them."""
     batch, outputs = parallel.replicate(batch, on), []
     for one in stacks:
         scores_DVBK, losses_DVB = eval_fn(one.state, batch)
@@ -127,12 +126,12 @@ def eval_all(eval_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.D
 
 
 def by_trial(losses: list[jax.Array], stacks: list[Stack]) -> np.ndarray:
-    """What train_all returned, a number a trial."""
+    """Turn the losses of `train_all` into one array [M], in the order of the trials."""
     return np.concatenate([np.asarray(x).reshape(-1)[: one.num_trials] for x, one in zip(losses, stacks)])
 
 
 def _lane(state: step_lib.TrainState) -> step_lib.TrainState:
-    """The one trial of a state with one lane."""
+    """Return the only trial of a state with one lane."""
     return jax.tree.map(lambda x: x[0], state.replace(step=state.step[None]))
 
 

@@ -1,7 +1,7 @@
-"""How a trial is kept: as `medfuse_jax.main` keeps a run, or in one file.
+"""Where a trial's states are stored: in checkpoints like those of a single run, or in one file.
 
-One file for a head, which is small, and where there are several processes: orbax does not save what one of
-them holds alone.
+One file for trials on frozen encoders, whose states are small, and with several processes: orbax does not save arrays
+that only one process holds.
 """
 
 import contextlib
@@ -12,40 +12,41 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from medfuse_jax import optim
 from medfuse_jax.runs import checkpoints
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 
-class WholeKeeper:
-    """Checkpoints by orbax: the best and the latest, saved in the background."""
+class CheckpointStore:
+    """Checkpoints by orbax: the best and the latest state, saved in the background."""
 
     def __init__(self, workdir: Path):
         self._manager = checkpoints.open_manager(workdir)
 
     def latest(self, abstract) -> tuple | None:
-        """On the host: on a device, the states of all trials would lie in the memory of the first."""
+        """Return (state, progress) on the host: the first device could not hold the states of all trials."""
         return jax.device_get(checkpoints.restore_latest(self._manager, abstract))
 
-    def save(self, state, progress: optim.Progress, is_best: bool) -> None:
+    def save(self, state, progress: Progress, is_best: bool) -> None:
         checkpoints.save(self._manager, state, progress, is_best)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
 
 
-class FileKeeper:
-    """state.npz: a trial's latest and best state, and its progress at both. It appears whole.
+class FileStore:
+    """state.npz: the latest and the best state with the progress at each, written atomically.
 
-    A whole model that was begun with checkpoints goes on from them.
+    Resumes from checkpoints if there are any and no file. is_frozen: whether the trial is on frozen encoders; its
+    checkpoints are exports of the file, with the encoders added, and are not read.
     """
 
-    def __init__(self, workdir: Path, is_head: bool = False):
-        self._workdir, self._path, self._is_head = workdir, workdir / "state.npz", is_head
+    def __init__(self, workdir: Path, is_frozen: bool = False):
+        self._workdir, self._path, self._is_frozen = workdir, workdir / "state.npz", is_frozen
         self._best = {}
 
     def latest(self, abstract) -> tuple | None:
@@ -54,14 +55,14 @@ class FileKeeper:
     def best(self, abstract) -> tuple | None:
         return self._read("best", abstract)
 
-    def save(self, state, progress: optim.Progress, is_best: bool) -> None:
+    def save(self, state, progress: Progress, is_best: bool) -> None:
         latest = _to_arrays("latest", state, progress)
         if is_best or not self._best:
             self._best = _to_arrays("best", state, progress)
         with files.written_whole(self._path) as unfinished:
             np.savez(unfinished, **latest, **self._best)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         pass
 
     def close(self) -> None:
@@ -72,42 +73,42 @@ class FileKeeper:
             with np.load(self._path) as stored:
                 self._best = {name: stored[name] for name in stored.files if name.startswith("best/")}
                 leaves = {name.removeprefix(which): stored[name] for name in stored.files if name.startswith(which)}
-            progress = optim.Progress(**json.loads(str(leaves.pop("/progress"))))
+            progress = Progress(**json.loads(str(leaves.pop("/progress"))))
             state = jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf(leaves, path, leaf), abstract)
         except FileNotFoundError:
             return None
         except (*files.DAMAGED_NPZ, TypeError) as error:
-            raise UserError(
-                f"{self._path} cannot be read ({error}): delete it and trial.json beside it, and the trial starts anew"
-            ) from None
+            message = f"{self._path} cannot be read ({error}): delete it and trial.json beside it to restart the trial"
+            raise UserError(message, path=self._path) from None
         return state, progress
 
     def _from_checkpoints(self, abstract) -> tuple | None:
-        """Where the trial's checkpoints are; a head's are what came of it, its encoders among them."""
-        if self._is_head or not (self._workdir / "checkpoints").is_dir():
+        if self._is_frozen or not (self._workdir / "checkpoints").is_dir():
             return None
         with contextlib.closing(checkpoints.open_manager(self._workdir)) as manager:
-            found = checkpoints.best(manager, abstract)
-            if found is not None:
-                self._best = _to_arrays("best", *found)
+            best = checkpoints.best(manager, abstract)
+            if best is not None:
+                self._best = _to_arrays("best", *best)
             return jax.device_get(checkpoints.restore_latest(manager, abstract))
 
 
-def new_keeper(workdir: Path, is_head: bool) -> WholeKeeper | FileKeeper:
-    """What a trial is kept by, for the process that trains it; one that began in a file stays in it."""
+def open_store(workdir: Path, is_frozen: bool) -> CheckpointStore | FileStore:
+    """Open the store of a trial, for the process that trains it. A trial that has a file keeps using it."""
     files.remove_unfinished(workdir / "state.npz")
-    in_a_file = is_head or jax.process_count() > 1 or (workdir / "state.npz").exists()
-    return FileKeeper(workdir, is_head) if in_a_file else WholeKeeper(workdir)
+    in_file = is_frozen or jax.process_count() > 1 or (workdir / "state.npz").exists()
+    return FileStore(workdir, is_frozen) if in_file else CheckpointStore(workdir)
 
 
-def _leaf(leaves: dict[str, np.ndarray], path, wanted) -> np.ndarray:
-    stored = leaves.get(_name(path))
-    if stored is None or stored.shape != wanted.shape:
-        raise ValueError(f"{_name(path)} is {'missing' if stored is None else f'of shape {stored.shape}'}")
-    return stored
+def _leaf(leaves: dict[str, np.ndarray], path, expected) -> np.ndarray:
+    name = _name(path)
+    if name not in leaves:
+        raise ValueError(f"{name} is missing")
+    if leaves[name].shape != expected.shape:
+        raise ValueError(f"{name} has shape {leaves[name].shape}, not {expected.shape}")
+    return leaves[name]
 
 
-def _to_arrays(which: str, state, progress: optim.Progress) -> dict[str, np.ndarray]:
+def _to_arrays(which: str, state, progress: Progress) -> dict[str, np.ndarray]:
     leaves = {f"{which}{_name(path)}": np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
     return leaves | {f"{which}/progress": np.array(json.dumps(dataclasses.asdict(progress)))}
 

@@ -1,8 +1,7 @@
-"""Sweeps as a whole: their table and choice, what they go on with, and what is refused before anything is trained."""
+"""Sweeps as a whole: table and choice, resuming, and what is refused before anything is trained."""
 
 import functools
 import json
-import re
 import runpy
 import shutil
 import time
@@ -17,72 +16,95 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, experiment, records
 from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
-from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import command, processes, results
-from medfuse_jax.sweep import groups as run_lib
+from medfuse_jax.runtime.errors import TryLater, UserError
+from medfuse_jax.sweep import command, groups, processes, results
 
 
-def test_the_sweep_chooses_by_validation_and_tests_once(ehr_config, tmp_path):
-    rows = sweep(ehr_config, tmp_path, RATES, num_trials=4)
+@pytest.fixture(scope="module")
+def finished_sweep(shared_tiny_config, tmp_path_factory):
+    """(folder, config, rows) of a sweep of three trials."""
+    config, folder = shared_tiny_config.copy_and_resolve_references(), tmp_path_factory.mktemp("sweep") / "sweep"
+    config.method, config.num_epochs = "uni_ehr", 1
+    return folder, config, sweep(config, folder, RATES)
+
+
+@pytest.fixture
+def finished(finished_sweep, tmp_path):
+    folder, config, rows = finished_sweep
+    shutil.copytree(folder, tmp_path / "sweep")
+    return tmp_path / "sweep", config.copy_and_resolve_references(), rows
+
+
+def _written_at(folder, pattern) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+
+
+def test_the_best_trial_is_chosen_on_validation_and_tested_once(finished):
+    folder, config, rows = finished
     aurocs = [float(row["val_auroc"]) for row in rows]
     assert aurocs == sorted(aurocs, reverse=True) and len(set(aurocs)) > 1
-    assert [row["chosen"] for row in rows] == ["yes", "", "", ""]
-    chosen = results.trial_dir(tmp_path, int(rows[0]["trial"]))
-    assert [path.parent for path in (tmp_path / "trials").glob("*/result*.json")] == [chosen]
-    assert [path.parent for path in (tmp_path / "trials").glob("*/predictions*.npz")] == [chosen]
-    config = runpy.run_path(str(tmp_path / "best_config.py"))["get_config"]()
-    config_lib.validate(config)
-    assert config_lib.difference(config, config_lib.load(chosen / "config.json")) == ""
-    page = (tmp_path / "sweep.html").read_text()
-    assert f"trial {rows[0]['trial']}: {aurocs[0]:.3f}" in page and "scored for this trial only" in page
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").rglob("*.json*")}
-    assert sweep(ehr_config, tmp_path, RATES, num_trials=4) == rows
-    assert {path: path.stat().st_mtime_ns for path in written} == written, "a finished sweep trains and tests nothing"
+    assert [row["chosen"] for row in rows] == ["yes", "", ""]
+    chosen = results.trial_dir(folder, int(rows[0]["trial"]))
+    assert [path.parent for path in (folder / "trials").glob("*/result*.json")] == [chosen]
+    assert [path.parent for path in (folder / "trials").glob("*/predictions*.npz")] == [chosen]
+    best = runpy.run_path(str(folder / "best_config.py"))["get_config"]()
+    config_lib.validate(best)
+    assert config_lib.difference(best, config_lib.load(chosen / "config.json")) == ""
+    page = (folder / "sweep.html").read_text()
+    assert f"trial {rows[0]['trial']}: {aurocs[0]:.3f}" in page
+    costs = json.loads((folder / "costs.json").read_text())
+    assert (costs["trials"], costs["steps"]) == (3, len(experiment.open_experiment(config).train_plan(epoch=1)))
+    assert costs["compile_s"] > 0 and costs["train_s"] > 0
+
+
+def test_rerunning_a_finished_sweep_trains_and_tests_nothing(finished):
+    folder, config, rows = finished
+    before = _written_at(folder, "trials/**/*.json*")
+    assert sweep(config, folder, RATES) == rows
+    assert _written_at(folder, "trials/**/*.json*") == before
+
+
+def test_trials_can_be_added_and_another_may_be_chosen(finished):
+    folder, config, rows = finished
+    first = results.trial_dir(folder, int(rows[0]["trial"]))
+    before = _written_at(folder, "trials/*/metrics.jsonl")
+    record = json.loads((first / "trial.json").read_text())
+    (first / "trial.json").write_text(json.dumps(record | {"val_auroc": 0.01}))
+    more = sweep(config, folder, RATES, num_trials=4)
+    assert more[0]["chosen"] == "yes" and more[-1]["trial"] == rows[0]["trial"] and len(more) == 4
+    assert {row["trial"]: row["lr"] for row in rows}.items() <= {row["trial"]: row["lr"] for row in more}.items()
+    assert before.items() <= _written_at(folder, "trials/*/metrics.jsonl").items()
+    assert f"also scored for trial {rows[0]['trial']}, at another time" in (folder / "sweep.html").read_text()
+    with pytest.raises(UserError) as error:
+        sweep(config, folder, RATES)
+    assert error.value.value == "--trials was 4 and is now 3"
 
 
 def test_a_sweep_pretrains_its_encoders_in_its_own_folder(tiny_config, tmp_path):
-    """Nothing is replaced here. Rerunning trains nothing, and no other command can write to a trial or a stage."""
+    """Rerunning trains nothing, and no other command can write to a trial or a stage."""
     tiny_config.num_epochs = 1
-    for name, changes in PRETRAIN.items():
-        tiny_config.pretrain[name] = changes
-    rates = ["lr:loguniform(1e-9,1e-8)"]  # so low that a trial ends with the weights it started from
+    tiny_config.pretrain.ehr = PRETRAIN["ehr"]
+    rates = ["lr:loguniform(1e-9,1e-8)"]  # so low that a trial keeps its initial weights
     rows = sweep(tiny_config, tmp_path, rates, num_trials=2, lanes=1)
     assert [row["status"] for row in rows] == ["finished"] * 2
-    stages = {name: tmp_path / f"pretrain_{name}" for name in PRETRAIN}
-    trained = best_state(results.trial_dir(tmp_path, int(rows[0]["trial"]))).params
-    for name, folder in stages.items():
-        encoder = best_state(folder).params[f"{name}_encoder"]
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), trained[f"{name}_encoder"], encoder)
-        assert max(np.ptp(leaf) for leaf in jax.tree.leaves(encoder)) > 0.1, "the tolerance is below a weight's size"
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/**/metrics.jsonl")}
-    assert len(written) == 4
+    stage = tmp_path / "pretrain_ehr"
+    encoder = best_state(stage).params["ehr_encoder"]
+    trained = best_state(results.trial_dir(tmp_path, int(rows[0]["trial"]))).params["ehr_encoder"]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), trained, encoder)
+    assert max(np.ptp(leaf) for leaf in jax.tree.leaves(encoder)) > 0.1, "weights are larger than the tolerance"
+    before = _written_at(tmp_path, "*/**/metrics.jsonl")
+    assert len(before) == 3
     assert sweep(tiny_config, tmp_path, rates, num_trials=2, lanes=1) == rows
-    assert {path: path.stat().st_mtime_ns for path in written} == written
-    run = experiment.open_experiment(config_lib.load(stages["ehr"] / "config.json"))
-    for folder in (stages["ehr"], results.trial_dir(tmp_path, 0)):
-        with pytest.raises(UserError, match="is in the folder of a sweep"):
-            workdir_lib.claim(folder, run)
-
-
-def test_a_sweep_goes_on_with_more_trials(ehr_config, tmp_path):
-    ehr_config.num_epochs = 1
-    (first,) = sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
-    folder = results.trial_dir(tmp_path, 0)
-    trained = (folder / "metrics.jsonl").stat().st_mtime_ns
-    record = json.loads((folder / "trial.json").read_text())
-    (folder / "trial.json").write_text(json.dumps(record | {"val_auroc": 0.01}))  # so that another is chosen
-    other, again = sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1)
-    assert (other["trial"], other["chosen"]) == ("1", "yes") and (again["trial"], again["lr"]) == ("0", first["lr"])
-    assert (folder / "metrics.jsonl").stat().st_mtime_ns == trained
-    assert "scored for this trial and, at another time, for trial 0, is" in (tmp_path / "sweep.html").read_text()
-    with pytest.raises(UserError, match=r"holds another sweep \(--trials is 2 there and 1 here\)"):
-        sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
+    assert _written_at(tmp_path, "*/**/metrics.jsonl") == before
+    for folder in (stage, results.trial_dir(tmp_path, 0)):
+        with pytest.raises(UserError) as error:
+            workdir_lib.check_outside_sweeps(folder)
+        assert error.value.path == tmp_path
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_goes_on_where_its_folder_was_moved(tiny_config, tmp_path, monkeypatch):
-    for name, changes in PRETRAIN.items():
-        tiny_config.pretrain[name] = changes
+def test_a_stopped_sweep_resumes_after_its_folder_was_moved(tiny_config, tmp_path, monkeypatch):
+    tiny_config.pretrain.update(PRETRAIN)
     whole = sweep(tiny_config, tmp_path / "whole", RATES, num_trials=2, lanes=1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_at_save(patched, 2)
@@ -91,182 +113,177 @@ def test_a_stopped_sweep_goes_on_where_its_folder_was_moved(tiny_config, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert sweep(tiny_config, Path("moved"), RATES, num_trials=2, lanes=1) == whole
     config = config_lib.load(results.trial_dir(tmp_path / "moved", 0) / "config.json")
-    assert config.init.cxr == str(tmp_path / "moved" / "pretrain_cxr"), "an absolute path, whatever was typed"
+    assert config.init.cxr == str(tmp_path / "moved" / "pretrain_cxr"), "an absolute path, from a relative --workdir"
 
 
 @pytest.mark.slow
-def test_trials_are_exported_and_chosen_where_the_shards_were_moved(tiny_config, shards, tmp_path):
-    """Heads are kept in a file, and encoded again: the shards are read where they are now."""
+def test_trials_are_exported_and_chosen_after_the_shards_were_moved(tiny_config, shards, tmp_path):
+    """Trials on frozen encoders are stored in files and encode the data again."""
     tiny_config.method, tiny_config.num_epochs = "early", 1
-    for name, changes in PRETRAIN.items():
-        tiny_config.pretrain[name] = changes
+    tiny_config.pretrain.update(PRETRAIN)
     shutil.copytree(shards, tmp_path / "before")
     tiny_config.data.dir = str(tmp_path / "before")
     rows = sweep(tiny_config, tmp_path / "sweep", RATES, num_trials=2, lanes=1)
     (tmp_path / "before").rename(tmp_path / "after")
     tiny_config.data.dir = str(tmp_path / "after")
     assert sweep(tiny_config, tmp_path / "sweep", RATES, num_trials=2, lanes=1, export=[0, 1]) == rows
-    with pytest.raises(UserError, match=r"holds a sweep: give one of its trials, such as .*trials/000"):
+    with pytest.raises(UserError, match=r"such as .*trials/000") as error:
         evaluate.evaluate(tmp_path / "sweep")
+    assert error.value.path == tmp_path / "sweep"
     for number in range(2):
-        found = evaluate.evaluate(results.trial_dir(tmp_path / "sweep", number))
-        assert found["data"]["dir"] == str(tmp_path / "after")
+        result = evaluate.evaluate(results.trial_dir(tmp_path / "sweep", number))
+        assert result["data"]["dir"] == str(tmp_path / "after")
     best = runpy.run_path(str(tmp_path / "sweep" / "best_config.py"))["get_config"]()
     assert best.data.dir == str(tmp_path / "after")
     assert sources.find(experiment.open_experiment(best), tmp_path / "run")[0].keys() == {"ehr", "cxr"}
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("profile_steps", "1:2", r"config\.profile_steps is of a run alone"),
-        ("recurrence", "cudnn", r"config\.recurrence is 'cudnn', which runs no trials side by side"),
-    ],
-)
-def test_what_trials_cannot_do_is_refused(ehr_config, tmp_path, field, value, said):
+@pytest.mark.parametrize(("field", "value"), [("profile_steps", "1:2"), ("recurrence", "cudnn")])
+def test_fields_of_single_runs_are_refused(ehr_config, tmp_path, field, value):
     ehr_config[field] = value
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError) as error:
         sweep(ehr_config, tmp_path / "sweep", RATES)
+    assert (error.value.field, error.value.value) == (f"config.{field}", value)
     assert not (tmp_path / "sweep").exists()
 
 
-def test_two_sweeps_do_not_share_a_folder(ehr_config, tmp_path):
-    with workdir_lib.locked(tmp_path), pytest.raises(UserError, match="another process is using"):
+def test_two_sweeps_cannot_use_one_folder(ehr_config, tmp_path):
+    with workdir_lib.locked(tmp_path), pytest.raises(TryLater, match="another process is using"):
         sweep(ehr_config, tmp_path, RATES)
 
 
 @pytest.mark.slow
-def test_rounds_of_optuna_are_trials_like_any(ehr_config, tmp_path):
+def test_rounds_of_optuna_are_trained_and_resumed(ehr_config, tmp_path):
     pytest.importorskip("optuna")
     ehr_config.num_epochs = 1
     rows = sweep(ehr_config, tmp_path, RATES, num_trials=5, algorithm="optuna", per_round=2)
     assert [row["status"] for row in rows] == ["finished"] * 5 and [row["chosen"] for row in rows].count("yes") == 1
     assert len(list((tmp_path / "rounds").iterdir())) == 3
     assert sweep(ehr_config, tmp_path, RATES, num_trials=5, algorithm="optuna", per_round=2) == rows
-    with pytest.raises(UserError, match="holds another sweep"):
+    with pytest.raises(UserError) as error:
         sweep(ehr_config, tmp_path, RATES, num_trials=5)
+    assert error.value.path == tmp_path
 
 
-def test_a_folder_of_something_else_is_refused(ehr_config, tmp_path, monkeypatch):
-    ehr_config.num_epochs = 1
-    sweep(ehr_config, tmp_path / "sweep", RATES, num_trials=1, lanes=1)
-    with pytest.raises(UserError, match=r"holds another sweep \(by --search or --seed, trial 0 is .* there and"):
-        sweep(ehr_config, tmp_path / "sweep", ["lr:loguniform(1e-3,1e-1)"], num_trials=1)
-    with monkeypatch.context() as rebuilt, pytest.raises(UserError, match="is no longer the build that the sweep in"):
+def test_folders_of_other_sweeps_and_runs_are_refused(finished, tmp_path, monkeypatch):
+    folder, config, _ = finished
+    with pytest.raises(UserError) as error:
+        sweep(config, folder, ["lr:loguniform(1e-3,1e-1)"])
+    assert error.value.path == folder and "--search or --seed: trial 0 was" in error.value.value
+    with monkeypatch.context() as rebuilt, pytest.raises(UserError) as error:
         rebuilt.setattr(records, "digest", lambda *args: "of other shards")
-        sweep(ehr_config, tmp_path / "sweep", RATES, num_trials=1)
-    ehr_config.batch_size = 16
-    with pytest.raises(UserError, match=r"holds another sweep \(config\.batch_size is 32 there and 16 here\)"):
-        sweep(ehr_config, tmp_path / "sweep", RATES, num_trials=1)
-    with pytest.raises(UserError, match="is in the folder of a sweep"):
-        sweep(ehr_config, results.trial_dir(tmp_path / "sweep", 0), RATES, num_trials=1)
-    shutil.copytree(results.trial_dir(tmp_path / "sweep", 0), tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run, not a sweep"):
-        sweep(ehr_config, tmp_path / "run", RATES, num_trials=1)
+        sweep(config, folder, RATES)
+    assert error.value.path == Path(config.data.dir) / config.task
+    config.batch_size = 16
+    with pytest.raises(UserError) as error:
+        sweep(config, folder, RATES)
+    assert error.value.path == folder and "config.batch_size" in error.value.value
+    with pytest.raises(UserError) as error:
+        sweep(config, results.trial_dir(folder, 0), RATES)
+    assert error.value.path == folder
+    shutil.copytree(results.trial_dir(folder, 0), tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        sweep(config, tmp_path / "run", RATES)
+    assert error.value.path == tmp_path / "run" / "config.json"
 
 
-def test_the_shards_are_no_folder_of_a_sweep(ehr_config, shards):
+def test_the_folder_of_the_shards_is_refused(ehr_config, shards):
     before = sorted(shards.rglob("*"))
-    with pytest.raises(UserError, match="holds the shards"):
+    with pytest.raises(UserError) as error:
         sweep(ehr_config, shards, RATES, num_trials=1)
-    assert sorted(shards.rglob("*")) == before
+    assert error.value.path == shards.resolve() and sorted(shards.rglob("*")) == before
 
 
-def test_a_trial_that_cannot_run_is_refused_before_any_is_trained(tiny_config, tmp_path):
-    with pytest.raises(UserError, match=r"trial \d \(method uni_crx\): config\.method is 'uni_crx'.*Did you mean"):
+def test_an_invalid_trial_is_refused_before_any_is_trained(tiny_config, tmp_path):
+    with pytest.raises(UserError, match=r"^trial \d \(method uni_crx\): ") as error:
         sweep(tiny_config, tmp_path, ["method:choice(medfuse,uni_crx)"], num_trials=2)
+    assert (error.value.field, error.value.nearest) == ("config.method", "uni_cxr")
     assert not any(tmp_path.iterdir())
 
 
-def _stages_and_trials(config, workdir, specs, monkeypatch, **more) -> tuple[dict, dict]:
-    """The pre-training of a sweep of two trials, and the encoders that each starts from, by method; trains nothing."""
-    stages, started = {}, {}
-
-    def note(sweep, trials, costs):
-        for of_trial in map(sweep.config_of, trials):
-            started[of_trial.method] = {name: Path(path).name for name, path in of_trial.init.items() if path}
-
-    monkeypatch.setattr(command.train, "pretrain", lambda found, by_sweep: stages.update(found))
-    monkeypatch.setattr(run_lib, "train_group", note)
+def _skip_training(monkeypatch, train_group):
+    """Replace the training of groups, and leave out pre-training and results."""
+    monkeypatch.setattr(command.train, "pretrain", lambda stages, by_sweep: None)
+    monkeypatch.setattr(groups, "train_group", train_group)
     monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: [True])
-    monkeypatch.setattr(command, "_conclude", lambda sweep, trials, wanted: (workdir / "sweep.csv").touch())
-    sweep(config, workdir, specs, num_trials=2, **more)
-    return stages, started
+    monkeypatch.setattr(command, "_conclude", lambda sweep, trials, exported: (sweep.workdir / "sweep.csv").touch())
 
 
 @pytest.mark.parametrize("method", ["uni_ehr", "medfuse"])
-def test_each_trial_starts_from_the_encoders_that_it_alone_would_have_trained(
-    tiny_config, tmp_path, monkeypatch, method
-):
-    """Whatever the config's own method. That of uni_ehr would be trained as the run itself is."""
+def test_trials_start_from_the_encoders_that_their_single_runs_would_train(tiny_config, tmp_path, monkeypatch, method):
+    """Whatever the config's own method: for uni_ehr, the stage would be the run itself."""
     tiny_config.method = method
-    for name, changes in PRETRAIN.items():
-        tiny_config.pretrain[name] = changes
-    stages, started = _stages_and_trials(tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch)
+    tiny_config.pretrain.update(PRETRAIN)
+    stages, encoders = {}, {}
+
+    def train_group(sweep, trials, costs):
+        for config in map(sweep.config_of, trials):
+            encoders[config.method] = {name: Path(path).name for name, path in config.init.items() if path}
+
+    _skip_training(monkeypatch, train_group)
+    monkeypatch.setattr(command.train, "pretrain", lambda opened, by_sweep: stages.update(opened))
+    sweep(tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], num_trials=2)
     assert sorted(stages) == ["cxr", "ehr"] and stages["cxr"][1].config.method == "uni_cxr"
-    assert started == {"uni_ehr": {}, "medfuse": {"ehr": "pretrain_ehr", "cxr": "pretrain_cxr"}}
+    assert encoders == {"uni_ehr": {}, "medfuse": {"ehr": "pretrain_ehr", "cxr": "pretrain_cxr"}}
 
 
-def test_processes_wait_for_an_encoder_that_only_trials_added_later_start_from(tiny_config, tmp_path, monkeypatch):
-    for name, changes in PRETRAIN.items():
-        tiny_config.pretrain[name] = changes
-    _stages_and_trials(tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch)
-    waited = []
-    monkeypatch.setattr(command.pods, "wait_for", lambda are_there, what: waited.append(list(are_there())))
+def test_processes_wait_for_encoders_that_added_trials_need(tiny_config, tmp_path, monkeypatch):
+    tiny_config.pretrain.update(PRETRAIN)
+    _skip_training(monkeypatch, lambda sweep, trials, costs: None)
+    specs, waited = ["method:choice(uni_ehr,medfuse)"], []
+    sweep(tiny_config, tmp_path, specs, num_trials=2)
+    monkeypatch.setattr(processes, "wait_for", lambda is_ready, what: waited.append(list(is_ready())))
     (tmp_path / "pretrain_cxr" / "trained.json").unlink()
-    _stages_and_trials(
-        tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], monkeypatch, process=processes.Process(1, 2)
-    )
+    sweep(tiny_config, tmp_path, specs, num_trials=2, process=processes.Process(1, 2))
     assert waited[0].count(False) == 1 and len(waited[0]) == 3
 
 
 @pytest.mark.parametrize(
-    ("method", "spec", "said"),
+    ("method", "spec", "values"),
     [
         ("medfuse", "method:choice(early,medfuse)", "method early"),
         ("early", "method:choice(early,medfuse)", "method early"),
         ("medfuse", "model.freeze_encoders:choice(true,false)", "model.freeze_encoders True"),
     ],
 )
-def test_a_trial_that_freezes_random_encoders_is_refused(tiny_config, tmp_path, method, spec, said):
+def test_a_trial_that_freezes_random_encoders_is_refused(tiny_config, tmp_path, method, spec, values):
     tiny_config.method, tiny_config.encoders = method, "random"
-    for name, changes in PRETRAIN.items():
-        tiny_config.pretrain[name] = changes
-    with pytest.raises(UserError, match=rf"trial \d \({said}\): the ehr encoder is frozen .* would stay random"):
+    tiny_config.pretrain.update(PRETRAIN)
+    with pytest.raises(UserError, match=rf"^trial \d \({values}\): ") as error:
         sweep(tiny_config, tmp_path, [spec], num_trials=2)
+    assert error.value.field == "config.pretrain.ehr"
     assert not any(tmp_path.iterdir())
 
 
-def test_groups_of_one_are_dealt_to_all_processes(ehr_config, tmp_path, monkeypatch):
+def test_groups_of_one_trial_are_dealt_to_all_processes(ehr_config, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(run_lib, "train_group", lambda sweep, trials, costs: trained.extend(t.number for t in trials))
-    monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: [True])
-    monkeypatch.setattr(command, "_conclude", lambda sweep, trials, wanted: (tmp_path / "sweep.csv").touch())
-    shares = []
-    for process in range(4):
-        sweep(ehr_config, tmp_path, ["ehr_only_ratio:uniform(0,1)"], 8, process=processes.Process(process, 4))
-        shares.append(trained[:])
-        trained.clear()
-    assert [len(share) for share in shares] == [2] * 4 and sorted(
-        number for share in shares for number in share
-    ) == list(range(8))
+    _skip_training(monkeypatch, lambda sweep, trials, costs: trained.extend(t.number for t in trials))
+    for number in range(2):
+        process = processes.Process(number, 2)
+        sweep(ehr_config, tmp_path, ["ehr_only_ratio:uniform(0,1)"], num_trials=4, process=process)
+    assert trained == [0, 2, 1, 3]
+
+
+def test_a_process_other_than_the_first_needs_a_data_folder(ehr_config, tmp_path):
+    ehr_config.data.dir = ""
+    with pytest.raises(UserError) as error:
+        sweep(ehr_config, tmp_path, RATES, process=processes.Process(1, 2))
+    assert error.value.field == "config.data.dir"
 
 
 @pytest.mark.slow
-def test_what_is_said_of_the_costs_is_of_this_start(ehr_config, tmp_path, capsys, monkeypatch):
-    """Pre-training beside start-up, and no trial that an earlier start had trained."""
+def test_costs_are_those_of_the_current_start(ehr_config, tmp_path, monkeypatch):
+    """Pre-training is not part of start-up, and trials trained by an earlier start are not counted."""
     ahead_s, clock = [0.0], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead_s[0])
 
     def pretrain(stages, by_sweep):
         ahead_s[0] += 1000.0
 
-    monkeypatch.setattr(command, "_conclude", lambda sweep, trials, wanted: (tmp_path / "sweep.csv").touch())
     monkeypatch.setattr(command.train, "pretrain", pretrain)
     ehr_config.num_epochs = 1
     for trained in (2, 0):
         sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1)
-        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("once for "))
-        trials, pretrain_s, startup_s, *_ = (float(number) for number in re.findall(r"[\d.]+(?= s|\b trials)", line))
-        assert trials == trained and 1000 <= pretrain_s < 1100
-        assert 0 <= startup_s < 900, "pre-training is no part of it"
+        costs = json.loads((tmp_path / "costs.json").read_text())
+        assert costs["trials"] == trained and 1000 <= costs["pretrain_s"] < 1100
+        assert 0 <= costs["startup_s"] < 900

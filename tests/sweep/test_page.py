@@ -1,4 +1,4 @@
-"""sweep.html: the labels below a chart can be read, whatever was searched."""
+"""sweep.html: the labels below a chart are legible, whatever was searched."""
 
 import itertools
 
@@ -22,12 +22,12 @@ _GAP = 15  # pixels between two labels: a browser's font may be wider than matpl
 
 
 def _extents(axes) -> list:
-    """Where each label of the x axis is drawn, from left to right."""
+    """The positions of the labels of the x axis, from left to right."""
     FigureCanvasAgg(axes.figure).draw()
     return [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
 
 
-def _drawn(values) -> page.Axes:
+def _plot(values) -> page.Axes:
     axes = page._new_axes("learning rate", "validation AUROC")
     for value in values:
         axes.plot([value], [0.7], "o")
@@ -38,35 +38,34 @@ def _drawn(values) -> page.Axes:
 @pytest.mark.parametrize("rates", _RATES, ids=str)
 def test_a_log_axis_has_few_labels_that_do_not_overlap(rates):
     with mpl.rc_context(page._STYLE):
-        axes = _drawn(rates)
-        page._scale_log(axes)
+        axes = _plot(rates)
+        page._set_log_scale(axes)
         extents = _extents(axes)
         assert 2 <= len(extents) <= 5
         assert all(left.x1 + _GAP < right.x0 for left, right in itertools.pairwise(extents))
         low, high = axes.get_xlim()
         assert low < min(rates) and max(rates) < high, "every trial is inside the chart"
         shown = [float(label.get_text().replace("−", "-")) for label in axes.get_xticklabels()]
-        assert shown == pytest.approx(list(axes.get_xticks()), rel=1e-9), "a label says where it stands"
+        assert shown == pytest.approx(list(axes.get_xticks()), rel=1e-9), "each label is the value of its tick"
 
 
-def test_a_small_range_of_rates_overlaps_on_a_plain_axis():
+def test_close_rates_would_overlap_on_a_linear_axis():
     """The error that the test above looks for."""
     with mpl.rc_context(page._STYLE):
-        extents = _extents(_drawn(_RATES[1]))
+        extents = _extents(_plot(_RATES[1]))
     assert any(left.x1 + _GAP >= right.x0 for left, right in itertools.pairwise(extents))
 
 
-def test_a_chart_of_close_rates_is_drawn_with_these_labels():
+def test_a_chart_of_rates_has_a_log_axis():
     records = [{"trial": i, "values": {"learning_rate": rate}, "val_auroc": 0.7} for i, rate in enumerate(_RATES[1])]
     svg = page._scatter("learning_rate", records, records[0])
     assert 2 <= svg.count("e−4<") <= 5 and ">0.000" not in svg
 
 
-def test_ticks_that_read_the_same_are_one():
-    rates = [1e-4, 1.00001e-4]
+def test_no_two_labels_are_equal():
     with mpl.rc_context(page._STYLE):
-        axes = _drawn(rates)
-        page._scale_log(axes)
+        axes = _plot([1e-4, 1.00001e-4])
+        page._set_log_scale(axes)
         labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels and len(set(labels)) == len(labels)
 
@@ -78,20 +77,20 @@ def test_ticks_that_read_the_same_are_one():
         [f"static,../../modalities/notes_{i}.py" for i in range(3)],
     ],
 )
-def test_long_names_below_an_axis_are_tilted_and_stay_in_the_chart(names):
+def test_long_names_are_tilted_and_stay_inside_the_chart(names):
     with mpl.rc_context(page._STYLE):
-        axes = _drawn(names)
+        axes = _plot(names)
         assert any(left.x1 > right.x0 for left, right in itertools.pairwise(_extents(axes))), "they would overlap"
-        page._fit_names(axes, names)
+        page._tilt_long_names(axes, names)
         extents = [*_extents(axes), axes.xaxis.label.get_window_extent()]
         assert min(e.x0 for e in extents) > 0 and min(e.y0 for e in extents) > 0
         shown = [label.get_text() for label in axes.get_xticklabels()]
-        assert len(set(shown)) == len(names), "what tells them apart is still there"
+        assert len(set(shown)) == len(names), "shortened names still differ"
         assert all(label.get_rotation() == 35 for label in axes.get_xticklabels())
 
 
-def test_short_names_are_left_as_they_are():
+def test_short_names_are_not_tilted():
     with mpl.rc_context(page._STYLE):
-        axes = _drawn(["uni_ehr", "mmtm4"])
-        page._fit_names(axes, ["uni_ehr", "mmtm4"])
+        axes = _plot(["uni_ehr", "mmtm4"])
+        page._tilt_long_names(axes, ["uni_ehr", "mmtm4"])
         assert {label.get_rotation() for label in axes.get_xticklabels()} == {0}

@@ -1,7 +1,8 @@
-"""How trials are kept: what a trial was begun with it goes on with, and a damaged file is named with what to do."""
+"""Stores of trials: a trial resumes from what it started with, and a damaged file is named."""
 
 import contextlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,137 +11,151 @@ import pytest
 from sweep_cases import RATES, stop_at_save, sweep
 
 from medfuse_jax import evaluate, step
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results, trial_store
 
+_PROGRESS = Progress(epoch=1, learning_rate=0.1, best_auroc=0.6, best_epoch=1)
+
 
 @pytest.mark.slow
-def test_a_sweep_begun_as_one_process_goes_on_as_several(ehr_config, tmp_path, monkeypatch):
-    """Several keep each trial in a file; stopped when one of two trials has saved its last epoch."""
+def test_a_sweep_started_as_one_process_resumes_as_several(ehr_config, tmp_path, monkeypatch):
+    """Several processes store each trial in a file. Stopped when one of two trials has saved its last epoch."""
     whole = sweep(ehr_config, tmp_path / "whole", RATES, num_trials=2, lanes=1)
     saved = stop_at_save(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         sweep(ehr_config, tmp_path / "stopped", RATES, num_trials=2, lanes=1)
-    monkeypatch.setattr(trial_store, "new_keeper", trial_store.FileKeeper)
-    save_file = trial_store.FileKeeper.save
-    monkeypatch.setattr(trial_store.FileKeeper, "save", lambda *args: (saved.append(args[0]), save_file(*args)))
+    monkeypatch.setattr(trial_store, "open_store", trial_store.FileStore)
+    saved_in_files = stop_at_save(monkeypatch, None, trial_store.FileStore)  # counts, and stops at none
     assert sweep(ehr_config, tmp_path / "stopped", RATES, num_trials=2, lanes=1) == whole
-    assert len(saved) == 4, "no epoch of the two trials is trained twice"
+    assert len(saved) + len(saved_in_files) == 4, "no epoch of the two trials is trained twice"
     chosen = results.trial_dir(tmp_path / "stopped", int(whole[0]["trial"]))
     assert json.loads((chosen / "result.json").read_text())["best_epoch"] == int(whole[0]["best_epoch"])
 
 
-def test_any_trial_kept_in_a_file_can_be_exported_and_scored(ehr_config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trial_store, "new_keeper", trial_store.FileKeeper)
-    ehr_config.num_epochs = 1
-    rows = sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1)
-    other = results.trial_dir(tmp_path, int(rows[1]["trial"]))
-    with pytest.raises(UserError, match=rf"kept in state\.npz: .* with --export={int(other.name)}$"):
+@pytest.fixture(scope="module")
+def sweep_in_files(shared_tiny_config, tmp_path_factory):
+    """(folder, config, rows) of a sweep of two trials that are stored in files."""
+    config, folder = shared_tiny_config.copy_and_resolve_references(), tmp_path_factory.mktemp("sweep") / "sweep"
+    config.method, config.num_epochs = "uni_ehr", 1
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trial_store, "open_store", trial_store.FileStore)
+        rows = sweep(config, folder, RATES, num_trials=2, lanes=1)
+    return folder, config, rows
+
+
+@pytest.fixture
+def copied(sweep_in_files, tmp_path):
+    """A copy of it, and the folders of the chosen trial and of the other."""
+    folder, config, rows = sweep_in_files
+    shutil.copytree(folder, tmp_path / "sweep")
+    chosen, other = (results.trial_dir(tmp_path / "sweep", int(row["trial"])) for row in rows)
+
+    def again(**more):
+        return sweep(config, tmp_path / "sweep", RATES, num_trials=2, lanes=1, **more)
+
+    return again, chosen, other, rows
+
+
+def test_any_trial_stored_in_a_file_can_be_exported_and_scored(copied, capsys):
+    again, chosen, other, rows = copied
+    with pytest.raises(UserError) as error:
         evaluate.evaluate(other)
-    with pytest.raises(UserError, match="--export=2: the trials are 0 to 1"):
-        sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1, export=[2])
+    assert error.value.field == "--export" and f"--export={int(other.name)}" in str(error.value)
+    with pytest.raises(UserError) as error:
+        again(export=[2])
+    assert (error.value.field, error.value.value) == ("--export", 2)
     capsys.readouterr()
-    sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1, export=[int(other.name)])
-    assert "AUROC [95 % CI]" in capsys.readouterr().out  # the chosen trial's test result
-    chosen = json.loads((results.trial_dir(tmp_path, int(rows[0]["trial"])) / "result.json").read_text())
-    assert evaluate.evaluate(other)["loss"] != chosen["loss"]
+    again(export=[int(other.name)])
+    assert "AUROC [95 % CI]" in capsys.readouterr().out, "the test result of the chosen trial"
+    of_chosen = json.loads((chosen / "result.json").read_text())
+    assert evaluate.evaluate(other)["loss"] != of_chosen["loss"]
     assert evaluate.evaluate(other, evaluate.Scored("val"))["subsets"]["all"]["auroc_macro"] == pytest.approx(
         float(rows[1]["val_auroc"]), abs=1e-6
     )
 
 
-def test_the_test_score_is_of_the_file_and_not_of_checkpoints_before_it(ehr_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial_store, "new_keeper", trial_store.FileKeeper)
-    ehr_config.num_epochs = 1
-    sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
-    folder = results.trial_dir(tmp_path, 0)
-    stale = json.loads((folder / "result.json").read_text())
-    with np.load(folder / "state.npz") as stored:
+def test_the_file_is_scored_rather_than_older_checkpoints(copied):
+    again, chosen, _, _ = copied
+    before = json.loads((chosen / "result.json").read_text())
+    with np.load(chosen / "state.npz") as stored:
         entries = dict(stored)
     entries["best/params.classifier.bias"] += 1
-    np.savez(folder / "state.npz", **entries)
-    (folder / "result.json").unlink()
-    sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
-    assert json.loads((folder / "result.json").read_text())["loss"] > stale["loss"] + 0.01
+    np.savez(chosen / "state.npz", **entries)
+    (chosen / "result.json").unlink()
+    again()
+    assert json.loads((chosen / "result.json").read_text())["loss"] > before["loss"] + 0.01
 
 
-def test_a_damaged_file_says_what_to_delete_and_the_trial_starts_anew(ehr_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial_store, "new_keeper", trial_store.FileKeeper)
-    ehr_config.num_epochs = 1
-    whole = sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
-    folder = results.trial_dir(tmp_path, 0)
-    (folder / "result.json").unlink()
-    (folder / "state.npz").write_bytes((folder / "state.npz").read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"state\.npz cannot be read .*: delete it and trial\.json beside it") as said:
-        sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1)
-    assert "\n" not in str(said.value)
+def test_a_trial_with_a_damaged_file_can_be_restarted(copied):
+    again, chosen, _, rows = copied
+    (chosen / "result.json").unlink()
+    (chosen / "state.npz").write_bytes((chosen / "state.npz").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"delete it and trial\.json beside it") as error:
+        again()
+    assert error.value.path == chosen / "state.npz" and "\n" not in str(error.value)
     for name in ("state.npz", "trial.json"):
-        (folder / name).unlink()
-    assert sweep(ehr_config, tmp_path, RATES, num_trials=1, lanes=1) == whole
+        (chosen / name).unlink()
+    assert again() == rows
 
 
-def test_what_a_kill_left_unfinished_is_removed_by_the_next_start(tmp_path):
+def test_opening_a_store_removes_unfinished_files(tmp_path):
     (tmp_path / ".state.npz.4711.partial.npz").write_bytes(b"half a file")
-    (tmp_path / ".trial.json.4711.partial.json").write_text("another file's")
-    keeper = trial_store.new_keeper(tmp_path, is_head=True)
+    (tmp_path / ".trial.json.4711.partial.json").write_text("of another file")
+    store = trial_store.open_store(tmp_path, is_frozen=True)
     assert [path.name for path in tmp_path.iterdir()] == [".trial.json.4711.partial.json"]
-    keeper.save({"w": np.zeros(3)}, trial_store.optim.Progress(learning_rate=0.1), True)
+    store.save({"w": np.zeros(3)}, _PROGRESS, True)
     assert (tmp_path / "state.npz").exists()
 
 
-def test_the_state_of_a_resumed_trial_lies_on_the_host(tmp_path):
-    """However many trials there are, no device holds them all."""
+def test_a_resumed_state_is_on_the_host(tmp_path):
+    """No device could hold the states of all trials."""
     weights = {"w": jnp.arange(3.0)}
     state = step.TrainState(jnp.int32(1), weights, {}, weights, jnp.float32(0.1))
-    with contextlib.closing(trial_store.WholeKeeper(tmp_path)) as keeper:
-        assert keeper.latest(jax.eval_shape(lambda: state)) is None
-        keeper.save(state, trial_store.optim.Progress(learning_rate=0.1), True)
-        keeper.finish()
-        latest, _ = keeper.latest(jax.eval_shape(lambda: state))
-        of_file, _ = trial_store.FileKeeper(tmp_path).latest(jax.eval_shape(lambda: state))
-    for leaf in jax.tree.leaves((latest, of_file)):
+    abstract = jax.eval_shape(lambda: state)
+    with contextlib.closing(trial_store.CheckpointStore(tmp_path)) as store:
+        assert store.latest(abstract) is None
+        store.save(state, _PROGRESS, True)
+        store.wait()
+        latest, _ = store.latest(abstract)
+        from_file, _ = trial_store.FileStore(tmp_path).latest(abstract)
+    for leaf in jax.tree.leaves((latest, from_file)):
         assert not isinstance(leaf, jax.Array)
     assert latest.params["w"].tolist() == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (lambda d: d.pop("latest/progress"), "progress"),
         (lambda d: d.pop("latest/params.w"), "/params.w is missing"),
-        (lambda d: d.update({"latest/params.w": np.zeros(4)}), r"/params.w is of shape \(4,\)"),
+        (lambda d: d.update({"latest/params.w": np.zeros(4)}), r"/params.w has shape \(4,\)"),
         (lambda d: d.update({"latest/progress": np.array('{"epoch": 1, "more": 2}')}), "more"),
     ],
 )
-def test_a_file_that_lacks_an_entry_is_one_line(tmp_path, change, said):
+def test_a_file_without_an_entry_is_refused(tmp_path, change, problem):
     state = {"params": {"w": np.zeros(3)}}
-    trial_store.FileKeeper(tmp_path).save(state, trial_store.optim.Progress(learning_rate=0.1), True)
+    trial_store.FileStore(tmp_path).save(state, _PROGRESS, True)
     with np.load(tmp_path / "state.npz") as stored:
         entries = dict(stored)
     change(entries)
     np.savez(tmp_path / "state.npz", **entries)
-    with pytest.raises(UserError, match=said) as refused:
-        trial_store.FileKeeper(tmp_path).latest(state)
-    assert "\n" not in str(refused.value) and "delete it and trial.json" in str(refused.value)
+    with pytest.raises(UserError, match=problem) as error:
+        trial_store.FileStore(tmp_path).latest(state)
+    assert error.value.path == tmp_path / "state.npz" and "\n" not in str(error.value)
 
 
-def _head(value):
-    params = {"classifier": {"bias": np.full(3, value, np.float32)}}
-    return step.TrainState(np.int32(value), params, {}, params, np.float32(0.1))
+def test_a_file_stores_the_latest_and_the_best_state(tmp_path):
+    def state(value):
+        params = {"classifier": {"bias": np.full(3, value, np.float32)}}
+        return step.TrainState(np.int32(value), params, {}, params, np.float32(0.1))
 
-
-def test_a_file_keeps_the_latest_and_the_best_state_apart(tmp_path):
-    progress = trial_store.optim.Progress(epoch=1, learning_rate=0.1, best_auroc=0.6, best_epoch=1)
-    keeper = trial_store.FileKeeper(tmp_path)
-    assert keeper.latest(_head(0.0)) is None
-    keeper.save(_head(1.0), progress, True)
-    trial_store.FileKeeper(tmp_path).latest(_head(0.0))
-    again = trial_store.FileKeeper(tmp_path)
-    again.latest(_head(0.0))
-    again.save(_head(2.0), progress, False)
-    (latest, _), (best, reached) = again.latest(_head(0.0)), again.best(_head(0.0))
-    assert float(latest.params["classifier"]["bias"][0]) == 2.0 and float(best.params["classifier"]["bias"][0]) == 1.0
-    assert reached == progress
-    (tmp_path / "state.npz").write_bytes(b"half a file")
-    with pytest.raises(UserError, match=r"state\.npz cannot be read"):
-        again.latest(_head(0.0))
+    store = trial_store.FileStore(tmp_path)
+    assert store.latest(state(0)) is None
+    store.save(state(1), _PROGRESS, True)
+    resumed = trial_store.FileStore(tmp_path)
+    resumed.latest(state(0))
+    resumed.save(state(2), _PROGRESS, False)
+    (latest, _), (best, progress) = resumed.latest(state(0)), resumed.best(state(0))
+    assert (int(latest.step), int(best.step)) == (2, 1) and progress == _PROGRESS
+    assert latest.params["classifier"]["bias"][0] == 2 and best.params["classifier"]["bias"][0] == 1
