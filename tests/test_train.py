@@ -95,7 +95,7 @@ def test_a_trace_of_steps_that_never_come_is_refused(tiny_config, tmp_path):
 def test_a_finished_run_is_left_alone(tiny_config, tmp_path, capsys):
     tiny_config.method, tiny_config.num_epochs, tiny_config.recurrence = "uni_ehr", 1, "pallas"
     _train(tiny_config, tmp_path)
-    assert "config.recurrence is 'pallas', and there is no GPU: it is computed in chunks" in capsys.readouterr().out
+    assert "config.recurrence='pallas' needs a GPU; using 'chunks'" in capsys.readouterr().out
     before = (tmp_path / "metrics.jsonl").read_bytes()
     _train(tiny_config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models import ehr_encoder, fusion
+from medfuse_jax.models import fusion
 from medfuse_jax.models.medfuse import TokenModel
 from medfuse_jax.models.model import Inputs
+from medfuse_jax.models.recurrence import cell
 
 # Scores start as zeros: at first all time steps, and all tokens, have equal weight.
 _equal = nn.initializers.zeros_init()
@@ -37,7 +38,7 @@ class TimeAttention(nn.Module):
     def __call__(self, hidden_BTD: jax.Array, last_BD: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(states [B, T, D], last [B, D]) -> (pooled [B, D], weights [B, T]), zeros for a length of 0."""
         width = last_BD.shape[-1]
-        mask_BT = ehr_encoder.valid_steps(length_B, hidden_BTD.shape[1])
+        mask_BT = cell.valid_steps(length_B, hidden_BTD.shape[1])
         clean_BTD = jnp.where(mask_BT[..., None], hidden_BTD, 0)
         key_BTA = nn.Dense(width, dtype=self.dtype, name="key")(clean_BTD).astype(jnp.float32)
         query_BA = nn.Dense(width, use_bias=False, dtype=self.dtype, name="query")(last_BD).astype(jnp.float32)
@@ -82,6 +83,10 @@ class MedFuseAttention(TokenModel):
     Its weights are in the collection 'intermediates': time_weights [B, T] and modality_weights [B, M], M in the order
     of `token_names`.
     """
+
+    @property
+    def token_names(self) -> tuple[str, ...]:
+        return (*(modality.name for modality in self.modalities), "ehr", "cxr")
 
     def setup_fusion(self):
         super().setup_fusion()

@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models import ehr_encoder, resnet
+from medfuse_jax.models import resnet
 from medfuse_jax.models.model import Inputs, Model, linear
 from medfuse_jax.models.presence import Images
+from medfuse_jax.models.recurrence import scan
 
 BOTTLENECK_RATIO = 7
 _BOTTLENECK_EXTRA = 16  # released: int((16 + channels) / 7)
@@ -25,7 +26,7 @@ class Daft(nn.Module):
     @nn.compact
     def __call__(self, image_PC: jax.Array, hidden_BTD: jax.Array, length_B: jax.Array, images: Images) -> jax.Array:
         """Return the hidden states [B, T, D], rescaled."""
-        stay_PD = images.from_rows(ehr_encoder.mean_over_steps(hidden_BTD, length_B))
+        stay_PD = images.from_rows(scan.mean_over_steps(hidden_BTD, length_B))
         bottleneck = int((_BOTTLENECK_EXTRA + image_PC.shape[-1]) / BOTTLENECK_RATIO)
         squeeze = nn.Dense(bottleneck, use_bias=False, name="squeeze")
         excite = nn.Dense(2 * hidden_BTD.shape[-1], use_bias=False, name="excite")

@@ -1,4 +1,4 @@
-"""Fusion of what there is: a short sequence of modality tokens, any of which may be missing.
+"""LSTM fusion: a short sequence of modality tokens, any of which may be missing.
 
 Shapes: B batch, M modality, D token width, N fused width.
 """
@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models import ehr_encoder
+from medfuse_jax.models.recurrence.scan import masked_lstm
+from medfuse_jax.models.recurrence.weights import LstmWeights
 
 
 def stack_tokens(tokens: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """[(token [B, D], present bool [B]), ...] in fusion order -> (tokens [B, M, D], mask [B, M])."""
+    """Stack [(token [B, D], present bool [B]), ...], in fusion order, into (tokens [B, M, D], mask [B, M])."""
     token_BMD = jnp.stack([token_BD for token_BD, _ in tokens], axis=1)
     mask_BM = jnp.stack([present_B for _, present_B in tokens], axis=1)
     return token_BMD, mask_BM
@@ -20,7 +21,7 @@ def stack_tokens(tokens: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, 
 class LstmFusion(nn.Module):
     """An LSTM over the modality tokens; its last state is the fused vector.
 
-    A missing token leaves the state as it was: the same numbers as a sequence without it.
+    A missing token leaves the state unchanged, as if the sequence did not hold it.
     """
 
     width: int = 512
@@ -28,7 +29,7 @@ class LstmFusion(nn.Module):
 
     @nn.compact
     def __call__(self, token_BMD: jax.Array, mask_BM: jax.Array) -> jax.Array:
-        """Tokens [B, M, D], mask bool [B, M] -> [B, N], float32; zeros where every token is missing."""
-        # As a bare cell the weights get torch's initial values, like those of the released fusion layer.
-        weights = ehr_encoder.LstmWeights(self.width, torch_default=True, name="cell")(token_BMD.shape[-1])
-        return ehr_encoder.masked_lstm(weights, token_BMD, mask_BM, self.dtype)[1]
+        """Fuse tokens [B, M, D] with mask bool [B, M] into [B, N], float32; zeros for a row without tokens."""
+        # torch's initial values, as in the released fusion layer.
+        weights = LstmWeights(self.width, torch_default=True, name="cell")(token_BMD.shape[-1])
+        return masked_lstm(weights, token_BMD, mask_BM, self.dtype)[1]

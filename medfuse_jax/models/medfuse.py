@@ -19,10 +19,6 @@ class TokenModel(ProjectedModel):
 
     modalities: tuple[Modality, ...] = ()
 
-    @property
-    def token_names(self) -> tuple[str, ...]:
-        return (*(modality.name for modality in self.modalities), "ehr", "cxr")
-
     def setup_fusion(self):
         for modality in self.modalities:
             setattr(self, f"{modality.name}_encoder", modality.encoder(self.ehr_hidden))

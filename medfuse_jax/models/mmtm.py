@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from medfuse_jax.losses import Head
-from medfuse_jax.models import ehr_encoder, resnet
+from medfuse_jax.models import resnet
 from medfuse_jax.models.model import Inputs, Model, linear
 from medfuse_jax.models.presence import Images
+from medfuse_jax.models.recurrence import scan
 
 ALIGN_TEMPERATURE = 0.2
 
@@ -31,7 +32,7 @@ class Mmtm(nn.Module):
         """Return the image's feature maps and the hidden states, gated."""
         channels, width = x_PHWC.shape[-1], hidden_BTD.shape[-1]
         image_PC = resnet.pooled(x_PHWC)
-        stay_PD = images.from_rows(ehr_encoder.mean_over_steps(hidden_BTD, length_B))
+        stay_PD = images.from_rows(scan.mean_over_steps(hidden_BTD, length_B))
         num_squeezed = 2 * (channels + width) // self.ratio
         squeezed_PZ = nn.relu(nn.Dense(num_squeezed, name="squeeze")(jnp.concatenate([image_PC, stay_PD], axis=-1)))
         image_gate_PC = nn.sigmoid(nn.Dense(channels, name="image_gate")(squeezed_PZ))

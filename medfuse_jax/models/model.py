@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax import schema
 from medfuse_jax.losses import Head
 from medfuse_jax.models import ehr_encoder, resnet
 from medfuse_jax.models.precision import matmul_precision
@@ -59,7 +60,8 @@ class Model(nn.Module):
 
     num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs are float32.
     frozen_stats: batch normalisation uses and keeps its running statistics in training too.
-    recurrence: how the EHR encoder's LSTM is computed, of `ehr_encoder.FORMS`.
+    recurrence: the EHR encoder's LSTM kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: 'plain', or 'cpu' for the
+    X-ray encoder's operations of models/cpu.
     """
 
     # Which modalities the method reads: the input pipeline leaves out the others.
@@ -81,6 +83,7 @@ class Model(nn.Module):
     dtype: jnp.dtype = jnp.float32
     frozen_stats: bool = False
     recurrence: str = "chunks"
+    ops: str = "plain"
 
     @classmethod
     def loss_weights(cls) -> set[str]:
@@ -91,7 +94,7 @@ class Model(nn.Module):
         return ehr_encoder.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence)
 
     def new_cxr_encoder(self) -> resnet.ResNet:
-        return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats)
+        return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats, self.ops)
 
     @property
     def num_cxr_features(self) -> int:
@@ -200,3 +203,16 @@ class ProjectedModel(Model):
 
     def freeze(self, features):
         return jax.lax.stop_gradient(features) if self.frozen_encoders else features
+
+
+def init_variables(model: Model, key: jax.Array, extra: dict | None = None) -> dict:
+    """Return initial {'params', and 'batch_stats' if the model reads images}; call it under jit.
+
+    extra: values [1, ...] of the model's further modalities, whose sizes shape their encoders.
+    A key of the `rbg` kind compiles three times faster than a threefry one.
+    """
+    # The sizes of a batch, a series or an image shape no parameter, so the smallest will do. lazy_init traces the
+    # forward pass without compiling it.
+    ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(schema.CHANNELS)), jnp.float32)
+    image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
+    return model.lazy_init(key, ehr_BTF, image=image_PHW, **({"extra": extra} if extra else {}))

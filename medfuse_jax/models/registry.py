@@ -3,20 +3,12 @@
 Importing this module imports no model and neither jax nor flax: a row's class is imported when it is used.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError, check_choice
-
-if TYPE_CHECKING:
-    import jax
-
-    from medfuse_jax.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +30,8 @@ class Method:
     features_only: bool = False
 
     @property
-    def model_class(self) -> type[Model]:
+    def model_class(self) -> Any:
+        """The row's subclass of models.model.Model."""
         module, _, name = self.model.partition(":")
         return getattr(importlib.import_module(f"medfuse_jax.models.{module}"), name)
 
@@ -84,8 +77,8 @@ def with_field(name: str) -> list[str]:
     return [method for method, row in METHODS.items() if row.has_field(name)]
 
 
-def build(method: str, num_labels: int, **options) -> Model:
-    """Build the model of a method. options: further fields of the model; UserError for one it does not have."""
+def build(method: str, num_labels: int, **options) -> Any:
+    """Build the model of a method, a models.model.Model. options: its further fields; UserError for one it lacks."""
     check_choice("method", method, METHODS)
     row = METHODS[method]
     allowed = [name for name in inspect.signature(row.model_class).parameters if name not in ("parent", "name")]
@@ -94,19 +87,3 @@ def build(method: str, num_labels: int, **options) -> Model:
     if num_labels < 1:
         raise UserError(f"num_labels is {num_labels}; a model has at least one label", field="num_labels")
     return row.model_class(num_labels=num_labels, **{**row.fields, **options})
-
-
-def init(model: Model, key: jax.Array, extra: dict | None = None) -> dict:
-    """Initial variables {'params', and 'batch_stats' if the model reads images}; call it under jit.
-
-    extra: values [1, ...] of the model's further modalities, whose sizes shape their encoders.
-    A key of the `rbg` kind compiles three times faster than a threefry one.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    # The sizes of a batch, a series or an image shape no parameter, so the smallest will do. lazy_init traces the
-    # forward pass without compiling it.
-    ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(schema.CHANNELS)), jnp.float32)
-    image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
-    return model.lazy_init(key, ehr_BTF, image=image_PHW, **({"extra": extra} if extra else {}))

@@ -1,4 +1,4 @@
-"""The recurrence against loops in numpy and against torch; padding, lengths and dropout."""
+"""The LSTM against loops in numpy and against torch; the encoder's dropout and initial weights."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,8 @@ import pytest
 from model_cases import fast_jit
 
 from medfuse_jax.models import ehr_encoder
+from medfuse_jax.models.recurrence import scan
+from medfuse_jax.models.recurrence.weights import LstmWeights
 
 TOLERANCE = 1e-5
 
@@ -26,7 +28,7 @@ def _series(seed: int = 1):
 
 
 def _numpy_lstm(weights: dict, x_TF: np.ndarray, order: str = "ifgo") -> np.ndarray:
-    """One series, one step after the other: hidden states [T, D]."""
+    """Run one series step by step: hidden states [T, D]."""
 
     def sigmoid(a):
         return 1 / (1 + np.exp(-a))
@@ -42,7 +44,7 @@ def _numpy_lstm(weights: dict, x_TF: np.ndarray, order: str = "ifgo") -> np.ndar
     return np.array(states).reshape(-1, width)
 
 
-def _worst_against_numpy(order: str) -> float:
+def _max_error_against_numpy(order: str) -> float:
     weights, (x_BTF, length_B) = _weights(), _series()
     hidden_BTD, last_BD = ehr_encoder.lstm(weights, x_BTF, length_B)
     worst = 0.0
@@ -54,19 +56,19 @@ def _worst_against_numpy(order: str) -> float:
     return worst
 
 
-def test_equals_a_plain_loop_over_the_valid_steps():
-    assert _worst_against_numpy("ifgo") < TOLERANCE
+def test_matches_a_numpy_loop_over_the_valid_steps():
+    assert _max_error_against_numpy("ifgo") < TOLERANCE
 
 
 @pytest.mark.parametrize("order", ["ifog", "figo", "igfo"])
-def test_another_gate_order_is_noticed(order):
-    assert _worst_against_numpy(order) > 100 * TOLERANCE
+def test_a_wrong_gate_order_exceeds_the_tolerance(order):
+    assert _max_error_against_numpy(order) > 100 * TOLERANCE
 
 
-def test_equals_torch_on_packed_series():
+def test_matches_torch_on_packed_series():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     weights, (x_BTF, length_B) = _weights(), _series()
-    keep = length_B > 0  # torch refuses to pack an empty series
+    keep = length_B > 0  # torch cannot pack an empty series
     layer = torch.nn.LSTM(6, 5, batch_first=True)
     with torch.no_grad():
         layer.weight_ih_l0.copy_(torch.from_numpy(weights["input_kernel"].T.copy()))
@@ -81,60 +83,31 @@ def test_equals_torch_on_packed_series():
     np.testing.assert_allclose(last_BD, torch_last[0].numpy(), atol=TOLERANCE)
 
 
-def _loss(weights, x_BTF, length_B):
-    hidden_BTD, last_BD = ehr_encoder.lstm(weights, x_BTF, length_B)
-    return jnp.sum(jnp.sin(last_BD)) + jnp.sum(ehr_encoder.mean_over_steps(hidden_BTD, length_B) ** 2)
-
-
-_loss_and_gradients = fast_jit(jax.value_and_grad(_loss, argnums=(0, 1)))
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
-def test_padding_changes_neither_outputs_nor_gradients(poison):
-    weights, (x_BTF, length_B) = _weights(), _series()
-    padding_BT1 = ~np.asarray(ehr_encoder.valid_steps(length_B, 7))[..., None]
-    poisoned_BTF = np.where(padding_BT1, poison, x_BTF).astype(np.float32)
-    clean, poisoned = (_loss_and_gradients(weights, x, length_B) for x in (x_BTF, poisoned_BTF))
-    jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(poisoned))
-    input_gradient_BTF = poisoned[1][1]
-    assert not np.any(np.where(padding_BT1, input_gradient_BTF, 0))
-    assert np.any(input_gradient_BTF[0, 0])
-
-
-def test_an_empty_series_has_the_zero_state_and_needs_no_steps():
+def test_an_empty_series_has_a_zero_state():
     weights = _weights()
     assert not np.any(ehr_encoder.lstm(weights, np.ones((2, 3, 6), np.float32), np.zeros(2, np.int32))[1])
     hidden_BTD, last_BD = ehr_encoder.lstm(weights, np.ones((2, 0, 6), np.float32), np.zeros(2, np.int32))
     assert hidden_BTD.shape == (2, 0, 5) and not np.any(last_BD)
 
 
-def test_an_invalid_step_anywhere_is_as_if_it_were_not_there():
+def test_the_masked_scan_skips_invalid_steps():
     weights, (x_BTF, _) = _weights(), _series()
     valid_T = np.array([False, True, False, True, True, False, True])
-    _, masked_BD = ehr_encoder.masked_lstm(weights, x_BTF, np.tile(valid_T, (4, 1)))
+    _, masked_BD = scan.masked_lstm(weights, x_BTF, np.tile(valid_T, (4, 1)))
     _, removed_BD = ehr_encoder.lstm(weights, x_BTF[:, valid_T], np.full(4, valid_T.sum()))
     np.testing.assert_allclose(masked_BD, removed_BD, atol=1e-6)
     _, everything_BD = ehr_encoder.lstm(weights, x_BTF, np.full(4, 7))
     assert np.abs(masked_BD - everything_BD).max() > 1e-2
 
 
-def test_bfloat16_products_keep_a_float32_state():
-    weights, (x_BTF, length_B) = _weights(), _series()
-    _, exact_BD = ehr_encoder.lstm(weights, x_BTF, length_B)
-    _, rounded_BD = ehr_encoder.lstm(weights, x_BTF, length_B, jnp.bfloat16)
-    assert rounded_BD.dtype == jnp.float32
-    assert 1e-6 < np.abs(exact_BD - rounded_BD).max() < 0.05
-
-
 def test_mean_over_steps_counts_valid_steps_only():
     hidden_BTD = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
     hidden_BTD[0, 2:] = np.nan
-    mean_BD = ehr_encoder.mean_over_steps(jnp.asarray(hidden_BTD), jnp.array([2, 0]))
+    mean_BD = scan.mean_over_steps(jnp.asarray(hidden_BTD), jnp.array([2, 0]))
     np.testing.assert_array_equal(mean_BD, [[1, 2], [0, 0]])
 
 
-def test_dropout_belongs_to_the_row_not_to_the_layout():
+def test_dropout_depends_on_the_row_id_not_on_the_layout():
     key, x_BD = jax.random.key(3), np.ones((8, 256), np.float32)
     dropped = fast_jit(lambda x_BD, row_B: ehr_encoder.row_dropout(key, x_BD, 0.3, row_B))
     whole_BD = dropped(x_BD, np.arange(8))
@@ -146,7 +119,7 @@ def test_dropout_belongs_to_the_row_not_to_the_layout():
     assert abs(counts[0] / x_BD.size - 0.3) < 0.04  # 4 standard deviations of 2,048 draws
 
 
-def test_the_encoder_drops_in_training_only():
+def test_dropout_applies_in_training_only():
     encoder = ehr_encoder.EhrEncoder(width=8, dropout=0.5)
     x_BTF, length_B = _series()
     variables = {"params": {"layer0": _weights(6, 8), "layer1": _weights(8, 8)}}
@@ -166,13 +139,11 @@ def test_the_encoder_drops_in_training_only():
 
 
 def test_initial_weights():
-    weights = fast_jit(ehr_encoder.LstmWeights(16).init, static_argnums=1)(jax.random.key(0), 6)["params"]
+    weights = fast_jit(LstmWeights(16).init, static_argnums=1)(jax.random.key(0), 6)["params"]
     for gate_DD in np.split(np.asarray(weights["recurrent_kernel"]), 4, axis=1):
         np.testing.assert_allclose(gate_DD.T @ gate_DD, np.eye(16), atol=1e-5)
     limit = np.sqrt(6 / (6 + 64))
     assert 0.9 * limit < np.abs(weights["input_kernel"]).max() <= limit
     assert not np.any(weights["bias"])
-    bare = fast_jit(ehr_encoder.LstmWeights(16, torch_default=True).init, static_argnums=1)(jax.random.key(0), 6)[
-        "params"
-    ]
-    assert all(0.2 < np.abs(leaf).max() <= 0.25 for leaf in jax.tree.leaves(bare))
+    torchs = fast_jit(LstmWeights(16, torch_default=True).init, static_argnums=1)(jax.random.key(0), 6)["params"]
+    assert all(0.2 < np.abs(leaf).max() <= 0.25 for leaf in jax.tree.leaves(torchs))

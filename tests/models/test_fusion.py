@@ -1,4 +1,4 @@
-"""Fusion over modality tokens: a missing token is as if it were not there."""
+"""Fusion over modality tokens: a missing token changes nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def _case(num_tokens: int = 3):
 _fuse = fast_jit(_fusion.apply)
 
 
-def test_a_missing_token_is_as_if_it_were_not_there():
+def test_a_missing_token_equals_a_sequence_without_it():
     variables, token_BMD = _case()
     mask_BM = np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]], bool)
     fused_BN = _fuse(variables, token_BMD, mask_BM)
@@ -33,11 +33,11 @@ def test_a_missing_token_is_as_if_it_were_not_there():
         alone_BN = _fuse(variables, kept_BMD, np.ones((1, mask_M.sum()), bool))
         np.testing.assert_allclose(fused_BN[row], alone_BN[0], atol=1e-6)
     assert not np.any(fused_BN[3])
-    # the mask matters: the same tokens unmasked are far away
+    # without the mask the same tokens give another result
     assert np.abs(fused_BN - _fuse(variables, token_BMD, np.ones((4, 3), bool)))[1:].max(1).min() > 1e-2
 
 
-def test_nan_in_a_missing_token_reaches_nothing():
+def test_nan_in_a_missing_token_affects_nothing():
     variables, token_BMD = _case()
     mask_BM = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], bool)
     run = fast_jit(jax.value_and_grad(lambda v, x: jnp.sum(jnp.sin(_fusion.apply(v, x, mask_BM))), argnums=(0, 1)))
@@ -48,7 +48,7 @@ def test_nan_in_a_missing_token_reaches_nothing():
     np.testing.assert_array_equal(np.any(token_gradient_BMD, axis=-1), mask_BM)
 
 
-def test_order_matters_and_another_modality_is_one_more_token():
+def test_token_order_matters_and_a_modality_adds_one_token():
     variables, token_BMD = _case()
     full_BM = np.ones((4, 3), bool)
     forward, backward = _fuse(variables, token_BMD, full_BM), _fuse(variables, token_BMD[:, ::-1], full_BM)

@@ -1,10 +1,10 @@
-"""The X-ray encoder: torch's paddings, the folded stem, batch statistics of the valid X-rays only."""
+"""The X-ray encoder: torch's padding, the folded stem, batch statistics of the valid X-rays only."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import fast_jit
+from model_cases import equations, fast_jit
 
 from medfuse_jax.models import resnet
 
@@ -12,7 +12,7 @@ TOLERANCE = 1e-5
 
 
 def _numpy_conv(x_PHWC: np.ndarray, kernel: np.ndarray, stride: int, padding: tuple[int, int]) -> np.ndarray:
-    """A square convolution, one output pixel after the other."""
+    """Convolve with a square kernel, pixel by pixel."""
     size = len(kernel)
     x_PHWC = np.pad(x_PHWC, ((0, 0), padding, padding, (0, 0)))
     count = (x_PHWC.shape[1] - size) // stride + 1
@@ -32,7 +32,7 @@ def test_convolutions_pad_as_torch_does(size_px, stride):
     got = resnet.Conv(4, size_px, stride).apply({"params": {"kernel": kernel}}, x_PHWC)
     pad = size_px // 2
     np.testing.assert_allclose(got, _numpy_conv(x_PHWC, kernel, stride, (pad, pad)), atol=TOLERANCE)
-    if (size_px, stride) == (3, 2):  # what flax calls SAME there
+    if (size_px, stride) == (3, 2):  # flax's SAME
         assert np.abs(got - _numpy_conv(x_PHWC, kernel, stride, (0, 1))).max() > 100 * TOLERANCE
 
 
@@ -46,20 +46,20 @@ def _stem_case():
     return kernel, rng.random((2, 16, 16, 1)).astype(np.float32)
 
 
-def test_one_channel_stands_for_three_equal_ones():
+def test_one_channel_equals_three_equal_ones():
     kernel, grey_PHW1 = _stem_case()
     three = _stem(kernel, np.repeat(grey_PHW1, 3, axis=-1))
     np.testing.assert_allclose(_stem(kernel, grey_PHW1), three, atol=1e-4)
     np.testing.assert_allclose(three, _numpy_conv(np.repeat(grey_PHW1, 3, axis=-1), kernel, 2, (3, 3)), atol=1e-4)
 
 
-def test_grey_and_ones_are_the_standardised_channels_borders_included():
+def test_grey_and_ones_equal_standardised_channels_borders_included():
     kernel, grey_PHW1 = _stem_case()
     standardised_PHWC = (grey_PHW1 - np.array(resnet.IMAGENET_MEAN)) / np.array(resnet.IMAGENET_STD)
     expected = _stem(kernel, standardised_PHWC.astype(np.float32))
     got = _stem(kernel, np.concatenate([grey_PHW1, np.ones_like(grey_PHW1)], axis=-1))
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    # A constant in place of the ones channel would be right inside and wrong at the border.
+    # A constant instead of the ones channel is right inside and wrong at the border.
     ones_as_bias = _stem(kernel, np.concatenate([grey_PHW1, np.zeros_like(grey_PHW1)], axis=-1))
     ones_as_bias = ones_as_bias + (expected - ones_as_bias)[:, 4, 4][:, None, None]
     np.testing.assert_allclose(ones_as_bias[:, 3:5, 3:5], expected[:, 3:5, 3:5], atol=1e-3)
@@ -81,7 +81,7 @@ def _train_norm(variables, x_PHWC, valid_P=None, axis_name=None):
     return out, updated["batch_stats"]
 
 
-def test_batch_statistics_are_torchs():
+def test_batch_statistics_match_torch():
     x_PHWC, variables = _norm_case()
     out, stats = _train_norm(variables, x_PHWC)
     pixels = x_PHWC.reshape(-1, 3).astype(np.float64)
@@ -91,7 +91,7 @@ def test_batch_statistics_are_torchs():
     before = variables["batch_stats"]
     np.testing.assert_allclose(stats["mean"], 0.9 * before["mean"] + 0.1 * pixels.mean(0), atol=TOLERANCE)
     np.testing.assert_allclose(stats["var"], 0.9 * before["var"] + 0.1 * pixels.var(0, ddof=1), atol=TOLERANCE)
-    # the biased variance is far enough away to be noticed
+    # the biased variance would fail
     assert np.abs(stats["var"] - (0.9 * before["var"] + 0.1 * pixels.var(0))).max() > 100 * TOLERANCE
 
 
@@ -102,7 +102,7 @@ def test_evaluation_uses_the_running_statistics():
     np.testing.assert_allclose(resnet.BatchNorm().apply(variables, x_PHWC), expected, atol=TOLERANCE)
 
 
-def test_empty_slots_are_not_in_the_statistics():
+def test_empty_slots_do_not_enter_the_statistics():
     x_PHWC, variables = _norm_case()
     valid_P = np.array([True, False, True, True, False])
     out, stats = _train_norm(variables, x_PHWC, valid_P)
@@ -113,7 +113,7 @@ def test_empty_slots_are_not_in_the_statistics():
     assert np.abs(stats["mean"] - stats_of_all["mean"]).max() > 1e-3
 
 
-def test_without_a_image_the_running_statistics_are_used_and_kept():
+def test_without_an_image_the_running_statistics_are_used_and_kept():
     x_PHWC, variables = _norm_case()
     out, stats = _train_norm(variables, x_PHWC, np.zeros(5, bool))
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
@@ -129,7 +129,7 @@ def _norm_loss(norm, x_PHWC, params):
 
 
 def _plain_norm(x_PHWC, params, valid_P, stats):
-    """Batch normalisation whose gradient autodiff makes."""
+    """Normalise by the moments of the valid X-rays, written plainly."""
     valid = np.asarray(valid_P)
     mean_C, var_C = stats["mean"], stats["var"]
     if valid.any():
@@ -138,7 +138,7 @@ def _plain_norm(x_PHWC, params, valid_P, stats):
 
 
 @pytest.mark.parametrize("which", _VALID)
-def test_the_gradient_that_is_written_out_is_autodiffs(which):
+def test_the_gradient_matches_a_plain_normalisation(which):
     x_PHWC, variables = _norm_case()
     params, stats, valid_P = variables["params"], variables["batch_stats"], np.array(_VALID[which])
 
@@ -152,10 +152,10 @@ def test_the_gradient_that_is_written_out_is_autodiffs(which):
     got = jax.grad(lambda *a: _norm_loss(ours, *a), (0, 1))(x_PHWC, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=TOLERANCE), got, expected)
     other = jax.grad(lambda *a: _norm_loss(lambda x, p: ours(x, p, ~valid_P), *a), (0, 1))(x_PHWC, params)
-    assert np.abs(other[0] - expected[0]).max() > 100 * TOLERANCE, "other statistics would show"
+    assert np.abs(other[0] - expected[0]).max() > 100 * TOLERANCE, "other statistics exceed the tolerance"
 
 
-def test_the_gradient_over_an_axis_is_that_of_the_whole_batch():
+def test_the_gradient_over_an_axis_matches_the_whole_batch():
     x_PHWC, variables = _norm_case(num_images=4)
     params, valid_P = variables["params"], np.array([True, False, True, True])
 
@@ -183,13 +183,13 @@ def test_variance_survives_a_large_mean():
     expected = 0.9 * variables["batch_stats"]["var"] + 0.1 * x_PHWC.reshape(-1, 3).var(0, ddof=1)
     np.testing.assert_allclose(stats["var"], expected, rtol=1e-2)
     pixels = x_PHWC.reshape(-1, 3) + np.float32(30_000)
-    careless_C = np.mean(pixels**2, axis=0, dtype=np.float32) - np.mean(pixels, axis=0, dtype=np.float32) ** 2
-    assert np.abs(0.1 * (careless_C - x_PHWC.reshape(-1, 3).var(0))).max() > 0.01 * expected.max()
+    cancelling_C = np.mean(pixels**2, axis=0, dtype=np.float32) - np.mean(pixels, axis=0, dtype=np.float32) ** 2
+    assert np.abs(0.1 * (cancelling_C - x_PHWC.reshape(-1, 3).var(0))).max() > 0.01 * expected.max()
 
 
-def test_statistics_over_an_axis_are_those_of_the_whole_batch():
+def test_statistics_over_an_axis_match_the_whole_batch():
     x_PHWC, variables = _norm_case(num_images=6)
-    valid_P = np.array([True, True, False, True, False, False])  # uneven: 2 X-rays here, 1 there
+    valid_P = np.array([True, True, False, True, False, False])  # uneven: 2 X-rays on one device, 1 on the other
 
     def loss(params, x_PHWC, valid_P, axis_name):
         out, stats = _train_norm({**variables, "params": params}, x_PHWC, valid_P, axis_name)
@@ -232,8 +232,9 @@ def test_shapes_and_stages(tiny):
     assert set(variables["params"]) >= {"stem_conv", "stem_norm", "stage1_block0", "stage2_block1", "stage4_block0"}
 
 
-def test_the_stem_pools_as_torch_does():
-    net = resnet.ResNet(width=1)
+@pytest.mark.parametrize("ops", ["plain", "cpu"])
+def test_the_stem_pools_as_torch_does(ops):
+    net = resnet.ResNet(width=1, ops=ops)
     kernel = np.zeros((7, 7, 3, 1), np.float32)
     kernel[3, 3, 0] = 1  # takes every second pixel
     variables = {
@@ -279,3 +280,34 @@ def test_bfloat16_compute_keeps_float32_statistics(tiny):
     assert rounded_PE.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {jnp.dtype(jnp.float32)}
     assert 1e-5 < np.linalg.norm(exact_PE - rounded_PE) / np.linalg.norm(exact_PE) < 0.03
+
+
+def _custom_rules(net, variables, image_PHWC) -> set[str]:
+    def loss(params):
+        variables_ = {**variables, "params": params}
+        return net.apply(variables_, image_PHWC, train=True, mutable=["batch_stats"])[0].sum()
+
+    names = {e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(loss))(variables["params"]).jaxpr)}
+    forward = {e.primitive.name for e in equations(jax.make_jaxpr(net.apply)(variables, image_PHWC).jaxpr)}
+    return {name for name in names | forward if "custom_v" in name or "platform" in name or "custom_lin" in name}
+
+
+def test_the_plain_program_has_no_custom_rule(tiny):
+    net, variables, image_PHWC = tiny
+    assert not _custom_rules(net, variables, image_PHWC)
+    assert _custom_rules(net.clone(ops="cpu"), variables, image_PHWC)
+
+
+def test_both_ops_give_the_same_features_and_gradients(tiny):
+    net, variables, image_PHWC = tiny
+
+    def run(ops):
+        def loss(params):
+            variables_ = {**variables, "params": params}
+            features_PE, _ = net.clone(ops=ops).apply(variables_, image_PHWC, train=True, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(features_PE))
+
+        return fast_jit(jax.value_and_grad(loss))(variables["params"])
+
+    plain, cpu = run("plain"), run("cpu")
+    jax.tree.map(lambda a, b: np.testing.assert_array_less(np.linalg.norm(a - b), 2e-3 * np.linalg.norm(a)), plain, cpu)

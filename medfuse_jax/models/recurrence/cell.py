@@ -1,7 +1,7 @@
-"""One step of an LSTM and its gradient, as the chunks and the Pallas kernels compute it; and which steps there are.
+"""One LSTM step and its gradient, as the chunks and the Pallas kernels compute it.
 
-The plain scan (`lstm.masked_lstm`) has its own: it is what these are tested against. Arrays [..., D] of any number of
-rows and units; gates in the order i, f, g, o.
+The plain scan (`scan.masked_lstm`) has its own copy, as their reference. Arrays are [..., D] for any number of rows and
+units; gates are in the order i, f, g, o.
 """
 
 import jax
@@ -11,12 +11,12 @@ NUM_GATES = 4
 
 
 def valid_steps(length_B: jax.Array, num_steps: int) -> jax.Array:
-    """bool [B, T]: which steps lie inside each series."""
+    """Return the mask of the steps within each series, bool [B, T]."""
     return jnp.arange(num_steps) < length_B[:, None]
 
 
 def forward(gates: tuple, cell_before: jax.Array) -> tuple[tuple, jax.Array, jax.Array]:
-    """(activated gates, cell, hidden state) after a step; gates: the four sums before their activation."""
+    """Return (activated gates, cell, hidden state) after a step; gates: the four pre-activations."""
     i, f, g, o = gates
     i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
     cell = f * cell_before + i * g
@@ -24,7 +24,7 @@ def forward(gates: tuple, cell_before: jax.Array) -> tuple[tuple, jax.Array, jax
 
 
 def backward(activated: tuple, cell_before, cell, d_hidden, d_cell) -> tuple[tuple, jax.Array]:
-    """(gradients of the four sums, of the cell before) from those of the step's hidden state and cell."""
+    """Return the gradients of (the four pre-activations, the previous cell), from those of hidden state and cell."""
     i, f, g, o = activated
     tanh_cell = jnp.tanh(cell)
     d_cell = d_cell + d_hidden * o * (1 - tanh_cell**2)

@@ -1,13 +1,13 @@
-"""The recurrence as one GPU kernel each way (Pallas, by way of Triton): no launch a step.
+"""The LSTM as one GPU kernel forward and one backward (Pallas, through Triton), without a launch per step.
 
-Shapes: B batch, R rows a program, T time, F input channel, D LSTM width, U units a tile, K = 4 gates.
+Shapes: B batch, R rows per program, T time, F input channel, D LSTM width, U units per tile, K = 4 gates.
 
-A program of the grid takes R rows through their steps, as many as its own longest row has. What can be one product
-over all steps stays outside and is one: the input's, and the gradients of both kernels. In a step only the recurrent
-product is left, whose kernel comes from the GPU's second-level cache, a tile of units at a time.
+Each program of the grid runs R rows up to the longest of them. The input's product and both weight gradients are single
+products over all steps, outside the kernels. A step only computes the recurrent product, and reads its weights from the
+GPU's L2 cache, one tile of units at a time.
 
-Past a row's end a program goes on with zeros for input. Forward, what it computes there is masked afterwards; backward,
-where it begins, the gradients of the state are still zero, and with them all that it computes there.
+Past a row's end a program runs on with zero input. The forward pass masks those outputs afterwards. The backward pass
+starts there with zero state gradients, so everything it computes there is zero.
 """
 
 import functools
@@ -20,21 +20,21 @@ from jax.experimental.pallas import triton as plgpu
 from medfuse_jax.models.recurrence import cell
 
 _GATES = range(cell.NUM_GATES)
-_ROWS = 16  # a program's: as few as a matrix unit takes
-_LEAST_UNITS = 16  # of a tile, likewise
-_TILE_BYTES = 64  # a tile's units of one row
+_ROWS = 16  # rows per program: a matrix unit's minimum
+_MIN_TILE_UNITS = 16  # likewise
+_TILE_BYTES = 64  # one row of a tile
 _COMPILER = plgpu.CompilerParams(num_warps=8, num_stages=2)
 
 
-def most_units(compute_capability: str) -> int:
-    """The widest layer whose tiles fit into the memory that a block may share on such a GPU; 0 where none can run.
+def max_units(compute_capability: str) -> int:
+    """Return the widest layer whose tiles fit into a block's shared memory; 0 if the GPU cannot run the kernels.
 
-    As compiled by Triton 3.9: 256 units take 82,944 bytes at most, 512 take 164,864. By NVIDIA's tables a block may
-    have 101,376 on 8.6, 8.9 and 12, 166,912 on 8.0 and 8.7, and 232,448 on 9 and 10.
+    Compiled by Triton 3.9, 256 units take at most 82,944 bytes, 512 take 164,864. By NVIDIA's tables a block may have
+    101,376 at compute capability 8.6, 8.9 and 12, 166,912 at 8.0 and 8.7, and 232,448 at 9 and 10.
     """
     try:
         version = float(compute_capability)
-    except ValueError:  # not NVIDIA's
+    except ValueError:  # not an NVIDIA GPU
         return 0
     if version < 8:  # no bfloat16
         return 0
@@ -42,34 +42,34 @@ def most_units(compute_capability: str) -> int:
 
 
 def pallas_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, interpret=False):
-    """As `chunked_lstm`, on a GPU that Triton compiles for.
+    """Run an LSTM like `chunked_lstm`, on a GPU supported by Triton.
 
-    interpret: the kernels' arithmetic on any backend, slowly; for tests.
+    interpret: interpret the kernels, slowly, on any backend; for tests.
     """
     num_rows, num_steps, _ = x_BTF.shape
     width = len(recurrent_kernel_DG)
-    # Rows without steps, and units without weights: their states stay zero, for so are their gates, and tanh(0) is.
-    more_rows, more_units = -num_rows % _ROWS, max(2 * _LEAST_UNITS, pl.next_power_of_2(width)) - width
+    # Padding rows have no steps, and padding units zero weights: their states stay zero, since tanh(0) = 0.
+    extra_rows, extra_units = -num_rows % _ROWS, max(2 * _MIN_TILE_UNITS, pl.next_power_of_2(width)) - width
 
     def by_gate(x_G):
         x_KD = x_G.reshape(*x_G.shape[:-1], cell.NUM_GATES, width)
-        return jnp.pad(x_KD, [(0, 0)] * (x_KD.ndim - 1) + [(0, more_units)])
+        return jnp.pad(x_KD, [(0, 0)] * (x_KD.ndim - 1) + [(0, extra_units)])
 
-    recurrent_DKD = jnp.pad(by_gate(recurrent_kernel_DG), ((0, more_units), (0, 0), (0, 0)))
-    x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, 0), (0, more_rows), (0, 0)))
-    padded_B = jnp.pad(length_B, (0, more_rows))
+    recurrent_DKD = jnp.pad(by_gate(recurrent_kernel_DG), ((0, extra_units), (0, 0), (0, 0)))
+    x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, 0), (0, extra_rows), (0, 0)))
+    padded_B = jnp.pad(length_B, (0, extra_rows))
     x_TBF = jnp.where(_valid(padded_B, num_steps), x_TBF, 0).astype(jnp.float32)
     kernels = (by_gate(input_kernel_FG), recurrent_DKD, by_gate(bias_G))
     hidden_TBD = _recurrence(*kernels, x_TBF, padded_B, jnp.dtype(dtype), interpret)[:, :num_rows, :width]
-    last_BD = hidden_TBD[jnp.maximum(length_B, 1) - 1, jnp.arange(num_rows)]  # of a length of 0 all are zeros
+    last_BD = hidden_TBD[jnp.maximum(length_B, 1) - 1, jnp.arange(num_rows)]  # all zeros for a length of 0
     return hidden_TBD.swapaxes(0, 1), last_BD
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _recurrence(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpret):
-    """Hidden states float32 [T, B, D], zeros past a series' end, where x is zeros too.
+    """Return the hidden states float32 [T, B, D], zeros past a series' end.
 
-    B is a multiple of R, D a power of two. dtype: of the products.
+    x must be zero there too, B a multiple of R and D a power of two. dtype: of the products.
     """
     return _forward(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpret)[0]
 
@@ -102,7 +102,7 @@ def _backward(dtype, interpret, saved, d_output_TBD):
         inputs=[(length_B, 0), (d_output_TBD, 1), (activated_TBKD, 1), (cell_TBD, 1), (recurrent_KDD, None)],
         interpret=interpret,
     )
-    # Steps that no row of a program has were not written, there is anything in their place.
+    # Steps past a program's longest row were never written and hold arbitrary values.
     d_gates_TBKD = jnp.where(valid_TB1[..., None], d_gates_TBKD, 0)
     before_TBD = jnp.where(valid_TB1, hidden_TBD[:-1], 0).astype(dtype)
     return (
@@ -118,12 +118,12 @@ _recurrence.defvjp(_forward, _backward)
 
 
 def _forward_kernel(length_ref, product_ref, recurrent_ref, hidden_ref, cell_ref, activated_ref, *, barrier):
-    """Row t of `hidden` and `cell` is the state before step t."""
+    """Run the steps; row t of `hidden` and `cell` is the state before step t."""
     hidden_ref[0] = jnp.zeros(hidden_ref.shape[1:], hidden_ref.dtype)
     cell_ref[0] = jnp.zeros(cell_ref.shape[1:], cell_ref.dtype)
 
     def step(t, _):
-        barrier()  # the state was written by other threads
+        barrier()  # other threads wrote the state
         hidden_RD = hidden_ref[t].astype(recurrent_ref.dtype)
 
         def tile(units, _):
@@ -142,7 +142,7 @@ def _forward_kernel(length_ref, product_ref, recurrent_ref, hidden_ref, cell_ref
 def _backward_kernel(
     length_ref, d_output_ref, activated_ref, cell_ref, recurrent_ref, d_gates_ref, d_hidden_ref, d_cell_ref, *, barrier
 ):
-    """`d_hidden` and `d_cell` [R, D] are where the state's gradients lie from step to step."""
+    """Run the steps backwards; `d_hidden` and `d_cell` [R, D] hold the state's gradients between steps."""
     d_hidden_ref[...] = jnp.zeros(d_hidden_ref.shape, d_hidden_ref.dtype)
     d_cell_ref[...] = jnp.zeros(d_cell_ref.shape, d_cell_ref.dtype)
     longest = jnp.max(length_ref[...])
@@ -163,17 +163,17 @@ def _backward_kernel(
             return d_before_RD
 
         d_before_RD = _for_each_tile(recurrent_ref, tile, jnp.zeros(d_hidden_ref.shape, jnp.float32))
-        barrier()  # the one that is overwritten has been read by all
+        barrier()  # all threads have read what is overwritten next
         d_hidden_ref[...] = d_before_RD
 
     jax.lax.fori_loop(0, longest, step, None)
 
 
 def _for_each_tile(recurrent_ref, tile, start):
-    """What `tile(units, carry)` of all tiles of units, one after the other, makes of `start`.
+    """Loop `carry = tile(units, carry)` over all tiles of units, beginning with `start`.
 
-    There are two at least: a loop of one is unrolled, the loop over the steps is then the innermost, of which Triton
-    fetches ahead what the next round loads, and so the state before all threads have written it.
+    There are always at least two tiles. Triton unrolls a loop of one; the loop over steps is then the innermost, and
+    Triton prefetches the next step's state before all threads have written it.
     """
     width = recurrent_ref.shape[-1]
     size = min(_TILE_BYTES // recurrent_ref.dtype.itemsize, width // 2)
@@ -181,14 +181,14 @@ def _for_each_tile(recurrent_ref, tile, start):
 
 
 def _by_rows(kernel, outputs: list[tuple], inputs: list[tuple], interpret: bool) -> list[jax.Array]:
-    """The kernel's outputs, a program for every R rows; each array with the axis of its rows, None: all of it."""
+    """Call the kernel with one program per R rows. Each array comes with its row axis, or None to pass it whole."""
     length_B, _ = inputs[0]
     call = pl.pallas_call(
         functools.partial(kernel, barrier=_barrier(interpret)),
         out_shape=[shape for shape, _ in outputs],
         grid=len(length_B) // _ROWS,
-        in_specs=[_block(*given) for given in inputs],
-        out_specs=[_block(*made) for made in outputs],
+        in_specs=[_block(array, axis) for array, axis in inputs],
+        out_specs=[_block(shape, axis) for shape, axis in outputs],
         compiler_params=_COMPILER,
         interpret=interpret,
     )
@@ -196,18 +196,18 @@ def _by_rows(kernel, outputs: list[tuple], inputs: list[tuple], interpret: bool)
 
 
 def _block(like, row_axis: int | None) -> pl.BlockSpec:
-    """What a program sees of an array."""
+    """Return the part of an array that one program sees."""
     shape = [_ROWS if axis == row_axis else size for axis, size in enumerate(like.shape)]
     return pl.BlockSpec(shape, lambda n: tuple(n if axis == row_axis else 0 for axis in range(len(shape))))
 
 
 def _valid(length_B, num_steps: int) -> jax.Array:
-    """bool [T, B, 1]"""
+    """Return the mask of valid steps, bool [T, B, 1]."""
     return cell.valid_steps(length_B, num_steps).T[..., None]
 
 
 def _barrier(interpret: bool):
-    """All threads of a program wait for each other; the interpreter has one."""
+    """Return a barrier for all threads of a program; the interpreter has a single thread and needs none."""
     return (lambda: None) if interpret else plgpu.debug_barrier
 
 

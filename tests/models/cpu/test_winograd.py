@@ -1,4 +1,4 @@
-"""Winograd's convolution is the plain one to 1e-5, X-rays of any size and any number of them in a part."""
+"""Winograd's convolution matches the plain one to 1e-5, for X-rays of any size and number."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ def plain(x_PHWC, kernel):
     )
 
 
-def made_up(num_images=3, height=6, width=6, num_in=32, num_out=48):
-    """X-rays after a ReLU, a kernel as initialised, and the gradient of the output."""
+def random_case(num_images=3, height=6, width=6, num_in=32, num_out=48):
+    """Return X-rays after a ReLU, a kernel as initialised, and the output's gradient."""
     rng = np.random.default_rng(0)
     x_PHWC = np.maximum(rng.standard_normal((num_images, height, width, num_in)), 0)
     kernel = rng.standard_normal((3, 3, num_in, num_out)) * np.sqrt(2 / (9 * num_out))
@@ -26,49 +26,49 @@ def made_up(num_images=3, height=6, width=6, num_in=32, num_out=48):
 
 
 def differences(x_PHWC, kernel, d_output_PHWD) -> tuple[float, float]:
-    """Of the output and of the kernel's gradient from the plain ones."""
+    """Return the relative errors of the output and of the kernel's gradient."""
     expected, backward = jax.vjp(plain, x_PHWC, kernel)
-    found = winograd.convolve(x_PHWC, kernel), winograd.kernel_gradient(x_PHWC, d_output_PHWD)
-    pairs = zip(found, (expected, backward(d_output_PHWD)[1]), strict=True)
+    ours = winograd.convolve(x_PHWC, kernel), winograd.kernel_gradient(x_PHWC, d_output_PHWD)
+    pairs = zip(ours, (expected, backward(d_output_PHWD)[1]), strict=True)
     return tuple(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
-def forget_what_was_traced():
+def clear_traces():
     winograd.convolve.clear_cache()
     winograd.kernel_gradient.clear_cache()
 
 
 @pytest.fixture
-def traced_anew():
-    """For tests that change what is traced: none finds what another one traced."""
-    forget_what_was_traced()
+def fresh_traces():
+    """For tests that change what is traced."""
+    clear_traces()
     yield
-    forget_what_was_traced()
+    clear_traces()
 
 
 @pytest.fixture
-def two_images_a_part(monkeypatch, traced_anew):
-    monkeypatch.setattr(winograd, "_PIXELS_A_PART", 2 * 6 * 6)
+def two_images_per_part(monkeypatch, fresh_traces):
+    monkeypatch.setattr(winograd, "_PIXELS_PER_PART", 2 * 6 * 6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 6), (7, 7), (5, 8), (1, 1), (56, 2)])
 def test_images_of_any_size(height, width):
-    assert max(differences(*made_up(height=height, width=width))) < TOLERANCE
+    assert max(differences(*random_case(height=height, width=width))) < TOLERANCE
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 5, 7, 8])
-def test_any_number_of_images_in_parts(two_images_a_part, num_images):
-    assert max(differences(*made_up(num_images))) < TOLERANCE
+def test_any_number_of_images_in_parts(two_images_per_part, num_images):
+    assert max(differences(*random_case(num_images))) < TOLERANCE
 
 
-def test_parts_are_filled_up_with_as_few_images_as_may_be(two_images_a_part):
+def test_parts_need_the_least_padding(two_images_per_part):
     shapes = {n: winograd._parts(jnp.zeros((n, 6, 6, 1))).shape[:2] for n in (1, 3, 5, 7, 16)}
     assert shapes == {1: (1, 1), 3: (1, 3), 5: (2, 3), 7: (4, 2), 16: (8, 2)}
 
 
-def test_as_exact_as_the_plain_convolution_at_the_sizes_of_a_resnet():
-    """Against float64: within twice the plain convolution's own error."""
-    x_PHWC, kernel, _ = made_up(num_images=2, height=14, width=14, num_in=256, num_out=256)
+def test_as_exact_as_the_plain_convolution_at_resnet_sizes():
+    """The error against float64 is within twice the plain convolution's."""
+    x_PHWC, kernel, _ = random_case(num_images=2, height=14, width=14, num_in=256, num_out=256)
     patches = jnp.pad(x_PHWC, ((0, 0), (1, 1), (1, 1), (0, 0)))
     exact = sum(
         np.asarray(patches[:, i : i + 14, j : j + 14], np.float64) @ np.asarray(kernel[i, j], np.float64)
@@ -80,7 +80,7 @@ def test_as_exact_as_the_plain_convolution_at_the_sizes_of_a_resnet():
 
 
 @pytest.mark.parametrize("transform", ["_FILTER", "_inputs_1d", "_outputs_1d"])
-def test_the_tolerance_notices_a_wrong_transform(monkeypatch, traced_anew, transform):
+def test_a_wrong_transform_exceeds_the_tolerance(monkeypatch, fresh_traces, transform):
     right = getattr(winograd, transform)
     wrong = (
         right * 1.0001
@@ -88,12 +88,12 @@ def test_the_tolerance_notices_a_wrong_transform(monkeypatch, traced_anew, trans
         else lambda x, **axis: [right(x, **axis)[0] * 1.0001, *right(x, **axis)[1:]]
     )
     monkeypatch.setattr(winograd, transform, wrong)
-    assert max(differences(*made_up(num_images=4, height=4))) > TOLERANCE
+    assert max(differences(*random_case(num_images=4, height=4))) > TOLERANCE
 
 
 def test_no_tiles_are_kept_from_the_forward_to_the_backward_pass(monkeypatch):
-    """Which XLA would do where both make the same ones: of each layer, four times its X-rays."""
-    x_PHWC, kernel, _ = made_up(num_images=4, height=14, width=14, num_in=64, num_out=64)
+    """XLA would share them between both passes: four times the X-rays' memory for each layer."""
+    x_PHWC, kernel, _ = random_case(num_images=4, height=14, width=14, num_in=64, num_out=64)
 
     def memory() -> int:
         def loss(kernels, x_PHWC):
@@ -104,15 +104,15 @@ def test_no_tiles_are_kept_from_the_forward_to_the_backward_pass(monkeypatch):
         compiled = jax.jit(jax.grad(loss)).lower([kernel] * 4, x_PHWC).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    as_it_is = memory()
+    with_dependency = memory()
     monkeypatch.setattr(winograd, "_after", lambda x_PHWC, _: x_PHWC)
-    forget_what_was_traced()
+    clear_traces()
     without = memory()
     monkeypatch.undo()
-    forget_what_was_traced()
-    assert as_it_is < 0.8 * without
+    clear_traces()
+    assert with_dependency < 0.8 * without
 
 
-def test_a_gradient_of_nan_is_not_hidden():
-    x_PHWC, _, d_output_PHWD = made_up()
+def test_a_nan_gradient_stays_nan():
+    x_PHWC, _, d_output_PHWD = random_case()
     assert jnp.isnan(winograd.kernel_gradient(x_PHWC, d_output_PHWD.at[-1, 0, 0, 0].set(jnp.nan))).any()

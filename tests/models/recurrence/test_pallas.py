@@ -1,4 +1,4 @@
-"""The recurrence's GPU kernels: their arithmetic, interpreted, against the plain scan; and their form as lowered."""
+"""The LSTM's GPU kernels: interpreted, against the plain scan; and as lowered for a GPU."""
 
 import functools
 
@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lstm_cases import TOLERANCE, assert_close, case, plain, poisoned, with_gradients
+from lstm_cases import TOLERANCE, assert_close, assert_padding_is_zero, case, plain, poisoned, with_gradients
 from model_cases import equations
 
 from medfuse_jax.models import ehr_encoder
 from medfuse_jax.models.recurrence import cell, pallas
 
 _ROWS = pallas._ROWS
-_ON_GPU = jax.default_backend() == "gpu"  # there the kernels themselves are run
+_ON_GPU = jax.default_backend() == "gpu"  # runs the compiled kernels
 
 
 def recurrence(weights, x_BTF, length_B, dtype=jnp.float32):
@@ -28,20 +28,20 @@ _KERNELS, _PLAIN = with_gradients(recurrence), with_gradients(plain)
     ("num_steps", "lengths", "width"),
     [
         (1, [1, 0], 4),
-        (7, [7, 3, 0, 1], 32),  # the least number of units that is run
-        (5, [5, 2], 40),  # units that are none in the last of four tiles
-        (9, [9, 4] * (_ROWS // 2) + [3, 0, 1], 4),  # a second program, which stops before the first
-        (6, [2, 4], 4),  # no program runs the last steps
+        (7, [7, 3, 0, 1], 32),  # the minimum of units
+        (5, [5, 2], 40),  # padding units in the last of four tiles
+        (9, [9, 4] * (_ROWS // 2) + [3, 0, 1], 4),  # a second program, which stops earlier
+        (6, [2, 4], 4),  # nobody has the last steps
         (3, [0, 0], 4),
     ],
 )
-def test_outputs_and_gradients_are_those_of_the_plain_scan(num_steps, lengths, width):
+def test_outputs_and_gradients_match_the_plain_scan(num_steps, lengths, width):
     series = case(num_steps, lengths, width=width)
     assert_close(_KERNELS(*series), _PLAIN(*series))
 
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
-def test_the_tolerance_notices_a_wrong_step(monkeypatch, part):
+def test_a_wrong_step_exceeds_the_tolerance(monkeypatch, part):
     right = getattr(cell, part)
 
     def wrong(*args):
@@ -49,7 +49,7 @@ def test_the_tolerance_notices_a_wrong_step(monkeypatch, part):
         return (gates[0] * 1.001, *gates[1:]), *states
 
     monkeypatch.setattr(cell, part, wrong)
-    jax.clear_caches()  # what was traced before knows the right one
+    jax.clear_caches()  # earlier traces hold the right step
     series = case(7, [7, 3, 0, 1])
     (_, (d_weights, _)), (_, (expected, _)) = with_gradients(recurrence)(*series), _PLAIN(*series)
     monkeypatch.undo()
@@ -58,33 +58,32 @@ def test_the_tolerance_notices_a_wrong_step(monkeypatch, part):
     assert worst > 3 * TOLERANCE
 
 
-def test_padding_reaches_neither_outputs_nor_gradients():
+def test_padding_values_affect_neither_outputs_nor_gradients():
     weights, x_BTF, length_B = case(8, [5, 3, 0])
     nans_BTF = poisoned(x_BTF, length_B)
     jax.tree.map(
         np.testing.assert_array_equal, _KERNELS(weights, x_BTF, length_B), _KERNELS(weights, nans_BTF, length_B)
     )
     hidden_BTD, last_BD = recurrence(weights, nans_BTF, length_B)
-    assert not np.any(np.where(ehr_encoder.valid_steps(length_B, 8)[..., None], 0, hidden_BTD)) and not np.any(
-        last_BD[2]
-    )
+    assert_padding_is_zero(hidden_BTD, length_B)
+    assert not np.any(last_BD[2])
 
 
-def test_bfloat16_is_rounded_where_the_chunks_round():
+def test_bfloat16_rounds_where_the_chunks_do():
     weights, x_BTF, length_B = case(12, [12, 7], width=32)
     rounded, exact = (
         with_gradients(functools.partial(recurrence, dtype=dtype))(weights, x_BTF, length_B)
         for dtype in (jnp.bfloat16, jnp.float32)
     )
     chunks = with_gradients(functools.partial(ehr_encoder.lstm, dtype=jnp.bfloat16))(weights, x_BTF, length_B)
-    if _ON_GPU:  # sums in another order round one number in many the other way
+    if _ON_GPU:  # another summation order rounds a few values differently
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2 * np.abs(b).max()), rounded, chunks)
     else:
         assert_close(rounded, chunks)
     assert abs(rounded[0] - exact[0]) > 10 * TOLERANCE * abs(exact[0])
 
 
-def test_several_trials_at_once_are_the_trials_one_by_one():
+def test_vmap_over_trials_matches_each_trial_alone():
     cases = [case(6, [6, 3], seed=seed) for seed in (0, 1)]
     _, x_BTF, length_B = cases[0]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(weights for weights, _, _ in cases))
@@ -93,14 +92,14 @@ def test_several_trials_at_once_are_the_trials_one_by_one():
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), _PLAIN(weights, x_BTF, length_B))
 
 
-def test_an_encoder_runs_both_layers_in_its_form(monkeypatch):
+def test_an_encoder_runs_both_layers_with_its_kernel(monkeypatch):
     widths = []
 
-    def form(input_kernel_FG, *rest):
+    def kernel(input_kernel_FG, *rest):
         widths.append(len(input_kernel_FG))
         return pallas.pallas_lstm(input_kernel_FG, *rest, interpret=not _ON_GPU)
 
-    monkeypatch.setitem(ehr_encoder.FORMS, "pallas", form)
+    monkeypatch.setitem(ehr_encoder.LSTM_KERNELS, "pallas", kernel)
     weights, x_BTF, length_B = case(7, [7, 3, 0], width=8)
     second, _, _ = case(7, [1], seed=1, num_inputs=8, width=8)
     variables = {"params": {"layer0": weights, "layer1": second}}
@@ -115,27 +114,27 @@ def test_an_encoder_runs_both_layers_in_its_form(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("trials", [0, 2])
-def test_it_is_lowered_for_a_gpu_as_one_kernel_each_way(dtype, trials):
+def test_a_gpu_program_has_one_kernel_forward_and_one_backward(dtype, trials):
     text = traced(256, dtype, trials).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2 and "stablehlo.while" not in text
 
 
 @pytest.mark.parametrize("width", [1, 16, 64, 256])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_its_tiles_are_as_triton_wants_them(width, dtype):
-    """Two or more, or their loop is unrolled, and Triton fetches the state ahead of a barrier; and none too small."""
+def test_tiles_meet_tritons_minimum(width, dtype):
+    """At least two tiles (see pallas._for_each_tile), each at least 16 wide."""
     kernels = [e for e in equations(traced(width, dtype).jaxpr.jaxpr) if e.primitive.name == "pallas_call"]
     assert len(kernels) == 2
     for kernel in kernels:
-        inside = list(equations(kernel.params["jaxpr"]))
-        tiles = [e.params["length"] for e in inside if e.primitive.name == "scan"]
+        body = list(equations(kernel.params["jaxpr"]))
+        tiles = [e.params["length"] for e in body if e.primitive.name == "scan"]
         assert len(tiles) == 1 and tiles[0] >= 2
-        factors = [x.aval.shape for e in inside if e.primitive.name == "dot_general" for x in e.invars]
+        factors = [x.aval.shape for e in body if e.primitive.name == "dot_general" for x in e.invars]
         assert len(factors) == 8 and min(min(shape) for shape in factors) >= 16
 
 
-def test_no_thread_reads_a_state_that_another_has_yet_to_write():
-    """Which only a GPU's threads could: the interpreter has one, and no barriers."""
+def test_barriers_order_reads_and_writes_of_the_state():
+    """Checked on the jaxpr: the interpreter has one thread and no barriers."""
     forward, backward = (
         [e.primitive.name.removesuffix("_p") for e in loop.params["body_jaxpr"].jaxpr.eqns]
         for kernel in equations(traced(256, jnp.float32).jaxpr.jaxpr)
@@ -144,15 +143,15 @@ def test_no_thread_reads_a_state_that_another_has_yet_to_write():
         if loop.primitive.name == "while"
     )
     for step in (forward, backward):
-        assert "get" not in step[: step.index("debug_barrier")], "a step's first read is after its barrier"
+        assert "get" not in step[: step.index("debug_barrier")], "a step reads before its barrier"
         assert step.index("debug_barrier") < step.index("scan")
-    assert "get" in forward[: forward.index("scan")]  # the state, once for all tiles
-    after_tiles = backward[backward.index("scan") :]  # all of which have read what is overwritten then
+    assert "get" in forward[: forward.index("scan")]  # the state, read once for all tiles
+    after_tiles = backward[backward.index("scan") :]  # all have read what is overwritten then
     assert after_tiles.index("debug_barrier") < after_tiles.index("swap")
 
 
 def traced(width: int, dtype, trials: int = 0):
-    """The gradient of a layer of so many units, for a GPU that is not there; with trials, of several at once."""
+    """Trace a layer's gradient for an abstract GPU; trials: how many a vmap stacks, 0 for none."""
 
     def loss(weights, x_BTF, length_B):
         return ehr_encoder.lstm(weights, x_BTF, length_B, dtype, "pallas")[1].sum()
