@@ -42,7 +42,7 @@ class Costs:
         """Write costs.json."""
         content = dataclasses.asdict(self)
         content["compile_s"] = content.pop("compiled")["seconds"]
-        results.write_json(workdir / "costs.json", content)
+        results.write_json(workdir / "costs.json", {name: round(value, 3) for name, value in content.items()})
 
     def summary(self) -> str:
         return (
