@@ -70,18 +70,12 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(workdir / "config.json", content)
     joined = _join(members)
-    weights, selected_by = [None] * len(runs), "nothing: the first run for stays with an X-ray, the second for others"
-    if rule == "by_cxr":
-        score_NK = _by_cxr(joined)
-    else:
-        weights, selected_by = [1 / len(runs)] * len(runs), "nothing: equal weights"
-        if rule == "weighted":
-            weights, selected_by = _choose_weights(_join([_open(run, "val") for run in runs]))
-        score_NK = _weighted_mean(joined["scores_MNK"], np.array(weights))
+    score_NK, weights, selected_by = _combine(joined, runs, rule)
     scored = {name: joined[name] for name in _FIELDS} | {"scores": score_NK}
     first = members[0].result
     bootstrap = (first["subsets"]["all"]["num_bootstrap"], first["seed"])
     titles = [member.title for member in members]
+    names = [member.title if titles.count(member.title) == 1 else member.name for member in members]
     result = {
         **{field: first[field] for field in ("task", "data", "labels", "seed")},
         "name": f"{rule} of {', '.join(runs)}",
@@ -99,13 +93,8 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
         "subsets": result_lib.subsets(scored, *bootstrap),
         "comparisons": [
             difference
-            for member in members
-            for difference in result_lib.compare(
-                scored,
-                member.predictions,
-                member.title if titles.count(member.title) == 1 else member.name,
-                *bootstrap,
-            )
+            for member, name in zip(members, names)
+            for difference in result_lib.compare(scored, member.predictions, name, *bootstrap)
         ],
         "environment": result_lib.environment(parallel.devices()),
     }
@@ -273,6 +262,17 @@ def _join(members: list[Member]) -> dict:
 
 
 # Rules
+
+
+def _combine(joined: dict, runs: list[str], rule: str) -> tuple[np.ndarray, list, str]:
+    """The scores [N, K], the members' weights (None for by_cxr), and how these were selected."""
+    if rule == "by_cxr":
+        selected_by = "nothing: the first run for stays with an X-ray, the second for others"
+        return _by_cxr(joined), [None] * len(runs), selected_by
+    weights, selected_by = [1 / len(runs)] * len(runs), "nothing: equal weights"
+    if rule == "weighted":
+        weights, selected_by = _choose_weights(_join([_open(run, "val") for run in runs]))
+    return _weighted_mean(joined["scores_MNK"], np.array(weights)), weights, selected_by
 
 
 def _weighted_mean(score_MNK: np.ndarray, weight_M: np.ndarray) -> np.ndarray:

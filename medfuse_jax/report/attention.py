@@ -7,8 +7,7 @@ from html import escape
 
 import numpy as np
 
-from medfuse_jax.report import plots, tables
-from medfuse_jax.report.html import figure
+from medfuse_jax.report import html, plots
 from medfuse_jax.report.read_runs import Run, number, section
 
 MODALITY_NAMES = {"ehr": "time series", "cxr": "X-ray"}
@@ -26,7 +25,7 @@ def attention(run: Run) -> str:
     charts = _by_hour(arrays, timestep_h, run.color)
     if paired_N.any():
         caption = f"By modality, {number(int(paired_N.sum()), 0)} test stays with an X-ray"
-        charts += figure(plots.weight_by_modality(arrays["modality_weights"][paired_N], names, run.color), caption)
+        charts += html.figure(plots.weight_by_modality(arrays["modality_weights"][paired_N], names, run.color), caption)
     return (
         f'<h4>Attention weights</h4><div class="charts">{charts}</div>'
         '<p class="note">Lines and dots: means over the test stays; bands: 10th to 90th percentile. Hourly weights are '
@@ -38,9 +37,9 @@ def attention(run: Run) -> str:
 
 def _by_hour(arrays: dict, timestep_h: float, color: int) -> str:
     args = (arrays["time_weights"], arrays["length"], timestep_h, color)
-    charts = figure(plots.weight_by_hour(*args, to_end=False), "By hours since the stay began")
+    charts = html.figure(plots.weight_by_hour(*args, to_end=False), "By hours since the stay began")
     if len(np.unique(arrays["length"][arrays["length"] > 0])) > 1:  # otherwise the chart is the same
-        charts += figure(plots.weight_by_hour(*args, to_end=True), "By hours before its end")
+        charts += html.figure(plots.weight_by_hour(*args, to_end=True), "By hours before its end")
     return charts
 
 
@@ -66,7 +65,7 @@ def _examples(arrays: dict, names: list[str], timestep_h: float, color: int, pai
     heads = "".join(f'<th scope="col" class="num">{escape(name)}</th>' for name in names)
     head = f'<th scope="col">Length</th><th scope="col" class="strip">first hour to last</th>{heads}'
     return (
-        f"<h4>Weights of single stays</h4>{tables.table(head, body, 'Weights of single stays')}"
+        f"<h4>Weights of single stays</h4>{html.table(head, body, 'Weights of single stays')}"
         '<p class="note">Test stays from the shortest to the longest, evenly spaced. The strongest colour of a strip '
         "is that stay\u2019s largest weight.</p>"
     )

@@ -127,6 +127,26 @@ def figure(svg_text: str, caption: str) -> str:
     return f'<figure class="chart"><figcaption>{html.escape(caption)}</figcaption>{svg_text}</figure>'
 
 
+def table(head: str, body: str, caption: str) -> str:
+    """A table that scrolls sideways. head, body: HTML of its cells and rows; caption: text, for screen readers."""
+    caption = html.escape(caption)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def synthetic_notice(num_synthetic: int, num_runs: int) -> str:
+    """The notice that results are of synthetic patients; '' if none are."""
+    if not num_synthetic:
+        return ""
+    which = "These results come" if num_synthetic == num_runs else "Some of these results come"
+    return (
+        f'<p class="notice"><strong>Synthetic patients.</strong> {which} from a synthetic cohort. '
+        "They show that the software works, and say nothing about real patients.</p>"
+    )
+
+
 def run_color(color: int) -> str:
     """The placeholder for --run0, --run1, ..., cyclic."""
     return f"#0c000{color % NUM_COLORS}"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from medfuse_jax.report import html, plots, read_runs, style, tables, terminal
 from medfuse_jax.report.attention import attention
-from medfuse_jax.report.html import figure
 from medfuse_jax.report.read_runs import Run, method_name, number, pair, section, series, task_name
 from medfuse_jax.runtime import files
 
@@ -82,18 +81,8 @@ def _header(runs: list[Run], title: str) -> str:
         f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items() if v not in ("", None)
     )
     lead = _lead(main) if is_single else ""
-    return f'<header><h1>{escape(title)}</h1>{lead}{_notice(runs)}<dl class="facts">{shown}</dl></header>'
-
-
-def _notice(runs: list[Run]) -> str:
-    num_synthetic = sum(run.is_synthetic for run in runs)
-    if not num_synthetic:
-        return ""
-    which = "These results come" if num_synthetic == len(runs) else "Some of these results come"
-    return (
-        f'<p class="notice"><strong>Synthetic patients.</strong> {which} from a synthetic cohort. '
-        "They show that the software works, and say nothing about real patients.</p>"
-    )
+    notice = html.synthetic_notice(sum(run.is_synthetic for run in runs), len(runs))
+    return f'<header><h1>{escape(title)}</h1>{lead}{notice}<dl class="facts">{shown}</dl></header>'
 
 
 def _lead(main: Run) -> str:
@@ -154,7 +143,7 @@ def _overlays(runs: list[Run]) -> str:
     suffix += f", all test {read_runs.unit(shown[0].task)}"
     suffix += f"; the first {len(shown)} runs" if len(shown) < len(comparable) else ""
     charts = [
-        figure(plots.overlay(kind, curves), name + suffix)
+        html.figure(plots.overlay(kind, curves), name + suffix)
         for kind, name in (("ROC", "ROC"), ("PR", "Precision\u2013recall"))
     ]
     return f'<div class="charts">{"".join(charts)}</div>'
@@ -178,13 +167,13 @@ def _run_charts(run: Run) -> str:
     best = (run.best_epoch, run.color, "chosen" if run.result else "best so far")
     charts = []
     if loss_train or loss_val:
-        charts.append(figure(plots.loss_curves(loss_train, loss_val, *best), "Loss by epoch"))
+        charts.append(html.figure(plots.loss_curves(loss_train, loss_val, *best), "Loss by epoch"))
     if auroc_val:
-        charts.append(figure(plots.auroc_curve(auroc_val, *best), "AUROC on the validation set by epoch"))
+        charts.append(html.figure(plots.auroc_curve(auroc_val, *best), "AUROC on the validation set by epoch"))
     if run.predictions:
         args = (run.predictions["labels"], run.predictions["scores"], run.color)
-        charts.append(figure(plots.curves("ROC", *args), "ROC on the test set"))
-        charts.append(figure(plots.curves("PR", *args), "Precision\u2013recall on the test set"))
+        charts.append(html.figure(plots.curves("ROC", *args), "ROC on the test set"))
+        charts.append(html.figure(plots.curves("PR", *args), "Precision\u2013recall on the test set"))
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 

@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from medfuse_jax import ranks, schema
-from medfuse_jax.report import plots, read_runs
+from medfuse_jax.report import html, plots, read_runs
 from medfuse_jax.report.read_runs import SUBSETS, Run, method_name, number, pair
 
 _SUBSET_TITLES = {
@@ -51,7 +51,7 @@ def results(task: str, runs: list[Run]) -> str:
 
     unit = read_runs.unit(task)
     head = _th("Method", "text") + _th(unit[0].upper() + unit[1:]) + _score_heads(axis, mean)
-    content = table(head, _grouped(rows, 5, row), "Test results with 95 % confidence intervals")
+    content = html.table(head, _grouped(rows, 5, row), "Test results with 95 % confidence intervals")
     content += _ci_note(all_scores, several)
     if several:
         released_head = _th("Method", "text") + _score_heads(None, mean)
@@ -59,7 +59,7 @@ def results(task: str, runs: list[Run]) -> str:
             '<details class="more"><summary>With the confidence intervals of the released code</summary>'
             '<p class="note">The released MedFuse averages the 95 % intervals of the labels. This is wider than the '
             "interval of the mean, and is given for comparison with published numbers.</p>"
-            f"{table(released_head, _grouped(rows, 3, released_row), 'Confidence intervals averaged over labels')}"
+            f"{html.table(released_head, _grouped(rows, 3, released_row), 'Confidence intervals averaged over labels')}"
             "</details>"
         )
     return content
@@ -81,7 +81,7 @@ def differences(runs: list[Run]) -> str:
     body = _grouped([(_subset_title(other["subset"], run.task), run, other) for run, other in pairs], 4, row)
     head = _th("Difference", "text") + _score_heads(axis, sign=True)
     return (
-        f"<h3>Differences</h3>{table(head, body, 'Differences between methods')}"
+        f"<h3>Differences</h3>{html.table(head, body, 'Differences between methods')}"
         '<p class="note">Paired: both methods are scored on the same stays in the same resamples. '
         "An interval without zero indicates a difference.</p>"
     )
@@ -115,7 +115,7 @@ def labels(run: Run, runs: list[Run]) -> str:
     if not read_runs.scores_all(run.result):
         total = (count or 0) + run.result["num_left_out"]
         coverage = f", on the {number(count, 0)} of {number(total, 0)} test {read_runs.unit(run.task)} it can score"
-    return f"<h4>Each label{coverage}</h4>{table(head, body, f'Labels of {run.name}')}{note}"
+    return f"<h4>Each label{coverage}</h4>{html.table(head, body, f'Labels of {run.name}')}{note}"
 
 
 def ages(run: Run) -> str:
@@ -135,7 +135,7 @@ def ages(run: Run) -> str:
         return f'<tr><th scope="row">{name}</th>{counts}{_score_cells(values, axis, run.color)}</tr>'
 
     head = _th("Age in years", "text") + _th("Deaths / test stays") + _score_heads(axis)
-    return f"<h4>By age</h4>{table(head, _grouped(rows, 5, row), 'Results by age group')}"
+    return f"<h4>By age</h4>{html.table(head, _grouped(rows, 5, row), 'Results by age group')}"
 
 
 def _age_groups(predictions: dict, include_N: np.ndarray) -> list[tuple[str, int, int, list]]:
@@ -169,15 +169,6 @@ def facts(content: dict) -> str:
 def dot(run: Run) -> str:
     """The run's colour."""
     return f'<i class="dot" style="background:var(--run{run.color % plots.NUM_COLORS})"></i>'
-
-
-def table(head: str, body: str, caption: str) -> str:
-    """A table that scrolls sideways. head, body: HTML of its cells and rows; caption: text, for screen readers."""
-    caption = escape(caption)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
 
 
 # Rows and cells
