@@ -185,7 +185,7 @@ def test_missing_and_unknown_names_are_listed():
     assert _refused(_load_tiny, {**state_dict, "projektion.weight": np.zeros(3)}).value == ["projektion.weight"]
     del state_dict[_PROJECTION]
     assert _refused(_load_tiny, state_dict).value == [_PROJECTION]
-    assert len(_refused(_load_tiny, {}).value) > 100
+    assert len(_refused(_load_tiny, {}).value) > 50
     assert "bare ResNet" in str(_refused(_load_tiny, {"conv1.weight": np.zeros(3)}))
     both = _tiny_state_dict("medfuse") | _tiny_state_dict("uni_cxr")
     assert str(_refused(_load_tiny, both, "joint")).endswith("all weights of uni_cxr, medfuse")
