@@ -15,6 +15,7 @@ from medfuse_jax.sweep import results
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _HEIGHT_PX = 420, 290
+_MIN_LOG_RATIO = 1000  # largest value / smallest, from which an axis is logarithmic; a learning rate's always is
 _MAX_TICKS = 5  # on a log axis
 _MAX_CHARACTERS = 42  # below an axis, in one line
 _MAX_NAME = 18  # characters of a tilted name
@@ -50,7 +51,7 @@ def write(workdir: Path, config: dict, records: list[dict]) -> Path:
 
 
 def _name(field: str) -> str:
-    return _NAMES.get(field, field)
+    return _NAMES.get(field, field if "." in field else field.replace("_", " "))
 
 
 def _curve(workdir: Path, number: int) -> dict[int, float]:
@@ -60,7 +61,7 @@ def _curve(workdir: Path, number: int) -> dict[int, float]:
 
 def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
     failed = sum(r["status"] == results.FAILED for r in records)
-    text = f"{len(records)} trials" + (f", {failed} of them failed" if failed else "") + ". "
+    text = f"{len(records)} trials" + (f" ({failed} failed)" if failed else "") + ". "
     if not chosen:
         return f'<p class="lead">{escape(text)}None has a validation AUROC.</p>'
     values = ", ".join(f"{_name(field)} {_format(field, value)}" for field, value in chosen["values"].items())
@@ -115,7 +116,7 @@ def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
         axes.margins(x=0.08, y=0.2)
         if not are_numbers:
             _tilt_long_names(axes, list(dict.fromkeys(values)))
-        elif values and min(values) > 0 and (field == "learning_rate" or max(values) / min(values) > 20):
+        elif values and min(values) > 0 and (field == "learning_rate" or max(values) / min(values) > _MIN_LOG_RATIO):
             _set_log_scale(axes)
         if chosen in shown:
             point = (axes.convert_xunits(values[shown.index(chosen)]), chosen["val_auroc"])
@@ -197,7 +198,7 @@ def _new_axes(x_label: str, y_label: str) -> Axes:
 
 def _table(records: list[dict], chosen: dict | None) -> str:
     fields = list(dict.fromkeys(field for r in records for field in r["values"]))
-    names = [_NAMES[f][0].upper() + _NAMES[f][1:] if f in _NAMES else f for f in fields]
+    names = [name if "." in name else name[0].upper() + name[1:] for name in map(_name, fields)]
     numeric = [*names, "Validation AUROC", "Best epoch", "Epochs"]
     head = "".join(
         f'<th scope="col"{css}>{escape(text)}</th>'
