@@ -1,11 +1,11 @@
-"""The profiles: every place where `paper`, `released` and `strict` prepare data differently.
+"""The profiles: every way in which `paper`, `released` and `strict` prepare the data differently.
 
-Each difference is one field of `Rules`, with its reason beside it, and nowhere else: the
-other modules ask the rule, never the profile's name. `explain` prints them.
+Each difference is one field of `Rules`, with its reason. Other modules ask for the rule, never for the profile's name.
 """
 
 import dataclasses
 
+from medfuse_jax import schema
 from medfuse_jax.runtime.errors import check_choice
 
 
@@ -15,58 +15,62 @@ def _rule(why: str):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What one profile does; the reason for each rule is in its field's metadata['why']."""
+    """The rules of one profile; each field's metadata['why'] explains it."""
 
     same_time: str = _rule(
-        "Rows of one variable at one time. mean: the mean of numbers, the last class; of rows of one item and value "
-        "one counts, because nothing tells a row given twice from two measurements that agree: 80, 80 and 90 are 85 "
-        "(the mean of all rows would be 83.3), and the audit counts what is left out so. "
-        "largest: the largest by sort order, where heart rate, mean blood pressure and respiratory rate "
-        "sort as text, so that 99 beats 100 (released extraction)."
+        "How rows of one variable at one time become one value. mean: the mean of numbers, the last class; rows with "
+        "the same item and value count once, because duplicates cannot be told from repeated measurements: 80, 80 and "
+        "90 are 85 (the mean of all rows would be 83.3). The audit counts them. largest: the last by sort order, where "
+        "heart rate, mean blood pressure and respiratory rate sort as text, so that 99 beats 100 (released extraction)."
     )
     fio2_percent: str = _rule(
         "Inspired oxygen to a fraction. over_1: values over 1 are percent. all: every value is divided by 100, "
         "so that 0.5 becomes 0.005 (released extraction)."
     )
     height_inches: bool = _rule(
-        "Item 226707 is in inches and becomes cm. Off: left in inches, mixed with cm (released extraction)."
+        "Item 226707 is converted from inches to cm. Off: kept in inches, mixed with cm (released extraction)."
     )
     fahrenheit: str = _rule(
         "Temperature to Celsius. item: item 223761 is Fahrenheit. over_79: any value of 79 or more "
         "(released extraction)."
     )
     capillary_refill: bool = _rule(
-        "Items 223951 and 224308 are read. Off: the channel never moves (released extraction)."
+        "Items 223951 and 224308 are read. Off: the channel is constant (released extraction)."
     )
     lab_valuenum: bool = _rule(
-        "A laboratory row whose text is no number ('___') takes its `valuenum`. Off: dropped, and with it nearly "
+        "A laboratory row whose text is not a number ('___') uses its `valuenum`. Off: dropped, and with it nearly "
         "all serum glucose (released extraction)."
     )
     ranges: bool = _rule(
         "Values outside a variable's plausible range are clipped, impossible ones dropped. Off (released extraction)."
     )
     zero_size: bool = _rule(
-        "A height or weight of 0 is a value. Off: dropped, as nobody measures 0 cm or 0 kg; the benchmark's plausible "
-        "ranges begin at 0. On in the released extraction."
+        "A height or weight of 0 is a value. Off: dropped as impossible, although the benchmark's plausible ranges "
+        "begin at 0. On in the released extraction."
     )
     phenotypes: str = _rule(
-        "Without --phenotypes, codes become labels by ICD-9 -> CCS, and ICD-10 -> ICD-9 by the GEMs, `icd_version` "
-        "respected. table: expects the released table by --phenotypes, which knows no version."
+        "How codes become labels without --phenotypes. gem: ICD-9 -> CCS, and ICD-10 -> ICD-9 -> CCS by the GEMs, by "
+        "`icd_version`. table: as gem, with a warning, because the released table is expected in --phenotypes; it "
+        "ignores the version."
     )
     image_shape: str = _rule(
         "How an X-ray becomes 256 x 256. squash: both sides resized to 256 (paper, appendix A.1). crop: the shorter "
         "side to 256, then the centre (released transforms)."
     )
     pheno_window_h: float | None = _rule(
-        "Hours of a stay that phenotyping may see, X-rays included. None: the whole stay, although its labels are "
+        "Hours of a stay that phenotyping may use, X-rays included. None: the whole stay, although its labels are "
         "to be predicted (paper and released)."
     )
     stored_in_time: bool = _rule(
-        "An event whose `storetime` is after the end of what its task may see is left out, because nobody could have "
-        "read it by then; one without a storetime counts by its charttime. Off: charttime alone counts (paper and "
-        "released). Its limit: of tasks with a label an hour that end is the stay's, so that at one of their hours an "
-        "event may be seen that was stored later in the stay."
+        "Events whose `storetime` is after the end of the task's window are dropped, because nobody could have read "
+        "them in time; events without a storetime count by charttime. Off: only charttime counts (paper and released). "
+        "Limit: the window of hourly tasks is the stay, so one of their predictions may use an event that was stored "
+        "later in the stay."
     )
+
+    def window_h(self, task: schema.Task) -> float | None:
+        """Return the hours from `intime` that a task's inputs may come from; None for the whole stay."""
+        return self.pheno_window_h if task.name == "pheno" else task.window_h
 
 
 PAPER = Rules(
@@ -100,13 +104,13 @@ RELEASED = Rules(
 PROFILES = {
     "paper": PAPER,
     "released": RELEASED,
-    # An X-ray counts from `intime` on in every profile, so that rule needs no field.
+    # In every profile X-rays count from `intime` on, so that needs no rule.
     "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True),
 }
 
 
 def rules(profile: str) -> Rules:
-    """The rules of a profile; UserError for a name that is none."""
+    """Return a profile's rules; UserError for an unknown name."""
     check_choice("--profile", profile, PROFILES)
     return PROFILES[profile]
 
@@ -121,7 +125,7 @@ def describe(profile: str) -> dict[str, dict]:
 
 
 def explain(profile: str) -> str:
-    """The rules of a profile as text, one rule a paragraph, a mark where it differs from `paper`."""
+    """Return a profile's rules as text; * marks those that differ from `paper`."""
     lines = [f"profile {profile} (* differs from paper)"]
     for name, rule in describe(profile).items():
         mark = "*" if rule["value"] != getattr(PAPER, name) else " "

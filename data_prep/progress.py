@@ -1,4 +1,4 @@
-"""What a person sees while a build runs: a bar a phase on a terminal, plain lines elsewhere."""
+"""Progress of a build: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 
 def say(line: str) -> None:
-    """One line on stderr, above the bar where there is one."""
+    """Print a line on stderr, above the bar if there is one."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
 
 
 def bar(items: Iterable, what: str, unit: str, total: int | None = None) -> Iterator:
-    """Goes through `items`; a bar on a terminal, nothing elsewhere (the phase's own line says what came of it)."""
+    """Iterate over `items` with a progress bar, if stderr is a terminal."""
     yield from tqdm(items, desc=what, unit=f" {unit}", total=total, leave=False, disable=not sys.stderr.isatty())

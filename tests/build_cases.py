@@ -1,4 +1,4 @@
-"""Small trees of raw tables and X-rays, and what a build makes of them; its fixtures are in conftest.py."""
+"""Small trees of raw tables and X-rays, and their builds; the fixtures are in conftest.py."""
 
 import sys
 from pathlib import Path
@@ -9,12 +9,12 @@ from medfuse_jax import records, schema
 
 HEART_RATE = 220045
 SECRET = "Mr Smith of 12 High Street"
-SURNAME = "SMITH"  # of characters that codes have, too
+SURNAME = "SMITH"  # made of characters that occur in ICD codes
 ROOT = Path(__file__).parent.parent
 
 
 def write_tree(root):
-    """12 stays of 20 h to 6 days, heart rates every hour, 11 X-rays of which 6 pair; secrets in the free text."""
+    """Write 12 stays of 20 h to 6 days with hourly heart rates, 11 X-rays (7 paired), and secrets in the free text."""
     stays, charts, labs, codes, images = [], [], [], [], []
     for n in range(12):
         los_h = 20 + 11 * n
@@ -39,19 +39,24 @@ def write_tree(root):
 
 
 def write_one_stay(root, images=(), **options):
-    """A tree of one stay with a heart rate every hour."""
+    """Write a tree of one stay with hourly heart rates."""
     charts = [chart(0, h, HEART_RATE, "61") for h in range(1, 60)]
     iv = write_mimic_iv(root / "iv", [stay(0)], charts, **options)
     return iv, write_mimic_cxr(root / "cxr", images, size=(32, 32)) if images else None
 
 
 def read_all(out, task):
-    """Every record of a dataset, by split."""
+    """Return every record of a dataset, by split."""
     return {split: list(records.open_split(out, task, split)) for split in schema.SPLITS}
 
 
+def by_stay(out, task):
+    """Return the records of all splits by the number of their stay (raw_tables.stay)."""
+    return {row["stay_id"] - 30_000_000: row for rows in read_all(out, task).values() for row in rows}
+
+
 def file_contents(out):
-    """Every file of a build that is its output: path -> bytes."""
+    """Return a build's output files: path -> bytes."""
     return {
         str(p.relative_to(out)): p.read_bytes()
         for p in sorted(out.rglob("*"))
@@ -60,7 +65,7 @@ def file_contents(out):
 
 
 def command(raw_tree, out, id_lists, *more):
-    """The command line that builds a tree at hourly steps."""
+    """Return the command that builds a tree at 1 h steps."""
     named = [f"--{name}={path}" for name, path in id_lists.items()]
     args = [f"--mimic_iv={raw_tree[0]}", f"--mimic_cxr={raw_tree[1]}", f"--out={out}", "--timestep_h=1", *named, *more]
     return [sys.executable, "-m", "data_prep.build", *args]

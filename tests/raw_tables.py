@@ -1,4 +1,4 @@
-"""Tiny made-up raw trees for the data_prep tests: a row given by hand, everything else filled in."""
+"""Tiny synthetic raw trees: tests give the rows that matter, and defaults fill in the rest."""
 
 import csv
 import gzip
@@ -23,7 +23,7 @@ HEADERS = {
 
 
 def write_table(path: Path, header: str, rows: list[dict], gz: bool = True) -> None:
-    """A CSV of `rows` (column -> value, missing ones blank); `.gz` is added to the name where asked."""
+    """Write a CSV of `rows` (column -> value, others blank); with `gz`, adds `.gz` to the name."""
     text = io.StringIO()
     writer = csv.DictWriter(text, header.split(","), restval="", lineterminator="\n")
     writer.writeheader()
@@ -36,7 +36,7 @@ def write_table(path: Path, header: str, rows: list[dict], gz: bool = True) -> N
 
 
 def stay(n: int, **changes) -> dict:
-    """The n-th stay: its patient, admission and ICU stay in one dict (3 days from START, aged 60)."""
+    """Return the n-th stay, with its patient and admission in one dict (3 days from START, aged 60)."""
     return {
         "subject_id": 10_000_000 + n,
         "hadm_id": 20_000_000 + n,
@@ -56,25 +56,25 @@ def stay(n: int, **changes) -> dict:
 
 
 def chart(n: int, hour: float, itemid: int, value, **changes) -> dict:
-    """A chart row of the n-th stay, `hour` after START."""
+    """Return a chart row of the n-th stay, `hour` hours after START."""
     ids = {key: stay(n)[key] for key in ("subject_id", "hadm_id", "stay_id")}
     return ids | {"charttime": at(hour), "itemid": itemid, "value": value, "valuenum": value} | changes
 
 
 def lab(n: int, hour: float, itemid: int, value, **changes) -> dict:
-    """A laboratory row of the n-th admission, `hour` after START."""
+    """Return a laboratory row of the n-th admission, `hour` hours after START."""
     ids = {key: stay(n)[key] for key in ("subject_id", "hadm_id")}
     return ids | {"charttime": at(hour), "itemid": itemid, "value": value, "valuenum": value} | changes
 
 
 def at(hour: float) -> str:
-    """START plus hours, as the tables write times."""
+    """Return START plus hours, in the tables' format."""
     moment = np.datetime64("2150-01-01T00:00:00") + np.timedelta64(round(hour * 3600), "s")
     return str(moment).replace("T", " ")
 
 
 def write_mimic_iv(root: Path, stays: list[dict], charts=(), labs=(), codes=(), layout: str = "hosp", gz: bool = True):
-    """A MIMIC-IV tree; codes: (n, icd_code, icd_version). layout 'core' is that of 1.0. Returns `root`."""
+    """Write a MIMIC-IV tree. codes: (n, icd_code, icd_version). layout: 'hosp', or 'core' of 1.0. Returns `root`."""
 
     def once(table: str, key: str) -> list[dict]:
         columns = HEADERS[table].split(",")
@@ -84,42 +84,45 @@ def write_mimic_iv(root: Path, stays: list[dict], charts=(), labs=(), codes=(), 
     headers = dict(HEADERS)
     if layout == "core":
         headers["admissions"] = "subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,ethnicity"
+    columns = headers["admissions"].split(",")
+    admissions = [{c: v for c, v in row.items() if c in columns} for row in once("admissions", "hadm_id")]
     diagnoses = [
         {"subject_id": stay(n)["subject_id"], "hadm_id": stay(n)["hadm_id"], "icd_code": code, "icd_version": version}
         for n, code, version in codes
     ]
-    columns = headers["admissions"].split(",")
-    admissions = [{c: v for c, v in row.items() if c in columns} for row in once("admissions", "hadm_id")]
-    write_table(root / layout / "patients.csv", headers["patients"], once("patients", "subject_id"), gz)
-    write_table(root / layout / "admissions.csv", headers["admissions"], admissions, gz)
-    write_table(root / "icu" / "icustays.csv", headers["icustays"], once("icustays", "stay_id"), gz)
-    write_table(root / "icu" / "chartevents.csv", headers["chartevents"], list(charts), gz)
-    write_table(root / "hosp" / "labevents.csv", headers["labevents"], list(labs), gz)
-    write_table(root / "hosp" / "diagnoses_icd.csv", headers["diagnoses_icd"], diagnoses, gz)
+    for folder, name, rows in (
+        (layout, "patients", once("patients", "subject_id")),
+        (layout, "admissions", admissions),
+        ("icu", "icustays", once("icustays", "stay_id")),
+        ("icu", "chartevents", charts),
+        ("hosp", "labevents", labs),
+        ("hosp", "diagnoses_icd", diagnoses),
+    ):
+        write_table(root / folder / f"{name}.csv", headers[name], list(rows), gz)
     return root
 
 
 def image(n: int, hour: float, view: str = "AP", k: int = 0, **changes) -> dict:
-    """The k-th X-ray of the n-th patient, `hour` after START; keys that are labels set that label."""
+    """Return the k-th X-ray of the n-th patient, `hour` hours after START; label names as keys set labels."""
     date, clock = at(hour).split(" ")
     return {
-        "dicom_id": f"X-ray-{n:04d}-{k:02d}",
+        "dicom_id": f"image-{n:04d}-{k:02d}",
         "subject_id": 10_000_000 + n,
         "study_id": 50_000_000 + 100 * n + k,
         "ViewPosition": view,
         "StudyDate": date.replace("-", ""),
-        "StudyTime": f"{int(clock.replace(':', ''))}.5",  # a float: leading zeros are lost
+        "StudyTime": f"{int(clock.replace(':', ''))}.5",  # a float, so without leading zeros
     } | changes
 
 
 def image_path(row: dict) -> str:
-    """Where MIMIC-CXR-JPG keeps an X-ray."""
+    """Return an X-ray's path in MIMIC-CXR-JPG."""
     subject = str(row["subject_id"])
     return f"files/p{subject[:2]}/p{subject}/s{row['study_id']}/{row['dicom_id']}.jpg"
 
 
 def write_mimic_cxr(root: Path, images: list[dict], size=(80, 64), version: str = "2.0.0", gz: bool = True) -> Path:
-    """A MIMIC-CXR-JPG tree with one small noise JPEG (width, height) an X-ray. Returns `root`."""
+    """Write a MIMIC-CXR-JPG tree with a small JPEG of noise (width, height) per X-ray. Returns `root`."""
     header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
     only = [{c: row[c] for c in header.split(",")} for row in images]
     write_table(root / f"mimic-cxr-{version}-metadata.csv", header, only, gz)

@@ -1,4 +1,4 @@
-"""What a raw value becomes: a number in its variable's unit, the place of a class, or nothing."""
+"""Turn raw values into numbers in the variable's unit, or class indices, or drop them."""
 
 import polars as pl
 
@@ -6,17 +6,17 @@ from data_prep.profiles import Rules
 from data_prep.raw import tables
 from medfuse_jax import schema
 
-VARIABLE = {variable.name: place for place, variable in enumerate(schema.VARIABLES)}
-CLASS_VARIABLES = [place for place, variable in enumerate(schema.VARIABLES) if variable.classes]
+VARIABLE = {variable.name: index for index, variable in enumerate(schema.VARIABLES)}
+CLASS_VARIABLES = [index for index, variable in enumerate(schema.VARIABLES) if variable.classes]
 
-HEIGHT_INCH, TEMPERATURE_F, WEIGHT_LB = 226707, 223761, 226531  # the items that are not in the variable's unit
+HEIGHT_INCH, TEMPERATURE_F, WEIGHT_LB = 226707, 223761, 226531  # items in another unit than their variable's
 KG_PER_LB, CM_PER_INCH = 0.453592, 2.54
 
-# Text of a row -> class, where the text is not itself a class.
+# Text of a row -> class, for texts that are not class names.
 CAPILLARY_TEXT = {"Normal <3 Seconds": "0.0", "Abnormal >3 Seconds": "1.0"}
 
-# Plausible ranges (drop below, clip to, clip to, drop above): resources/variable_ranges.csv of the
-# benchmark the paper builds on (arXiv 1703.07771), which its own extraction no longer applies.
+# Plausible ranges (drop below, clip to, clip to, drop above). Source: resources/variable_ranges.csv of the benchmark
+# that the paper builds on (arXiv 1703.07771); its own extraction no longer applies them.
 RANGES = {
     "Diastolic blood pressure": (0, 0, 375, 375),
     "Fraction inspired oxygen": (0.2, 0.21, 1, 1.1),
@@ -34,37 +34,35 @@ RANGES = {
 
 
 def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
-    """Adds value (float64), clipped, and in `fate` why a row has no value, or null.
+    """Add `value` (float64), `clipped`, and `fate`: why a row is dropped, or null.
 
-    frame: variable, itemid, text, valuenum and a `fate` of nulls. Rows of one variable with classes
-    keep their order; others may not, so what is made of them must not depend on it.
+    frame: variable, itemid, text, valuenum. Rows of variables with classes keep their order, others may not.
     """
     is_class = pl.col("variable").is_in(CLASS_VARIABLES)
-    classes = frame.filter(is_class).join(_class_places(), on=["variable", "text"], how="left", maintain_order="left")
+    classes = frame.filter(is_class).join(_class_values(), on=["variable", "text"], how="left", maintain_order="left")
     numbers = frame.filter(~is_class).with_columns(value=tables.number("text"))
-    # Few rows are no plain number, and only they pay for the patterns.
-    odd = numbers.filter(pl.col("value").is_null()).with_columns(value=_odd_value(rules))
-    numbers = pl.concat([numbers.filter(pl.col("value").is_not_null()), odd]).with_columns(value=_convert(rules))
-    both = pl.concat([classes, numbers])
+    # Few rows are not plain numbers; only those pay for the patterns.
+    other = numbers.filter(pl.col("value").is_null()).with_columns(value=_parse_other_text(rules))
+    numbers = pl.concat([numbers.filter(pl.col("value").is_not_null()), other]).with_columns(value=_convert(rules))
+    frame = pl.concat([classes, numbers])
     fate = pl.when(pl.col("value").is_null()).then(pl.lit("no valid value"))
     if not rules.zero_size:
         fate = fate.when(_of("Height", "Weight") & (pl.col("value") == 0)).then(pl.lit("impossible value"))
-    both = both.with_columns(fate=fate)
-    return _clip(both) if rules.ranges else both.with_columns(clipped=pl.lit(False))
+    frame = frame.with_columns(fate=fate)
+    return _clip(frame) if rules.ranges else frame.with_columns(clipped=pl.lit(False))
 
 
-def _class_places() -> pl.DataFrame:
-    """variable, text -> value: the place of the class that the text means.
+def _class_values() -> pl.DataFrame:
+    """variable, text -> value: the class's index.
 
     'None' of eye opening is a class, as in the released code: pandas before 2.0 reads it as text.
     """
     rows = []
-    for place in CLASS_VARIABLES:
-        variable = schema.VARIABLES[place]
-        places = {name: i for i, name in enumerate(variable.classes)}
-        if variable.name == "Capillary refill rate":
-            places |= {text: places[name] for text, name in CAPILLARY_TEXT.items()}
-        rows += [(place, text, float(i)) for text, i in places.items()]
+    for variable in CLASS_VARIABLES:
+        values = {name: i for i, name in enumerate(schema.VARIABLES[variable].classes)}
+        if variable == VARIABLE["Capillary refill rate"]:
+            values |= {text: values[name] for text, name in CAPILLARY_TEXT.items()}
+        rows += [(variable, text, float(i)) for text, i in values.items()]
     return pl.DataFrame(rows, {"variable": pl.UInt8, "text": pl.String, "value": pl.Float64}, orient="row")
 
 
@@ -72,8 +70,8 @@ def _of(*names: str) -> pl.Expr:
     return pl.col("variable").is_in([VARIABLE[name] for name in names])
 
 
-def _odd_value(rules: Rules) -> pl.Expr:
-    """The value of a row whose text is no number: one of a pair of pressures, or `valuenum`."""
+def _parse_other_text(rules: Rules) -> pl.Expr:
+    """Parse text that is not a number: one of a pair of pressures, else `valuenum`."""
 
     def part(group: int) -> pl.Expr:
         return pl.col("text").str.extract(r"^(\d+)/(\d+)$", group).cast(pl.Float64)
@@ -83,14 +81,14 @@ def _odd_value(rules: Rules) -> pl.Expr:
 
 
 def _convert(rules: Rules) -> pl.Expr:
-    """The number in its variable's unit."""
+    """Convert a number to its variable's unit."""
     value = pl.col("value")
     percent = _of("Fraction inspired oxygen")
     if rules.fio2_percent == "over_1":
         percent &= value > 1
     fahrenheit = pl.col("itemid") == TEMPERATURE_F
     if rules.fahrenheit == "over_79":
-        # Differs from MedFuse's intent (its extraction tests for 'F' in lower-cased text): only large values match.
+        # The released extraction looks for 'F' in lower-cased text, so only large values match.
         fahrenheit = _of("Temperature") & (value >= 79)
     inches = (pl.col("itemid") == HEIGHT_INCH) & pl.lit(rules.height_inches)
     return (
@@ -111,7 +109,7 @@ def _convert(rules: Rules) -> pl.Expr:
 
 
 def _clip(frame: pl.DataFrame) -> pl.DataFrame:
-    """Clips values into RANGES (column `clipped`), and drops the impossible ones."""
+    """Clip values into RANGES (column `clipped`), and drop impossible ones."""
     limits = ("drop_low", "low", "high", "drop_high")
     bounds = pl.DataFrame(
         [(VARIABLE[name], *map(float, values)) for name, values in RANGES.items()],

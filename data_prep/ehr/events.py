@@ -1,14 +1,13 @@
-"""Raw chart and laboratory rows to cleaned events of the 17 variables, streamed.
+"""Stream raw chart and laboratory rows to cleaned events of the 17 variables.
 
-The tables are read in batches, so memory does not grow with their size. What is kept goes to one
-folder of parquet files a bucket of stays; a bucket is small enough to be discretised at once.
+Tables are read in batches, so memory does not grow with their size. Events go to one folder of parquet files per
+bucket of stays, small enough to be discretised at once.
 
-Event columns: stay (row of the cohort, uint32), time_s (seconds since intime, int32), variable
-(row of tasks.VARIABLES, uint8), value (float32; a class as its place in `classes`), item (int32) and, only where the
-rules ask for them, `text` and stored_s (seconds since intime, int32; null where the row says no time).
+Event columns: stay (row of the cohort, uint32), time_s (seconds since intime, int32), variable (index in
+schema.VARIABLES, uint8), value (float32; of a class, its index), item (int32) and, if the rules need them, `text` and
+stored_s (seconds since intime, int32, null if unknown).
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +19,20 @@ from data_prep import progress
 from data_prep.ehr import cleaning
 from data_prep.ehr.cleaning import VARIABLE
 from data_prep.profiles import Rules
-from data_prep.raw import tables
+from data_prep.raw import tables, times
 from medfuse_jax import schema
+from medfuse_jax.runtime import files
 
 VERSION = 6  # raise it when the same input gives other events
-# Fates of a row that is kept; all others are reasons why it is left out.
+# Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
-ROWS_AT_ONCE = 200_000
+ROWS_PER_BATCH = 200_000
 ROWS_PER_WRITE = 1_000_000
 _INT32 = np.iinfo(np.int32)
-EPSILON_H = 1e-6  # slack at both ends of a stay, and at bin edges (the benchmark's)
+EPSILON_H = 1e-6  # tolerance at both ends of a stay and at time-step edges (the benchmark's)
 
-# Item ids of MIMIC-IV: chart items, laboratory items.
+# MIMIC-IV item ids of each variable.
 CHART_ITEMS = {
     "Capillary refill rate": (223951, 224308),
     "Diastolic blood pressure": (220051, 225310, 220180, 224643),
@@ -57,17 +57,17 @@ LAB_ITEMS = {
     "pH": (50820, 51491, 50831, 51094),
 }
 
-# Raw numbers that the released extraction sorts as text (it turns the other variables into numbers first).
+# Variables whose raw numbers the released extraction sorts as text (it parses the others first).
 SORTED_AS_TEXT = ("Heart Rate", "Mean blood pressure", "Respiratory rate")
 
 
 def num_buckets(num_stays: int) -> int:
-    """How many buckets hold `num_stays`."""
+    """Return how many buckets `num_stays` need."""
     return -(-num_stays // STAYS_PER_BUCKET)
 
 
 def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, folder: Path) -> None:
-    """Writes every bucket's events and `counts.json` (rows kept and dropped, by variable) to `folder`."""
+    """Write every bucket's events and `counts.json` (rows by fate and variable) to `folder`."""
     lookup = stays.with_row_index("stay").select(
         "stay",
         "hadm_id",
@@ -85,16 +85,16 @@ def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, fol
             pending, part = [], part + 1
     if pending:
         _write(pl.concat(pending), folder, part)
-    (folder / "counts.json").write_text(json.dumps(counts, sort_keys=True, indent=1))
+    files.write_json(folder / "counts.json", counts)
 
 
 def read_counts(folder: Path) -> dict[str, dict[str, int]]:
-    """What became of the rows: reason -> variable -> rows."""
-    return json.loads((folder / "counts.json").read_text())
+    """Return fate -> variable -> rows."""
+    return files.read_json(folder / "counts.json", "delete the folder and build again")
 
 
 def read_bucket(folder: Path, bucket: int) -> pl.DataFrame | None:
-    """A bucket's events in the order they were read; None where it has none."""
+    """Return a bucket's events in the order they were read; None if it has none."""
     parts = sorted(folder.glob(f"bucket={bucket:05d}/*.parquet"))
     return pl.concat([pl.read_parquet(part) for part in parts]) if parts else None
 
@@ -107,16 +107,18 @@ def _write(frame: pl.DataFrame, folder: Path, part: int) -> None:
         rows.write_parquet(target / f"{part:06d}.parquet", compression="lz4")
 
 
-def _batches(raw, rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]):
-    """Cleaned events of both tables, a batch at a time; adds up `counts`."""
+def _batches(
+    raw: dict[str, tables.Table], rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]
+) -> Iterator[pl.DataFrame]:
+    """Yield cleaned events of both tables in batches; adds to `counts`."""
     for name, items in (("chartevents", CHART_ITEMS), ("labevents", LAB_ITEMS)):
         if not rules.capillary_refill:
             items = {variable: ids for variable, ids in items.items() if variable != "Capillary refill rate"}
         table = raw[name]
-        # A laboratory row belongs to an admission; MIMIC-IV gives it no stay.
+        # Laboratory rows belong to an admission; MIMIC-IV gives them no stay.
         extra = "valuenum" if name == "labevents" else "stay_id"
         item_variable = {str(item): VARIABLE[variable] for variable, ids in items.items() for item in ids}
-        item_variable |= {f"{item}.0": place for item, place in item_variable.items()}  # as tables.integer reads it
+        item_variable |= {f"{item}.0": variable for item, variable in item_variable.items()}  # as in tables.integer
         columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
         if rules.stored_in_time:
             columns.append("storetime")
@@ -126,26 +128,26 @@ def _batches(raw, rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]
             num_rows += len(batch)
             yield _events(batch, item_variable, rules, lookup, counts)
         if not num_rows:
-            progress.say(f"warning: {table.path} has no row of any variable: is it the whole table?")
+            progress.say(f"warning: {table.path} has no row of any variable; is the table complete?")
 
 
 def _raw_batches(table: tables.Table, wanted: pl.LazyFrame) -> Iterator[pl.DataFrame]:
-    """The wanted rows, in the file's order, ROWS_AT_ONCE or more at a time (cleaning a few thousand costs as much)."""
-    gathered = []
+    """Yield the wanted rows in file order, at least ROWS_PER_BATCH at a time; small batches cost as much to clean."""
+    pending = []
     with tables.reading(table.path):
         for batch in wanted.collect_batches():
-            gathered.append(batch)
-            if sum(map(len, gathered)) >= ROWS_AT_ONCE:
-                yield pl.concat(gathered)
-                gathered = []
-    if any(map(len, gathered)):
-        yield pl.concat(gathered)
+            pending.append(batch)
+            if sum(map(len, pending)) >= ROWS_PER_BATCH:
+                yield pl.concat(pending)
+                pending = []
+    if any(map(len, pending)):
+        yield pl.concat(pending)
 
 
 def _events(
     batch: pl.DataFrame, item_variable: dict[str, int], rules: Rules, lookup: pl.DataFrame, counts: dict
 ) -> pl.DataFrame:
-    """One batch of raw rows to events; every row is counted by its variable and what became of it."""
+    """Turn a batch of raw rows into events, and count every row by its fate."""
     located = _locate(batch, item_variable, lookup)
     _count(located.filter(pl.col("fate").is_not_null()), counts)
     cleaned = cleaning.clean(located.filter(pl.col("fate").is_null()), rules)
@@ -163,12 +165,12 @@ def _events(
 
 
 def _count(frame: pl.DataFrame, counts: dict) -> None:
-    for variable, reason, rows in frame.group_by("variable", "fate").len().iter_rows():
-        counts.setdefault(reason, Counter())[schema.VARIABLES[variable].name] += rows
+    for variable, fate, rows in frame.group_by("variable", "fate").len().iter_rows():
+        counts.setdefault(fate, Counter())[schema.VARIABLES[variable].name] += rows
 
 
 def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataFrame) -> pl.DataFrame:
-    """Adds each row's stay, time and variable, and in `fate` why it is no row of a stay, or null."""
+    """Add each row's stay, time and variable, and its `fate`: why it belongs to no stay, or null."""
     for column in ("stay_id", "valuenum"):
         if column not in batch.columns:
             batch = batch.with_columns(pl.lit(None, pl.String).alias(column))
@@ -176,8 +178,8 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         tables.integer("subject_id"),
         tables.integer("hadm_id"),
         tables.integer("stay_id"),
-        tables.time("charttime"),
-        no_stay_id=tables.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
+        times.time("charttime"),
+        invalid_stay_id=tables.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
         variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
         itemid=tables.integer("itemid").cast(pl.Int32),
         text=pl.col("value").str.strip_chars(),
@@ -185,25 +187,17 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
     seconds = (pl.col("charttime") - pl.col("intime")).dt.total_seconds()
     stored = pl.lit(None, pl.Int64)
     if "storetime" in batch.columns:
-        stored = (tables.time("storetime") - pl.col("intime")).dt.total_seconds()
+        stored = (times.time("storetime") - pl.col("intime")).dt.total_seconds()
     hours = seconds / 3600.0
-    fate = (
-        pl.when(pl.col("stay").is_null())
-        .then(pl.lit("no stay of the cohort"))
-        .when(pl.col("subject_id").ne_missing(pl.col("own_subject_id")))
-        .then(pl.lit("another patient"))
-        .when(pl.col("no_stay_id"))
-        .then(pl.lit("no valid stay_id"))
-        .when(pl.col("stay_id") != pl.col("own_stay_id"))  # a row without a stay_id is its admission's
-        .then(pl.lit("another stay"))
-        .when(seconds.is_null())
-        .then(pl.lit("no valid time"))
-        .when(
-            (hours <= -EPSILON_H)
-            | (hours >= pl.col("los_h") + EPSILON_H)
-            | ~seconds.is_between(_INT32.min, _INT32.max)  # time_s would be null
-        )
-        .then(pl.lit("before or after the stay"))
+    outside = (hours <= -EPSILON_H) | (hours >= pl.col("los_h") + EPSILON_H)
+    reasons = (
+        (pl.col("stay").is_null(), "no stay of the cohort"),
+        (pl.col("subject_id").ne_missing(pl.col("own_subject_id")), "another patient"),
+        (pl.col("invalid_stay_id"), "no valid stay_id"),
+        (pl.col("stay_id") != pl.col("own_stay_id"), "another stay"),  # a row without a stay_id is its admission's
+        (seconds.is_null(), "no valid time"),
+        # time_s is an int32: a time outside its range would be null.
+        (outside | ~seconds.is_between(_INT32.min, _INT32.max), "before or after the stay"),
     )
     return frame.select(
         "stay",
@@ -213,5 +207,5 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         "valuenum",
         time_s=seconds.cast(pl.Int32, strict=False),
         stored_s=stored.clip(_INT32.min, _INT32.max).cast(pl.Int32),
-        fate=fate,
+        fate=pl.coalesce(pl.when(condition).then(pl.lit(reason)) for condition, reason in reasons),
     )

@@ -1,16 +1,16 @@
-"""The words that MIMIC-IV 1.0 to 3.1 have in the columns that are copied to the records; any other may be free text.
+"""The words that MIMIC-IV 1.0 to 3.1 uses in the text columns copied to the records; any other may be free text.
 
-A new version may bring new ones: they are counted (the build says so, and the audit), and belong into these lists.
+A new version may add words: the build and the audit count them; add them to the lists.
 """
 
 import polars as pl
 
 from data_prep import progress
 
-OTHER = "OTHER"  # a word that is none of these
-# Sources: of `patients`, MIMIC-IV's documentation; of `admissions`, the code system mimic-admission-type of its FHIR
-# version (1.3.0); of `icustays`, the wards of `transfers`, of which a stay's units are some (in 2.2 ICUs and step-down
-# units, in 3.1 wards and PACU too): MIT-LCP/mimic-code issue 924, and published code for 1.0 to 3.1 that lists them.
+OTHER = "OTHER"  # replaces any other word
+# Sources. gender: MIMIC-IV's documentation. admission_type: code system mimic-admission-type of MIMIC-IV on FHIR 1.3.0.
+# first_careunit: the wards of `transfers` (2.2 has ICUs and step-down units, 3.1 also wards and PACU), from
+# MIT-LCP/mimic-code issue 924 and published code for 1.0 to 3.1.
 WORDS = {
     "gender": ("F", "M"),
     "admission_type": (
@@ -77,14 +77,14 @@ WORDS = {
 
 
 def word(column: str) -> pl.Expr:
-    """A text column as one of its words, 'OTHER' where it is none of them, '' where there is none."""
+    """Return a text column with unknown words replaced by 'OTHER' and missing ones by ''."""
     text = pl.col(column).fill_null("").str.strip_chars()
     return pl.when(text.is_in(["", *WORDS[column]])).then(text).otherwise(pl.lit(OTHER)).alias(column)
 
 
-def report(frame: pl.DataFrame) -> None:
-    """Says how many rows have a word that is not known, by column, and never which."""
+def warn_of_others(frame: pl.DataFrame) -> None:
+    """Print how many rows have an unknown word, by column, without the words."""
     for column in WORDS:
         others = int((frame[column] == OTHER).sum())
         if others:
-            progress.say(f"warning: the {column} of {others:,} stays is no known word and becomes {OTHER!r}")
+            progress.say(f"warning: {others:,} stays have an unknown {column}, replaced by {OTHER!r}")

@@ -1,12 +1,11 @@
-"""Finding and reading the raw tables, in any published layout, with one clear line for what is wrong.
+"""Find and read the raw tables, in any published layout.
 
-MIMIC-IV 1.0 keeps `patients` and `admissions` in `core/`, later versions in `hosp/`; every table
-may be `.csv` or `.csv.gz`. All columns are read as text: what a row holds is judged where it is used.
+MIMIC-IV 1.0 keeps `patients` and `admissions` in `core/`, later versions in `hosp/`; any table may be `.csv` or
+`.csv.gz`. Columns are read as text; the code that uses a value parses it.
 """
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import polars as pl
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-# Table -> the folders it may be in, and the columns that must be there.
+# Table -> the folders it may be in, its required columns.
 MIMIC_IV = {
     "patients": (("hosp", "core"), ("subject_id", "gender", "anchor_age", "dod")),
     "admissions": (
@@ -36,97 +35,100 @@ MIMIC_CXR = {
     "chexpert": ("study_id",),
     "split": ("dicom_id",),
 }
-# Rows of diagnoses_icd in the whole of 3.1, whose layout is 3.0's: it left out the rows of two patients whom `patients`
-# does not know (its release notes; the count is that of mimic-code's buildmimic/mysql/validate.sql).
-DIAGNOSES_OF = {6_364_488: "3.1"}
+# Rows of diagnoses_icd in the whole of 3.1, which has 3.0's layout but lacks two patients' rows (release notes; count
+# from mimic-code's buildmimic/mysql/validate.sql).
+DIAGNOSES_OF_3_1 = 6_364_488
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One raw table: its file, and the name it goes by in messages and the manifest."""
+    """One raw table; `name` is its path below the root, for messages and the manifest."""
 
     path: Path
     name: str
     columns: tuple[str, ...]
 
     def scan(self, *columns: str) -> pl.LazyFrame:
-        """Reads `columns` lazily, as text. Collect it inside `reading(path)`."""
+        """Scan `columns` lazily, as text. Collect inside `reading(path)`."""
         return _scan(self.path).select(columns)
 
     def read(self, *columns: str) -> pl.DataFrame:
-        """Reads `columns` as text; UserError where the file is damaged."""
+        """Read `columns` as text; UserError if the file is damaged."""
         with reading(self.path):
             return self.scan(*columns).collect(engine="streaming")
 
 
 def fingerprints(tables: Iterable[Table], cache: Path) -> list[dict]:
-    """What tells each table from another: its name, size and the SHA-256 of its content.
+    """Return each table's name, size and SHA-256.
 
-    Reading every table at every build would be dear (they are gigabytes), and size and mtime alone do not tell a
-    file whose mtime was set back. So `cache` (a JSON file) keeps each hash beside the file's size, mtime, ctime
-    (which nobody can set back) and inode, and a table is read again where one of them is another. Hashes and not the
-    times themselves are the inputs of a build: moving, copying or touching a table makes nothing anew.
+    Hashing gigabytes at every build would be slow, so `cache` (a JSON file) keeps each hash with the file's size,
+    mtime, ctime (which cannot be set back) and inode; a table is hashed again if any of them changed. Builds compare
+    hashes only, so moving, copying or touching a table triggers no rebuild.
     """
     try:
-        known = json.loads(cache.read_text())
-    except (OSError, ValueError):
+        known = files.read_json(cache, "hash the tables again")
+    except UserError:
         known = {}
-    found, result = {}, []
+    current, result = {}, []
     for table in tables:
         with reading(table.path):
-            stat = table.path.stat()
+            path, stat = str(table.path.resolve()), table.path.stat()
             seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-            before = known.get(str(table.path.resolve()), {})
-            sha256 = before["sha256"] if before.get("seen") == seen else files.sha256(table.path)
-        found[str(table.path.resolve())] = {"seen": seen, "sha256": sha256}
+            cached = known.get(path, {})
+            sha256 = cached["sha256"] if cached.get("seen") == seen else files.sha256(table.path)
+        current[path] = {"seen": seen, "sha256": sha256}
         result.append({"file": table.name, "size_bytes": stat.st_size, "sha256": sha256})
-    if any(known.get(path) != entry for path, entry in found.items()):
-        files.write_text(cache, json.dumps(known | found, indent=1) + "\n")
+    if any(known.get(path) != entry for path, entry in current.items()):
+        files.write_json(cache, known | current)
     return result
 
 
 def _scan(path: Path) -> pl.LazyFrame:
-    # Lossy: a byte that is no UTF-8, in a comment for example, is no reason to read none of the table.
+    # Lossy: one byte that is not UTF-8, for example in a comment, must not make the table unreadable.
     return pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True, encoding="utf8-lossy")
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while `path` is read into a UserError that quotes nothing of its content."""
+    """Turn errors while reading `path` into a UserError that quotes none of its content."""
     try:
         yield
     except pl.exceptions.NoDataError:
-        raise UserError(f"{path} is empty; download it again") from None
+        raise UserError(f"{path} is empty; download it again", path=path) from None
     except PermissionError:
-        raise UserError(f"{path} may not be read; change its permissions") from None
+        raise UserError(f"{path} may not be read; change its permissions", path=path) from None
     except (OSError, pl.exceptions.ComputeError, pl.exceptions.SchemaError) as error:
-        what = "it ends too early" if "unexpected end" in str(error) else "it is not a whole CSV file"
-        raise UserError(f"{path} cannot be read: {what}; download it again and compare its SHA-256 sum") from None
+        what = "it is truncated" if "unexpected end" in str(error) else "it is not a complete CSV file"
+        raise UserError(
+            f"{path} cannot be read: {what}; download it again and compare its SHA-256", path=path
+        ) from None
 
 
 def _open(path: Path, root: Path, required: tuple[str, ...]) -> Table:
     with reading(path):
         present = tuple(_scan(path).collect_schema().names())
-    missing = [column for column in required if column not in present]
-    if missing:
-        if same := [column for column in present if column.lower() == missing[0]]:
-            raise UserError(f"{path} has a column {same[0]!r}: write its header as MIMIC does, {missing[0]!r}")
+    for column in required:
+        if column in present:
+            continue
+        similar = next((name for name in present if name.lower() == column), "")
         raise UserError(
-            f"{path} has no column {missing[0]!r} (it has: {', '.join(present[:20])}); "
-            "is it the right table, downloaded whole?"
+            f"{path} has no column {column!r}; it has {', '.join(present[:20])}. "
+            + (f"Rename {similar!r}." if similar else "Is it the right table, downloaded completely?"),
+            path=path,
+            field=column,
+            nearest=similar,
         )
     return Table(path, str(path.relative_to(root)), present)
 
 
 def _folder(root: str | Path, flag: str) -> Path:
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"--{flag}={root} is not a folder")
-    return root
+    if not Path(root).is_dir():
+        raise UserError(f"--{flag}={root} is not a folder", field=f"--{flag}", path=root)
+    return Path(root)
 
 
 def mimic_iv(root: str | Path) -> dict[str, Table]:
-    """The MIMIC-IV tables under `root`; UserError names the table or column that is not there."""
+    """Open the MIMIC-IV tables under `root`; UserError for a missing table or column."""
     root = _folder(root, "mimic_iv")
     found = {}
     for name, (folders, required) in MIMIC_IV.items():
@@ -134,31 +136,29 @@ def mimic_iv(root: str | Path) -> dict[str, Table]:
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             raise UserError(
-                f"{root} holds no {folders[0]}/{name}.csv.gz (or .csv): give --mimic_iv the folder with icu/ and "
-                "hosp/, with every table of MIMIC-IV downloaded"
+                f"{root} has no {folders[0]}/{name}.csv.gz (or .csv); --mimic_iv must be the folder that contains icu/ "
+                "and hosp/, with all tables of MIMIC-IV",
+                field="--mimic_iv",
+                path=candidates[0],
             )
         found[name] = _open(path, root, required)
     return found
 
 
 def mimic_iv_version(tables: dict[str, Table]) -> str:
-    """The MIMIC-IV version: that of the folder's name as downloaded where the files agree, else what they tell."""
-    candidates = _possible_versions(tables)
-    patients = tables["patients"]
-    # PhysioNet's folders: mimiciv/3.1 (wget) and mimic-iv-3.1 (zip); the demo's: mimic-iv-demo-2.2.
-    names = "/".join(patients.path.resolve().parts[-6:])
+    """Return the version in the folder's name if the files agree with it, else the versions the files allow."""
+    possible = _possible_versions(tables)
+    # PhysioNet's folders: mimiciv/3.1 (wget), mimic-iv-3.1 (zip), mimic-iv-demo-2.2 (the demo).
+    names = "/".join(tables["patients"].path.resolve().parts[-6:])
     named = re.findall(r"mimic-?iv(?:-clinical-database)?(-demo)?[-/](\d\.\d)(?=/)", names)
-    if named and named[-1][1] in candidates:
+    if named and named[-1][1] in possible:
         demo, version = named[-1]
         return f"{version} (demo)" if demo else version
-    return " or ".join(candidates)
+    return " or ".join(possible)
 
 
 def _possible_versions(tables: dict[str, Table]) -> list[str]:
-    """By the release notes: 1.0 has core/, 2.2 adds the admitting provider, 3.0 the patients of 2020 to 2022.
-
-    A whole release 3 is told by its number of diagnoses. Its texts tell nothing: none is sure to name the version.
-    """
+    """By the release notes: 1.0 has core/, 2.2 adds the admitting provider, 3.0 the patients of 2020 to 2022."""
     patients = tables["patients"]
     if patients.name.startswith("core"):
         return ["1.0"]
@@ -167,13 +167,13 @@ def _possible_versions(tables: dict[str, Table]) -> list[str]:
     if "anchor_year_group" in patients.columns:
         groups = patients.read("anchor_year_group")["anchor_year_group"]
         if groups.str.starts_with("2020").any():
-            rows = len(tables["diagnoses_icd"].read("icd_version"))
-            return [DIAGNOSES_OF[rows]] if rows in DIAGNOSES_OF else ["3.0", "3.1"]
+            complete = len(tables["diagnoses_icd"].read("icd_version")) == DIAGNOSES_OF_3_1
+            return ["3.1"] if complete else ["3.0", "3.1"]
     return ["2.2"]
 
 
 def mimic_cxr(root: str | Path) -> dict[str, Table]:
-    """The MIMIC-CXR-JPG tables under `root`: 'metadata' and 'chexpert', and 'split' where there is one."""
+    """Open the MIMIC-CXR-JPG tables under `root`: 'metadata', 'chexpert' and, if present, 'split'."""
     root = _folder(root, "mimic_cxr")
     found = {}
     for name, required in MIMIC_CXR.items():
@@ -181,18 +181,21 @@ def mimic_cxr(root: str | Path) -> dict[str, Table]:
         if paths:
             found[name] = _open(paths[-1], root, required)
         elif name != "split":
+            path = root / f"mimic-cxr-2.0.0-{name}.csv.gz"
             raise UserError(
-                f"{root} holds no mimic-cxr-2.0.0-{name}.csv.gz (or .csv): give --mimic_cxr the MIMIC-CXR-JPG folder "
-                "with its tables and files/"
+                f"{root} has no {path.name} (or .csv); --mimic_cxr must be the MIMIC-CXR-JPG folder, with its tables "
+                "and files/",
+                field="--mimic_cxr",
+                path=path,
             )
     return found
 
 
 def mimic_cxr_version(tables: dict[str, Table]) -> str:
-    """The MIMIC-CXR-JPG version, where the folder tells it.
+    """Return the MIMIC-CXR-JPG version, or the versions that the files allow.
 
-    2.1.0 has the tables and X-rays of 2.0.0 and adds IMAGE_FILENAMES and a labelled test set (its release notes and
-    list of files). Their README and LICENSE.txt are not asked: that of 2.1.0 may be the one of 2.0.0.
+    2.1.0 has the tables and X-rays of 2.0.0, and adds IMAGE_FILENAMES and a labelled test set (release notes). README
+    and LICENSE.txt are ignored: those of 2.1.0 may be 2.0.0's.
     """
     metadata = tables["metadata"].path
     root = metadata.parent
@@ -212,43 +215,19 @@ def mimic_cxr_version(tables: dict[str, Table]) -> str:
 
 
 def integer(column: str) -> pl.Expr:
-    """A text column as int64, null where it is no whole number; '20000000.0' is one, as pandas writes ids."""
+    """Parse a text column as int64, null if not a whole number; accepts '20000000.0', as pandas writes ids."""
     return pl.col(column).map_batches(_integers, return_dtype=pl.Int64)
 
 
 def _integers(text: pl.Series) -> pl.Series:
     text = text.str.strip_chars()
-    found = text.cast(pl.Int64, strict=False)
-    if found.null_count() == text.null_count():  # as in every table as it was downloaded
-        return found
-    return found.zip_with(found.is_not_null(), text.str.extract(r"^(-?\d+)\.0*$", 1).cast(pl.Int64, strict=False))
+    parsed = text.cast(pl.Int64, strict=False)
+    if parsed.null_count() == text.null_count():  # the fast path: tables as downloaded
+        return parsed
+    return parsed.zip_with(parsed.is_not_null(), text.str.extract(r"^(-?\d+)\.0*$", 1).cast(pl.Int64, strict=False))
 
 
 def number(column: str) -> pl.Expr:
-    """A text column as a finite float64, null where it is none."""
+    """Parse a text column as a finite float64, else null."""
     value = pl.col(column).str.strip_chars().cast(pl.Float64, strict=False)
     return pl.when(value.is_finite()).then(value)
-
-
-def time(column: str) -> pl.Expr:
-    """A text column 'YYYY-MM-DD HH:MM:SS' as a datetime, null where it is none.
-
-    A 'T' may stand between date and clock, the seconds may be missing.
-    """
-    return pl.col(column).map_batches(_times, return_dtype=pl.Datetime("us"))
-
-
-def _times(text: pl.Series) -> pl.Series:
-    whole = text.str.slice(0, 19).str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False)
-    if whole.null_count() == text.null_count():  # as in every table as it was downloaded
-        return whole
-    spaced = text.str.strip_chars().str.replace("T", " ", literal=True)
-    for form in ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M"):
-        other = spaced.str.slice(0, 19).str.to_datetime(form, time_unit="us", strict=False)
-        whole = whole.zip_with(whole.is_not_null(), other)
-    return whole
-
-
-def date(column: str) -> pl.Expr:
-    """A text column that begins 'YYYY-MM-DD' as a datetime at 00:00, null where it is none."""
-    return pl.col(column).str.strip_chars().str.slice(0, 10).str.to_datetime("%Y-%m-%d", time_unit="us", strict=False)

@@ -1,4 +1,4 @@
-"""Events to steps: bins, carrying forward, one-hot, same-time rows; against a slow loop and the released arrays."""
+"""Events to time steps, compared with a slow loop and with the released arrays."""
 
 import dataclasses
 
@@ -18,12 +18,13 @@ HR_MASK = schema.CHANNELS.index(f"mask->{HR}")
 
 
 def _events(*rows):
-    """(stay, hour, variable name, value[, text]), each of an item of its own"""
-    full = [(s, round(h * 3600), VARIABLE[v], value, *(rest or ("",))) for s, h, v, value, *rest in rows]
-    full = [(*row, item) for item, row in enumerate(full)]
-    schema = {"stay": pl.UInt32, "time_s": pl.Int32, "variable": pl.UInt8, "value": pl.Float32, "text": pl.String}
-    schema |= {"item": pl.Int32}
-    return pl.DataFrame(full, schema, orient="row")
+    """rows: (stay, hour, variable name, value[, text]); each gets its own item."""
+    full = [
+        (s, round(h * 3600), VARIABLE[v], value, *(text or ("",)), item)
+        for item, (s, h, v, value, *text) in enumerate(rows)
+    ]
+    columns = {"stay": pl.UInt32, "time_s": pl.Int32, "variable": pl.UInt8, "value": pl.Float32, "text": pl.String}
+    return pl.DataFrame(full, columns | {"item": pl.Int32}, orient="row")
 
 
 def _arrays(rows, period_h, timestep_h=1.0, profile="paper", first_stay=0):
@@ -32,7 +33,7 @@ def _arrays(rows, period_h, timestep_h=1.0, profile="paper", first_stay=0):
 
 
 @pytest.mark.parametrize(("hour", "step"), [(0, 0), (0.5, 0), (1, 0), (1 + 1 / 3600, 1), (2, 1), (4.5, 4), (4.6, None)])
-def test_a_step_holds_what_came_after_the_last_edge_up_to_its_own(hour, step):
+def test_a_step_includes_its_upper_edge_only(hour, step):
     ehr, length, last = _arrays([(0, hour, HR, 100.0)], [4.5])
     assert length.tolist() == [5] and ehr.shape == (5, 76)
     assert np.flatnonzero(ehr[:, HR_MASK]).tolist() == ([] if step is None else [step])
@@ -47,7 +48,7 @@ def test_the_number_of_steps(period_h, timestep_h, steps):
     assert discretize.num_steps(np.array([period_h]), timestep_h).tolist() == [steps]
 
 
-def test_the_last_event_of_a_step_wins_and_is_carried_forward_within_its_stay_only():
+def test_the_last_event_of_a_step_is_carried_forward_within_its_stay():
     rows = [(0, 1.9, HR, 70.0), (0, 1.2, HR, 60.0), (0, 3.5, HR, 90.0), (1, 2.5, HR, 50.0)]
     ehr, length, _ = _arrays(rows, [5.0, 4.0])
     assert length.tolist() == [5, 4]
@@ -55,7 +56,7 @@ def test_the_last_event_of_a_step_wins_and_is_carried_forward_within_its_stay_on
     assert ehr[:, HR_MASK].tolist() == [0, 1, 0, 1, 0, 0, 0, 1, 0]
 
 
-def test_before_any_event_every_variable_has_its_default():
+def test_variables_have_their_default_before_any_event():
     ehr, _, _ = _arrays([(0, 5.0, HR, 1.0)], [2.0])
     for variable in schema.VARIABLES:
         if variable.classes:
@@ -66,7 +67,7 @@ def test_before_any_event_every_variable_has_its_default():
     assert not ehr[:, 59:].any() and (ehr[:, :59] != 0).any(0).sum() == 17
 
 
-def test_rows_of_one_time():
+def test_rows_at_the_same_time():
     def last_class(profile, *texts):
         classes = schema.VARIABLES[VARIABLE[EYE]].classes
         ehr, _, _ = _arrays([(0, 0.5, EYE, float(classes.index(t))) for t in texts], [1.0], profile=profile)
@@ -74,7 +75,7 @@ def test_rows_of_one_time():
 
     texts = [(0, 0.5, HR, 100.0, "100"), (0, 0.5, HR, 99.0, "99"), (0, 0.5, HR, 8.5, "8.5")]
     assert _arrays(texts, [1.0])[0][0, HR_CHANNEL] == pytest.approx(69.16667, rel=1e-6)
-    # As text '99' is larger than '100'.
+    # As text, '99' sorts after '100'.
     assert _arrays(texts, [1.0], profile="released")[0][0, HR_CHANNEL] == 99
     glucose = [(0, 0.5, "Glucose", 100.0), (0, 0.5, "Glucose", 99.0)]
     assert _arrays(glucose, [1.0], profile="released")[0][0, schema.CHANNELS.index("Glucose")] == 100
@@ -83,25 +84,24 @@ def test_rows_of_one_time():
     assert last_class("released", "2 To pain", "Spontaneously", "To Pain") == "To Pain"
 
 
-def test_an_event_outside_the_steps_of_its_stay_is_never_written_to_another(monkeypatch):
+def test_an_event_is_never_written_to_another_stay(monkeypatch):
     monkeypatch.setattr(discretize, "num_steps", lambda period_h, timestep_h: np.array([3, 0, 3]))
     with pytest.raises(AssertionError):
         _arrays([(0, 1.5, HR, 61.0), (1, 0, HR, 199.0)], [3.0, 1e-9, 3.0])
 
 
-def test_a_row_given_twice_weighs_once():
+def test_duplicates_count_once():
     once = _events((0, 0.5, HR, 80.0), (0, 0.5, HR, 90.0), (0, 0.5, EYE, 1.0), (0, 0.5, EYE, 3.0))
-    seen = discretize.resolve_same_time(once, profiles.PAPER)
-    assert sorted(seen["value"].to_list()) == [3, 85]
-    assert "80, 80 and 90 are 85" in profiles.explain("paper") and seen["rows"].to_list() == [2, 2]
+    resolved = discretize.resolve_same_time(once, profiles.PAPER)
+    assert sorted(resolved["value"].to_list()) == [3, 85] and resolved["rows"].to_list() == [2, 2]
     for row in range(4):
-        assert discretize.resolve_same_time(pl.concat([once, once[row]]), profiles.PAPER).equals(seen)
+        assert discretize.resolve_same_time(pl.concat([once, once[row]]), profiles.PAPER).equals(resolved)
     other_item = once[1].with_columns(item=pl.lit(99, pl.Int32))
     assert sorted(discretize.resolve_same_time(pl.concat([once, other_item]), profiles.PAPER)["value"])[1] > 86
 
 
 def _slow(rows, period_h, timestep_h):
-    """One stay, one event after another: the plain reading of REFERENCE-style rules, rows sorted by time."""
+    """One stay by a plain loop over its events, sorted by time."""
     steps = int(period_h / timestep_h + 1 - EPSILON_H)
     current = {v.name: (v.classes.index(v.default) if v.classes else v.default) for v in schema.VARIABLES}
     out = np.zeros((steps, 76), np.float32)
@@ -112,9 +112,8 @@ def _slow(rows, period_h, timestep_h):
                 out[step, schema.CHANNELS.index(f"mask->{name}")] = 1
         for variable in schema.VARIABLES:
             if variable.classes:
-                out[
-                    step, schema.CHANNELS.index(f"{variable.name}->{variable.classes[int(current[variable.name])]}")
-                ] = 1
+                text = variable.classes[int(current[variable.name])]
+                out[step, schema.CHANNELS.index(f"{variable.name}->{text}")] = 1
             else:
                 out[step, schema.CHANNELS.index(variable.name)] = current[variable.name]
     return out
@@ -128,12 +127,8 @@ def test_many_stays_at_once_equal_a_loop_over_events(timestep_h):
     for stay in range(12):
         for seconds in np.unique(rng.integers(0, 70 * 3600, rng.integers(1, 80))).tolist():
             variable = schema.VARIABLES[rng.integers(17)]
-            value = (
-                float(rng.integers(len(variable.classes)))
-                if variable.classes
-                else float(np.float32(rng.normal(50, 20)))
-            )
-            rows.append((stay + 7, seconds / 3600, variable.name, value))
+            value = rng.integers(len(variable.classes)) if variable.classes else np.float32(rng.normal(50, 20))
+            rows.append((stay + 7, seconds / 3600, variable.name, float(value)))
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
     ehr, length, _ = _arrays(shuffled, period_h, timestep_h, first_stay=7)
     slow = [_slow([r[1:] for r in rows if r[0] == stay + 7], period_h[stay], timestep_h) for stay in range(12)]
@@ -141,21 +136,25 @@ def test_many_stays_at_once_equal_a_loop_over_events(timestep_h):
     np.testing.assert_array_equal(ehr, np.concatenate(slow))
 
 
-def test_nothing_after_the_period_changes_anything():
+def test_events_after_the_period_change_nothing():
     rows = [(0, 10.0, HR, 70.0), (0, 47.0, HR, 80.0)]
-    seen = _arrays(rows, [48.0])[0]
+    before = _arrays(rows, [48.0])[0]
     later = _arrays([*rows, (0, 48.5, HR, 10.0), (0, 60.0, EYE, 1.0)], [48.0])[0]
     inside = _arrays([*rows, (0, 47.5, HR, 10.0)], [48.0])[0]
-    np.testing.assert_array_equal(seen, later)
-    assert (seen != inside).any()
+    np.testing.assert_array_equal(before, later)
+    assert (before != inside).any()
+
+
+def _read(out, task):
+    return {r["stay_id"]: r for split in schema.SPLITS for r in records.open_split(out, task, split)}
 
 
 @pytest.fixture(scope="module")
 def released(real_data, tmp_path_factory):
     """The demo built by the profile `released`, 1 h and 2 h: {(task, hours): {stay_id: record}}."""
+    out = tmp_path_factory.mktemp("released")
     built = {}
     for hours in (1, 2):
-        out = tmp_path_factory.mktemp(f"released_{hours}h")
         build.build(
             real_data / "mimic-iv-demo-2.2",
             None,
@@ -165,14 +164,12 @@ def released(real_data, tmp_path_factory):
             tasks=("pheno", "mortality"),
             phenotypes=real_data / "released/icd_9_10_definitions_2.yaml",
         )
-        for task in ("pheno", "mortality"):
-            splits = [records.open_split(out, task, split) for split in schema.SPLITS]
-            built[task, hours] = {record["stay_id"]: record for split in splits for record in split}
+        built |= {(task, hours): _read(out, task) for task in ("pheno", "mortality")}
     return built
 
 
-def _released_differences(real_data, built):
-    """Names of the released arrays and labels that `built` does not equal, and how many were compared."""
+def _differences(real_data, built):
+    """Return the names of the released arrays and labels that `built` does not equal, and how many were compared."""
     differing, compared = [], 0
     with np.load(real_data / "pipeline_gold/released_demo_subset.npz") as gold:
         for name in gold:
@@ -190,13 +187,11 @@ def _released_differences(real_data, built):
     return differing, compared
 
 
-def test_released_arrays_and_labels_are_the_released_ones(real_data, released):
-    assert _released_differences(real_data, released) == ([], 100)
-    assert {key: len(stays) for key, stays in released.items()} == {
-        ("pheno", 1): 112,
-        ("pheno", 2): 112,
-        ("mortality", 1): 54,
-        ("mortality", 2): 54,
+def test_the_profile_released_reproduces_the_released_arrays_and_labels(real_data, released):
+    assert _differences(real_data, released) == ([], 100)
+    stays = {"pheno": 112, "mortality": 54}
+    assert {key: len(rows) for key, rows in released.items()} == {
+        (task, hours): stays[task] for task in stays for hours in (1, 2)
     }
 
 
@@ -206,15 +201,13 @@ def _plant_same_time(monkeypatch):
 
 
 def _plant_none_is_missing(monkeypatch):
-    places = cleaning._class_places()
-    monkeypatch.setattr(cleaning, "_class_places", lambda: places.filter(places["text"] != "None"))
+    values = cleaning._class_values()
+    monkeypatch.setattr(cleaning, "_class_values", lambda: values.filter(values["text"] != "None"))
 
 
 @pytest.mark.parametrize("plant", [_plant_same_time, _plant_none_is_missing])
-def test_the_released_arrays_tell_a_wrong_rule(real_data, released, tmp_path, monkeypatch, plant):
+def test_a_wrong_rule_does_not_reproduce_the_released_arrays(real_data, released, tmp_path, monkeypatch, plant):
     plant(monkeypatch)
     build.build(real_data / "mimic-iv-demo-2.2", None, tmp_path, profile="released", timestep_h=1, tasks=("mortality",))
-    splits = [records.open_split(tmp_path, "mortality", split) for split in schema.SPLITS]
-    planted = {record["stay_id"]: record for split in splits for record in split}
-    differing, _ = _released_differences(real_data, released | {("mortality", 1): planted})
+    differing, _ = _differences(real_data, released | {("mortality", 1): _read(tmp_path, "mortality")})
     assert differing and all(name.startswith("mortality") for name in differing)

@@ -1,4 +1,4 @@
-"""Raw rows to events: which rows count, and what each profile makes of a value."""
+"""Raw rows to events: which rows are kept, and how each profile cleans a value."""
 
 import gzip
 
@@ -19,26 +19,19 @@ GLUCOSE_LAB, PH_LAB, O2_LAB = 50931, 50820, 50817
 
 
 def _extract(root, charts=(), labs=(), profile="paper", stays=None):
-    """Events as rows (stay, time_s, variable name, value), and the counts."""
+    """Return events as rows (stay, time_s, variable name, value), and the counts."""
     raw = tables.mimic_iv(write_mimic_iv(root / "raw", stays or [stay(1), stay(2)], charts, labs))
     folder = root / "events"
     folder.mkdir()
     cohort_stays, _ = cohort.read_stays(raw)
     events.extract(raw, cohort_stays, profiles.rules(profile), folder)
     frames = [events.read_bucket(folder, b) for b in range(events.num_buckets(len(cohort_stays)))]
-    frame = pl.concat([f for f in frames if f is not None]) if any(f is not None for f in frames) else None
-    rows = [] if frame is None else frame.select("stay", "time_s", "variable", "value").rows()
-    named = [(s, t, schema.VARIABLES[v].name, value) for s, t, v, value in rows]
-    return named, events.read_counts(folder)
+    frames = [f.select("stay", "time_s", "variable", "value") for f in frames if f is not None]
+    rows = [(s, t, schema.VARIABLES[v].name, value) for frame in frames for s, t, v, value in frame.iter_rows()]
+    return rows, events.read_counts(folder)
 
 
-def _value(root, row, profile):
-    is_lab = "stay_id" not in row
-    found, _ = _extract(root, [] if is_lab else [row], [row] if is_lab else [], profile)
-    return found[0][3] if found else None
-
-
-def _place(variable, text):
+def _class(variable, text):
     return float(schema.VARIABLES[cleaning.VARIABLE[variable]].classes.index(text))
 
 
@@ -58,7 +51,7 @@ VALUES = [
     (chart(1, 5, TEMP_F, "98.6"), 37, 37),
     (chart(1, 5, TEMP_F, "78"), 25.5556 + 0.4444, 78),  # clipped to 26
     (chart(1, 5, TEMP_C, "37.5"), 37.5, 37.5),
-    (chart(1, 5, TEMP_C, "99"), None, 37.2222),  # Fahrenheit in the wrong item
+    (chart(1, 5, TEMP_C, "99"), None, 37.2222),  # Fahrenheit in the Celsius item
     (chart(1, 5, WEIGHT_LB, "100"), 45.3592, 45.3592),
     (chart(1, 5, WEIGHT_KG, "100"), 100, 100),
     (chart(1, 5, SYSTOLIC, "120/80"), 120, 120),
@@ -68,8 +61,8 @@ VALUES = [
     (chart(1, 5, HEART_RATE, " 80 "), 80, 80),
     (chart(1, 5, HEART_RATE, "nan"), None, None),
     (chart(1, 5, HEART_RATE, "1e999"), None, None),
-    (chart(1, 5, EYE, "To Speech"), _place(EYES, "To Speech"), _place(EYES, "To Speech")),
-    (chart(1, 5, EYE, "None"), _place(EYES, "None"), _place(EYES, "None")),
+    (chart(1, 5, EYE, "To Speech"), _class(EYES, "To Speech"), _class(EYES, "To Speech")),
+    (chart(1, 5, EYE, "None"), _class(EYES, "None"), _class(EYES, "None")),
     (chart(1, 5, EYE, "winks"), None, None),
     (chart(1, 5, CAPILLARY, "Abnormal >3 Seconds"), 1, None),
     (chart(1, 5, CAPILLARY, "Normal <3 Seconds"), 0, None),
@@ -82,17 +75,19 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("row", "paper", "released"), VALUES, ids=lambda v: str(v.get("value")) if isinstance(v, dict) else ""
-)
-def test_each_profile_cleans_a_value_its_way(tmp_path, row, paper, released):
-    for profile, expected in (("paper", paper), ("released", released)):
-        (tmp_path / profile).mkdir()
-        found = _value(tmp_path / profile, row, profile)
-        assert found == (None if expected is None else pytest.approx(expected, rel=1e-5)), profile
+@pytest.mark.parametrize(("profile", "column"), [("paper", 1), ("released", 2)])
+def test_each_profile_cleans_values_its_own_way(tmp_path, profile, column):
+    """All rows in one extraction, told apart by their second."""
+    rows = [row | {"charttime": f"2150-01-01 05:00:{i:02d}"} for i, (row, *_) in enumerate(VALUES)]
+    charts, labs = ([row for row in rows if ("stay_id" in row) == is_chart] for is_chart in (True, False))
+    extracted, _ = _extract(tmp_path, charts, labs, profile)
+    value_of = {time_s - 5 * 3600: value for _, time_s, _, value in extracted}
+    for i, case in enumerate(VALUES):
+        expected = case[column]
+        assert value_of.get(i) == (None if expected is None else pytest.approx(expected, rel=1e-5)), case[0]
 
 
-def test_only_rows_of_the_stay_in_its_time_count_and_the_rest_is_counted(tmp_path):
+def test_rows_outside_their_stay_are_dropped_and_every_row_is_counted(tmp_path):
     charts = [
         chart(1, 5, HEART_RATE, "80"),
         chart(1, 0, HEART_RATE, "81"),
@@ -111,19 +106,17 @@ def test_only_rows_of_the_stay_in_its_time_count_and_the_rest_is_counted(tmp_pat
         chart(1, 5, HEART_RATE, "91", subject_id=10_000_002),
         chart(1, 5, HEART_RATE, "92", subject_id=""),
     ]
-    found, counts = _extract(
-        tmp_path, charts, [lab(2, 8, GLUCOSE_LAB, "100"), lab(2, 9, GLUCOSE_LAB, "101", subject_id=1)]
-    )
-    assert [(s, t, v) for s, t, name, v in found if name == "Heart Rate"] == [
+    labs = [lab(2, 8, GLUCOSE_LAB, "100"), lab(2, 9, GLUCOSE_LAB, "101", subject_id=1)]
+    rows, counts = _extract(tmp_path, charts, labs)
+    assert [(s, t, v) for s, t, name, v in rows if name == "Heart Rate"] == [
         (0, 18000, 80),
         (0, 0, 81),
         (0, 259200, 82),
         (0, 21600, 90),
         (1, 25200, 350),
     ]
-    assert [row for row in found if row[2] == "Glucose"] == [(1, 28800, "Glucose", 100)]
-    by_reason = {reason: rows.get("Heart Rate", 0) for reason, rows in counts.items()}
-    assert by_reason == {
+    assert [row for row in rows if row[2] == "Glucose"] == [(1, 28800, "Glucose", 100)]
+    assert {fate: by_variable.get("Heart Rate", 0) for fate, by_variable in counts.items()} == {
         "kept": 5,
         "another stay": 1,
         "another patient": 2,
@@ -141,25 +134,22 @@ def test_batches_and_buckets_change_nothing(tmp_path, monkeypatch):
     labs = [lab(n, hour, GLUCOSE_LAB, str(90 + hour)) for hour in range(1, 20) for n in (1, 2, 3)]
     stays = [stay(1), stay(2), stay(3)]
     usual, counts = _extract(tmp_path, charts, labs, stays=stays)
-    monkeypatch.setattr(events, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(events, "ROWS_PER_BATCH", 5)
     monkeypatch.setattr(events, "ROWS_PER_WRITE", 10)
     monkeypatch.setattr(events, "STAYS_PER_BUCKET", 2)
-    # polars reads so small a table at once.
+    # polars would read a small table in one batch.
     monkeypatch.setattr(pl.LazyFrame, "collect_batches", lambda self: self.collect().iter_slices(3))
     (tmp_path / "small").mkdir()
     small, small_counts = _extract(tmp_path / "small", charts, labs, stays=stays)
     assert len(usual) == 174 and sorted(small) == sorted(usual) and small_counts == counts
-    # 117 and 57 rows, read 6 at a time, written when there are 12.
-    parts = {path.parent.name: path for path in sorted((tmp_path / "small/events").glob("*/*.parquet"))}
-    assert set(parts) == {"bucket=00000", "bucket=00001"} and {path.name for path in parts.values()} == {
-        "000014.parquet"
-    }
-    for n in range(3):  # in the order of the table
-        of_stay = [row for row in small if row[0] == n]
-        assert of_stay == [row for row in usual if row[0] == n]
+    # 117 and 57 rows, read 6 at a time, written 12 at a time.
+    last_part = {path.parent.name: path.name for path in sorted((tmp_path / "small/events").glob("*/*.parquet"))}
+    assert last_part == {"bucket=00000": "000014.parquet", "bucket=00001": "000014.parquet"}
+    for n in range(3):  # each stay's events stay in table order
+        assert [row for row in small if row[0] == n] == [row for row in usual if row[0] == n]
 
 
-def test_a_time_too_far_to_be_written_is_out_of_the_stay(tmp_path):
+def test_a_time_beyond_int32_is_outside_the_stay(tmp_path):
     far = chart(1, 1, HEART_RATE, "90", charttime="2240-01-01 00:00:00")
     raw = tables.mimic_iv(write_mimic_iv(tmp_path / "raw", [stay(1)], [chart(1, 5, HEART_RATE, "80"), far]))
     stays = cohort.read_stays(raw)[0].with_columns(los_h=pl.lit(24.0 * 365 * 400))
@@ -183,15 +173,16 @@ def test_quotes_line_ends_and_ragged_rows_are_read(tmp_path):
     assert events.read_bucket(tmp_path / "events", 0)["value"].to_list()[:2] == [80, 81]
 
 
-def test_a_truncated_table_is_named(tmp_path):
+def test_an_error_names_a_truncated_table(tmp_path):
     charts = [chart(1, 5 + i / 3600, HEART_RATE, str(60 + i * 7919 % 97)) for i in range(3000)]
     root = write_mimic_iv(tmp_path / "raw", [stay(1)], charts)
     path = root / "icu/chartevents.csv.gz"
     path.write_bytes(path.read_bytes()[:-2000])
     raw = tables.mimic_iv(root)
     (tmp_path / "events").mkdir()
-    with pytest.raises(UserError, match=r"chartevents\.csv\.gz cannot be read: it ends too early"):
+    with pytest.raises(UserError) as caught:
         events.extract(raw, cohort.read_stays(raw)[0], profiles.PAPER, tmp_path / "events")
+    assert caught.value.path == path and "truncated" in str(caught.value)
 
 
 def test_every_item_belongs_to_one_variable():

@@ -1,4 +1,4 @@
-"""Labels at every hour: when, which, and that the records say what may be read by then."""
+"""Hourly labels: their times and values, and what their records contain."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,11 @@ HEART_RATE = 220045
 
 @pytest.fixture(scope="module", params=[1, 2])
 def built(tmp_path_factory, request):
-    """Stay 0 lasts 40.5 h; 1 dies at 30.25 h of 32; 2 dies in the hospital later; 3 is short; 4 starts late;
-    5 dies at an hour that nobody wrote down; 6 stays 20 days; 7 starts at hour 10 sharp."""
+    """Build eight stays at 1 h and 2 h steps.
+
+    Stay 0 lasts 40.5 h; 1 dies at 30.25 h of 32; 2 dies in hospital later; 3 is short; 4 has its first event at 10.5 h;
+    5 dies at an unknown hour; 6 lasts 20 days; 7 has its first event at exactly 10 h.
+    """
     root = tmp_path_factory.mktemp("steps")
     los_h = [40.5, 32, 50, 4.5, 30, 30, 480, 30]
     changes = [{} for _ in los_h]
@@ -37,47 +40,46 @@ def _records(built, task):
 
 
 def test_prediction_times_are_the_whole_hours_after_the_fourth(built):
-    found = _records(built, "length_of_stay")
-    assert sorted(found) == [0, 1, 2, 4, 5, 6, 7]  # stay 3 has no whole hour after the fourth
-    assert found[0]["label_time_h"].tolist() == list(range(5, 41))
+    by_stay = _records(built, "length_of_stay")
+    assert sorted(by_stay) == [0, 1, 2, 4, 5, 6, 7]  # stay 3 has no whole hour after the fourth
+    assert by_stay[0]["label_time_h"].tolist() == list(range(5, 41))
     # The first observation at 10.5 h is in the step that ends at 11 h, or at 12 h.
-    assert found[4]["label_time_h"].tolist() == list(range(11 if built[1] == 1 else 12, 31))
-    assert found[7]["label_time_h"][0] == 10  # the step that ends there holds it
-    dying = _records(built, "decompensation")
-    assert sorted(dying) == [0, 1, 2, 4, 6, 7]  # of stay 5 no hour of death is known
-    assert dying[1]["label_time_h"].tolist() == list(range(5, 31))
+    assert by_stay[4]["label_time_h"].tolist() == list(range(11 if built[1] == 1 else 12, 31))
+    assert by_stay[7]["label_time_h"][0] == 10  # an event on the edge is in the step that ends there
+    by_stay = _records(built, "decompensation")
+    assert sorted(by_stay) == [0, 1, 2, 4, 6, 7]  # stay 5 has no known hour of death
+    assert by_stay[1]["label_time_h"].tolist() == list(range(5, 31))
 
 
 def test_decompensation_is_death_within_24_h(built):
-    found = _records(built, "decompensation")
-    assert {n for n, r in found.items() if r["label"].any()} == {1, 2}
-    assert found[1]["label_time_h"][found[1]["label"][:, 0] == 1].tolist() == list(range(7, 31))  # 30.25 - 6 > 24
-    # Death at 60 h, after the stay: 60 - 36 is not less than 24.
-    assert found[2]["label_time_h"][found[2]["label"][:, 0] == 1].tolist() == list(range(37, 51))
+    by_stay = _records(built, "decompensation")
+    assert {n for n, r in by_stay.items() if r["label"].any()} == {1, 2}
+    positive = {n: r["label_time_h"][r["label"][:, 0] == 1].tolist() for n, r in by_stay.items()}
+    assert positive[1] == list(range(7, 31))  # 30.25 - 6 > 24
+    assert positive[2] == list(range(37, 51))  # death at 60 h, after the stay: 60 - 36 is not less than 24
 
 
 def test_length_of_stay_is_one_of_ten_bins(built):
-    found = _records(built, "length_of_stay")
-    for record in found.values():
+    by_stay = _records(built, "length_of_stay")
+    for record in by_stay.values():
         assert record["label"].shape == (len(record["label_time_h"]), 10) and (record["label"].sum(1) == 1).all()
-        left = record["los_h"] - record["label_time_h"]
-        place = record["label"].argmax(1)
+        remaining = record["los_h"] - record["label_time_h"]
+        bins = record["label"].argmax(1)
         days = np.array([*schema.LENGTH_OF_STAY_EDGES_DAYS, np.inf])
-        assert ((days[place] * 24 <= left + 1e-3) & (left < days[place + 1] * 24)).all()
-    long = dict(zip(found[6]["label_time_h"].tolist(), found[6]["label"].argmax(1).tolist(), strict=True))
-    assert (long[144], long[145], long[288], long[289], long[479]) == (9, 8, 8, 7, 0)
-    assert len(schema.TASKS["length_of_stay"].labels) == 10
+        assert ((days[bins] * 24 <= remaining + 1e-3) & (remaining < days[bins + 1] * 24)).all()
+    bin_of = dict(zip(by_stay[6]["label_time_h"].tolist(), by_stay[6]["label"].argmax(1).tolist(), strict=True))
+    assert [bin_of[hour] for hour in (144, 145, 288, 289, 479)] == [9, 8, 8, 7, 0]
 
 
-def test_what_may_be_read_is_not_later_than_the_prediction(built):
+def test_every_prediction_has_a_completed_step_with_an_observation(built):
     for record in _records(built, "length_of_stay").values():
-        visible = np.floor(record["label_time_h"] / built[1]).astype(int)
-        assert visible.min() >= 1 and visible.max() <= len(record["ehr"])
-        seen = record["ehr"][:, schema.CHANNELS.index("mask->Heart Rate")]
-        assert all(seen[:steps].any() for steps in visible)
+        completed = np.floor(record["label_time_h"] / built[1]).astype(int)
+        assert completed.min() >= 1 and completed.max() <= len(record["ehr"])
+        observed = record["ehr"][:, schema.CHANNELS.index("mask->Heart Rate")]
+        assert all(observed[:steps].any() for steps in completed)
 
 
-def test_images_are_all_those_of_the_stay_with_their_times(built):
+def test_records_have_all_images_of_the_stay_with_their_times(built):
     record = _records(built, "decompensation")[0]
     assert record["cxr_time_h"].tolist() == pytest.approx([3, 12.5], abs=1e-3)
     assert record["dicom_id"].split(" ") == ["image-0000-00", "image-0000-01"]
@@ -85,7 +87,7 @@ def test_images_are_all_those_of_the_stay_with_their_times(built):
     assert _records(built, "decompensation")[1]["images"].shape == (0, 256, 256)
 
 
-def test_the_index_says_what_happened_at_any_time(built):
+def test_the_index_is_positive_for_a_label_at_any_time(built):
     for task in ("decompensation", "length_of_stay"):
         for split in schema.SPLITS:
             index = records.index(built[0], task, split)
@@ -97,8 +99,9 @@ def test_the_index_says_what_happened_at_any_time(built):
 
 
 @pytest.mark.parametrize("task", ["decompensation", "length_of_stay"])
-def test_training_refuses_them_by_name(task):
+def test_hourly_tasks_cannot_be_trained_yet(task):
     values = config.default()
     values.task = task
-    with pytest.raises(UserError, match=f"config.task is '{task}', whose labels are per step.*choose one of pheno"):
+    with pytest.raises(UserError) as caught:
         config.validate(values)
+    assert task in str(caught.value)
