@@ -1,19 +1,24 @@
-"""A task's dataset put together: which record has which arrays, X-ray and labels, and what is said of it."""
+"""Assemble a task's dataset: which arrays, X-rays and labels each record has, and its index.
+
+Each function returns, by split, the fields of records.INDEX_FIELDS and a function that yields the records in the
+index's order.
+"""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import polars as pl
 
 from data_prep import progress
 from data_prep.ehr.discretize import Arrays
-from data_prep.images import store as image_store
+from data_prep.images.store import ImageStore
 from data_prep.labels.hourly import Predictions
-from medfuse_jax import records, schema
+from medfuse_jax import schema
 
-NO_IMAGE = np.zeros((0, schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX), np.uint8)
-NO_STEPS = np.zeros((0, len(schema.CHANNELS)), np.float32)
+_NO_IMAGE = np.zeros((0, schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX), np.uint8)
+_NO_STEPS = np.zeros((0, len(schema.CHANNELS)), np.float32)
+_STATIC = ("stay_id", "subject_id", "age", *schema.STATIC_TEXTS)
 
 
 def stay_dataset(
@@ -22,157 +27,134 @@ def stay_dataset(
     arrays: Arrays,
     label_NK: np.ndarray,
     pairs: pl.DataFrame,
-    store: image_store.ImageStore | None,
+    store: ImageStore | None,
 ) -> tuple[dict, dict]:
-    """Index and record generators, by split, of a task whose records are stays.
+    """Records of stays with one label vector.
 
     stays, splits, label_NK: in the cohort's order. pairs: stay_id, dicom_id of the paired stays.
     """
     image_of = dict(pairs.select("stay_id", "dicom_id").iter_rows())
-    static = stays.select("stay_id", "subject_id", "age", *records.STATIC_TEXTS).to_dicts()
-    split_N = np.array(splits)[arrays.row]
-    index, records_of = {}, {}
-    for split in schema.SPLITS:
-        picked = np.flatnonzero(split_N == split)
-        rows = arrays.row[picked]
-        stay_id = np.array([static[row]["stay_id"] for row in rows], np.int64)
-        index[split] = {
-            "stay_id": stay_id,
-            "subject_id": np.array([static[row]["subject_id"] for row in rows], np.int64),
-            "length": arrays.length[picked].astype(np.int32),
-            "has_cxr": np.array([stay in image_of for stay in stay_id.tolist()], bool),
-            "age": np.array([static[row]["age"] for row in rows], np.float32),
-            **{field: np.array([static[row][field] for row in rows], str) for field in records.STATIC_TEXTS},
-            "label": label_NK[rows],
+    static = stays.select(_STATIC)[arrays.row].to_dicts()
+    label_NK = label_NK[arrays.row]
+
+    def record(i: int) -> dict:
+        dicom_id = image_of.get(static[i]["stay_id"], "")
+        return {
+            "ehr": arrays[i],
+            "label": label_NK[i],
+            "has_cxr": bool(dicom_id),
+            "dicom_id": dicom_id,
+            "image": store[dicom_id][None] if dicom_id else _NO_IMAGE,
         }
-        records_of[split] = _stay_records(picked, static, arrays, label_NK, image_of, store, split)
-    return index, records_of
+
+    has_cxr = [row["stay_id"] in image_of for row in static]
+    return _by_split(np.array(splits)[arrays.row], static, arrays.length, has_cxr, label_NK, record)
 
 
-def _stay_records(picked, static, arrays, label_NK, image_of, store, split) -> Callable[[], Iterator[dict]]:
-    def make() -> Iterator[dict]:
-        for i in progress.bar(picked.tolist(), f"shards of {split}", "stays"):
-            row = int(arrays.row[i])
-            dicom_id = image_of.get(static[row]["stay_id"], "")
-            yield {
-                **static[row],
-                "ehr": arrays.of(i),
-                "label": label_NK[row],
-                "has_cxr": bool(dicom_id),
-                "dicom_id": dicom_id,
-                "image": store[dicom_id][None] if dicom_id else NO_IMAGE,
-            }
-
-    return make
-
-
-def step_dataset(
+def hourly_dataset(
     stays: pl.DataFrame,
     splits: list[str],
     arrays: Arrays,
-    found: Predictions,
+    predicted: Predictions,
     pairs: pl.DataFrame,
-    store: image_store.ImageStore | None,
+    store: ImageStore | None,
 ) -> tuple[dict, dict]:
-    """Index and record generators, by split, of a task whose labels are per step.
+    """Records of stays with labels at many prediction times.
 
-    stays, splits: in the cohort's order. pairs: stay_id, dicom_id, cxr_time of every X-ray of a stay, by time.
+    stays, splits: in the cohort's order. pairs: stay_id, dicom_id, cxr_time of all X-rays of each stay, by time.
     """
+    position_N = predicted.position_N
     images_of = images_by_stay(stays, pairs)
-    static = stays.select("stay_id", "subject_id", "age", "los_h", *records.STATIC_TEXTS).to_dicts()
-    split_N = np.array(splits)[arrays.row[found.place_N]]
-    any_NK = found.any_label()
-    index, records_of = {}, {}
-    for split in schema.SPLITS:
-        picked = np.flatnonzero(split_N == split)
-        rows = [static[row] for row in arrays.row[found.place_N[picked]]]
-        index[split] = {
-            "stay_id": np.array([row["stay_id"] for row in rows], np.int64),
-            "subject_id": np.array([row["subject_id"] for row in rows], np.int64),
-            "length": arrays.length[found.place_N[picked]].astype(np.int32),
-            "has_cxr": np.array([row["stay_id"] in images_of for row in rows], bool),
-            "age": np.array([row["age"] for row in rows], np.float32),
-            **{field: np.array([row[field] for row in rows], str) for field in records.STATIC_TEXTS},
-            "label": any_NK[picked],
+    static = stays.select(*_STATIC, "los_h")[arrays.row[position_N]].to_dicts()
+
+    def record(i: int) -> dict:
+        images = images_of.get(static[i]["stay_id"], [])
+        return {
+            "ehr": arrays[int(position_N[i])],
+            "label": predicted.labels[i],
+            "label_time_h": predicted.times[i],
+            "has_cxr": bool(images),
+            "dicom_id": " ".join(dicom_id for dicom_id, _ in images),
+            "cxr_time_h": np.array([time_h for _, time_h in images], np.float32),
+            "image": np.stack([store[dicom_id] for dicom_id, _ in images]) if images else _NO_IMAGE,
         }
-        records_of[split] = _step_records(picked, static, arrays, found, images_of, store, split)
-    return index, records_of
+
+    has_cxr = [row["stay_id"] in images_of for row in static]
+    split_N = np.array(splits)[arrays.row[position_N]]
+    return _by_split(split_N, static, arrays.length[position_N], has_cxr, predicted.any_label(), record)
 
 
 def images_by_stay(stays: pl.DataFrame, pairs: pl.DataFrame) -> dict[int, list[tuple[str, np.float32]]]:
-    """stay_id -> its X-rays' dicom_id and hours since intime, as records hold them, by time."""
+    """Map stay_id to its X-rays' (dicom_id, hours since intime) by time, as records store them."""
     timed = pairs.join(stays.select("stay_id", "intime"), on="stay_id", maintain_order="left").with_columns(
         cxr_time_h=(pl.col("cxr_time") - pl.col("intime")).dt.total_milliseconds() / 3.6e6
     )
-    found: dict[int, list] = {}
+    images_of: dict[int, list] = {}
     for stay_id, dicom_id, cxr_time_h in timed.select("stay_id", "dicom_id", "cxr_time_h").iter_rows():
-        found.setdefault(stay_id, []).append((dicom_id, np.float32(cxr_time_h)))
-    return found
-
-
-def _step_records(picked, static, arrays, found, images_of, store, split) -> Callable[[], Iterator[dict]]:
-    def make() -> Iterator[dict]:
-        for i in progress.bar(picked.tolist(), f"shards of {split}", "stays"):
-            place = int(found.place_N[i])
-            row = static[int(arrays.row[place])]
-            images = images_of.get(row["stay_id"], [])
-            yield {
-                **row,
-                "ehr": arrays.of(place),
-                "label": found.labels[i],
-                "label_time_h": found.times[i],
-                "has_cxr": bool(images),
-                "dicom_id": " ".join(dicom_id for dicom_id, _ in images),
-                "cxr_time_h": np.array([time_h for _, time_h in images], np.float32),
-                "image": np.stack([store[dicom_id] for dicom_id, _ in images]) if images else NO_IMAGE,
-            }
-
-    return make
+        images_of.setdefault(stay_id, []).append((dicom_id, np.float32(cxr_time_h)))
+    return images_of
 
 
 def image_dataset(
-    images: pl.DataFrame, splits: list[str], patients: pl.DataFrame, store: image_store.ImageStore
+    images: pl.DataFrame, splits: list[str], patients: pl.DataFrame, store: ImageStore
 ) -> tuple[dict, dict]:
-    """Index and record generators, by split, of a task whose records are X-rays.
+    """Records of X-rays without a stay.
 
-    X-rays: dicom_id, subject_id and the 14 labels, sorted by dicom_id; splits in its order.
-    patients: subject_id, age, gender; a patient who is not in it has age NaN and gender ''.
+    images: dicom_id, subject_id and the 14 labels, sorted by dicom_id. splits: in that order. patients: subject_id,
+    age, gender; an X-ray of any other patient has age NaN and gender ''.
     """
     images = images.join(
         patients.select("subject_id", "age", "gender"), on="subject_id", how="left", maintain_order="left"
     )
-    images = images.with_columns(pl.col("age").fill_null(math.nan), pl.col("gender").fill_null(""))
+    images = images.with_columns(pl.col("age").fill_null(math.nan), pl.col("gender").fill_null(""), stay_id=-1)
+    images = images.with_columns(admission_type=pl.lit(""), first_careunit=pl.lit(""))
     label_NK = images.select(schema.RADIOLOGY_LABELS).to_numpy().astype(np.int8)
-    images = images.with_columns(admission_type=pl.lit(""), first_careunit=pl.lit(""))  # an X-ray is of no stay
-    static = images.select("dicom_id", "subject_id", "age", *records.STATIC_TEXTS).to_dicts()
+    static = images.select(*_STATIC, "dicom_id").to_dicts()
+
+    def record(i: int) -> dict:
+        image = store[static[i]["dicom_id"]][None]
+        return {"ehr": _NO_STEPS, "label": label_NK[i], "has_cxr": True, "image": image}
+
+    return _by_split(np.array(splits), static, np.zeros(len(static)), [True] * len(static), label_NK, record)
+
+
+def _by_split(
+    split_N: np.ndarray,
+    static: list[dict],
+    length_N: np.ndarray,
+    has_cxr: list[bool],
+    label_NK: np.ndarray,
+    record: Callable[[int], dict],
+) -> tuple[dict, dict]:
+    """Return each split's index and record generator.
+
+    static: the fields that index and record share, of each of N records. record: position -> its other fields.
+    """
+    fields = {
+        "stay_id": np.array([row["stay_id"] for row in static], np.int64),
+        "subject_id": np.array([row["subject_id"] for row in static], np.int64),
+        "length": length_N.astype(np.int32),
+        "has_cxr": np.array(has_cxr, bool),
+        "age": np.array([row["age"] for row in static], np.float32),
+        "label": label_NK,
+    }
     index, records_of = {}, {}
     for split in schema.SPLITS:
-        picked = np.flatnonzero(np.array(splits) == split)
-        index[split] = {
-            "stay_id": np.full(len(picked), -1, np.int64),
-            "subject_id": images["subject_id"].to_numpy()[picked],
-            "length": np.zeros(len(picked), np.int32),
-            "has_cxr": np.ones(len(picked), bool),
-            "age": images["age"].to_numpy()[picked].astype(np.float32),
-            **{field: np.array([static[i][field] for i in picked], str) for field in records.STATIC_TEXTS},
-            "label": label_NK[picked],
-        }
-        records_of[split] = _image_records(picked, static, label_NK, store, split)
+        chosen = np.flatnonzero(split_N == split)
+        index[split] = {name: values[chosen] for name, values in fields.items()}
+        for field in schema.STATIC_TEXTS:
+            index[split][field] = np.array([static[i][field] for i in chosen], str)
+
+        def generate(positions: Iterable[int] = chosen.tolist(), split: str = split) -> Iterator[dict]:
+            for i in progress.bar(positions, f"shards of {split}", "records"):
+                yield {**static[i], **record(i)}
+
+        records_of[split] = generate
     return index, records_of
 
 
-def _image_records(picked, static, label_NK, store, split) -> Callable[[], Iterator[dict]]:
-    no_stay = {"stay_id": -1, "ehr": NO_STEPS, "has_cxr": True}
-
-    def make() -> Iterator[dict]:
-        for i in progress.bar(picked.tolist(), f"shards of {split}", "images"):
-            yield {**no_stay, **static[i], "label": label_NK[i], "image": store[static[i]["dicom_id"]][None]}
-
-    return make
-
-
 def split_counts(index: dict[str, dict], labels: tuple[str, ...]) -> dict[str, dict]:
-    """Per split: records, paired ones, patients, steps, and positives of each label."""
+    """Count each split's records, paired records, patients, time steps, and positives of each label."""
     return {
         split: {
             "records": len(fields["stay_id"]),
@@ -185,9 +167,9 @@ def split_counts(index: dict[str, dict], labels: tuple[str, ...]) -> dict[str, d
     }
 
 
-def check_patients_stay_put(index: dict[str, dict]) -> None:
-    """No patient is in two splits, of this task."""
-    seen: dict[int, str] = {}
+def check_splits_disjoint(index: dict[str, dict]) -> None:
+    """Assert that no patient is in two splits."""
+    split_of: dict[int, str] = {}
     for split, fields in index.items():
         for subject in np.unique(fields["subject_id"]).tolist():
-            assert seen.setdefault(subject, split) == split, f"subject {subject} is in {seen[subject]} and {split}"
+            assert split_of.setdefault(subject, split) == split, f"{subject} is in {split_of[subject]} and {split}"

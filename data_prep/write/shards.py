@@ -1,7 +1,7 @@
-"""One task's dataset on disk: ArrayRecord files that TFDS reads, an index a split, a manifest.
+"""Write a task's dataset: ArrayRecord files that TFDS can read, one index per split, a manifest.
 
-Record order is the order given here, which is the index's. Written directly, one record after another, and
-described to TFDS afterwards: TFDS' own writer keeps a split in memory, and above 1 GB needs TensorFlow.
+Records are written one after another, in the index's order, and described to TFDS afterwards: TFDS's own writer holds
+a split in memory, and needs TensorFlow above 1 GB.
 """
 
 import itertools
@@ -17,17 +17,17 @@ from tensorflow_datasets.proto import tf_example_pb2
 from medfuse_jax import records, schema
 from medfuse_jax.runtime import files
 
-# One record a group, so that reading one does not unpack its neighbours. Uncompressed: records read twice
-# as fast as with zstd (3.7 against 1.8 k/s through TFDS, two cores) for a third more space.
+# One record per group, so that reading one does not decode its neighbours. Uncompressed records read twice as fast as
+# with zstd, for a third more space.
 ARRAY_RECORD_OPTIONS = "group_size:1,uncompressed"
-SHARD_BYTES = 256 << 20  # a file is closed once it holds as much
+SHARD_BYTES = 256 << 20  # a shard is closed once it holds this much
 
 
 def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: dict, manifest: dict) -> None:
-    """Writes a whole dataset to `folder`, which is empty.
+    """Write a dataset to `folder`, which is empty.
 
-    index: split -> the fields of records.INDEX_FIELDS.
-    records_of: split -> a function that yields its records in the index's order.
+    index: split -> the fields of records.INDEX_FIELDS. records_of: split -> a function that yields its records in the
+    index's order.
     """
     features = records.features(len(task.labels), task.per_step)
     filled = [split for split in records_of if len(index[split]["stay_id"])]
@@ -40,20 +40,20 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
         split_infos=splits,
         version=records.FORMAT_VERSION,
         disable_shuffling=True,
-        check_data=False,  # it would read an example with TensorFlow
+        check_data=False,  # the check needs TensorFlow
     )
     for split, fields in index.items():
         np.savez(folder / f"index_{split}.npz", **{name: fields[name] for name in records.INDEX_FIELDS})
     manifest |= {"files": {file.name: files.sha256(file) for file in sorted(folder.iterdir())}}
     manifest |= {"file_bytes": {name: (folder / name).stat().st_size for name in manifest["files"]}}
     manifest |= {"sha256": records.seal(json.loads(json.dumps(manifest)))}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    files.write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def _write_split(folder: Path, name: str, split: str, features, made: Iterator[dict]) -> tfds.core.SplitInfo:
-    """Writes a split's records in their order, and says how many are in each file."""
+def _write_split(folder: Path, name: str, split: str, features, rows: Iterator[dict]) -> tfds.core.SplitInfo:
+    """Write a split's records in their order; return how many are in each shard."""
     lengths, unfinished, num_bytes = [], [], 0
-    serialized = (_serialize(features, record) for record in made)
+    serialized = (_serialize(features, row) for row in rows)
     for first in serialized:
         unfinished.append(folder / f"{split}.{len(lengths)}.partial")
         writer = array_record_module.ArrayRecordWriter(str(unfinished[-1]), ARRAY_RECORD_OPTIONS)
@@ -69,23 +69,22 @@ def _write_split(folder: Path, name: str, split: str, features, made: Iterator[d
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
     )
-    for shard, path in enumerate(unfinished):  # how many there are is part of the name
+    for shard, path in enumerate(unfinished):  # renamed last: the name contains the number of shards
         path.rename(template.sharded_filepath(shard_index=shard, num_shards=len(lengths)))
     return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
 
 
 def _serialize(features, record: dict) -> bytes:
-    """A record as TFDS stores it, the same bytes in every process: the order of a protobuf's map is not."""
+    """Serialize a record as TFDS does, but with map entries in a fixed order: the same bytes in every process."""
     example = tf_example_pb2.Example()
     example.ParseFromString(features.serialize_example(record))
     return example.SerializeToString(deterministic=True)
 
 
 def train_statistics(arrays: Iterator[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the 76 channels over every time step of `arrays`.
+    """Return mean and standard deviation of the 76 channels over all time steps of `arrays`.
 
-    0 and 1 for the channels that are not continuous, and where there is no step; a channel that never
-    moves has deviation 1, so that it can be divided by.
+    Channels that are not continuous get 0 and 1; constant channels get deviation 1, so that it can be divided by.
     """
     channels = list(schema.CONTINUOUS_CHANNELS)
     count, mean, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
@@ -93,7 +92,7 @@ def train_statistics(arrays: Iterator[np.ndarray]) -> tuple[list[float], list[fl
         values = ehr_TF[:, channels].astype(np.float64)
         if not len(values):
             continue
-        # Chan et al. 1979: merge means and sums of squares, exact enough for any number of steps.
+        # Merge means and sums of squares (Chan et al. 1979): stable for any number of time steps.
         added, delta = len(values), values.mean(0) - mean
         squares += ((values - values.mean(0)) ** 2).sum(0) + delta**2 * count * added / (count + added)
         mean += delta * added / (count + added)

@@ -1,4 +1,4 @@
-"""What is written is what is read: order, index, statistics, and silence."""
+"""Datasets read back as written: order, index, statistics."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ TASK = schema.TASKS["mortality"]
 def _record(i, rng):
     has_cxr = i % 3 == 0
     return {
-        "stay_id": 1000 - i,  # not sorted: the order given is the order kept
+        "stay_id": 1000 - i,  # not sorted: the order must be kept
         "subject_id": 7 * i,
         "ehr": rng.normal(size=(i % 5 + 1, 76)).astype(np.float32),
         "label": np.array([i % 2], np.int8),
@@ -31,7 +31,7 @@ def _record(i, rng):
 
 def _dataset(sizes):
     rng = np.random.default_rng(0)
-    made = {split: [_record(i, rng) for i in range(n)] for split, n in sizes.items()}
+    rows_of = {split: [_record(i, rng) for i in range(n)] for split, n in sizes.items()}
     index = {
         split: {
             "stay_id": np.array([r["stay_id"] for r in rows], np.int64),
@@ -39,31 +39,33 @@ def _dataset(sizes):
             "length": np.array([len(r["ehr"]) for r in rows], np.int32),
             "has_cxr": np.array([r["has_cxr"] for r in rows], bool),
             "age": np.array([r["age"] for r in rows], np.float32),
-            **{field: np.array([r[field] for r in rows], str) for field in records.STATIC_TEXTS},
+            **{field: np.array([r[field] for r in rows], str) for field in schema.STATIC_TEXTS},
             "label": np.array([r["label"] for r in rows], np.int8).reshape(len(rows), 1),
         }
-        for split, rows in made.items()
+        for split, rows in rows_of.items()
     }
-    return made, index
+    return rows_of, index
 
 
 MANIFEST = {"format_version": records.FORMAT_VERSION, "task": "mortality"}
-MANIFEST |= dict.fromkeys(("channels", "labels", "train_mean", "train_std"), ())  # not looked at here
+MANIFEST |= dict.fromkeys(("channels", "labels", "train_mean", "train_std"), ())  # unused here
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A dataset of 40 training and 3 test records and no validation record."""
-    made, index = _dataset({"train": 40, "val": 0, "test": 3})
+    """A dataset of 40 training, 3 test and no validation records."""
+    rows_of, index = _dataset({"train": 40, "val": 0, "test": 3})
     folder = tmp_path_factory.mktemp("out") / "mortality"
     folder.mkdir()
-    shards.write(folder, TASK, index, {split: (lambda rows=rows: iter(rows)) for split, rows in made.items()}, MANIFEST)
-    return folder.parent, made, index
+    shards.write(
+        folder, TASK, index, {split: (lambda rows=rows: iter(rows)) for split, rows in rows_of.items()}, MANIFEST
+    )
+    return folder.parent, rows_of, index
 
 
 def test_records_come_back_in_order(written):
-    out, made, index = written
-    for split, rows in made.items():
+    out, rows_of, index = written
+    for split, rows in rows_of.items():
         read = records.open_split(out, "mortality", split)
         assert len(read) == len(rows)
         stored = records.index(out, "mortality", split)
@@ -81,10 +83,10 @@ def test_records_come_back_in_order(written):
                 assert record["image"] is None
 
 
-def test_the_folder_holds_nothing_else_and_the_same_bytes_each_time(written, tmp_path, capfd):
-    out, made, index = written
+def test_files_are_the_same_bytes_each_time_and_nothing_is_printed(written, tmp_path, capfd):
+    out, rows_of, index = written
     shards.write(
-        tmp_path, TASK, index, {split: (lambda rows=rows: iter(rows)) for split, rows in made.items()}, MANIFEST
+        tmp_path, TASK, index, {split: (lambda rows=rows: iter(rows)) for split, rows in rows_of.items()}, MANIFEST
     )
     assert capfd.readouterr() == ("", "")
 
@@ -104,56 +106,56 @@ def test_the_folder_holds_nothing_else_and_the_same_bytes_each_time(written, tmp
     ]
 
 
-def test_several_files_hold_the_records_in_their_order(tmp_path, monkeypatch):
-    """And a file is on disk before the records of the next are made: a split need not fit the memory."""
+def test_several_shards_keep_the_order(tmp_path, monkeypatch):
+    """Each shard is on disk before the next one's records are generated, so a split need not fit in memory."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
-    made, index = _dataset({"train": 40, "val": 0, "test": 3})
+    rows_of, index = _dataset({"train": 40, "val": 0, "test": 3})
     (tmp_path / "mortality").mkdir()
-    files_when_made = []
+    shards_before = []
 
     def train():
-        for record in made["train"]:
-            files_when_made.append(len(list((tmp_path / "mortality").glob("train.*"))))
+        for record in rows_of["train"]:
+            shards_before.append(len(list((tmp_path / "mortality").glob("train.*"))))
             yield record
 
-    records_of = {"train": train, "val": lambda: iter(()), "test": lambda: iter(made["test"])}
+    records_of = {"train": train, "val": lambda: iter(()), "test": lambda: iter(rows_of["test"])}
     shards.write(tmp_path / "mortality", TASK, index, records_of, MANIFEST)
     names = sorted(p.name for p in (tmp_path / "mortality").glob("mortality-train*"))
     assert len(names) > 3 and names[-1].endswith(f"-{len(names) - 1:05d}-of-{len(names):05d}")
-    assert files_when_made == sorted(files_when_made) and files_when_made[-1] == len(names)
+    assert shards_before == sorted(shards_before) and shards_before[-1] == len(names)
     assert not list((tmp_path / "mortality").glob("*.partial"))
     read = records.open_split(tmp_path, "mortality", "train")
-    assert [record["stay_id"] for record in read] == [record["stay_id"] for record in made["train"]]
-    np.testing.assert_array_equal(read[39]["image"], made["train"][39]["image"][0])
+    assert [record["stay_id"] for record in read] == [record["stay_id"] for record in rows_of["train"]]
+    np.testing.assert_array_equal(read[39]["image"], rows_of["train"][39]["image"][0])
 
 
 _LARGE = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from data_prep import shards
-from medfuse_jax import records, tasks
+from data_prep.write import shards
+from medfuse_jax import records, schema
 n, image = 17_000, np.random.default_rng(0).integers(0, 256, (1, 256, 256), np.uint8)
 row = {"stay_id": -1, "subject_id": 1, "ehr": np.zeros((0, 76), np.float32), "label": np.zeros(14, np.int8)}
 row |= {"has_cxr": True, "dicom_id": "x", "image": image, "age": np.float32(1)}
-row |= dict.fromkeys(records.STATIC_TEXTS, "")
+row |= dict.fromkeys(schema.STATIC_TEXTS, "")
 index = {name: np.zeros(n) for name in records.INDEX_FIELDS}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 records_of = {"train": lambda: (row for _ in range(n))}
-shards.write(Path(sys.argv[1]), tasks.TASKS["radiology"], {"train": index}, records_of, {})
+shards.write(Path(sys.argv[1]), schema.TASKS["radiology"], {"train": index}, records_of, {})
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
 @pytest.mark.slow
-def test_a_split_larger_than_a_gigabyte_needs_neither_its_size_of_memory_nor_tensorflow(tmp_path):
+def test_a_split_over_a_gigabyte_needs_little_memory_and_no_tensorflow(tmp_path):
     done = subprocess.run([sys.executable, "-c", _LARGE, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sum(p.stat().st_size for p in tmp_path.glob("*array_record*")) > 1.1e9
     assert int(done.stdout) < 400, "MiB"
 
 
-def test_statistics_are_those_of_all_steps_together():
+def test_statistics_are_over_all_time_steps():
     rng = np.random.default_rng(0)
     arrays = [rng.normal(1e4, 3, (n, 76)).astype(np.float32) for n in (5, 0, 1, 200)]
     constant = schema.CHANNELS.index("Height")
@@ -164,7 +166,7 @@ def test_statistics_are_those_of_all_steps_together():
     moving = [c for c in schema.CONTINUOUS_CHANNELS if c != constant]
     np.testing.assert_allclose(mean[moving], steps.mean(0)[moving], rtol=1e-12)
     np.testing.assert_allclose(std[moving], steps.std(0)[moving], rtol=1e-9)
-    # The mean of the arrays' own deviations, a likely mistake, is outside the tolerance.
+    # A likely mistake, the mean of the arrays' deviations, is outside the tolerance.
     assert abs(np.mean([a.std(0)[moving] for a in arrays if len(a)]) / steps.std(0)[moving].mean() - 1) > 1e-2
     assert (mean[constant], std[constant]) == (170, 1)
     other = [c for c in range(76) if c not in schema.CONTINUOUS_CHANNELS]

@@ -1,4 +1,4 @@
-"""Arrays, labels and X-rays that are earlier than they may be stop the build, whatever made them."""
+"""Arrays, labels and X-rays that reveal the future stop the build, whatever code wrote them."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
 
-from data_prep import build, pipeline
+from data_prep import build
 from data_prep.ehr import discretize
 from data_prep.labels import hourly
 from data_prep.write import datasets
@@ -18,7 +18,7 @@ ALL = ("pheno", "mortality", "decompensation", "length_of_stay")
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Three stays of 60, 71 and 82 h with events at odd minutes, some twice a minute; an X-ray each."""
+    """Three stays of 60, 71 and 82 h with events at odd minutes, some two per minute, and an X-ray each."""
     root = tmp_path_factory.mktemp("raw")
     stays, charts = [], []
     for n in range(3):
@@ -33,7 +33,7 @@ def tree(tmp_path_factory):
 
 
 def _leaking(monkeypatch, change):
-    """Puts `change(ehr, lengths)` over what is written."""
+    """Write `change(ehr, lengths)` in place of the arrays."""
     original = discretize.discretize
 
     def changed(*args):
@@ -43,9 +43,10 @@ def _leaking(monkeypatch, change):
     monkeypatch.setattr(discretize, "discretize", changed)
 
 
-@pytest.mark.parametrize("timestep_h", [0.7, 1.0, 2.0])
-@pytest.mark.parametrize("profile", ["paper", "released", "strict"])
-def test_true_arrays_pass(tree, tmp_path, timestep_h, profile):
+@pytest.mark.parametrize(
+    ("profile", "timestep_h"), [("paper", 0.7), ("paper", 2.0), ("released", 1.0), ("strict", 0.7), ("strict", 2.0)]
+)
+def test_correct_arrays_pass(tree, tmp_path, timestep_h, profile):
     build.build(*tree, tmp_path, tasks=ALL, timestep_h=timestep_h, profile=profile)
     for task in ALL:
         check = records.manifest(tmp_path, task)["counts"]["time_check"]
@@ -81,9 +82,9 @@ def _one_value_of_the_next_observation(ehr_RF, length_S):
     "change",
     [_one_step_early, _values_one_step_early, _a_class_one_step_early, _one_value_of_the_next_observation],
 )
-def test_arrays_that_hold_what_comes_later_stop_the_build(tree, tmp_path, monkeypatch, task, change):
+def test_arrays_with_later_values_stop_the_build(tree, tmp_path, monkeypatch, task, change):
     _leaking(monkeypatch, change)
-    with pytest.raises(AssertionError, match=r"[1-9]\d* values of steps, 0 labels and 0 X-rays are too late"):
+    with pytest.raises(AssertionError, match=r"[1-9]\d* values of time steps, 0 labels and 0 X-rays"):
         build.build(tree[0], None, tmp_path, tasks=[task])
     assert not (tmp_path / task).exists()
 
@@ -92,16 +93,16 @@ def test_a_label_after_the_stay_stops_the_build(tree, tmp_path, monkeypatch):
     original = hourly.predictions
 
     def later(*args):
-        found, flow = original(*args)
-        found.times[:] = [times + 1 for times in found.times]
-        return found, flow
+        predicted, flow = original(*args)
+        predicted.times[:] = [times + 1 for times in predicted.times]
+        return predicted, flow
 
-    monkeypatch.setattr(pipeline.step_tasks, "predictions", later)
+    monkeypatch.setattr(hourly, "predictions", later)
     with pytest.raises(AssertionError, match=r" 3 labels and 0 X-rays are too late"):
         build.build(tree[0], None, tmp_path, tasks=["length_of_stay"])
 
 
-def test_a_image_that_says_it_is_earlier_stops_the_build(tree, tmp_path, monkeypatch):
+def test_an_image_recorded_too_early_stops_the_build(tree, tmp_path, monkeypatch):
     original = datasets.images_by_stay
 
     def earlier(*args):
@@ -113,7 +114,7 @@ def test_a_image_that_says_it_is_earlier_stops_the_build(tree, tmp_path, monkeyp
     assert not (tmp_path / "decompensation").exists()
 
 
-def test_strict_leaves_out_what_was_stored_after_the_cut_off(tmp_path):
+def test_strict_drops_events_stored_after_the_cut_off(tmp_path):
     rates = [
         chart(0, 47, HEART_RATE, "100", storetime=at(48.5)),
         chart(0, 46, HEART_RATE, "90", storetime=at(48)),
@@ -135,9 +136,9 @@ def test_strict_leaves_out_what_was_stored_after_the_cut_off(tmp_path):
     assert seen == {"paper": [14, 19, 22, 23], "strict": [14, 22]}
 
 
-def test_what_was_stored_too_late_stops_a_strict_build(tmp_path, monkeypatch):
+def test_an_event_stored_too_late_stops_a_strict_build(tmp_path, monkeypatch):
     rates = [chart(0, 47, HEART_RATE, "100", storetime=at(49)), chart(0, 30, HEART_RATE, "70")]
     iv = write_mimic_iv(tmp_path / "iv", [stay(0)], rates)
     monkeypatch.setattr(discretize, "_stored_in_time", lambda found, *rest: (found, 0))
-    with pytest.raises(AssertionError, match=r"^1 values of steps"):
+    with pytest.raises(AssertionError, match=r"^1 values of time steps"):
         build.build(iv, None, tmp_path / "out", profile="strict", tasks=["mortality"])
