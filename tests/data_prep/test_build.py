@@ -1,18 +1,17 @@
-"""The whole build: what comes out."""
+"""The output of a whole build."""
 
 import json
-import os
 
 import numpy as np
 import polars as pl
 import pytest
-from build_cases import SECRET, SURNAME, file_contents, read_all
+from build_cases import SECRET, SURNAME, by_stay, file_contents, read_all
 from raw_tables import image, image_path
 
 from data_prep import build
 from data_prep.ehr import discretize
+from data_prep.images import decode as decoding
 from data_prep.images import pairing
-from data_prep.images import store as image_store
 from medfuse_jax import records, schema
 from medfuse_jax.data.modalities import static
 
@@ -39,26 +38,26 @@ def test_stays_lengths_labels_and_images(built):
         "val": [3, 5],
         "test": [6, 8],
     }
-    by_stay = {r["stay_id"] - 30_000_000: r for rows in pheno.values() for r in rows}
-    assert [len(by_stay[n]["ehr"]) for n in range(12)] == [20 + 11 * n for n in range(12)]
-    # X-ray times are 10 + n hours; the sixth stay's later AP X-ray wins over its PA X-ray; the seventh's was too early.
-    assert [by_stay[n]["dicom_id"] for n in range(9)] == [
-        *(f"X-ray-000{n}-00" for n in range(6)),
+    stays = by_stay(built, "pheno")
+    assert [len(stays[n]["ehr"]) for n in range(12)] == [20 + 11 * n for n in range(12)]
+    # Stay 6 has a later AP and an even later PA X-ray; stay 7's was taken before it began.
+    assert [stays[n]["dicom_id"] for n in range(9)] == [
+        *(f"image-000{n}-00" for n in range(6)),
         "image-0006-01",
         "",
         "",
     ]
     failure = [p.ccs for p in schema.PHENOTYPES].index(131)
-    assert [by_stay[n]["label"][failure] for n in range(4)] == [1, 0, 1, 0]
-    mortality = {r["stay_id"] - 30_000_000: r for rows in read_all(built, "mortality").values() for r in rows}
+    assert [stays[n]["label"][failure] for n in range(4)] == [1, 0, 1, 0]
+    mortality = by_stay(built, "mortality")
     assert sorted(mortality) == list(range(3, 12))
     assert {len(r["ehr"]) for r in mortality.values()} == {48}
     assert [n for n, r in sorted(mortality.items()) if r["label"][0]] == [8]
     assert mortality[6]["dicom_id"] == "image-0006-00"  # its later X-ray came after 48 h
-    np.testing.assert_array_equal(mortality[6]["ehr"], by_stay[6]["ehr"][:48])
+    np.testing.assert_array_equal(mortality[6]["ehr"], stays[6]["ehr"][:48])
 
 
-def test_images_go_where_their_patient_is(built, raw_tree):
+def test_images_are_in_the_split_of_their_patient(built, raw_tree):
     radiology = read_all(built, "radiology")
     assert {split: len(rows) for split, rows in radiology.items()} == {"train": 6, "val": 2, "test": 3}
     edema = schema.RADIOLOGY_LABELS.index("Edema")
@@ -66,9 +65,9 @@ def test_images_go_where_their_patient_is(built, raw_tree):
         for row in rows:
             assert row["stay_id"] == -1 and row["ehr"].shape == (0, 76) and row["has_cxr"]
             assert row["label"][edema] == (row["dicom_id"].endswith("-00") and row["subject_id"] < 10_000_007)
-            n, k = int(row["dicom_id"][5:9]), int(row["dicom_id"][10:])
+            n, k = map(int, row["dicom_id"].split("-")[1:])
             np.testing.assert_array_equal(
-                row["image"], image_store.decode(raw_tree[1] / image_path(image(n, 0, k=k)), "squash")
+                row["image"], decoding.decode(raw_tree[1] / image_path(image(n, 0, k=k)), "squash")
             )
             assert np.isnan(row["age"]) == (n == 99)
     subjects = [
@@ -78,7 +77,7 @@ def test_images_go_where_their_patient_is(built, raw_tree):
     assert not (subjects[0] & subjects[1] or subjects[0] & subjects[2] or subjects[1] & subjects[2])
 
 
-def test_train_statistics_are_those_of_the_train_split(built):
+def test_train_statistics_are_over_the_train_split(built):
     manifest = records.manifest(built, "pheno")
     steps = np.concatenate([r["ehr"] for r in records.open_split(built, "pheno", "train")]).astype(np.float64)
     channel = schema.CHANNELS.index("Heart Rate")
@@ -87,21 +86,22 @@ def test_train_statistics_are_those_of_the_train_split(built):
     assert manifest["train_std"][schema.CHANNELS.index("pH")] == 1
 
 
-def test_no_free_text_and_for_the_owner_alone(built):
+def test_output_is_for_the_owner_only_and_has_no_free_text(built):
     forms = [text.encode(coding) for text in (SECRET, SURNAME) for coding in ("utf-8", "utf-32-le")]  # .npz: UTF-32
     for path in built.rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
         assert path.is_dir() or not any(form in path.read_bytes() for form in forms), path
     urgent = records.index(built, "pheno", "train")["admission_type"]
-    assert urgent[0].encode("utf-32-le") in (built / "pheno/index_train.npz").read_bytes()  # so such texts are found
+    assert (
+        urgent[0].encode("utf-32-le") in (built / "pheno/index_train.npz").read_bytes()
+    )  # so the search finds such texts
 
 
-def test_texts_that_are_no_known_word_become_one_and_are_counted(built, raw_tree, tmp_path, capsys):
-    by_stay = {r["stay_id"] - 30_000_000: r for rows in read_all(built, "pheno").values() for r in rows}
-    for field in records.STATIC_TEXTS:
-        assert {n for n, r in by_stay.items() if r[field] == "OTHER"} == {5, 11}, field
-    of_images = {r["subject_id"]: r["gender"] for rows in read_all(built, "radiology").values() for r in rows}
-    assert of_images[10_000_005] == "OTHER" and of_images[10_000_004] == "F" and of_images[10_000_099] == ""
+def test_unknown_words_become_other_and_are_counted(built, raw_tree, tmp_path, capsys):
+    for field in schema.STATIC_TEXTS:
+        assert {n for n, r in by_stay(built, "pheno").items() if r[field] == "OTHER"} == {5, 11}, field
+    gender = {r["subject_id"]: r["gender"] for rows in read_all(built, "radiology").values() for r in rows}
+    assert gender[10_000_005] == "OTHER" and gender[10_000_004] == "F" and gender[10_000_099] == ""
     train, val = (records.index(built, "pheno", split) for split in ("train", "val"))
     assert all("OTHER" in known for known in static.categories(train).values())
     known, other = static.table(train, train)[[0, -1]]
@@ -109,13 +109,11 @@ def test_texts_that_are_no_known_word_become_one_and_are_counted(built, raw_tree
     np.testing.assert_array_equal(static.table(val, train)[1][2:], other[2:])
     codes = records.manifest(built, "pheno")["counts"]["diagnosis_codes"]
     assert codes["rows_without_a_valid_code"] == 24 and codes["unmapped"] == []
-    assert (
-        json.loads((built / "audit.json").read_text())["tasks"]["pheno"]["diagnosis_codes"]["rows_without_a_valid_code"]
-        == 24
-    )
+    audit = json.loads((built / "audit.json").read_text())["tasks"]["pheno"]
+    assert audit["diagnosis_codes"]["rows_without_a_valid_code"] == 24
     build.build(raw_tree[0], None, tmp_path, tasks=["mortality"])
-    said = capsys.readouterr().err
-    assert "the gender of 2 stays is no known word" in said and "Smith" not in said
+    printed = capsys.readouterr().err
+    assert "2 stays have an unknown gender" in printed and "Smith" not in printed
 
 
 def test_workers_change_no_byte(raw_tree, id_lists, built, tmp_path):
@@ -123,11 +121,11 @@ def test_workers_change_no_byte(raw_tree, id_lists, built, tmp_path):
     assert file_contents(tmp_path) == file_contents(built)
 
 
-def test_an_event_or_image_that_is_too_late_stops_the_build(raw_tree, tmp_path, monkeypatch):
+def test_a_late_event_or_image_stops_the_build(raw_tree, tmp_path, monkeypatch):
     discretized, paired = discretize.discretize, pairing.pair
 
-    def with_longer_periods(found, first_stay, period_h, timestep_h):
-        return discretized(found, first_stay, period_h + 1.0, timestep_h)
+    def with_longer_periods(bucket, first_stay, period_h, timestep_h):
+        return discretized(bucket, first_stay, period_h + 1.0, timestep_h)
 
     monkeypatch.setattr(discretize, "discretize", with_longer_periods)
     with pytest.raises(AssertionError):
@@ -139,26 +137,25 @@ def test_an_event_or_image_that_is_too_late_stops_the_build(raw_tree, tmp_path, 
     assert not (tmp_path / "a/mortality").exists() and not (tmp_path / "b/mortality").exists()
 
 
-def test_strict_sees_nothing_after_the_prediction_time(raw_tree, id_lists, built, tmp_path):
+def test_strict_uses_nothing_after_the_window(raw_tree, id_lists, built, tmp_path):
     build.build(*raw_tree, tmp_path, profile="strict", timestep_h=1, tasks=["pheno"], **id_lists)
-    strict = {r["stay_id"] - 30_000_000: r for rows in read_all(tmp_path, "pheno").values() for r in rows}
-    paper = {r["stay_id"] - 30_000_000: r for rows in read_all(built, "pheno").values() for r in rows}
+    strict, paper = by_stay(tmp_path, "pheno"), by_stay(built, "pheno")
     assert sorted(strict) == sorted(paper)
     for n, record in strict.items():
         np.testing.assert_array_equal(record["ehr"], paper[n]["ehr"][:48])
     assert strict[6]["dicom_id"] == "image-0006-00" and paper[6]["dicom_id"] == "image-0006-01"
 
 
-def test_without_images_nothing_is_paired_and_radiology_is_left_out(raw_tree, tmp_path, capsys):
+def test_without_images_no_stay_is_paired_and_radiology_is_left_out(raw_tree, tmp_path, capsys):
     build.build(raw_tree[0], None, tmp_path, tasks=["mortality", "radiology"])
     assert not (tmp_path / "radiology").exists()
     assert not any(r["has_cxr"] for rows in read_all(tmp_path, "mortality").values() for r in rows)
-    said = capsys.readouterr().err
-    assert "radiology is left out" in said and "cohort: 12 of 12 ICU stays\n" in said
+    printed = capsys.readouterr().err
+    assert "radiology is left out" in printed and "cohort: 12 of 12 ICU stays\n" in printed
 
 
 def test_counts_of_the_real_demo(real_data, tmp_path):
-    """Stays, pairs and X-rays of the demo and its made-up X-rays, as the released pairing counts them."""
+    """Stays, pairs and X-rays of the demo with synthetic X-rays, as the released code counts them."""
     gold = json.loads((real_data / "pipeline_gold/released_demo_subset.json").read_text())
     stay_split = {entry["stay_id"]: entry["split"] for entry in gold["stays"]}
     icu = pl.read_csv(real_data / "mimic-iv-demo-2.2/icu/icustays.csv.gz")
@@ -179,13 +176,3 @@ def test_counts_of_the_real_demo(real_data, tmp_path):
         for split, fields in index.items():
             assert all(stay_split.get(s, split) == split for s in fields["stay_id"].tolist())
     assert totals == {"pheno": (112, 50), "mortality": (54, 21), "radiology": (135, 135)}
-
-
-def test_the_synthetic_cohort_builds(tmp_path):
-    from data_prep.synthetic import tree
-
-    tree.write(tmp_path / "raw", 40, 0)
-    build.build(tmp_path / "raw/mimic-iv", tmp_path / "raw/mimic-cxr", tmp_path / "out")
-    for task in build.DEFAULT_TASKS:
-        assert sum(len(records.open_split(tmp_path / "out", task, split)) for split in schema.SPLITS) >= 10
-    assert os.listdir(tmp_path / "out/.stages/images")
