@@ -1,14 +1,13 @@
-"""How fast and how large: raw rows to discretised arrays, and X-rays, on input that this command makes itself.
+"""Measure the speed and memory of data preparation: raw rows to arrays, and decoding X-rays.
 
     python -m data_prep.bench --out=DIR [--copies=200] [--repeats=1] [--mimic_iv=DIR] [--mimic_cxr=DIR]
         [--whole_build] [--json=FILE]
 
-The input is a MIMIC-IV tree (--mimic_iv, for example the demo; without it the synthetic cohort) repeated
---copies times with new ids, in `<out>/raw-<copies>`, and one an eighth as large. Each measurement is a process of its
-own, so that its peak memory is its own; --repeats of them take turns with `zcat`. --whole_build measures the command
-`data_prep.build` too, at the larger size: hashes of the tables, labels, checks, shards and audit are in that alone.
-Prints one line of JSON a measurement. On a machine that does other things too, `cpu_seconds` and `load` say how far to
-trust `seconds`.
+The input is a MIMIC-IV tree (--mimic_iv, for example the demo; by default the synthetic cohort), repeated --copies
+times with new ids in `<out>/raw-<copies>`, and again at an eighth of that size. Each measurement runs in its own
+process, so that peak memory is its own, --repeats times in turn with `zcat`. --whole_build also measures the command
+`data_prep.build` at the larger size, including hashes of the tables, labels, checks, shards and the audit.
+Prints one JSON line per measurement. On a busy machine compare `cpu_seconds`; `load` is the machine's load average.
 """
 
 import gzip
@@ -30,23 +29,24 @@ from PIL import Image
 
 from data_prep import profiles, progress
 from data_prep.ehr import cohort, discretize, events
-from data_prep.images import store as image_store
+from data_prep.images import decode, metadata
 from data_prep.raw import tables
 from medfuse_jax import records, schema
 from medfuse_jax.runtime import command_line
 from medfuse_jax.runtime.errors import UserError
 
 IDS = ("subject_id", "hadm_id", "stay_id")
-ID_STEP = 100_000_000  # added a copy: above every id of MIMIC
-MOST_COPIES = 1_000_000
+ID_STEP = 100_000_000  # added per copy; larger than every id of MIMIC
+MAX_COPIES = 1_000_000
 SMALLER = 8
 MEMBER_BYTES = 64 << 20
 IMAGE_PX = (2544, 3056)
 IMAGE_ROUNDS = 5
+LARGE_TABLES = ("chartevents", "labevents")
 
 
 def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
-    """Writes the tables of `source` `copies` times, each time with other ids, as one .csv.gz a table."""
+    """Write each table of `source` as one .csv.gz that holds it `copies` times, each time with other ids."""
     for table in source.values():
         target = out / f"{table.name.removesuffix('.gz')}.gz"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
                 shifted = frame.with_columns(_new_id(name, copy) for name in IDS if name in frame.columns)
                 shifted.write_csv(text, include_header=copy == 0, quote_style="necessary")
                 if text.tell() > MEMBER_BYTES or copy == copies - 1:
-                    # Members one after the other are one gzip file; level 6 is what PhysioNet's files have.
+                    # Concatenated gzip members are one gzip file; PhysioNet's files have level 6.
                     file.write(gzip.compress(text.getvalue(), 6, mtime=0))
                     text = io.BytesIO()
         partial.rename(target)
@@ -66,121 +66,115 @@ def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
 
 def _new_id(name: str, copy: int) -> pl.Expr:
     old = pl.col(name).str.strip_chars().cast(pl.Int64)
-    # As in MIMIC, the order of stay_id is not that of the rows, so that rows of one place go to every bucket of stays.
-    new = old * MOST_COPIES + copy if name == "stay_id" else old + copy * ID_STEP
+    # As in MIMIC, rows are not in order of stay_id: neighbouring rows go to many buckets of stays.
+    new = old * MAX_COPIES + copy if name == "stay_id" else old + copy * ID_STEP
     return new.cast(pl.String)
 
 
 def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
-    """Times the path from the raw tables to phenotyping's arrays of 2 h steps; the tables are read once before."""
-    raw = tables.mimic_iv(root)
-    rows = _raw_rows(raw)
+    """Measure the path from the raw tables to phenotyping's arrays at 2 h steps, with the tables in the page cache."""
+    raw, rules = tables.mimic_iv(root), profiles.rules(profile)
+    num_rows = _count_rows(raw)
     shutil.rmtree(work, ignore_errors=True)
     (work / "events").mkdir(parents=True)
     (work / "arrays").mkdir()
-    start, cpu_before_s = time.perf_counter(), time.process_time()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     stays, _ = cohort.read_stays(raw)
-    events.extract(raw, stays, profiles.rules(profile), work / "events")
-    extracted = time.perf_counter()
-    rules = profiles.rules(profile)
+    events.extract(raw, stays, rules, work / "events")
+    extraction_s = time.perf_counter() - start_s
     discretize.write_arrays(work / "arrays", work / "events", stays, rules, schema.TASKS["pheno"], 2.0)
-    end, cpu_s = time.perf_counter(), time.process_time() - cpu_before_s
-    stays_made = len(discretize.Arrays.open(work / "arrays").row)
+    costs = _costs(num_rows, start_s, start_cpu_s)
+    num_stays = len(discretize.Arrays.open(work / "arrays").row)
     shutil.rmtree(work)
-    return {
-        "what": "events to arrays",
-        "raw_rows": rows,
-        "stays": stays_made,
-        "seconds": round(end - start, 2),
-        "seconds_extraction": round(extracted - start, 2),
-    } | _costs(rows, end - start, cpu_s)
+    result = {"what": "events to arrays", "raw_rows": num_rows, "stays": num_stays}
+    return result | {"seconds_extraction": round(extraction_s, 2)} | costs
 
 
 def whole_build(root: Path, work: Path) -> dict:
-    """Times what a user runs: the whole of `data_prep.build`, tables hashed and audit written, without X-rays."""
-    from data_prep import build  # imports TFDS and what the other measurement does without
+    """Measure all of `data_prep.build`, including hashes of the tables and the audit, without X-rays."""
+    from data_prep import build  # imports TFDS, which the other measurement does not need
 
-    rows = _raw_rows(tables.mimic_iv(root))
+    num_rows = _count_rows(tables.mimic_iv(root))
     shutil.rmtree(work, ignore_errors=True)
-    start, cpu_before_s = time.perf_counter(), time.process_time()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     build.build(root, None, work)
-    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_before_s
-    stays = sum(split["records"] for split in records.manifest(work, "pheno")["counts"]["splits"].values())
+    costs = _costs(num_rows, start_s, start_cpu_s)
+    num_stays = sum(split["records"] for split in records.manifest(work, "pheno")["counts"]["splits"].values())
     shutil.rmtree(work)
-    facts = {"what": "whole build, without X-rays", "raw_rows": rows, "stays": stays, "seconds": round(seconds, 2)}
-    return facts | _costs(rows, seconds, cpu_s)
+    return {"what": "whole build, without X-rays", "raw_rows": num_rows, "stays": num_stays} | costs
 
 
-def _raw_rows(raw: dict[str, tables.Table]) -> int:
-    """Also brings the tables into the cache."""
-    return sum(raw[name].scan(raw[name].columns[0]).select(pl.len()).collect(engine="streaming").item() for name in BIG)
+def _count_rows(raw: dict[str, tables.Table]) -> int:
+    """Count the rows of the large tables, which also brings them into the page cache."""
+    counts = [raw[name].scan(raw[name].columns[0]).select(pl.len()) for name in LARGE_TABLES]
+    return sum(count.collect(engine="streaming").item() for count in counts)
 
 
-def _costs(rows: int, seconds: float, cpu_s: float) -> dict:
+def _costs(num_rows: int, start_s: float, start_cpu_s: float) -> dict:
+    seconds = time.perf_counter() - start_s
     return {
-        "cpu_seconds": round(cpu_s, 2),
-        "rows_per_s": round(rows / seconds),
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(time.process_time() - start_cpu_s, 2),
+        "rows_per_s": round(num_rows / seconds),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),
     }
 
 
-BIG = ("chartevents", "labevents")
-
-
 def zcat(root: Path) -> dict:
-    """How long the shell needs to unpack and count the same files."""
+    """Measure how long the shell takes to decompress the large tables and count their lines."""
     raw = tables.mimic_iv(root)
-    start = time.perf_counter()
-    for name in BIG:
+    start_s = time.perf_counter()
+    for name in LARGE_TABLES:
         subprocess.run(f"zcat '{raw[name].path}' | wc -l", shell=True, check=True, capture_output=True)
-    return {"what": "zcat FILE | wc -l", "seconds": round(time.perf_counter() - start, 2)}
+    return {"what": "zcat FILE | wc -l", "seconds": round(time.perf_counter() - start_s, 2)}
 
 
-def images(root: Path, work: Path, most: int = 24) -> list[dict]:
-    """X-rays a second on one core, the median of rounds in turns: ours, and PIL decoding the whole X-ray first.
+def images(root: Path, work: Path, limit: int = 24) -> list[dict]:
+    """Measure X-rays decoded per second on one core, ours and PIL's full decode in turns, median of the rounds.
 
-    On the X-rays as they are, and enlarged to IMAGE_PX, the size of MIMIC-CXR's own.
+    On the X-rays as they are, and enlarged to IMAGE_PX, the size of MIMIC-CXR's.
     """
-    raw = tables.mimic_cxr(root)
-    paths = [root / path for path in image_store.read_metadata(raw)[0]["path"] if (root / path).is_file()][:most]
+    paths = [root / path for path in metadata.read_metadata(tables.mimic_cxr(root))[0]["path"]]
+    paths = [path for path in paths if path.is_file()][:limit]
     if not paths:
-        raise UserError(f"--mimic_cxr={root} holds no X-ray under files/")
+        raise UserError(f"--mimic_cxr={root} has no X-ray under files/", field="--mimic_cxr", path=root)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     enlarged = [work / path.name for path in paths]
     for path, target in zip(paths, enlarged, strict=True):
         with Image.open(path) as image:
             image.convert("L").resize(IMAGE_PX, Image.Resampling.BICUBIC).save(target, quality=95)
-    results = _decode_both("as they are", paths) + _decode_both("x".join(map(str, IMAGE_PX)) + " px", enlarged)
+    results = _compare_decoders("as they are", paths)
+    results += _compare_decoders("x".join(map(str, IMAGE_PX)) + " px", enlarged)
     shutil.rmtree(work)
     return results
 
 
-def _decode_both(which: str, paths: list[Path]) -> list[dict]:
+def _compare_decoders(which: str, paths: list[Path]) -> list[dict]:
     size = (schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX)
 
-    def whole(path: Path) -> np.ndarray:
+    def full_decode(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR))
 
-    decoders = {"data_prep": lambda path: image_store.decode(path, "squash"), "PIL, whole X-ray": whole}
+    decoders = {"data_prep": lambda path: decode.decode(path, "squash"), "PIL, full decode": full_decode}
     rates: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(IMAGE_ROUNDS):
-        for name, decode in decoders.items():
-            decode(paths[0])
-            start = time.process_time()
+        for name, decoder in decoders.items():
+            decoder(paths[0])
+            start_s = time.process_time()
             for path in paths:
-                decode(path)
-            rates[name].append(len(paths) / (time.process_time() - start))
+                decoder(path)
+            rates[name].append(len(paths) / (time.process_time() - start_s))
     return [
         {
             "what": f"X-rays, {which}, {name}",
             "images": len(paths),
-            "images_per_s_core": round(statistics.median(found), 1),
+            "images_per_s_core": round(statistics.median(rate), 1),
         }
-        for name, found in rates.items()
+        for name, rate in rates.items()
     ]
 
 
@@ -194,24 +188,28 @@ def _source(mimic_iv: str | None, out: Path) -> dict[str, tables.Table]:
     return tables.mimic_iv(out / "synthetic" / "mimic-iv")
 
 
-def define_flags() -> None:
-    """The command's flags."""
-    flags.DEFINE_string("out", None, "Where the input it makes and its work go.")
-    flags.DEFINE_integer("copies", 200, "How often the tables are repeated, at the larger size.", lower_bound=SMALLER)
-    flags.DEFINE_integer("repeats", 1, "How often each is measured, in turns.", lower_bound=1)
-    flags.DEFINE_string("mimic_iv", None, "The MIMIC-IV tree to repeat; default: the synthetic cohort.")
-    flags.DEFINE_string("mimic_cxr", None, "A MIMIC-CXR-JPG tree to decode X-rays of; default: the synthetic one.")
-    flags.DEFINE_bool("whole_build", False, "Also measure the whole of data_prep.build, without X-rays.")
-    flags.DEFINE_string("json", None, "A file to append the measurements to.")
-    flags.DEFINE_string("one", None, "Of use to the command itself: measure one tree and end.")
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command's flags."""
+    flags.DEFINE_string("out", None, "Folder for the input and temporary files.", flag_values=values)
+    flags.DEFINE_integer(
+        "copies", 200, "Repetitions of the tables at the larger size.", lower_bound=SMALLER, flag_values=values
+    )
+    flags.DEFINE_integer("repeats", 1, "Times to measure each.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("mimic_iv", None, "MIMIC-IV tree to repeat; default: the synthetic cohort.", flag_values=values)
+    flags.DEFINE_string(
+        "mimic_cxr", None, "MIMIC-CXR-JPG tree to decode; default: the synthetic one.", flag_values=values
+    )
+    flags.DEFINE_bool("whole_build", False, "Also measure all of data_prep.build, without X-rays.", flag_values=values)
+    flags.DEFINE_string("json", None, "File to append the measurements to.", flag_values=values)
+    flags.DEFINE_string("one", None, "Internal: measure this tree and exit.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     values = flags.FLAGS
     if not values.out:
-        raise UserError("--out=DIR is missing")
-    os.umask(0o077)  # what it repeats may be the real thing
+        raise UserError("--out=DIR is missing", field="--out")
+    os.umask(0o077)  # the repeated tables may be real data
     out = Path(values.out)
     if values.one:
         print(json.dumps((whole_build if values.whole_build else events_to_arrays)(Path(values.one), out)))
@@ -221,7 +219,7 @@ def main(argv: list[str]) -> None:
     for copies in (values.copies // SMALLER, values.copies):
         root = out / f"raw-{copies}"
         if not (root / "whole").exists():
-            progress.say(f"making {root}")
+            progress.say(f"writing {root}")
             repeat(source, root, copies)
             (root / "whole").touch()
         command = [sys.executable, "-m", "data_prep.bench", f"--out={out / 'work'}", f"--one={root}"]
@@ -231,9 +229,9 @@ def main(argv: list[str]) -> None:
     if values.whole_build:
         done = subprocess.run([*command, "--whole_build"], stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout) | {"copies": values.copies})
-    images_of = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
-    if images_of:
-        results += images(Path(images_of), out / "images")
+    mimic_cxr = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
+    if mimic_cxr:
+        results += images(Path(mimic_cxr), out / "images")
     lines = "".join(json.dumps(result) + "\n" for result in results)
     print(lines, end="")
     if values.json:

@@ -1,6 +1,9 @@
-"""The benchmark of data preparation: its input holds what it says, and its command measures it."""
+"""The benchmark of data preparation: its input and its measurements."""
 
+import contextlib
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from absl import flags
 from raw_tables import chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import bench
@@ -18,7 +22,7 @@ from medfuse_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HEART_RATE, GLUCOSE = 220045, 50931
-STAYS, CHARTS, LABS = 3, 30, 6  # what the tree below holds
+STAYS, CHARTS, LABS = 3, 30, 6  # in the tree below
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +43,8 @@ def _ids(root, table, column):
 
 
 @pytest.mark.parametrize("member_bytes", [1, 1 << 20])
-def test_a_copy_differs_by_its_ids_alone(tree, tmp_path, monkeypatch, member_bytes):
-    monkeypatch.setattr(bench, "MEMBER_BYTES", member_bytes)  # a gzip member a copy, or one for all
+def test_copies_differ_only_in_their_ids(tree, tmp_path, monkeypatch, member_bytes):
+    monkeypatch.setattr(bench, "MEMBER_BYTES", member_bytes)  # one gzip member per copy, or one in all
     source = tables.mimic_iv(tree)
     bench.repeat(source, tmp_path, 5)
     for name, table in tables.mimic_iv(tmp_path).items():
@@ -54,13 +58,13 @@ def test_a_copy_differs_by_its_ids_alone(tree, tmp_path, monkeypatch, member_byt
     assert len(found) == 5 * STAYS
 
 
-def test_the_stays_of_a_copy_are_spread_over_those_of_the_others(tree, tmp_path):
+def test_the_stay_ids_of_a_copy_are_spread_over_all(tree, tmp_path):
     bench.repeat(tables.mimic_iv(tree), tmp_path, 3)
     in_order = _ids(tmp_path, "icustays", "stay_id").cast(pl.Int64)
     assert not in_order.is_sorted() and _ids(tmp_path, "icustays", "hadm_id").cast(pl.Int64).is_sorted()
 
 
-def test_events_to_arrays_counts_rows_and_stays_and_clears_up(tree, tmp_path):
+def test_events_to_arrays_counts_rows_and_stays_and_cleans_up(tree, tmp_path):
     result = bench.events_to_arrays(tree, tmp_path / "work")
     assert (result["raw_rows"], result["stays"]) == (CHARTS + LABS, STAYS)
     assert 0 < result["seconds_extraction"] <= result["seconds"] and result["cpu_seconds"] > 0
@@ -68,71 +72,75 @@ def test_events_to_arrays_counts_rows_and_stays_and_clears_up(tree, tmp_path):
     assert 0.01 < result["peak_memory_gb"] < 64 and not (tmp_path / "work").exists()
 
 
-def test_the_whole_build_is_measured_as_such(tree, tmp_path):
-    result = bench.whole_build(tree, tmp_path / "work")
-    assert (result["what"], result["raw_rows"], result["stays"]) == (
-        "whole build, without X-rays",
-        CHARTS + LABS,
-        STAYS,
-    )
-    assert result["seconds"] > 0 and result["peak_memory_gb"] > 0.1 and not (tmp_path / "work").exists()
-
-
-def test_images_are_measured_as_they_are_and_enlarged(images, tmp_path, monkeypatch):
+def test_decoding_is_measured_on_images_as_they_are_and_enlarged(images, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "IMAGE_PX", (700, 800))
-    found = bench.images(images, tmp_path / "images", most=3)
+    found = bench.images(images, tmp_path / "images", limit=3)
     assert [(row["what"], row["images"]) for row in found] == [
         ("X-rays, as they are, data_prep", 3),
-        ("X-rays, as they are, PIL, whole X-ray", 3),
+        ("X-rays, as they are, PIL, full decode", 3),
         ("X-rays, 700x800 px, data_prep", 3),
-        ("X-rays, 700x800 px, PIL, whole X-ray", 3),
+        ("X-rays, 700x800 px, PIL, full decode", 3),
     ]
     assert all(row["images_per_s_core"] > 0 for row in found) and not (tmp_path / "images").exists()
-    with pytest.raises(UserError, match="holds no X-ray under files/"):
-        shutil.rmtree(shutil.copytree(images, tmp_path / "none") / "files")
+    shutil.rmtree(shutil.copytree(images, tmp_path / "none") / "files")
+    with pytest.raises(UserError) as raised:
         bench.images(tmp_path / "none", tmp_path / "images")
+    assert (raised.value.field, raised.value.path) == ("--mimic_cxr", tmp_path / "none")
 
 
-def test_without_a_tree_the_synthetic_cohort_is_repeated(tmp_path, monkeypatch):
-    original, asked = synthetic_tree.write, []
+def test_the_synthetic_cohort_is_the_default_input(tmp_path, monkeypatch):
+    original, sizes = synthetic_tree.write, []
 
     def smaller(out, num_stays, seed):
-        asked.append(num_stays)
-        original(out, num_stays=20, seed=seed)
+        sizes.append(num_stays)
+        original(out, num_stays=10, seed=seed, images_per_stay=0)
 
     monkeypatch.setattr(synthetic_tree, "write", smaller)
     source = bench._source(None, tmp_path)
-    assert asked == [200] and set(source) == set(tables.MIMIC_IV)
-    assert bench._source(None, tmp_path)["icustays"].path == source["icustays"].path and len(asked) == 1
-    bench.repeat(source, tmp_path / "raw", 2)
-    result = bench.events_to_arrays(tmp_path / "raw", tmp_path / "work")
-    assert result["stays"] >= 2 * 20  # of 20 that count; others are there to be left out
+    assert sizes == [200] and set(source) == set(tables.MIMIC_IV)
+    assert bench._source(None, tmp_path)["icustays"].path == source["icustays"].path and len(sizes) == 1
 
 
-def test_the_command_prints_a_line_a_measurement(tree, images, tmp_path):
-    options = [
-        f"--mimic_iv={tree}",
-        f"--mimic_cxr={images}",
-        "--copies=16",
-        "--repeats=2",
-        "--whole_build",
-        f"--json={tmp_path / 'a'}",
-    ]
-    command = [sys.executable, "-m", "data_prep.bench", f"--out={tmp_path / 'out'}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+def _main(*arguments):
+    """Run the command in this process and return what it prints."""
+    values = flags.FlagValues()
+    bench.define_flags(values)
+    values(["bench", *arguments])
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
+        patch.setattr(bench.flags, "FLAGS", values)
+        bench.main([])
+    return stdout.getvalue()
+
+
+def test_the_command_prints_one_line_per_measurement(tree, images, tmp_path, monkeypatch):
+    run, umask = subprocess.run, os.umask(0o022)
+
+    def run_here(command, **options):
+        """Run the command's own children in this process: each would import for seconds."""
+        if isinstance(command, str):
+            return run(command, **options)
+        assert command[:3] == [sys.executable, "-m", "data_prep.bench"]
+        return subprocess.CompletedProcess(command, 0, stdout=_main(*command[3:]))
+
+    monkeypatch.setattr(bench.subprocess, "run", run_here)
+    options = [f"--mimic_iv={tree}", f"--mimic_cxr={images}", "--copies=16", "--repeats=2", "--whole_build"]
+    try:
+        printed = _main(f"--out={tmp_path / 'out'}", *options, f"--json={tmp_path / 'a'}")
+    finally:
+        os.umask(umask)
+    rows = [json.loads(line) for line in printed.splitlines()]
     both = ["events to arrays", "zcat FILE | wc -l"]
     assert [(row["what"], row["copies"]) for row in rows[:8]] == [
-        (w, c) for c in (2, 16) for _ in range(2) for w in both
+        (what, copies) for copies in (2, 16) for _ in range(2) for what in both
     ]
     assert [row["raw_rows"] for row in rows[:8:2]] == [copies * (CHARTS + LABS) for copies in (2, 2, 16, 16)]
     assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "out").rglob("*"))
     assert (rows[8]["what"], rows[8]["copies"], rows[8]["stays"]) == ("whole build, without X-rays", 16, 16 * STAYS)
-    assert len(rows) == 13 and (tmp_path / "a").read_text() == done.stdout
+    assert rows[8]["seconds"] > 0 and rows[8]["peak_memory_gb"] > 0.1 and not (tmp_path / "out/work").exists()
+    assert len(rows) == 13 and (tmp_path / "a").read_text() == printed
 
 
-def test_the_command_names_what_is_missing(tmp_path):
+def test_the_command_reports_a_missing_flag_in_one_line():
     command = [sys.executable, "-m", "data_prep.bench"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: --out=DIR is missing"
