@@ -5,6 +5,7 @@ Shapes: N samples, K labels.
 """
 
 import importlib.util
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     rng = np.random.default_rng(0)
     label_NK = (rng.random((case.num_stays, NUM_LABELS)) < np.linspace(0.05, 0.45, NUM_LABELS)).astype(np.int8)
     score_NK = rng.standard_normal(label_NK.shape).astype(np.float32) + label_NK
-    runs = {clock.OURS: lambda: metrics.evaluate(label_NK, score_NK, NUM_BOOTSTRAP)}
+    runs: dict[str, Callable] = {clock.OURS: lambda: metrics.evaluate(label_NK, score_NK, NUM_BOOTSTRAP)}
     if case.peers and importlib.util.find_spec("sklearn") is not None:
         runs["sklearn_loop"] = lambda: _one_resample(label_NK, score_NK, rng)
     with compilation.counted() as compiled:

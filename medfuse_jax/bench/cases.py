@@ -80,7 +80,7 @@ def _cpu() -> list[Case]:
 
 def _h200() -> list[Case]:
     """One large GPU, the headline first, since the time budget may drop the last cases."""
-    bf16 = {"precision": "bfloat16", "max_buckets": 1, "num_batches": 8, "repeats": 7, "warm_up": 2}
+    bf16: dict = {"precision": "bfloat16", "max_buckets": 1, "num_batches": 8, "repeats": 7, "warm_up": 2}
     return [
         Case(batch_size=256, cxr_share=1.0, **bf16),
         Case(batch_size=16, **bf16 | {"num_batches": 16}),
@@ -101,7 +101,7 @@ def _h200() -> list[Case]:
     ]
 
 
-_TINY = {
+_TINY: dict = {
     "num_stays": 300,
     "batch_size": 4,
     "cxr_share": 0.5,
@@ -126,13 +126,20 @@ def _devices() -> list[Case]:
 
     The X-rays are small, so that the cost of dividing shows on devices simulated by one CPU.
     """
-    shared = {"batch_size": 64, "cxr_share": 0.25, "resize_px": 64, "crop_px": 64, "max_buckets": 1, "num_batches": 2}
+    shared: dict = {
+        "batch_size": 64,
+        "cxr_share": 0.25,
+        "resize_px": 64,
+        "crop_px": 64,
+        "max_buckets": 1,
+        "num_batches": 2,
+    }
     return [Case(**shared, num_devices=n, parallel=mode, peers=()) for n in (1, 2, 8) for mode in ("pmap", "jit")]
 
 
 def _growth() -> list[Case]:
     """The parts of a step's time, and its growth with time steps, rows and X-rays, varied one at a time."""
-    shared = {"max_buckets": 1, "num_batches": 2, "peers": ()}
+    shared: dict = {"max_buckets": 1, "num_batches": 2, "peers": ()}
     lengths = [Case(method="uni_ehr", timestep_h=hours, **shared) for hours in (4.0, 2.0, 1.0)]
     stays = Case(method="uni_ehr", batch_size=32, **shared)
     shares = [Case(cxr_share=share, **shared) for share in (0.19, 0.5, 1.0)]

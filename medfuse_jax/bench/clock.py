@@ -8,7 +8,7 @@ import numpy as np
 OURS = "ours"  # the contender that the others are compared with
 
 
-def interleave(runs: dict[str, Callable[[], None]], warm_up: int, repeats: int, say=lambda text: None) -> dict:
+def interleave(runs: dict[str, Callable], warm_up: int, repeats: int, say=lambda text: None) -> dict:
     """Return {name: seconds of each repeat}; every repeat runs all contenders, starting with the next one in turn."""
     for name, run in runs.items():
         for i in range(warm_up):

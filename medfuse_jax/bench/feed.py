@@ -34,7 +34,7 @@ def _streamed(trainer: step.Trainer, case: Case, sample: cohort.Sample) -> Calla
 
 def _from_device(trainer: step.Trainer, case: Case, sample: cohort.Sample) -> Callable[[], None]:
     """A pass that gathers the batches on the device as config.placement=device does."""
-    options = {"mode": case.parallel, "placement": "device"}
+    options: dict = {"mode": case.parallel, "placement": "device"}
     feed = feed_lib.open_feed(sample.data, sample.data.usable("train"), trainer.options, trainer.on, **options)
 
     def run() -> None:

@@ -27,7 +27,7 @@ _MAX_DIFFERENCE = {"float32": 0.02, "bfloat16": 0.05}
 def measure(case: Case, data=None, say=lambda text, end="": None) -> list[dict]:
     """Return one record a contender, on batches sampled from an epoch of the plan. data is ignored."""
     sample = cohort.sample(case)
-    width = dict(case.sizes).get("ehr_hidden", 256)
+    width: int = dict(case.sizes).get("ehr_hidden", 256)
     runs, facts = _ours(case, width, sample, say)
     runs |= _peers(case, width, sample)
     seconds = clock.interleave(runs, case.warm_up, case.repeats, say)

@@ -1,7 +1,7 @@
-"""A sweep beside a run of one of its trials, from start to end: whole commands, as a user types them.
+"""The command of a sweep beside that of one run, from start to end, on the demo's cohort and sizes.
 
-On the demo's cohort and sizes. The encoders are trained once beforehand; every repeat begins in an empty folder,
-with the programs that the warm-up compiled in the cache.
+The encoders are trained once, before the timing. Every repeat starts in an empty folder, and finds the programs that
+the warm-up compiled in the cache.
 """
 
 import itertools
@@ -19,9 +19,9 @@ _CONFIG = Path(__file__).parents[2] / "configs" / "demo.py"
 
 
 def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
-    """Two records: the sweep of `num_trials` trials, and one run. data is not read."""
+    """Return the records of a sweep of `num_trials` trials ('ours') and of one run. data is ignored."""
     if not _CONFIG.is_file():
-        raise UserError(f"{_CONFIG} is missing: run this case from a clone")
+        raise UserError(f"{_CONFIG} is missing: run this case from a clone of the repository", path=_CONFIG)
     with tempfile.TemporaryDirectory() as name:
         folder, count, costs = Path(name), itertools.count(), []
         say("training the encoders")
@@ -42,11 +42,11 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
         def run() -> None:
             _run("medfuse_jax.main", folder / f"run{next(count)}", *shared)
 
-        seconds = clock.interleave({"ours": sweep, "one_run": run}, case.warm_up, case.repeats, say)
+        seconds = clock.interleave({clock.OURS: sweep, "one_run": run}, case.warm_up, case.repeats, say)
     median = sorted(costs[case.warm_up :], key=lambda cost: cost["train_s"])[case.repeats // 2]
     rows = clock.records(seconds)
-    rows["ours"] |= {"num_trials": case.num_trials, "compile_cached_s": median["compile_s"]}
-    rows["ours"] |= {name: median[name] for name in ("startup_s", "encode_s", "input_s", "train_s", "steps")}
+    rows[clock.OURS] |= {"num_trials": case.num_trials, "compile_cached_s": median["compile_s"]}
+    rows[clock.OURS] |= {name: median[name] for name in ("startup_s", "encode_s", "input_s", "train_s", "steps")}
     return list(rows.values())
 
 
@@ -54,4 +54,5 @@ def _run(module: str, workdir: Path, *flags: str) -> None:
     command = [sys.executable, "-m", module, f"--config={_CONFIG}", f"--workdir={workdir}", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{module} failed in the sweep's benchmark: {done.stderr.strip().splitlines()[-1:]}")
+        last_line = "".join(done.stderr.strip().splitlines()[-1:])
+        raise UserError(f"the command {module} of the case failed: {last_line}", path=workdir)

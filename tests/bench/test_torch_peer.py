@@ -1,4 +1,6 @@
-"""The peers compute what ours compute: same weights, same batch, same scores; so that their times compare."""
+"""With the same weights and batch, the PyTorch peers score as ours do, so that their times compare."""
+
+import functools
 
 import jax
 import model_cases
@@ -17,7 +19,7 @@ _ROWS = 4
 
 
 def _batch():
-    """As `input_pipeline` lays one out on one device: two X-rays, one empty slot; and the X-rays, three channels."""
+    """A batch for one device with two X-rays and an empty slot, and the X-rays as three channels."""
     rng = np.random.default_rng(0)
     image_row, image_mask = np.array([[2, 0, 0]], np.int32), np.array([[True, True, False]])
     batch = {
@@ -44,7 +46,7 @@ def _peer(variant, method, variables):
     peer = torch_peer.Peer(method, 3, packed=variant.packed, **_SIZES)
     state = {name: torch.tensor(value) for name, value in torch_import.export(variables, method).items()}
     missing, unknown = peer.load_state_dict(state, strict=False)
-    heads = {"ehr_model.dense_layer", "cxr_model.classifier.0"}  # which a fusion model has and does not use
+    heads = {"ehr_model.dense_layer", "cxr_model.classifier.0"}  # unused in a fusion model
     assert not unknown and {name.rpartition(".")[0] for name in missing} <= heads
     return peer.to(torch_peer.device())
 
@@ -54,24 +56,31 @@ def _scores(peer, placed):
         return peer(*(placed.get(n) for n in ("ehr", "length", "image", "row", "has_cxr"))).cpu().numpy()
 
 
+@functools.cache  # compiled once for both variants
+def _our_scores(method):
+    model = registry.build(method, 3, **_SIZES)
+    variables = model_cases.random_variables(model)
+    return variables, np.asarray(_ours(model, variables, *_batch())["logits"])
+
+
+def _placed(variant, batch, image_PCHW):
+    return torch_peer.batch_for(variant, batch, image_PCHW, np.zeros(76, np.float32), np.ones(76, np.float32))
+
+
 @pytest.mark.parametrize("variant", torch_peer.VARIANTS.values(), ids=torch_peer.VARIANTS)
 @pytest.mark.parametrize("method", torch_peer.PEERS)
-def test_a_peer_scores_as_ours(method, variant):
-    stage = {"stage": int(method[-1])} if method[-1] in "34" else {}
-    model = registry.build(method, 3, **_SIZES, **stage)
-    variables = model_cases.random_variables(model)
-    batch, image_PCHW = _batch()
-    placed = torch_peer.batch_for(variant, batch, image_PCHW, np.zeros(76, np.float32), np.ones(76, np.float32))
+def test_peer_scores_as_ours(method, variant):
+    variables, ours_BK = _our_scores(method)
+    placed = _placed(variant, *_batch())
     peer = _peer(variant, method, variables).eval()
-    ours_BK = np.asarray(_ours(model, variables, batch, image_PCHW)["logits"])
-    scored = [0, 2] if method == "uni_cxr" else slice(None)  # a row without an X-ray has no score there
+    scored = [0, 2] if method == "uni_cxr" else slice(None)  # it scores only rows with an X-ray
     np.testing.assert_allclose(_scores(peer, placed)[scored], ours_BK[scored], atol=_TOLERANCE, rtol=_TOLERANCE)
     if method != "uni_cxr":
         placed["length"][0] -= 1
-        assert np.abs(_scores(peer, placed)[0] - ours_BK[0]).max() > 10 * _TOLERANCE, "a step too few would show"
+        assert np.abs(_scores(peer, placed)[0] - ours_BK[0]).max() > 10 * _TOLERANCE, "a time step changes the scores"
 
 
-def test_a_tuned_training_step_has_our_loss_and_zero_images_do_not():
+def test_tuned_training_step_has_our_loss_and_zero_images_change_it():
     model = registry.build("medfuse", 3, **_SIZES)
     variables = model_cases.random_variables(model)
     batch, image_PCHW = _batch()
@@ -79,32 +88,28 @@ def test_a_tuned_training_step_has_our_loss_and_zero_images_do_not():
     image_PCHW = image_PCHW[:2]
     logits_BK = _ours(model, variables, batch, image_PCHW, train=True)["logits"]
     ours = float(losses.mean_bce(logits_BK, batch["label"][0], batch["valid"][0], 3))
-    found = {}
+    loss_of = {}
     for name, variant in torch_peer.VARIANTS.items():
         peer = _peer(variant, "medfuse", variables).train()
         before = peer.projection.weight.detach().clone()
         optimizer = torch.optim.Adam(peer.parameters(), lr=1e-3)
-        placed = torch_peer.batch_for(variant, batch, image_PCHW, np.zeros(76, np.float32), np.ones(76, np.float32))
-        found[name] = float(torch_peer.train_step(peer, optimizer, placed, "float32").detach())
+        placed = _placed(variant, batch, image_PCHW)
+        loss_of[name] = float(torch_peer.train_step(peer, optimizer, placed, "float32").detach())
         assert not torch.equal(before, peer.projection.weight), "the step changes the weights"
-    assert abs(found["torch_tuned"] - ours) < _TOLERANCE
-    assert abs(found["torch_released"] - ours) > 10 * _TOLERANCE  # zeros in the batch statistics
+    assert abs(loss_of["torch_tuned"] - ours) < _TOLERANCE
+    assert abs(loss_of["torch_released"] - ours) > 10 * _TOLERANCE  # its zero images enter the batch statistics
 
 
-def test_early_fusion_leaves_its_encoders_as_they_are():
+def test_early_fusion_keeps_its_encoders_frozen():
     peer = torch_peer.Peer("early", 3, packed=False, **_SIZES).to(torch_peer.device()).train()
     frozen = {n: p.detach().clone() for n, p in peer.state_dict().items() if n.startswith(("ehr_model", "cxr_model"))}
-    batch, image_PCHW = _batch()
-    mean, std = np.zeros(76, np.float32), np.ones(76, np.float32)
-    placed = torch_peer.batch_for(torch_peer.TUNED, batch, image_PCHW, mean, std)
+    placed = _placed(torch_peer.TUNED, *_batch())
     torch_peer.train_step(peer, torch.optim.Adam(peer.parameters(), lr=1e-3), placed, "float32")
     assert all(torch.equal(value, peer.state_dict()[name]) for name, value in frozen.items())
 
 
-def test_a_released_batch_has_zero_images_and_a_tuned_one_none():
-    batch, image_PCHW = _batch()
-    mean, std = np.zeros(76, np.float32), np.ones(76, np.float32)
-    released, tuned = (torch_peer.batch_for(v, batch, image_PCHW, mean, std) for v in torch_peer.VARIANTS.values())
+def test_only_the_released_batch_has_zero_images():
+    released, tuned = (_placed(variant, *_batch()) for variant in torch_peer.VARIANTS.values())
     assert released["image"].shape[0] == _ROWS and tuned["image"].shape[0] == 3
     assert not released["image"][[1, 3]].any() and torch.equal(released["image"][2], tuned["image"][0])
     assert tuned["image"].is_contiguous(memory_format=torch.channels_last)
