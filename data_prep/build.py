@@ -65,7 +65,7 @@ def build(
         rebuild.check_cxr_kept(out, names)
     _check_numbers(timestep_h, workers)
     options = {"profile": profile, "timestep_h": float(timestep_h), "seed": seed}
-    lists = {"val_ids": val_ids, "test_ids": test_ids, "phenotypes": phenotypes}
+    lists: dict = {"val_ids": val_ids, "test_ids": test_ids, "phenotypes": phenotypes}
     source = Source(
         mimic_iv=tables.mimic_iv(mimic_iv),
         mimic_cxr=tables.mimic_cxr(mimic_cxr) if mimic_cxr else {},

@@ -88,7 +88,7 @@ class Experiment:
                 path=path,
             )
 
-    def batches(self, split: str, plan: plan_lib.Plan, start: int = 0) -> Iterator[dict]:
+    def batches(self, split: str, plan: plan_lib.Plan | plan_lib.Alternating, start: int = 0) -> Iterator[dict]:
         """Return the plan's batches from step `start` on, sent to the devices ahead of use."""
         read = batches.batches(self.dataset, split, plan, num_devices=len(self.devices), start=start)
         return parallel.prefetch(read, self.devices)

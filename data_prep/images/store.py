@@ -53,7 +53,7 @@ def write_chunk(
     decoded = list(map_images(try_decode, [image_path for _, image_path in images]))
     readable = [image for image in decoded if image is not None]
     pixels_NHW = np.stack(readable) if readable else np.zeros((0, *_SHAPE), np.uint8)
-    info = {"made": made, "readable": [], "unreadable": []}
+    info: dict = {"made": made, "readable": [], "unreadable": []}
     for (dicom_id, _, sign), image in zip(signed, decoded, strict=True):
         info["unreadable" if image is None else "readable"].append([dicom_id, sign])
     suffix = f".{os.getpid()}-{threading.get_ident()}.partial"

@@ -159,7 +159,7 @@ def best_auroc(task: str, given: dict[str, np.ndarray], has_cxr_N: np.ndarray) -
         "all": (slice(None), {"both": available, "ehr_only": given["ehr_only"]}),
         "paired": (has_cxr_N, given),
     }
-    report = {"labels": list(schema.TASKS[task].labels), "groups": [rule.group for rule in RULES[task]]}
+    report: dict = {"labels": list(schema.TASKS[task].labels), "groups": [rule.group for rule in RULES[task]]}
     for subset, (rows, by_modality) in scores.items():
         true_p = given["both"][rows]
         report[subset] = {"num_stays": len(true_p)}

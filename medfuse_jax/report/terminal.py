@@ -32,7 +32,7 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
     lines = [f"{read_runs.task_name(task)}, {named[0][1].get('split', 'test')} split"]
     if any(section(result, "data").get("synthetic") for _, result in named):
         lines.append("synthetic patients: says nothing about real ones")
-    rows = [("method", read_runs.unit(task), "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
+    rows: list[tuple[str, ...]] = [("method", read_runs.unit(task), "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
     for subset in SUBSETS:
         for name, _, subsets in results:
             if scores := subsets.get(subset):

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from logging import LogRecord
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -65,7 +66,7 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
     )
 
 
-def restore_latest(manager: ocp.CheckpointManager, state) -> tuple[object, Progress] | None:
+def restore_latest(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
     """The latest (state, progress), shaped like `state`; None if nothing is saved."""
     with _as_user_error(manager.directory):
         step = manager.latest_step()
@@ -77,12 +78,12 @@ def restore_best(workdir: Path, state):
     return restore_best_with_progress(workdir, state)[0]
 
 
-def restore_best_with_progress(workdir: Path, state) -> tuple[object, Progress]:
+def restore_best_with_progress(workdir: Path, state) -> tuple[Any, Progress]:
     with _open_trained(workdir) as manager:
         return best(manager, state)
 
 
-def best(manager: ocp.CheckpointManager, state) -> tuple[object, Progress] | None:
+def best(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
     """The (state, progress) with the best validation AUROC, shaped like `state`; None if nothing is saved."""
     step = _best_step(manager)
     if step is None:
@@ -152,7 +153,7 @@ def _latest_progress(manager: ocp.CheckpointManager) -> Progress:
         return Progress(**latest["progress"])
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[object, Progress]:
+def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[Any, Progress]:
     # With a sharding of this machine, so that a checkpoint opens on any number of devices.
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), state)

@@ -40,13 +40,13 @@ def predict_each(run, eval_fn: Callable, num_models: int, split: str, include_N:
     score_MNK = np.full((num_models, len(include_N), len(run.dataset.labels)), np.nan, np.float32)
     loss_MN = np.full((num_models, len(include_N)), np.nan)
     for plan in run.eval_plans(split, include_N):
-        pending = None
+        pending: tuple = ()
         for batch in run.batches(split, plan):
             dispatched = (batch["record"], *eval_fn(batch))
             if pending:  # fetched while the next batch runs
-                _store(*pending, score_MNK, loss_MN)
+                _store(pending, score_MNK, loss_MN)
             pending = dispatched
-        _store(*pending, score_MNK, loss_MN)
+        _store(pending, score_MNK, loss_MN)
     record_N = np.flatnonzero(include_N)
     label_NK = run.dataset.index[split]["label"][record_N]
     predictions = []
@@ -57,7 +57,8 @@ def predict_each(run, eval_fn: Callable, num_models: int, split: str, include_N:
     return predictions
 
 
-def _store(record_DB, score_MDBK, loss_MDB, score_MNK: np.ndarray, loss_MN: np.ndarray) -> None:
+def _store(outputs: tuple, score_MNK: np.ndarray, loss_MN: np.ndarray) -> None:
+    record_DB, score_MDBK, loss_MDB = outputs
     record_R = np.asarray(record_DB).reshape(-1)
     real_R = record_R != plan_lib.PADDING
     num_models, num_labels = len(score_MNK), score_MNK.shape[-1]

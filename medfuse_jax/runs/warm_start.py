@@ -1,6 +1,7 @@
 """Which encoders a config pre-trains, and how a run takes its first weights from other runs."""
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,7 +18,7 @@ def staged(config: ConfigDict) -> list[str]:
     return [name for name in config_lib.stages(config) if has[name] and not given & {name, "model"}]
 
 
-def begin(state, sources: dict[str, tuple[Path, object]]):
+def begin(state, sources: dict[str, tuple[Path, Any]]):
     """Returns the TrainState with the weights of the sources, by name 'model', 'ehr', 'cxr' -> (workdir, run).
 
     The sources must have passed `sources.check`.

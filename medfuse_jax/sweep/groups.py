@@ -325,7 +325,7 @@ def _record_ended(sweep: Sweep, trials: list[RunningTrial]) -> list[RunningTrial
             results.write_record(sweep.workdir, t.trial, results.FAILED, t.failure, epochs=reached.epoch)
         elif reached.is_finished(t.config):
             t.store.wait()
-            numbers = {"val_auroc": reached.best_auroc, "best_epoch": reached.best_epoch, "epochs": reached.epoch}
+            numbers: dict = {"val_auroc": reached.best_auroc, "best_epoch": reached.best_epoch, "epochs": reached.epoch}
             results.write_record(sweep.workdir, t.trial, results.FINISHED, **numbers)
         else:
             running.append(t)

@@ -112,6 +112,6 @@ def _outputs_1d_transposed(d: list[jax.Array]) -> list[jax.Array]:
     return [d[0], d[0] + d[1], d[0] - d[1], -d[1]]
 
 
-def _over_columns(transform: Callable, rows: list[list[jax.Array]]) -> list[list[jax.Array]]:
+def _over_columns(transform: Callable, rows: list) -> list:
     """Apply a 1D transform to each column of a table of arrays."""
     return list(zip(*(transform(column) for column in zip(*rows, strict=True)), strict=True))
