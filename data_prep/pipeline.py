@@ -170,11 +170,9 @@ def _stay_task(
         flow += hourly_flow
         rows = arrays.row[predicted.position_N]
         pairs = pairs.filter(pl.col("stay_id").is_in(people.stays[rows]["stay_id"].implode()))
-        index, records_of = datasets.hourly_dataset(people.stays, splits, arrays, predicted, pairs, store)
         counts["predictions"] = hourly.counts(predicted, np.array(splits)[rows], task.labels)
-    else:
-        label_NK = people.pheno_label_NK if task.name == "pheno" else mortality.labels(people.stays)
-        index, records_of = datasets.stay_dataset(people.stays, splits, arrays, label_NK, pairs, store)
+    labels = predicted or (people.pheno_label_NK if task.name == "pheno" else mortality.labels(people.stays))
+    index, records_of = datasets.stay_dataset(people.stays, splits, arrays, labels, pairs, store)
     counts["variables"] = describe.variables(arrays)
     counts["length_h"] = describe.histogram(arrays.length * source.timestep_h, describe.LENGTH_EDGES_H)
     inputs = time_check.Inputs(people.stays, arrays, pairs, source.rules.window_h(task), source.timestep_h)

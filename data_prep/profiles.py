@@ -9,63 +9,71 @@ from medfuse_jax import schema
 from medfuse_jax.runtime.errors import check_choice
 
 
-def _rule(why: str):
-    return dataclasses.field(metadata={"why": why})
+def _rule(paper: object, why: str):
+    return dataclasses.field(default=paper, metadata={"why": why})
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The rules of one profile; each field's metadata['why'] explains it."""
+    """The rules of one profile, `paper` by default; each field's metadata['why'] explains it."""
 
     same_time: str = _rule(
-        "How rows of one variable at one time become one value. mean: the mean of numbers, the last class; rows with "
-        "the same item and value count once, because duplicates cannot be told from repeated measurements: 80, 80 and "
-        "90 are 85 (the mean of all rows would be 83.3). The audit counts them. largest: the last by sort order, where "
-        "heart rate, mean blood pressure and respiratory rate sort as text, so that 99 beats 100 (released extraction)."
+        "mean",
+        "Rows of one variable at one time. mean: the mean of numbers, the last class; rows of one item and value "
+        "count once, because duplicates cannot be told from repeated measurements: 80, 80 and 90 are 85, not 83.3. "
+        "largest: the last by sort order, where heart rate, mean blood pressure and respiratory rate sort as text, so "
+        "that 99 beats 100 (released extraction).",
     )
     fio2_percent: str = _rule(
-        "Inspired oxygen to a fraction. over_1: values over 1 are percent. all: every value is divided by 100, "
-        "so that 0.5 becomes 0.005 (released extraction)."
+        "over_1",
+        "Inspired oxygen to a fraction. over_1: values over 1 are percent. all: every value is divided by 100, so 0.5 "
+        "becomes 0.005 (released extraction).",
     )
     height_inches: bool = _rule(
-        "Item 226707 is converted from inches to cm. Off: kept in inches, mixed with cm (released extraction)."
+        True, "Item 226707 is converted from inches to cm. Off: kept in inches, mixed with cm (released extraction)."
     )
     fahrenheit: str = _rule(
-        "Temperature to Celsius. item: item 223761 is Fahrenheit. over_79: any value of 79 or more "
-        "(released extraction)."
+        "item",
+        "Fahrenheit to Celsius. item: values of item 223761. over_79: values of 79 or more (released extraction).",
     )
     capillary_refill: bool = _rule(
-        "Items 223951 and 224308 are read. Off: the channel is constant (released extraction)."
+        True, "Items 223951 and 224308 are read. Off: the channel is constant (released extraction)."
     )
     lab_valuenum: bool = _rule(
+        True,
         "A laboratory row whose text is not a number ('___') uses its `valuenum`. Off: dropped, and with it nearly "
-        "all serum glucose (released extraction)."
+        "all serum glucose (released extraction).",
     )
     ranges: bool = _rule(
-        "Values outside a variable's plausible range are clipped, impossible ones dropped. Off (released extraction)."
+        True,
+        "Values outside the plausible range are clipped, impossible ones dropped. Off in the released extraction.",
     )
     zero_size: bool = _rule(
-        "A height or weight of 0 is a value. Off: dropped as impossible, although the benchmark's plausible ranges "
-        "begin at 0. On in the released extraction."
+        False,
+        "A height or weight of 0 is kept (released extraction). Off: dropped as impossible.",
     )
     phenotypes: str = _rule(
+        "gem",
         "How codes become labels without --phenotypes. gem: ICD-9 -> CCS, and ICD-10 -> ICD-9 -> CCS by the GEMs, by "
         "`icd_version`. table: as gem, with a warning, because the released table is expected in --phenotypes; it "
-        "ignores the version."
+        "ignores the version.",
     )
     image_shape: str = _rule(
+        "squash",
         "How an X-ray becomes 256 x 256. squash: both sides resized to 256 (paper, appendix A.1). crop: the shorter "
-        "side to 256, then the centre (released transforms)."
+        "side to 256, then the centre (released transforms).",
     )
     pheno_window_h: float | None = _rule(
+        None,
         "Hours of a stay that phenotyping may use, X-rays included. None: the whole stay, although its labels are "
-        "to be predicted (paper and released)."
+        "to be predicted (paper and released).",
     )
     stored_in_time: bool = _rule(
+        False,
         "Events whose `storetime` is after the end of the task's window are dropped, because nobody could have read "
         "them in time; events without a storetime count by charttime. Off: only charttime counts (paper and released). "
         "Limit: the window of hourly tasks is the stay, so one of their predictions may use an event that was stored "
-        "later in the stay."
+        "later in the stay.",
     )
 
     def window_h(self, task: schema.Task) -> float | None:
@@ -73,20 +81,7 @@ class Rules:
         return self.pheno_window_h if task.name == "pheno" else task.window_h
 
 
-PAPER = Rules(
-    same_time="mean",
-    fio2_percent="over_1",
-    height_inches=True,
-    fahrenheit="item",
-    capillary_refill=True,
-    lab_valuenum=True,
-    ranges=True,
-    zero_size=False,
-    phenotypes="gem",
-    image_shape="squash",
-    pheno_window_h=None,
-    stored_in_time=False,
-)
+PAPER = Rules()
 RELEASED = Rules(
     same_time="largest",
     fio2_percent="all",
@@ -98,8 +93,6 @@ RELEASED = Rules(
     zero_size=True,
     phenotypes="table",
     image_shape="crop",
-    pheno_window_h=None,
-    stored_in_time=False,
 )
 PROFILES = {
     "paper": PAPER,

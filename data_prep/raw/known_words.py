@@ -11,69 +11,30 @@ OTHER = "OTHER"  # replaces any other word
 # Sources. gender: MIMIC-IV's documentation. admission_type: code system mimic-admission-type of MIMIC-IV on FHIR 1.3.0.
 # first_careunit: the wards of `transfers` (2.2 has ICUs and step-down units, 3.1 also wards and PACU), from
 # MIT-LCP/mimic-code issue 924 and published code for 1.0 to 3.1.
-WORDS = {
-    "gender": ("F", "M"),
-    "admission_type": (
-        "AMBULATORY OBSERVATION",
-        "DIRECT EMER.",
-        "DIRECT OBSERVATION",
-        "ELECTIVE",
-        "EU OBSERVATION",
-        "EW EMER.",
-        "OBSERVATION ADMIT",
-        "SURGICAL SAME DAY ADMISSION",
-        "URGENT",
-    ),
-    "first_careunit": (
-        "Cardiac Surgery",
-        "Cardiac Vascular Intensive Care Unit (CVICU)",
-        "Cardiology",
-        "Cardiology Surgery Intermediate",
-        "Coronary Care Unit (CCU)",
-        "Discharge Lounge",
-        "Emergency Department",
-        "Emergency Department Observation",
-        "Hematology/Oncology",
-        "Hematology/Oncology Intermediate",
-        "Intensive Care Unit (ICU)",
-        "Labor & Delivery",
-        "Med/Surg",
-        "Med/Surg/GYN",
-        "Med/Surg/Trauma",
-        "Medical Intensive Care Unit (MICU)",
-        "Medical/Surgical (Gynecology)",
-        "Medical/Surgical Intensive Care Unit (MICU/SICU)",
-        "Medicine",
-        "Medicine/Cardiology",
-        "Medicine/Cardiology Intermediate",
-        "Neonatal Intensive Care Unit (NICU)",
-        "Neuro Intermediate",
-        "Neuro Stepdown",
-        "Neuro Surgical Intensive Care Unit (Neuro SICU)",
-        "Neurology",
-        "Nursery",
-        "Nursery - Well Babies",
-        "Observation",
-        "Obstetrics (Postpartum & Antepartum)",
-        "Obstetrics Antepartum",
-        "Obstetrics Postpartum",
-        "Oncology",
-        "PACU",
-        "Psychiatry",
-        "Special Care Nursery (SCN)",
-        "Surgery",
-        "Surgery/Pancreatic/Biliary/Bariatric",
-        "Surgery/Trauma",
-        "Surgery/Vascular/Intermediate",
-        "Surgical Intensive Care Unit (SICU)",
-        "Surgical Intermediate",
-        "Thoracic Surgery",
-        "Transplant",
-        "Trauma SICU (TSICU)",
-        "Unknown",
-        "Vascular",
-    ),
-}
+_ADMISSION_TYPES = """
+    AMBULATORY OBSERVATION, DIRECT EMER., DIRECT OBSERVATION, ELECTIVE, EU OBSERVATION, EW EMER., OBSERVATION ADMIT,
+    SURGICAL SAME DAY ADMISSION, URGENT
+"""
+_CARE_UNITS = """
+    Cardiac Surgery, Cardiac Vascular Intensive Care Unit (CVICU), Cardiology, Cardiology Surgery Intermediate,
+    Coronary Care Unit (CCU), Discharge Lounge, Emergency Department, Emergency Department Observation,
+    Hematology/Oncology, Hematology/Oncology Intermediate, Intensive Care Unit (ICU), Labor & Delivery, Med/Surg,
+    Med/Surg/GYN, Med/Surg/Trauma, Medical Intensive Care Unit (MICU), Medical/Surgical (Gynecology),
+    Medical/Surgical Intensive Care Unit (MICU/SICU), Medicine, Medicine/Cardiology, Medicine/Cardiology Intermediate,
+    Neonatal Intensive Care Unit (NICU), Neuro Intermediate, Neuro Stepdown,
+    Neuro Surgical Intensive Care Unit (Neuro SICU), Neurology, Nursery, Nursery - Well Babies, Observation,
+    Obstetrics (Postpartum & Antepartum), Obstetrics Antepartum, Obstetrics Postpartum, Oncology, PACU, Psychiatry,
+    Special Care Nursery (SCN), Surgery, Surgery/Pancreatic/Biliary/Bariatric, Surgery/Trauma,
+    Surgery/Vascular/Intermediate, Surgical Intensive Care Unit (SICU), Surgical Intermediate, Thoracic Surgery,
+    Transplant, Trauma SICU (TSICU), Unknown, Vascular
+"""
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()).split(", "))
+
+
+WORDS = {"gender": ("F", "M"), "admission_type": _split(_ADMISSION_TYPES), "first_careunit": _split(_CARE_UNITS)}
 
 
 def word(column: str) -> pl.Expr:

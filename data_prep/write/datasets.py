@@ -25,63 +25,38 @@ def stay_dataset(
     stays: pl.DataFrame,
     splits: list[str],
     arrays: Arrays,
-    label_NK: np.ndarray,
+    labels: np.ndarray | Predictions,
     pairs: pl.DataFrame,
     store: ImageStore | None,
 ) -> tuple[dict, dict]:
-    """Records of stays with one label vector.
+    """Records of stays.
 
-    stays, splits, label_NK: in the cohort's order. pairs: stay_id, dicom_id of the paired stays.
+    stays, splits: the cohort. labels: int8 [cohort, K], or an hourly task's predictions, whose stays alone get a
+    record. pairs: stay_id, dicom_id, cxr_time of each record's X-rays, by time.
     """
-    image_of = dict(pairs.select("stay_id", "dicom_id").iter_rows())
-    static = stays.select(_STATIC)[arrays.row].to_dicts()
-    label_NK = label_NK[arrays.row]
-
-    def record(i: int) -> dict:
-        dicom_id = image_of.get(static[i]["stay_id"], "")
-        return {
-            "ehr": arrays[i],
-            "label": label_NK[i],
-            "has_cxr": bool(dicom_id),
-            "dicom_id": dicom_id,
-            "image": store[dicom_id][None] if dicom_id else _NO_IMAGE,
-        }
-
-    has_cxr = [row["stay_id"] in image_of for row in static]
-    return _by_split(np.array(splits)[arrays.row], static, arrays.length, has_cxr, label_NK, record)
-
-
-def hourly_dataset(
-    stays: pl.DataFrame,
-    splits: list[str],
-    arrays: Arrays,
-    predicted: Predictions,
-    pairs: pl.DataFrame,
-    store: ImageStore | None,
-) -> tuple[dict, dict]:
-    """Records of stays with labels at many prediction times.
-
-    stays, splits: in the cohort's order. pairs: stay_id, dicom_id, cxr_time of all X-rays of each stay, by time.
-    """
-    position_N = predicted.position_N
+    predicted = labels if isinstance(labels, Predictions) else None
+    position_N = predicted.position_N if predicted else np.arange(len(arrays.row))
+    row_N = arrays.row[position_N]
+    label_NK = predicted.any_label() if predicted else labels[row_N]
+    static = stays.select(*_STATIC, *(["los_h"] if predicted else []))[row_N].to_dicts()
     images_of = images_by_stay(stays, pairs)
-    static = stays.select(*_STATIC, "los_h")[arrays.row[position_N]].to_dicts()
 
     def record(i: int) -> dict:
         images = images_of.get(static[i]["stay_id"], [])
-        return {
+        fields = {
             "ehr": arrays[int(position_N[i])],
-            "label": predicted.labels[i],
-            "label_time_h": predicted.times[i],
+            "label": label_NK[i],
             "has_cxr": bool(images),
             "dicom_id": " ".join(dicom_id for dicom_id, _ in images),
-            "cxr_time_h": np.array([time_h for _, time_h in images], np.float32),
             "image": np.stack([store[dicom_id] for dicom_id, _ in images]) if images else _NO_IMAGE,
         }
+        if predicted:
+            fields |= {"label": predicted.labels[i], "label_time_h": predicted.times[i]}
+            fields["cxr_time_h"] = np.array([time_h for _, time_h in images], np.float32)
+        return fields
 
     has_cxr = [row["stay_id"] in images_of for row in static]
-    split_N = np.array(splits)[arrays.row[position_N]]
-    return _by_split(split_N, static, arrays.length[position_N], has_cxr, predicted.any_label(), record)
+    return _by_split(np.array(splits)[row_N], static, arrays.length[position_N], has_cxr, label_NK, record)
 
 
 def images_by_stay(stays: pl.DataFrame, pairs: pl.DataFrame) -> dict[int, list[tuple[str, np.float32]]]:
