@@ -1,13 +1,11 @@
 """AUROC and average precision with bootstrap bounds, for all labels and resamples at once.
 
-Shape suffixes: N samples, K labels, R resamples; a rank is a position in a label's order of
-falling scores. Values are those of scikit-learn's `roc_auc_score` and
-`average_precision_score`, ties included.
+Shape suffixes: N samples, K labels, R resamples; a rank is a position in a label's order of descending scores. Values
+equal scikit-learn's `roc_auc_score` and `average_precision_score`, ties included.
 
-Point values are numpy float64 (ranking.py). The bootstrap runs on the device: a resample is a
-vector of N counts, and one walk down the ranks serves every label and resample together,
-because where the scores tie does not depend on the resample. Ranking is done on the host, so
-that scores tie exactly where they do for scikit-learn, whatever their dtype.
+Point values are numpy float64 (ranks.py). The bootstrap runs on the device: a resample is a vector of N counts, and one
+walk down the ranks serves every label and resample, because ties do not depend on the resample. The host ranks the
+scores, so that they tie exactly as in scikit-learn, whatever their dtype.
 """
 
 import functools
@@ -21,26 +19,25 @@ import numpy as np
 from medfuse_jax import ranks
 from medfuse_jax.runtime.errors import UserError
 
-_BLOCK = 128  # ranks summed plainly before a compensated sum takes over
+_BLOCK = 128  # ranks summed plainly between compensated sums
 _UNROLL = 4  # ranks a loop step; divides _BLOCK
-_MIN_ROWS = 1024  # small sets share one compiled size; rows past the samples are not walked
-_DRAW_TOGETHER = 50  # resamples drawn at once: half the time of one, and of all, on a CPU
-_COUNTS_BYTES = 2**24  # resamples are worked on in chunks whose counts fit in this: a CPU's last cache
+_MIN_ROWS = 1024  # smaller sets share one compiled size; the walk skips rows beyond the samples
+_DRAW_TOGETHER = 50  # resamples drawn at once: on a CPU, twice as fast as one or all at once
+_COUNTS_BYTES = 2**24  # counts of one chunk of resamples: they fit a CPU's last-level cache
 
 
 def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0) -> dict:
     """AUROC and average precision per label and macro, with 95 % percentile bootstrap bounds.
 
-    labels [N, K] of 0 and 1; scores [N, K], larger for more likely, finite. A resample draws N
-    samples with replacement, the same for all labels. A label with one class only is nan and
-    not part of the macro mean; so is a label in a resample that left it one class.
+    labels [N, K] of 0 and 1; scores [N, K], finite, higher for more likely. A resample draws N samples with
+    replacement, the same for all labels. A label with one class is NaN and left out of the macro mean, in each resample
+    too.
 
-    Returns auroc, auprc [K]; auroc_ci, auprc_ci [K, 2]; auroc_macro, auprc_macro floats;
-    auroc_macro_ci, auprc_macro_ci (low, high): of the macro mean over resamples;
-    auroc_macro_ci_released, auprc_macro_ci_released (low, high): the per-label bounds averaged,
-    as the released MedFuse reports them; num_positive [K]; num_samples; num_bootstrap;
-    num_bootstrap_used [K]: resamples that had both classes of the label.
-    Raises UserError for shapes that differ, other labels, scores that are not finite, no samples.
+    Returns auroc, auprc [K]; auroc_ci, auprc_ci [K, 2]; auroc_macro, auprc_macro floats; auroc_macro_ci, auprc_macro_ci
+    (low, high): of the macro mean over resamples; auroc_macro_ci_released, auprc_macro_ci_released (low, high): the
+    mean of the per-label bounds, as the released MedFuse reports it; num_positive [K]; num_samples; num_bootstrap;
+    num_bootstrap_used [K]: resamples with both classes of the label.
+    Raises UserError for shapes that differ, other labels, scores that are not finite, or no samples.
     """
     labels_NK, scores_NK = ranks.check(labels, scores)
     (boot,) = _bootstrap(labels_NK, [scores_NK], num_bootstrap, seed)
@@ -55,31 +52,31 @@ def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0) -> dict:
         result[f"{name}_ci"] = np.stack([ranks.bounds(boot_R) for boot_R in boot[name].T])
         result[f"{name}_macro"] = macro(point_K)
         result[f"{name}_macro_ci"] = ranks.bounds(ranks.nanmean(boot[name]))
-        # Differs from MedFuse (trainers/trainer.py): its bounds of the mean are the mean of the bounds.
+        # MedFuse (trainers/trainer.py) reports the mean of the labels' bounds instead.
         result[f"{name}_macro_ci_released"] = ranks.nanmean(result[f"{name}_ci"].T)
     return result
 
 
 def auroc(labels, scores) -> np.ndarray:
-    """AUROC per label [K] of labels [N, K] and scores [N, K]; nan where a label has one class."""
+    """AUROC per label [K] of labels [N, K] and scores [N, K]; NaN for a label with one class."""
     return ranks.point(*ranks.check(labels, scores))["auroc"]
 
 
 def auprc(labels, scores) -> np.ndarray:
-    """Average precision per label [K] of labels [N, K] and scores [N, K]; nan where a label has one class."""
+    """Average precision per label [K] of labels [N, K] and scores [N, K]; NaN for a label with one class."""
     return ranks.point(*ranks.check(labels, scores))["auprc"]
 
 
 def macro(values_K) -> float:
-    """The mean over the labels that have a value; nan where none has."""
+    """The mean over the labels, ignoring NaN; NaN if all are."""
     return float(ranks.nanmean(values_K))
 
 
 def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0) -> dict:
-    """Macro AUROC and average precision of b less those of a, with paired bootstrap bounds.
+    """Macro AUROC and average precision of b minus those of a, with paired bootstrap bounds.
 
-    labels, scores_a, scores_b [N, K]: both models on the same samples in the same order. Both
-    are scored on the resamples that `evaluate` draws for this seed.
+    labels, scores_a, scores_b [N, K]: both models on the same samples, in the same order, and on the resamples that
+    `evaluate` draws for this seed.
 
     Returns auroc_macro, auprc_macro (differences) and auroc_macro_ci, auprc_macro_ci (low, high).
     """
@@ -95,13 +92,13 @@ def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0
 
 
 def resample_indices(num_samples: int, num_bootstrap: int, seed: int) -> np.ndarray:
-    """The resamples that `evaluate` and `compare` use: sample numbers int32 [R, N]."""
+    """The resamples of `evaluate` and `compare`: sample numbers int32 [R, N]."""
     rows_RN = _draw_all(_keys(num_bootstrap, seed), num_samples, num_rows=_padded(num_samples))
     return np.asarray(rows_RN)[:, :num_samples]
 
 
 def to_json(result):
-    """A result as JSON holds it: arrays become lists, nan becomes None."""
+    """Converts a result for JSON: arrays to lists, NaN to None."""
     if isinstance(result, dict):
         return {key: to_json(value) for key, value in result.items()}
     if isinstance(result, np.ndarray | np.generic):
@@ -112,35 +109,36 @@ def to_json(result):
 
 
 def _padded(num_samples: int) -> int:
-    """Rows that arrays of `num_samples` are padded to: four sizes between powers of two, so that few compile."""
+    """The number of rows to pad to: four sizes between powers of two, to compile few programs."""
     quantum = max(_MIN_ROWS, 1 << max(0, (num_samples - 1).bit_length() - 3))
     return -(-num_samples // quantum) * quantum
 
 
 def _keys(num_bootstrap: int, seed: int) -> jax.Array:
     if num_bootstrap < 1:
-        raise UserError(f"num_bootstrap is {num_bootstrap}; it must be at least 1 (1000 is usual)")
+        raise UserError(
+            f"num_bootstrap is {num_bootstrap}; it must be at least 1", field="num_bootstrap", value=num_bootstrap
+        )
     fold_in = functools.partial(jax.random.fold_in, jax.random.key(seed))
-    return jax.vmap(fold_in)(jnp.arange(num_bootstrap))  # a resample does not depend on how many there are
+    return jax.vmap(fold_in)(jnp.arange(num_bootstrap))  # a resample does not depend on their number
 
 
 def _draw(key: jax.Array, num_samples, num_rows: int) -> jax.Array:
-    """One resample: `num_samples` sample numbers, then padding that nothing reads; int32 [num_rows]."""
+    """One resample: `num_samples` sample numbers, then unused padding; int32 [num_rows]."""
     return jax.random.randint(key, (num_rows,), 0, num_samples, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="num_rows")
 def _draw_all(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
-    """The resamples of some keys, int32 [R, num_rows]."""
     return jax.lax.map(lambda key: _draw(key, num_samples, num_rows), keys_R)
 
 
 @functools.partial(jax.jit, static_argnames="num_rows")
 def _draw_counts(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
-    """How often each resample holds each sample, uint8 [rows, R]; rows past `num_samples` are zero.
+    """How often each resample draws each sample, uint8 [rows, R]; rows beyond `num_samples` are zero.
 
-    uint8 because the walk reads every count once a label. It cannot overflow: over 255 copies
-    of one sample in 256 draws or more has a probability under 1e-500.
+    uint8, because the walk reads every count once a label. More than 255 copies of one sample have a probability
+    below 1e-500.
     """
 
     def one(key):
@@ -152,7 +150,7 @@ def _draw_counts(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
 
 
 def _counts(num_samples: int, num_bootstrap: int, seed: int) -> Iterator[jax.Array]:
-    """Yields the counts of all resamples, uint8 [rows, R], in equal chunks that bound the memory."""
+    """Yields the counts of all resamples, uint8 [rows, R], in chunks that bound memory."""
     num_rows = _padded(num_samples)
     keys_R = _keys(num_bootstrap, seed)
     num_chunks = -(-num_bootstrap * num_rows // _COUNTS_BYTES)
@@ -162,22 +160,19 @@ def _counts(num_samples: int, num_bootstrap: int, seed: int) -> Iterator[jax.Arr
 
 
 def _bootstrap(labels_NK: np.ndarray, models: list[np.ndarray], num_bootstrap: int, seed: int) -> list[dict]:
-    """Every model's AUROC and average precision on the same resamples, [R, K]; nan where one class is left.
-
-    models: the scores [N, K] of each.
-    """
-    ranks = [_device_ranks(labels_NK, scores_NK) for scores_NK in models]
+    """AUROC and average precision [R, K] of each model (scores [N, K]) on the same resamples; NaN for one class."""
+    model_ranks = [_device_ranks(labels_NK, scores_NK) for scores_NK in models]
     num_blocks = -(-len(labels_NK) // _BLOCK)
-    walked = [[] for _ in models]
-    for counts in _counts(len(labels_NK), num_bootstrap, seed):
-        for chunks, model_ranks in zip(walked, ranks, strict=True):
-            chunks.append(jax.device_get(_walk(counts, *model_ranks, num_blocks)))
-    joined = [np.concatenate(chunks, axis=2).astype(np.float64) for chunks in walked]
-    return [{"auroc": auroc_KR.T, "auprc": auprc_KR.T} for auroc_KR, auprc_KR in joined]
+    chunks = [
+        [jax.device_get(_walk(counts, *ranks_of_one, num_blocks)) for ranks_of_one in model_ranks]
+        for counts in _counts(len(labels_NK), num_bootstrap, seed)
+    ]
+    values = [np.concatenate(of_one, axis=2).astype(np.float64) for of_one in zip(*chunks, strict=True)]
+    return [{"auroc": auroc_KR.T, "auprc": auprc_KR.T} for auroc_KR, auprc_KR in values]
 
 
 def _device_ranks(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[jax.Array, ...]:
-    """`ranking.ranked` on the device, padded to few sizes; the padding is a row of zero counts."""
+    """`ranks.ranked` on the device, padded to few sizes; padding points to a row of zero counts."""
     num_samples = len(labels_NK)
     num_rows = _padded(num_samples)
     order, positive, is_end = ranks.ranked(labels_NK, scores_NK)
@@ -190,9 +185,9 @@ def _device_ranks(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[jax.Arr
 def _walk(counts_NR, order, positive, is_end, num_blocks):
     """AUROC and average precision [2, K, R] by one walk down the ranks; order, positive, is_end [rank, K].
 
-    Counts are float32, exact up to 2**24. Sums of many terms are not: blocks of 128 ranks are
-    summed plainly and added up with Kahan's compensation, which leaves about 1e-7. (Plain sums
-    miss 1e-6, compensating every rank takes 2.5 times as long.)
+    Counts are float32, exact up to 2**24. Sums of many terms are not exact: blocks of 128 ranks are summed plainly and
+    added with Kahan's compensation, which leaves an error of about 1e-7. Plain sums exceed 1e-6; compensating every
+    rank takes 2.5 times as long.
     """
     shape = (order.shape[1], counts_NR.shape[1])
     zero = jnp.zeros(shape, jnp.float32)
@@ -227,7 +222,7 @@ def _walk(counts_NR, order, positive, is_end, num_blocks):
 
 
 def _kahan(total_and_error, term):
-    """One step of Kahan's compensated sum: (sum, lost part)."""
+    """One step of Kahan's compensated sum: (sum, rounding error)."""
     total, error = total_and_error
     term = term - error
     new_total = total + term

@@ -1,7 +1,7 @@
-"""AUROC and average precision from ranks, in numpy alone: what training, metrics and reports share.
+"""AUROC and average precision from ranks, in numpy alone, for training, metrics and reports.
 
-Shape suffixes: N samples, K labels, R resamples. Values are those of scikit-learn's
-`roc_auc_score` and `average_precision_score`, ties included, for all columns at once.
+Shape suffixes: N samples, K labels, R resamples. Values equal scikit-learn's `roc_auc_score` and
+`average_precision_score`, ties included, for all columns at once.
 """
 
 import numpy as np
@@ -12,51 +12,46 @@ LEVEL_PERCENT = 95.0
 
 
 def check(labels, scores, name: str = "scores") -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool [N, K] and scores as float [N, K]; UserError where they are not that."""
+    """Returns labels as bool [N, K] and scores as float [N, K]. Raises UserError for any other shape or value."""
     labels, scores = np.asarray(labels), np.asarray(scores)
     for what, values in (("labels", labels), (name, scores)):
-        if not _is_real(values.dtype):
-            raise UserError(f"{what} are of type {values.dtype}; they must be real numbers")
+        # jax's short floats have numpy's kind "V"
+        is_real = values.dtype.kind in "biuf" or (values.dtype.kind == "V" and np.can_cast(values.dtype, np.float64))
+        if not is_real:
+            raise UserError(f"{what} are of type {values.dtype}; they must be real numbers", field=what)
     if labels.shape != scores.shape or labels.ndim != 2:
-        raise UserError(
-            f"labels have shape {labels.shape} and {name} {scores.shape}: "
-            "both must be [samples, labels], a row a sample in the same order"
-        )
+        shapes = f"labels have shape {labels.shape} and {name} {scores.shape}"
+        raise UserError(f"{shapes}; both must be [samples, labels]", field=name, value=scores.shape)
     if not labels.size:
-        raise UserError(f"no samples to score: labels have shape {labels.shape}")
-    wrong = np.argwhere((labels != 0) & (labels != 1))
-    if len(wrong):
-        row, column = wrong[0]
-        raise UserError(f"labels must be 0 or 1; row {row}, label {column} is {labels[row, column]}")
+        raise UserError(f"no samples to score: labels have shape {labels.shape}", field="labels", value=labels.shape)
+    _check_cells("labels", labels, (labels == 0) | (labels == 1), "0 or 1")
     if scores.dtype not in (np.float32, np.float64):
-        scores = scores.astype(np.float64)  # exact for integers and the short floats
-    wrong = np.argwhere(~np.isfinite(scores))
-    if len(wrong):
-        row, column = wrong[0]
-        raise UserError(
-            f"{name} must be finite; row {row}, label {column} is {scores[row, column]} "
-            f"({len(wrong)} such of {scores.size}): look for a diverged run or a damaged input"
-        )
+        scores = scores.astype(np.float64)  # exact for integers and short floats
+    _check_cells(name, scores, np.isfinite(scores), "finite; did training diverge?")
     return labels.astype(bool), scores
 
 
-def _is_real(dtype: np.dtype) -> bool:
-    """Whether values are bool, integers or floats, jax's short floats (which numpy calls void) among them."""
-    return dtype.kind in "biuf" or (dtype.kind == "V" and np.can_cast(dtype, np.float64))
+def _check_cells(name: str, values_NK: np.ndarray, is_valid_NK: np.ndarray, expected: str) -> None:
+    wrong = np.argwhere(~is_valid_NK)
+    if len(wrong):
+        row, column = (int(i) for i in wrong[0])
+        where = f"row {row}, label {column} of {name} is {values_NK[row, column]}"
+        count = f"{len(wrong)} of {values_NK.size} are wrong"
+        raise UserError(f"{where} ({count}); it must be {expected}", field=name, value=(row, column))
 
 
 def ranked(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Samples by falling score: their numbers, their labels, and whether a tie group ends there; each [rank, K]."""
+    """Sorts each label's samples by descending score: sample numbers, labels, whether a tie group ends; [rank, K]."""
     order = np.argsort(scores_NK, axis=0)[::-1]
-    falling = np.take_along_axis(scores_NK, order, axis=0)
-    is_end = np.concatenate([falling[1:] != falling[:-1], np.ones_like(falling[:1], bool)])
+    descending = np.take_along_axis(scores_NK, order, axis=0)
+    is_end = np.concatenate([descending[1:] != descending[:-1], np.ones_like(descending[:1], bool)])
     return order, np.take_along_axis(labels_NK, order, axis=0), is_end
 
 
 def point(labels_NK: np.ndarray, scores_NK: np.ndarray) -> dict[str, np.ndarray]:
     """AUROC and average precision [K], float64."""
     _, positive, is_end = ranked(labels_NK, scores_NK)
-    # Counts stand still inside a tie group and move at its end, so the group is one step.
+    # Counts change only at the end of a tie group, so a group counts as one step.
     seen = np.maximum.accumulate(np.where(is_end, np.arange(1, len(positive) + 1)[:, None], 0))
     true = np.maximum.accumulate(np.where(is_end, np.cumsum(positive, axis=0), 0))
     new_seen, new_true = (np.diff(count, axis=0, prepend=0) for count in (seen, true))
@@ -70,7 +65,7 @@ def point(labels_NK: np.ndarray, scores_NK: np.ndarray) -> dict[str, np.ndarray]
 
 
 def nanmean(values) -> np.ndarray:
-    """The mean over the last axis without the nan; nan where there is nothing else, and no warning."""
+    """The mean over the last axis, ignoring NaN; NaN, without a warning, if all values are."""
     values = np.asarray(values)
     known = np.isfinite(values)
     total, count = np.where(known, values, 0).sum(-1), known.sum(-1)
@@ -78,7 +73,7 @@ def nanmean(values) -> np.ndarray:
 
 
 def bounds(boot_R: np.ndarray) -> np.ndarray:
-    """(low, high): the 95 % percentile bounds of the resamples that have a value, float64."""
+    """The 95 % percentile bounds (low, high) of the finite resamples, float64."""
     known = boot_R[np.isfinite(boot_R)]
     if not len(known):
         return np.full(2, np.nan)
