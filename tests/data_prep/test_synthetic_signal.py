@@ -1,4 +1,4 @@
-"""What is planted in the synthetic cohort: labels of known difficulty, and X-rays that show what they should."""
+"""The signal planted in the synthetic cohort: labels of known difficulty, and X-rays that show their latents."""
 
 import numpy as np
 import polars as pl
@@ -10,7 +10,7 @@ from data_prep.synthetic import cohort, cxr, draw, signal
 
 @pytest.fixture(scope="module")
 def many():
-    """What is planted in 4,000 stays."""
+    """Probabilities and labels of 4,000 stays, by task."""
     stays, planted = cohort.draw_stays(np.random.default_rng(0), 4000)
     kept = (stays["kind"] == "kept").to_numpy()
     return {
@@ -26,8 +26,8 @@ def test_best_auroc_is_that_of_the_drawn_labels(many, task):
     report = signal.best_auroc(task, given, has_cxr)
 
     def difference(score, drawn, expected):
-        found = [roc_auc_score(drawn[:, k], score[:, k]) for k in range(drawn.shape[1])]
-        return np.abs(np.array(found) - expected["per_label"]).max()
+        aurocs = [roc_auc_score(drawn[:, k], score[:, k]) for k in range(drawn.shape[1])]
+        return np.abs(np.array(aurocs) - expected["per_label"]).max()
 
     for subset, rows in (("all", slice(None)), ("paired", has_cxr)):
         score = given["ehr_only"][rows]
@@ -37,7 +37,7 @@ def test_best_auroc_is_that_of_the_drawn_labels(many, task):
     assert difference(given["ehr_only"][has_cxr], label[has_cxr], both) > 0.06  # planted error: another score
 
 
-def test_groups_need_the_modalities_they_say(many):
+def test_each_group_of_labels_needs_its_modalities(many):
     given, label = many["pheno"]
     report = signal.best_auroc("pheno", given, np.arange(len(label)) % 5 == 0)
     groups = np.array(report["groups"])
@@ -86,7 +86,7 @@ def test_images_show_their_latents():
         assert abs(np.corrcoef(feature, by_name["effusion"])[0, 1]) < 0.45, name
 
 
-def test_a_image_is_its_latents_and_its_seed():
+def test_an_image_follows_from_its_latents_and_seed():
     middle = np.zeros(len(signal.IMAGE_LATENTS))
     image = draw.draw(middle, "AP", (0, 1))
     assert image.shape == (320, 390) and image.dtype == np.uint8
