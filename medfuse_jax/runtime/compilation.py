@@ -1,4 +1,4 @@
-"""XLA's compilations: their results kept between runs, their time and number counted."""
+"""Cache XLA's compiled programs between runs; count compilations and their time."""
 
 import contextlib
 import dataclasses
@@ -13,20 +13,20 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def keep() -> None:
-    """Keeps compiled programs between runs: a second start of the same model skips the compiler."""
+    """Turns on the persistent cache: the second start of the same model skips the compiler."""
     jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "xla"))
 
 
 @dataclasses.dataclass
 class Count:
-    """How many programs were compiled, and how long it took."""
+    """Number of programs compiled, and seconds spent on it."""
 
     number: int = 0
     seconds: float = 0.0
 
 
 def count_into(count: Count) -> Callable[[], None]:
-    """Counts all that is compiled from here on, until what is returned is called."""
+    """Starts counting compilations; returns the function that stops it."""
 
     def listen(event: str, duration_s: float, **_) -> None:
         if event == _COMPILED:
@@ -39,7 +39,7 @@ def count_into(count: Count) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Count]:
-    """Counts what is compiled inside the block."""
+    """Counts compilations inside the block."""
     count = Count()
     end = count_into(count)
     try:

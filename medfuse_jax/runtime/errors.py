@@ -49,7 +49,7 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def of_file(path: str | Path, error: Exception) -> str:
-    """What code of the user's own raised, in one line: the last of its file's lines on the way, and what was said."""
+    """Describes in one line an error that the user's own file raised, with the last of its lines in the traceback."""
     places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):  # found before any line of the file ran
         places.append((error.filename or "", error.lineno))
@@ -59,10 +59,10 @@ def of_file(path: str | Path, error: Exception) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small, the host's or a device's: jax raises its own error, for other things too."""
+    """Whether the host or a device ran out of memory; jax has no error type for it alone."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether there was no room on a disk: orbax, numpy and others each say it in another type."""
+    """Whether a disk was full: orbax, numpy and others each raise another type."""
     return "No space left on device" in str(error)

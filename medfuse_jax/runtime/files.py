@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what a kill may interrupt is written beside its place and renamed."""
+"""Atomic writes (a temporary file is renamed), JSON, locks and hashes."""
 
 import contextlib
 import errno
@@ -13,25 +13,26 @@ from pathlib import Path
 
 from medfuse_jax.runtime.errors import TryLater, UserError
 
-# What np.load raised for .npz files that were cut off at any place, had bytes changed, or lacked an array.
+# Errors of np.load for .npz files that were truncated, had bytes changed, or lack an array.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-# How a filesystem says that it has no locks: a bucket mounted as a folder, NFS or Lustre without theirs.
+# Errors of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for compiled programs and the synthetic cohort, readable by the user alone."""
+    """Makes and returns the user's private cache folder, for compiled programs and the synthetic cohort."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medfuse_jax"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the cache folder {folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from None
+        message = f"the cache folder {folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME"
+        raise UserError(message, path=folder) from None
     return folder
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, renamed to `path` when the block ends without an error."""
+    """Yields a temporary path in the same folder; renames it to `path` when the block ends without an error."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
     try:
         yield unfinished
@@ -41,7 +42,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Removes what `written_whole(path)` left where it was killed; for the file's only writer."""
+    """Removes what a killed `written_whole(path)` left; only for the file's only writer."""
     for unfinished in path.parent.glob(f".{path.name}.*.partial{path.suffix}"):
         unfinished.unlink(missing_ok=True)
 
@@ -75,19 +76,19 @@ def read_json(path: Path, what_to_do: str, kind: type = dict):
 
 @contextlib.contextmanager
 def must_write(what: object, hint: str = "") -> Iterator[None]:
-    """Turns an OSError of the block into a UserError: `what` (a path, or --flag=path) cannot be written, and why."""
+    """Turns an OSError in the block into a UserError that `what` (a path, or --flag=path) cannot be written."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what} cannot be written ({error.strerror}){hint}") from None
+        raise UserError(f"{what} cannot be written ({error.strerror}){hint}", path=error.filename) from None
 
 
 @contextlib.contextmanager
 def locked(path: Path, what: str, busy: str) -> Iterator[None]:
-    """Keeps a second process out of the block; the lock goes with the process, however it ends.
+    """Keeps other processes out of the block; the system releases the lock when the process ends.
 
-    path: the file to lock, made with its folder. TryLater: `busy` where another process holds it; UserError as
-    `must_write(what)` where it cannot be made. A filesystem without locks is said, and nobody is kept out.
+    path: the lock file, made with its folder. Raises TryLater(busy) if another process holds it, and UserError as
+    `must_write(what)` if it cannot be made. On a filesystem without locks, only prints a warning.
     """
     with must_write(what):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def locked(path: Path, what: str, busy: str) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             print(
-                f"warning: the filesystem of {path.parent} has no locks ({error.strerror}): see to it that no second "
+                f"warning: the filesystem of {path.parent} has no locks ({error.strerror}): make sure that no other "
                 "process writes there",
                 file=sys.stderr,
                 flush=True,
