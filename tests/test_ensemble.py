@@ -133,8 +133,8 @@ def _change_labels(root):
     np.savez(root / "cxr" / "predictions_test.npz", **{**fields, "labels": 1 - fields["labels"]})
 
 
-def _change_result(root, **changes):
-    path = root / "cxr" / "result.json"
+def _change_result(root, run="cxr", **changes):
+    path = root / run / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -180,6 +180,14 @@ def test_a_wrong_command_is_refused(tmp_path, members, rule, field, value):
         ensemble.ensemble(members, tmp_path / "out", rule)
     assert (caught.value.field, caught.value.value) == (field, value)
     assert caught.value.nearest == ("average" if field == "--rule" else "")
+
+
+def test_an_ensemble_of_x_rays_is_refused(runs, tmp_path):
+    for run in ("ehr", "cxr"):
+        _change_result(tmp_path, run, task="radiology")
+    with pytest.raises(UserError) as caught:
+        ensemble.ensemble(runs[0], tmp_path / "out")
+    assert caught.value.path == tmp_path / "ehr"
 
 
 def _save(folder, run, epoch, seed):

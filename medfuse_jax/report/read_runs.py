@@ -168,15 +168,15 @@ def _read_json(path: Path, problems: list[str]) -> dict:
 
 
 def _is_result(result: dict) -> bool:
-    labels, subsets, comparisons = (result.get(key) for key in ("labels", "subsets", "comparisons"))
-    if not isinstance(labels, list) or not isinstance(subsets, dict) or not isinstance(comparisons, list):
+    """Whether the fields that the report reads have the types that it expects."""
+    types = {"labels": list, "subsets": dict, "comparisons": list, "num_left_out": int}
+    if not all(isinstance(result.get(key), kind) for key, kind in types.items()):
         return False
-    if not isinstance(result.get("num_left_out", 0), int):
+    subsets = list(result["subsets"].values())
+    if not all(isinstance(scores, dict) for scores in [*subsets, *result["comparisons"]]):
         return False
-    if not all(isinstance(scores, dict) for scores in [*subsets.values(), *comparisons]):
-        return False
-    columns = [scores.get(key) for scores in subsets.values() for key in _PER_LABEL]
-    return all(isinstance(column, list) and len(column) == len(labels) for column in columns)
+    columns = [scores.get(key) for scores in subsets for key in _PER_LABEL]
+    return all(isinstance(column, list) and len(column) == len(result["labels"]) for column in columns)
 
 
 def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[int, dict], dict[int, dict]]:
@@ -184,11 +184,10 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[int, dict], dic
     phases, damaged = {"train": {}, "val": {}}, []
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        lines = []
     except OSError as error:
-        problems.append(f"{path} cannot be read ({error.strerror})")
-        lines = []
+        if path.exists():
+            problems.append(f"{path} cannot be read ({error.strerror})")
+        return {}, {}
     for i, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
@@ -224,7 +223,7 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
 def _is_attention(arrays: dict, num_stays: int) -> bool:
     if {name: values.ndim for name, values in arrays.items()} != _ATTENTION_NDIM:
         return False
-    if any(len(values) != num_stays for name, values in arrays.items() if name != "modalities"):
+    if {len(arrays[name]) for name in ("time_weights", "length", "modality_weights")} != {num_stays}:
         return False
     is_padded = arrays["length"].max(initial=0) <= arrays["time_weights"].shape[1]
     return bool(is_padded and arrays["modalities"].shape == arrays["modality_weights"].shape[1:])

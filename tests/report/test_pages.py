@@ -154,6 +154,8 @@ def test_mortality_has_age_groups_with_intervals(mortality):
             # other resamples than the table's
             np.testing.assert_allclose([float(x) for x in auroc_ci.split("–")], expected, atol=0.03)
     assert "released code" not in tables.results("mortality", [run])  # it has a single label
+    run.predictions["age"][:] = 50
+    assert {row[0] for row in Page(tables.ages(run)).rows if len(row) > 1} == {"Age in years", "40 to 59"}
 
 
 def test_real_patients_are_not_called_synthetic(mortality):
@@ -228,7 +230,9 @@ def test_a_run_that_cannot_score_all_is_compared_on_the_same_stays_only(tmp_path
     result["subsets"] = dict.fromkeys(("all", "paired"), result["subsets"]["paired"])
     result["comparisons"] = [{**result["comparisons"][1], "subset": name} for name in ("all", "paired")]
     path.write_text(json.dumps(result | {"num_left_out": 60 - num_paired}))
-    page = Page(write_page(tmp_path / "runs", tmp_path / "out"))
+    runs = read_runs.find_runs([tmp_path / "runs"])
+    (run,) = [run for run in runs if run.method == "uni_cxr"]
+    page = Page(pages._task_section("pheno", runs, is_titled=False) + tables.labels(run, runs))
     group, stays = "", {}
     for row in page.rows:
         group = row[0] if len(row) == 1 else group
@@ -244,13 +248,10 @@ def test_a_run_that_cannot_score_all_is_compared_on_the_same_stays_only(tmp_path
     assert groups_before[-1] == "Test stays with an X-ray"
     assert f"Each label, on the {num_paired} of 60 test stays it can score" in page.text
     assert "ROC curves, mean over labels, of MedFuse, EHR only (LSTM)" in page.labels()
-    run = read_runs.read_run(path.parent)
     printed = terminal.table([run.result])
     assert not re.search(r"X-ray only \(ResNet\) +all", printed)
     assert re.search(r"X-ray only \(ResNet\) +with X-ray", printed)
-    run.predictions, run.name = None, "ResNet"
-    text = Page(pages.page([run])).text
-    assert f"on {num_paired} test stays; it cannot score the other {60 - num_paired}" in text
+    assert f"on {num_paired} test stays; it cannot score the other {60 - num_paired}" in pages._lead(run)
 
 
 def test_the_text_table_fits_and_holds_the_results(pheno, mortality):

@@ -42,6 +42,17 @@ def test_damaged_files_are_reported_and_ignored(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "change", [{"labels": "a"}, {"subsets": {"all": []}}, {"subsets": {"all": {}}}, {"num_left_out": None}]
+)
+def test_a_damaged_result_is_reported_and_ignored(tmp_path, change):
+    result = {"labels": [], "subsets": {}, "comparisons": [], "num_left_out": 0}
+    for content, is_whole in ((result, True), (result | change, False)):
+        (tmp_path / "result.json").write_text(json.dumps(content))
+        run = read_runs.read_run(tmp_path)
+        assert (run.result == content) == is_whole == (not run.problems)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"labels": np.ones((3, 1))},
