@@ -25,10 +25,9 @@ def evaluate(
 ) -> dict:
     """Evaluates a run's best checkpoint on one split; returns the result.
 
-    Writes, under the names that `what` gives them, the predictions (stay_id, subject_id, scores, labels, has_ehr,
-    has_cxr, age; had_ehr and had_cxr if a modality was dropped; attention weights if the model has any) and the
-    result, both with the checkpoint's step. devices: by default all of this process. data_dir: where the run's
-    shards were moved to.
+    Writes, under the names that `what` gives them, the predictions (stay_id, scores, labels, has_ehr, has_cxr, age;
+    had_ehr and had_cxr if a modality was dropped; attention weights if the model has any) and the result, both with
+    the checkpoint's step. devices: by default all of this process. data_dir: where the run's shards were moved to.
     """
     check_choice("--split", what.split, schema.SPLITS)
     run = sources.open_run(workdir, devices, data_dir)
