@@ -224,9 +224,8 @@ def _trial_named(trial: search.Trial) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        message = f"trial {trial.number} ({trial.describe()}): {error}"
-        fields = {name: getattr(error, name) for name in ("field", "path", "row", "value", "nearest")}
-        raise UserError(message, **fields) from None
+        error.args = (f"trial {trial.number} ({trial.describe()}): {error}",)
+        raise
 
 
 def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequence[int]) -> None:

@@ -23,17 +23,16 @@ class Capacity:
     """How many trials of a group one device takes. path: the file that stores it.
 
     lanes: trials per call; None until measured. is_given: whether --lanes gave it. at_once: trials in memory; None
-    for no limit. step_s: measured seconds per step, by lanes.
+    for no limit.
     """
 
     path: Path
     lanes: int | None = None
     at_once: int | None = None
-    step_s: dict[str, float] = dataclasses.field(default_factory=dict)
     is_given: bool = False
 
     def write(self) -> None:
-        results.write_json(self.path, {"lanes": self.lanes, "at_once": self.at_once, "step_s": self.step_s})
+        results.write_json(self.path, {"lanes": self.lanes, "at_once": self.at_once})
 
     def next_wave(self, trials: list, num_devices: int) -> list:
         """Return the first trials, as many as fit in memory."""
@@ -64,11 +63,11 @@ def read(workdir: Path, group_key: str, given: int | None = None) -> Capacity:
         return Capacity(path, given, is_given=bool(given))
     hint = "delete it to measure the lanes again"
     stored = files.read_json(path, hint)
-    lanes, at_once, step_s = stored.get("lanes", ""), stored.get("at_once"), stored.get("step_s", {})
+    lanes, at_once = stored.get("lanes", ""), stored.get("at_once")
     for number in (lanes, at_once):
         if number is not None and (type(number) is not int or number < 1):
             raise UserError(f"{path} is damaged ({number!r} is not a number of trials): {hint}", path=path)
-    return Capacity(path, given or lanes, at_once, step_s, bool(given))
+    return Capacity(path, given or lanes, at_once, bool(given))
 
 
 def choose(capacity: Capacity, max_lanes: int, measure: Callable[[], dict[int, float]]) -> int:
@@ -80,7 +79,6 @@ def choose(capacity: Capacity, max_lanes: int, measure: Callable[[], dict[int, f
         shown = ", ".join(f"{lanes}: {step_s:.3f}" for lanes, step_s in times_s.items())
         print(f"seconds per step of all trials, by lanes: {shown}", flush=True)
         capacity.lanes = min(times_s, key=times_s.get, default=1)
-        capacity.step_s = {str(lanes): step_s for lanes, step_s in times_s.items()}
         capacity.write()
     # A resumed sweep keeps the measured lanes, even if fewer trials are left: it must give the same numbers.
     return min(capacity.lanes, max_lanes) if capacity.at_once or capacity.is_given else capacity.lanes
