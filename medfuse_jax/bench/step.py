@@ -56,9 +56,9 @@ class Trainer:
         self._batches = list(parallel.prefetch(sample.batches, self.on))
         valid_steps = sum(int(batch["length"].sum()) for batch in sample.batches) if sample.data.use_ehr else 0
         self._lstm_flops = flops.lstm_flops(valid_steps, options.model.ehr_hidden)
-        self._compiled = {}
+        self._lengths, self._compiled = sample.plan.padded_length_S.tolist(), {}
         with compilation.counted() as self._compilations:
-            for num_steps, batch in zip(sample.plan.padded_length_S.tolist(), self._batches):
+            for num_steps, batch in zip(self._lengths, self._batches):
                 if num_steps not in self._compiled:
                     say(f"ours: compiling for {num_steps} time steps")
                     self._compiled[num_steps] = self._step.lower(self.state, batch, self.key).compile()
@@ -76,17 +76,13 @@ class Trainer:
     def work(self, seconds: float) -> dict:
         """FLOPs, FLOP rate and memory of one pass that took `seconds`, and the number of compilations.
 
-        FLOPs a device: XLA's count of the step as for a GPU, plus the LSTM's products over the valid time steps (XLA
-        counts a loop's body once, however often it runs).
+        FLOPs a device: XLA's count of the step with the longest padding, as for a GPU, plus the LSTM's products over
+        the valid time steps (XLA counts a loop's body once, however often it runs).
         """
-        step_flops = {}
-        for batch in self._batches:  # one count for each shape
-            shapes = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
-            key = str(shapes)
-            if key not in step_flops:
-                step_flops[key] = [flops.step_flops(self.options, self.state, shapes), 0]
-            step_flops[key][1] += 1
-        total = sum(count * times for count, times in step_flops.values()) + self._lstm_flops / self._case.num_devices
+        longest = self._batches[int(np.argmax(self._lengths))]
+        shapes = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in longest.items()}
+        total = len(self._batches) * flops.step_flops(self.options, self.state, shapes)
+        total += self._lstm_flops / self._case.num_devices
         best = machine.matrix_flops_per_s(self._case.precision)
         memory = [compiled.memory_analysis() for compiled in self._compiled.values()]
         planned = [
