@@ -214,9 +214,7 @@ def _best_step(workdir: Path) -> int | None:
     config = config_lib.load(workdir / "config.json")
     # A sweep may keep only the best checkpoint of a trial that it stopped.
     if not progress.is_finished(config) and not (workdir / "trial.json").exists():
-        message = (
-            f"{workdir} is unfinished (epoch {progress.epoch} of {config.num_epochs}): resume it with medfuse_jax.main"
-        )
+        message = f"{workdir} is unfinished (epoch {progress.epoch} of {config.num_epochs}): resume the run first"
         raise _error(message, workdir, progress.epoch)
     return step
 
@@ -242,22 +240,18 @@ def _join(members: list[Member]) -> dict:
     stay_id, labels, has_ehr, has_cxr, age as in a predictions file, and scores_MNK, NaN where a member does not score
     a stay.
     """
-    stay_id_N = np.unique(np.concatenate([member.predictions["stay_id"] for member in members]))
-    num_labels = members[0].predictions["labels"].shape[1]
-    joined = {"stay_id": stay_id_N, "scores_MNK": np.full((len(members), len(stay_id_N), num_labels), np.nan)}
-    filled_N = np.zeros(len(stay_id_N), bool)
+    stacked = {name: np.concatenate([member.predictions[name] for member in members]) for name in _FIELDS}
+    stay_id_N, first_N = np.unique(stacked["stay_id"], return_index=True)
+    joined = {name: values[first_N] for name, values in stacked.items()}
+    joined["scores_MNK"] = np.full((len(members), *joined["labels"].shape), np.nan)
     for m, member in enumerate(members):
-        part = member.predictions
-        rows = np.searchsorted(stay_id_N, part["stay_id"])
-        joined["scores_MNK"][m, rows] = part["scores"]
-        for name in _FIELDS[1:]:
-            values = joined.setdefault(name, np.zeros((len(stay_id_N), *part[name].shape[1:]), part[name].dtype))
-            if name == "labels" and (differs_N := filled_N[rows] & (values[rows] != part[name]).any(-1)).any():
-                stay_id = int(part["stay_id"][differs_N][0])
-                message = f"{member.name} and {members[0].name} have different labels for stay {stay_id}"
-                raise _error(message, member.workdir, stay_id)
-            values[rows] = part[name]
-        filled_N[rows] = True
+        rows = np.searchsorted(stay_id_N, member.predictions["stay_id"])
+        differs_N = (joined["labels"][rows] != member.predictions["labels"]).any(-1)
+        if differs_N.any():
+            stay_id = int(member.predictions["stay_id"][differs_N][0])
+            message = f"{member.name} has other labels for stay {stay_id} than {members[0].name}"
+            raise _error(message, member.workdir, stay_id)
+        joined["scores_MNK"][m, rows] = member.predictions["scores"]
     return joined
 
 
@@ -286,9 +280,7 @@ def _weighted_mean(score_MNK: np.ndarray, weight_M: np.ndarray) -> np.ndarray:
 def _by_cxr(joined: dict) -> np.ndarray:
     score_NK = np.where(joined["has_cxr"][:, None], *joined["scores_MNK"])
     if num_missing := int(np.isnan(score_NK).any(1).sum()):
-        message = (
-            f"the run for their kind does not score {num_missing} stays: give the run for stays with an X-ray first"
-        )
+        message = f"{num_missing} stays are not scored by their run: give the run for stays with an X-ray first"
         raise _error(message, value=num_missing)
     return score_NK
 
