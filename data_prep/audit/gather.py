@@ -98,7 +98,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         "rules": rules,
         "other_words": {
             field: shown(sum(int((fields[field] == OTHER).sum()) for fields in index.values()))
-            for field in records.STATIC_TEXTS
+            for field in schema.STATIC_TEXTS
         },
         "splits": _splits(name, index),
     }
@@ -116,7 +116,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["events_stored_too_late"] = shown(counts["events_stored_too_late"])
         audit["events_stored_at_no_known_time"] = shown(sum(counts["event_rows"].get(events.UNDATED, {}).values()))
     if rules["same_time"]["value"] == "mean":
-        audit["events_given_twice"] = shown(counts["events_given_twice"])
+        audit["duplicate_events"] = shown(counts["duplicate_events"])
     if "diagnosis_codes" in counts:
         audit["diagnosis_codes"] = _codes(counts["diagnosis_codes"])
     return audit

@@ -276,8 +276,8 @@ def _variables(content: dict) -> str:
         charts["From the X-ray to the cut-off"] = plots.histogram(image_hours, "X-rays", "hours")
     figures = "".join(html.figure(svg, caption) for caption, svg in charts.items())
     note = "Percentiles are of the steps with an observation, if at least 10 lie on either side."
-    if "events_given_twice" in content:
-        note += f" Duplicate events, counted once: {number(content['events_given_twice'])}."
+    if "duplicate_events" in content:
+        note += f" Duplicate events, counted once: {number(content['duplicate_events'])}."
     if "events_stored_too_late" in content:
         note += f" Events dropped because they were stored too late: {number(content['events_stored_too_late'])};"
         note += f" kept without a storetime: {number(content['events_stored_at_no_known_time'])}."

@@ -124,12 +124,12 @@ def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
     died, outtime, admitted = (stays[name].to_numpy() for name in ("died", "outtime", "admittime"))
     in_unit = rng.random(num) < 0.75
     death = _whole_minutes(outtime + _hours(np.where(in_unit, rng.uniform(-0.5, 0, num), rng.uniform(4, 96, num))))
-    home = _whole_minutes(outtime + _hours(rng.exponential(96, num)))
+    discharge = _whole_minutes(outtime + _hours(rng.exponential(96, num)))
     dated = (rng.random(num) >= UNDATED_DEATH_SHARE) | (death.astype("datetime64[D]") <= admitted)
     emergency = rng.random(num) < 0.6
     last_visit = (pl.Series(stays["subject_id"]) != stays["subject_id"].shift(-1).fill_null(-1)).to_numpy()
     dies_later = ~died & last_visit & (rng.random(num) < 0.15)
-    dod = np.where(died, death, home + _hours(rng.uniform(3, 300, num) * 24)).astype("datetime64[D]")
+    dod = np.where(died, death, discharge + _hours(rng.uniform(3, 300, num) * 24)).astype("datetime64[D]")
     never = np.datetime64("NaT", "ms")
     letters = rng.integers(0, 36, (num, 5))
     alphabet = np.array(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
@@ -138,7 +138,7 @@ def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
             "subject_id": stays["subject_id"],
             "hadm_id": stays["hadm_id"],
             "admittime": admitted,
-            "dischtime": np.where(died, death, home),
+            "dischtime": np.where(died, death, discharge),
             "deathtime": np.where(died & dated, death, never),
             "admission_type": np.where(emergency, "EW EMER.", rng.choice(["URGENT", "OBSERVATION ADMIT"], num)),
             "admit_provider_id": ["P" + "".join(row) for row in alphabet[letters]],
@@ -205,9 +205,8 @@ def tables(rng: np.random.Generator, stays: pl.DataFrame, planted: dict[str, np.
     admitted = admissions(rng, stays)
     codes = [(code, version, title) for (_, version), known in names.CODES.items() for code, title in known]
     codes = pl.DataFrame(codes, schema=["icd_code", "icd_version", "long_title"], orient="row")
-    text = pl.String
-    items = pl.DataFrame(names.ITEMS, schema={name: text for name in names.ITEM_COLUMNS}, orient="row")
-    lab_items = pl.DataFrame(names.LAB_ITEMS, schema={name: text for name in names.LAB_ITEM_COLUMNS}, orient="row")
+    items = pl.DataFrame(names.ITEMS, schema=dict.fromkeys(names.ITEM_COLUMNS, pl.String), orient="row")
+    lab_items = pl.DataFrame(names.LAB_ITEMS, schema=dict.fromkeys(names.LAB_ITEM_COLUMNS, pl.String), orient="row")
     return {
         "hosp/patients": patients(rng, stays, admitted),
         "hosp/admissions": admitted.drop("dod"),

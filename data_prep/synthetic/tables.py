@@ -187,17 +187,8 @@ or unspecified chronic kidney disease
 0 10 G4733 Obstructive sleep apnea (adult) (pediatric)
 """
 
-ITEM_COLUMNS = (
-    "itemid",
-    "label",
-    "abbreviation",
-    "linksto",
-    "category",
-    "unitname",
-    "param_type",
-    "lownormalvalue",
-    "highnormalvalue",
-)
+_ITEM_COLUMNS = "itemid label abbreviation linksto category unitname param_type lownormalvalue highnormalvalue"
+ITEM_COLUMNS = tuple(_ITEM_COLUMNS.split())
 LAB_ITEM_COLUMNS = ("itemid", "label", "fluid", "category")
 ITEMS = [tuple(line.split("|")) for line in _ITEMS.splitlines()]
 LAB_ITEMS = [tuple(line.split("|")) for line in _LAB_ITEMS.splitlines()]

@@ -89,9 +89,8 @@ def _image_flags(stays: pl.DataFrame, planned: pl.DataFrame) -> tuple[np.ndarray
     return whole, early
 
 
-def _report(stays: pl.DataFrame, planted: dict, planned: pl.DataFrame) -> dict:
+def _report(stays: pl.DataFrame, planted: dict, whole: np.ndarray, early: np.ndarray) -> dict:
     """Return the best expected AUROC of each task, on the stays that pass its cohort filters."""
-    whole, early = _image_flags(stays, planned)
     kept = (stays["kind"] == "kept").to_numpy()
     long_enough = (stays["los_h"] >= MORTALITY_WINDOW_H).to_numpy()
     report = {}
@@ -102,8 +101,7 @@ def _report(stays: pl.DataFrame, planted: dict, planned: pl.DataFrame) -> dict:
     return report
 
 
-def _truth(stays: pl.DataFrame, planted: dict, planned: pl.DataFrame) -> pl.DataFrame:
-    whole, early = _image_flags(stays, planned)
+def _truth(stays: pl.DataFrame, planted: dict, whole: np.ndarray, early: np.ndarray) -> pl.DataFrame:
     columns = {"kind": stays["kind"], "stay_id": stays["stay_id"], "subject_id": stays["subject_id"]}
     columns |= {"cxr_in_stay": whole, "cxr_in_48h": early}
     columns |= {f"p_{p.ccs}": planted["pheno"]["both"][:, k] for k, p in enumerate(schema.PHENOTYPES)}
@@ -125,10 +123,11 @@ def _write_all(folder: Path, settings: dict, workers: int) -> dict:
     for name, frame in cxr.tables(rng, planned).items():
         _write_table(frame, folder / "mimic-cxr" / f"{name}.csv.gz")
     cxr.write_images(folder / "mimic-cxr", planned, seed, workers)
-    _write_table(_truth(stays, planted, planned), folder / "truth.csv.gz")
+    image_flags = _image_flags(stays, planned)
+    _write_table(_truth(stays, planted, *image_flags), folder / "truth.csv.gz")
     latents = [f"image_{name}" for name in signal.IMAGE_LATENTS]
     _write_table(planned.select("dicom_id", "subject_id", *latents), folder / "truth_images.csv.gz")
-    report = {**settings, "num_images": len(planned), **_report(stays, planted, planned)}
+    report = {**settings, "num_images": len(planned), **_report(stays, planted, *image_flags)}
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     return report
 
