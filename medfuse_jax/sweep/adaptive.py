@@ -47,7 +47,7 @@ def rounds(
             known = [(trial, results.record(workdir, trial)) for trial in trials]
             proposed = _propose(parameters, known, random_trials, count, [seed, number], check)
             results.write_json(path, [trial.values for trial in proposed])
-        processes.wait_for(lambda path=path: [path.exists()], f"the first process to draw round {number}")
+        processes.wait_for(path.exists, f"the first process to draw round {number}")
         drawn = [Trial(start + i, values) for i, values in enumerate(_read(path, parameters, count))]
         for trial in drawn:
             check(trial)

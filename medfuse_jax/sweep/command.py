@@ -115,7 +115,7 @@ def _pretrain(workdir: Path, claim: Callable[[], None], stages: dict, is_first: 
             results.write_json(path, {})
     else:
         with costs.timed("pretrain_s"):
-            processes.wait_for(lambda: [path.exists() for path in ready], "the first process to pre-train the encoders")
+            processes.wait_for(lambda: all(map(Path.exists, ready)), "the first process to pre-train the encoders")
         claim()
 
 
@@ -134,8 +134,8 @@ def _train(
     return trials
 
 
-def _are_recorded(workdir: Path, trials: list[search.Trial]) -> list[bool]:
-    return [results.record(workdir, trial) is not None for trial in trials]
+def _are_recorded(workdir: Path, trials: list[search.Trial]) -> bool:
+    return all(results.record(workdir, trial) for trial in trials)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 
@@ -95,9 +95,9 @@ def run(work: Callable[[], None]) -> None:
         os._exit(command_line.status(error))
 
 
-def wait_for(is_ready: Callable[[], Iterable[bool]], what: str) -> None:
-    """Wait until everything that other processes write is ready; jax ends this process if another one dies."""
-    if not all(is_ready()):
+def wait_for(is_ready: Callable[[], bool], what: str) -> None:
+    """Wait for files of other processes; jax ends this process if another one dies."""
+    if not is_ready():
         print(f"waiting for {what}", flush=True)
-        while not all(is_ready()):
+        while not is_ready():
             time.sleep(_POLL_S)

@@ -21,7 +21,7 @@ from medfuse_jax import step as step_lib
 OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # of a device, of the host
 _AXIS = "device"
 # All trials of a stack are at the same step.
-_TRIAL_AXES = step_lib.TrainState(step=None, params=0, batch_stats=0, opt_state=0, learning_rate=0)
+_TRIAL_AXES = step_lib.TrainState(step=None, params=0, batch_stats=0, opt_state=0, learning_rate=0)  # type: ignore
 
 
 @dataclasses.dataclass
