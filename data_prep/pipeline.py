@@ -156,12 +156,12 @@ def _stay_task(
     flow = [*people.flow]
     if task.window_h:
         flow.append({"filter": f"{task.window_h:g} h or longer", "stays": arrays.num_long_enough})
-    flow.append({"filter": "with an event in the time seen", "stays": len(arrays.row)})
+    flow.append({"filter": "with an event in the task's window", "stays": len(arrays.row)})
     counts = {
         "cohort": flow,
         "unreadable_times": people.unreadable_times,
         "events_stored_too_late": arrays.num_stored_late,
-        "events_given_twice": arrays.num_duplicates,
+        "duplicate_events": arrays.num_duplicates,
         "event_rows": events.read_counts(events_dir),
     }
     predicted = None

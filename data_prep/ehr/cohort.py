@@ -56,10 +56,10 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     lasts_h = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
     agrees = (pl.col("los_h") - lasts_h).abs() <= LOS_SLACK_H
     stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
-    stays = count("of a year at most", stays.filter(pl.col("los_h") <= MAX_LOS_H))
+    stays = count("of at most a year", stays.filter(pl.col("los_h") <= MAX_LOS_H))
     stays = stays.join(_read_admissions(raw), on="hadm_id").join(read_patients(raw), on="subject_id")
     stays = count("with a patient and an admission", stays)
-    stays = count("the admission is the same patient's", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
+    stays = count("with the patient's own admission", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
     stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
     if stays.is_empty():
         emptied_by = next(step["filter"] for step in flow if not step["stays"])

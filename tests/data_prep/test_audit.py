@@ -101,7 +101,7 @@ def test_variables_lengths_and_raw_rows(audit, built):
     assert pheno["event_rows"]["Heart Rate"]["of the kept, clipped"] == 20
     assert pheno["event_rows"]["pH"]["of the kept, clipped"] == "<10"  # 0
     assert pheno["event_rows"]["Heart Rate"]["kept"] == len(values)
-    assert pheno["events_given_twice"] == "<10"
+    assert pheno["duplicate_events"] == "<10"
     missing = next(row for row in pheno["variables"] if row["variable"] == "pH")
     assert missing["stays_observed"] == "<10" and set(missing["percentiles"].values()) == {None}
     assert pheno["length_h"]["24-36"] == "<10" and pheno["length_h"]["48-72"] == 24

@@ -85,7 +85,7 @@ BAD_STAYS = [
     ({"los": "inf"}, "with times and a length of stay"),
     ({"hadm_id": "x"}, "with ids"),
     ({"outtime": "2149-12-31 12:00:00"}, "with times and a length of stay"),
-    ({"outtime": "2550-01-01 00:00:00", "los": "146097"}, "of a year at most"),
+    ({"outtime": "2550-01-01 00:00:00", "los": "146097"}, "of at most a year"),
     ({"los": "300"}, "with a length of stay that is outtime - intime"),
     ({"anchor_age": "old"}, "18 years or older"),
 ]
@@ -108,14 +108,14 @@ def test_stays_without_events_or_admission_are_dropped(tmp_path, expected):
     build.build(iv, None, tmp_path / "out", tasks=["pheno"])
     _assert_equal(by_stay(tmp_path / "out", "pheno"), expected)
     flow = {step["filter"]: step["stays"] for step in records.manifest(tmp_path / "out", "pheno")["counts"]["cohort"]}
-    assert flow["with a patient and an admission"] == 3 and flow["with an event in the time seen"] == 2
+    assert flow["with a patient and an admission"] == 3 and flow["with an event in the task's window"] == 2
 
 
 def test_duplicate_rows_change_nothing(tmp_path, expected):
     images = [image(0, 3)]
     actual, counts = _build(tmp_path, [stay(0), stay(1), stay(1)], _charts() + _charts(), images + images)
     _assert_equal(actual, expected)
-    assert actual[0]["dicom_id"] == "image-0000-00" and counts["events_given_twice"] == len(_charts())
+    assert actual[0]["dicom_id"] == "image-0000-00" and counts["duplicate_events"] == len(_charts())
     assert (counts["images"]["rows of metadata"], counts["images"]["X-rays with ids"]) == (2, 1)
     icustays = tmp_path / "iv/icu/icustays.csv.gz"
     text = gzip.decompress(icustays.read_bytes()).decode()
