@@ -55,12 +55,7 @@ def test_the_same_command_does_nothing_and_other_options_rebuild(
 
 def test_a_build_killed_in_any_phase_resumes_and_gives_the_same_bytes(raw_tree, id_lists, built, tmp_path):
     killed = 0
-    for wait_for in (
-        ".cache/events.partial",
-        ".cache/images/*.npy",
-        ".cache/shards-mortality.partial/*.partial",
-        "pheno",
-    ):
+    for wait_for in (".cache/images/*.npy", ".cache/shards-mortality.partial/*.partial", "pheno"):
         process = subprocess.Popen(command(raw_tree, tmp_path, id_lists), cwd=ROOT, stderr=subprocess.PIPE)
         while process.poll() is None and not list(tmp_path.glob(wait_for)):
             time.sleep(0.001)
@@ -72,7 +67,7 @@ def test_a_build_killed_in_any_phase_resumes_and_gives_the_same_bytes(raw_tree, 
                 assert {k: v for k, v in file_contents(tmp_path).items() if k.startswith(task)} == {
                     k: v for k, v in file_contents(built).items() if k.startswith(task)
                 }
-    assert killed >= 3
+    assert killed >= 2
     done = subprocess.run(command(raw_tree, tmp_path, id_lists), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and "tensorflow" not in done.stderr.lower()
