@@ -53,17 +53,17 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "search",
         [],
-        "NAME:KIND(VALUE,...) with KIND loguniform, uniform, int or choice; repeat it for several parameters.",
+        "NAME:KIND(VALUE,...), with KIND loguniform, uniform, int or choice; by default the paper's learning rates",
     )
-    flags.DEFINE_string("algorithm", "random", "'random', or 'optuna': each round of trials learns from those before.")
+    flags.DEFINE_string("algorithm", "random", "'random', or 'optuna': rounds of trials that learn from those before.")
     flags.DEFINE_integer(
-        "round", None, "Trials per round of --algorithm=optuna; default 5, or the number of devices.", lower_bound=1
+        "round", None, "Trials per round of --algorithm=optuna; default 5, more with more devices.", lower_bound=1
     )
     flags.DEFINE_integer(
         "seed", 0, "Seed of the search. The trials train with config.seed, unless it is searched.", lower_bound=0
     )
     flags.DEFINE_integer("lanes", None, "Trials per device in one call; measured by default.", lower_bound=1)
-    flags.DEFINE_list("export", [], "Trials to write checkpoints of, by number: to evaluate or combine them.")
+    flags.DEFINE_list("export", [], "Numbers of trials whose checkpoints to write, to evaluate or combine them.")
     flags.DEFINE_bool("distributed", False, "Run as several processes, detected by jax: Cloud TPU, Slurm, Open MPI.")
     flags.DEFINE_string("coordinator", None, "Run as several processes, started by hand: HOST:PORT of the first.")
     flags.DEFINE_integer("num_processes", None, "With --coordinator: the number of processes.")

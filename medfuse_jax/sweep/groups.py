@@ -164,7 +164,7 @@ def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
     return Program(run, devices, capacity, *_compiled(options, tuple(devices)), len(run.train_plan(epoch=1)))
 
 
-@functools.lru_cache(maxsize=4)  # keeps the programs of the last groups, not of all
+@functools.lru_cache(maxsize=8)  # keeps the programs of the last groups, not of all
 def _compiled(options: step_lib.StepOptions, devices: tuple[jax.Device, ...]) -> tuple[Callable, Callable]:
     return stacked_step.compile_train(options, list(devices)), stacked_step.compile_eval(options, list(devices))
 
