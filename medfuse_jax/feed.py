@@ -1,15 +1,16 @@
 """How batches reach the training step, by config.placement: streamed from the shards, or gathered on the device.
 
-A feed is a function (state, plan, start, stops, key) that trains on the plan's batches from number `start` on. It
-yields (state, losses of the steps since it last did, on the device): after every step, or, where a whole epoch is
-one call, at each of `stops`, the ascending numbers of steps done at which the caller wants the state.
-Both placements give the same numbers.
+A feed is a function (state, plan, start, stops, key) that trains on the plan's batches from number `start` on and
+yields (state, losses of the steps since the last yield, on the device). It yields after every step or, if an epoch is
+one call, at each of `stops`: the ascending step numbers at which the caller wants the state.
+Both placements give the same numbers, up to rounding.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from medfuse_jax import parallel
@@ -32,10 +33,10 @@ def open_feed(
     placement: str,
     one_call: bool | None = None,
 ) -> Feed:
-    """The feed of the train split's included records. mode: config.parallel; placement: config.placement.
+    """Return the feed of the included training records. mode: config.parallel; placement: config.placement.
 
-    one_call: an epoch, or what `stops` leave of it, in one call; by default on accelerators. On a CPU every step is
-    a call: the gradients of convolutions inside a loop are 20 to 68 times slower there.
+    one_call: whether the steps up to the next stop are one call; default: on accelerators. On a CPU each step is a
+    call, because XLA's CPU runs the gradients of convolutions inside a loop far more slowly (docs/performance.md).
     """
     if placement == "stream":
         return functools.partial(_stream, dataset, on, parallel.compile_train(options, mode, on))
@@ -43,19 +44,49 @@ def open_feed(
     if one_call is None:
         one_call = on[0].platform != "cpu"
     held = parallel.replicate(device_store.load(dataset, "train", include_N), on)
-    train_fn = parallel.compile_resident(options, mode, on, in_loop=one_call)
+    train_fn = compile_on_device(options, mode, on, in_loop=one_call)
     return functools.partial(_calls if one_call else _steps, on, train_fn, held)
 
 
 def check_placement(dataset: Dataset, include_N: np.ndarray, on: list[jax.Device], placement: str) -> None:
-    """Raises UserError where the records cannot lie on the devices as config.placement wants; reads none."""
+    """Raise UserError if the records cannot be placed as config.placement says; reads none."""
     if placement == "stream":
         return
     if dataset.cxr_dataset:
         raise UserError(
-            "config.placement is 'device', and the method trains on two datasets in turn: take config.placement=stream"
+            "config.placement is 'device', and this method alternates between two datasets: use 'stream'",
+            field="config.placement",
         )
     device_store.check_fits(dataset, "train", include_N, on)
+
+
+def compile_on_device(options: step_lib.StepOptions, mode: str, on: list[jax.Device], in_loop: bool) -> Callable:
+    """Compile (state, held, rows, key, start, stop, padded_length) -> (state, losses [S]), gathering on the device.
+
+    held, rows: of `device_store`, rows with the leading axes [D, S]. Trains on the batches start to stop - 1 of the S
+    in one loop, whose bounds are traced, so that one program serves any part of an epoch; or, unless in_loop, on the
+    only batch. padded_length: a constant. The old state's memory is reused.
+    """
+    is_pmap, merge = mode == "pmap", parallel.merge
+    axis = parallel.axis_of(on) if is_pmap else None
+
+    def run(state, held, rows, key, start, stop, padded_length):
+        def step(s, carry):
+            state, loss_S = carry
+            # pmap has mapped the leading device axis away; jit has it still.
+            row = {n: x[s] for n, x in rows.items()} if is_pmap else merge({n: x[:, s] for n, x in rows.items()})
+            batch = device_store.gather(held, row, padded_length)
+            state, metrics = step_lib.train_step(options, state, batch, key, axis)
+            return state, loss_S.at[s].set(metrics["loss"])
+
+        carry = (state, jnp.zeros(rows["record"].shape[-2], jnp.float32))
+        return jax.lax.fori_loop(start, stop, step, carry) if in_loop else step(0, carry)
+
+    if is_pmap:
+        in_axes = (None, None, 0, None, None, None)
+        static = {"static_broadcasted_argnums": 6, "donate_argnums": 0}
+        return jax.pmap(run, parallel.AXIS, in_axes=in_axes, out_axes=None, devices=on, **static)
+    return jax.jit(run, static_argnums=6, donate_argnums=0)
 
 
 def _stream(dataset, on, train_fn, state, plan, start, stops, key):
@@ -77,7 +108,7 @@ def _steps(on, train_fn, held, state, plan, start, stops, key):
 def _calls(on, train_fn, held, state, plan, start, stops, key):
     rows = parallel.divide(device_store.deal(plan, range(len(plan)), len(on)), on)
     for stop in stops:
-        # One length for all steps: a longer bucket costs memory, hardly time (models/chunked_lstm.py).
+        # One padded length for all steps: a longer one costs memory, hardly time (models/recurrence/chunks.py).
         with jax.profiler.StepTraceAnnotation("train", step_num=start + 1):
             state, loss_S = train_fn(state, held, rows, key, start, stop, int(plan.padded_length_S.max()))
         yield state, loss_S[start:stop]

@@ -1,19 +1,18 @@
-"""The record format: what a shard holds, how it is described, how it is read.
+"""The record format: what a shard holds, how it is described and read.
 
-On disk, one folder a task, written by `data_prep` and renamed into place when whole:
+On disk, one folder a task, written by `data_prep` and renamed into place when complete:
 
     <data_dir>/<task>/dataset_info.json, features.json   (TFDS)
     <data_dir>/<task>/<task>-<split>.array_record-*      one record a stay, or an X-ray
     <data_dir>/<task>/index_<split>.npz                  length, pairing, ids, static facts and labels, in record order
     <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
 
-The index is what batch plans are made from, so no record is read to plan an epoch.
+Batch plans are made from the index alone, without reading a record.
 
-A task whose labels are per step (tasks.Task.per_step) has one record a stay too, not one a prediction: its
-`label` is [H, K], a row for each of H prediction times, `label_time_h` [H] (hours since the stay began). At
-label_time_h[i] a model may read the first floor(label_time_h[i] / timestep_h) steps of `ehr`, which hold nothing
-later, and of the stay's P X-rays those with cxr_time_h <= label_time_h[i]. The index's `label` is 1 where it
-is at any prediction time.
+A task with labels per step (schema.Task.per_step) also has one record a stay: its `label` is [H, K], one row for each
+of H prediction times, `label_time_h` [H] (hours since the stay began). At label_time_h[i] a model may read the first
+floor(label_time_h[i] / timestep_h) time steps of `ehr`, which hold nothing later, and those of the stay's P X-rays with
+cxr_time_h <= label_time_h[i]. The index's `label` is 1 if the label is 1 at any prediction time.
 """
 
 import hashlib
@@ -29,18 +28,18 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 
 FORMAT_VERSION = "1.3.0"
 MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
-STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # '' where unknown
-MISSING = "is missing"  # what is wrong with a file that is not there
-INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *STATIC_TEXTS, "label")
+MISSING = "is missing"
+_REBUILD = "run data_prep.build again"
+INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STATIC_TEXTS, "label")
 
 
 def features(num_labels: int, per_step: bool = False):
-    """The TFDS features of one record with `num_labels` labels, of the whole stay or per step.
+    """The TFDS features of one record with `num_labels` labels, for the whole stay or per step.
 
     A missing X-ray is an image of shape [0, 256, 256]; an X-ray without a stay has ehr [0, 76].
-    `Encoding.BYTES` because it is ten times faster to read than TFDS' default.
+    `Encoding.BYTES` reads ten times faster than TFDS' default.
     """
-    import tensorflow_datasets as tfds  # 2 s to import: only builders and readers pay
+    import tensorflow_datasets as tfds  # late: it takes 2 s to import
 
     def tensor(shape, dtype):
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
@@ -50,7 +49,7 @@ def features(num_labels: int, per_step: bool = False):
         "label": tensor((None, num_labels), np.int8),
         "label_time_h": tensor((None,), np.float32),
         "cxr_time_h": tensor((None,), np.float32),
-        "los_h": np.float32,  # what length_of_stay is to predict, less label_time_h: no input
+        "los_h": np.float32,  # length_of_stay predicts los_h - label_time_h; never an input
     }
     return tfds.features.FeaturesDict(
         {
@@ -62,66 +61,63 @@ def features(num_labels: int, per_step: bool = False):
             "dicom_id": tfds.features.Text(),
             "image": tensor((None, size, size), np.uint8),
             "age": np.float32,  # years
-            **{field: tfds.features.Text() for field in STATIC_TEXTS},
+            **{field: tfds.features.Text() for field in schema.STATIC_TEXTS},
         }
         | (timed if per_step else {})
     )
 
 
 def task_dir(data_dir: str | Path, task: str) -> Path:
-    """The folder of one task's dataset; UserError where there is none."""
+    """The folder of one task's dataset; UserError if there is none."""
     check_choice("task", task, schema.TASKS)
     folder = Path(data_dir) / task
     if folder.is_dir():
         return folder
     if not Path(data_dir).is_dir():
-        raise UserError(f"no data folder {data_dir}: build one with `python -m data_prep.build --out={data_dir} ...`")
+        how = f"build it with `python -m data_prep.build --out={data_dir} ...`"
+        raise UserError(f"no data folder {data_dir}: {how}", field="config.data.dir", path=data_dir)
     present = sorted(p.name for p in Path(data_dir).iterdir() if p.is_dir() and p.name in schema.TASKS)
     how = f"build it with `python -m data_prep.build --tasks={task} ...`"
     if schema.TASKS[task].cxr_only:
-        how += " and --mimic_cxr=DIR; without X-rays only --config.method=uni_ehr can be trained"
+        how += " and --mimic_cxr=DIR; without X-rays, only --config.method=uni_ehr can be trained"
     raise UserError(
-        f"{data_dir} holds no dataset for the task {task!r} (it holds: {', '.join(present) or 'none'}); {how}"
+        f"{data_dir} holds no dataset for the task {task!r} (it holds: {', '.join(present) or 'none'}); {how}",
+        field="config.task",
+        path=data_dir,
+        value=task,
     )
 
 
 def manifest(data_dir: str | Path, task: str) -> dict:
-    """What is known of a dataset: 'channels', 'labels', 'train_mean', 'train_std' and more.
+    """The description of a dataset: 'channels', 'labels', 'train_mean', 'train_std' and more.
 
     'train_mean' and 'train_std' are lists of 76, over every time step of the train split;
     0 and 1 for the channels that are not continuous.
     """
     path = task_dir(data_dir, task) / "manifest.json"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the folder is not a finished build; run data_prep.build again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run data_prep.build again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no fields; run data_prep.build again")
+    content = files.read_json(path, _REBUILD)
+    problem = ""
     if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {content.get('format_version')}, this version reads {FORMAT_VERSION}: "
-            "run data_prep.build again"
-        )
-    if content.get("task") != task:
-        raise UserError(f"{path} describes the task {content.get('task')!r}, not {task!r}: the folder was renamed")
-    if missing := [field for field in MANIFEST_FIELDS if field not in content]:
-        raise UserError(f"{path} lacks {', '.join(missing)}; run data_prep.build again")
-    if content.get("sha256") not in (None, seal(content)):
-        raise UserError(f"{path} was changed after the build: run data_prep.build again")
+        problem = f"has format {content.get('format_version')}, but this version reads {FORMAT_VERSION}"
+    elif content.get("task") != task:
+        problem = f"describes the task {content.get('task')!r}, not {task!r}, so the folder was renamed"
+    elif missing := [field for field in MANIFEST_FIELDS if field not in content]:
+        problem = f"lacks {', '.join(missing)}"
+    elif content.get("sha256") not in (None, seal(content)):
+        problem = "was changed after the build"
+    if problem:
+        raise UserError(f"{path} {problem}: {_REBUILD}", path=path)
     return content
 
 
 def seal(content: dict) -> str:
-    """The SHA-256 of all else in a manifest, kept in it: without it a changed mean would go unnoticed."""
+    """The SHA-256 of a manifest's other fields, stored in it, so that a changed mean is noticed."""
     rest = {name: value for name, value in content.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def wrong_lengths(folder: Path, content: dict) -> Iterator[tuple[str, str]]:
-    """(name, what is wrong) of each file that is missing, or not as long as the manifest's content says."""
+    """Yields (name, problem) for each file that is missing or whose length differs from the manifest."""
     for name, num_bytes in content.get("file_bytes", {}).items():
         path = folder / name
         if not path.is_file():
@@ -131,10 +127,10 @@ def wrong_lengths(folder: Path, content: dict) -> Iterator[tuple[str, str]]:
 
 
 def check_lengths(folder: Path, content: dict) -> None:
-    """Raises UserError where a file of the dataset is missing or has another length than the build gave it."""
+    """Raises UserError if a file of the dataset is missing or its length differs from the manifest."""
     if wrong := next(wrong_lengths(folder, content), None):
-        name, what = wrong
-        raise UserError(f"{folder / name} {what}: run data_prep.build again")
+        name, problem = wrong
+        raise UserError(f"{folder / name} {problem}: {_REBUILD}", path=folder / name)
 
 
 def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
@@ -149,16 +145,15 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     path = task_dir(data_dir, task) / f"index_{split}.npz"
     try:
         if files.sha256(path) != expected.get(path.name):
-            raise UserError(f"{path} is not the file that its manifest describes; run data_prep.build again")
+            raise UserError(f"{path} does not match its manifest: {_REBUILD}", path=path)
         with np.load(path) as stored:
             return {field: stored[field] for field in INDEX_FIELDS}
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"{path} cannot be read ({why}); run data_prep.build again") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {_REBUILD}", path=path) from None
 
 
 def digest(data_dir: str | Path, task: str) -> str:
-    """A hash of the whole dataset's content: two builds with the same digest hold the same bytes."""
+    """A hash of the dataset's content: builds with the same digest hold the same bytes."""
     return hashlib.sha256(json.dumps(manifest(data_dir, task)["files"], sort_keys=True).encode()).hexdigest()
 
 
@@ -174,13 +169,13 @@ class Split(Sequence):
 
     def __getitem__(self, i: int) -> dict:
         if not -len(self) <= i < len(self):
-            raise IndexError(f"{self._name} has {len(self)} records, asked for {i}")
+            raise IndexError(f"{self._name} has {len(self)} records; {i} is out of range")
         try:
             record = self._source[i % len(self)]
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"record {i} of {self._name} is damaged ({error}); run data_prep.build again") from None
+            raise UserError(f"record {i} of {self._name} is damaged ({error}): {_REBUILD}", value=i) from None
         text = {k: v.decode() for k, v in record.items() if isinstance(v, bytes)}
-        if "cxr_time_h" in record:  # per step: every X-ray of the stay, in order of time; no one of them is the X-ray
+        if "cxr_time_h" in record:  # labels per step: all X-rays of the stay, by time
             return {**record, **text, "images": record["image"], "image": None}
         image = record["image"][0] if len(record["image"]) else None
         return {**record, **text, "image": image}
@@ -194,8 +189,8 @@ def open_split(data_dir: str | Path, task: str, split: str) -> Split:
 
     Each record is a dict with at least stay_id int, ehr float32 [T, 76] (not standardised),
     label int8 [K], has_cxr bool, dicom_id str or '', image uint8 [256, 256] or None.
-    Where labels are per step: label int8 [H, K], label_time_h float32 [H], images uint8 [P, 256, 256],
-    cxr_time_h float32 [P], dicom_id the P names with a space between, image None, los_h float.
+    With labels per step: label int8 [H, K], label_time_h float32 [H], images uint8 [P, 256, 256],
+    cxr_time_h float32 [P], dicom_id the P names separated by spaces, image None, los_h float.
     """
     import tensorflow_datasets as tfds
     from google.protobuf import json_format
@@ -210,5 +205,5 @@ def open_split(data_dir: str | Path, task: str, split: str) -> Split:
             return Split((), f"{folder} {split}")
         source = builder.as_data_source(split)
     except (OSError, ValueError, RuntimeError, AssertionError, DecodeError, json_format.Error) as error:
-        raise UserError(f"{folder} cannot be opened ({error}); run data_prep.build again") from None
+        raise UserError(f"{folder} cannot be opened ({error}): {_REBUILD}", path=folder) from None
     return Split(source, f"{folder} {split}")

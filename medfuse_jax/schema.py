@@ -207,4 +207,5 @@ TASKS = {
 TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if not task.per_step)
 
 SPLITS = ("train", "val", "test")
+STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown
 IMAGE_SIZE_PX = 256  # X-rays are stored square, one grey uint8 channel

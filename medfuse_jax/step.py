@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from medfuse_jax import augment, losses, optim
-from medfuse_jax.models import registry
+from medfuse_jax.models.model import init_variables
 from medfuse_jax.models.precision import matmul_precision
 
 
@@ -60,7 +60,7 @@ def state_maker(
 
     @jax.jit
     def make(key, learning_rate):
-        variables = registry.init(options.model, key, extra)
+        variables = init_variables(options.model, key, extra)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],

@@ -13,6 +13,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import feed as feed_lib
 from medfuse_jax import metrics, parallel
+from medfuse_jax.models.recurrence import supported
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import predictions as predictions_lib
 from medfuse_jax.runs import workdir as workdir_lib
@@ -27,12 +28,11 @@ def train(
     workdir: Path,
     encoders: dict[str, tuple[Path, experiment_lib.Experiment]] | None = None,
 ) -> None:
-    """Trains one run to its end, or goes on where a stopped one was.
+    """Train one run to its end, resuming from its latest checkpoint.
 
-    Leaves metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the
-    latest) in the workdir, and profile/ where config.profile_steps asks for it. encoders: 'ehr' and
-    'cxr' -> the finished run to start from.
-    Raises UserError where a checkpoint cannot be read or the loss stops being finite.
+    Writes metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the latest) into the workdir,
+    and profile/ if config.profile_steps is set. encoders: 'ehr' and 'cxr' -> the finished run to start from.
+    Raises UserError if a checkpoint cannot be read or the loss is not finite.
     """
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         resumed = checkpoints.restore_latest(manager, run.abstract_state())
@@ -40,7 +40,7 @@ def train(
             state, progress = resumed
         else:
             if (workdir / "metrics.jsonl").exists():
-                print(f"{workdir} was begun before and holds no checkpoint: training starts anew", flush=True)
+                print(f"{workdir} was started before but has no checkpoint: training restarts", flush=True)
             state = warm_start.begin(run.fresh_state(), encoders or {})
             progress = Progress(learning_rate=run.config.learning_rate)
         if not progress.is_finished(run.config):
@@ -48,7 +48,7 @@ def train(
 
 
 def pretrain(stages: dict[str, tuple[Path, experiment_lib.Experiment]], by_sweep: bool = False) -> None:
-    """Trains the encoders of the given pre-training stages, each in its folder. by_sweep: see `workdir.claim`."""
+    """Train the given pre-training stages, each in its folder. by_sweep: see `workdir.claim`."""
     for folder, staged in stages.values():
         workdir_lib.claim(folder, staged, by_sweep)
         train(staged, folder)
@@ -67,16 +67,16 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     )
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
     key = jax.random.key(config.seed)
-    # Every epoch has as many steps: its batches hold another draw of the same numbers of stays.
+    # Every epoch has as many steps: it draws other stays, but as many.
     steps_per_epoch = len(run.train_plan(epoch=1))
     step = int(state.step)
 
     unit = run.dataset.task.unit
     profiled = profiled_steps(run)
     if 0 < profiled[0] <= step:
-        print(f"no trace: step {profiled[0]} of config.profile_steps={config.profile_steps} is trained already")
-    if run.dataset.use_ehr and (reason := experiment_lib.why_in_chunks(config, run.devices)):
-        print(f"config.recurrence is {config.recurrence!r}, and {reason}: it is computed in chunks")
+        print(f"no trace: step {profiled[0]} of config.profile_steps={config.profile_steps} has been trained already")
+    if run.dataset.use_ehr and (reason := supported.why_unsupported(config, run.devices)):
+        print(f"config.recurrence={config.recurrence!r} {reason}; using 'chunks'")
 
     with (
         contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log,
@@ -85,7 +85,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     ):
 
         def training_s() -> float:
-            """A clock that stands still while XLA compiles: a rate is that of the steps (and of tracing them)."""
+            """A clock that stops while XLA compiles, so that rates are those of the steps (and of tracing them)."""
             return time.perf_counter() - compiled.seconds
 
         _profile(profile, profiled, workdir, step, state)
@@ -100,19 +100,19 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
                 losses.append(loss)
                 step += loss.size
                 samples += plan.batch_size * loss.size
-                if len(losses) > 1:  # of the call before, while this one runs
+                if len(losses) > 1:  # the previous call's, while this one runs
                     shown = check_finite(losses[-2], step - loss.size, config)
                     log.show(loss=f"{shown:.3f}", rate=f"{samples / (training_s() - start_s):.1f} {unit}/s")
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
                 if step < epoch_end and _saves_at(step, config):
-                    check_finite(losses[-1], step, config)  # or a resume would go on from weights that are not
+                    check_finite(losses[-1], step, config)  # never save weights that are not finite
                     checkpoints.save(manager, state, progress, is_best=False)
             check_finite(losses[-1], step, config)
             losses = np.concatenate([np.atleast_1d(loss) for loss in jax.device_get(losses)])
             train_loss = float(np.mean(losses))
             rate = round(samples / (training_s() - start_s), 2)
-            # num_steps: fewer than an epoch's where a stopped run went on within it.
+            # num_steps: fewer than an epoch's if the run was resumed within it.
             log.write(
                 "train",
                 epoch,
@@ -137,17 +137,27 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
         manager.wait_until_finished()
 
 
+def preflight(run: experiment_lib.Experiment, stages: dict[str, tuple[Path, experiment_lib.Experiment]]) -> None:
+    """Raise UserError for whatever would stop the run or its stages only after hours of training."""
+    run.check_any("test", run.dataset.usable("test"))
+    profiled_steps(run)
+    experiment_lib.check_recurrence(run)
+    for trained in (run, *(staged for _, staged in stages.values())):
+        feed_lib.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
+
+
 def profiled_steps(run: experiment_lib.Experiment) -> tuple[int, int]:
-    """The first and last step to profile, (0, 0) for none; UserError where the run has not so many."""
+    """Return the first and last step to profile, (0, 0) for none; UserError if the run has fewer steps."""
     config = run.config
     first, last = config_lib.profile_steps(config)
     if last and last > (num_steps := len(run.train_plan(epoch=1)) * config.num_epochs):
-        raise UserError(f"config.profile_steps is {config.profile_steps}, and {config.name} has {num_steps} steps")
+        what = f"config.profile_steps is {config.profile_steps}, and {config.name} has {num_steps} steps"
+        raise UserError(what, field="config.profile_steps", value=config.profile_steps)
     return first, last
 
 
 def _profile(profile: contextlib.ExitStack, profiled: tuple[int, int], workdir: Path, step: int, state) -> None:
-    """Starts the trace when the step before the first has ended, and writes it when the last has."""
+    """Start the trace after the step before the first one, and write it after the last."""
     first, last = profiled
     if step in (first - 1, last):
         jax.block_until_ready(state)
@@ -159,7 +169,7 @@ def _profile(profile: contextlib.ExitStack, profiled: tuple[int, int], workdir: 
 
 
 def _stops(step: int, epoch_end: int, config: ConfigDict, profiled: tuple[int, int]) -> list[int]:
-    """The steps after which the state is wanted, from here to the end of the epoch."""
+    """Return the steps of this epoch after which the state is needed, to be saved or traced."""
     wanted = {profiled[0] - 1, profiled[1], epoch_end}
     return [s for s in range(step + 1, epoch_end + 1) if s in wanted or _saves_at(s, config)]
 
@@ -170,12 +180,14 @@ def _saves_at(step: int, config: ConfigDict) -> bool:
 
 
 def check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:
-    """The loss of `step`, the last of those given; UserError where one is not finite."""
+    """Return the last of the given losses, that of `step`; UserError if any is not finite."""
     losses = np.atleast_1d(loss)
     if not np.isfinite(losses).all():
         first = int(np.argmin(np.isfinite(losses)))
         raise UserError(
             f"{config.name}: the loss of step {step - len(losses) + 1 + first} is {losses[first]}; try a lower "
-            f"config.learning_rate (now {config.learning_rate}) or config.precision=float32"
+            f"config.learning_rate (now {config.learning_rate}) or config.precision=float32",
+            field="config.learning_rate",
+            value=config.learning_rate,
         )
     return float(losses[-1])

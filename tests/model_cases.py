@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medfuse_jax.models import registry
+from medfuse_jax.models.model import init_variables
 
 NUM_LABELS = 3
 TINY = {"resnet_stage_sizes": (1, 1, 1, 1), "resnet_width": 4, "ehr_hidden": 8, "fusion_hidden": 8}
@@ -40,7 +41,7 @@ def equations(jaxpr):
 @functools.cache
 def shapes(model) -> dict:
     """The shapes of a model's variables, without computing one."""
-    return jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
 
 
 def random_variables(model, seed: int = 0) -> dict:

@@ -20,16 +20,15 @@ CXR_LABEL = "cxr_label"  # the labels of X-rays that are no stays', in a batch
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """One task's shards, opened: what a run needs to know of them before it reads a record.
+    """One task's shards and what the method reads of them.
 
-    use_ehr, use_cxr: whether the method reads that modality; what it does not read is
-    neither decoded into a batch nor sent to the device.
-    needs: the modalities, 'ehr' and 'cxr', without which it has no prediction.
-    buckets: padded lengths shared by all splits.
-    extra: name -> split -> values [N, ...] of the further modalities (modalities/loading.py).
-    digest: of the content of the shards and of `extra`, and of other statistics than the train split's.
-    label_field: what the labels are called in a batch.
-    X-rays: the X-rays with labels of their own that take turns with the stays in training, or None.
+    use_ehr, use_cxr: whether the method reads that modality; otherwise it is not decoded, batched or sent.
+    needs: the modalities ('ehr', 'cxr') without which a record has no prediction.
+    buckets: padded lengths, shared by all splits.
+    extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
+    digest: hash of the shards, of `extra`, and of the statistics unless they are the train split's.
+    label_field: the labels' name in a batch.
+    cxr_dataset: X-rays with labels of their own, whose batches alternate with the stays' in training; or None.
     """
 
     task: schema.Task
@@ -98,8 +97,9 @@ def open_dataset(
     use_ehr = use_ehr and not schema.TASKS[task].cxr_only
     if not use_ehr and not any(part["has_cxr"].any() for part in index.values()):
         raise UserError(
-            f"{records.task_dir(data_dir, task)} holds no X-rays, and the method reads nothing else: "
-            "build with --mimic_cxr, or choose a method that reads EHR"
+            f"{records.task_dir(data_dir, task)} has no X-rays, and the method reads nothing else: "
+            "build with --mimic_cxr, or choose a method that reads EHR",
+            path=records.task_dir(data_dir, task),
         )
     splits = {split: records.open_split(data_dir, task, split) for split in schema.SPLITS}
     for split, part in splits.items():
@@ -139,7 +139,7 @@ def _statistics(manifest: dict, statistics: str) -> tuple[np.ndarray, np.ndarray
         mean, std, where = manifest["train_mean"], manifest["train_std"], "manifest.json"
     else:
         where = f"config.data.statistics={statistics}"
-        content = files.read_json(Path(statistics), "give 'train', or a JSON file with 'mean' and 'std'")
+        content = files.read_json(Path(statistics), "config.data.statistics must be 'train', or a JSON file with 'mean' and 'std'")
         mean, std = content.get("mean"), content.get("std")
     channels = len(schema.CHANNELS)
     try:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import damage
 import numpy as np
 import pytest
+from refusals import refused
 
 from medfuse_jax import records
 from medfuse_jax.data import batches, plan
@@ -133,10 +135,10 @@ def _copy(shards, tmp_path):
         (lambda d: (d / "pheno" / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (
             lambda d: _edit_manifest(d, format_version="0.1.0"),
-            f"has format 0.1.0, this version reads {records.FORMAT_VERSION}",
+            "has format 0.1.0",
         ),
         (lambda d: _edit_manifest(d, task="mortality"), "describes the task 'mortality', not 'pheno'"),
-        (lambda d: (d / "pheno" / "manifest.json").write_text("[]"), "manifest.json holds no fields"),
+        (lambda d: (d / "pheno" / "manifest.json").write_text("[]"), "manifest.json holds no JSON object"),
         (lambda d: _edit_manifest(d, train_mean=None), "manifest.json lacks train_mean"),
         (
             lambda d: damage.cut(d / "pheno" / "index_val.npz"),
@@ -144,7 +146,7 @@ def _copy(shards, tmp_path):
         ),
         (
             lambda d: damage.flip(d / "pheno" / "index_val.npz"),
-            "index_val.npz is not the file that its manifest describes",
+            "index_val.npz does not match its manifest",
         ),
         (lambda d: (d / "pheno" / "index_val.npz").unlink(), "index_val.npz is missing: run data_prep.build again"),
         (lambda d: damage.flip(d / "pheno" / "dataset_info.json"), "cannot be opened"),
@@ -223,10 +225,9 @@ def test_statistics_from_a_file(shards, tmp_path):
     nan, inf = float("nan"), float("inf")
     for mean, std in ((1.0, 0.0), (nan, 1.0), (0.0, inf), ("a", 1.0), ([1.0], 1.0), (None, {})):
         path.write_text(json.dumps({"mean": [mean] * 76, "std": [std] * 76}))
-        with pytest.raises(UserError, match="must be 76 finite numbers each, every std above 0") as caught:
+        with refused(field="config.data.statistics"):
             open_dataset(shards, "pheno", statistics=str(path))
-        assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="not 'train'"):
+    with refused(path=Path("trian")):
         open_dataset(shards, "pheno", statistics="trian")
 
 
@@ -239,9 +240,9 @@ def test_other_statistics_are_part_of_what_a_run_is_trained_on(shards, tmp_path)
     assert digests[0] == train.digest == records.digest(shards, "pheno") and len(set(digests)) == 3
 
 
-def test_a_method_of_images_alone_needs_images(shards, tmp_path):
+def test_a_method_that_reads_images_only_needs_a_dataset_with_images(shards, tmp_path):
     folder = _copy(shards, tmp_path)
     for split in ("train", "val", "test"):
         _rewrite_index(folder, split, lambda fields: fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})
-    with pytest.raises(UserError, match="holds no X-rays"):
+    with refused(path=folder / "pheno"):
         open_dataset(folder, "pheno", use_ehr=False)

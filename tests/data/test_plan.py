@@ -140,27 +140,25 @@ def test_all_paired_and_none_paired_need_no_mixed_batches():
 
 
 @pytest.mark.parametrize(("num_stays", "num_images"), [(_N, 5000), (_N, 300), (40, 16), (_N, 1)])
-def test_images_take_turns_with_stays(num_stays, num_images):
+def test_batches_of_x_rays_alternate_with_those_of_stays(num_stays, num_images):
     stays = plan_lib.train_plan(
         _LENGTHS[:num_stays], _PAIRED[:num_stays], _ALL[:num_stays], batch_size=16, seed=0, epoch=1, buckets=_BUCKETS
     )
     lengths, all_images = np.zeros(num_images, int), np.ones(num_images, bool)
-    images = plan_lib.train_plan(lengths, all_images, all_images, batch_size=16, seed=0, epoch=1, buckets=(0,))
-    turns = plan_lib.alternate(stays, images)
-    order = [turns.at(step) for step in range(len(turns))]
-    for name, expected in (("stays", len(stays)), ("images", min(len(stays), len(images)))):
-        assert [i for which, i in order if which == name] == list(range(expected))
-    assert (
-        turns.longest() == order.index(("stays", stays.padded_length_S.argmax()))
-        and stays.longest() == stays.padded_length_S.argmax()
-    )
-    at = np.flatnonzero([which == "images" for which, _ in order])
+    cxr = plan_lib.train_plan(lengths, all_images, all_images, batch_size=16, seed=0, epoch=1, buckets=(0,))
+    both = plan_lib.alternate(stays, cxr)
+    order = [both.at(step) for step in range(len(both))]
+    for kind, expected in ((False, len(stays)), (True, min(len(stays), len(cxr)))):
+        assert [i for is_cxr, i in order if is_cxr == kind] == list(range(expected))
+    assert both.longest() == order.index((False, stays.padded_length_S.argmax()))
+    assert stays.longest() == stays.padded_length_S.argmax()
+    at = np.flatnonzero([is_cxr for is_cxr, _ in order])
     assert np.diff(at, prepend=-1).max() <= -(-len(order) // len(at))  # spread evenly
-    drawn = turns.cxr.paired_SP[turns.images.paired_SP != plan_lib.PADDING]
-    assert len(set(drawn)) == len(drawn) and turns.batch_size == 16
+    drawn = both.cxr.paired_SP[both.cxr.paired_SP != plan_lib.PADDING]
+    assert len(set(drawn)) == len(drawn) and both.batch_size == 16
 
 
-def test_a_longer_plan_of_images_is_another_part_each_epoch():
+def test_each_epoch_uses_other_x_rays_if_there_are_more_of_them():
     def drawn(epoch):
         stays = _train(epoch=epoch)
         lengths, all_images = np.zeros(5000, int), np.ones(5000, bool)

@@ -11,7 +11,7 @@ from model_cases import NUM_LABELS, batch, dense, equations, fast_jit, random_va
 
 from medfuse_jax import schema
 from medfuse_jax.models import registry
-from medfuse_jax.models.model import Inputs, ProjectedModel, linear
+from medfuse_jax.models.model import Inputs, ProjectedModel, init_variables, linear
 from medfuse_jax.report import read_runs
 from medfuse_jax.runtime.errors import UserError
 
@@ -320,7 +320,7 @@ def test_the_alignment_loss_pulls_the_stay_to_the_image_alone():
 
 def test_initial_variables_differ_by_seed_only():
     model = tiny_model("medfuse")
-    init = fast_jit(lambda key: registry.init(model, key))
+    init = fast_jit(lambda key: init_variables(model, key))
     a, b, c = (init(jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1))
     _assert_same(a, b)
     assert np.any(a["params"]["projection"]["kernel"] != c["params"]["projection"]["kernel"])

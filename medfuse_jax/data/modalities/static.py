@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from medfuse_jax.records import STATIC_TEXTS
+from medfuse_jax.schema import STATIC_TEXTS
 
 # Fixed numbers, not the train split's: near 0 and 1 in any adult cohort, and the same on every machine.
 _AGE_CENTRE_YEARS, _AGE_SCALE_YEARS = 60.0, 20.0

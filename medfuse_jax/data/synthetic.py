@@ -1,0 +1,28 @@
+"""The synthetic cohort that a run without data uses: the one place where medfuse_jax calls data_prep."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from medfuse_jax import config as config_lib
+from medfuse_jax.runtime import files
+
+
+def set_data_dir(config: ConfigDict) -> None:
+    """Set config.data.dir, if it is not given, to a synthetic cohort, which is built on first use."""
+    if not config.data.dir:
+        tasks = dict.fromkeys([config.task, *(stage.task for stage in config_lib.stages(config).values())])
+        config.data.dir = str(_build(config.data.synthetic_stays, config.data.synthetic_cxr_fraction, list(tasks)))
+
+
+def _build(num_stays: int, cxr_fraction: float, tasks: list[str]) -> Path:
+    from data_prep import build
+    from data_prep.synthetic import tree
+
+    root = files.cache_dir() / f"synthetic_{tree.VERSION}_{num_stays}_{cxr_fraction:g}"
+    print(f"no --config.data.dir given: using a synthetic cohort of {num_stays} stays in {root}", flush=True)
+    raw, shards = root / "raw", root / "shards"
+    # Both skip what is there already; the build replaces what an older version left.
+    tree.write(raw, num_stays=num_stays, seed=0, cxr_fraction=cxr_fraction)
+    build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards, tasks=tasks)
+    return shards
