@@ -4,7 +4,7 @@ from html import escape
 
 from data_prep.audit import privacy
 
-_WIDTH, _LEFT, _RIGHT = 400, 190, 388  # px; from _LEFT to _RIGHT: the axis of a chart with a row a name
+_WIDTH, _LEFT, _RIGHT = 400, 205, 388  # px; from _LEFT to _RIGHT: the axis of a chart with a row a name
 _TICKS = (0.1, 0.2, 0.25, 0.5)
 
 
@@ -87,9 +87,9 @@ def _text(x: float, y: float, text: str, anchor: str, css_class: str = "") -> st
     return f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="{anchor}"{css_class}>{escape(text)}</text>'
 
 
-def _short(name: str, longest: int = 28) -> str:
+def _short(name: str, longest: int = 31) -> str:
     name = name.split(" (")[0].replace("Glascow coma scale", "GCS")
-    return name if len(name) <= longest else name[: longest - 1].rstrip(" ;,") + "…"
+    return name if len(name) <= longest else name[:longest].rsplit(" ", 1)[0].rstrip(";,") + "…"
 
 
 def _svg(height: float, body: str, description: str) -> str:
