@@ -29,6 +29,7 @@ from PIL import Image
 
 from data_prep import profiles, progress
 from data_prep.ehr import cohort, discretize, events
+from data_prep.ehr.arrays import Arrays
 from data_prep.images import decode, metadata
 from data_prep.raw import tables
 from medfuse_jax import records, schema
@@ -84,7 +85,7 @@ def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
     extraction_s = time.perf_counter() - start_s
     discretize.write_arrays(work / "arrays", work / "events", stays, rules, schema.TASKS["pheno"], 2.0)
     costs = _costs(num_rows, start_s, start_cpu_s)
-    num_stays = len(discretize.Arrays.open(work / "arrays").row)
+    num_stays = len(Arrays.open(work / "arrays").row)
     shutil.rmtree(work)
     result = {"what": "events to arrays", "raw_rows": num_rows, "stays": num_stays}
     return result | {"seconds_extraction": round(extraction_s, 2)} | costs

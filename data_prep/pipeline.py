@@ -10,10 +10,11 @@ import polars as pl
 
 from data_prep import cache, profiles, progress
 from data_prep.ehr import cohort, discretize, events
+from data_prep.ehr.arrays import Arrays
 from data_prep.images import metadata, pairing
 from data_prep.images import store as image_store
 from data_prep.labels import hourly, mortality, phenotypes
-from data_prep.raw import tables, times
+from data_prep.raw import parse, tables
 from data_prep.synthetic import tree
 from data_prep.write import datasets, describe, time_check
 from medfuse_jax import records
@@ -91,7 +92,7 @@ def image_hashes(source: Source, images: pl.DataFrame | None, names: list[str]) 
 
 def _of_stays(source: Source, images: pl.DataFrame) -> pl.DataFrame:
     """Return the X-rays that may be paired with a stay, for any task and options."""
-    patients = source.mimic_iv["icustays"].read("subject_id").select(tables.integer("subject_id"))
+    patients = source.mimic_iv["icustays"].read("subject_id").select(parse.integer("subject_id"))
     return images.filter(pl.col("view") == "AP", pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
 
 
@@ -149,7 +150,7 @@ def _image_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: i
 
 
 def _stay_task(
-    source: Source, people: Cohort, task: Task, arrays: discretize.Arrays, pairs: pl.DataFrame, store, events_dir: Path
+    source: Source, people: Cohort, task: Task, arrays: Arrays, pairs: pl.DataFrame, store, events_dir: Path
 ) -> tuple:
     """Return index, record generators and counts of a task whose records are stays."""
     splits = people.splits(people.stays)
@@ -183,7 +184,7 @@ def _stay_task(
 
 
 def _read_cohort(source: Source) -> Cohort:
-    unreadable = times.count_unreadable(source.mimic_iv)
+    unreadable = tables.count_unreadable_times(source.mimic_iv)
     stays, flow = cohort.read_stays(source.mimic_iv)
     split_of = cohort.assign_splits(stays["subject_id"], source.val_ids, source.test_ids, source.options["seed"])
     label_NK, icd_counts = phenotypes.labels(source.mimic_iv, stays, source.phenotypes)
@@ -216,7 +217,7 @@ def _extract_events(cache_dir: Path, source: Source, fingerprint: dict, people: 
     return folder
 
 
-def _discretize(cache_dir: Path, source: Source, people: Cohort, task: Task, events_dir: Path) -> discretize.Arrays:
+def _discretize(cache_dir: Path, source: Source, people: Cohort, task: Task, events_dir: Path) -> Arrays:
     window_h = source.rules.window_h(task)
     # Tasks that use the same window of the same stays share their arrays.
     name = "whole" if window_h is None else f"{'first' if task.window_h is None else 'full'}{window_h:g}h"
@@ -225,7 +226,7 @@ def _discretize(cache_dir: Path, source: Source, people: Cohort, task: Task, eve
     def write(folder: Path) -> None:
         discretize.write_arrays(folder, events_dir, people.stays, source.rules, task, source.timestep_h)
 
-    arrays = discretize.Arrays.open(cache.entry(cache_dir, f"arrays-{name}", key, write))
+    arrays = Arrays.open(cache.entry(cache_dir, f"arrays-{name}", key, write))
     if not len(arrays.row):
         raise UserError(
             f"no stay has an event that task {task.name!r} can use; are chartevents and labevents complete?",
@@ -259,7 +260,7 @@ def _pair_readable(
         store.add(missing)
 
 
-def _train_statistics(people: Cohort, arrays: discretize.Arrays | None) -> tuple[list[float], list[float]]:
+def _train_statistics(people: Cohort, arrays: Arrays | None) -> tuple[list[float], list[float]]:
     from data_prep.write import shards  # imports TFDS (2 s), which a build that stops earlier does not need
 
     if arrays is None:

@@ -3,7 +3,7 @@
 import polars as pl
 
 from data_prep.profiles import Rules
-from data_prep.raw import tables
+from data_prep.raw import parse
 from medfuse_jax import schema
 
 VARIABLE = {variable.name: index for index, variable in enumerate(schema.VARIABLES)}
@@ -40,7 +40,7 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     """
     is_class = pl.col("variable").is_in(CLASS_VARIABLES)
     classes = frame.filter(is_class).join(_class_values(), on=["variable", "text"], how="left", maintain_order="left")
-    numbers = frame.filter(~is_class).with_columns(value=tables.number("text"))
+    numbers = frame.filter(~is_class).with_columns(value=parse.number("text"))
     # Few rows are not plain numbers; only those pay for the patterns.
     other = numbers.filter(pl.col("value").is_null()).with_columns(value=_parse_other_text(rules))
     numbers = pl.concat([numbers.filter(pl.col("value").is_not_null()), other]).with_columns(value=_convert(rules))
@@ -77,7 +77,7 @@ def _parse_other_text(rules: Rules) -> pl.Expr:
         return pl.col("text").str.extract(r"^(\d+)/(\d+)$", group).cast(pl.Float64)
 
     pressure = pl.when(_of("Systolic blood pressure")).then(part(1)).when(_of("Diastolic blood pressure")).then(part(2))
-    return pl.coalesce(pressure, tables.number("valuenum")) if rules.lab_valuenum else pressure
+    return pl.coalesce(pressure, parse.number("valuenum")) if rules.lab_valuenum else pressure
 
 
 def _convert(rules: Rules) -> pl.Expr:

@@ -8,7 +8,7 @@ import polars as pl
 
 from data_prep import progress
 from data_prep.labels import mortality
-from data_prep.raw import known_words, tables, times
+from data_prep.raw import known_words, parse, tables
 from medfuse_jax.runtime.errors import UserError
 
 VERSION = 1  # raise it when the same tables give other stays, deaths or splits
@@ -36,12 +36,12 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
 
     stays = raw["icustays"].read(*tables.MIMIC_IV["icustays"][1])
     stays = count("rows of icustays", stays).with_columns(
-        tables.integer("subject_id"),
-        tables.integer("hadm_id"),
-        tables.integer("stay_id"),
-        times.time("intime"),
-        times.time("outtime"),
-        los_h=tables.number("los") * 24.0,
+        parse.integer("subject_id"),
+        parse.integer("hadm_id"),
+        parse.integer("stay_id"),
+        parse.time("intime"),
+        parse.time("outtime"),
+        los_h=parse.number("los") * 24.0,
     )
     stays = count("with ids", stays.drop_nulls(["subject_id", "hadm_id", "stay_id"]))
     stays = count("not a duplicate", stays.unique("stay_id", keep="first", maintain_order=True))
@@ -87,10 +87,10 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
     patients = raw["patients"].read(*tables.MIMIC_IV["patients"][1])
     return (
         patients.select(
-            tables.integer("subject_id"),
-            age=tables.number("anchor_age").cast(pl.Float32),
+            parse.integer("subject_id"),
+            age=parse.number("anchor_age").cast(pl.Float32),
             gender=known_words.word("gender"),
-            dod=times.date("dod"),
+            dod=parse.date("dod"),
         )
         .drop_nulls("subject_id")
         .unique("subject_id", keep="first", maintain_order=True)
@@ -100,11 +100,11 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
 def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
     admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1])
     return admissions.select(
-        tables.integer("hadm_id"),
-        tables.integer("subject_id").alias("admitted_id"),
-        times.time("admittime"),
-        times.time("dischtime"),
-        times.time("deathtime"),
+        parse.integer("hadm_id"),
+        parse.integer("subject_id").alias("admitted_id"),
+        parse.time("admittime"),
+        parse.time("dischtime"),
+        parse.time("deathtime"),
         known_words.word("admission_type"),
     ).unique("hadm_id", keep="first", maintain_order=True)
 

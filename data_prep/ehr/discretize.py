@@ -7,8 +7,6 @@ Shape key: S stays of one bucket, T time steps of one stay, R time steps of all 
 N stays of the task.
 """
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,8 @@ import polars as pl
 
 from data_prep import progress
 from data_prep.ehr import events
+from data_prep.ehr.arrays import EPSILON_H
 from data_prep.ehr.cleaning import CLASS_VARIABLES
-from data_prep.ehr.events import EPSILON_H
 from data_prep.profiles import Rules
 from medfuse_jax import schema
 
@@ -182,35 +180,3 @@ def _first_observed(ehr_RF: np.ndarray, length_S: np.ndarray) -> np.ndarray:
     observed_R = (ehr_RF[:, len(schema.VALUE_CHANNELS) :] > 0).any(1)
     row_R = np.where(observed_R, np.arange(len(ehr_RF)), len(ehr_RF))
     return np.minimum.reduceat(row_R, start_S) - start_S if len(start_S) else start_S
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-    """A task's arrays, as written by `write_arrays`; row, bucket, start, length, first_step: int64 [N]."""
-
-    folder: Path
-    row: np.ndarray
-    bucket: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    first_step: np.ndarray
-    num_long_enough: int
-    num_stored_late: int  # events inside their stay's period that were stored after it
-    num_duplicates: int  # events dropped as duplicates of item and value
-
-    @classmethod
-    def open(cls, folder: Path) -> "Arrays":
-        with np.load(folder / "index.npz") as stored:
-            return cls(folder, **{name: stored[name] if stored[name].ndim else int(stored[name]) for name in stored})
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Return ehr [T, 76] of the i-th stay."""
-        # Opened for each stay, so that what was read does not stay mapped in memory.
-        bucket = np.load(self.folder / f"ehr_{self.bucket[i]:05d}.npy", mmap_mode="r")
-        return np.asarray(bucket[self.start[i] : self.start[i] + self.length[i]])
-
-    def buckets(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (ehr [R, 76], first row of each of its stays), bucket by bucket."""
-        for bucket in np.unique(self.bucket).tolist():
-            stored = np.load(self.folder / f"ehr_{bucket:05d}.npy", mmap_mode="r")
-            yield stored, self.start[self.bucket == bucket]

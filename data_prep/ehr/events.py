@@ -17,9 +17,10 @@ import polars as pl
 
 from data_prep import progress
 from data_prep.ehr import cleaning
+from data_prep.ehr.arrays import EPSILON_H
 from data_prep.ehr.cleaning import VARIABLE
 from data_prep.profiles import Rules
-from data_prep.raw import tables, times
+from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
@@ -30,7 +31,6 @@ STAYS_PER_BUCKET = 1024
 ROWS_PER_BATCH = 200_000
 ROWS_PER_WRITE = 1_000_000
 _INT32 = np.iinfo(np.int32)
-EPSILON_H = 1e-6  # tolerance at both ends of a stay and at time-step edges (the benchmark's)
 
 # MIMIC-IV item ids of each variable.
 CHART_ITEMS = {
@@ -175,19 +175,19 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         if column not in batch.columns:
             batch = batch.with_columns(pl.lit(None, pl.String).alias(column))
     frame = batch.with_columns(
-        tables.integer("subject_id"),
-        tables.integer("hadm_id"),
-        tables.integer("stay_id"),
-        times.time("charttime"),
-        invalid_stay_id=tables.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
+        parse.integer("subject_id"),
+        parse.integer("hadm_id"),
+        parse.integer("stay_id"),
+        parse.time("charttime"),
+        invalid_stay_id=parse.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
         variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
-        itemid=tables.integer("itemid").cast(pl.Int32),
+        itemid=parse.integer("itemid").cast(pl.Int32),
         text=pl.col("value").str.strip_chars(),
     ).join(lookup, on="hadm_id", how="left", maintain_order="left")
     seconds = (pl.col("charttime") - pl.col("intime")).dt.total_seconds()
     stored = pl.lit(None, pl.Int64)
     if "storetime" in batch.columns:
-        stored = (times.time("storetime") - pl.col("intime")).dt.total_seconds()
+        stored = (parse.time("storetime") - pl.col("intime")).dt.total_seconds()
     hours = seconds / 3600.0
     outside = (hours <= -EPSILON_H) | (hours >= pl.col("los_h") + EPSILON_H)
     reasons = (

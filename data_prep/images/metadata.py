@@ -3,7 +3,7 @@
 import polars as pl
 
 from data_prep import progress
-from data_prep.raw import tables
+from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -18,8 +18,8 @@ def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
     clock = pl.col("StudyTime").str.strip_chars().str.split(".").list.first().str.zfill(6)
     images = metadata.select(
         pl.col("dicom_id").str.strip_chars(),
-        tables.integer("subject_id"),
-        tables.integer("study_id"),
+        parse.integer("subject_id"),
+        parse.integer("study_id"),
         view=pl.col("ViewPosition").fill_null(""),
         time=(pl.col("StudyDate").str.strip_chars() + clock).str.to_datetime("%Y%m%d%H%M%S", strict=False),
     )
@@ -62,7 +62,7 @@ def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
             )
     rows = table.read("study_id", *schema.RADIOLOGY_LABELS)
     positive = [
-        (tables.number(name) == 1).fill_null(False).cast(pl.Int8).alias(name) for name in schema.RADIOLOGY_LABELS
+        (parse.number(name) == 1).fill_null(False).cast(pl.Int8).alias(name) for name in schema.RADIOLOGY_LABELS
     ]
-    rows = rows.select(tables.integer("study_id"), *positive)
+    rows = rows.select(parse.integer("study_id"), *positive)
     return rows.drop_nulls("study_id").unique("study_id", keep="first", maintain_order=True)

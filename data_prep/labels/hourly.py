@@ -12,8 +12,7 @@ import dataclasses
 import numpy as np
 import polars as pl
 
-from data_prep.ehr.discretize import Arrays
-from data_prep.ehr.events import EPSILON_H
+from data_prep.ehr.arrays import EPSILON_H, Arrays
 from medfuse_jax import schema
 
 AFTER_H = 4  # exclusive, like `shortest_length` in the benchmark's scripts (docs/data.md)

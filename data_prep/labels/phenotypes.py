@@ -11,7 +11,7 @@ import polars as pl
 import yaml
 
 from data_prep.labels.icd import CCS_OF_LABEL, Route, gem_route
-from data_prep.raw import tables
+from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -54,10 +54,10 @@ def _read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.D
     rows = raw["diagnoses_icd"].read(*tables.MIMIC_IV["diagnoses_icd"][1])
     admissions = stays.select("hadm_id", "subject_id").with_row_index("row")
     rows = rows.select(
-        tables.integer("hadm_id"),
-        tables.integer("subject_id"),
+        parse.integer("hadm_id"),
+        parse.integer("subject_id"),
         code=pl.col("icd_code").str.strip_chars().str.replace_all(".", "", literal=True),
-        version=tables.integer("icd_version"),
+        version=parse.integer("icd_version"),
     ).join(admissions, on="hadm_id", suffix="_of_stay")
     own = rows.filter(pl.col("subject_id") == pl.col("subject_id_of_stay"))
     valid = own.filter(pl.col("code").str.contains(CODE))  # drops null too

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import polars as pl
 
+from data_prep.raw import parse
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 # Table -> the folders it may be in, its required columns.
+_MAX_UNREADABLE_TIMES = 0.01
 MIMIC_IV = {
     "patients": (("hosp", "core"), ("subject_id", "gender", "anchor_age", "dod")),
     "admissions": (
@@ -214,20 +216,21 @@ def mimic_cxr_version(tables: dict[str, Table]) -> str:
     return named[-1] if named else "2.0.0 or 2.1.0"
 
 
-def integer(column: str) -> pl.Expr:
-    """Parse a text column as int64, null if not a whole number; accepts '20000000.0', as pandas writes ids."""
-    return pl.col(column).map_batches(_integers, return_dtype=pl.Int64)
-
-
-def _integers(text: pl.Series) -> pl.Series:
-    text = text.str.strip_chars()
-    parsed = text.cast(pl.Int64, strict=False)
-    if parsed.null_count() == text.null_count():  # the fast path: tables as downloaded
-        return parsed
-    return parsed.zip_with(parsed.is_not_null(), text.str.extract(r"^(-?\d+)\.0*$", 1).cast(pl.Int64, strict=False))
-
-
-def number(column: str) -> pl.Expr:
-    """Parse a text column as a finite float64, else null."""
-    value = pl.col(column).str.strip_chars().cast(pl.Float64, strict=False)
-    return pl.when(value.is_finite()).then(value)
+def count_unreadable_times(raw: dict[str, Table]) -> dict[str, int]:
+    """Count the unreadable times of admissions and deaths, by 'table.column'. UserError if over 1 % of a column."""
+    counts = {}
+    for name, columns in {"admissions": ("admittime", "dischtime", "deathtime"), "patients": ("dod",)}.items():
+        table = raw[name].read(*columns)
+        for column in columns:
+            given = table.filter(pl.col(column).str.strip_chars().fill_null("") != "").select(column)
+            parsed = given.select(parse.date(column) if column == "dod" else parse.time(column))
+            counts[f"{name}.{column}"] = unreadable = parsed[column].null_count()
+            if unreadable > _MAX_UNREADABLE_TIMES * len(given):
+                raise UserError(
+                    f"{raw[name].path}: {unreadable:,} of {len(given):,} times in column {column!r} cannot be read, "
+                    "more than 1 %; write them as MIMIC does: YYYY-MM-DD HH:MM:SS (dod: YYYY-MM-DD)",
+                    path=raw[name].path,
+                    field=column,
+                    value=unreadable,
+                )
+    return counts

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from data_prep import progress
-from data_prep.ehr.discretize import Arrays
+from data_prep.ehr.arrays import Arrays
 from data_prep.images.store import ImageStore
 from data_prep.labels.hourly import Predictions
 from medfuse_jax import schema
@@ -37,7 +37,7 @@ def stay_dataset(
     predicted = labels if isinstance(labels, Predictions) else None
     position_N = predicted.position_N if predicted else np.arange(len(arrays.row))
     row_N = arrays.row[position_N]
-    label_NK = predicted.any_label() if predicted else labels[row_N]
+    label_NK = labels.any_label() if isinstance(labels, Predictions) else labels[row_N]
     static = stays.select(*_STATIC, *(["los_h"] if predicted else []))[row_N].to_dicts()
     images_of = images_by_stay(stays, pairs)
 

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 
 from data_prep.ehr import cleaning
-from data_prep.ehr.discretize import Arrays
+from data_prep.ehr.arrays import Arrays
 from medfuse_jax import schema
 
 VERSION = 5  # raise it when the manifest of the same arrays changes

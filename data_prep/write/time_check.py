@@ -16,8 +16,7 @@ import numpy as np
 import polars as pl
 
 from data_prep.ehr import events
-from data_prep.ehr.discretize import Arrays
-from data_prep.ehr.events import EPSILON_H
+from data_prep.ehr.arrays import EPSILON_H, Arrays
 from data_prep.labels.hourly import Predictions
 from data_prep.write import datasets, describe
 from medfuse_jax import schema

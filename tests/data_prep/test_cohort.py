@@ -8,7 +8,7 @@ from raw_tables import START, at, stay, write_mimic_iv
 
 from data_prep.ehr import cohort
 from data_prep.labels import mortality
-from data_prep.raw import tables, times
+from data_prep.raw import tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -104,7 +104,7 @@ def test_times_may_be_written_in_other_forms(tmp_path, form):
         tmp_path, [stay(1, **changes), stay(2, intime="2150-01-01T00:00", outtime="2150-01-04T00:00")]
     )
     assert stays["died"].to_list() == [True, False] and stays["death_h"].to_list() == [58, None]
-    assert set(times.count_unreadable(raw).values()) == {0}
+    assert set(tables.count_unreadable_times(raw).values()) == {0}
 
 
 def test_unreadable_times_are_counted_and_refused_above_1_percent(tmp_path):
@@ -113,11 +113,12 @@ def test_unreadable_times_are_counted_and_refused_above_1_percent(tmp_path):
     stays[5]["dod"] = "3 Jan"
     raw, read, _ = _read(tmp_path / "few", stays)
     expected = {"admissions.admittime": 0, "admissions.dischtime": 0, "admissions.deathtime": 2, "patients.dod": 1}
-    assert times.count_unreadable(raw) == expected and read["died"].sum() == 200  # each has one readable time of death
+    assert tables.count_unreadable_times(raw) == expected
+    assert read["died"].sum() == 200  # each has one readable time of death
     stays[6]["deathtime"] = "2150-01-03 10h"
     raw, _, _ = _read(tmp_path / "many", stays)
     with pytest.raises(UserError) as caught:
-        times.count_unreadable(raw)
+        tables.count_unreadable_times(raw)
     assert (caught.value.path, caught.value.field, caught.value.value) == (raw["admissions"].path, "deathtime", 3)
 
 

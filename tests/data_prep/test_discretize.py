@@ -8,8 +8,8 @@ import pytest
 
 from data_prep import build, profiles
 from data_prep.ehr import cleaning, discretize
+from data_prep.ehr.arrays import EPSILON_H
 from data_prep.ehr.cleaning import VARIABLE
-from data_prep.ehr.events import EPSILON_H
 from medfuse_jax import records, schema
 
 HR, EYE = "Heart Rate", "Glascow coma scale eye opening"

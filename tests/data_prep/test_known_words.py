@@ -5,7 +5,7 @@ import pytest
 
 from data_prep.raw import known_words, tables
 from data_prep.synthetic import cohort
-from medfuse_jax import records, schema
+from medfuse_jax import schema
 
 
 @pytest.mark.parametrize("field", schema.STATIC_TEXTS)

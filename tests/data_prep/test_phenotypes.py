@@ -7,7 +7,7 @@ import yaml
 from raw_tables import stay, write_mimic_iv
 
 from data_prep.labels import phenotypes
-from data_prep.raw import tables
+from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -79,7 +79,7 @@ def test_on_the_demo_icd9_labels_equal_the_released_ones_and_icd10_adds_labels(r
     stays, _ = cohort.read_stays(raw)
     ours, _ = phenotypes.labels(raw, stays, None)
     released, _ = phenotypes.labels(raw, stays, real_data / "released/icd_9_10_definitions_2.yaml")
-    diagnoses = raw["diagnoses_icd"].read("hadm_id", "icd_version").with_columns(tables.integer("hadm_id"))
+    diagnoses = raw["diagnoses_icd"].read("hadm_id", "icd_version").with_columns(parse.integer("hadm_id"))
     in_icd9 = diagnoses.filter(pl.col("icd_version") == "9")["hadm_id"].unique()
     is_icd9 = stays["hadm_id"].is_in(in_icd9.implode()).to_numpy()
     assert is_icd9.sum() == 68

@@ -1,0 +1,44 @@
+"""A task's arrays on disk: one series of regular time steps a stay, in files of many stays.
+
+Shapes: N stays, T time steps of one stay, R time steps of all stays of a file.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+EPSILON_H = 1e-6  # tolerance at both ends of a stay and at time-step edges (the benchmark's)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """A task's arrays, as written by `write_arrays`; row, bucket, start, length, first_step: int64 [N]."""
+
+    folder: Path
+    row: np.ndarray
+    bucket: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    first_step: np.ndarray
+    num_long_enough: int
+    num_stored_late: int  # events inside their stay's period that were stored after it
+    num_duplicates: int  # events dropped as duplicates of item and value
+
+    @classmethod
+    def open(cls, folder: Path) -> "Arrays":
+        with np.load(folder / "index.npz") as stored:
+            return cls(folder, **{name: stored[name] if stored[name].ndim else int(stored[name]) for name in stored})
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Return ehr [T, 76] of the i-th stay."""
+        # Opened for each stay, so that what was read does not stay mapped in memory.
+        bucket = np.load(self.folder / f"ehr_{self.bucket[i]:05d}.npy", mmap_mode="r")
+        return np.asarray(bucket[self.start[i] : self.start[i] + self.length[i]])
+
+    def buckets(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (ehr [R, 76], first row of each of its stays), bucket by bucket."""
+        for bucket in np.unique(self.bucket).tolist():
+            stored = np.load(self.folder / f"ehr_{bucket:05d}.npy", mmap_mode="r")
+            yield stored, self.start[self.bucket == bucket]
