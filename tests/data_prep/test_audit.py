@@ -137,6 +137,19 @@ def test_every_time_is_checked(audit):
     assert audit["patients"]["crossings"] == []
 
 
+def test_a_violation_of_the_cut_off_fails(built):
+    check = records.manifest(built, "pheno")["counts"]["time_check"]
+    with pytest.raises(AssertionError, match="3 events or X-rays are later"):
+        gather._time_check(check | {"violations": 3})
+
+
+def test_the_page_shows_tasks_built_with_different_options(audit):
+    pheno = audit["tasks"]["pheno"] | {"profile": "released"}
+    html = page.page(audit | {"tasks": {"pheno": pheno, "mortality": audit["tasks"]["mortality"]}})
+    assert "released (phenotyping), paper (in-hospital mortality)" in html
+    assert "without the released phenotype table" in html
+
+
 def test_nobody_can_be_identified(built):
     """No id, small count, path or script, and nothing loaded from elsewhere."""
     text, page = (built / "audit.json").read_text(), (built / "audit.html").read_text()

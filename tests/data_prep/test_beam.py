@@ -26,7 +26,7 @@ def root(tmp_path, monkeypatch):
 
 def _decode_chunks(root, folder):
     """Decode every chunk into `folder`, and return how many X-rays were readable in each."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return [beam.decode_chunk(chunk, str(folder), str(root), "squash") for chunk in beam.chunk_list(root)]
 
 
@@ -43,6 +43,7 @@ def test_the_build_uses_and_keeps_every_chunk_that_beam_decoded(root, tmp_path, 
     build.build(iv, root, tmp_path / "alone", tasks=["radiology"])
     assert _contents(tmp_path / "alone/.cache/images") == before
     monkeypatch.setattr(decoding, "decode", lambda *a: pytest.fail("an X-ray was decoded again"))
+    assert _decode_chunks(root, folder) == [9, 10, 3]
     for task in ("pheno", "radiology"):  # a few of the X-rays, then all
         build.build(iv, root, tmp_path / "out", tasks=[task])
         assert _contents(folder) == before

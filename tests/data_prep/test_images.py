@@ -55,6 +55,12 @@ def test_invalid_rows_are_counted(tmp_path, changes, with_ids, without_time):
     assert found["time"].drop_nulls().len() == 1 and found["dicom_id"][0] == "image-0001-00"
 
 
+def test_a_metadata_table_without_valid_rows_is_reported(tmp_path):
+    with pytest.raises(UserError) as raised:
+        metadata.read_metadata(_raw(tmp_path, [image(1, 1) | {"study_id": ""}]))
+    assert raised.value.path.name == "mimic-cxr-2.0.0-metadata.csv.gz"
+
+
 def test_only_a_positive_finding_is_1(tmp_path):
     row = image(1, 1, Edema="1.0", Fracture="0.0", Pneumonia="-1.0", **{"No Finding": "1"})
     labels = metadata.read_labels(_raw(tmp_path, [row]))
@@ -138,6 +144,13 @@ def test_an_unreadable_image_raises_oserror(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(OSError):
         decoding.decode(path, "crop")
+
+
+def test_an_oversized_image_raises_oserror(tmp_path, monkeypatch):
+    Image.new("L", (300, 300)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match="DecompressionBombError"):
+        decoding.decode(tmp_path / "a.jpg", "crop")
 
 
 def test_a_missing_image_raises_oserror(tmp_path):
