@@ -30,12 +30,9 @@ def _is_useful(record: LogRecord) -> bool:
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
     """Opens the run's checkpoints; it keeps the latest and the one that `Progress` calls the best."""
     # best_fn as well as the policy: with the policy alone, orbax 0.12's best_step() is the latest.
-    policy = ocp.checkpoint_managers.AnyPreservationPolicy(
-        [
-            ocp.checkpoint_managers.LatestN(1),
-            ocp.checkpoint_managers.BestN(get_metric_fn=_best_order, reverse=False, n=1),
-        ]
-    )
+    policies = ocp.checkpoint_managers
+    best_policy = policies.BestN(get_metric_fn=_best_order, reverse=False, n=1)
+    policy = policies.AnyPreservationPolicy([policies.LatestN(1), best_policy])
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_order, best_mode="max")
     folder = (workdir / "checkpoints").absolute()
     logging.get_absl_logger().addFilter(_is_useful)  # adding the same function again does nothing
@@ -91,11 +88,8 @@ def best(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
     epoch = _latest_progress(manager).best_epoch
     restored, progress = _restore(manager, step, state)
     if epoch and progress.epoch != epoch:
-        raise UserError(
-            f"{manager.directory} no longer holds the best checkpoint, of epoch {epoch}: restore it, or train again",
-            path=manager.directory,
-            value=epoch,
-        )
+        message = f"{manager.directory} lacks the best checkpoint, of epoch {epoch}: restore it, or train again"
+        raise UserError(message, path=manager.directory, value=epoch)
     return restored, progress
 
 
@@ -127,13 +121,9 @@ def _open_trained(workdir: Path) -> Iterator[ocp.CheckpointManager]:
     """Opens the checkpoints of a run that has at least one; otherwise raises UserError and makes no folder."""
     folder = workdir / "checkpoints"
     if not folder.is_dir() and (workdir / "state.npz").exists():
-        number = int(workdir.name) if workdir.name.isdecimal() else "TRIAL"
-        raise UserError(
-            f"{workdir} is a trial stored as state.npz: to write its checkpoint, repeat the sweep's command with "
-            f"--export={number}",
-            field="--export",
-            path=workdir,
-        )
+        export = f"--export={int(workdir.name) if workdir.name.isdecimal() else 'TRIAL'}"
+        message = f"{workdir} is a trial without a checkpoint: repeat the sweep's command with {export} to write it"
+        raise UserError(message, field="--export", path=workdir)
     if not folder.is_dir():
         raise UserError(f"{workdir} holds no trained model: run medfuse_jax.main first", path=folder)
     with contextlib.closing(open_manager(workdir)) as manager:
@@ -176,11 +166,8 @@ def _as_user_error(path: Path) -> Iterator[None]:
         if errors.is_disk_full(error):
             raise UserError(f"the disk of {path} is full: free some space and try again", path=path) from None
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} does not match this run's model or is damaged ({first_line[:200]}): restore it from a copy, or "
-            "start again in another --workdir",
-            path=path,
-        ) from None
+        message = f"{path} does not match this run's model or is damaged ({first_line[:200]})"
+        raise UserError(f"{message}: restore a copy, or start again in another --workdir", path=path) from None
 
 
 def _best_order(metrics: dict) -> float:

@@ -5,7 +5,7 @@ Shapes: M models, N records, K labels, D devices, B rows a device, R = D * B row
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -37,34 +37,21 @@ def predict_each(run, eval_fn: Callable, num_models: int, split: str, include_N:
 
     eval_fn: batch -> (scores [M, D, B, K], loss of each row [M, D, B]).
     """
-    score_MNK = np.full((num_models, len(include_N), len(run.dataset.labels)), np.nan, np.float32)
+    label_NK = run.dataset.index[split]["label"]
+    score_MNK = np.full((num_models, *label_NK.shape), np.nan, np.float32)
     loss_MN = np.full((num_models, len(include_N)), np.nan)
-    for plan in run.eval_plans(split, include_N):
-        pending: tuple = ()
-        for batch in run.batches(split, plan):
-            dispatched = (batch["record"], *eval_fn(batch))
-            if pending:  # fetched while the next batch runs
-                _store(pending, score_MNK, loss_MN)
-            pending = dispatched
-        _store(pending, score_MNK, loss_MN)
+    for record_R, real_R, (score_MDBK, loss_MDB) in _outputs(run, eval_fn, split, include_N):
+        score_MNK[:, record_R] = np.asarray(score_MDBK).reshape(num_models, len(real_R), -1)[:, real_R]
+        loss_MN[:, record_R] = np.asarray(loss_MDB).reshape(num_models, -1)[:, real_R]
     record_N = np.flatnonzero(include_N)
-    label_NK = run.dataset.index[split]["label"][record_N]
     predictions = []
     for score_NK, loss_N in zip(score_MNK, loss_MN):
         is_complete = np.array_equal(record_N, np.flatnonzero(~np.isnan(loss_N)))
         assert is_complete or not np.isfinite(score_NK[record_N]).all()
-        predictions.append(Predictions(record_N, score_NK[record_N], label_NK, float(loss_N[record_N].mean())))
+        predictions.append(
+            Predictions(record_N, score_NK[record_N], label_NK[record_N], float(loss_N[record_N].mean()))
+        )
     return predictions
-
-
-def _store(outputs: tuple, score_MNK: np.ndarray, loss_MN: np.ndarray) -> None:
-    record_DB, score_MDBK, loss_MDB = outputs
-    record_R = np.asarray(record_DB).reshape(-1)
-    real_R = record_R != plan_lib.PADDING
-    num_models, num_labels = len(score_MNK), score_MNK.shape[-1]
-    score_MRK = np.asarray(score_MDBK).reshape(num_models, len(record_R), num_labels)
-    score_MNK[:, record_R[real_R]] = score_MRK[:, real_R]
-    loss_MN[:, record_R[real_R]] = np.asarray(loss_MDB).reshape(num_models, -1)[:, real_R]
 
 
 def attention_weights(run, weights_fn: Callable, state, split: str, include_N: np.ndarray) -> dict:
@@ -82,13 +69,30 @@ def attention_weights(run, weights_fn: Callable, state, split: str, include_N: n
         "time_weights": np.zeros((len(include_N), int(length_N[include_N].max(initial=0))), np.float16),
         "modality_weights": np.zeros((len(include_N), len(names)), np.float32),
     }
-    for plan in run.eval_plans(split, include_N):
-        for batch in run.batches(split, plan):
-            record_R = np.asarray(batch["record"]).reshape(-1)
-            real_R = record_R != plan_lib.PADDING
-            for name, weight_DBX in weights_fn(state, batch).items():
-                width = min(weight_DBX.shape[-1], weights[name].shape[1])  # a bucket may be longer than its stays
-                weight_RX = np.asarray(weight_DBX).reshape(len(record_R), -1)
-                weights[name][record_R[real_R], :width] = weight_RX[real_R, :width]
+    for record_R, real_R, outputs in _outputs(run, lambda batch: weights_fn(state, batch), split, include_N):
+        for name, weight_DBX in outputs.items():
+            width = min(weight_DBX.shape[-1], weights[name].shape[1])  # a bucket may be longer than its stays
+            weights[name][record_R, :width] = np.asarray(weight_DBX).reshape(len(real_R), -1)[real_R, :width]
     weights["length"] = length_N
     return {name: values_N[include_N] for name, values_N in weights.items()} | {"modalities": np.array(names)}
+
+
+def _outputs(run, batch_fn: Callable, split: str, include_N: np.ndarray) -> Iterator[tuple]:
+    """Yields (record numbers, which rows [R] of the batch they are, output of batch_fn) for each batch.
+
+    An output is yielded, and may be read, while the next batch runs.
+    """
+    for plan in run.eval_plans(split, include_N):
+        pending = ()
+        for batch in run.batches(split, plan):
+            dispatched = (batch["record"], batch_fn(batch))
+            if pending:
+                yield _real_rows(*pending)
+            pending = dispatched
+        yield _real_rows(*pending)
+
+
+def _real_rows(record_DB, output) -> tuple:
+    record_R = np.asarray(record_DB).reshape(-1)
+    real_R = record_R != plan_lib.PADDING
+    return record_R[real_R], real_R, output

@@ -24,19 +24,15 @@ def open_run(workdir: Path, devices: list[jax.Device] | None = None, data_dir: s
     if workdir_lib.is_ensemble(workdir):
         raise UserError(f"{workdir} holds an ensemble, which has no weights: give a run's workdir", path=workdir)
     if workdir_lib.is_sweep(workdir):
-        trial = workdir / "trials" / "000"
-        raise UserError(f"{workdir} holds a sweep: give one of its trials, such as {trial}", path=workdir)
+        raise UserError(f"{workdir} holds a sweep: give a trial, such as {workdir / 'trials' / '000'}", path=workdir)
     path = workdir / "config.json"
     config = config_lib.load(path)
     if data_dir:
         config.data.dir = data_dir
     elif not Path(config.data.dir).is_dir():
-        raise UserError(
-            f"the shards of {workdir}, {config.data.dir}, are gone: restore them, or give their new place once: "
-            f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW",
-            field="--data_dir",
-            path=config.data.dir,
-        )
+        how = f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
+        message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new place once: {how}"
+        raise UserError(message, field="--data_dir", path=config.data.dir)
     run = open_experiment(config, devices)
     workdir_lib.check_data(workdir, run)
     if data_dir:

@@ -11,6 +11,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from medfuse_jax import config as config_lib
+from medfuse_jax import experiment, torch_import
+from medfuse_jax.runs import checkpoints, sources
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError
 
@@ -34,10 +38,6 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     A bare ResNet fills the X-ray encoder alone: other runs can start from it, but `evaluate` refuses to score it.
     Raises UserError if the file, the config and its data do not match, or the workdir is in use.
     """
-    from medfuse_jax import experiment, torch_import  # late: a wrong flag is refused before jax starts
-    from medfuse_jax.runs import checkpoints
-    from medfuse_jax.runs.progress import Progress
-
     config_lib.validate(config)
     _check_modalities(config)
     if not config.data.dir:
@@ -47,12 +47,8 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     try:
         variables, unused = _fill(run.options.model, config.method, state_dict)
     except UserError as error:
-        raise UserError(
-            f"{checkpoint} for config.method={config.method}, config.task={config.task}: {error}",
-            field=error.field,
-            path=checkpoint,
-            value=error.value,
-        ) from None
+        message = f"{checkpoint} for config.method={config.method}, config.task={config.task}: {error}"
+        raise UserError(message, field=error.field, path=checkpoint, value=error.value) from None
     state = run.fresh_state()
     state = state.replace(
         params={**state.params, **variables["params"]},
@@ -79,9 +75,6 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
 
 def export_weights(workdir: Path, path: Path) -> str:
     """Writes a run's best checkpoint under the released names; returns the line to print. UserError as for `write`."""
-    from medfuse_jax import torch_import
-    from medfuse_jax.runs import checkpoints, sources
-
     run = sources.open_run(workdir)
     config = run.config
     _check_modalities(config)
@@ -94,17 +87,13 @@ def export_weights(workdir: Path, path: Path) -> str:
 def _check_modalities(config: ConfigDict) -> None:
     if config.model.modalities:
         raise UserError(
-            f"config.model.modalities is {config.model.modalities!r}: a run with further modalities can be neither "
-            "imported nor exported, because the released models have EHR and X-ray only",
+            f"config.model.modalities is {config.model.modalities!r}; the released models have EHR and X-ray only",
             field="config.model.modalities",
-            value=config.model.modalities,
         )
 
 
 def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
     """Returns (variables, names of the unused weights)."""
-    from medfuse_jax import torch_import
-
     if torch_import.is_backbone(state_dict):
         variables = torch_import.fill_backbone(model, state_dict)
         unused = [name for name in state_dict if name.startswith("fc.")]
@@ -115,9 +104,6 @@ def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
 
 
 def _claim(workdir: Path, run, note: dict) -> None:
-    from medfuse_jax.runs import checkpoints
-    from medfuse_jax.runs import workdir as workdir_lib
-
     workdir_lib.check_outside_sweeps(workdir)
     with files.must_write(f"--workdir={workdir}"):
         if workdir.exists() and any(workdir.iterdir()):

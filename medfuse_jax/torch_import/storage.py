@@ -105,20 +105,13 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = _torch(path)
     # The released trainer stores its best AUROC as a numpy number, others arrays of scores. weights_only refuses both
     # by default; these types hold only numbers.
-    multiarray = np._core.multiarray
-    numpy_types = [
-        *(
-            (function, f"numpy.{core}.multiarray.{function.__name__}")
-            for function in (multiarray.scalar, multiarray._reconstruct)
-            for core in ("core", "_core")
-        ),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
-    ]
+    functions = [getattr(np._core.multiarray, name) for name in ("scalar", "_reconstruct")]
+    allowed = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in functions for core in ("core", "_core")]
+    codes = np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"
+    allowed += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes}]
     try:
         _check_checksums(path)
-        with torch.serialization.safe_globals(numpy_types):
+        with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         raise UserError(f"{path} cannot be read safely: {_reason(error)}", path=path) from None
