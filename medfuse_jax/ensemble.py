@@ -29,7 +29,7 @@ from medfuse_jax.runtime import command_line, compilation, files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 RULES = {"average": "late_average", "weighted": "weighted_average", "by_cxr": "ensemble"}  # rule -> method
-_FIELDS = ("stay_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
+_FIELDS = ("stay_id", "subject_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
 _GIVE_FINISHED = "give a finished run"
 _WEIGHT_STEPS = 20  # weights are multiples of 1/20
 _MAX_WEIGHTED = 5  # members: 10,626 weightings; 6 would have 53,130
@@ -237,8 +237,8 @@ def _test_result(workdir: Path) -> dict:
 def _join(members: list[Member]) -> dict:
     """The predictions on every stay that any member scores.
 
-    stay_id, labels, has_ehr, has_cxr, age as in a predictions file, and scores_MNK, NaN where a member does not score
-    a stay.
+    stay_id, subject_id, labels, has_ehr, has_cxr, age as in a predictions file, and scores_MNK, NaN where a member does
+    not score a stay.
     """
     stacked = {name: np.concatenate([member.predictions[name] for member in members]) for name in _FIELDS}
     stay_id_N, first_N = np.unique(stacked["stay_id"], return_index=True)

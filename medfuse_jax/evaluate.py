@@ -25,9 +25,10 @@ def evaluate(
 ) -> dict:
     """Evaluates a run's best checkpoint on one split; returns the result.
 
-    Writes, under the names that `what` gives them, the predictions (stay_id, scores, labels, has_ehr, has_cxr, age;
-    had_ehr and had_cxr if a modality was dropped; attention weights if the model has any) and the result, both with
-    the checkpoint's step. devices: by default all of this process. data_dir: where the run's shards were moved to.
+    Writes, under the names that `what` gives them, the predictions (stay_id, subject_id, scores, labels, has_ehr,
+    has_cxr, age; had_ehr and had_cxr if a modality was dropped; attention weights if the model has any) and the result,
+    both with the checkpoint's step. devices: by default all of this process. data_dir: where the run's shards were
+    moved to.
     """
     check_choice("--split", what.split, schema.SPLITS)
     run = sources.open_run(workdir, devices, data_dir)
@@ -74,7 +75,8 @@ def _score(
     )
     predicted = predictions.predict(run, eval_fn, state, split, include_N)
     part = {name: values[predicted.record_N] for name, values in run.dataset.index[split].items()}
-    scored = {"stay_id": part["stay_id"], "scores": predicted.score_NK, "labels": predicted.label_NK}
+    scored = {name: part[name] for name in ("stay_id", "subject_id")}
+    scored |= {"scores": predicted.score_NK, "labels": predicted.label_NK}
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
     scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
     return scored, predictions.attention_weights(run, weights_fn, state, split, include_N), predicted.loss

@@ -91,6 +91,7 @@ def write_evaluation(
         workdir / "predictions_test.npz",
         **(attention_of(data) if method == "medfuse_attention" else {}),
         stay_id=np.full(len(labels), -1) if schema.TASKS[task].cxr_only else np.arange(len(labels)),
+        subject_id=np.arange(len(labels)),
         scores=scores,
         labels=labels.astype(np.int8),
         has_ehr=np.full(len(labels), not schema.TASKS[task].cxr_only),
