@@ -122,9 +122,8 @@ def _peers(case: Case, width: int, sample: cohort.Sample) -> dict[str, Callable[
     from medfuse_jax.bench import torch_peer
 
     runs, data = {}, sample.data
-    without_images = [{key: x for key, x in batch.items() if key != "image_row"} for batch in sample.batches]
     for name in case.peers:
         variant = torch_peer.VARIANTS[name]
-        placed = [torch_peer.batch_for(variant, batch, None, data.mean_F, data.std_F) for batch in without_images]
+        placed = [torch_peer.batch_for(variant, batch, None, data.mean_F, data.std_F) for batch in sample.batches]
         runs[name] = torch_peer.lstm_runner(variant, len(schema.CHANNELS), width, placed, case.precision)
     return runs
