@@ -1,5 +1,6 @@
 """Sweeps as a whole: table and choice, resuming, and what is refused before anything is trained."""
 
+import dataclasses
 import functools
 import json
 import runpy
@@ -199,6 +200,20 @@ def test_an_invalid_trial_is_refused_before_any_is_trained(tiny_config, tmp_path
         sweep(tiny_config, tmp_path, ["method:choice(medfuse,uni_crx)"], num_trials=2)
     assert (error.value.field, error.value.nearest) == ("config.method", "uni_cxr")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_list_in_the_config_gives_the_trials_unless_there_is_a_search(tmp_path, capsys):
+    path = tmp_path / "listed.py"
+    path.write_text("def sweep(add):\n    add(lr=1e-3)\n    add(lr=1e-2)\n")
+    request = command.Request(config_lib.default(), path, tmp_path / "sweep", [])
+    trials = command._plan_trials(request, draws=True).initial
+    assert [trial.values for trial in trials] == [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]
+    with pytest.raises(UserError) as error:
+        command._plan_trials(dataclasses.replace(request, algorithm="optuna"), draws=True)
+    assert error.value.field == "--search"
+    searched = dataclasses.replace(request, specs=["seed:int(0,9)"], num_trials=1)
+    assert [list(trial.values) for trial in command._plan_trials(searched, draws=True).initial] == [["seed"]]
+    assert f"--search replaces the trials listed in {path}" in capsys.readouterr().out
 
 
 def _skip_training(monkeypatch, train_group):
