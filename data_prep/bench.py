@@ -219,10 +219,10 @@ def main(argv: list[str]) -> None:
     results = []
     for copies in (values.copies // SMALLER, values.copies):
         root = out / f"raw-{copies}"
-        if not (root / "whole").exists():
+        if not (root / "complete").exists():
             progress.say(f"writing {root}")
             repeat(source, root, copies)
-            (root / "whole").touch()
+            (root / "complete").touch()
         command = [sys.executable, "-m", "data_prep.bench", f"--out={out / 'work'}", f"--one={root}"]
         for _ in range(values.repeats):
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

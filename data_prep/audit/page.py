@@ -173,10 +173,10 @@ def _task(name: str, content: dict) -> str:
 
 
 def _flow(steps: list[dict]) -> str:
-    most = max((step["stays"] for step in steps if isinstance(step["stays"], int)), default=1)
+    largest = max((step["stays"] for step in steps if isinstance(step["stays"], int)), default=1)
     rows = []
     for step in steps:
-        width = 100 * step["stays"] / most if isinstance(step["stays"], int) else 1
+        width = 100 * step["stays"] / largest if isinstance(step["stays"], int) else 1
         bar = f'<div style="width:{width:.1f}%"></div>'
         rows.append([escape(step["filter"]), number(step["stays"]), number(step["removed"] or None), bar])
     note = "A filter that removed 1 to 9 stays is merged with its neighbours."

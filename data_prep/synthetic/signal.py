@@ -127,15 +127,15 @@ def _bias(rule: Rule) -> float:
 
 def probabilities(task: str, vitals_NV: np.ndarray, cxr_NE: np.ndarray) -> dict[str, np.ndarray]:
     """Return the true label probabilities, each [N, K], given 'both', 'ehr_only' and 'cxr_only' latents."""
-    given = {"both": [], "ehr_only": [], "cxr_only": []}
+    by_input = {"both": [], "ehr_only": [], "cxr_only": []}
     for rule in RULES[task]:
         u_v = _along(rule.vitals, VITAL_LATENTS, vitals_NV)
         u_x = _along(rule.image, IMAGE_LATENTS, cxr_NE)
         bias = _bias(rule)
-        given["both"].append(expit(_logit(rule, u_v, u_x) + bias))
-        given["ehr_only"].append(expit(_logit(rule, u_v[:, None], _NODES[None, :]) + bias) @ _WEIGHTS)
-        given["cxr_only"].append(expit(_logit(rule, _NODES[None, :], u_x[:, None]) + bias) @ _WEIGHTS)
-    return {name: np.stack(columns, axis=1) for name, columns in given.items()}
+        by_input["both"].append(expit(_logit(rule, u_v, u_x) + bias))
+        by_input["ehr_only"].append(expit(_logit(rule, u_v[:, None], _NODES[None, :]) + bias) @ _WEIGHTS)
+        by_input["cxr_only"].append(expit(_logit(rule, _NODES[None, :], u_x[:, None]) + bias) @ _WEIGHTS)
+    return {name: np.stack(columns, axis=1) for name, columns in by_input.items()}
 
 
 def expected_auroc(true_p: np.ndarray, score: np.ndarray) -> float:
@@ -148,20 +148,20 @@ def expected_auroc(true_p: np.ndarray, score: np.ndarray) -> float:
     return float(roc_auc_score(label, np.tile(score.round(12), 2), sample_weight=weight))
 
 
-def best_auroc(task: str, given: dict[str, np.ndarray], has_cxr_N: np.ndarray) -> dict:
+def best_auroc(task: str, by_input: dict[str, np.ndarray], has_cxr_N: np.ndarray) -> dict:
     """Return the best expected AUROC on these stays, per label and macro.
 
-    given: from `probabilities`; has_cxr_N: bool, the stays with an X-ray. 'all': every stay, 'both' without the X-ray
-    where there is none. 'paired': stays with an X-ray. None with fewer than two stays.
+    by_input: from `probabilities`; has_cxr_N: bool, the stays with an X-ray. 'all': every stay, 'both' without the
+    X-ray where there is none. 'paired': stays with an X-ray. None with fewer than two stays.
     """
-    available = np.where(has_cxr_N[:, None], given["both"], given["ehr_only"])
+    available = np.where(has_cxr_N[:, None], by_input["both"], by_input["ehr_only"])
     scores = {
-        "all": (slice(None), {"both": available, "ehr_only": given["ehr_only"]}),
-        "paired": (has_cxr_N, given),
+        "all": (slice(None), {"both": available, "ehr_only": by_input["ehr_only"]}),
+        "paired": (has_cxr_N, by_input),
     }
     report: dict = {"labels": list(schema.TASKS[task].labels), "groups": [rule.group for rule in RULES[task]]}
     for subset, (rows, by_modality) in scores.items():
-        true_p = given["both"][rows]
+        true_p = by_input["both"][rows]
         report[subset] = {"num_stays": len(true_p)}
         for modality, score in by_modality.items():
             if len(true_p) < 2:

@@ -80,30 +80,30 @@ def _write_table(frame: pl.DataFrame, path: Path) -> None:
 
 def _image_flags(stays: pl.DataFrame, planned: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Return which stays [N] have an AP X-ray during the stay, and which in its first 48 h."""
-    in_stay = planned.filter((pl.col("view") == "AP") & (pl.col("row") >= 0) & (pl.col("hours") >= 0))
-    row, hours = in_stay["row"].to_numpy(), in_stay["hours"].to_numpy()
+    images = planned.filter((pl.col("view") == "AP") & (pl.col("row") >= 0) & (pl.col("hours") >= 0))
+    row, hours = images["row"].to_numpy(), images["hours"].to_numpy()
     los_h = stays["los_h"].to_numpy()
-    whole, early = np.zeros(len(stays), bool), np.zeros(len(stays), bool)
-    whole[row[hours <= los_h[row]]] = True
-    early[row[(hours <= los_h[row]) & (hours <= MORTALITY_WINDOW_H)]] = True
-    return whole, early
+    in_stay, in_48h = np.zeros(len(stays), bool), np.zeros(len(stays), bool)
+    in_stay[row[hours <= los_h[row]]] = True
+    in_48h[row[(hours <= los_h[row]) & (hours <= MORTALITY_WINDOW_H)]] = True
+    return in_stay, in_48h
 
 
-def _report(stays: pl.DataFrame, planted: dict, whole: np.ndarray, early: np.ndarray) -> dict:
+def _report(stays: pl.DataFrame, planted: dict, in_stay: np.ndarray, in_48h: np.ndarray) -> dict:
     """Return the best expected AUROC of each task, on the stays that pass its cohort filters."""
     kept = (stays["kind"] == "kept").to_numpy()
     long_enough = (stays["los_h"] >= MORTALITY_WINDOW_H).to_numpy()
     report = {}
-    for task, rows, has_cxr in (("pheno", kept, whole), ("mortality", kept & long_enough, early)):
-        given = {name: probability[rows] for name, probability in planted[task].items()}
-        report[task] = signal.best_auroc(task, given, has_cxr[rows])
+    for task, rows, has_cxr in (("pheno", kept, in_stay), ("mortality", kept & long_enough, in_48h)):
+        by_input = {name: probability[rows] for name, probability in planted[task].items()}
+        report[task] = signal.best_auroc(task, by_input, has_cxr[rows])
         report[task]["prevalence"] = planted[f"{task}_label"][rows].mean(axis=0).tolist()
     return report
 
 
-def _truth(stays: pl.DataFrame, planted: dict, whole: np.ndarray, early: np.ndarray) -> pl.DataFrame:
+def _truth(stays: pl.DataFrame, planted: dict, in_stay: np.ndarray, in_48h: np.ndarray) -> pl.DataFrame:
     columns = {"kind": stays["kind"], "stay_id": stays["stay_id"], "subject_id": stays["subject_id"]}
-    columns |= {"cxr_in_stay": whole, "cxr_in_48h": early}
+    columns |= {"cxr_in_stay": in_stay, "cxr_in_48h": in_48h}
     columns |= {f"p_{p.ccs}": planted["pheno"]["both"][:, k] for k, p in enumerate(schema.PHENOTYPES)}
     columns["p_mortality"] = planted["mortality"]["both"][:, 0]
     columns |= {f"vital_{name}": planted["vitals"][:, i] for i, name in enumerate(signal.VITAL_LATENTS)}

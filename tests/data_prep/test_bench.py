@@ -54,8 +54,8 @@ def test_copies_differ_only_in_their_ids(tree, tmp_path, monkeypatch, member_byt
         assert five.select(other).equals(pl.concat([one] * 5).select(other))
         for column in set(bench.IDS) & set(table.columns):
             assert five[column].n_unique() == 5 * one[column].n_unique()
-    found, _ = cohort.read_stays(tables.mimic_iv(tmp_path))
-    assert len(found) == 5 * STAYS
+    stays, _ = cohort.read_stays(tables.mimic_iv(tmp_path))
+    assert len(stays) == 5 * STAYS
 
 
 def test_the_stay_ids_of_a_copy_are_spread_over_all(tree, tmp_path):
@@ -74,14 +74,14 @@ def test_events_to_arrays_counts_rows_and_stays_and_cleans_up(tree, tmp_path):
 
 def test_decoding_is_measured_on_images_as_they_are_and_enlarged(images, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "IMAGE_PX", (700, 800))
-    found = bench.images(images, tmp_path / "images", limit=3)
-    assert [(row["what"], row["images"]) for row in found] == [
+    rows = bench.images(images, tmp_path / "images", limit=3)
+    assert [(row["what"], row["images"]) for row in rows] == [
         ("X-rays, as they are, data_prep", 3),
         ("X-rays, as they are, PIL, full decode", 3),
         ("X-rays, 700x800 px, data_prep", 3),
         ("X-rays, 700x800 px, PIL, full decode", 3),
     ]
-    assert all(row["images_per_s_core"] > 0 for row in found) and not (tmp_path / "images").exists()
+    assert all(row["images_per_s_core"] > 0 for row in rows) and not (tmp_path / "images").exists()
     shutil.rmtree(shutil.copytree(images, tmp_path / "none") / "files")
     with pytest.raises(UserError) as raised:
         bench.images(tmp_path / "none", tmp_path / "images")

@@ -21,12 +21,12 @@ def _raw(root, images, **options):
 
 def test_study_times_may_lack_leading_zeros(tmp_path):
     images = [image(1, 0.5 + 42 / 3600), image(2, 15), image(3, 1, StudyTime="246060.0"), image(4, 1, StudyDate="")]
-    found, counts = metadata.read_metadata(_raw(tmp_path, images))
-    assert found["time"].cast(pl.String).to_list()[:2] == ["2150-01-01 00:30:42.000000", "2150-01-01 15:00:00.000000"]
-    assert found["time"].to_list()[2:] == [None, None]
+    table, counts = metadata.read_metadata(_raw(tmp_path, images))
+    assert table["time"].cast(pl.String).to_list()[:2] == ["2150-01-01 00:30:42.000000", "2150-01-01 15:00:00.000000"]
+    assert table["time"].to_list()[2:] == [None, None]
     assert counts["X-rays without a valid time (never paired)"] == 2
-    assert found["path"].to_list() == [image_path(row) for row in images]
-    assert all((tmp_path / path).is_file() for path in found["path"])
+    assert table["path"].to_list() == [image_path(row) for row in images]
+    assert all((tmp_path / path).is_file() for path in table["path"])
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_invalid_rows_are_counted(tmp_path, changes, with_ids, without_time):
     )
     header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
     write_table(tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [image(1, 1), image(2, 1) | changes])
-    found, counts = metadata.read_metadata(tables.mimic_cxr(tmp_path))
+    table, counts = metadata.read_metadata(tables.mimic_cxr(tmp_path))
     assert counts == {
         "rows of metadata": 2,
         "X-rays with ids": with_ids,
         "X-rays without a valid time (never paired)": without_time,
     }
-    assert found["time"].drop_nulls().len() == 1 and found["dicom_id"][0] == "image-0001-00"
+    assert table["time"].drop_nulls().len() == 1 and table["dicom_id"][0] == "image-0001-00"
 
 
 def test_a_metadata_table_without_valid_rows_is_reported(tmp_path):
@@ -87,8 +87,8 @@ def test_an_image_without_a_metadata_row_is_reported_and_counted(tmp_path, capsy
     write_table(
         tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [{c: images[0][c] for c in header.split(",")}], gz=False
     )
-    found, counts = metadata.read_metadata(raw)
-    assert found["dicom_id"].to_list() == ["image-0001-00"]
+    table, counts = metadata.read_metadata(raw)
+    assert table["dicom_id"].to_list() == ["image-0001-00"]
     assert counts["X-rays without a metadata row"] == 1
     assert counts["dicom_ids without a metadata row"] == ["image-0002-00"]
     (line,) = capsys.readouterr().err.splitlines()
