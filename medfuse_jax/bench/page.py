@@ -175,7 +175,7 @@ def _as_typed(row: dict) -> str:
     environment = row["environment"]
     count = environment["num_local_devices"] if environment["platform"] == "cpu" else 1
     simulated = f"NPROC=16 XLA_FLAGS=--xla_force_host_platform_device_count={count} " if count > 1 else ""
-    return simulated + row["command"]
+    return simulated + row["command"].replace("|", "\\|")  # it stands in a table
 
 
 def markdown(header: tuple[str, ...], rows: list) -> str:

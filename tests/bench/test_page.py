@@ -71,6 +71,11 @@ def test_command_includes_how_devices_are_simulated(tmp_path):
     assert f"`{command}`" in page.render(tmp_path)
 
 
+def test_command_with_a_bar_stays_in_its_table_cell(tmp_path):
+    _write(tmp_path, _row(command="python -m medfuse_jax.bench '--only=lstm|step'"))
+    assert r"'--only=lstm\|step'`" in page.render(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
