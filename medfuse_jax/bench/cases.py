@@ -126,15 +126,8 @@ def _devices() -> list[Case]:
 
     The X-rays are small, so that the cost of dividing shows on devices simulated by one CPU.
     """
-    shared: dict = {
-        "batch_size": 64,
-        "cxr_share": 0.25,
-        "resize_px": 64,
-        "crop_px": 64,
-        "max_buckets": 1,
-        "num_batches": 2,
-    }
-    return [Case(**shared, num_devices=n, parallel=mode, peers=()) for n in (1, 2, 8) for mode in ("pmap", "jit")]
+    one = Case(batch_size=64, cxr_share=0.25, resize_px=64, crop_px=64, max_buckets=1, num_batches=2, peers=())
+    return [dataclasses.replace(one, num_devices=n, parallel=mode) for n in (1, 2, 8) for mode in ("pmap", "jit")]
 
 
 def _growth() -> list[Case]:
