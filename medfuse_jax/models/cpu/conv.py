@@ -13,11 +13,14 @@ import jax.numpy as jnp
 
 from medfuse_jax.models.cpu import winograd
 
+# A smaller convolution takes about a millisecond in any form. XLA's own compiles by far the fastest: it is one call of
+# a library, where Winograd's is some 100 kernels.
+_MIN_FLOP = 100e6
 # For few output pixels per X-ray (and, in a ResNet, many channels) one product of explicit columns is fastest: for
 # a convolution's gradients XLA transposes the whole kernel. Winograd takes precedence if the batch is large enough.
 _FEW_PIXELS = 7 * 7
-# With fewer channels, Winograd's transforms cost more than they save, and compile slowly.
-_WINOGRAD_CHANNELS = 64
+# With fewer channels, Winograd's transforms cost more than they save.
+_WINOGRAD_CHANNELS = 32
 # XLA computes the kernel's gradient as one convolution whose window covers all X-rays. For many large X-rays that
 # takes up to three times as long as a sum over parts of the batch.
 _PIXELS_PER_PART = 56 * 56
@@ -54,6 +57,8 @@ conv.defvjp(_save, _backward)
 
 
 def _forward(stride, padding, x_PHWC, kernel):
+    if _is_small(stride, padding, x_PHWC, kernel):
+        return _xla_conv(stride, padding, x_PHWC, kernel)
     if _suits_winograd(stride, padding, x_PHWC, kernel):
         return winograd.convolve(x_PHWC, kernel)
     if _num_pixels(stride, padding, x_PHWC, kernel) <= _FEW_PIXELS:
@@ -62,6 +67,8 @@ def _forward(stride, padding, x_PHWC, kernel):
 
 
 def _gradients(stride, padding, x_PHWC, kernel, d_output_PHWC):
+    if _is_small(stride, padding, x_PHWC, kernel):
+        return jax.vjp(functools.partial(_xla_conv, stride, padding), x_PHWC, kernel)[1](d_output_PHWC)
     if _suits_winograd(stride, padding, x_PHWC, kernel):
         d_x_PHWC = winograd.convolve(d_output_PHWC, kernel[::-1, ::-1].swapaxes(2, 3))
         return d_x_PHWC, winograd.kernel_gradient(x_PHWC, d_output_PHWC)
@@ -69,6 +76,10 @@ def _gradients(stride, padding, x_PHWC, kernel, d_output_PHWC):
         return jax.vjp(functools.partial(_columns_product, stride, padding), x_PHWC, kernel)[1](d_output_PHWC)
     d_x_PHWC = jax.vjp(lambda x_PHWC: _xla_conv(stride, padding, x_PHWC, kernel), x_PHWC)[1](d_output_PHWC)[0]
     return d_x_PHWC, _kernel_gradient_in_parts(stride, padding, x_PHWC, kernel, d_output_PHWC)
+
+
+def _is_small(stride, padding, x_PHWC, kernel) -> bool:
+    return 2 * len(x_PHWC) * _num_pixels(stride, padding, x_PHWC, kernel) * kernel.size < _MIN_FLOP
 
 
 def _suits_winograd(stride, padding, x_PHWC, kernel) -> bool:

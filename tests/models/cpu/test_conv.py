@@ -22,6 +22,7 @@ def two_images_per_part(monkeypatch):
 
 def choose(monkeypatch, form):
     few_pixels, winograd_channels = _FORMS[form]
+    monkeypatch.setattr(conv, "_MIN_FLOP", 0)
     monkeypatch.setattr(conv, "_FEW_PIXELS", few_pixels)
     monkeypatch.setattr(conv, "_WINOGRAD_CHANNELS", winograd_channels)
 
@@ -44,6 +45,7 @@ def largest_difference(a, b) -> float:
 
 
 def test_half_precision_stays_half_and_avoids_winograd(monkeypatch):
+    monkeypatch.setattr(conv, "_MIN_FLOP", 0)
     monkeypatch.setattr(conv, "_WINOGRAD_CHANNELS", 1)
     monkeypatch.setattr(winograd, "convolve", None)  # a call would fail
     for few_pixels in (0, 64):
@@ -61,6 +63,12 @@ def test_every_form_gives_the_convolution_and_its_gradients(monkeypatch, form, s
     choose(monkeypatch, form)
     expected = values_and_gradients(plain, stride, size_px)
     assert largest_difference(values_and_gradients(conv.conv, stride, size_px), expected) < 1e-4
+
+
+def test_a_small_convolution_is_xlas_own(monkeypatch):
+    monkeypatch.setattr(conv, "_xla_conv", None)
+    with pytest.raises(TypeError):
+        values_and_gradients(conv.conv, 1)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
