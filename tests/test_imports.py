@@ -9,7 +9,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent.parent
 _MAX_MODULES = {"medfuse_jax": 16, "data_prep": 7}  # in a package's root
-_MAX_DEPTH = 11  # of the longest chain of imports, late ones included
+_MAX_DEPTH = 11  # of the longest chain of imports
 # What data_prep may import from medfuse_jax: definitions, the runtime, and the look of a page.
 _SHARED = ("medfuse_jax.schema", "medfuse_jax.records", "medfuse_jax.runtime", "medfuse_jax.report.html")
 _CALLS_DATA_PREP = "medfuse_jax.data.synthetic"

@@ -107,13 +107,13 @@ def _header(audit: dict) -> str:
     if audit["tasks"]:
         source = next(iter(audit["tasks"].values()))["source"]
         titles = {"mimic_iv": "MIMIC-IV", "mimic_cxr": "MIMIC-CXR-JPG"}
-        facts = {
+        values = {
             "Source": " and ".join(f"{title} {source[key]}" for key, title in titles.items() if key in source),
             "Profile": _by_task(audit, "profile"),
             "Time step": _by_task(audit, "timestep_h") + " h",
             "Split by": _by_task(audit, "split_by"),
         }
-        facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+        facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in values.items())
     reasons = "".join(f"<li>{_title(name)}: {escape(why)}</li>" for name, why in audit["not_audited"].items())
     notice = f'<div class="notice"><strong>Not in this audit:</strong><ul>{reasons}</ul></div>' if reasons else ""
     notice += "".join(_crossing(crossing) for crossing in audit["patients"]["crossings"])

@@ -19,12 +19,12 @@ _PAIRED_TEST = (
 )
 # fmt: on
 # Task -> label -> (all training stays, paired test stays); None if not published.
-PREVALENCE = {
+PREVALENCE: dict = {
     "pheno": {p.name: shares for p, *shares in zip(schema.PHENOTYPES, _TRAIN, _PAIRED_TEST, strict=True)},
     "mortality": {"In-hospital mortality": (None, round(209 / 1373, 3))},  # Table 5: 11 + 44 + 98 + 56 of 1,373
 }
 # Task -> what -> train, val, test; None if not published.
-COUNTS = {
+COUNTS: dict = {
     "pheno": {"records, paper": (42628, None, None), "paired, paper": (8056, None, None)},
     "mortality": {"paired, paper": (4885, 540, 1373), "paired, after the fix of 2023-03": (4485, 488, 1242)},
     "radiology": {"records, paper": (325188, 15282, 36625)},
