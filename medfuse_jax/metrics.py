@@ -91,12 +91,6 @@ def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0
     return result
 
 
-def resample_indices(num_samples: int, num_bootstrap: int, seed: int) -> np.ndarray:
-    """The resamples of `evaluate` and `compare`: sample numbers int32 [R, N]."""
-    rows_RN = _draw_all(_keys(num_bootstrap, seed), num_samples, num_rows=_padded(num_samples))
-    return np.asarray(rows_RN)[:, :num_samples]
-
-
 def to_json(result):
     """Converts a result for JSON: arrays to lists, NaN to None."""
     if isinstance(result, dict):
@@ -123,16 +117,6 @@ def _keys(num_bootstrap: int, seed: int) -> jax.Array:
     return jax.vmap(fold_in)(jnp.arange(num_bootstrap))  # a resample does not depend on their number
 
 
-def _draw(key: jax.Array, num_samples, num_rows: int) -> jax.Array:
-    """One resample: `num_samples` sample numbers, then unused padding; int32 [num_rows]."""
-    return jax.random.randint(key, (num_rows,), 0, num_samples, jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames="num_rows")
-def _draw_all(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
-    return jax.lax.map(lambda key: _draw(key, num_samples, num_rows), keys_R)
-
-
 @functools.partial(jax.jit, static_argnames="num_rows")
 def _draw_counts(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
     """How often each resample draws each sample, uint8 [rows, R]; rows beyond `num_samples` are zero.
@@ -142,8 +126,8 @@ def _draw_counts(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
     """
 
     def one(key):
-        row = _draw(key, num_samples, num_rows)
-        row = jnp.where(jnp.arange(num_rows) < num_samples, row, num_rows)
+        row = jax.random.randint(key, (num_rows,), 0, num_samples, jnp.int32)
+        row = jnp.where(jnp.arange(num_rows) < num_samples, row, num_rows)  # num_samples draws, then padding
         return jnp.zeros(num_rows, jnp.int32).at[row].add(1, mode="drop").astype(jnp.uint8)
 
     return jax.lax.map(one, keys_R, batch_size=_DRAW_TOGETHER).T

@@ -39,6 +39,13 @@ def sklearn_bootstrap(labels, scores, rows_RN):
     return np.stack([sklearn_scores(labels[rows], scores[rows]) for rows in rows_RN])
 
 
+def resamples(num_samples, num_bootstrap, seed):
+    """Sample numbers [R, N] of the resamples that `metrics` draws."""
+    counts = np.concatenate(list(metrics._counts(num_samples, num_bootstrap, seed)), axis=1)
+    assert not counts[num_samples:].any()
+    return np.stack([np.repeat(np.arange(num_samples), count) for count in counts[:num_samples].T])
+
+
 def bootstrap(labels, scores, num_bootstrap, seed=0):
     """[R, 2, K], as `sklearn_bootstrap`."""
     (boot,) = metrics._bootstrap(labels.astype(bool), [scores], num_bootstrap, seed)
@@ -71,13 +78,13 @@ def test_float64_scores_are_not_tied_by_float32():
 @pytest.mark.parametrize("decimals", [None, 1])
 def test_every_resample_equals_sklearn(num_samples, decimals):
     labels, scores = problem(num_samples, 3, decimals=decimals)
-    expected = sklearn_bootstrap(labels, scores, metrics.resample_indices(num_samples, 40, seed=7))
+    expected = sklearn_bootstrap(labels, scores, resamples(num_samples, 40, seed=7))
     np.testing.assert_allclose(bootstrap(labels, scores, 40, seed=7), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_tolerance_notices_broken_ties(monkeypatch):
     labels, scores = problem(700, 3, decimals=1)
-    expected = sklearn_bootstrap(labels, scores, metrics.resample_indices(700, 40, seed=7))
+    expected = sklearn_bootstrap(labels, scores, resamples(700, 40, seed=7))
     ranked = ranks.ranked
     monkeypatch.setattr(ranks, "ranked", lambda *a: (*ranked(*a)[:2], np.ones_like(a[0])))
     assert np.abs(bootstrap(labels, scores, 40, seed=7) - expected).max() > 1000 * TOLERANCE
@@ -86,7 +93,7 @@ def test_tolerance_notices_broken_ties(monkeypatch):
 def test_sums_are_exact_for_more_pairs_than_int32_holds(monkeypatch):
     labels, scores = problem(100_000, 1)
     labels[:] = np.random.default_rng(1).random(labels.shape) < 0.5
-    expected = sklearn_bootstrap(labels, scores, metrics.resample_indices(100_000, 2, seed=0))
+    expected = sklearn_bootstrap(labels, scores, resamples(100_000, 2, seed=0))
     assert labels.sum() * (1 - labels).sum() > 2**31
     np.testing.assert_allclose(bootstrap(labels, scores, 2), expected, rtol=0, atol=TOLERANCE / 4)
     monkeypatch.setattr(metrics, "_kahan", lambda total, term: (total[0] + term, total[1]))
@@ -100,7 +107,7 @@ def test_sums_are_exact_for_more_pairs_than_int32_holds(monkeypatch):
 def test_bounds_are_percentiles_of_the_sklearn_loop():
     labels, scores = problem(200, 3)
     got = metrics.evaluate(labels, scores, num_bootstrap=40, seed=3)
-    boot = sklearn_bootstrap(labels, scores, metrics.resample_indices(200, 40, seed=3))
+    boot = sklearn_bootstrap(labels, scores, resamples(200, 40, seed=3))
     for i, name in enumerate(("auroc", "auprc")):
         per_label = np.percentile(boot[:, i], [2.5, 97.5], axis=0).T
         macro = np.percentile(boot[:, i].mean(1), [2.5, 97.5])
@@ -122,17 +129,14 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_resamples_are_seeded_uniform_and_do_not_depend_on_their_number():
-    rows = metrics.resample_indices(50, 400, seed=1)
+    rows = resamples(50, 400, seed=1)
     assert rows.shape == (400, 50) and rows.min() == 0 and rows.max() == 49
-    np.testing.assert_array_equal(rows[:10], metrics.resample_indices(50, 10, seed=1))
-    assert not np.array_equal(rows[:10], metrics.resample_indices(50, 10, seed=2))
+    np.testing.assert_array_equal(rows[:10], resamples(50, 10, seed=1))
+    assert not np.array_equal(rows[:10], resamples(50, 10, seed=2))
     drawn = np.bincount(rows.ravel())  # 400 expected, deviation 20
     assert abs(drawn - 400).max() < 5 * 20
     # with replacement: a resample holds 1 - 1/e of the samples
     assert abs(np.mean([len(set(r)) for r in rows]) / 50 - 0.6358) < 0.01
-    counts = np.concatenate(list(metrics._counts(50, 10, 1)), axis=1)
-    np.testing.assert_array_equal(counts[:50].T, [np.bincount(r, minlength=50) for r in rows[:10]])
-    assert not counts[50:].any()
 
 
 def test_label_with_one_class_is_nan_and_not_in_the_macro_mean():
@@ -153,7 +157,7 @@ def test_resamples_without_both_classes_are_dropped_and_counted():
     labels, scores = problem(40, 3)
     labels[:, 0] = 0
     labels[:2, 0] = 1  # two positives: a resample has none with probability 0.13
-    boot = sklearn_bootstrap(labels, scores, metrics.resample_indices(40, 40, seed=0))
+    boot = sklearn_bootstrap(labels, scores, resamples(40, 40, seed=0))
     got = metrics.evaluate(labels, scores, num_bootstrap=40, seed=0)
     used = np.isfinite(boot[:, 0, 0])
     assert 0 < (~used).sum() < 40
@@ -176,7 +180,7 @@ def test_compare_is_paired():
     _, b = problem(300, 3, seed=1)
     b = (0.8 * a + 0.2 * b).astype(np.float32)
     got = metrics.compare(labels, a, b, num_bootstrap=40, seed=5)
-    rows = metrics.resample_indices(300, 40, seed=5)
+    rows = resamples(300, 40, seed=5)
     difference = (sklearn_bootstrap(labels, b, rows) - sklearn_bootstrap(labels, a, rows)).mean(2)
     point = (sklearn_scores(labels, b) - sklearn_scores(labels, a)).mean(1)
     for i, name in enumerate(("auroc_macro", "auprc_macro")):
@@ -258,7 +262,7 @@ def test_compiles_for_accelerators_without_calling_the_host(platform):
 def measure_speed() -> dict:
     """Seconds of `evaluate` and of the scikit-learn loop, the best of five in turn, and their largest difference."""
     labels, scores = problem(11_914, 25)
-    rows = metrics.resample_indices(len(labels), 3, seed=0)
+    rows = resamples(len(labels), 3, seed=0)
     metrics.evaluate(labels, scores)  # compiles
     ours_s, sklearn_s = [], []
     for _ in range(5):  # the fastest: other work on the machine only slows
