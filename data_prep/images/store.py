@@ -102,7 +102,7 @@ class ImageStore:
         self._place: dict[str, tuple[Path, int]] = {}  # dicom_id -> chunk and row of its valid pixels
         self._requested: set[str] = set()
         self._cached: dict[str, list[tuple[Path, int | None, Signature]]] = {}  # row None: unreadable
-        self._open: dict[Path, np.ndarray] = {}
+        self._open: dict[Path, np.ndarray] = {}  # the chunk read last: more would stay mapped in memory
         folder.mkdir(exist_ok=True)
         for path in sorted(folder.glob("*.npy")):
             self._load_info(path)
@@ -110,7 +110,7 @@ class ImageStore:
     def __getitem__(self, dicom_id: str) -> np.ndarray:
         path, row = self._place[dicom_id]
         if path not in self._open:
-            self._open[path] = np.load(path, mmap_mode="r")
+            self._open = {path: np.load(path, mmap_mode="r")}
         return self._open[path][row]
 
     def __contains__(self, dicom_id: str) -> bool:
