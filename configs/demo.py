@@ -2,8 +2,8 @@
 
 Command: python -m medfuse_jax.main --config=configs/demo.py
 Hardware and time: 2 CPU cores, 57 to 100 s for the whole command.
-Result to expect (2026-11-25, jax 0.10.2): macro AUROC [95 % CI] on the 305 test stays, then the lead of MedFuse over the
-LSTM on all of them and on the 144 with an X-ray.
+Result to expect (2026-11-25, jax 0.10.2): macro AUROC [95 % CI] on the 305 test stays, then the lead of MedFuse over
+the LSTM on all of them and on the 144 with an X-ray.
 Seed 0: LSTM 0.661 [0.641, 0.680], MedFuse 0.740 [0.720, 0.758], +0.079 [+0.061, +0.099]; X-ray +0.117 [+0.086, +0.148].
 Seed 1: LSTM 0.646, MedFuse 0.729, +0.084 [+0.061, +0.105]; X-ray +0.134.
 Seed 2: LSTM 0.661, MedFuse 0.732, +0.071 [+0.051, +0.090]; X-ray +0.124.
