@@ -77,7 +77,8 @@ def part_fns(options: step_lib.StepOptions) -> dict[str, Callable]:
 
 
 def _pass(part: Callable, state: step_lib.TrainState, batches: list[dict]) -> Callable[[], None]:
-    compiled, placed = jax.jit(part), jax.device_put(batches)
+    compiled = jax.jit(part)
+    state, placed = jax.device_put((state, batches))
 
     def run() -> None:
         for batch in placed:
