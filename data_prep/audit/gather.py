@@ -157,7 +157,7 @@ def _splits(name: str, index: dict) -> dict:
 def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dict) -> list[dict]:
     """Each label's positives by split and among the paired test records, beside the paper's.
 
-    splits: the splits' sizes as shown; where one is hidden, it is hidden here too.
+    splits: the rows of `_splits`; a size hidden there is hidden here too.
     """
     paper = published.PREVALENCE.get(name, {})
     by_time = {}
@@ -172,7 +172,7 @@ def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dic
             row[split] = _prevalence(int(positive.sum()), len(positive), splits[split]["records"])
         if not schema.TASKS[name].cxr_only:
             positive, paired = index["test"]["label"][:, k] == 1, index["test"]["has_cxr"]
-            # Test less paired test is unpaired test: neither of the two may have few with or without the label.
+            # Test minus paired test is unpaired test: neither may have few records with or without the label.
             groups = [p & g for p in (positive, ~positive) for g in (paired, ~paired)]
             few = min(int(group.sum()) for group in groups) < privacy.SMALLEST
             row["paired test"] = _prevalence(
@@ -194,16 +194,16 @@ def _prediction_times(predictions: dict, stays_with: dict[str, int], num_stays: 
     """
     positives, times = predictions["positives"], predictions["times"]
     exclusive = len(positives) > 1 and sum(positives.values()) == times
-    few_sided = {label: min(n, num_stays - n) for label, n in stays_with.items()}
+    smaller_side = {label: min(n, num_stays - n) for label, n in stays_with.items()}
     total = times if num_stays >= privacy.SMALLEST else None
     return {
         label: {"positive": n, "of": total, "share": None if n is None or total is None else share(n, times)}
-        for label, n in privacy.by_people(positives, few_sided, exclusive).items()
+        for label, n in privacy.by_people(positives, smaller_side, exclusive).items()
     }
 
 
 def _prevalence(positive: int, total: int, total_shown: int | str, hide: bool = False) -> dict:
-    """The positives of `total` records, hidden as well where the total is, or where `hide` says so."""
+    """The positives of `total` records; hidden if the total is, or if `hide`."""
     positive_shown = part(positive, total)
     if positive >= privacy.SMALLEST and (hide or isinstance(total_shown, str)):
         positive_shown = privacy.ENOUGH

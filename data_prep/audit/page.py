@@ -338,8 +338,8 @@ def _sources(audit: dict) -> str:
 def _footer() -> str:
     few, enough = escape(privacy.FEW), privacy.ENOUGH
     return (
-        f"<footer>Counts below {privacy.SMALLEST} are shown as {few}. Where the other counts of a table would give one "
-        f"away, a neighbour is hidden too, as {enough}. Several tables or tasks together may reveal "
+        f"<footer>Counts below {privacy.SMALLEST} are shown as {few}. If the other counts of a table would reveal one, "
+        f"a neighbour is hidden too, as {enough}. Several tables or tasks together may reveal "
         "more: check that before you share this page. No patient, stay or X-ray is named. The paper is Hayat et al. "
         "2022 (MedFuse), on MIMIC-IV 1.0 and MIMIC-CXR 2.0.0: its Table 4 and Figure 1.</footer>"
     )

@@ -1,7 +1,7 @@
-"""Which counts of people the audit shows: none below 10, and none that gives one away within its own table.
+"""Which counts of people the audit shows: none below 10, and none that reveals one in the same table.
 
-A count of 0 to 9 is shown as '<10'. Where a table's sum and its other counts would give it away, one neighbour is
-hidden too, as '≥10'.
+A count of 0 to 9 is shown as '<10'. If the table's sum and its other counts would reveal it, one neighbour is hidden
+too, as '≥10'.
 """
 
 SMALLEST = 10
@@ -22,7 +22,7 @@ def cells(counts: dict[str, int]) -> dict[str, int | str]:
 
 
 def part(count: int, whole: int) -> int | str:
-    """A count beside the whole it is part of: if fewer than 10 are left over, a lower bound."""
+    """A count shown beside its total: a lower bound if the rest is below 10."""
     if count < SMALLEST:
         return FEW
     return count if whole - count >= SMALLEST else f"≥{whole - SMALLEST + 1}"

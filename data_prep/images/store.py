@@ -1,4 +1,4 @@
-"""A cache of decoded X-rays, in chunk files that a build, a later build and the Beam pipeline share."""
+"""A cache of decoded X-rays in chunk files, shared by builds and the Beam pipeline."""
 
 import json
 import math
@@ -69,12 +69,12 @@ def write_chunk(
 
 
 def _made(image_shape: str) -> dict:
-    """How the pixels of a chunk are made: chunks made another way are not used."""
+    """How the pixels of a chunk were made; a chunk made differently is not used."""
     return {"image_shape": image_shape, "version": decode.VERSION, "format": CHUNK_FORMAT, "decoder": decode.DECODER}
 
 
 def _read_info(path: Path, made: dict) -> dict | None:
-    """Return a chunk's .json; None if either file is missing or damaged, or the chunk was made another way."""
+    """Return a chunk's .json; None if either file is missing or damaged, or the chunk was made differently."""
     try:
         info = json.loads(path.with_suffix(".json").read_text())
         if not isinstance(info, dict) or info.get("made") != made:
@@ -127,13 +127,13 @@ class ImageStore:
                 path = write_chunk(self._folder, self._root, self._image_shape, chunk, pool.map)
                 for dicom_id, sign in self._load_info(path).items():
                     self._look_up(dicom_id, sign)
-                # Otherwise the build would request them again, for ever.
+                # Otherwise the build would request them again and again.
                 assert all(image[0] in self or image[0] in self.unreadable for image in chunk), path
                 self._check_unreadable()
         self._check_unreadable()
 
     def remove_unusable(self) -> None:
-        """Remove chunks that no build can use: made another way, or all of their X-rays replaced."""
+        """Remove chunks that no build can use: made differently, or all of their X-rays replaced."""
         for path in self._folder.glob("*.partial"):
             path.unlink()
         used = {path for path, _ in self._place.values()}
