@@ -11,7 +11,8 @@ from medfuse_jax.runtime import files
 def set_data_dir(config: ConfigDict) -> None:
     """Set config.data.dir, if it is not given, to a synthetic cohort, which is built on first use."""
     if not config.data.dir:
-        tasks = dict.fromkeys([config.task, *(stage.task for stage in config_lib.stages(config).values())])
+        stages = config_lib.stages(config).values()
+        tasks = dict.fromkeys([config.task, *(stage.task for stage in stages), config.data.cxr_task])
         config.data.dir = str(_build(config.data.synthetic_stays, config.data.synthetic_cxr_fraction, list(tasks)))
 
 
