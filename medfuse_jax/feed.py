@@ -20,7 +20,7 @@ from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.runtime.errors import UserError
 
-Feed = Callable[[step_lib.TrainState, plan_lib.Plan, int, list[int], jax.Array], Iterator]
+Feed = Callable[[step_lib.TrainState, plan_lib.Plan | plan_lib.Alternating, int, list[int], jax.Array], Iterator]
 
 
 def open_feed(

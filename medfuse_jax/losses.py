@@ -1,4 +1,7 @@
-"""Losses: which classifiers a batch trains, on which rows. Shapes: B rows of the batch, P X-rays, K labels."""
+"""Losses: which classifiers a batch trains, on which rows.
+
+Shapes: B rows of the batch, P images, K labels.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,11 +15,11 @@ from medfuse_jax.models.presence import rows_with_image
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """One of a model's classifiers, as the loss sees it.
+    """A classifier of a model, as the loss needs it.
 
-    logits: its name among the model's outputs. needs: the modalities, 'ehr' and 'cxr', that a row
-    must have to train it. label: the batch's field with its labels; a batch without that field does
-    not train it. weight: the field of `Weights` it is multiplied by, '' for 1.
+    logits: its name among the model's outputs. needs: the modalities ('ehr', 'cxr') that a row must have to train it.
+    label: the batch's field with its labels; a batch without that field does not train it. weight: the field of
+    `Weights` that its loss is multiplied by, '' for 1.
     """
 
     logits: str = "logits"
@@ -35,10 +38,10 @@ class Weights:
 
 
 def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weights, total: Callable) -> jax.Array:
-    """The weighted sum of the losses of the heads that the batch has labels for, and of the alignment loss.
+    """Return the weighted sum of the losses of all heads that the batch has labels for, and of the alignment loss.
 
-    Each is a mean over the rows of the whole batch that train it, 0 where there is none.
-    total: sums over devices, so that their objectives, and the gradients, add up to the batch's.
+    Each is a mean over the rows of the whole batch that train it, 0 if there is none. total: sums over devices, so that
+    the devices' objectives, and their gradients, add up to the batch's.
     """
     present = present_rows(batch)
     loss = jnp.zeros(())
@@ -69,10 +72,9 @@ def present_rows(batch: dict) -> dict[str, jax.Array]:
 
 
 def mean_bce(logits_BK: jax.Array, label_BK: jax.Array, valid_B: jax.Array, num_valid: jax.Array) -> jax.Array:
-    """Binary cross-entropy, summed over the valid rows and divided by num_valid * K.
+    """Return the binary cross-entropy, summed over the valid rows and divided by num_valid * K.
 
-    num_valid is the number of valid rows of the whole batch, over all devices: so the
-    devices' losses, and their gradients, add up to those of the batch on one device.
+    num_valid counts the valid rows of all devices, so that the devices' losses add up to the batch's.
     """
     loss_BK = optax.sigmoid_binary_cross_entropy(logits_BK, label_BK)
     total = jnp.sum(jnp.where(valid_B[:, None], loss_BK, 0.0))

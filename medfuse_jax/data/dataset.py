@@ -5,6 +5,7 @@ Shapes: N records, F EHR channels.
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ class Dataset:
 
     task: schema.Task
     labels: tuple[str, ...]
-    splits: dict[str, records.Split]
+    splits: Mapping[str, Sequence]
     index: dict[str, dict[str, np.ndarray]]
     manifest: dict
     mean_F: np.ndarray

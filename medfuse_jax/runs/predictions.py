@@ -83,7 +83,7 @@ def _outputs(run, batch_fn: Callable, split: str, include_N: np.ndarray) -> Iter
     An output is yielded, and may be read, while the next batch runs.
     """
     for plan in run.eval_plans(split, include_N):
-        pending = ()
+        pending: tuple = ()
         for batch in run.batches(split, plan):
             dispatched = (batch["record"], batch_fn(batch))
             if pending:
