@@ -99,19 +99,19 @@ class Experiment:
 
     def fresh_states(self, seeds: list[int]) -> Iterator[step_lib.TrainState]:
         """Yield a newly initialised state per seed, by one compiled program."""
-        make = self.state_maker()
+        make = self.state_maker(run_once=True)
         for seed in seeds:
             # rbg: jax's default generator is compiled once per parameter, half a minute for a ResNet on a CPU.
             yield make(jax.random.key(seed, impl="rbg"), self.config.learning_rate)
 
-    def state_maker(self) -> Callable[[jax.Array, float], step_lib.TrainState]:
-        """Return (key, learning rate) -> a newly initialised state, compiled once."""
+    def state_maker(self, run_once: bool = False) -> Callable[[jax.Array, float], step_lib.TrainState]:
+        """Return (key, learning rate) -> a newly initialised state. run_once: see `step.state_maker`."""
         shapes = tuple((name, (1, *of["train"].shape[1:])) for name, of in self.dataset.extra.items())
-        return step_lib.state_maker(self.options, shapes)
+        return step_lib.state_maker(self.options, shapes, run_once)
 
     def abstract_state(self) -> step_lib.TrainState:
         """Return the shapes and types of a state, without computing one."""
-        return jax.eval_shape(self.fresh_state)
+        return jax.eval_shape(self.state_maker(), jax.random.key(0, impl="rbg"), 0.0)
 
 
 def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> Experiment:

@@ -27,7 +27,7 @@ def axis_of(on: list[jax.Device]) -> str | None:
     return AXIS if len(on) > 1 else None
 
 
-def compile_train(options: step_lib.StepOptions, mode: str, on: list[jax.Device]) -> Callable:
+def compile_train(options: step_lib.StepOptions, mode: str, on: list[jax.Device]) -> jax.stages.Wrapped:
     """Compile (state, batch, key) -> (state, metrics). The old state's memory is reused: do not read it again."""
     if mode == "pmap":
         step = functools.partial(step_lib.train_step, options, axis=axis_of(on))
@@ -40,6 +40,11 @@ def compile_eval(
     options: step_lib.StepOptions, mode: str, on: list[jax.Device], eval_step: Callable = step_lib.eval_step
 ) -> Callable:
     """Compile (state, batch) -> what `eval_step` returns, by default (scores [D, B, K], loss of each row [D, B])."""
+    return _compile_eval(options, mode, tuple(on), eval_step)
+
+
+@functools.lru_cache(maxsize=4)  # the evaluation after training reuses the programs of its validation
+def _compile_eval(options: step_lib.StepOptions, mode: str, on: tuple[jax.Device, ...], eval_step: Callable):
     step = functools.partial(eval_step, options)
     if mode == "pmap":
         return jax.pmap(step, AXIS, in_axes=(None, 0), devices=on)

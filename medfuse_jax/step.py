@@ -1,8 +1,8 @@
 """The training and evaluation steps, written once.
 
-Pure functions of (state, batch, key): with `axis=None` they run on one device or, under jit
-with shardings, on many; with an axis name they run under pmap, where every sum over the
-batch is a sum over the devices too. Batches are described in `input_pipeline`.
+Pure functions of (state, batch, key). With axis=None they run on one device or, under jit with shardings, on many;
+with an axis name they run under pmap, where every sum over the batch is summed over the devices too. Batches are
+described in data/batches.py.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ import optax
 from medfuse_jax import augment, losses, optim
 from medfuse_jax.models.model import init_variables
 from medfuse_jax.models.precision import matmul_precision
+from medfuse_jax.runtime import compilation
 
 
-@flax.struct.dataclass
-class TrainState:
-    """All that a step changes, plus the learning rate that the epoch loop sets."""
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step changes, and the learning rate, which the epoch loop sets."""
 
     step: jax.Array
     params: dict
@@ -50,22 +50,30 @@ class StepOptions:
 
 @functools.lru_cache(maxsize=8)  # a run asks for its state's shapes several times: the model is traced once
 def state_maker(
-    options: StepOptions, extra_shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    options: StepOptions, extra_shapes: tuple[tuple[str, tuple[int, ...]], ...] = (), run_once: bool = False
 ) -> Callable[[jax.Array, float], TrainState]:
-    """(key, learning rate) -> a fresh state: compiled once, however many states are made.
+    """Return (key, learning rate) -> a fresh state, whose weights are drawn by one program.
 
-    extra_shapes: of the values of further modalities, by name (see `methods.init`).
+    extra_shapes: of the values of further modalities, by name (see `model.init_variables`). run_once: compile fast
+    rather than fast code; only for calls outside of other traced functions.
     """
     extra = {name: np.zeros(shape) for name, shape in extra_shapes}
 
-    @jax.jit
+    def init(key):
+        return init_variables(options.model, key, extra)
+
+    init = jax.jit(init, compiler_options=compilation.RUN_ONCE if run_once else None)
+
     def make(key, learning_rate):
-        variables = init_variables(options.model, key, extra)
+        variables = init(key)
+        params = variables["params"]
+        # Adam starts from zeros; made on the host, they need no compilation.
+        opt_shapes = jax.eval_shape(options.optimizer.init, params)
         return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
+            step=jnp.asarray(np.zeros((), np.int32)),
+            params=params,
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=options.optimizer.init(variables["params"]),
+            opt_state=jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), opt_shapes),
             learning_rate=jnp.asarray(learning_rate, jnp.float32),
         )
 
@@ -99,11 +107,11 @@ def train_step(
     axis: str | None = None,
     dropout: jax.Array | None = None,
 ) -> tuple[TrainState, dict]:
-    """One update. Returns the new state and {'loss'} of the whole batch.
+    """Update the weights once; return the new state and {'loss'} of the whole batch.
 
-    key is the run's: the step's own keys are folded from it by step number, and each row's
-    by its row_id, so a resumed run and any layout over devices draw the same numbers.
-    dropout: the rate where it is a trial's own (a sweep's), not the model's.
+    key: the run's. The step's keys are folded from it by step number, each row's by its row_id, so a resumed run and
+    any layout over devices draw the same numbers. axis: the devices' axis. dropout: a rate in place of the model's (a
+    sweep's trial).
     """
     model = options.model if dropout is None else options.model.clone(dropout=dropout)
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -123,7 +131,7 @@ def train_step(
         loss = losses.objective(model.heads, outputs, batch, options.weights, total)
         return loss, updated.get("batch_stats", state.batch_stats)
 
-    with matmul_precision(model.dtype):  # of the gradients: the model sees to its own
+    with matmul_precision(model.dtype):  # for the gradients; the model sets its own
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     loss, grads = _sum_over((loss, grads), axis)
     direction, opt_state = options.optimizer.update(grads, state.opt_state, state.params)
@@ -137,7 +145,7 @@ def train_step(
 
 
 def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """(scores [B, K] in 0..1, mean loss of each row [B], 0 in padded rows) of options.head, without augmentation."""
+    """Return scores [B, K] in 0..1 of options.head and each row's mean loss [B], 0 in padded rows; no augmentation."""
     inputs = model_inputs(options, batch, key=None)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits_BK = options.model.apply(variables, **inputs, train=False)[options.head]
@@ -146,7 +154,7 @@ def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax
 
 
 def weights_step(options: StepOptions, state: TrainState, batch: dict) -> dict:
-    """What a model with attention weighed, by name: time_weights [B, T], modality_weights [B, M]."""
+    """Return the attention weights by name: time_weights [B, T], modality_weights [B, M]."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     inputs = model_inputs(options, batch, key=None)
     _, sown = options.model.apply(variables, **inputs, train=False, mutable=["intermediates"])

@@ -47,6 +47,10 @@ def fresh():
     return step_lib.state_maker(_options())(jax.random.key(0, impl="rbg"), 0.5)
 
 
+def test_a_fresh_optimizer_state_is_the_optimizers_own(fresh):
+    jax.tree.map(np.testing.assert_array_equal, fresh.opt_state, _options().optimizer.init(fresh.params))
+
+
 def _run(options, state, mode, num_devices, batch, steps=2):
     if num_devices == 1:
         batch = {name: np.asarray(x)[None] for name, x in parallel.merge(batch).items()}

@@ -113,7 +113,8 @@ def test_features_are_as_precise_as_in_the_whole_model(frozen_config):
     frozen_config.precision = "float32"
     run = experiment.open_experiment(frozen_config, jax.local_devices()[:1])
     batch = parallel.merge(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
-    variables = jax.eval_shape(lambda: {k: getattr(run.fresh_state(), k) for k in ("params", "batch_stats")})
+    state = run.abstract_state()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
     encode = functools.partial(frozen_encoders.encode_step, run.options)
     precisions = _precisions(jax.make_jaxpr(encode)(variables, batch).jaxpr)
     assert len(precisions) > 8 and set(precisions) == {(jax.lax.Precision.HIGHEST,) * 2}
