@@ -121,7 +121,7 @@ def step_options(case: Case, data: Dataset) -> step_lib.StepOptions:
 
 def fresh_state(options: step_lib.StepOptions) -> step_lib.TrainState:
     """An initial state, as a run makes it."""
-    return step_lib.state_maker(options)(jax.random.key(0, impl="rbg"), 1e-4)
+    return step_lib.state_maker(options, run_once=True)(jax.random.key(0, impl="rbg"), 1e-4)
 
 
 def _peers(case: Case, sample: cohort.Sample, say) -> dict[str, Callable[[], None]]:
