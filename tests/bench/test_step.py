@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from medfuse_jax import parallel
+from medfuse_jax import step as step_lib
 from medfuse_jax.bench import bootstrap, cases, cohort, feed, parts, step, trials
 from medfuse_jax.models.recurrence import chunks
 
@@ -100,7 +101,8 @@ def test_steps_of_the_gpu_preset_lower_for_a_gpu(method, monkeypatch):
     case = _case("step", method=method, **changes)
     sample = cohort.sample(case)
     options = step.step_options(case, sample.data)
-    state = jax.eval_shape(lambda: step.fresh_state(options))
+    make_state = step_lib.state_maker(options)
+    state = jax.eval_shape(lambda: make_state(jax.random.key(0), 1e-4))
     compiled = parallel.compile_train(options, case.parallel, parallel.devices(1))
     text = compiled.trace(state, sample.batches[0], jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
     assert "bf16" in text and ("stablehlo.convolution" in text) == sample.data.use_cxr
