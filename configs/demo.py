@@ -33,9 +33,10 @@ def get_config() -> ConfigDict:
     config.model.resnet_width = 16
     config.model.freeze_encoders = True  # 535 stays with an X-ray are too few to fine-tune both encoders
     config.batch_size = 16
-    config.num_epochs = 10
+    config.placement = "device"  # small enough to be held in memory, and then not read again each epoch
+    config.num_epochs = 7
     config.learning_rate = 3e-3
 
-    config.pretrain.ehr = config_lib.pretraining(method="uni_ehr", learning_rate=4e-3, num_epochs=6)
-    config.pretrain.cxr = config_lib.pretraining(task="radiology", method="uni_cxr", learning_rate=2e-3, num_epochs=6)
+    config.pretrain.ehr = config_lib.pretraining(method="uni_ehr", learning_rate=4e-3, num_epochs=5)
+    config.pretrain.cxr = config_lib.pretraining(task="radiology", method="uni_cxr", learning_rate=2e-3, num_epochs=5)
     return config
