@@ -1,12 +1,12 @@
 """The whole pipeline on a synthetic cohort, with small encoders: MedFuse compared with the LSTM.
 
 Command: python -m medfuse_jax.main --config=configs/demo.py
-Hardware and time: 2 CPU cores, 57 to 100 s for the whole command.
-Result to expect (2026-11-25, jax 0.10.2): macro AUROC [95 % CI] on the 305 test stays, then the lead of MedFuse over
+Hardware and time: 2 CPU cores, 104 s for the whole command with nothing cached, 55 to 59 s when it is repeated.
+Result to expect (2026-11-29, jax 0.10.2): macro AUROC [95 % CI] on the 305 test stays, then the lead of MedFuse over
 the LSTM on all of them and on the 144 with an X-ray.
-Seed 0: LSTM 0.661 [0.641, 0.680], MedFuse 0.740 [0.720, 0.758], +0.079 [+0.061, +0.099]; X-ray +0.117 [+0.086, +0.148].
-Seed 1: LSTM 0.646, MedFuse 0.729, +0.084 [+0.061, +0.105]; X-ray +0.134.
-Seed 2: LSTM 0.661, MedFuse 0.732, +0.071 [+0.051, +0.090]; X-ray +0.124.
+Seed 0: LSTM 0.647 [0.625, 0.666], MedFuse 0.723 [0.703, 0.742], +0.076 [+0.058, +0.097]; X-ray +0.128 [+0.094, +0.162].
+Seed 1: LSTM 0.638, MedFuse 0.721, +0.083 [+0.063, +0.102]; X-ray +0.124.
+Seed 2: LSTM 0.665, MedFuse 0.737, +0.072 [+0.051, +0.093]; X-ray +0.119.
 Other machines and versions of jax change these by a few hundredths. docs/notes.md says why the encoders are frozen.
 """
 
