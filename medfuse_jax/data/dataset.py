@@ -140,7 +140,9 @@ def _statistics(manifest: dict, statistics: str) -> tuple[np.ndarray, np.ndarray
         mean, std, where = manifest["train_mean"], manifest["train_std"], "manifest.json"
     else:
         where = f"config.data.statistics={statistics}"
-        content = files.read_json(Path(statistics), "config.data.statistics must be 'train', or a JSON file with 'mean' and 'std'")
+        content = files.read_json(
+            Path(statistics), "config.data.statistics must be 'train', or a JSON file with 'mean' and 'std'"
+        )
         mean, std = content.get("mean"), content.get("std")
     channels = len(schema.CHANNELS)
     try:

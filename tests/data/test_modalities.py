@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from refusals import refused
 from model_cases import batch, random_variables, shapes, tiny_model
+from refusals import refused
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, experiment, records, schema, step, train
@@ -140,7 +140,9 @@ class _Direction(nn.Module):
 @pytest.mark.parametrize("absent", [[1], [0, 3], [0, 1, 2, 3]])
 def test_an_encoder_without_a_gradient_at_zeros_is_spared_the_absent_rows(absent):
     model = tiny_model("medfuse", modalities=(loading.Modality("direction", None, _Direction),))
-    made = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), {"direction": np.zeros((1, 10), np.float32)}))
+    made = jax.eval_shape(
+        lambda: init_variables(model, jax.random.key(0), {"direction": np.zeros((1, 10), np.float32)})
+    )
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), made["params"])
     stats = random_variables(tiny_model("medfuse"))["batch_stats"]
