@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from medfuse_jax.models.recurrence import cell
 
-CHUNK_STEPS = 8
+CHUNK_STEPS = 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
