@@ -1,7 +1,7 @@
 """The whole pipeline on a synthetic cohort, with small encoders: MedFuse compared with the LSTM.
 
 Command: python -m medfuse_jax.main --config=configs/demo.py
-Hardware and time: 2 CPU cores, 104 s for the whole command with nothing cached, 55 to 59 s with data and programs cached.
+Hardware and time: 2 CPU cores, 104 s for the whole command; 55 to 59 s once data and programs are cached.
 Result to expect (2026-11-29, jax 0.10.2): macro AUROC [95 % CI] on the 305 test stays, then the lead of MedFuse over
 the LSTM on all of them and on the 144 with an X-ray.
 Seed 0: LSTM 0.647 [0.625, 0.666], MedFuse 0.723 [0.703, 0.742], +0.076 [+0.058, +0.097]; X-ray +0.128 [+0.094, +0.162].
