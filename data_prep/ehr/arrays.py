@@ -1,4 +1,4 @@
-"""A task's arrays on disk: one series of regular time steps a stay, in files of many stays.
+"""A task's arrays on disk: one series of regular time steps per stay, many stays in a file.
 
 Shapes: N stays, T time steps of one stay, R time steps of all stays of a file.
 """
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-EPSILON_H = 1e-6  # tolerance at both ends of a stay and at time-step edges (the benchmark's)
+EPSILON_H = 1e-6  # tolerance at both ends of a stay and at time-step edges, as in the benchmark (arXiv 1703.07771)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """A task's arrays, as written by `write_arrays`; row, bucket, start, length, first_step: int64 [N]."""
+    """A task's arrays. `discretize.write_arrays` describes row, bucket, start, length and first_step, int64 [N]."""
 
     folder: Path
     row: np.ndarray
@@ -23,8 +23,8 @@ class Arrays:
     length: np.ndarray
     first_step: np.ndarray
     num_long_enough: int
-    num_stored_late: int  # events inside their stay's period that were stored after it
-    num_duplicates: int  # events dropped as duplicates of item and value
+    num_stored_late: int  # events of a stay's period that were stored after its end
+    num_duplicates: int  # events dropped because another has the same time, item and value
 
     @classmethod
     def open(cls, folder: Path) -> "Arrays":
@@ -33,7 +33,7 @@ class Arrays:
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Return ehr [T, 76] of the i-th stay."""
-        # Opened for each stay, so that what was read does not stay mapped in memory.
+        # Open the file anew for each stay, so that memory does not fill with pages that were read before.
         bucket = np.load(self.folder / f"ehr_{self.bucket[i]:05d}.npy", mmap_mode="r")
         return np.asarray(bucket[self.start[i] : self.start[i] + self.length[i]])
 

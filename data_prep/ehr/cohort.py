@@ -1,4 +1,4 @@
-"""Which ICU stays are in the cohort, and which split each patient is in."""
+"""Select the ICU stays of the cohort, and assign each patient to a split."""
 
 import hashlib
 import re
@@ -13,9 +13,9 @@ from medfuse_jax.runtime.errors import UserError
 
 VERSION = 1  # raise it when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
-LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the demo they differ by 6e-14 h at most
-MAX_LOS_H = 366 * 24.0  # a longer stay is an error in its dates, and its time steps would fill the memory
-SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest trains (paper, section 4.1.2)
+LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
+MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
+SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
 _COLUMNS = (
     *("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_h"),
     *("age", "gender", "admission_type", "first_careunit", "died", "death_h"),
@@ -26,7 +26,7 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     """Return the cohort's stays, sorted by `stay_id`, and how many stays each filter kept.
 
     Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender, admission_type,
-    first_careunit (known_words.py), died and death_h (mortality.py). UserError if no stay is left.
+    first_careunit (known_words.py), died and death_h (mortality.py). Raises UserError if no stay is left.
     """
     flow = []
 
@@ -46,13 +46,13 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     stays = count("with ids", stays.drop_nulls(["subject_id", "hadm_id", "stay_id"]))
     stays = count("not a duplicate", stays.unique("stay_id", keep="first", maintain_order=True))
     stays = count("no transfer between units", stays.filter(pl.col("first_careunit") == pl.col("last_careunit")))
-    # After transfers are removed, as in the benchmark (extract_subjects of arXiv 1703.07771), and before times are
-    # checked: a second stay counts as one even if its end was never recorded.
+    # This follows the removal of transfers, as in the benchmark (extract_subjects of arXiv 1703.07771). It precedes the
+    # check of times, because an admission has two stays even if the end of one was never recorded.
     stays = count("one such stay in the admission", stays.filter(pl.len().over("hadm_id") == 1))
     timed = stays.drop_nulls(["los_h", "intime", "outtime"])
     timed = timed.filter(pl.col("los_h") > 0, pl.col("outtime") > pl.col("intime"))
     stays = count("with times and a length of stay", timed)
-    # Time steps are counted by `los`, X-rays by `outtime`: if they disagree, neither can be trusted.
+    # `los` decides how many time steps a stay has, `outtime` which X-rays it gets: both must agree.
     lasts_h = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
     agrees = (pl.col("los_h") - lasts_h).abs() <= LOS_SLACK_H
     stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
@@ -75,7 +75,7 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
 
 
 def digest(stays: pl.DataFrame) -> str:
-    """Hash the columns that decide which stay, and when in it, an event belongs to."""
+    """Hash the columns that decide which stay an event belongs to, and at which time in the stay."""
     hashed = hashlib.sha256()
     for column in ("stay_id", "subject_id", "hadm_id", "intime", "los_h"):
         hashed.update(stays[column].to_numpy().tobytes())
@@ -83,7 +83,7 @@ def digest(stays: pl.DataFrame) -> str:
 
 
 def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
-    """Return subject_id, age (anchor age, years), gender (a known word), dod (a date at 00:00) of every patient."""
+    """Return subject_id, age (anchor age, years), gender (a known word) and dod (a date at 00:00) of all patients."""
     patients = raw["patients"].read(*tables.MIMIC_IV["patients"][1])
     return (
         patients.select(
@@ -155,7 +155,7 @@ def read_id_list(path: str | Path) -> set[int]:
         cells = [cell.strip() for cell in line.split(",")]
         if not any(cells) or (row == 1 and cells[0] == "subject_id"):
             continue
-        match = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(cells))  # a dot: pandas' floats
+        match = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(cells))  # pandas may write 1.0
         if not match:
             raise UserError(
                 f"{path} row {row} is {line!r}; a row is subject_id or subject_id,0/1", path=path, row=row, value=line

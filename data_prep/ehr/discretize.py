@@ -1,10 +1,10 @@
 """Turn events into regular time steps: an array [T, 76] per stay, for many stays at once.
 
-A time step holds each variable's last value so far (one-hot for classes), then 17 flags for what was observed in that
-step. Before its first observation a variable has its default.
+A time step holds each variable's last value so far (one-hot for classes), then 17 flags for the variables observed in
+that step. Before its first observation a variable has its default value.
 
-Shape key: S stays of one bucket, T time steps of one stay, R time steps of all stays, V 17 variables, F 76 channels,
-N stays of the task.
+Shape key: S stays of one bucket, T time steps of one stay, R time steps of all its stays, V 17 variables, F 76
+channels.
 """
 
 from pathlib import Path
@@ -24,20 +24,21 @@ _EVENT_KEY = ["stay", "variable", "time_s"]
 
 
 def num_steps(period_h: np.ndarray, timestep_h: float) -> np.ndarray:
-    """Return how many time steps a period has, at least 1 (the benchmark's rounding: 48 h at 2 h are 24)."""
+    """Return how many time steps a period has, at least 1 (rounded as in the benchmark: 48 h make 24 steps of 2 h)."""
     return np.maximum((np.asarray(period_h) / timestep_h + 1.0 - EPSILON_H).astype(np.int64), 1)
 
 
 def resolve_same_time(bucket: pl.DataFrame, rules: Rules) -> pl.DataFrame:
-    """Reduce to one event per stay, variable and time, sorted by them; `value` becomes float64.
+    """Reduce the events to one per stay, variable and time, sorted by these; `value` becomes float64.
 
-    For means, duplicates of item and value are dropped, and `rows` counts the rows of each mean.
+    If the rule is the mean, an event whose item and value repeat another's is dropped first, and `rows` is the number
+    of events in each mean.
     """
     bucket = bucket.with_columns(pl.col("value").cast(pl.Float64))
     is_class = pl.col("variable").is_in(CLASS_VARIABLES)
     if rules.same_time == "mean":
         grouped = _mean_and_last(bucket)
-        # Few rows share a minute; only those can be duplicates.
+        # Few events share their time with another; only those can be duplicates.
         shared = bucket.join(grouped.filter(pl.col("rows") > 1), on=_EVENT_KEY, how="semi", maintain_order="left")
         distinct = shared.unique([*_EVENT_KEY, "item", "value"], keep="first", maintain_order=True)
         grouped = pl.concat([grouped.filter(pl.col("rows") == 1), _mean_and_last(distinct)])
@@ -45,7 +46,7 @@ def resolve_same_time(bucket: pl.DataFrame, rules: Rules) -> pl.DataFrame:
         return grouped.select(*_EVENT_KEY, "rows", value=value).sort(_EVENT_KEY)
     assert rules.same_time == "largest", rules.same_time
     order = pl.when(is_class).then(_text_rank()).otherwise(pl.col("value"))
-    # Only variables whose numbers sort as text have a `text`.
+    # `text` is '' except for variables whose numbers are sorted as text.
     ranked = bucket.with_columns(order=pl.when(pl.col("text") == "").then(order).otherwise(0.0))
     ranked = ranked.sort([*_EVENT_KEY, "text", "order"])
     return ranked.unique(_EVENT_KEY, keep="last", maintain_order=True).select(*_EVENT_KEY, "value")
@@ -57,7 +58,7 @@ def _mean_and_last(bucket: pl.DataFrame) -> pl.DataFrame:
 
 
 def _text_rank() -> pl.Expr:
-    """Rank a class among its variable's classes sorted as text."""
+    """Rank each class among its variable's classes, sorted as text."""
     rank = pl.lit(0.0)
     for variable in CLASS_VARIABLES:
         classes = schema.VARIABLES[variable].classes
@@ -73,7 +74,7 @@ def discretize(bucket: pl.DataFrame, first_stay: int, period_h: np.ndarray, time
     bucket: events from `resolve_same_time`, of stays first_stay ... first_stay + S - 1; those after a stay's period
         are dropped.
     period_h: float [S], hours of each stay that the task may see.
-    Returns (ehr float32 [R, 76], length int64 [S], int64 [S]: seconds of the latest event used, -1 for none).
+    Returns (ehr float32 [R, 76], length int64 [S], time int64 [S] of the latest event used: seconds, -1 for none).
     """
     length_S = num_steps(period_h, timestep_h)
     start_S = np.cumsum(length_S) - length_S
@@ -82,13 +83,13 @@ def discretize(bucket: pl.DataFrame, first_stay: int, period_h: np.ndarray, time
     inside = (hours > -EPSILON_H) & (hours < np.asarray(period_h)[stay] + EPSILON_H)
     stay, hours = stay[inside], hours[inside]
     variable = bucket["variable"].to_numpy()[inside]
-    # Truncation, not floor: an event at the very start belongs to step 0, one on an edge to the step that ends there.
+    # Truncate, do not floor: an event at the start belongs to step 0, one on an edge to the step that ends there.
     step = np.minimum((hours / timestep_h - EPSILON_H).astype(np.int64), length_S[stay] - 1)
     assert ((step >= 0) & (step < length_S[stay])).all(), "an event would be written to another stay"
     row = start_S[stay] + step
     value_RV = np.zeros((int(length_S.sum()), NUM_VARIABLES))
     observed_RV = np.zeros(value_RV.shape, bool)
-    # Events are sorted by time within stay and variable, and the last write wins: so does a step's last event.
+    # Events are sorted by time within stay and variable, and the last write wins, so a step keeps its last event.
     value_RV[row, variable] = bucket["value"].to_numpy()[inside]
     observed_RV[row, variable] = True
     _carry_forward(value_RV, observed_RV, np.repeat(start_S, length_S))
@@ -98,7 +99,7 @@ def discretize(bucket: pl.DataFrame, first_stay: int, period_h: np.ndarray, time
 
 
 def _carry_forward(value_RV: np.ndarray, observed_RV: np.ndarray, start_R: np.ndarray) -> None:
-    """Fill unobserved values with the stay's last value, or the default; in place."""
+    """Fill unobserved values in place: with the variable's last value in the stay, or else its default."""
     row_R = np.arange(len(value_RV))
     for i, variable in enumerate(schema.VARIABLES):
         source_R = np.maximum.accumulate(np.where(observed_RV[:, i], row_R, -1))
@@ -126,13 +127,14 @@ def write_arrays(
 ) -> None:
     """Write a task's arrays: a file `ehr_<bucket>.npy` [R, 76] per bucket, and `index.npz`.
 
-    index.npz, of the stays that are long enough and have an event: row (of the cohort), bucket, start (first row in
-    the bucket's file), length, and first_step (the first with an observation); and three totals (see `Arrays`).
+    index.npz holds, for each stay that is long enough and has an event: row (in the cohort), bucket, start (first row
+    in the bucket's file), length, first_step (the first with an observation). It also holds three totals (see
+    `Arrays`).
     """
     los_h = stays["los_h"].to_numpy()
     window_h = rules.window_h(task)
     period_h = los_h if window_h is None else np.minimum(los_h, window_h)
-    # A task's own window needs stays of at least that length; a profile's does not.
+    # If the task sets the window, a stay must be at least that long; if only the profile does, it may be shorter.
     long_enough = los_h > (task.window_h or 0.0) - EPSILON_H
     index = {name: [] for name in ("row", "bucket", "start", "length", "first_step")}
     num_stored_late = num_duplicates = 0
@@ -166,7 +168,7 @@ def write_arrays(
 def _stored_in_time(bucket: pl.DataFrame, first_stay: int, period_h: np.ndarray, counted_S: np.ndarray):
     """Drop events stored after their stay's period; keep those without a storetime.
 
-    Returns (kept events, how many events of the period were stored later, in the stays of bool [S] counted_S).
+    counted_S: bool [S], the stays to count in. Returns (kept events, number of dropped events that lie in the period).
     """
     stay = bucket["stay"].to_numpy().astype(np.int64) - first_stay
     end_s = (period_h[stay] + EPSILON_H) * 3600.0
