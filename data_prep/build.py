@@ -4,9 +4,9 @@
         [--timestep_h=2] [--tasks=pheno,mortality,radiology,decompensation,length_of_stay]
         [--val_ids=CSV --test_ids=CSV] [--phenotypes=YAML] [--workers=N] [--seed=0] [--explain]
 
-Rerunning the command resumes a stopped build, and rebuilds what is damaged or has other input. `<out>/<task>/` appears
-when it is complete, `<out>/audit.html` and `audit.json` at the end. `<out>/.cache` may be deleted; it saves time in a
-later build with other options.
+Rerun the command to resume a stopped build; it also rebuilds datasets that are damaged or whose input has changed.
+`<out>/<task>/` appears when its dataset is complete, `<out>/audit.html` and `audit.json` at the end. `<out>/.cache` may
+be deleted; it saves time in a later build with other options.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from medfuse_jax.schema import CHANNELS, TASKS
 
 # The paper's tasks; hourly tasks are built on request.
 DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if not task.per_step)
-# A longer step would not fit mortality's 48 h; a shorter one would give a long stay millions of steps.
+# A longer step would not fit into mortality's 48 h; a shorter one would give a long stay millions of steps.
 SHORTEST_STEP_H, LONGEST_STEP_H = 1 / 60, 48.0
 
 
@@ -54,9 +54,9 @@ def build(
 
     mimic_iv, mimic_cxr: the folders as downloaded; without mimic_cxr no stay has an X-ray, and the task 'radiology' is
         left out. profile: see profiles.py. timestep_h: hours per time step. val_ids, test_ids: lists of patients
-        (cohort.read_id_list), or None for a hash of `subject_id` and `seed`. phenotypes: a phenotype table. workers:
-        threads that decode X-rays; the output does not depend on it.
-    Raises UserError for bad options or input. Datasets built with other options or input are rebuilt.
+        (cohort.read_id_list), or None to split by a hash of `subject_id` and `seed`. phenotypes: a phenotype table.
+        workers: threads that decode X-rays; the output does not depend on it.
+    Raises UserError for bad options or input. A dataset built with other options or input is rebuilt.
     """
     rules, out = profiles.rules(profile), Path(out)
     names = _check_tasks(tasks, mimic_cxr)
@@ -108,14 +108,14 @@ def _outdated(out: Path, source: Source, fingerprint: dict, image_hashes: dict) 
 
 
 def _check_tasks(names: Sequence[str], mimic_cxr: str | Path | None) -> list[str]:
-    """Return the tasks to build: without X-rays, those with stays."""
+    """Return the tasks to build; without X-rays, leave out those whose records are X-rays."""
     for name in names:
         check_choice("--tasks", name, TASKS)
     if mimic_cxr is None and any(TASKS[name].cxr_only for name in names):
         names = [name for name in names if not TASKS[name].cxr_only]
         progress.say("no --mimic_cxr: no stay has an X-ray, and radiology is left out")
     if not names:
-        raise UserError("no task to build; add --mimic_cxr, or other --tasks", field="--tasks")
+        raise UserError("no task to build; add --mimic_cxr, or choose other --tasks", field="--tasks")
     return list(dict.fromkeys(names))
 
 
@@ -130,7 +130,7 @@ def _check_out(out: Path, names: list[str], sources: list[Path]) -> None:
 
 
 def _check_numbers(timestep_h: float, workers: int | None) -> None:
-    if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # rejects nan
+    if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # also rejects NaN
         raise UserError(
             f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours",
             field="--timestep_h",
@@ -162,7 +162,7 @@ def _check_storetime(source: Source) -> None:
 
 
 def _warn_of_released(source: Source, names: list[str]) -> None:
-    """Warn of options with which `released` does not give the released data."""
+    """Warn about options that keep the profile `released` from reproducing the released data."""
     profile = source.options["profile"]
     if profile == "released" and source.timestep_h != 1:
         progress.say(
@@ -171,7 +171,7 @@ def _warn_of_released(source: Source, names: list[str]) -> None:
     if source.rules.phenotypes == "table" and source.phenotypes is None and "pheno" in names:
         progress.say(
             f"warning: --profile={profile} without --phenotypes; the released labels need "
-            "icd_9_10_definitions_2.yaml of the released extraction code"
+            "icd_9_10_definitions_2.yaml from the released extraction code"
         )
 
 
@@ -198,18 +198,18 @@ def _task_key(name: str, source: Source, fingerprint: dict, image_hash: str | No
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Define the command's flags. A function, so that importing this module defines none."""
+    """Define the command's flags; in a function, so that importing this module defines none."""
     flags.DEFINE_string("mimic_iv", None, "MIMIC-IV folder (contains icu/ and hosp/).", flag_values=values)
     flags.DEFINE_string("mimic_cxr", None, "MIMIC-CXR-JPG folder (contains files/).", flag_values=values)
     flags.DEFINE_string("out", None, "Output folder.", flag_values=values)
     flags.DEFINE_string("profile", "paper", "paper, released or strict; see --explain.", flag_values=values)
     flags.DEFINE_float("timestep_h", 2.0, "Hours per time step, 1/60 to 48.", flag_values=values)
-    flags.DEFINE_list("tasks", list(DEFAULT_TASKS), f"Tasks to build, of {', '.join(TASKS)}.", flag_values=values)
+    flags.DEFINE_list("tasks", list(DEFAULT_TASKS), f"Tasks to build, from {', '.join(TASKS)}.", flag_values=values)
     flags.DEFINE_string("val_ids", None, "CSV file of the validation patients.", flag_values=values)
     flags.DEFINE_string("test_ids", None, "CSV file of the test patients.", flag_values=values)
     flags.DEFINE_string("phenotypes", None, "Phenotype table (YAML).", flag_values=values)
     flags.DEFINE_integer("workers", None, "Threads that decode X-rays; default: one per core.", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Seed of the split, if no lists are given.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Seed of the split if no lists are given.", flag_values=values)
     flags.DEFINE_bool("explain", False, "Print the profile's rules and exit.", flag_values=values)
 
 

@@ -1,8 +1,8 @@
 """The build cache: folders of intermediate results under `<out>/.cache`, each written once.
 
-A cache entry's folder name contains a key, the hash of its inputs and options. It is written to a temporary folder and
-renamed when complete, so a stopped build resumes. `entry.json`, written last, lists the other files and their sizes;
-an entry that disagrees with it is rebuilt.
+The name of an entry's folder contains a key, the hash of its inputs and options. An entry is written to a temporary
+folder and renamed when complete, so that a stopped build can resume. `entry.json`, written last, lists the other files
+and their sizes; an entry that does not match its list is rebuilt.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ FILE_LIST = "entry.json"
 
 
 def key(**parts: object) -> str:
-    """Hash any values that JSON can hold."""
+    """Return a hash of named values, as JSON; a value that JSON cannot hold is hashed as its text."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -56,7 +56,7 @@ def _is_disk_full(error: Exception) -> bool:
 
 
 def entry(folder: Path, name: str, entry_key: str, write: Callable[[Path], None]) -> Path:
-    """Return `<folder>/<name>-<key>`, after `write(temporary folder)` unless it is cached and intact."""
+    """Return `<folder>/<name>-<key>`; call `write(temporary folder)` first, unless it is cached and intact."""
     cached = folder / f"{name}-{entry_key}"
     if cached.is_dir():
         if _is_intact(cached):
@@ -74,7 +74,7 @@ def entry(folder: Path, name: str, entry_key: str, write: Callable[[Path], None]
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """File -> bytes, for every file under `folder` except the list itself."""
+    """Return file -> bytes, for every file under `folder` except the list itself."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.stat().st_size for path in paths if path != folder / FILE_LIST}
 
@@ -88,7 +88,7 @@ def _is_intact(folder: Path) -> bool:
 
 def move_into_place(cached: Path, target: Path) -> None:
     """Rename a cache entry to `target`, replacing an older one."""
-    (cached / FILE_LIST).unlink()  # a dataset's manifest lists its files
+    (cached / FILE_LIST).unlink()  # not needed in a dataset, whose manifest lists the files
     old = cached.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

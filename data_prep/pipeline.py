@@ -21,13 +21,13 @@ from medfuse_jax import records
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.schema import CHANNELS, SPLITS, TASKS, Task
 
-_MAX_UNDATED = 0.01  # share of the kept events without a storetime, above which the build warns
+_MAX_UNDATED = 0.01  # the build warns if more than this share of the kept events has no storetime
 ARRAYS_VERSION = 3  # raise it when the same events give other arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The raw tables, and the rules and options they are read by."""
+    """The raw tables, and the rules and options they are read with."""
 
     mimic_iv: dict[str, tables.Table]
     mimic_cxr: dict[str, tables.Table]  # empty without X-rays
@@ -44,14 +44,14 @@ class Source:
         return self.options["timestep_h"]
 
     def is_synthetic(self) -> bool:
-        """Return whether the tables are in a tree that data_prep.synthetic wrote, together with its report."""
+        """Return whether data_prep.synthetic wrote the tables, judging by its report in the same tree."""
         table = next(iter(self.mimic_iv.values())).path
-        # The folder or only the table may be a symbolic link, to any depth.
+        # A symbolic link, or a chain of them, may stand for the folder or only for the table.
         roots = [table.parents[1].resolve().parent, *table.resolve().parents[2:3]]
         return any((root / tree.REPORT).is_file() for root in roots)
 
     def fingerprint(self, hashes: Path) -> dict:
-        """Return versions and file hashes, for the manifest. hashes: see tables.fingerprints."""
+        """Return the versions and file hashes that go into the manifest. hashes: see tables.fingerprints."""
         source = {
             "mimic_iv": tables.mimic_iv_version(self.mimic_iv),
             "mimic_iv_files": tables.fingerprints(self.mimic_iv.values(), hashes),
@@ -74,7 +74,7 @@ class Cohort:
     unreadable_times: dict[str, int]
 
     def splits(self, frame: pl.DataFrame) -> list[str]:
-        """Return the split of each row; patients outside the cohort train, unless a list names them."""
+        """Return the split of each row: 'train' for patients outside the cohort, unless a list names them."""
         return [self.split_of.get(subject, "train") for subject in frame["subject_id"]]
 
 
@@ -142,7 +142,7 @@ def make(
 
 
 def _image_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: image_store.ImageStore) -> tuple:
-    """Return index, record generators and counts of a task whose records are X-rays."""
+    """Return the index, record generators and counts of a task whose records are X-rays."""
     readable = labelled.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
     patients = cohort.read_patients(source.mimic_iv)
     index, records_of = datasets.image_dataset(readable, people.splits(readable), patients, store)
@@ -152,7 +152,7 @@ def _image_task(source: Source, people: Cohort, labelled: pl.DataFrame, store: i
 def _stay_task(
     source: Source, people: Cohort, task: Task, arrays: Arrays, pairs: pl.DataFrame, store, events_dir: Path
 ) -> tuple:
-    """Return index, record generators and counts of a task whose records are stays."""
+    """Return the index, record generators and counts of a task whose records are stays."""
     splits = people.splits(people.stays)
     flow = [*people.flow]
     if task.window_h:
@@ -201,7 +201,7 @@ def _read_cohort(source: Source) -> Cohort:
 def _extract_events(cache_dir: Path, source: Source, fingerprint: dict, people: Cohort) -> Path:
     key = cache.key(
         files=fingerprint["mimic_iv_files"],
-        cohort=cohort.digest(people.stays),  # an event holds its stay's row
+        cohort=cohort.digest(people.stays),  # an event holds the row of its stay in the cohort
         rules=dataclasses.asdict(source.rules),
         version=events.VERSION,
     )
@@ -261,7 +261,7 @@ def _pair_readable(
 
 
 def _train_statistics(people: Cohort, arrays: Arrays | None) -> tuple[list[float], list[float]]:
-    from data_prep.write import shards  # imports TFDS (2 s), which a build that stops earlier does not need
+    from data_prep.write import shards  # imports TFDS (2 s); a build that stops earlier does not need it
 
     if arrays is None:
         return shards.train_statistics(iter(()))

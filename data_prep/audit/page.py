@@ -1,4 +1,4 @@
-"""The audit as one HTML page: self-contained, without scripts or dates, so that the same build gives the same page."""
+"""The audit as one self-contained HTML page, without scripts or dates: the same build always gives the same page."""
 
 from html import escape
 
@@ -61,7 +61,7 @@ def page(audit: dict) -> str:
 
 
 def number(value) -> str:
-    """A count, a share or None as HTML."""
+    """Format a count, a share or None as HTML; escape a text such as '<10'."""
     if value is None:
         return '<span class="soft">–</span>'
     if isinstance(value, str):
@@ -74,7 +74,7 @@ def percent(value: float | None) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], classes: dict[int, str] | None = None) -> str:
-    """A table of HTML cells; the first cell of a row is its heading. classes: column -> CSS class."""
+    """Return a table of HTML cells; the first cell of a row is its heading. classes: column -> CSS class."""
 
     def cell(tag: str, i: int, content: str) -> str:
         css_class = (classes or {}).get(i)
@@ -124,13 +124,13 @@ def _crossing(crossing: dict) -> str:
     a, b = (_titles(names) for names in crossing["between"])
     return (
         f'<div class="notice"><strong>Patients in two splits:</strong> {number(crossing["patients"])} are in one split '
-        f"of {a} and in another of {b}, which were built from other tables or by another split rule. Do not train on "
-        "one and test on the other.</div>"
+        f"of {a} and in another of {b}, which were built from different tables or split by different rules. Do not "
+        "train on one and test on the other.</div>"
     )
 
 
 def _by_task(audit: dict, field: str) -> str:
-    """One value if all tasks agree, otherwise one a task."""
+    """Return the field's value: once if all tasks agree, otherwise once per task."""
     values = {name: content[field] for name, content in audit["tasks"].items()}
     texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
     if len(set(texts.values())) == 1:
@@ -143,9 +143,9 @@ def _checks(audit: dict) -> str:
     for name, content in audit["tasks"].items():
         if check := content.get("time_check"):
             items.append(
-                f"{_title(name)}: nothing is later than its cut-off<small>The latest event of "
-                f"{number(check['records'])} records and the times of {number(check['images'])} X-rays, each against "
-                f"its record's cut-off ({escape(check['cut_off'])}): {check['violations']} violations</small>"
+                f"{_title(name)}: nothing is later than its cut-off<small>Compared with each record's cut-off "
+                f"({escape(check['cut_off'])}): the latest event of {number(check['records'])} records, the times of "
+                f"{number(check['images'])} X-rays; {check['violations']} violations</small>"
             )
     for group in audit["patients"]["groups"]:
         sizes = ", ".join(f"{split} {number(n)}" for split, n in group["by_split"].items())
@@ -201,7 +201,7 @@ def _splits(splits: dict, cxr_only: bool) -> str:
 
 
 def _warning(what: str, counts: dict) -> str:
-    """A line if any count is 10 or more: too many for typing errors."""
+    """Return a note of the counts of 10 or more, which are too many to be typing errors; '' if there are none."""
     large = ", ".join(f"{field} {number(n)}" for field, n in counts.items() if n != privacy.FEW)
     return f'<p class="note">{what}: {large}.</p>' if large else ""
 
@@ -275,7 +275,7 @@ def _variables(content: dict) -> str:
         image_hours = check["hours_from_cxr_to_cut_off"]
         charts["From the X-ray to the cut-off"] = plots.histogram(image_hours, "X-rays", "hours")
     figures = "".join(html.figure(svg, caption) for caption, svg in charts.items())
-    note = "Percentiles are of the steps with an observation, if at least 10 lie on either side."
+    note = "Percentiles are over the steps with an observation; one is shown if at least 10 lie on each side of it."
     if "duplicate_events" in content:
         note += f" Duplicate events, counted once: {number(content['duplicate_events'])}."
     if "events_stored_too_late" in content:
@@ -288,7 +288,7 @@ def _variables(content: dict) -> str:
 def _codes(codes: dict) -> str:
     distinct = ", ".join(f"{number(n)} {version}" for version, n in codes["distinct_codes"].items())
     text = (
-        f"Labels follow from codes by the route {_route(codes['route'])}. Distinct codes: {distinct or 'none'}. "
+        f"Labels are derived from codes by the route {_route(codes['route'])}. Distinct codes: {distinct or 'none'}. "
         f"Stays without a code: {number(codes['stays_without_a_code'])}. "
         f"Rows with an invalid code: {number(codes['rows_without_a_valid_code'])}."
     )
@@ -304,7 +304,7 @@ def _route(name: str) -> str:
 
 
 def _events(audit: dict) -> str:
-    """The raw rows kept and dropped, the same for all tasks of a build."""
+    """Return the section on raw rows kept and dropped, which are the same for all tasks of a build."""
     content = next((c for c in audit["tasks"].values() if "event_rows" in c), None)
     if content is None:
         return ""
@@ -326,7 +326,7 @@ def _sources(audit: dict) -> str:
     given = content["phenotype_table_given"]
     phenotypes = f"{'with' if given else 'without'} a phenotype table."
     if content["profile"] == "released" and not given:
-        phenotypes = "without the released phenotype table: its phenotype labels are not the released ones."
+        phenotypes = "without the released phenotype table, so its phenotype labels are not the released ones."
     rules_table = table(["rule", "value", "why"], rules, {1: "short", 2: "text"})
     return (
         f"<section><h2>Rules and sources</h2><p>Profile {escape(content['profile'])}, {phenotypes}</p>"
@@ -338,8 +338,8 @@ def _sources(audit: dict) -> str:
 def _footer() -> str:
     few, enough = escape(privacy.FEW), privacy.ENOUGH
     return (
-        f"<footer>Counts below {privacy.SMALLEST} are shown as {few}. If the other counts of a table would reveal one, "
-        f"a neighbour is hidden too, as {enough}. Several tables or tasks together may reveal "
+        f"<footer>Counts below {privacy.SMALLEST} are shown as {few}. If the rest of a table would reveal such a "
+        f"count, a neighbouring one is shown as {enough}. Several tables or tasks together may reveal "
         "more: check that before you share this page. No patient, stay or X-ray is named. The paper is Hayat et al. "
         "2022 (MedFuse), on MIMIC-IV 1.0 and MIMIC-CXR 2.0.0: its Table 4 and Figure 1.</footer>"
     )

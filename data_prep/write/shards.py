@@ -1,7 +1,7 @@
-"""Write a task's dataset: ArrayRecord files that TFDS can read, one index per split, a manifest.
+"""Write a task's dataset: ArrayRecord files that TFDS can read, one index per split and a manifest.
 
-Records are written one after another, in the index's order, and described to TFDS afterwards: TFDS's own writer holds
-a split in memory, and needs TensorFlow above 1 GB.
+Records are written one at a time, in the index's order, and the metadata for TFDS follows at the end. TFDS's own writer
+is not used: it holds a whole split in memory, and needs TensorFlow for more than 1 GB.
 """
 
 import itertools
@@ -17,14 +17,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 from medfuse_jax import records, schema
 from medfuse_jax.runtime import files
 
-# One record per group, so that reading one does not decode its neighbours. Uncompressed records read twice as fast as
-# with zstd, for a third more space.
+# One record per group, so that reading one does not decode its neighbours. Uncompressed records are read twice as
+# fast as zstd ones, and take a third more space.
 ARRAY_RECORD_OPTIONS = "group_size:1,uncompressed"
 SHARD_BYTES = 256 << 20  # a shard is closed once it holds this much
 
 
 def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: dict, manifest: dict) -> None:
-    """Write a dataset to `folder`, which is empty.
+    """Write a dataset to `folder`, which must be empty.
 
     index: split -> the fields of records.INDEX_FIELDS. records_of: split -> a function that yields its records in the
     index's order.
@@ -51,7 +51,7 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
 
 
 def _write_split(folder: Path, name: str, split: str, features, rows: Iterator[dict]) -> tfds.core.SplitInfo:
-    """Write a split's records in their order; return how many are in each shard."""
+    """Write a split's records in order; return its SplitInfo, with the number of records in each shard."""
     lengths, unfinished, num_bytes = [], [], 0
     serialized = (_serialize(features, row) for row in rows)
     for first in serialized:
@@ -75,16 +75,17 @@ def _write_split(folder: Path, name: str, split: str, features, rows: Iterator[d
 
 
 def _serialize(features, record: dict) -> bytes:
-    """Serialize a record as TFDS does, but with map entries in a fixed order: the same bytes in every process."""
+    """Serialize a record as TFDS does, but with map entries in a fixed order: every process writes the same bytes."""
     example = tf_example_pb2.Example()
     example.ParseFromString(features.serialize_example(record))
     return example.SerializeToString(deterministic=True)
 
 
 def train_statistics(arrays: Iterator[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of the 76 channels over all time steps of `arrays`.
+    """Return the mean and standard deviation of each of the 76 channels, over all time steps of `arrays`.
 
-    Channels that are not continuous get 0 and 1; constant channels get deviation 1, so that it can be divided by.
+    A channel that is not continuous gets mean 0 and deviation 1. A constant channel gets deviation 1, because callers
+    divide by it.
     """
     channels = list(schema.CONTINUOUS_CHANNELS)
     count, mean, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
