@@ -1,7 +1,7 @@
 """Measure speed: `python -m medfuse_jax.bench [--preset=NAME] [--json=FILE]`.
 
-Needs only jax, flax, optax and numpy, and makes up its input. It also measures PyTorch and scikit-learn where they are
-installed; the 'feed' cases need grain. The presets are in `medfuse_jax/bench/cases.py`.
+It needs only jax, flax, optax and numpy, and makes up its input. It also measures PyTorch and scikit-learn where they
+are installed; the 'feed' cases need grain. The presets are in `medfuse_jax/bench/cases.py`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from medfuse_jax.bench import cases
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError
 
-# Before jax starts: torch shares the GPU, so jax must not reserve all of its memory.
+# Set before jax starts: torch shares the GPU, so jax must not reserve all of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
 
 
 def _choose(values) -> tuple[list[cases.Case], float | None]:
-    """The preset's cases that --only matches, with the fields that other flags set; and the budget in seconds."""
+    """Return the preset's cases that --only matches, changed by the other flags, and the budget in seconds."""
     preset, budget_s = cases.preset(values.preset)
     fields = {
         "repeats": values.repeats,
@@ -76,7 +76,7 @@ def _choose(values) -> tuple[list[cases.Case], float | None]:
 
 def _measure(case: cases.Case, values, say, out) -> None:
     """Measure a case, print its records and write them to `out`."""
-    from medfuse_jax.bench import clock, machine  # late: a wrong flag is refused before jax starts
+    from medfuse_jax.bench import clock, machine  # late, so that a wrong flag is refused before jax starts
 
     data = None
     if values.data_dir and case.kind in ("step", "feed", "parts", "trials"):
@@ -105,18 +105,18 @@ def _measure(case: cases.Case, values, say, out) -> None:
 
 
 def _why_not(case: cases.Case) -> str:
-    """Why this machine cannot run a case, or ''."""
+    """Return why this machine cannot run a case, or ''."""
     import jax
 
     if case.kind == "feed" and importlib.util.find_spec("grain") is None:
         return "grain is not installed (pip install grain)"
     if case.num_devices > len(jax.local_devices()):
-        return f"it needs {case.num_devices} devices, and there are {len(jax.local_devices())}"
+        return f"it needs {case.num_devices} devices, and this machine has {len(jax.local_devices())}"
     return ""
 
 
 def _open(path: str | None):
-    """The file to append records to, or None."""
+    """Open the file to append records to; return None if `path` is empty."""
     if not path:
         return None
     with files.must_write(f"--json={path}"):
@@ -125,7 +125,7 @@ def _open(path: str | None):
 
 
 def _progress(prefix: str):
-    """Return a function that shows progress on one line of a terminal; lines that end in a newline show anywhere."""
+    """Return a function that shows progress on one line of a terminal; a text whose `end` is a newline always shows."""
 
     def say(text: str, end: str = "\r") -> None:
         if end == "\n" or sys.stderr.isatty():
@@ -136,7 +136,7 @@ def _progress(prefix: str):
 
 
 def _command() -> str:
-    """The command as typed, without the folders of its paths."""
+    """Return the command as typed, without the folders of its paths."""
     arguments = [re.sub(r"=.*/", "=", argument) for argument in sys.argv[1:]]
     return shlex.join(["python", "-m", "medfuse_jax.bench", *arguments])
 
@@ -152,9 +152,9 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "Phenotyping shards to take batches from instead of making them up.")
     flags.DEFINE_integer("repeats", None, "Timed repeats of every contender.", lower_bound=1)
     flags.DEFINE_integer("warm_up", None, "Untimed passes of every contender before the first repeat.", lower_bound=0)
-    flags.DEFINE_integer("trials", None, "Trials in the cases of sweeps.", lower_bound=1)
-    flags.DEFINE_enum("precision", None, ["float32", "bfloat16"], "Precision of ours and of torch_tuned.")
-    flags.DEFINE_bool("ours_only", False, "Do not measure PyTorch and scikit-learn.")
+    flags.DEFINE_integer("trials", None, "Number of trials in the cases 'trials' and 'sweep'.", lower_bound=1)
+    flags.DEFINE_enum("precision", None, ["float32", "bfloat16"], "Precision of our code and of torch_tuned.")
+    flags.DEFINE_bool("ours_only", False, "Do not measure PyTorch or scikit-learn.")
 
 
 if __name__ == "__main__":

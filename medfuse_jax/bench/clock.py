@@ -1,4 +1,4 @@
-"""Time contenders in turns, summarise their times, and print them."""
+"""Time contenders in turn, summarise their times and format them."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ OURS = "ours"  # the contender that the others are compared with
 
 
 def interleave(runs: dict[str, Callable], warm_up: int, repeats: int, say=lambda text: None) -> dict:
-    """Return {name: seconds of each repeat}; every repeat runs all contenders, starting with the next one in turn."""
+    """Run all contenders once per repeat, each time starting with the next one; return {name: seconds per repeat}."""
     for name, run in runs.items():
         for i in range(warm_up):
             say(f"{name}: warm-up {i + 1}/{warm_up}")
@@ -27,7 +27,7 @@ def interleave(runs: dict[str, Callable], warm_up: int, repeats: int, say=lambda
 
 
 def records(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    """Return {name: record}; all but ours carry 'time_over_ours'."""
+    """Return {name: record}; every record but ours has 'time_over_ours'."""
     rows = {name: {"contender": name} | summary(taken) for name, taken in seconds.items()}
     for name in rows:
         if name != OURS:
@@ -36,7 +36,7 @@ def records(seconds: dict[str, list[float]]) -> dict[str, dict]:
 
 
 def summary(seconds: list[float]) -> dict:
-    """Median, minimum and maximum of the repeats, and all of them."""
+    """Return the median, minimum and maximum of the repeats, and every repeat."""
     return {
         "repeats": len(seconds),
         "seconds": round(float(np.median(seconds)), 6),
@@ -47,14 +47,14 @@ def summary(seconds: list[float]) -> dict:
 
 
 def ratio(slower: list[float], faster: list[float]) -> dict:
-    """Median, minimum and maximum of the repeats' ratios; of_best: the ratio of both sides' fastest repeats."""
+    """Return the median, minimum and maximum of the repeats' ratios; of_best: the ratio of the two fastest repeats."""
     each = np.asarray(slower) / np.asarray(faster)
     out = {"median": np.median(each), "min": np.min(each), "max": np.max(each), "of_best": min(slower) / min(faster)}
     return {key: round(float(value), 3) for key, value in out.items()}
 
 
 def line(row: dict) -> str:
-    """Format a record as one line: case, contender, time and spread, rate, remark."""
+    """Format a record as one line: case, contender, time, spread, rate and remark."""
     spread = f"{format_s(row['seconds']):>8} ({format_s(row['seconds_min'])}-{format_s(row['seconds_max'])})"
     rate = f"{row['samples_per_s']:>9.1f} samples/s" if "samples_per_s" in row else ""
     return f"{row['case']:<44} {row['contender']:<15} {spread:<26} {rate:<20} {_remark(row)}".rstrip()
@@ -74,5 +74,5 @@ def _remark(row: dict) -> str:
 
 
 def format_s(seconds: float) -> str:
-    """Format a time with three digits, in s or ms."""
+    """Format a time in s or ms, with three significant digits."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
