@@ -2,7 +2,7 @@
 
 Shapes: P X-rays, S stored side, R resized side, C cropped side, all in pixels.
 
-Flip, rotation, scale, translation and crop are one bilinear sampling. Differs from MedFuse
+Flip, rotation, scaling, translation and crop are done in one bilinear sampling. Differs from MedFuse
 (datasets/cxr_dataset.py): its affine transform takes the nearest pixel.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """How X-rays are resized, augmented and cropped: the fields of config.image.
+    """Options for resizing, augmenting and cropping X-rays: the fields of config.image.
 
     Differs from the paper (A.1): no shear. The paper gives no shear angle, and the released code does not shear.
     """
@@ -31,8 +31,8 @@ class ImageOptions:
 def prepare(image_PSS: jax.Array, options: ImageOptions) -> jax.Array:
     """Resize and centre-crop X-rays for evaluation: uint8 [P, S, S] -> float32 [P, C, C, 2].
 
-    The channels are grey in 0..1, and ones. The model folds ImageNet's standardisation of three equal channels into
-    its stem; the ones make this exact at the borders, where the convolution pads with zeros.
+    Channel 0 is the grey value in 0..1, channel 1 is all ones. The model folds ImageNet's standardisation of three
+    equal channels into its stem; the ones keep this exact at the borders, where the convolution pads with zeros.
     """
     grey_PRR = _resize(image_PSS, options.resize_px)
     start = (options.resize_px - options.crop_px) // 2
@@ -60,8 +60,8 @@ def _resize(image_PSS: jax.Array, size_px: int) -> jax.Array:
 
 
 def _draw_affine(key: jax.Array, options: ImageOptions) -> tuple[jax.Array, jax.Array]:
-    """Draw (matrix [2, 2], offset [2]), which map a pixel of the crop to the X-ray, both as (y, x) from the centre."""
-    # A single draw: every call of jax.random compiles its own copy of the generator.
+    """Draw the map from a pixel of the crop to the X-ray: (matrix [2, 2], offset [2]), for (y, x) from the centre."""
+    # Draw all seven numbers at once: every call to jax.random compiles its own copy of the generator.
     u_7 = jax.random.uniform(key, (7,))
     angle = jnp.deg2rad(options.rotation_deg) * (2 * u_7[0] - 1)
     scale = options.scale[0] + (options.scale[1] - options.scale[0]) * u_7[1]
@@ -70,14 +70,14 @@ def _draw_affine(key: jax.Array, options: ImageOptions) -> tuple[jax.Array, jax.
     slack = (options.resize_px - options.crop_px) / 2
     crop = slack * (2 * u_7[5:] - 1) * (options.crop == "random")
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # position = mirror . rotate(-angle) / scale . (crop - shift): the inverse of transforming the X-ray
+    # The inverse of transforming the X-ray: mirror @ rotate(-angle) @ (pixel + crop - shift) / scale.
     inverse = jnp.array([[cos, sin], [-sin, cos]]) / scale
     inverse = inverse * jnp.stack([jnp.ones(2), jnp.full(2, mirror)])
     return inverse, jnp.matmul(inverse, crop - shift, precision="highest")
 
 
 def _sample(grey_RR: jax.Array, matrix: jax.Array, offset: jax.Array, crop_px: int) -> jax.Array:
-    """The crop [C, C] by bilinear sampling."""
+    """Sample the crop [C, C] from an X-ray, bilinearly."""
     from_centre = jnp.arange(crop_px) - (crop_px - 1) / 2
     y_CC, x_CC = jnp.meshgrid(from_centre, from_centre, indexing="ij")
     centre = (grey_RR.shape[0] - 1) / 2

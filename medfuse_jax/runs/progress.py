@@ -1,19 +1,19 @@
-"""How far a run has trained, and what validation changes: the learning rate and when to stop."""
+"""How far a run has trained, and what its validations decide: the learning rate and when to stop."""
 
 import dataclasses
 import math
 
 from ml_collections import ConfigDict
 
-# The relative improvement that torch's ReduceLROnPlateau, which the released code uses, asks for.
+# The smallest relative improvement that counts; torch's ReduceLROnPlateau, which the released code uses, has the same.
 _PLATEAU_THRESHOLD = 1e-4
 
 
 @dataclasses.dataclass
 class Progress:
-    """State of a run at its last validation; saved with each checkpoint.
+    """State of a run at its last validation, saved with each checkpoint.
 
-    best_auroc: validation AUROC of the selected epoch, best_epoch (0: none yet).
+    best_auroc: validation AUROC of the selected epoch, which is best_epoch (0: none yet).
     """
 
     epoch: int = 0
@@ -24,10 +24,10 @@ class Progress:
     epochs_since_best_loss: int = 0
 
     def update(self, epoch: int, val_loss: float, val_auroc: float, plateau_epochs: int) -> bool:
-        """Records one validation; returns whether its AUROC is the best so far.
+        """Record one validation; return whether its AUROC is the best so far.
 
-        Halves the learning rate after more than `plateau_epochs` validations in a row without a lower loss, as
-        torch's ReduceLROnPlateau counts. A NaN AUROC (no label with both classes) is best only in the first epoch.
+        The learning rate is halved after more than `plateau_epochs` validations in a row without a lower loss, counted
+        as in torch's ReduceLROnPlateau. A NaN AUROC (no label with both classes) is the best only if it is the first.
         """
         self.epoch = epoch
         if val_loss < self.best_loss * (1 - _PLATEAU_THRESHOLD):
@@ -46,5 +46,5 @@ class Progress:
         return self.epoch - self.best_epoch >= early_stop_epochs
 
     def is_finished(self, config: ConfigDict) -> bool:
-        """Whether the run has reached its last epoch or stops early."""
+        """Return whether the run has reached its last epoch or should stop early."""
         return self.epoch >= config.num_epochs or self.should_stop(config.early_stop_epochs)

@@ -1,4 +1,4 @@
-"""State dicts in files, of torch or safetensors. Reading a file never runs code from it."""
+"""Read and write state dicts in torch and safetensors files. Reading a file never runs code from it."""
 
 import io
 import pickle
@@ -13,7 +13,7 @@ from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.torch_import.names import unwrapped
 
-# Errors of torch.load and zipfile for checkpoints that were truncated or had bytes changed.
+# What torch.load and zipfile raise for a checkpoint that is truncated or has changed bytes.
 _DAMAGED = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -30,14 +30,15 @@ _DAMAGED = (
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads the state dict of a checkpoint file: `.safetensors`, or any file of torch (`.pth.tar`, `.pth`, `.pt`).
+    """Read the state dict of a checkpoint file: `.safetensors`, or any torch file (`.pth.tar`, `.pth`, `.pt`).
 
-    Takes a training checkpoint's 'state_dict' entry, and removes the prefix `module.` of data-parallel models. Raises
-    UserError if the file is missing, damaged or holds more than numbers, or the package to read it is missing.
+    From a training checkpoint, only the entry 'state_dict' is read. The prefix `module.` of data-parallel models is
+    removed. Raises UserError if the file is missing, is damaged or holds more than numbers, or if the package that
+    reads it is not installed.
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give the checkpoint file in it", path=path)
+        raise UserError(f"{path} is a folder: give the path of a checkpoint file", path=path)
     if not path.is_file():
         raise UserError(f"no checkpoint file {path}", path=path)
     if not path.stat().st_size:
@@ -49,7 +50,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes `.safetensors`, or `.pth.tar` with an entry 'state_dict' as the released trainer's.
+    """Write a state dict as `.safetensors`, or as `.pth.tar` with an entry 'state_dict', like the released trainer.
 
     Raises UserError for another suffix, an existing file, or a folder that cannot be written.
     """
@@ -57,8 +58,8 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
     if not path.name.endswith((".safetensors", ".pth.tar")):
         raise UserError(f"{path}: an exported file must end in .safetensors or .pth.tar", path=path)
     if path.exists():
-        raise UserError(f"{path} exists: give another name", path=path)
-    # Serialised in memory, because both packages raise their own errors if a file cannot be written.
+        raise UserError(f"{path} already exists: give another name", path=path)
+    # Serialise in memory, because each package raises its own errors if a file cannot be written.
     if path.suffix == ".safetensors":
         content = _safetensors(path).numpy.save(dict(state_dict))
     else:
@@ -103,8 +104,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = _torch(path)
-    # The released trainer stores its best AUROC as a numpy number, others arrays of scores. weights_only refuses both
-    # by default; these types hold only numbers.
+    # The released trainer also stores its best AUROC, as a numpy number; others store arrays of scores. weights_only
+    # refuses both by default, but they are safe to allow: these types hold only numbers.
     functions = [getattr(np._core.multiarray, name) for name in ("scalar", "_reconstruct")]
     allowed = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in functions for core in ("core", "_core")]
     codes = np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"
@@ -121,13 +122,13 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UserError(f"{path}: {name} is a sparse, quantised or meta tensor, not a plain one", path=path)
-    # numpy does not know torch's lazily conjugated and negated views.
+    # torch conjugates and negates lazily, which numpy cannot represent.
     tensors = {str(name): tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
     return {name: t.float().numpy() if t.is_floating_point() else t.numpy() for name, t in tensors.items()}
 
 
 def _check_checksums(path: Path) -> None:
-    """Verifies the checksums inside a zip file, which torch.load does not: a changed bit would change a weight."""
+    """Verify the checksums in a zip file. torch.load does not, so a flipped bit in a weight would go unnoticed."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as parts:
             if damaged := parts.testzip():
@@ -135,11 +136,12 @@ def _check_checksums(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Shortens torch's message to one line."""
+    """Return in one line why a file cannot be read."""
     message = " ".join(str(error).split())
     if any(words in message for words in ("GLOBAL ", "Unsupported", "Can only build")):  # refused by weights_only
         name = message.partition("GLOBAL ")[2].split(" ")[0]
         return f"it holds more than numbers ({name or 'objects'}), which could run code when opened"
     if isinstance(error, pickle.UnpicklingError) or not message:
         return "it is damaged, truncated or not a torch file"
-    return "it is damaged or truncated" + (f" ({message[:100]})" if " " in message else "")  # no bare KeyError
+    # A KeyError's message is only a key, which would not help.
+    return "it is damaged or truncated" + (f" ({message[:100]})" if " " in message else "")
