@@ -15,7 +15,7 @@ _NUM_EXAMPLES = 6
 
 
 def attention(run: Run) -> str:
-    """Charts and examples of one run; '' without attention weights or without a stay with time series."""
+    """Return charts and examples of one run; '' if it has no attention weights or no stay with a time series."""
     arrays = (run.predictions or {}).get("attention")
     timestep_h = section(run.result or {}, "data").get("timestep_h")
     if not arrays or not (arrays["length"] > 0).any() or not isinstance(timestep_h, int | float):
@@ -38,20 +38,20 @@ def attention(run: Run) -> str:
 def _by_hour(arrays: dict, timestep_h: float, color: int) -> str:
     args = (arrays["time_weights"], arrays["length"], timestep_h, color)
     charts = html.figure(plots.weight_by_hour(*args, to_end=False), "By hours since the stay began")
-    if len(np.unique(arrays["length"][arrays["length"] > 0])) > 1:  # otherwise the chart is the same
+    if len(np.unique(arrays["length"][arrays["length"] > 0])) > 1:  # otherwise both charts show the same values
         charts += html.figure(plots.weight_by_hour(*args, to_end=True), "By hours before its end")
     return charts
 
 
 def _paired(arrays: dict) -> np.ndarray:
-    """bool [N]: stays with time series and X-ray; the weight of a missing modality is exactly 0."""
+    """Return bool [N]: stays with time series and X-ray. The weight of a missing modality is exactly 0."""
     weights = dict(zip(arrays["modalities"].tolist(), arrays["modality_weights"].T))
     zeros_N = np.zeros(len(arrays["length"]))
     return (weights.get("ehr", zeros_N) > 0) & (weights.get("cxr", zeros_N) > 0)
 
 
 def _examples(arrays: dict, names: list[str], timestep_h: float, color: int, paired_N: np.ndarray) -> str:
-    """A few stays by length, with an X-ray if any has one. For privacy: no id, age or label."""
+    """Return a table of a few stays, only paired ones if there are any. For privacy: no id, age or label."""
     rows = np.flatnonzero(paired_N if paired_N.any() else arrays["length"] > 0)
     rows = rows[np.argsort(arrays["length"][rows], kind="stable")]
     body = ""

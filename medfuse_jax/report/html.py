@@ -1,7 +1,7 @@
 """The frame, style and charts that all our HTML pages share. Never imports jax.
 
-A page is one self-contained file without scripts: one column, light and dark, from 390 px wide. Charts are drawn by
-matplotlib in placeholder colours, which `svg` replaces by the page's CSS variables.
+A page is one self-contained file without scripts: one column, a light and a dark theme, readable from 390 px wide.
+Matplotlib draws the charts in placeholder colours, which `svg` replaces with the page's CSS variables.
 """
 
 import html
@@ -18,9 +18,9 @@ NUM_COLORS = 7  # --run0 ... --run6
 INK, MUTED, RULE, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
 
 CHART_STYLE = {
-    "svg.fonttype": "none",  # text stays text: in the page's font, readable by screen readers
+    "svg.fonttype": "none",  # keep text as text: in the page's font, readable by screen readers
     "svg.hashsalt": "medfuse_jax",
-    "text.parse_math": False,  # names come from folders: a $ is a $
+    "text.parse_math": False,  # names come from folders, where $ is an ordinary character
     "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": INK,
@@ -110,9 +110,9 @@ footer { border-top: 1px solid var(--rule); }
 
 
 def document(title: str, body: str, css: str = "") -> str:
-    """A whole page. title: text; body: HTML; css: additional rules."""
+    """Return a whole page. title: text; body: HTML; css: additional rules."""
     count = itertools.count()
-    # Identical charts need different ids.
+    # Give each chart its own ids, even if two charts are identical.
     body = re.sub("<svg.*?</svg>", lambda m: m[0].replace(_CHART_ID, f"c{next(count)}-"), body, flags=re.DOTALL)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -123,12 +123,12 @@ def document(title: str, body: str, css: str = "") -> str:
 
 
 def figure(svg_text: str, caption: str) -> str:
-    """A chart with its caption. caption: text."""
+    """Return a chart with its caption. caption: text."""
     return f'<figure class="chart"><figcaption>{html.escape(caption)}</figcaption>{svg_text}</figure>'
 
 
 def table(head: str, body: str, caption: str) -> str:
-    """A table that scrolls sideways. head, body: HTML of its cells and rows; caption: text, for screen readers."""
+    """Return a table that scrolls sideways. head, body: HTML of its cells and rows; caption: text for screen readers."""
     caption = html.escape(caption)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
@@ -137,7 +137,7 @@ def table(head: str, body: str, caption: str) -> str:
 
 
 def synthetic_notice(num_synthetic: int, num_runs: int) -> str:
-    """The notice that results are of synthetic patients; '' if none are."""
+    """Return a notice that results come from synthetic patients; '' if none do."""
     if not num_synthetic:
         return ""
     which = "These results come" if num_synthetic == num_runs else "Some of these results come"
@@ -148,7 +148,7 @@ def synthetic_notice(num_synthetic: int, num_runs: int) -> str:
 
 
 def run_color(color: int) -> str:
-    """The placeholder for --run0, --run1, ..., cyclic."""
+    """Return the placeholder colour for --run0, --run1, ...; colours repeat after NUM_COLORS."""
     return f"#0c000{color % NUM_COLORS}"
 
 
@@ -157,18 +157,18 @@ _VARIABLES |= {run_color(i): f"--run{i}" for i in range(NUM_COLORS)}
 
 
 def new_figure(width_px: int, height_px: int) -> "Figure":
-    from matplotlib.figure import Figure  # takes seconds: not for pages without charts of matplotlib
+    from matplotlib.figure import Figure  # takes seconds: import it only to draw a chart
 
     return Figure(figsize=(width_px / 72, height_px / 72))  # an SVG unit is 1/72 inch
 
 
 def svg(chart: "Figure", description: str) -> str:
-    """The figure as an inline <svg> with the page's colours and font, keeping only the ids it refers to."""
+    """Return the figure as an inline <svg> in the page's colours and font, without unused ids."""
     buffer = io.StringIO()
     chart.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # A <style> would apply to the whole page.
+    # Remove <style>, which would apply to the whole page.
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
     width, height = chart.get_size_inches() * 72
     opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(description)}">'

@@ -17,9 +17,9 @@ _MAX_OVERLAID = 5  # runs in one chart
 
 
 def write(runs_dirs: list[str | Path], out_dir: str | Path) -> str:
-    """Write `<out_dir>/index.html` on the runs at and below `runs_dirs`; return the text table and the page's path.
+    """Report on the runs at and below `runs_dirs` in `<out_dir>/index.html`; return a text table and the page's path.
 
-    Raises UserError if there is no run, or the page cannot be written.
+    Raises UserError if there is no run or the page cannot be written.
     """
     runs = read_runs.find_runs([Path(folder) for folder in runs_dirs])
     path = Path(out_dir) / "index.html"
@@ -34,7 +34,7 @@ def write(runs_dirs: list[str | Path], out_dir: str | Path) -> str:
 
 
 def page(runs: list[Run]) -> str:
-    """The whole document."""
+    """Return the whole HTML document."""
     title, ordered = _title(runs), _main_first(runs)
     by_task = {task: [run for run in runs if run.task == task] for task in dict.fromkeys(run.task for run in ordered)}
     parts = [_header(ordered, title), _problems(runs)]
@@ -61,7 +61,7 @@ def _title(runs: list[Run]) -> str:
 
 
 def _header(runs: list[Run], title: str) -> str:
-    """runs: the main runs first."""
+    """Return the page's header. runs: main runs before pre-training runs."""
     main, result = runs[0], runs[0].result or {}
     is_single = sum(not run.is_pretraining for run in runs) <= 1
     data = {**section(main.config, "data"), **section(result, "data")}
@@ -86,7 +86,7 @@ def _header(runs: list[Run], title: str) -> str:
 
 
 def _lead(main: Run) -> str:
-    """The result in a sentence or two, for a page on one run."""
+    """Return the result in a sentence or two, for a page on one run."""
     scores, unit = main.scores(), read_runs.unit(main.task)
     if not scores:
         return f'<p class="lead">{escape(f"{main.name} is not evaluated yet: {_progress(main)}.")}</p>'
@@ -111,7 +111,7 @@ def _lead(main: Run) -> str:
 
 
 def _progress(run: Run) -> str:
-    """How far an unfinished run got."""
+    """Return how far an unfinished run has got."""
     epoch, num_epochs = max([*run.train, *run.val], default=0), run.config.get("num_epochs")
     text = f"epoch {epoch} of at most {num_epochs}" if isinstance(num_epochs, int) else f"epoch {epoch}"
     aurocs = series(run.val, "val_auroc")
@@ -133,7 +133,7 @@ def _task_section(task: str, runs: list[Run], is_titled: bool) -> str:
 
 
 def _overlays(runs: list[Run]) -> str:
-    """The mean curves of the runs of a task that score all records, if there are several."""
+    """Draw the mean curves of one task's runs that score all records; '' if there are fewer than two."""
     comparable = [run for run in _main_first(runs) if run.predictions and read_runs.scores_all(run.result)]
     shown = comparable[:_MAX_OVERLAID]
     if len(shown) < 2:
@@ -198,7 +198,7 @@ def _provenance(run: Run) -> str:
 
 
 def _flat(content: dict, prefix: str = "") -> dict:
-    """A nested dict as a flat one with dotted keys."""
+    """Flatten a nested dict, joining its keys with dots."""
     flat = {}
     for key, value in content.items():
         name = f"{prefix}.{key}" if prefix else str(key)

@@ -25,7 +25,7 @@ _GRID_G = np.linspace(0, 1, 201)
 def loss_curves(
     train: dict[int, float], val: dict[int, float], best_epoch: int | None, color: int, best_label: str = "chosen"
 ) -> str:
-    """Training and validation loss by epoch, with the best epoch marked."""
+    """Draw training and validation loss by epoch, with the best epoch marked."""
     with mpl.rc_context(_STYLE):
         axes = _epoch_axes(best_epoch, right=0.83)
         ends = []
@@ -39,7 +39,7 @@ def loss_curves(
 
 
 def auroc_curve(val: dict[int, float], best_epoch: int | None, color: int, best_label: str = "chosen") -> str:
-    """Validation AUROC by epoch, with the best epoch and its value marked."""
+    """Draw validation AUROC by epoch, with the best epoch and its value marked."""
     with mpl.rc_context(_STYLE):
         axes = _epoch_axes(best_epoch, right=0.96)
         _plot_by_epoch(axes, val, run_color(color))
@@ -77,7 +77,7 @@ def _plot_by_epoch(axes: Axes, values: dict[int, float], color: str) -> None:
 
 
 def _label_best_epoch(axes: Axes, best_epoch: int | None, label: str) -> None:
-    """Write the epoch above its line, inside the chart's width. Call it last, when the x limits are final."""
+    """Write the epoch above its line, within the chart's width. Call this last, when the x limits are final."""
     if best_epoch is not None:
         low, high = axes.get_xlim()
         share = (best_epoch - low) / (high - low)
@@ -99,7 +99,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def curves(kind: str, labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) -> str:
-    """One thin grey curve per label, and their mean; for a single label, its curve alone."""
+    """Draw one thin grey curve per label, and their mean; for a single label, only its curve."""
     with mpl.rc_context(_STYLE):
         axes = _unit_axes(kind)
         curves_KG = _label_curves(kind, labels_NK, scores_NK)
@@ -114,7 +114,7 @@ def curves(kind: str, labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) 
 
 
 def overlay(kind: str, runs: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) -> str:
-    """The mean curves of several runs, each (name, color, labels [N, K], scores [N, K])."""
+    """Draw the mean curves of several runs. runs: (name, color, labels [N, K], scores [N, K]) of each."""
     with mpl.rc_context(_STYLE):
         axes = _unit_axes(kind)
         for _, color, labels_NK, scores_NK in runs:
@@ -136,32 +136,32 @@ def _unit_axes(kind: str) -> Axes:
 
 
 def _label_curves(kind: str, labels_NK: np.ndarray, scores_NK: np.ndarray) -> list[np.ndarray]:
-    """The curve, on the grid, of every label that has both classes."""
+    """Return the curve [G] of every label that has both classes."""
     curve = {"ROC": _roc, "PR": _precision}[kind]
     columns = zip(np.asarray(labels_NK).T, np.asarray(scores_NK).T, strict=True)
     return [curve(label_N, score_N) for label_N, score_N in columns if 0 < label_N.sum() < len(label_N)]
 
 
 def _roc(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
-    """True positive rate [G]; the upper end of a jump."""
+    """Return the true positive rate [G]; at a jump, its upper end."""
     fpr, tpr, _ = roc_curve(label_N, score_N)
     return np.interp(_GRID_G, fpr, tpr)
 
 
 def _precision(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
-    """Precision [G] where each recall is first reached: steps whose area is the average precision."""
+    """Return the precision [G] by recall, as a step function whose area is the average precision."""
     precision, recall, _ = precision_recall_curve(label_N, score_N)
     precision, recall = precision[::-1], recall[::-1]
     return precision[np.searchsorted(recall, np.maximum(_GRID_G, 1e-12), side="left")]
 
 
 def _points(kind: str, curve_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of a curve; a ROC curve starts at (0, 0)."""
+    """Return x and y of a curve. A ROC curve starts at (0, 0)."""
     return (np.append(0, _GRID_G), np.append(0, curve_G)) if kind == "ROC" else (_GRID_G, curve_G)
 
 
 def _legend(axes: Axes, kind: str, names: list[tuple[str, str]]) -> None:
-    """Coloured names in the corner that the curves leave empty: bottom right for ROC, top right for PR."""
+    """Write coloured names in the corner that the curves leave empty: bottom right for ROC, top right for PR."""
     top = 0.06 + 0.065 * (len(names) - 1) if kind == "ROC" else 0.95
     look = {"transform": axes.transAxes, "ha": "right", "va": "center"}
     box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1.5}
@@ -181,9 +181,9 @@ def interval(
     others: Sequence[tuple[float, int]] = (),
     reference: float | None = None,
 ) -> str:
-    """A value's dot with its bounds, on an axis (low, high).
+    """Draw a value as a dot and its bounds as a line, on an axis (low, high).
 
-    others: (value, color) of other runs, drawn as small dots. reference: a dashed line, if it is inside the axis.
+    others: (value, color) of other runs, drawn as small dots. reference: where to draw a dashed line, if on the axis.
     """
     width_px, height_px, edge_px = 132, 16, 6
     low, high = axis
@@ -209,10 +209,10 @@ def interval(
 
 
 def weight_by_hour(weight_NT: np.ndarray, length_N: np.ndarray, timestep_h: float, color: int, to_end: bool) -> str:
-    """Mean weight, and 10th to 90th percentile of the stays, by hours since the stay began or before its end.
+    """Draw the mean weight and its 10th to 90th percentile by hours since the stay began, or before its end.
 
-    In multiples of the uniform weight, 1 / length, so that short and long stays can be averaged. Covers the hours
-    that at least a tenth of the stays have.
+    Weights are multiples of the uniform weight, 1 / length, so that short and long stays can be averaged. The chart
+    covers the hours that at least a tenth of the stays reach.
     """
     with mpl.rc_context(_STYLE):
         axes = new_figure(_WIDTH_PX, _LOW_PX).add_axes((0.13, 0.18, 0.83, 0.72))
@@ -235,7 +235,7 @@ def weight_by_hour(weight_NT: np.ndarray, length_N: np.ndarray, timestep_h: floa
 
 
 def _relative_weights(weight_NT: np.ndarray, length_N: np.ndarray, to_end: bool) -> np.ndarray:
-    """Weights times the stay's length [N, T], NaN beyond its end; T: the 90th percentile of the lengths."""
+    """Return weights times the stay's length [N, T], NaN beyond its end. T: the 90th percentile of the lengths."""
     rows = np.flatnonzero(length_N > 0)
     length_N, weight_NT = length_N[rows], weight_NT[rows].astype(np.float32)
     num_steps = max(1, int(np.quantile(length_N, 0.9, method="lower"))) if len(rows) else 1
@@ -248,7 +248,7 @@ def _relative_weights(weight_NT: np.ndarray, length_N: np.ndarray, to_end: bool)
 
 
 def weight_by_modality(weight_NM: np.ndarray, names: Sequence[str], color: int) -> str:
-    """Mean weight of each modality, and 10th to 90th percentile, over the stays that have it."""
+    """Draw each modality's mean weight and 10th to 90th percentile over the stays that have it."""
     shown = [(name, weight_N[weight_N > 0]) for name, weight_N in zip(names, weight_NM.T) if (weight_N > 0).any()]
     names = [name for name, _ in shown]
     height_px = 70 + 38 * len(names)
@@ -268,7 +268,7 @@ def weight_by_modality(weight_NM: np.ndarray, names: Sequence[str], color: int) 
 
 
 def weight_strip(weight_T: np.ndarray, color: int, description: str) -> str:
-    """One stay's weights as a strip from the first time step to the last; its largest weight is fully opaque."""
+    """Draw one stay's weights as a strip, first time step to last. The largest weight is fully opaque."""
     opacity_T = np.asarray(weight_T, np.float32) / max(float(np.max(weight_T)), 1e-9)
     rects = "".join(f'<rect x="{i}" width="1.02" height="1" opacity="{o:.2f}"/>' for i, o in enumerate(opacity_T))
     size = f'viewBox="0 0 {len(weight_T)} 1" preserveAspectRatio="none" role="img" aria-label="{escape(description)}"'

@@ -1,4 +1,4 @@
-"""Read workdirs as far as their runs got. Never imports jax.
+"""Read the workdirs of runs, finished or not. Never imports jax.
 
 A workdir holds config.json, metrics.jsonl, predictions_<split>.npz and result.json. A run's pre-training runs are
 folders inside its workdir.
@@ -36,11 +36,11 @@ _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """One run; fields are None or empty where the run has not got that far.
+    """One run. Fields that it has not reached yet are None or empty.
 
     name: unique among the runs shown. train, val: the lines of metrics.jsonl by epoch.
     predictions: scores [N, K], labels bool [N, K], age [N], paired bool [N], attention: {} or time_weights [N, T],
-    length [N], modality_weights [N, M], modalities [M]. problems: what could not be read.
+    length [N], modality_weights [N, M], modalities [M]. problems: messages on files that could not be read.
     """
 
     folder: Path
@@ -77,27 +77,27 @@ class Run:
 
     @property
     def finished_at(self) -> datetime.datetime | None:
-        """When the result was written."""
+        """The time when the result was written; None without a result."""
         path = self.folder / "result.json"
         return datetime.datetime.fromtimestamp(path.stat().st_mtime).astimezone() if path.exists() else None
 
     @property
     def best_epoch(self) -> int | None:
-        """The epoch of the best checkpoint, so far if the run is unfinished; None if there is none."""
+        """The epoch of the best checkpoint (so far, if the run is unfinished); None if there is none."""
         if self.result and isinstance(self.result.get("best_epoch"), int):
-            return self.result["best_epoch"] or None  # 0: imported, or evaluated before the first validation
+            return self.result["best_epoch"] or None  # 0 if imported, or evaluated before the first validation
         aurocs = series(self.val, "val_auroc")
         return max(aurocs, key=aurocs.get) if aurocs else None
 
     def scores(self, subset: str = "all") -> dict:
-        """The result's scores on a subset of the test split; {} if there are none."""
+        """Return the result's scores on a subset of the test split; {} if there are none."""
         return section(section(self.result or {}, "subsets"), subset)
 
 
 def find_runs(roots: list[Path]) -> list[Run]:
-    """The runs at and below `roots`, each pre-training run before the run it is for.
+    """Return the runs at and below `roots`, each pre-training run before the run that uses it.
 
-    Raises UserError for a root that is no folder or holds no run.
+    Raises UserError for a root that is not a folder or holds no run.
     """
     if not roots:
         raise UserError("--runs is empty: give workdirs, or folders that hold workdirs", field="--runs")
@@ -123,12 +123,12 @@ def _run_folders(root: Path) -> list[Path]:
             field="--runs",
             path=root,
         )
-    # os.walk has no fixed order: sort by name, a folder after those inside it.
+    # os.walk has no fixed order. Sort by name, with a folder after its subfolders.
     return sorted(folders, key=lambda folder: [*folder.relative_to(root).parts, "\uffff"])
 
 
 def _name_and_color(runs: list[Run], root: Path) -> None:
-    """Name runs by method, plus the folder if that is ambiguous. Pre-training runs get the last colours."""
+    """Name runs by method, plus the folder if methods repeat. Pre-training runs get the last colours."""
     for run in runs:
         run.name = title({"method": run.method, **(run.result or {})})
     names = [(run.task, run.name) for run in runs]
@@ -141,7 +141,7 @@ def _name_and_color(runs: list[Run], root: Path) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a workdir; damaged files are listed in `problems` and ignored."""
+    """Read a workdir. Damaged files are ignored and listed in `problems`."""
     problems = []
     config = _read_json(folder / "config.json", problems)
     result = _read_json(folder / "result.json", problems) or None
@@ -157,7 +157,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_json(path: Path, problems: list[str]) -> dict:
-    """A JSON object; {} if the file is missing, or damaged, which is added to `problems`."""
+    """Read a JSON object; return {} if the file is missing or damaged. Add damage to `problems`."""
     if not path.exists():
         return {}
     try:
@@ -168,7 +168,7 @@ def _read_json(path: Path, problems: list[str]) -> dict:
 
 
 def _is_result(result: dict) -> bool:
-    """Whether the fields that the report reads have the types that it expects."""
+    """Return whether the fields that the report reads have the expected types."""
     types = {"labels": list, "subsets": dict, "comparisons": list, "num_left_out": int}
     if not all(isinstance(result.get(key), kind) for key, kind in types.items()):
         return False
@@ -180,7 +180,7 @@ def _is_result(result: dict) -> bool:
 
 
 def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[int, dict], dict[int, dict]]:
-    """The train and the val lines of metrics.jsonl by epoch."""
+    """Return the train and the val lines of metrics.jsonl, by epoch."""
     phases, damaged = {"train": {}, "val": {}}, []
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -194,7 +194,7 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[int, dict], dic
             phases[line["phase"]][int(line["epoch"])] = line
         except (ValueError, KeyError, TypeError):
             damaged.append(i)
-    if damaged and damaged != [len(lines)]:  # the last line may be incomplete: the run is writing it
+    if damaged and damaged != [len(lines)]:  # an unfinished run may still be writing the last line
         problems.append(f"{path}: dropped damaged lines ({len(damaged)}, the first is line {damaged[0]})")
     return phases["train"], phases["val"]
 
@@ -207,7 +207,7 @@ def _read_predictions(path: Path, problems: list[str]) -> dict | None:
         labels_NK, scores_NK = ranks.check(arrays["labels"], arrays["scores"])
     except FileNotFoundError:
         return None
-    except files.DAMAGED_NPZ as error:  # UserError of ranks.check among them
+    except files.DAMAGED_NPZ as error:  # includes the UserError of ranks.check
         problems.append(f"{path} cannot be read ({error}): run medfuse_jax.evaluate again")
         return None
     if any(arrays[name].shape != (len(scores_NK),) for name in ("age", "has_ehr", "has_cxr")):
@@ -233,12 +233,12 @@ def _is_attention(arrays: dict, num_stays: int) -> bool:
 
 
 def scores_all(result: dict | None) -> bool:
-    """Whether a run scores every record of its split, so that its 'all' is comparable with others'."""
+    """Return whether a run scores every record of its split, so that its 'all' is comparable across runs."""
     return not (result or {}).get("num_left_out")
 
 
 def comparable_subsets(result: dict) -> dict[str, dict]:
-    """Scores by subset, without 'all' if the run cannot score all records and has another subset."""
+    """Return scores by subset, without 'all' if the run cannot score all records and has another subset."""
     subsets = {name: section(result["subsets"], name) for name in SUBSETS}
     subsets = {name: scores for name, scores in subsets.items() if scores}
     if not scores_all(result) and len(subsets) > 1:
@@ -247,7 +247,7 @@ def comparable_subsets(result: dict) -> dict[str, dict]:
 
 
 def comparisons(result: dict) -> list[dict]:
-    """Differences to other runs on known subsets; those on 'all' only if both runs score all records."""
+    """Return differences from other runs on known subsets; on 'all' only if both runs score all records."""
     num_all = section(result["subsets"], "all").get("num_samples")
     known = [other for other in result.get("comparisons") or [] if other.get("subset") in SUBSETS]
     return [
@@ -258,25 +258,25 @@ def comparisons(result: dict) -> list[dict]:
 
 
 def is_outside_its_ci(scores: dict) -> bool:
-    """Whether a mean is outside its own percentile interval, as an AUPRC of few positives can be."""
+    """Return whether a mean is outside its own percentile interval, as an AUPRC with few positives can be."""
     means = ((scores.get(f"{name}_macro"), *pair(scores.get(f"{name}_macro_ci"))) for name in ("auroc", "auprc"))
     return any(None not in values and not values[1] <= values[0] <= values[2] for values in means)
 
 
 def series(lines: dict[int, dict], field: str) -> dict[int, float]:
-    """One field by epoch, without missing and non-finite values."""
+    """Return one field by epoch, without missing and non-finite values."""
     values = {epoch: line.get(field) for epoch, line in sorted(lines.items())}
     return {epoch: v for epoch, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
 
 
 def section(content: dict, name: str) -> dict:
-    """A nested object of a config or a result, {} if missing."""
+    """Return a nested object of a config or a result; {} if missing."""
     value = content.get(name)
     return value if isinstance(value, dict) else {}
 
 
 def pair(ends) -> tuple:
-    """(low, high) of an interval, (None, None) if there is none."""
+    """Return (low, high) of an interval; (None, None) if there is none."""
     return tuple(ends) if isinstance(ends, list | tuple | np.ndarray) and len(ends) == 2 else (None, None)
 
 
@@ -284,30 +284,30 @@ def pair(ends) -> tuple:
 
 
 def method_name(method) -> str:
-    """The display name of a method; an unknown one's own name."""
+    """Return a method's display name; an unknown method's name as it is."""
     row = registry.METHODS.get(method)
     return row.title if row else _ENSEMBLE_NAMES.get(method, str(method))
 
 
 def task_name(task) -> str:
-    """The display name of a task; an unknown one's own name."""
+    """Return a task's display name; an unknown task's name as it is."""
     return schema.TASKS[task].title if task in schema.TASKS else str(task)
 
 
 def title(result: dict) -> str:
-    """The display name of a result's method, with its further modalities."""
+    """Return the display name of a result's method, with any further modalities."""
     return " + ".join(
         [method_name(result.get("method")), *(Path(name).stem for name in result.get("modalities") or [])]
     )
 
 
 def unit(task: str) -> str:
-    """What the task's records are: 'stays' (also for an unknown task) or 'X-rays'."""
+    """Return what the task's records are called: 'stays' (also for an unknown task) or 'X-rays'."""
     return schema.TASKS[task].unit if task in schema.TASKS else "stays"
 
 
 def number(value, digits: int = 3, sign: bool = False) -> str:
-    """Format a number for a table, '–' if there is none; negative numbers get a true minus."""
+    """Format a number for a table, with a true minus sign; '–' if there is none."""
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         return "–"
     return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")

@@ -26,7 +26,7 @@ _CHANCE = 0.5
 
 
 def results(task: str, runs: list[Run]) -> str:
-    """One row per subset and run; '' if no run has a result."""
+    """Return a table with one row per subset and run; '' if no run has a result."""
     scored = [run for run in runs if run.result]
     subsets = [(run, read_runs.comparable_subsets(run.result)) for run in scored]
     rows = [(_subset_title(s, task), run, by_name[s]) for s in SUBSETS for run, by_name in subsets if s in by_name]
@@ -66,7 +66,7 @@ def results(task: str, runs: list[Run]) -> str:
 
 
 def differences(runs: list[Run]) -> str:
-    """The paired comparisons in the runs' results; '' if there are none."""
+    """Return a table of the paired comparisons in the runs' results; '' if there are none."""
     pairs = [(run, other) for run in runs if run.result for other in read_runs.comparisons(run.result)]
     if not pairs:
         return ""
@@ -88,7 +88,10 @@ def differences(runs: list[Run]) -> str:
 
 
 def labels(run: Run, runs: list[Run]) -> str:
-    """One row per label, with other runs on the same records as dots; '' for a single label or without a result."""
+    """Return a table with one row per label; '' for a single label or without a result.
+
+    Dots show other runs on the same records.
+    """
     scores, names = run.scores(), run.label_names
     if len(names) < 2 or not scores:
         return ""
@@ -119,7 +122,7 @@ def labels(run: Run, runs: list[Run]) -> str:
 
 
 def ages(run: Run) -> str:
-    """For mortality: one row per age group, of all scored stays and of the paired; '' for other tasks."""
+    """Return mortality by age group, for all scored stays and for the paired ones; '' for other tasks."""
     if run.task != "mortality" or not run.predictions:
         return ""
     paired_N = run.predictions["paired"]
@@ -139,7 +142,7 @@ def ages(run: Run) -> str:
 
 
 def _age_groups(predictions: dict, include_N: np.ndarray) -> list[tuple[str, int, int, list]]:
-    """(group, deaths, stays, values) of every age group with an included stay."""
+    """Return (group, deaths, stays, values) for every age group with an included stay."""
     rng = np.random.default_rng(0)
     groups = []
     for low, high in _AGE_GROUPS:
@@ -157,7 +160,7 @@ def _age_groups(predictions: dict, include_N: np.ndarray) -> list[tuple[str, int
 
 
 def facts(content: dict) -> str:
-    """Names and values, without empty values."""
+    """Return a table of names and values, without empty values."""
     rows = "".join(
         f'<tr><th scope="row">{escape(str(key))}</th><td class="wrap">{escape(str(value))}</td></tr>'
         for key, value in content.items()
@@ -167,7 +170,7 @@ def facts(content: dict) -> str:
 
 
 def dot(run: Run) -> str:
-    """The run's colour."""
+    """Return a dot in the run's colour."""
     return f'<i class="dot" style="background:var(--run{run.color % plots.NUM_COLORS})"></i>'
 
 
@@ -179,7 +182,7 @@ def _subset_title(subset: str, task: str) -> str:
 
 
 def _grouped(rows: list[tuple], num_columns: int, row: Callable[..., str]) -> str:
-    """Rows under group headings. rows: (group's title, *arguments of `row`), sorted by group."""
+    """Return rows under group headings. rows: (group's title, *arguments of `row`), sorted by group."""
     body, last = "", None
     for title, *arguments in rows:
         if title != last:
@@ -190,7 +193,7 @@ def _grouped(rows: list[tuple], num_columns: int, row: Callable[..., str]) -> st
 
 
 def _macro(scores: dict, ci_suffix: str = "") -> list:
-    """The value list of the means over labels."""
+    """Return the value list of the means over labels."""
     return [scores.get(f"{name}_macro{ci}") for name in ("auroc", "auprc") for ci in ("", f"_ci{ci_suffix}")]
 
 
@@ -213,7 +216,7 @@ def _run_head(run: Run, text: str) -> str:
 
 
 def _score_heads(axis: tuple[float, float] | None, mean: str = "", sign: bool = False) -> str:
-    """Column heads for `_score_cells`; the head of the bars is their axis."""
+    """Return column heads for `_score_cells`. The head of the bars shows the ends of their axis."""
     bar = ""
     if axis:
         low, high = (number(end, 2, sign) for end in axis)
@@ -225,7 +228,7 @@ def _score_heads(axis: tuple[float, float] | None, mean: str = "", sign: bool = 
 
 
 def _score_cells(values: list, axis=None, color: int = 0, others=(), reference: float = _CHANCE, sign=False) -> str:
-    """AUROC with its CI, its bar (if there is an axis), AUPRC with its CI.
+    """Return cells: AUROC with its CI, its bar (if there is an axis), AUPRC with its CI.
 
     others: (AUROC or None, color) of other runs.
     """
@@ -244,6 +247,6 @@ def _score_cells(values: list, axis=None, color: int = 0, others=(), reference: 
 
 
 def _axis(ends: list, step: float = 0.05) -> tuple[float, float]:
-    """A common axis for bars, rounded outwards to multiples of `step`. ends: numbers or None."""
+    """Return a common axis for bars, rounded outwards to multiples of `step`. ends: numbers or None."""
     known = [end for end in ends if number(end) != "–"]
     return (np.floor(min(known) / step) * step, np.ceil(max(known) / step) * step) if known else (0.0, 1.0)

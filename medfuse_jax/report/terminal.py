@@ -16,9 +16,9 @@ _SUBSET_NAMES = {
 
 
 def table(results: list[dict], names: list[str] | None = None) -> str:
-    """Results (each the content of a result.json) as lines of at most 100 columns, one block per task.
+    """Format results (contents of result.json files) in lines of at most 100 columns, one block per task.
 
-    names: of the results; by default their methods, which are ambiguous for two runs of one method.
+    names: one per result; by default its method, which is ambiguous if two runs share a method.
     """
     names = names or [read_runs.title(result) for result in results]
     blocks = {}
@@ -51,7 +51,7 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    """The rows in columns; a name too long for its column goes on its own line above the rest of its row."""
+    """Align rows in columns. A name too long for its column goes on its own line above the rest of its row."""
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * 4)
     lines = []
@@ -65,7 +65,7 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _values(scores: dict, sign: bool = False) -> list[str]:
-    """AUROC and AUPRC with their intervals."""
+    """Format AUROC and AUPRC with their intervals."""
     values = []
     for name in ("auroc_macro", "auprc_macro"):
         low, high = pair(scores.get(f"{name}_ci"))
