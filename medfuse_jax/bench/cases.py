@@ -1,6 +1,6 @@
-"""The cases of the benchmark, and its presets.
+"""The benchmark's cases and presets.
 
-A case's contenders take turns on the same batches, so that other load on the machine affects all of them alike.
+A case's contenders take turns on the same batches, so that other load on the machine affects them all equally.
 """
 
 import dataclasses
@@ -12,12 +12,13 @@ PEERS = ("torch_released", "torch_tuned")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One case.
+    """One case of the benchmark.
 
-    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the X-ray slots of a
-    batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'jit'. num_batches: batches a repeat, at equal
-    quantiles of their longest stay. peers: PyTorch variants to compare with, where torch is installed. sizes: fields of
-    the model that differ from the released sizes. num_trials: for 'trials' and 'sweep'; num_epochs: for 'sweep'.
+    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the number
+    of X-ray slots in a batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'jit'. num_batches: batches
+    per repeat, at equal quantiles of their longest stay. peers: PyTorch variants to compare with, if torch is
+    installed. sizes: model fields that differ from the released sizes. num_trials: for 'trials' and 'sweep'.
+    num_epochs: for 'sweep'.
     """
 
     kind: str = "step"
@@ -43,7 +44,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """A name unique within its preset."""
+        """The case's name, unique within its preset."""
         if self.kind == "bootstrap":
             return f"bootstrap N={self.num_stays}"
         if self.kind == "sweep":
@@ -64,7 +65,7 @@ class Case:
 
 
 def _cpu() -> list[Case]:
-    """A CPU's targets, the headline first."""
+    """Return the cases with targets on a CPU, the headline first."""
     return [
         Case(max_buckets=2, num_batches=3),
         Case(cxr_share=1.0, max_buckets=1, num_batches=1),
@@ -79,7 +80,7 @@ def _cpu() -> list[Case]:
 
 
 def _h200() -> list[Case]:
-    """One large GPU, the headline first, since the time budget may drop the last cases."""
+    """Return the cases for one large GPU, the headline first: the time budget may drop the last ones."""
     bf16: dict = {"precision": "bfloat16", "max_buckets": 1, "num_batches": 8, "repeats": 7, "warm_up": 2}
     return [
         Case(batch_size=256, cxr_share=1.0, **bf16),
@@ -115,23 +116,23 @@ _TINY: dict = {
 
 
 def _tiny() -> list[Case]:
-    """Every kind of case but whole sweeps in seconds, to check that it runs; its numbers mean nothing."""
+    """Return every kind of case but 'sweep', tiny, to check in seconds that each runs. The numbers mean nothing."""
     kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts", "trials")]
     kinds.append(Case(kind="feed", **_TINY, placement="device"))
     return [*kinds, Case(kind="bootstrap", num_stays=500, repeats=5)]
 
 
 def _devices() -> list[Case]:
-    """One batch over 1, 2 and 8 devices, by pmap and jit.
+    """Return the cases that divide one batch over 1, 2 and 8 devices, by pmap and jit.
 
-    The X-rays are small, so that the cost of dividing shows on devices simulated by one CPU.
+    The X-rays are small, so that the cost of dividing is visible on devices that one CPU simulates.
     """
     one = Case(batch_size=64, cxr_share=0.25, resize_px=64, crop_px=64, max_buckets=1, num_batches=2, peers=())
     return [dataclasses.replace(one, num_devices=n, parallel=mode) for n in (1, 2, 8) for mode in ("pmap", "jit")]
 
 
 def _growth() -> list[Case]:
-    """The parts of a step's time, and its growth with time steps, rows and X-rays, varied one at a time."""
+    """Return the cases for a step's parts and for its growth with time steps, rows and X-rays, one at a time."""
     shared: dict = {"max_buckets": 1, "num_batches": 2, "peers": ()}
     lengths = [Case(method="uni_ehr", timestep_h=hours, **shared) for hours in (4.0, 2.0, 1.0)]
     stays = Case(method="uni_ehr", batch_size=32, **shared)
@@ -140,7 +141,7 @@ def _growth() -> list[Case]:
 
 
 def _sweeps() -> list[Case]:
-    """Many trials beside one: their steps alone, and whole commands."""
+    """Return the cases that compare many trials with one: by their steps alone, and by whole commands."""
     return [
         Case(kind="trials", max_buckets=1, num_batches=2, peers=()),
         Case(kind="sweep", method="early", num_trials=64),
@@ -149,12 +150,12 @@ def _sweeps() -> list[Case]:
 
 
 def _methods() -> list[Case]:
-    """The training step of the paper's methods."""
+    """Return the cases for the training step of each of the paper's methods."""
     names = ("uni_ehr", "uni_cxr", "joint", "medfuse", "mmtm3", "mmtm4", "daft3", "daft4")
     return [Case(method=name, max_buckets=1, num_batches=2, peers=("torch_released",)) for name in names]
 
 
-# name -> (cases, seconds after which no further case starts, or None)
+# name -> (cases, seconds after which no further case starts, or None for no limit)
 PRESETS = {
     "cpu": (_cpu, 480.0),
     "h200": (_h200, 400.0),

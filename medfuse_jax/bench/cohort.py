@@ -1,4 +1,4 @@
-"""A made-up train split with phenotyping's lengths, and the batches sampled from it; nothing is read from disk.
+"""A made-up train split with phenotyping's lengths, and batches sampled from it. Nothing is read from disk.
 
 Shapes: N stays, S steps of a plan, K label; batches as in `data.batches`.
 """
@@ -70,7 +70,7 @@ class _Records:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A few batches that represent an epoch. epoch: the whole epoch's plan; plan: that of the sampled batches."""
+    """A few batches that represent an epoch. epoch: the whole epoch's plan; plan: the sampled batches' plan."""
 
     data: Dataset
     epoch: plan_lib.Plan
@@ -78,7 +78,7 @@ class Sample:
     batches: list[dict]
 
     def counts(self) -> dict:
-        """What one repeat holds. Time steps are those the recurrence runs: up to each batch's longest series."""
+        """Count what one repeat processes. The recurrence runs the time steps up to each batch's longest series."""
         longest = [int(batch["length"].max()) for batch in self.batches if "length" in batch]
         return {
             "images_per_batch": self.plan.images_per_batch,
@@ -89,7 +89,7 @@ class Sample:
         }
 
     def padding(self) -> dict:
-        """The share of padding over the whole epoch: in the buckets, and in the steps the recurrence runs."""
+        """Return the share of padding over the epoch: in the buckets, and in the steps that the recurrence runs."""
         length_N = self.data.lengths("train")
         return {
             "steps_per_epoch": len(self.epoch),
@@ -99,7 +99,7 @@ class Sample:
 
 
 def sample(case: Case, data: Dataset | None = None) -> Sample:
-    """Sample `case.num_batches` batches of the first epoch. data: opened shards; made up if None."""
+    """Sample `case.num_batches` batches of the first epoch. data: opened shards, or None to make up a dataset."""
     data = data or dataset(case)
     epoch = train_plan(case, data)
     plan = at_quantiles(epoch, data.lengths("train"), case.num_batches)
@@ -111,7 +111,7 @@ def sample(case: Case, data: Dataset | None = None) -> Sample:
 
 
 def train_plan(case: Case, data: Dataset) -> plan_lib.Plan:
-    """The first epoch's plan, as a run makes it."""
+    """Return the first epoch's plan, as a run makes it."""
     return plan_lib.train_plan(
         data.lengths("train"),
         data.paired("train"),
@@ -124,20 +124,20 @@ def train_plan(case: Case, data: Dataset) -> plan_lib.Plan:
 
 
 def at_quantiles(plan: plan_lib.Plan, length_N: np.ndarray, num_batches: int) -> plan_lib.Plan:
-    """Keep the batches at equal quantiles of their longest stay."""
+    """Return a plan of `num_batches` batches, at equal quantiles of their longest stay."""
     order = np.argsort(_lengths(plan, length_N).max(1), kind="stable")
     chosen = order[((np.arange(num_batches) + 0.5) / num_batches * len(order)).astype(int)]
     return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.padded_length_S[chosen])
 
 
 def padded_share_run(plan: plan_lib.Plan, length_N: np.ndarray) -> float:
-    """The share of padding in the steps that the chunked recurrence runs."""
+    """Return the share of padding in the steps that the chunked recurrence runs."""
     length_SB = _lengths(plan, length_N)
     num_run = chunks.steps_run(length_SB.max(1)).sum() * length_SB.shape[1]
     return 1.0 - float(length_SB.sum()) / max(1, int(num_run))
 
 
 def _lengths(plan: plan_lib.Plan, length_N: np.ndarray) -> np.ndarray:
-    """Time steps of every row of every batch [S, B], 0 in a padded row."""
+    """Return the time steps of every row of every batch [S, B]; 0 for a padded row."""
     rows_SB = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
     return np.where(rows_SB == plan_lib.PADDING, 0, length_N[rows_SB])

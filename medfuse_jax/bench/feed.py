@@ -1,4 +1,4 @@
-"""The training step fed as in a run: end to end, the input alone, and the step on batches already on the device."""
+"""The training step fed as in a run: end to end, its input alone, and the step alone on batches on the device."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,10 @@ from medfuse_jax.data.dataset import Dataset
 
 
 def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> list[dict]:
-    """Return the records of 'ours' (the step alone), 'end_to_end' and 'input'. data: opened shards; made up if None."""
+    """Return the records of 'ours' (the step alone), 'end_to_end' and 'input'.
+
+    data: opened shards, or None to make up a dataset.
+    """
     say("reading")
     sample = cohort.sample(case, data)
     trainer = step.Trainer(case, sample, say)
@@ -23,7 +26,7 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
 
 
 def _streamed(trainer: step.Trainer, case: Case, sample: cohort.Sample) -> Callable[[], None]:
-    """A pass that reads and sends the batches as config.placement=stream does."""
+    """Return a function that trains one pass as with config.placement=stream: it reads and sends the batches."""
 
     def run() -> None:
         batches = batches_lib.batches(sample.data, "train", sample.plan, num_devices=case.num_devices)
@@ -33,7 +36,7 @@ def _streamed(trainer: step.Trainer, case: Case, sample: cohort.Sample) -> Calla
 
 
 def _from_device(trainer: step.Trainer, case: Case, sample: cohort.Sample) -> Callable[[], None]:
-    """A pass that gathers the batches on the device as config.placement=device does."""
+    """Return a function that trains one pass as with config.placement=device: it gathers batches on the device."""
     options: dict = {"mode": case.parallel, "placement": "device"}
     feed = feed_lib.open_feed(sample.data, sample.data.usable("train"), trainer.options, trainer.on, **options)
 

@@ -1,6 +1,6 @@
 """The time from starting Python to the end of the first training step, with a cold and a warm compilation cache.
 
-Every start is a process of its own: `python -m medfuse_jax.bench.first_step CASE`, with CASE as JSON.
+Each start is a separate process: `python -m medfuse_jax.bench.first_step CASE`, with CASE as JSON.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ _ROOT = Path(__file__).parents[2]
 
 
 def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
-    """Return one record: one cold start, then `repeats` warm ones. data is ignored."""
-    from medfuse_jax.bench import clock  # late: the child process times its own import of numpy
+    """Return one record, of one cold start and `repeats` warm ones. data is ignored."""
+    from medfuse_jax.bench import clock  # imported here: the child process times its own import of numpy
 
     with tempfile.TemporaryDirectory() as cache:
         say("cold start")
@@ -34,8 +34,8 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
 
 
 def _start(case: Case, cache: str) -> tuple[float, dict[str, float]]:
-    """Run the child process; return its wall-clock seconds and those of its phases."""
-    # Without preallocation: the parent process may hold most of the GPU's memory.
+    """Run the child process; return its wall-clock seconds and the seconds of each phase."""
+    # Do not preallocate: the parent process may hold most of the GPU's memory.
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "medfuse_jax.bench.first_step", json.dumps(dataclasses.asdict(case))]

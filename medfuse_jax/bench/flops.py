@@ -25,7 +25,7 @@ BEGIN, END = "<!-- made by python -m medfuse_jax.bench.flops --write=docs/method
 
 
 def table() -> str:
-    """Return the Markdown table, one row a method."""
+    """Return the Markdown table, one row per method."""
     lines = [
         "| method | needs | reads | parameters | MFLOP a time step | GFLOP an X-ray | GFLOP a paired stay |",
         "|---|---|---|---:|---:|---:|---:|",
@@ -53,8 +53,8 @@ def num_params(method: str) -> int:
 def training_flops(method: str) -> dict[str, float]:
     """Return the operations that one more 'time_step' or 'cxr' (X-ray) adds to a training step, in float32.
 
-    A time step costs the LSTM's products. An X-ray's cost, with augmentation, fusion and classifiers, is a difference
-    of XLA's counts of the lowered step, in which the update of the weights and the LSTM cancel.
+    A time step's cost is that of the LSTM's matrix products. An X-ray's cost includes augmentation, fusion and
+    classifiers. It is a difference between XLA's counts of lowered steps, in which the optimizer and the LSTM cancel.
     """
     model = _build(method)
     time_step = lstm_flops(1, model.ehr_hidden, trained=not getattr(model, "frozen_encoders", False))
@@ -65,9 +65,10 @@ def training_flops(method: str) -> dict[str, float]:
 
 
 def lstm_flops(num_steps: int, width: int = 256, trained: bool = True) -> float:
-    """Count the products of the EHR encoder's two layers over `num_steps` valid time steps.
+    """Count the operations of the EHR encoder's two layers over `num_steps` valid time steps.
 
-    trained: forward and backward (products twice as many, but no gradient of the series); otherwise forward alone.
+    trained: count forward and backward; otherwise forward alone. The backward pass has twice as many products as the
+    forward pass, less those for the gradient of the series.
     """
     channels = len(schema.CHANNELS)
     forward = 2 * 4 * width * (channels + 3 * width)
@@ -77,7 +78,7 @@ def lstm_flops(num_steps: int, width: int = 256, trained: bool = True) -> float:
 def step_flops(options: step.StepOptions, state: step.TrainState, batch: dict) -> float:
     """Return XLA's count of the training step, lowered for a GPU with plain operations; state and batch may be shapes.
 
-    XLA counts a loop's body once, however often it runs.
+    XLA counts a loop's body once, no matter how often it runs.
     """
     options = dataclasses.replace(options, model=options.model.clone(ops="plain"))
     traced = jax.jit(functools.partial(step.train_step, options)).trace(state, batch, jax.random.key(0))
@@ -85,12 +86,12 @@ def step_flops(options: step.StepOptions, state: step.TrainState, batch: dict) -
 
 
 def _build(method: str):
-    """The method at the released sizes: 14 radiology labels for uni_cxr, else the 25 phenotypes."""
+    """Build the method at the released sizes, with 14 radiology labels for uni_cxr, else the 25 phenotypes."""
     return registry.build(method, len(schema.TASKS["radiology" if method == "uni_cxr" else "pheno"].labels))
 
 
 def _row_flops(method: str, has_cxr: bool, num_steps: int) -> float:
-    """The operations that one more row adds, with or without an X-ray."""
+    """Return the operations that one more row adds, with or without an X-ray."""
     model = _build(method)
     options = step.StepOptions(
         model=model,
@@ -121,7 +122,7 @@ def _batch(num_labels: int, rows: int, has_cxr: bool, num_steps: int) -> dict:
 
 
 def write(path: Path) -> None:
-    """Write the table between its marks in a page."""
+    """Write the table into a page, between its marks."""
     before, _, rest = path.read_text().partition(BEGIN)
     path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
 

@@ -1,7 +1,7 @@
 """Write the tables of docs/performance.md: `python -m medfuse_jax.bench.growth`.
 
-They show the newest folder of results/ that has `growth.json` and `devices.json`, the records of
-`python -m medfuse_jax.bench` with the presets of these names.
+The tables show the newest folder of results/ that has `growth.json` and `devices.json`: the records of
+`python -m medfuse_jax.bench` with the presets 'growth' and 'devices'.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ _PARTS = {
 
 
 def write(results: Path, docs: Path) -> None:
-    """Write the tables between their marks in performance.md."""
+    """Write the tables into performance.md, between their marks."""
     folder = _newest(results)
     rows = {preset: page.read(folder / f"{preset}.json") for preset in ("growth", "devices")}
     for preset in rows:
@@ -60,9 +60,9 @@ def _newest(results: Path) -> Path:
 
 
 def part_seconds(rows: list[dict]) -> dict[str, float]:
-    """Return the seconds a batch of each part, of the rest and of the whole step.
+    """Return the seconds per batch of each part, of the rest and of the whole step.
 
-    The X-ray encoder is timed to three depths; each of its parts is the difference from the depth before.
+    The X-ray encoder is timed up to three depths; each of its parts is the difference from the previous depth.
     """
     seconds = {row["contender"]: _seconds(row) for row in rows}
     before = {"cxr_half": "cxr_stem", "cxr_encoder": "cxr_half"}
@@ -100,7 +100,7 @@ def _devices_table(rows: list[dict]) -> str:
 
 
 def _seconds(row: dict) -> float:
-    """Seconds a batch."""
+    """Return the seconds per batch."""
     return row["seconds"] / row["batches_per_repeat"]
 
 

@@ -1,4 +1,4 @@
-"""The EHR encoder's LSTM alone, forward and backward: ours, its other kernels on a GPU, the plain scan, and torch.
+"""The EHR encoder's LSTM alone, forward and backward: ours, our other kernels on a GPU, the plain scan and torch.
 
 Shapes: B rows, T time, F EHR channel, D LSTM width.
 """
@@ -19,13 +19,13 @@ from medfuse_jax.models.recurrence import cell, scan
 from medfuse_jax.runtime import compilation
 
 _PLAIN = "plain_scan"
-# The largest difference from the plain scan's gradients that rounding explains. In bfloat16 the chunks round at other
-# places (0.011); in float32 a GPU rounds one factor of a product to TF32 (0.001).
+# Largest difference from the plain scan's gradients that rounding can explain. In bfloat16 the chunks round at other
+# points (measured: 0.011); in float32 a GPU rounds one factor of each product to TF32 (measured: 0.001).
 _MAX_DIFFERENCE = {"float32": 0.02, "bfloat16": 0.05}
 
 
 def measure(case: Case, data=None, say=lambda text, end="": None) -> list[dict]:
-    """Return one record a contender, on batches sampled from an epoch of the plan. data is ignored."""
+    """Return one record per contender, on batches sampled from the first epoch. data is ignored."""
     sample = cohort.sample(case)
     width: int = dict(case.sizes).get("ehr_hidden", 256)
     runs, facts = _ours(case, width, sample, say)
@@ -36,7 +36,7 @@ def measure(case: Case, data=None, say=lambda text, end="": None) -> list[dict]:
         row["batches_per_repeat"] = counts["batches_per_repeat"]
         row["samples_per_s"] = round(counts["samples_per_repeat"] / row["seconds"], 2)
         row |= facts.get(name, {})
-    buckets = len(np.unique(sample.epoch.padded_length_S))  # of the whole epoch, not of the sampled batches
+    buckets = len(np.unique(sample.epoch.padded_length_S))  # in the whole epoch, not only in the sampled batches
     rows[clock.OURS] |= sample.padding() | {"buckets_in_epoch": buckets}
     return list(rows.values())
 
@@ -56,17 +56,17 @@ def _ours(case: Case, width: int, sample: cohort.Sample, say) -> tuple[dict, dic
         try:
             with compilation.counted() as compiled:
                 gradients[name] = [jax.block_until_ready(gradient_fn(weights, *batch)) for batch in batches]
-        except (RuntimeError, ValueError) as error:  # the compiler's
+        except (RuntimeError, ValueError) as error:  # from the compiler
             if name in (clock.OURS, _PLAIN):
                 raise
-            # A kernel that this GPU or driver cannot run: measure the others.
+            # This GPU or driver cannot run the kernel: measure the others.
             say(f"{name}: left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", end="\n")
             continue
         runs[name] = functools.partial(_run, gradient_fn, weights, batches)
         facts[name] = {"compilations": compiled.number, "compile_s": round(compiled.seconds, 2)}
     for name in gradients:
         difference = facts[name]["difference_from_plain_scan"] = _difference(gradients[name], gradients[_PLAIN])
-        if difference <= _MAX_DIFFERENCE[case.precision]:  # false for NaN
+        if difference <= _MAX_DIFFERENCE[case.precision]:  # False for NaN
             continue
         problem = f"its gradients differ from the plain scan's by {difference:g}"
         if name in (clock.OURS, _PLAIN):
@@ -77,7 +77,7 @@ def _ours(case: Case, width: int, sample: cohort.Sample, say) -> tuple[dict, dic
 
 
 def _weights(width: int) -> list[dict]:
-    """Random weights of both layers."""
+    """Return random weights for both layers."""
     rng = np.random.default_rng(0)
 
     def kernel(*shape):
@@ -90,12 +90,12 @@ def _weights(width: int) -> list[dict]:
 
 
 def _plain(weights: dict, x_BTF, length_B, dtype):
-    """The reference: the plain scan over the whole bucket."""
+    """Run the reference, a plain scan over the whole bucket."""
     return scan.masked_lstm(weights, x_BTF, cell.valid_steps(length_B, x_BTF.shape[1]), dtype)
 
 
 def _gradient_fn(recurrence: Callable, dtype) -> Callable:
-    """Return the compiled (weights, series, lengths) -> gradient of both layers' weights."""
+    """Return a compiled function: (weights, series, lengths) -> gradients of both layers' weights."""
 
     def loss(weights, x_BTF, length_B):
         hidden_BTD, _ = recurrence(weights[0], x_BTF, length_B, dtype)
@@ -111,7 +111,7 @@ def _run(gradient_fn: Callable, weights, batches) -> None:
 
 
 def _difference(gradients, expected) -> float:
-    """The largest difference of any element, relative to its array's largest element; NaN if any element is."""
+    """Return the largest difference of any element, relative to its array's largest; NaN if any element is NaN."""
     differences = jax.tree.map(lambda x, y: jnp.abs(x - y).max() / jnp.abs(y).max(), gradients, expected)
     return float(f"{np.max(jax.tree.leaves(differences)):.2g}")
 

@@ -1,4 +1,4 @@
-"""The machine and software of a measurement, and the device's rate of matrix products."""
+"""The machine and software of a measurement, and the device's FLOP/s for matrix products."""
 
 import datetime
 import functools
@@ -19,7 +19,7 @@ _VARIABLES = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "NPROC", "OMP_NUM_TH
 
 @functools.cache
 def environment() -> dict:
-    """Return what is needed to repeat a measurement, without names of folders, hosts or users."""
+    """Describe the machine and software, to repeat a measurement; without names of folders, hosts or users."""
     devices = jax.local_devices()
     return {
         "python": platform.python_version(),
@@ -36,14 +36,14 @@ def environment() -> dict:
 
 
 def moment() -> dict:
-    """Return the time and the load average before a case."""
+    """Return the current time and load average, for the record of a case."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"time": now, "load_average": round(os.getloadavg()[0], 2)}
 
 
 @functools.cache
 def matrix_flops_per_s(precision: str) -> float:
-    """Measure the FLOP/s of a large square matrix product on the first device: the best of five."""
+    """Measure the FLOP/s of a large square matrix product on the first device; return the best of five."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32), jnp.dtype(precision))
     multiply = jax.jit(lambda a, b: a @ b)
@@ -59,12 +59,12 @@ def matrix_flops_per_s(precision: str) -> float:
 
 
 def peak_device_bytes() -> int | None:
-    """The first device's peak memory since the process began; None where it is not reported (CPU)."""
+    """Return the first device's peak memory since the process began; None on a CPU, which does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _commit() -> str:
-    """The commit of the code, with '+' if files are modified; '' outside a git checkout."""
+    """Return the code's commit, with '+' if files are modified; '' outside a git checkout."""
     git = functools.partial(
         subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20
     )

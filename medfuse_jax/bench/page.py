@@ -13,7 +13,7 @@ from absl import flags
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError
 
-# Rows of the headline table: platform, beginning of the case's name, contender, target for the speed-up (or None).
+# Rows of the headline table: platform, start of the case's name, contender, target speed-up (or None).
 HEADLINE = (
     ("gpu", "step medfuse B=16 19% paired", "torch_released", 6.0),
     ("gpu", "step medfuse B=256 100% paired", "torch_tuned", 1.5),
@@ -58,7 +58,7 @@ _TAIL = """## How to read it
 
 
 def render(results: Path) -> str:
-    """Return the page; UserError if there is no record or a damaged one."""
+    """Return the page; raise UserError if there is no record, or a damaged one."""
     records = {path: read(path) for path in sorted(results.glob("*/*.json"))}
     if not records:
         message = f"{results} has no records (<date>_<name>/*.json): make one with python -m medfuse_jax.bench --json"
@@ -72,7 +72,7 @@ def render(results: Path) -> str:
 
 
 def read(path: Path) -> list[dict]:
-    """Return the records of one file; UserError (path, row) for a line that is no record."""
+    """Return the records of one file; raise UserError (path, row) for a line that is not a record."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -91,7 +91,7 @@ def read(path: Path) -> list[dict]:
 
 
 def _check(row: dict) -> None:
-    """Raise ValueError, KeyError or TypeError if a field that the pages read is missing or of another type."""
+    """Raise ValueError, KeyError or TypeError if a field that the pages read is missing or of the wrong type."""
     environment = row["environment"]
     texts = {name: row[name] for name in ("case", "contender", "command")}
     texts |= {name: environment[name] for name in ("commit", "time", "platform", "device")}
@@ -113,7 +113,7 @@ def _time(row: dict) -> str:
 
 
 def _newest(rows: list[dict], platform: str, case: str, contender: str) -> dict | None:
-    """The first of the rows, newest first, that matches; records of shards of the user's own are not shown."""
+    """Return the newest matching row (rows: newest first); None without one. Skip records on a user's own shards."""
     matching = (row for row in rows if _matches(row, platform, case, contender) and row.get("input") != "shards")
     return next(matching, None)
 
@@ -144,7 +144,7 @@ def _machine(row: dict) -> str:
 
 
 def _slower(rows: list[dict]) -> str:
-    """Sentences that say on which machine PyTorch is faster than ours, and in which cases."""
+    """Return sentences that say on which machines and in which cases PyTorch is faster than ours."""
     slower = {}
     for row in rows:
         if row["contender"] in _PEERS and (over := row["time_over_ours"]["median"]) < 1:
@@ -154,7 +154,7 @@ def _slower(rows: list[dict]) -> str:
 
 
 def _repeat(records: dict[Path, list[dict]]) -> str:
-    """The table of the records with their machine and command, newest first."""
+    """Return the section on how to repeat each record: its machine and command, newest first."""
     cells = []
     for path, rows in sorted(records.items(), key=lambda item: max(map(_time, item[1])), reverse=True):
         folder = f"[{path.parent.name}](results/{path.parent.name})/{path.name}"
@@ -171,11 +171,11 @@ def _repeat(records: dict[Path, list[dict]]) -> str:
 
 
 def _as_typed(row: dict) -> str:
-    """The record's command, with the variables that simulate several CPU devices."""
+    """Return the record's command, with the variables that simulate several CPU devices."""
     environment = row["environment"]
     count = environment["num_local_devices"] if environment["platform"] == "cpu" else 1
     simulated = f"NPROC=16 XLA_FLAGS=--xla_force_host_platform_device_count={count} " if count > 1 else ""
-    return simulated + row["command"].replace("|", "\\|")  # it stands in a table
+    return simulated + row["command"].replace("|", "\\|")  # it goes into a Markdown table
 
 
 def markdown(header: tuple[str, ...], rows: list) -> str:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: the whole step beside its parts, each compiled and timed separately.
+"""Where the time of a training step goes: the whole step and its parts, each compiled and timed separately.
 
 Shapes: P X-rays, C pixels a side; a batch as in `data.batches`.
 """
@@ -13,12 +13,15 @@ from medfuse_jax import step as step_lib
 from medfuse_jax.bench import clock, cohort, step
 from medfuse_jax.bench.cases import Case
 
-# The X-ray encoder is timed to three depths: its stem, half of its stages, all of them.
+# The X-ray encoder is timed up to three depths: its stem, half of its stages, all of its stages.
 PARTS = ("augment", "cxr_stem", "cxr_half", "cxr_encoder", "ehr_encoder", "update")
 
 
 def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
-    """Return a record of the whole step ('ours') and one of each part. data: opened shards; made up if None."""
+    """Return a record of the whole step ('ours') and one of each part.
+
+    data: opened shards, or None to make up a dataset.
+    """
     sample = cohort.sample(case, data)
     trainer = step.Trainer(case, sample, say)
     runs = {clock.OURS: trainer.run}
@@ -32,7 +35,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
 
 
 def with_prepared_images(batch: dict, case: Case) -> dict:
-    """Return a one-device batch without its device axis, plus 'prepared' [P, C, C, 2]: what the X-ray encoder reads."""
+    """Return a one-device batch without its device axis, plus 'prepared' [P, C, C, 2], the X-ray encoder's input."""
     one_device = {key: x[0] for key, x in batch.items()}
     return one_device | {"prepared": np.ones((len(one_device["image"]), case.crop_px, case.crop_px, 2), np.float32)}
 
@@ -40,7 +43,7 @@ def with_prepared_images(batch: dict, case: Case) -> dict:
 def part_fns(options: step_lib.StepOptions) -> dict[str, Callable]:
     """Return {name: function of a state and a batch}: forward and backward, with gradients of parameters only.
 
-    Both are arguments so that the compiler cannot fold a part of constants.
+    State and batch are arguments, so that the compiler cannot evaluate a part in advance.
     """
     model, key = options.model, jax.random.key(0)
 
@@ -48,7 +51,7 @@ def part_fns(options: step_lib.StepOptions) -> dict[str, Callable]:
         return augment.prepare_augmented(key, batch["image_row"], batch["image"], options.image)
 
     def gradient(encoder, forward):
-        """The gradient of the sum of forward(model, batch) with respect to one encoder's parameters."""
+        """Return a function: the gradient of the sum of forward(model, batch) by one encoder's parameters."""
 
         def loss(encoder_params, state, batch):
             variables = {"params": state.params | {encoder: encoder_params}, "batch_stats": state.batch_stats}

@@ -1,4 +1,4 @@
-"""The training step on batches that are already on the device, beside its PyTorch peers.
+"""The training step on batches that are already on the device, compared with its PyTorch peers.
 
 Shapes: P X-rays, C pixels a side; batches as in `data.batches`, S steps of a plan.
 """
@@ -21,7 +21,7 @@ from medfuse_jax.runtime import compilation
 
 
 def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> list[dict]:
-    """Return one record a contender. data: opened shards; made up if None."""
+    """Return one record per contender. data: opened shards, or None to make up a dataset."""
     say("reading")
     sample = cohort.sample(case, data)
     trainer = Trainer(case, sample, say)
@@ -30,7 +30,7 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
 
 
 def records(case: Case, sample: cohort.Sample, trainer: "Trainer", seconds: dict[str, list[float]]) -> list[dict]:
-    """Add counts and rates to every contender's record, and the work and memory of the step to ours."""
+    """Return the contenders' records, with counts and rates; ours also with the step's FLOPs and memory."""
     counts, rows = sample.counts(), clock.records(seconds)
     for name, row in rows.items():
         per_s = 1 / float(np.median(seconds[name]))
@@ -44,7 +44,7 @@ def records(case: Case, sample: cohort.Sample, trainer: "Trainer", seconds: dict
 
 
 class Trainer:
-    """Our training step, compiled for a case's batches; each repeat continues from the state of the one before."""
+    """Our training step, compiled for a case's batches. Each repeat continues from the state of the last."""
 
     def __init__(self, case: Case, sample: cohort.Sample, say=lambda text: None):
         self._case, self.on = case, parallel.devices(case.num_devices)
@@ -68,16 +68,16 @@ class Trainer:
         self.train(self._batches)
 
     def train(self, batches) -> None:
-        """Train on batches that are sent to the devices already."""
+        """Train on batches that are already on the devices."""
         for batch in batches:
             self.state, metrics = self._step(self.state, batch, self.key)
         jax.block_until_ready((self.state, metrics))
 
     def work(self, seconds: float) -> dict:
-        """FLOPs, FLOP rate and memory of one pass that took `seconds`, and the number of compilations.
+        """Return FLOPs, FLOP/s and memory of one pass that took `seconds`, and the number of compilations.
 
-        FLOPs a device: XLA's count of the step with the longest padding, as for a GPU, plus the LSTM's products over
-        the valid time steps (XLA counts a loop's body once, however often it runs).
+        FLOPs per device: XLA's count of the step with the longest padding, lowered for a GPU, plus the LSTM's products
+        over the valid time steps, since XLA counts a loop's body once, no matter how often it runs.
         """
         longest = self._batches[int(np.argmax(self._lengths))]
         shapes = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in longest.items()}
@@ -102,7 +102,7 @@ class Trainer:
 
 
 def step_options(case: Case, data: Dataset) -> step_lib.StepOptions:
-    """The options of a case's training step."""
+    """Return the options of a case's training step."""
     return step_lib.StepOptions(
         model=registry.build(
             case.method,
@@ -120,12 +120,12 @@ def step_options(case: Case, data: Dataset) -> step_lib.StepOptions:
 
 
 def fresh_state(options: step_lib.StepOptions) -> step_lib.TrainState:
-    """An initial state, as a run makes it."""
+    """Return an initial state, as a run makes it."""
     return step_lib.state_maker(options, run_once=True)(jax.random.key(0, impl="rbg"), 1e-4)
 
 
 def _peers(case: Case, sample: cohort.Sample, say) -> dict[str, Callable[[], None]]:
-    """The case's PyTorch peers on the same batches; none without torch or on several devices."""
+    """Return the case's PyTorch peers on the same batches; none without torch or on several devices."""
     if case.num_devices > 1 or not case.peers or importlib.util.find_spec("torch") is None:
         return {}
     from medfuse_jax.bench import torch_peer
@@ -145,7 +145,7 @@ def _peers(case: Case, sample: cohort.Sample, say) -> dict[str, Callable[[], Non
 
 
 def _ready_images(batch: dict, case: Case) -> np.ndarray | None:
-    """A batch's X-rays as the released data loader returns them: float32 [P, 3, C, C], ImageNet's statistics."""
+    """Return a batch's X-rays as the released data loader does: float32 [P, 3, C, C], ImageNet's statistics."""
     if "image" not in batch:
         return None
     options = augment.ImageOptions(**config_lib.section("image", resize_px=case.resize_px, crop_px=case.crop_px))

@@ -1,7 +1,7 @@
-"""The command of a sweep beside that of one run, from start to end, on the demo's cohort and sizes.
+"""A sweep's whole command compared with one run's, on the demo's cohort and sizes.
 
-The encoders are trained once, before the timing. Every repeat starts in an empty folder, and finds the programs that
-the warm-up compiled in the cache.
+The encoders are trained once, before the timing. Every repeat starts in an empty folder and loads from the cache the
+programs that the warm-up compiled.
 """
 
 import itertools

@@ -2,16 +2,16 @@
 
 Shapes: B rows (stays), P X-rays, T time, F EHR channel, H W pixels, D LSTM width, E X-ray features, K label.
 
-This is our own code. Parameters have the released names, so tests fill a peer with `torch_import.export` and compare
-its scores with ours. The training step has two variants:
+This is our own code. Parameters have the released names, so that tests can fill a peer with `torch_import.export` and
+compare its scores with ours. The training step has two variants:
 
 - RELEASED runs as the released code does: float32, NCHW, packed series, and a zero image through the ResNet for every
   stay without an X-ray.
 - TUNED runs as a careful user would: channels_last, cuDNN's padded LSTM, TF32, cudnn.benchmark, fused Adam,
-  torch.compile for the ResNet on a GPU, bfloat16 autocast on request, and no zero images.
+  torch.compile for the ResNet on a GPU, bfloat16 autocast if requested, and no zero images.
 
 Both get augmented float32 X-rays, since the released code augments in its data loader. Ours augments in the step, and
-is timed with it.
+its time includes that.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from medfuse_jax.models import registry
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How a peer runs. packed: packed instead of padded series. zero_images: a zero image in rows without an X-ray."""
+    """How a peer runs. packed: packed, not padded, series. zero_images: a zero image for each row without an X-ray."""
 
     name: str
     packed: bool
@@ -40,7 +40,7 @@ class Variant:
 
 RELEASED = Variant("torch_released", packed=True, zero_images=True, channels_last=False, tuned_kernels=False)
 TUNED = Variant("torch_tuned", packed=False, zero_images=False, channels_last=True, tuned_kernels=True)
-# The methods that the released code trains: it has no training of `unified`.
+# The methods that the released code trains, which exclude `unified`.
 PEERS = tuple(name for name, row in registry.METHODS.items() if row.has_peer)
 VARIANTS = {variant.name: variant for variant in (RELEASED, TUNED)}
 
@@ -119,7 +119,7 @@ class EhrModel(nn.Module):
 
 
 def run_lstm(layer: nn.LSTM, x_BTF, length_B, packed: bool):
-    """Return (hidden states [B, T, D], the last valid one [B, D]). Lengths are at least 1, and on the CPU if packed."""
+    """Return (hidden states [B, T, D], the last valid one [B, D]). Lengths are at least 1, on the CPU if packed."""
     if packed:
         series = rnn.pack_padded_sequence(x_BTF, length_B.cpu(), batch_first=True, enforce_sorted=False)
         hidden, (last_1BD, _) = layer(series)
@@ -225,7 +225,7 @@ class Peer(nn.Module):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.kind == "early":  # as in ours, frozen encoders keep their batch statistics
+        if self.kind == "early":  # as in ours, frozen encoders do not update their batch statistics
             self.cxr_model.eval()
         return self
 
@@ -259,13 +259,13 @@ class Peer(nn.Module):
 
 
 def to_rows(x_PE, row_P, num_rows: int):
-    """Scatter X-ray values to their rows [B, E], zeros elsewhere; empty slots go to a row that is cut off."""
+    """Scatter X-ray values to their rows [B, E], zeros elsewhere. Empty slots go to an extra row, which is dropped."""
     rows = torch.zeros(num_rows + 1, x_PE.shape[1], dtype=x_PE.dtype, device=x_PE.device)
     return rows.index_copy(0, row_P, x_PE)[:num_rows]
 
 
 def from_rows(x_BE, row_P):
-    """Gather row values for the X-rays [P, E]; an empty slot gets the last row's, which is unused."""
+    """Gather row values for the X-rays [P, E]. An empty slot gets the last row's values, which are never used."""
     return x_BE[row_P.clamp(max=len(x_BE) - 1)]
 
 
@@ -280,13 +280,13 @@ def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.nda
     """
     num_rows = batch["valid"].shape[1]
     row_P, mask_P = (batch[n][0] if n in batch else np.zeros(0, np.int64) for n in ("image_row", "image_mask"))
-    row_P = np.where(mask_P, row_P, num_rows)  # an empty slot is the row after the last: `to_rows` drops it
+    row_P = np.where(mask_P, row_P, num_rows)  # an empty slot points past the last row: `to_rows` drops it
     has_cxr_B = np.isin(np.arange(num_rows), row_P)
     out = {"label": batch["label"][0], "valid": batch["valid"][0], "has_cxr": has_cxr_B}
     if "ehr" in batch:
         out["ehr"] = (batch["ehr"][0] - mean_F) / std_F
         out["length"] = np.maximum(batch["length"][0], 1).astype(np.int64)  # a padded row has one step of zeros
-        out["ehr"] = out["ehr"][:, : out["length"].max()]  # padded to the batch's longest series
+        out["ehr"] = out["ehr"][:, : out["length"].max()]  # pad only to the batch's longest series
     if image_PCHW is not None:
         if variant.zero_images:
             out["image"] = np.zeros((num_rows, *image_PCHW.shape[1:]), np.float32)
@@ -299,12 +299,12 @@ def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.nda
     if variant.channels_last and "image" in on:
         on["image"] = on["image"].to(memory_format=torch.channels_last)
     if variant.packed and "length" in on:
-        on["length"] = on["length"].cpu()  # packing needs it there
+        on["length"] = on["length"].cpu()  # packing needs lengths on the CPU
     return on
 
 
 def train_step(model: Peer, optimizer, batch: dict, precision: str):
-    """Update the model once; return the loss, on the device."""
+    """Update the model once; return the loss as a tensor on the device."""
     optimizer.zero_grad(set_to_none=True)
     with _autocast(precision):
         inputs = (batch.get(name) for name in ("ehr", "length", "image", "row", "has_cxr"))
@@ -319,7 +319,7 @@ def train_step(model: Peer, optimizer, batch: dict, precision: str):
 def runner(
     variant: Variant, method: str, num_labels: int, batches: list[dict], precision: str, sizes: dict
 ) -> Callable[[], None]:
-    """Return a function that trains on `batches` (of `batch_for`) once and waits for the end.
+    """Return a function that trains once on `batches` (from `batch_for`) and waits until it is done.
 
     The released variant always runs in float32. sizes: fields of `Peer`.
     """
@@ -369,7 +369,7 @@ def _autocast(precision: str):
 
 
 def _set_kernels(variant: Variant) -> None:
-    """Set torch's global switches; called before each variant's turn."""
+    """Set torch's global switches. Call it before each variant's turn."""
     torch.backends.cudnn.benchmark = variant.tuned_kernels
     torch.set_float32_matmul_precision("high" if variant.tuned_kernels else "highest")
 

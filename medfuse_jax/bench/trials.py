@@ -1,6 +1,6 @@
-"""The steps of a sweep: many trials on the same batches, beside the same number of single runs. Compute only.
+"""The steps of a sweep: many trials on the same batches, compared with as many single runs. Compute only.
 
-The number of trials a call computes together is measured first, as at the start of a sweep.
+The number of trials to compute together in one call is measured first, as at the start of a sweep.
 """
 
 import jax
@@ -12,7 +12,7 @@ from medfuse_jax.sweep import stacked_step
 
 
 def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
-    """Return the records of one pass over the batches of all trials ('ours'), of as many single runs, and of one."""
+    """Return the records of one pass over the batches: by all trials ('ours'), as many single runs, and one run."""
     sample = cohort.sample(case, data)
     one_run, trials = step.Trainer(case, sample, say), Trials(case, sample, say)
 
@@ -27,7 +27,7 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
 
 
 class Trials:
-    """The trials of a case; each repeat continues from the states of the one before."""
+    """The trials of a case. Each repeat continues from the states of the last."""
 
     def __init__(self, case: Case, sample: cohort.Sample, say):
         self._on = jax.local_devices()[:1]
@@ -42,7 +42,7 @@ class Trials:
             return stacked_step.stack([state] * n, list(range(n)), [options.model.dropout] * n, lanes, self._on)
 
         say("trials: measuring how many to compute together")
-        # On the longest batch, which needs the most memory.
+        # Measure on the longest batch, which needs the most memory.
         longest = max(self._batches, key=lambda batch: batch["ehr"].shape[2] if "ehr" in batch else 0)
         times_s = lanes_lib.measure(self._train_fn, stack_with, case.num_trials, longest, self._on)
         self.lanes = min(times_s, key=times_s.get)

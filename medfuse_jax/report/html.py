@@ -128,7 +128,7 @@ def figure(svg_text: str, caption: str) -> str:
 
 
 def table(head: str, body: str, caption: str) -> str:
-    """Return a table that scrolls sideways. head, body: HTML of its cells and rows; caption: text for screen readers."""
+    """Return a table that scrolls sideways. head, body: HTML of its cells and rows; caption: for screen readers."""
     caption = html.escape(caption)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
