@@ -3,7 +3,7 @@
 Command: python -m medfuse_jax.main --config=configs/pheno.py --config.data.dir=DIR
 Paper: AUROC 0.756 (0.729, 0.782), AUPRC 0.466 (0.420, 0.515) on the paired test stays.
 Hardware and time: for a GPU or TPU; not yet run at full size. On 2 CPU cores an epoch of the paper's 42,628 training
-stays should take about 22 minutes (at the 32.6 stays/s of BENCHMARKS.md).
+stays should take about 22 minutes (at the 32.6 stays/s of results/2026-11-27_cpu).
 Learning rates: Table A1, except 1e-4 for pre-training the X-ray encoder, which the paper does not give.
 """
 

@@ -116,7 +116,7 @@ def make(
     store, labelled, pairs = None, None, {name: _no_pairs() for name in arrays}
     if images:
         store = image_store.ImageStore(cache_dir / "images", source.cxr_root, source.rules.image_shape, source.workers)
-        if "radiology" in inputs:
+        if any(TASKS[name].cxr_only for name in inputs):
             labelled = _labelled(source, images[0])
             store.add(labelled.select("dicom_id", "path").iter_rows())
         pairs = _pair_readable(source, people, arrays, images[0], store)

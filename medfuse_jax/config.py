@@ -145,7 +145,7 @@ FIELDS = {
     "init.model": _shared("", "workdir of a finished run whose whole model to start from", fusion_only=True),
 }
 # A stage trains one encoder from random weights, alone.
-_NOT_OF_A_STAGE = ("encoders", "init.ehr", "init.cxr", "init.model")
+_NOT_OF_A_STAGE = ("name", "encoders", "init.ehr", "init.cxr", "init.model")
 
 
 def default() -> ConfigDict:
@@ -183,6 +183,11 @@ def names(**properties: bool) -> frozenset[str]:
     return frozenset(n for n, f in FIELDS.items() if all(getattr(f, p) == v for p, v in properties.items()))
 
 
+def is_execution_only(name: str) -> bool:
+    """Whether a field, of the run or of one of its stages, changes results by rounding at most."""
+    return name.removeprefix("pretrain.ehr.").removeprefix("pretrain.cxr.") in names(execution_only=True)
+
+
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:
     """Return the pre-training stages by the encoder they train ('ehr', 'cxr'), without one equal to the run itself."""
     if config.encoders != "pretrained":
@@ -204,7 +209,9 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
 def validate(config: ConfigDict) -> None:
     """Raise UserError for the first field that is unknown, missing, of the wrong type or out of range."""
     content = _set_fields(config)
-    pretrain = content.pop("pretrain", {})
+    if "pretrain" not in content:
+        raise UserError("config.pretrain is missing", field="config.pretrain")
+    pretrain = content.pop("pretrain")
     _check_fields(content, FIELDS, "config")
     if missing := [name for name in FIELDS if name not in dict(_flatten(content))]:
         raise UserError(f"config.{missing[0]} is missing", field=f"config.{missing[0]}")
@@ -381,7 +388,7 @@ def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str
     and the `ignored` fields are not compared.
     """
     flat_a, flat_b = (flat(c) for c in (a, b))
-    fields = (flat_a.keys() | flat_b.keys()) - names(execution_only=True) - {"data.dir", *ignored}
+    fields = {name for name in flat_a.keys() | flat_b.keys() if not is_execution_only(name)} - {"data.dir", *ignored}
     differing = sorted(f for f in fields if flat_a.get(f) != flat_b.get(f))
     if not differing:
         return ""
@@ -402,10 +409,11 @@ def get(config: ConfigDict, name: str):
 
 
 def table() -> str:
-    """The Markdown table of docs/config.md: one row a field."""
-    lines = ["| field | default | values | |", "|---|---|---|---|"]
+    """The Markdown table of docs/config.md: one row per field."""
+    lines = ["| field | default | values | | sweep | resume |", "|---|---|---|---|---|---|"]
     for name, field in FIELDS.items():
-        lines.append(f"| `{name}` | `{field.default!r}` | {_values(field)} | {field.help} |")
+        marks = f"{'yes' if field.searchable else ''} | {'yes' if field.execution_only else ''}"
+        lines.append(f"| `{name}` | `{field.default!r}` | {_values(field)} | {field.help} | {marks} |")
     return "\n".join(lines)
 
 

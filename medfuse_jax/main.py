@@ -48,8 +48,7 @@ def main(argv: list[str]) -> None:
 
 def _default_workdir(config: ConfigDict) -> str:
     """One folder per config; rerunning the command resumes it."""
-    execution_only = config_lib.names(execution_only=True)
-    fields = {name: value for name, value in config_lib.flat(config).items() if name not in execution_only}
+    fields = {name: value for name, value in config_lib.flat(config).items() if not config_lib.is_execution_only(name)}
     content = json.dumps(fields, sort_keys=True)
     return f"runs/{config.name}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 

@@ -200,7 +200,7 @@ def test_a_new_field_is_one_row(monkeypatch, tmp_path):
     assert config_lib.load(tmp_path / "config.json").model.toy == 0.5
     assert (
         "model.toy" in config_lib.names(searchable=True)
-        and "`model.toy` | `0.5` | 0 to 1 | a toy" in config_lib.table()
+        and "`model.toy` | `0.5` | 0 to 1 | a toy | yes |" in config_lib.table()
     )
     config.model.toy = 2.0
     with pytest.raises(UserError) as caught:
@@ -232,7 +232,7 @@ def test_a_weight_of_a_loss_is_of_the_methods_that_have_it_and_not_of_their_stag
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{}", "is of another version or was edited: config.name is missing"),
+        ("{}", "is of another version or was edited: config.pretrain is missing"),
         ("[]", "holds no JSON object"),
         ('{"name": ', "cannot be read"),
     ],

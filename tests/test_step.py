@@ -124,7 +124,7 @@ def test_what_stands_in_padding_changes_no_number(fresh, on_one_device):
     assert out["loss"][7] == 0
 
 
-def test_a_image_changes_only_its_own_row_in_evaluation(fresh):
+def test_an_x_ray_changes_only_its_own_row_in_evaluation(fresh):
     batch, other = _batch(), _batch()
     other["image"][0, 1] = 255 - other["image"][0, 1]
     eval_fn = jax.jit(lambda b: step_lib.eval_step(_options(), fresh, parallel.merge(b))[0])

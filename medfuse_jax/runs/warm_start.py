@@ -19,18 +19,27 @@ def staged(config: ConfigDict) -> list[str]:
 
 
 def begin(state, sources: dict[str, tuple[Path, Any]]):
-    """Returns the TrainState with the weights of the sources, by name 'model', 'ehr', 'cxr' -> (workdir, run).
+    """Return the TrainState with the weights of the sources, by name 'model', 'ehr', 'cxr' -> (workdir, run).
 
     The sources must have passed `sources.check`.
     """
+    return fill(state, restore(sources))
+
+
+def restore(sources: dict[str, tuple[Path, Any]]) -> dict[str, Any]:
+    """Return the best state of each source, by name."""
+    return {name: checkpoints.restore_best(path, source.abstract_state()) for name, (path, source) in sources.items()}
+
+
+def fill(state, trained: dict[str, Any]):
+    """Return the TrainState with the weights of the trained states that `restore` returned."""
     params, batch_stats = dict(state.params), dict(state.batch_stats)
-    for name, (workdir, source) in sources.items():
-        trained = checkpoints.restore_best(workdir, source.abstract_state())
+    for name, source in trained.items():
         if name == "model":
-            params, batch_stats = dict(trained.params), dict(trained.batch_stats)
+            params, batch_stats = dict(source.params), dict(source.batch_stats)
             continue
         module = f"{name}_encoder"
-        params[module] = {part: trained.params[module][part] for part in params[module]}
+        params[module] = {part: source.params[module][part] for part in params[module]}
         if module in batch_stats:
-            batch_stats[module] = {part: trained.batch_stats[module][part] for part in batch_stats[module]}
+            batch_stats[module] = {part: source.batch_stats[module][part] for part in batch_stats[module]}
     return state.replace(params=params, batch_stats=batch_stats)

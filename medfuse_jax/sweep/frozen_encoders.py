@@ -28,6 +28,7 @@ from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.models import registry
 from medfuse_jax.models.precision import matmul_precision
 from medfuse_jax.runs import checkpoints, warm_start
+from medfuse_jax.runtime import compilation
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import trial_store
 
@@ -74,22 +75,35 @@ class FrozenEncoderExperiment(experiment_lib.Experiment):
         """Yield one state per seed: that of the whole model, without the encoders."""
         make = self.state_maker()
 
-        @jax.jit  # XLA drops the encoders' initialisation, which nothing reads
-        def init(key):
-            return {name: part for name, part in make(key, 0.0).params.items() if name not in _ENCODERS}
+        def draw(key):
+            return _without_encoders(make(key, 0.0).params)
 
+        # XLA drops the encoders' initialisation, which nothing reads.
+        init = jax.jit(draw, compiler_options=compilation.RUN_ONCE)
         for seed in seeds:
             params = init(jax.random.key(seed, impl="rbg"))
             opt_state = self.options.optimizer.init(params)
             yield step_lib.TrainState(jnp.zeros((), jnp.int32), params, {}, opt_state, jnp.float32(0))
 
+    def abstract_state(self) -> step_lib.TrainState:
+        """Return the shapes and types of a state without the encoders."""
+        whole = super().abstract_state()
+        params = _without_encoders(whole.params)
+        opt_state = jax.eval_shape(self.options.optimizer.init, params)
+        return whole.replace(params=params, batch_stats={}, opt_state=opt_state)
+
+
+def _without_encoders(params: dict) -> dict:
+    return {name: part for name, part in params.items() if name not in _ENCODERS}
+
 
 def can_cache(config: ConfigDict, encoders: dict) -> bool:
     """Whether the features of a config can be computed once: shared, frozen encoders and no augmentation needed."""
-    is_frozen = config.method == "early" or config.model.freeze_encoders
+    method = registry.METHODS[config.method]
+    is_frozen = method.fields.get("frozen_encoders") or config.model.freeze_encoders
     # With an odd margin, the centre crop of training is half a pixel off that of evaluation.
     is_even = (config.image.resize_px - config.image.crop_px) % 2 == 0
-    return registry.METHODS[config.method].features_only and is_frozen and is_even and set(encoders) == {"ehr", "cxr"}
+    return bool(method.features_only and is_frozen and is_even) and set(encoders) == {"ehr", "cxr"}
 
 
 def check_values(values: dict, config: ConfigDict, encoders: dict) -> None:

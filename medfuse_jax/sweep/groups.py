@@ -223,7 +223,8 @@ def _open_trials(sweep: Sweep, run, trials: list[Trial], closing: contextlib.Exi
 def _initial_states(run, seeds: list[int], encoders: dict) -> list[step_lib.TrainState]:
     """Return one state per seed, on the host, with the weights of the encoders."""
     unique = list(dict.fromkeys(seeds))
-    states = (warm_start.begin(state, encoders) for state in run.fresh_states(unique))
+    trained = warm_start.restore(encoders)
+    states = (warm_start.fill(state, trained) for state in run.fresh_states(unique))
     by_seed = dict(zip(unique, map(jax.device_get, states)))
     return [by_seed[seed] for seed in seeds]
 

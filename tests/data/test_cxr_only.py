@@ -55,7 +55,7 @@ def cxr_only_config(tiny_config, cxr_only_shards):
     return tiny_config
 
 
-def test_a_method_of_both_scores_every_stay_and_reports_those_with_a_image_alone(cxr_only_config, tmp_path):
+def test_a_method_of_both_scores_every_stay_and_reports_those_with_an_x_ray_alone(cxr_only_config, tmp_path):
     run = experiment.open_experiment(cxr_only_config)
     workdir.claim(tmp_path, run)
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same

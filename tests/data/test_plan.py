@@ -41,7 +41,7 @@ def test_image_slots_hold_paired_stays_only():
     assert not _PAIRED[plan.unpaired_SU[plan.unpaired_SU != plan_lib.PADDING]].any()
 
 
-def test_every_batch_has_a_image_and_few_slots_are_empty():
+def test_every_batch_has_an_x_ray_and_few_slots_are_empty():
     plan = _train()
     assert plan.images_per_batch == 3
     images_S = (plan.paired_SP != plan_lib.PADDING).sum(1)
@@ -63,7 +63,7 @@ def test_ehr_only_ratio_draws_anew_each_epoch_without_replacement():
     assert np.isin(np.flatnonzero(_PAIRED), first).all()
 
 
-def test_ehr_only_ratio_leaves_out_none_that_has_a_image_which_the_method_does_not_read():
+def test_ehr_only_ratio_leaves_out_none_that_has_an_x_ray_which_the_method_does_not_read():
     arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": _BUCKETS, "ehr_only_ratio": 0.2}
     drawn = _records(plan_lib.train_plan(_LENGTHS, np.zeros(_N, bool), _ALL, ehr_only_N=~_PAIRED, **arguments))
     assert len(drawn) == _PAIRED.sum() + round(0.2 * (~_PAIRED).sum())

@@ -124,7 +124,7 @@ def test_a_models_weights_are_of_what_each_row_has(weigh):
     np.testing.assert_array_equal((weights["time_weights"] > 0).sum(1), given["length"])
 
 
-def test_a_image_that_is_missing_changes_no_weight_of_another_row(weigh):
+def test_an_x_ray_that_is_missing_changes_no_weight_of_another_row(weigh):
     before = batch()
     after = weigh({**before, "image_mask": np.array([False, True, False])})  # row 2's X-ray
     before = weigh(before)

@@ -158,7 +158,7 @@ def test_absent_rows_of_dense_images_reach_nothing_in_training(method):
 
 
 @pytest.mark.parametrize("method", [m for m in _WITH_IMAGE if m != "uni_cxr"])
-def test_a_image_changes_its_own_row_only(method):
+def test_an_x_ray_changes_its_own_row_only(method):
     variables, _, evaluate = _functions(method)
     before = batch()
     changed = {**before, "image": before["image"].copy()}
@@ -171,7 +171,7 @@ def test_a_image_changes_its_own_row_only(method):
 
 
 @pytest.mark.parametrize("method", _WITH_IMAGE)
-def test_without_a_image_its_encoder_gets_no_gradient_and_keeps_its_statistics(method):
+def test_without_an_x_ray_its_encoder_gets_no_gradient_and_keeps_its_statistics(method):
     variables, train, _ = _functions(method)
     some, none = batch(), {**batch(), "image_mask": np.zeros(3, bool)}
     gradients, _, image_gradient = train(variables, none)["gradients"]
@@ -247,7 +247,7 @@ def test_medfuse_of_one_modality_is_a_shorter_sequence():
     assert not np.any(cxr_only["ehr_features"][0]) and not np.any(cxr_only["cxr_features"][3])
 
 
-def test_joint_learnable_puts_its_vector_where_a_image_is_missing():
+def test_joint_learnable_puts_its_vector_where_an_x_ray_is_missing():
     variables, _, evaluate = _functions("joint_learnable")
     features_BD = np.asarray(evaluate(variables, batch())["cxr_features"])
     token_D = variables["params"]["missing_token"]

@@ -95,6 +95,14 @@ def test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model(
     assert np.abs(scorer(state) - score_BK).max() > 1e-3, "other encoders differ by more than the tolerance"
 
 
+def test_the_abstract_state_is_that_of_a_fresh_state_without_encoders(frozen_config):
+    """Resuming and exporting a trial read its file by this state."""
+    run = frozen_encoders.with_features(experiment.open_experiment(frozen_config, jax.local_devices()[:1]), {})
+    abstract, fresh = run.abstract_state(), run.fresh_state()
+    assert "classifier" in abstract.params and not {"ehr_encoder", "cxr_encoder"} & abstract.params.keys()
+    jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (np.shape(b), b.dtype)), abstract, fresh)
+
+
 def _scorer(run):
     """A function that scores the first validation batch with a state."""
     batch = parallel.merge(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
