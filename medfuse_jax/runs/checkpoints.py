@@ -1,4 +1,4 @@
-"""Checkpoints of a run, kept by orbax: the best and the latest.
+"""The best and the latest checkpoint of a run, stored with orbax.
 
 A checkpoint is a TrainState and its Progress, numbered by step. A process killed during a save leaves only a
 temporary folder, which orbax ignores and removes.
@@ -19,24 +19,24 @@ from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import errors, files
 from medfuse_jax.runtime.errors import UserError
 
-IMPORT_NOTE = "import.json"  # written with weights that were imported rather than trained
+IMPORT_NOTE = "import.json"  # says where imported weights came from; absent for a trained run
 
 
 def _is_useful(record: LogRecord) -> bool:
-    """False for orbax's warning about a leftover temporary folder, which the next save replaces."""
+    """Return False for orbax's warning about a leftover temporary folder, which the next save replaces."""
     return "Attempted to create temporary directory" not in record.getMessage()
 
 
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
-    """Opens the run's checkpoints; it keeps the latest and the one that `Progress` calls the best."""
-    # best_fn as well as the policy: with the policy alone, orbax 0.12's best_step() is the latest.
+    """Open the run's checkpoints. Only the latest is kept, and the best according to `Progress`."""
+    # Give best_fn as well as the policy: without it, best_step() of orbax 0.12 returns the latest step.
     policies = ocp.checkpoint_managers
     best_policy = policies.BestN(get_metric_fn=_best_order, reverse=False, n=1)
     policy = policies.AnyPreservationPolicy([policies.LatestN(1), best_policy])
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_order, best_mode="max")
     folder = (workdir / "checkpoints").absolute()
     logging.get_absl_logger().addFilter(_is_useful)  # adding the same function again does nothing
-    if jax.process_count() > 1:  # each process trains its own runs: a save waits for no other process
+    if jax.process_count() > 1:  # each process trains its own runs, so a save must not wait for the others
         folder.mkdir(parents=True, exist_ok=True)
         own_process = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
@@ -49,7 +49,7 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: bool) -> None:
-    """Saves in the background. is_best: whether this state is the best so far."""
+    """Save a state and its progress in the background. is_best: whether this state is the best so far."""
     if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
     manager.save(
@@ -64,14 +64,14 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
 
 
 def restore_latest(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
-    """The latest (state, progress), shaped like `state`; None if nothing is saved."""
+    """Return the latest (state, progress), shaped like `state`; None if nothing is saved."""
     with _as_user_error(manager.directory):
         step = manager.latest_step()
     return None if step is None else _restore(manager, step, state)
 
 
 def restore_best(workdir: Path, state):
-    """The state with the best validation AUROC, shaped like `state`; UserError if there is none."""
+    """Return the state with the best validation AUROC, shaped like `state`; raise UserError if there is none."""
     return restore_best_with_progress(workdir, state)[0]
 
 
@@ -81,26 +81,26 @@ def restore_best_with_progress(workdir: Path, state) -> tuple[Any, Progress]:
 
 
 def best(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
-    """The (state, progress) with the best validation AUROC, shaped like `state`; None if nothing is saved."""
+    """Return the (state, progress) with the best validation AUROC, shaped like `state`; None if nothing is saved."""
     step = _best_step(manager)
     if step is None:
         return None
     epoch = _latest_progress(manager).best_epoch
     restored, progress = _restore(manager, step, state)
     if epoch and progress.epoch != epoch:
-        message = f"{manager.directory} lacks the best checkpoint, of epoch {epoch}: restore it, or train again"
+        message = f"{manager.directory} lacks the best checkpoint (epoch {epoch}): restore it, or train again"
         raise UserError(message, path=manager.directory, value=epoch)
     return restored, progress
 
 
 def reached(workdir: Path) -> tuple[int, Progress]:
-    """The step of the best checkpoint and the progress at the latest, without reading a state; UserError if none."""
+    """Return the best checkpoint's step and the latest progress, without reading a state; raise UserError if none."""
     with _open_trained(workdir) as manager:
         return _best_step(manager), _latest_progress(manager)
 
 
 def any_saved(workdir: Path) -> bool:
-    """Whether there is a checkpoint to resume from; makes no folder."""
+    """Return whether there is a checkpoint to resume from, without creating a folder."""
     if not (workdir / "checkpoints").is_dir():
         return False
     with contextlib.closing(open_manager(workdir)) as manager, _as_user_error(manager.directory):
@@ -108,9 +108,10 @@ def any_saved(workdir: Path) -> bool:
 
 
 def imported(workdir: Path) -> dict:
-    """The note that `torch_import` wrote with imported weights, {} for a trained run.
+    """Return the note that `torch_import` wrote beside imported weights; {} for a trained run.
 
-    'file', 'sha256', 'modules' (those of the model that the file held), 'unused' (entries).
+    Keys: 'file', 'sha256', 'modules' (modules of the model that the file held), 'unused' (entries of the file that the
+    model does not use).
     """
     path = workdir / IMPORT_NOTE
     return files.read_json(path, "import the weights again into another --workdir") if path.exists() else {}
@@ -118,7 +119,7 @@ def imported(workdir: Path) -> dict:
 
 @contextlib.contextmanager
 def _open_trained(workdir: Path) -> Iterator[ocp.CheckpointManager]:
-    """Opens the checkpoints of a run that has at least one; otherwise raises UserError and makes no folder."""
+    """Open the checkpoints of a run that has at least one; otherwise raise UserError, without creating a folder."""
     folder = workdir / "checkpoints"
     if not folder.is_dir() and (workdir / "state.npz").exists():
         export = f"--export={int(workdir.name) if workdir.name.isdecimal() else 'TRIAL'}"
@@ -144,7 +145,7 @@ def _latest_progress(manager: ocp.CheckpointManager) -> Progress:
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[Any, Progress]:
-    # With a sharding of this machine, so that a checkpoint opens on any number of devices.
+    # Restore onto one local device, so that a checkpoint opens on any number of devices.
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), state)
     with _as_user_error(manager.directory / str(step)):
@@ -157,7 +158,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[Any, Pro
 
 @contextlib.contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """Turns any error while a checkpoint is read, but for too little memory, into a UserError that names its path."""
+    """Turn any error while reading a checkpoint, except out of memory, into a UserError that names the path."""
     try:
         yield
     except Exception as error:  # orbax raises a bare Exception for a damaged file

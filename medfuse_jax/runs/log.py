@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, TensorBoard events and, on a terminal, a progress bar (else a line an epoch)."""
+"""The log of a run: metrics.jsonl, TensorBoard events, and a progress bar (one line per epoch without a terminal)."""
 
 import json
 import math
@@ -13,9 +13,9 @@ from medfuse_jax.runtime import files
 
 
 class RunLog:
-    """Logs one run. Drops lines after `resume_step`: those steps had no checkpoint yet.
+    """Log of one run. Drops existing lines after `resume_step`, because those steps are trained again.
 
-    quiet: no bar, no printed lines, no TensorBoard (a thread and an open file each), for one of many runs.
+    quiet: no bar, no printed lines and no TensorBoard (a thread and an open file per run), for one of many runs.
     """
 
     def __init__(self, workdir: Path, name: str, num_steps: int, resume_step: int = 0, quiet: bool = False):
@@ -38,26 +38,26 @@ class RunLog:
         self._shown = {}
 
     def step(self, num_steps: int = 1) -> None:
-        """Advances the bar."""
+        """Advance the bar by `num_steps`."""
         self._bar.update(num_steps)
 
     def show(self, **values: str) -> None:
-        """Updates values shown beside the bar."""
+        """Update the values shown beside the bar."""
         self._shown |= values
         self._bar.set_postfix_str("  ".join(f"{k} {v}" for k, v in self._shown.items()), refresh=False)
 
     def write(self, phase: str, epoch: int, step: int, **values: float) -> None:
-        """Appends one line to metrics.jsonl, and the same values to TensorBoard."""
+        """Append one line to metrics.jsonl, and write the same values to TensorBoard."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         line = {"phase": phase, "epoch": epoch, "step": step, **finite}
         line["time_s"] = round(time.perf_counter() - self._start_s, 3)
-        with self._path.open("a") as file:  # not kept open: a sweep has hundreds of runs
+        with self._path.open("a") as file:  # opened for each line: a sweep logs hundreds of runs
             file.write(json.dumps(line) + "\n")
         for key, value in values.items() if self._tensorboard else ():
             self._tensorboard.add_scalar(f"{phase}/{key}", value, step)
 
     def line(self, text: str) -> None:
-        """Prints a line if there is no bar."""
+        """Print a line, unless there is a bar or the log is quiet."""
         if self._bar.disable and not self._quiet:
             print(f"{self._name}: {text}", flush=True)
 
@@ -68,7 +68,7 @@ class RunLog:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keeps the readable lines up to `step`: a kill or a full disk can leave a partial line."""
+    """Keep only the readable lines up to `step`. A kill or a full disk can leave a partial line."""
     if not path.exists():
         return
     kept = []

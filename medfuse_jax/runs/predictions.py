@@ -1,6 +1,6 @@
 """Score each included record of a split exactly once.
 
-Shapes: M models, N records, K labels, D devices, B rows a device, R = D * B rows of a batch, T time steps.
+Shapes: M models, N records, K labels, D devices, B rows per device, R = D * B rows of a batch, T time steps.
 `run` is an experiment.Experiment.
 """
 
@@ -24,7 +24,7 @@ class Predictions:
 
 
 def predict(run, eval_fn: Callable, state, split: str, include_N: np.ndarray) -> Predictions:
-    """Scores with one model. Raises UserError if no record is included."""
+    """Score the records with one model. Raise UserError if no record is included."""
 
     def eval_one(batch):
         return jax.tree.map(lambda x: x[None], eval_fn(state, batch))
@@ -33,7 +33,7 @@ def predict(run, eval_fn: Callable, state, split: str, include_N: np.ndarray) ->
 
 
 def predict_each(run, eval_fn: Callable, num_models: int, split: str, include_N: np.ndarray) -> list[Predictions]:
-    """Scores with several models, reading each batch once.
+    """Score the records with several models, reading each batch once.
 
     eval_fn: batch -> (scores [M, D, B, K], loss of each row [M, D, B]).
     """
@@ -55,10 +55,10 @@ def predict_each(run, eval_fn: Callable, num_models: int, split: str, include_N:
 
 
 def attention_weights(run, weights_fn: Callable, state, split: str, include_N: np.ndarray) -> dict:
-    """Returns the attention weights of the included records, in record order; {} for a method without attention.
+    """Return the attention weights of the included records, in record order; {} for a method without attention.
 
     time_weights float16 [N, T], 0 beyond a stay's length; modality_weights float32 [N, M], 0 for a missing modality;
-    modalities str [M]; length int [N]. A pass of its own, so that scoring, done each epoch, need not return them.
+    modalities str [M]; length int [N]. This is a separate pass, so that scoring after each epoch need not return them.
     weights_fn: (state, batch) -> {name: weights [D, B, ...]}.
     """
     names = getattr(run.options.model, "token_names", ())
@@ -71,16 +71,16 @@ def attention_weights(run, weights_fn: Callable, state, split: str, include_N: n
     }
     for record_R, real_R, outputs in _outputs(run, lambda batch: weights_fn(state, batch), split, include_N):
         for name, weight_DBX in outputs.items():
-            width = min(weight_DBX.shape[-1], weights[name].shape[1])  # a bucket may be longer than its stays
+            width = min(weight_DBX.shape[-1], weights[name].shape[1])  # a batch may be padded beyond its longest stay
             weights[name][record_R, :width] = np.asarray(weight_DBX).reshape(len(real_R), -1)[real_R, :width]
     weights["length"] = length_N
     return {name: values_N[include_N] for name, values_N in weights.items()} | {"modalities": np.array(names)}
 
 
 def _outputs(run, batch_fn: Callable, split: str, include_N: np.ndarray) -> Iterator[tuple]:
-    """Yields (record numbers, which rows [R] of the batch they are, output of batch_fn) for each batch.
+    """Yield (numbers of the real records, mask [R] of their rows, output of batch_fn) for each batch.
 
-    An output is yielded, and may be read, while the next batch runs.
+    The next batch is dispatched before an output is yielded, so that reading the output does not idle the device.
     """
     for plan in run.eval_plans(split, include_N):
         pending: tuple = ()

@@ -20,9 +20,9 @@ _PACKAGES = ("medfuse_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What is scored of a run; decides the names of its result and predictions files.
+    """What to score of a run; determines the names of the result and predictions files.
 
-    head: another classifier head of the model than its main one, such as 'ehr_only', on the stays it can score.
+    head: a classifier head other than the main one, such as 'ehr_only', which scores the stays it can.
     drop_ehr, drop_cxr: the fraction of paired stays scored without that modality (data/missing.py).
     """
 
@@ -37,14 +37,14 @@ class Scored:
 
     @property
     def _name(self) -> str:
-        """test, val_joint_drop_cxr_0.5 or the like."""
+        """The part of the file names that identifies what is scored: test, val_joint_drop_cxr_0.5 or the like."""
         return "_".join([self.split, *filter(None, [self.head]), *(f"drop_{n}_{p:g}" for n, p in self.dropped.items())])
 
     def predictions_path(self, workdir: Path) -> Path:
         return workdir / f"predictions_{self._name}.npz"
 
     def result_path(self, workdir: Path) -> Path:
-        """result.json for the test split itself, else result_val_joint_drop_cxr_0.5.json or the like."""
+        """Return result.json for the test split as it is, otherwise result_val_joint_drop_cxr_0.5.json or the like."""
         return workdir / ("result.json" if self == TEST else f"result_{self._name}.json")
 
 
@@ -52,9 +52,9 @@ TEST = Scored()
 
 
 def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
-    """Writes the predictions `scored` and their `result` to the workdir.
+    """Write the predictions `scored` and their `result` to the workdir.
 
-    Both carry the result's step, if it has one: a process killed between the two files leaves different steps.
+    Both files store the result's step, if it has one. If the process is killed between the two, their steps differ.
     """
     stamp = {"step": result["step"]} if "step" in result else {}
     with files.written_whole(what.predictions_path(workdir)) as unfinished:
@@ -63,7 +63,7 @@ def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
 
 
 def read_predictions(path: Path, names: tuple[str, ...], what_to_do: str) -> dict:
-    """Returns these arrays of a predictions file, and 'step' (None if it has none); UserError if it is damaged."""
+    """Return the named arrays of a predictions file, and its 'step' or None; raise UserError if it is damaged."""
     try:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in names}
@@ -73,7 +73,7 @@ def read_predictions(path: Path, names: tuple[str, ...], what_to_do: str) -> dic
 
 
 def subsets(scored: dict, num_bootstrap: int, seed: int) -> dict:
-    """Metrics with bounds of all scored records, and of each subset by modality."""
+    """Return metrics with bounds for all scored records and for each subset by modality."""
     return {
         name: metrics.evaluate(scored["labels"][include_N], scored["scores"][include_N], num_bootstrap, seed)
         for name, include_N in _masks(scored).items()
@@ -81,11 +81,11 @@ def subsets(scored: dict, num_bootstrap: int, seed: int) -> dict:
 
 
 def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: int) -> list[dict]:
-    """Differences to another run, called `against`, on the stays that both score, with the same resamples."""
+    """Return this run's metrics minus those of another, named `against`, on the stays and resamples they share."""
     _, ours, theirs = np.intersect1d(scored["stay_id"], other["stay_id"], assume_unique=True, return_indices=True)
     if not len(ours):
         return []
-    order = np.argsort(ours)  # record order, as for the bounds of `subsets`
+    order = np.argsort(ours)  # record order, as in `subsets`
     ours, theirs = ours[order], theirs[order]
     common = {name: values[ours] for name, values in scored.items()}
     other_NK = other["scores"][theirs]
@@ -98,9 +98,9 @@ def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: i
 
 
 def _masks(scored: dict) -> dict[str, np.ndarray]:
-    """The subsets of a result that hold any record, bool [N]; 'all' alone for a task of X-rays without stays.
+    """Return the non-empty subsets of the scored records as masks, bool [N]; only 'all' for X-rays without stays.
 
-    had_both: paired stays before a modality of some was dropped (Hayat et al. 2022, Figure A2).
+    had_both: the stays that were paired before a modality was dropped from some (Hayat et al. 2022, Figure A2).
     """
     has_cxr_N, has_ehr_N = scored["has_cxr"], scored["has_ehr"]
     had_cxr_N, had_ehr_N = scored.get("had_cxr", has_cxr_N), scored.get("had_ehr", has_ehr_N)

@@ -17,9 +17,9 @@ from medfuse_jax.runtime.errors import UserError
 
 
 def open_run(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str = "") -> Experiment:
-    """Opens the run that claimed the workdir. Raises UserError if there is none, or its data changed.
+    """Open the run in a workdir. Raise UserError if there is none, or if its data changed.
 
-    devices: by default all of this process. data_dir: where its shards were moved to; saved in the workdir's config.
+    devices: by default all of this process. data_dir: its shards' new folder if moved; saved in the workdir's config.
     """
     if workdir_lib.is_ensemble(workdir):
         raise UserError(f"{workdir} holds an ensemble, which has no weights: give a run's workdir", path=workdir)
@@ -31,7 +31,7 @@ def open_run(workdir: Path, devices: list[jax.Device] | None = None, data_dir: s
         config.data.dir = data_dir
     elif not Path(config.data.dir).is_dir():
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
-        message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new place once: {how}"
+        message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new folder once: {how}"
         raise UserError(message, field="--data_dir", path=config.data.dir)
     run = open_experiment(config, devices)
     workdir_lib.check_data(workdir, run)
@@ -41,10 +41,10 @@ def open_run(workdir: Path, devices: list[jax.Device] | None = None, data_dir: s
 
 
 def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
-    """Returns (given, stages): the runs that the run of workdir `folder` starts from, by name -> (workdir, run).
+    """Return (given, stages), the runs that the run in workdir `folder` starts from, each {name: (workdir, run)}.
 
-    given: those of config.init; stages: those to pre-train. Both are empty if the run resumes from a checkpoint.
-    Raises UserError if one does not match the run or has no weights, or a frozen part has nothing to start from.
+    given: the runs of config.init; stages: the runs to pre-train. Both are empty if the run resumes.
+    Raises UserError if one does not match the run or has no weights, or if a frozen part has nothing to start from.
     """
     if checkpoints.any_saved(folder):
         return {}, {}
@@ -58,7 +58,7 @@ def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
 
 
 def open_sources(config: ConfigDict, folder: Path, names: list[str], devices: list[jax.Device]) -> tuple[dict, dict]:
-    """Opens the runs of config.init, and the stages `names` of config.pretrain; returns them as `find` does."""
+    """Open the runs of config.init and the stages `names` of config.pretrain; return them as `find` does."""
     paths = {name: Path(path) for name, path in config.init.items() if path}
     given = {name: (path, open_run(path, devices)) for name, path in paths.items()}
     for path in paths.values():
@@ -68,7 +68,7 @@ def open_sources(config: ConfigDict, folder: Path, names: list[str], devices: li
 
 
 def check_frozen(run: Experiment, source_names: Iterable[str]) -> None:
-    """Raises UserError if a frozen part of the run would keep its random initial values.
+    """Raise UserError if a frozen part of the run would keep its random initial values.
 
     source_names: the parts with weights to start from: 'ehr', 'cxr' or 'model'.
     """
@@ -91,10 +91,10 @@ def check_frozen(run: Experiment, source_names: Iterable[str]) -> None:
 
 
 def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None:
-    """Raises UserError if the encoder `name` ('ehr' or 'cxr') or whole 'model' of `source` cannot start the run.
+    """Raise UserError if the run cannot start from encoder `name` ('ehr' or 'cxr') or the whole 'model' of `source`.
 
-    Also if it was trained on patients whom the run is validated or tested on.
-    workdir: the source's, trained or not yet.
+    Also raises it if the source was trained on patients of the run's validation or test split. workdir: the source's,
+    which may not have been trained yet.
     """
     note = checkpoints.imported(workdir)
     method, source_method = run.config.method, source.config.method
@@ -102,7 +102,7 @@ def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None
     what = f"the {part} of {workdir} (task {source.config.task}, method {source_method})"
     if name == "model" and _model(method) != _model(source_method):
         raise UserError(
-            f"{what} cannot start the method {method}: for its encoders use config.init.ehr and config.init.cxr",
+            f"{what} cannot start the method {method}: for its encoders, use config.init.ehr and config.init.cxr",
             field="config.init.model",
         )
     params, source_params = (side.abstract_state().params for side in (run, source))
@@ -124,13 +124,13 @@ def _model(method: str) -> tuple:
 
 
 def _cannot_start(what: str, name: str, why: str, value: object) -> UserError:
-    return UserError(f"{what} cannot be a start: {why}", field=f"config.init.{name}", value=value)
+    return UserError(f"{what} cannot start this run: {why}", field=f"config.init.{name}", value=value)
 
 
 def _check_module(what: str, name: str, module: str, params: dict, source_params: dict) -> None:
     shapes, source_shapes = (jax.tree.map(jnp.shape, side) for side in (params, source_params))
     if module.endswith("_encoder"):
-        # daft3's ResNet lacks the last stage; a stage is always whole.
+        # daft3's ResNet lacks the last stage, so the source may have more stages than the run.
         stages, source_stages = ({block.partition("_")[0] for block in side} for side in (shapes, source_shapes))
         if missing := sorted(stages - source_stages):
             raise _cannot_start(what, name, f"its {module} has no {missing[0]}", missing[0])
@@ -138,11 +138,11 @@ def _check_module(what: str, name: str, module: str, params: dict, source_params
     if shapes != source_shapes and module == "classifier":
         raise _cannot_start(what, name, "its labels differ; use config.init.ehr and config.init.cxr instead", module)
     if shapes != source_shapes:
-        raise _cannot_start(what, name, f"its {module} has other sizes than config.model", module)
+        raise _cannot_start(what, name, f"its {module} does not have the sizes of config.model", module)
 
 
 def _check_modalities(what: str, run: Experiment, source: Experiment) -> None:
-    """Raises UserError if further modalities differ in order or values: the same category must have the same slot."""
+    """Raise UserError if further modalities differ in order or values: a category must have the same slot in both."""
     names, source_names = ([m.name for m in getattr(r.options.model, "modalities", ())] for r in (run, source))
     if names != source_names:  # a token's weights depend on its position
         why = f"its modalities, in order, are {', '.join(source_names)}, not {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Which encoders a config pre-trains, and how a run takes its first weights from other runs."""
+"""Which encoders a config pre-trains, and how a run takes its initial weights from other runs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from medfuse_jax.runs import checkpoints
 
 
 def staged(config: ConfigDict) -> list[str]:
-    """The encoders to pre-train: those of the method that config.init does not give."""
+    """Return the encoders to pre-train: those that the method has and config.init does not give."""
     given = {name for name, path in config.init.items() if path}
     method = registry.METHODS[config.method].model_class
     has = {"ehr": method.uses_ehr, "cxr": method.uses_cxr}
@@ -19,7 +19,7 @@ def staged(config: ConfigDict) -> list[str]:
 
 
 def begin(state, sources: dict[str, tuple[Path, Any]]):
-    """Return the TrainState with the weights of the sources, by name 'model', 'ehr', 'cxr' -> (workdir, run).
+    """Return the TrainState with the weights of the sources, {'model', 'ehr' or 'cxr': (workdir, run)}.
 
     The sources must have passed `sources.check`.
     """
@@ -32,7 +32,7 @@ def restore(sources: dict[str, tuple[Path, Any]]) -> dict[str, Any]:
 
 
 def fill(state, trained: dict[str, Any]):
-    """Return the TrainState with the weights of the trained states that `restore` returned."""
+    """Return the TrainState with the weights of the states from `restore`."""
     params, batch_stats = dict(state.params), dict(state.batch_stats)
     for name, source in trained.items():
         if name == "model":

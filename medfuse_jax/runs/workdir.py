@@ -15,21 +15,22 @@ _SWEEP_DEPTH = 3  # trials/003/pretrain_ehr
 
 
 def locked(workdir: Path) -> contextlib.AbstractContextManager:
-    """Makes the folder and keeps a second process out of it while the block runs."""
+    """Create the folder and keep other processes out of it while the block runs."""
     busy = f"another process is using {workdir}: wait for it, or give another --workdir"
     return files.locked(workdir / ".lock", f"--workdir={workdir}", busy)
 
 
 def claim(workdir: Path, run, by_sweep: bool = False) -> None:
-    """Makes the workdir this run's. Raises UserError if it holds another config's run, other shards or no run.
+    """Claim the workdir for this run.
 
-    by_sweep: whether a sweep claims a folder of its own, for a trial or a pre-training stage.
+    Raises UserError if the workdir holds a run with another config or other data, or something other than a run.
+    by_sweep: whether a sweep claims one of its own folders, for a trial or a pre-training stage.
     """
     _check_no_other_kind(workdir)
     check_outside_shards(workdir, run.config.data.dir)
-    # A start that failed before anything was trained does not count.
+    # A run that failed before anything was trained may be replaced.
     if any(any(workdir.glob(pattern)) for pattern in ("checkpoints", "pretrain_*/checkpoints", "result*.json")):
-        # The sweep has compared its own config; its encoders' paths change when its folder is moved.
+        # The sweep has compared its own config. The paths of its encoders change if its folder is moved.
         ignored = ("init.ehr", "init.cxr") if by_sweep else ()
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config, ignored):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir", path=workdir)
@@ -41,7 +42,7 @@ def claim(workdir: Path, run, by_sweep: bool = False) -> None:
 
 
 def check_outside_sweeps(workdir: Path) -> None:
-    """Raises UserError if the workdir is inside a sweep's folder (also by a link): only the sweep writes there."""
+    """Raise UserError if the workdir is inside a sweep's folder, even by a link: only the sweep writes there."""
     for path in (workdir.absolute(), workdir.resolve()):
         for parent in path.parents[:_SWEEP_DEPTH]:
             if (parent / "sweep.json").exists():
@@ -49,14 +50,14 @@ def check_outside_sweeps(workdir: Path) -> None:
 
 
 def check_outside_shards(workdir: Path, data_dir: str) -> None:
-    """Raises UserError if the workdir is the shards' folder or inside a dataset: deleting it would delete them."""
+    """Raise UserError if the workdir is the shards' folder or inside a dataset: deleting the run would delete data."""
     shards, folder = Path(data_dir).resolve(), workdir.resolve()
     if folder == shards or any(shards / task in (folder, *folder.parents) for task in schema.TASKS):
         raise UserError(f"{workdir} holds the shards (config.data.dir): choose another --workdir", path=shards)
 
 
 def check_data(workdir: Path, run) -> None:
-    """Raises UserError if the run's shards are not those that the workdir was trained on."""
+    """Raise UserError if the run's shards are not those that the workdir was trained on."""
     path = workdir / "data.json"
     if files.read_json(path, "start again in another --workdir").get("digest") == run.dataset.digest:
         return
@@ -74,7 +75,7 @@ def check_data(workdir: Path, run) -> None:
 
 
 def is_ensemble(workdir: Path) -> bool:
-    """Whether medfuse_jax.ensemble made the workdir."""
+    """Return whether medfuse_jax.ensemble created the workdir."""
     try:
         return "rule" in files.read_json(workdir / "config.json", "")
     except UserError:
@@ -86,7 +87,7 @@ def is_sweep(workdir: Path) -> bool:
 
 
 def _check_no_other_kind(workdir: Path) -> None:
-    """Raises UserError if the workdir holds an ensemble, a sweep or an unreadable config."""
+    """Raise UserError if the workdir holds an ensemble, a sweep or an unreadable config."""
     if is_sweep(workdir) or is_ensemble(workdir):
         kind = "a sweep" if is_sweep(workdir) else "an ensemble"
         raise UserError(f"{workdir} holds {kind}, not a run: choose another --workdir", path=workdir, value=kind)
