@@ -5,8 +5,9 @@
 
 The input is a MIMIC-IV tree (--mimic_iv, for example the demo; by default the synthetic cohort), repeated --copies
 times with new ids in `<out>/raw-<copies>`, and again at an eighth of that size. Each measurement runs in its own
-process, so that peak memory is its own, --repeats times in turn with `zcat`. --whole_build also measures the command
-`data_prep.build` at the larger size, including hashes of the tables, labels, checks, shards and the audit.
+process, so that peak memory is its own, and is repeated --repeats times, alternating with `zcat`. --whole_build also
+measures the command `data_prep.build` at the larger size, including hashes of the tables, labels, checks, shards and
+the audit.
 Prints one JSON line per measurement. On a busy machine compare `cpu_seconds`; `load` is the machine's load average.
 """
 
@@ -47,7 +48,7 @@ LARGE_TABLES = ("chartevents", "labevents")
 
 
 def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
-    """Write each table of `source` as one .csv.gz that holds it `copies` times, each time with other ids."""
+    """Write each table of `source` as one .csv.gz that holds it `copies` times, each time with new ids."""
     for table in source.values():
         target = out / f"{table.name.removesuffix('.gz')}.gz"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
                 shifted = frame.with_columns(_new_id(name, copy) for name in IDS if name in frame.columns)
                 shifted.write_csv(text, include_header=copy == 0, quote_style="necessary")
                 if text.tell() > MEMBER_BYTES or copy == copies - 1:
-                    # Concatenated gzip members are one gzip file; PhysioNet's files have level 6.
+                    # Concatenated gzip members are one gzip file; PhysioNet's files are compressed at level 6.
                     file.write(gzip.compress(text.getvalue(), 6, mtime=0))
                     text = io.BytesIO()
         partial.rename(target)
@@ -67,7 +68,7 @@ def repeat(source: dict[str, tables.Table], out: Path, copies: int) -> None:
 
 def _new_id(name: str, copy: int) -> pl.Expr:
     old = pl.col(name).str.strip_chars().cast(pl.Int64)
-    # As in MIMIC, rows are not in order of stay_id: neighbouring rows go to many buckets of stays.
+    # As in MIMIC, rows are not in order of stay_id, so that neighbouring rows go to many buckets of stays.
     new = old * MAX_COPIES + copy if name == "stay_id" else old + copy * ID_STEP
     return new.cast(pl.String)
 
@@ -106,7 +107,7 @@ def whole_build(root: Path, work: Path) -> dict:
 
 
 def _count_rows(raw: dict[str, tables.Table]) -> int:
-    """Count the rows of the large tables, which also brings them into the page cache."""
+    """Count the rows of the large tables, which also loads them into the page cache."""
     counts = [raw[name].scan(raw[name].columns[0]).select(pl.len()) for name in LARGE_TABLES]
     return sum(count.collect(engine="streaming").item() for count in counts)
 
@@ -133,9 +134,10 @@ def zcat(root: Path) -> dict:
 
 
 def images(root: Path, work: Path, limit: int = 24) -> list[dict]:
-    """Measure X-rays decoded per second on one core, ours and PIL's full decode in turns, median of the rounds.
+    """Measure X-rays decoded per second on one core, by our decoder and by PIL's full decode.
 
-    On the X-rays as they are, and enlarged to IMAGE_PX, the size of MIMIC-CXR's.
+    The two take turns; each result is the median of the rounds. Both decode the X-rays as they are, and enlarged to
+    IMAGE_PX, the size of MIMIC-CXR's.
     """
     paths = [root / path for path in metadata.read_metadata(tables.mimic_cxr(root))[0]["path"]]
     paths = [path for path in paths if path.is_file()][:limit]
@@ -195,7 +197,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "copies", 200, "Repetitions of the tables at the larger size.", lower_bound=SMALLER, flag_values=values
     )
-    flags.DEFINE_integer("repeats", 1, "Times to measure each.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("repeats", 1, "How often to repeat each measurement.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("mimic_iv", None, "MIMIC-IV tree to repeat; default: the synthetic cohort.", flag_values=values)
     flags.DEFINE_string(
         "mimic_cxr", None, "MIMIC-CXR-JPG tree to decode; default: the synthetic one.", flag_values=values
@@ -206,7 +208,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     values = flags.FLAGS
     if not values.out:
         raise UserError("--out=DIR is missing", field="--out")

@@ -32,7 +32,7 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 from medfuse_jax.schema import CHANNELS, TASKS
 
 # The paper's tasks; hourly tasks are built on request.
-DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if not task.per_step)
+DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if not task.hourly)
 # A longer step would not fit into mortality's 48 h; a shorter one would give a long stay millions of steps.
 SHORTEST_STEP_H, LONGEST_STEP_H = 1 / 60, 48.0
 

@@ -166,7 +166,7 @@ def _stay_task(
         "event_rows": events.read_counts(events_dir),
     }
     predicted = None
-    if task.per_step:
+    if task.hourly:
         predicted, hourly_flow = hourly.predictions(task, people.stays, arrays, source.timestep_h)
         flow += hourly_flow
         rows = arrays.row[predicted.position_N]
@@ -248,7 +248,7 @@ def _pair_readable(
     while True:
         readable = images.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
         pairs = {
-            name: (pairing.within if TASKS[name].per_step else pairing.pair)(
+            name: (pairing.within if TASKS[name].hourly else pairing.pair)(
                 people.stays[task_arrays.row], readable, source.rules.window_h(TASKS[name])
             )
             for name, task_arrays in arrays.items()

@@ -1,4 +1,4 @@
-"""The profiles: every way in which `paper`, `released` and `strict` prepare the data differently.
+"""The profiles `paper`, `released` and `strict`: every difference in how they prepare the data.
 
 Each difference is one field of `Rules`, with its reason. Other modules ask for the rule, never for the profile's name.
 """
@@ -97,19 +97,19 @@ RELEASED = Rules(
 PROFILES = {
     "paper": PAPER,
     "released": RELEASED,
-    # In every profile X-rays count from `intime` on, so that needs no rule.
+    # In every profile X-rays count from `intime` on, so no rule is needed for that.
     "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True),
 }
 
 
 def rules(profile: str) -> Rules:
-    """Return a profile's rules; UserError for an unknown name."""
+    """Return a profile's rules; raise UserError for an unknown name."""
     check_choice("--profile", profile, PROFILES)
     return PROFILES[profile]
 
 
 def describe(profile: str) -> dict[str, dict]:
-    """Rule name -> {'value', 'why'}, for the manifest."""
+    """Return rule name -> {'value', 'why'}, for the manifest."""
     chosen = rules(profile)
     return {
         field.name: {"value": getattr(chosen, field.name), "why": field.metadata["why"]}

@@ -1,4 +1,4 @@
-"""Which datasets of an earlier build in --out can be kept, and why others are rebuilt."""
+"""Decide which datasets of an earlier build in --out can be kept, and say why others are rebuilt."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from medfuse_jax.schema import TASKS
 
 _TABLES = {"mimic_iv_files": "MIMIC-IV", "mimic_cxr_files": "MIMIC-CXR"}
 _FILE_OPTIONS = ("val_ids", "test_ids", "phenotypes")  # compared by hash
-_MAX_CHANGES = 5  # shown of a dataset
+_MAX_CHANGES = 5  # shown per dataset
 
 
 def read_manifest(folder: Path) -> dict:
-    """Return a dataset's manifest, {} if it is missing or unreadable."""
+    """Return a dataset's manifest, or {} if it is missing or unreadable."""
     try:
         return files.read_json(folder / "manifest.json", "rebuild the dataset")
     except UserError:
@@ -52,7 +52,7 @@ def changes(manifest: dict, options: dict, fingerprint: dict) -> list[str]:
 
 
 def is_up_to_date(folder: Path, manifest: dict, changed: list[str]) -> bool:
-    """Return whether a task's dataset is intact and `changed` is empty; prints why it is rebuilt."""
+    """Return whether a task's dataset is intact and `changed` is empty, and print why it is kept or rebuilt."""
     if not folder.exists():
         return False
     if not manifest:
@@ -67,9 +67,9 @@ def is_up_to_date(folder: Path, manifest: dict, changed: list[str]) -> bool:
 
 
 def damage(folder: Path, manifest: dict) -> str:
-    """Return what is wrong with a dataset's files, '' if nothing.
+    """Return what is wrong with a dataset's files, or '' if nothing is.
 
-    Checks that every file exists with its length, and hashes its content. A shard may hold gigabytes, so it is hashed
+    Every file must have the length and the hash listed in the manifest. A shard may hold gigabytes, so it is hashed
     only if it was modified after the manifest, which is written last.
     """
     if not manifest.get("file_bytes"):
@@ -89,7 +89,7 @@ def damage(folder: Path, manifest: dict) -> str:
 
 
 def warn_of_others(out: Path, names: list[str], options: dict, fingerprint: dict) -> None:
-    """Warn of each dataset in `out` that this build does not touch but that is inconsistent with it, or damaged."""
+    """Warn about each dataset in `out` that this build leaves alone but that is damaged or does not match it."""
     for name in TASKS:
         manifest = read_manifest(out / name)
         if name in names or not manifest:

@@ -1,8 +1,8 @@
 """Write the audit of a build, `audit.json` and `audit.html`, from the manifests and indexes in its output folder.
 
 Manifests hold exact counts and are as confidential as the shards. The audit is for sharing: aggregates only, no name of
-a patient, stay or X-ray, and no count below 10 (privacy.py). It repeats the checks (times, no patient in two splits)
-on the files written, and fails the build if one fails.
+a patient, stay or X-ray, and no count below 10 (privacy.py). `write` also repeats the checks
+(cut-off times, no patient in two splits) on the written files; if one fails, so does the build.
 """
 
 import itertools
@@ -27,11 +27,11 @@ def write(out: Path) -> None:
     if path.exists() and page_path.exists() and path.read_bytes() == text.encode():
         return
     files.write_text(page_path, page.page(audit))
-    files.write_text(path, text)  # last: if it is there, so is the page
+    files.write_text(path, text)  # last, so that it never exists without the page
 
 
 def gather(out: Path) -> dict:
-    """Return the audit as JSON can hold it."""
+    """Return the audit as a dict that JSON can hold."""
     manifests, indexes, not_audited = {}, {}, {}
     for name in schema.TASKS:
         if not (out / name / "manifest.json").exists():
@@ -60,7 +60,7 @@ def gather(out: Path) -> dict:
 def _patients(manifests: dict, indexes: dict) -> dict:
     """Count the patients by split over all tasks built from the same tables with the same split rule.
 
-    No patient of such a group may be in two splits. Between two groups that can happen; `crossings` counts them.
+    Within such a group, no patient may be in two splits. Across groups that can happen; `crossings` counts them.
     """
     groups: dict[str, list[str]] = {}
     for name, manifest in manifests.items():
@@ -127,14 +127,14 @@ def _split_rule(options: dict) -> str:
 
 
 def _source(source: dict) -> dict:
-    """Versions, file names and sizes, without paths."""
+    """Return versions, file names and sizes, without paths."""
     tables = [*source["mimic_iv_files"], *source.get("mimic_cxr_files", [])]
     versions = {name: source[name] for name in ("mimic_iv", "mimic_cxr") if name in source}
     return versions | {"files": [{"file": table["file"], "size_bytes": table["size_bytes"]} for table in tables]}
 
 
 def _splits(name: str, index: dict) -> dict:
-    """Records and paired records by split, beside the published ones."""
+    """Return the numbers of records and paired records by split, beside the published ones."""
     records_shown = cells({split: len(fields["stay_id"]) for split, fields in index.items()})
     rows = {}
     for split, fields in index.items():
@@ -155,7 +155,7 @@ def _splits(name: str, index: dict) -> dict:
 
 
 def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dict) -> list[dict]:
-    """Each label's positives by split and among the paired test records, beside the paper's.
+    """Return each label's positives by split and among the paired test records, beside the paper's.
 
     splits: the rows of `_splits`; a size hidden there is hidden here too.
     """
@@ -172,7 +172,7 @@ def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dic
             row[split] = _prevalence(int(positive.sum()), len(positive), splits[split]["records"])
         if not schema.TASKS[name].cxr_only:
             positive, paired = index["test"]["label"][:, k] == 1, index["test"]["has_cxr"]
-            # Test minus paired test is unpaired test: neither may have few records with or without the label.
+            # Test minus paired test gives unpaired test: neither group may have few records with or without the label.
             groups = [p & g for p in (positive, ~positive) for g in (paired, ~paired)]
             few = min(int(group.sum()) for group in groups) < privacy.SMALLEST
             row["paired test"] = _prevalence(
@@ -187,10 +187,10 @@ def _labels(name: str, labels: list[str], index: dict, counts: dict, splits: dic
 
 
 def _prediction_times(predictions: dict, stays_with: dict[str, int], num_stays: int) -> dict[str, dict]:
-    """Each label's share of a split's prediction times, if at least 10 stays have the label and at least 10 do not.
+    """Return each label's share of a split's prediction times, hidden if under 10 stays have or lack the label.
 
     A stay has many times: three deaths give 72 positive hours. stays_with: how many of the split's stays have the
-    label at any time. If several labels exclude each other, one follows from the others.
+    label at any time. If the labels are mutually exclusive, one count follows from the others.
     """
     positives, times = predictions["positives"], predictions["times"]
     exclusive = len(positives) > 1 and sum(positives.values()) == times
@@ -203,7 +203,7 @@ def _prediction_times(predictions: dict, stays_with: dict[str, int], num_stays: 
 
 
 def _prevalence(positive: int, total: int, total_shown: int | str, hide: bool = False) -> dict:
-    """The positives of `total` records; hidden if the total is, or if `hide`."""
+    """Return the positives among `total` records, hidden if the total is hidden or `hide` is true."""
     positive_shown = part(positive, total)
     if positive >= privacy.SMALLEST and (hide or isinstance(total_shown, str)):
         positive_shown = privacy.ENOUGH
@@ -212,7 +212,7 @@ def _prevalence(positive: int, total: int, total_shown: int | str, hide: bool = 
 
 
 def _images(counts: dict, unreadable: int) -> dict:
-    """How many X-rays each step left, and other counts of them."""
+    """Return how many X-rays remain after each step, and other counts of X-rays."""
     steps = ("rows of metadata", "X-rays with ids", "X-rays with labels", "X-rays readable")
     flow = privacy.flow([{"filter": step, "stays": counts[step]} for step in steps])
     images = {row["filter"]: row["stays"] for row in flow}
@@ -229,7 +229,7 @@ def _time_check(check: dict) -> dict:
 
 
 def _variables(counts: dict, index: dict) -> list[dict]:
-    """For each variable: the steps and stays it was observed in, and its percentiles or classes."""
+    """Return each variable's share of observed steps and stays, and its percentiles or classes."""
     stays = counts["time_check"]["records"]
     steps = sum(int(fields["length"].sum()) for fields in index.values())
     rows = []
@@ -251,7 +251,7 @@ def _variables(counts: dict, index: dict) -> list[dict]:
 
 
 def _event_rows(event_rows: dict) -> dict:
-    """For each variable: how many of its raw rows were kept, or dropped for which reason."""
+    """Return how many of each variable's raw rows were kept, and how many were dropped for each reason."""
     result = {}
     for variable in schema.VARIABLES:
         rows = {reason: counts.get(variable.name, 0) for reason, counts in sorted(event_rows.items())}
@@ -264,7 +264,7 @@ def _event_rows(event_rows: dict) -> dict:
 
 
 def _codes(codes: dict) -> dict:
-    """What the route from codes to labels does not map."""
+    """Summarise the diagnosis codes that the route to labels does not map."""
     common = [row for row in codes["unmapped"] if row[2] >= privacy.SMALLEST]
     return {
         "route": codes["route"],

@@ -220,7 +220,7 @@ def _labels(name: str, labels: list[dict]) -> str:
         rows.append(cells)
     content = table(head, rows)
     title = "Prevalence"
-    if schema.TASKS[name].per_step:
+    if schema.TASKS[name].hourly:
         title += ": stays with the label at any hour"
         by_time = [
             [escape(r["label"]), *(_prevalence(r["prediction_times"][s]) for s in schema.SPLITS)] for r in labels

@@ -4,12 +4,12 @@ from html import escape
 
 from data_prep.audit import privacy
 
-_WIDTH, _LEFT, _RIGHT = 400, 205, 388  # px; from _LEFT to _RIGHT: the axis of a chart with a row a name
+_WIDTH, _LEFT, _RIGHT = 400, 205, 388  # px; the axis of a horizontal chart runs from _LEFT to _RIGHT
 _TICKS = (0.1, 0.2, 0.25, 0.5)
 
 
 def prevalence(labels: list[str], ours: list[float | None], paper: list[float | None]) -> str:
-    """A dot (ours) and a ring (the paper's) a label, the paper's largest first."""
+    """Draw each label's share of positives as a dot (ours) and a ring (the paper's), the paper's largest first."""
     order = sorted(range(len(labels)), key=lambda k: -(paper[k] or 0.0))
     top = max([0.1, *(p for p in (*ours, *paper) if p is not None)]) * 1.05
     parts, row_px = [], 22
@@ -28,7 +28,7 @@ def prevalence(labels: list[str], ours: list[float | None], paper: list[float | 
 
 
 def observed(names: list[str], shares: list[float | None]) -> str:
-    """A bar a variable: the share of time steps with an observation."""
+    """Draw one bar per variable: the share of time steps with an observation."""
     order = sorted(range(len(names)), key=lambda i: -(shares[i] or 0.0))
     parts, row_px = [], 22
     for place, i in enumerate(order):
@@ -43,7 +43,7 @@ def observed(names: list[str], shares: list[float | None]) -> str:
 
 
 def histogram(counts: dict[str, int | str], what: str, unit: str) -> str:
-    """A bar an interval ('0-12', ..., '504-'); a hidden count is written without a bar."""
+    """Draw one bar per interval ('0-12', ..., '504-'); write a hidden count as text, without a bar."""
     base_px, top_px = 180, 16
     largest = max([privacy.SMALLEST, *(n for n in counts.values() if isinstance(n, int))])
     slot_px = (_WIDTH - 8) / len(counts)
@@ -68,7 +68,7 @@ def histogram(counts: dict[str, int | str], what: str, unit: str) -> str:
 
 
 def _share_axis(top: float, height: float, title: str) -> str:
-    """Grid lines at round shares from 0 to `top`, at most six, named below."""
+    """Draw at most six grid lines at round shares from 0 to `top`, labelled below."""
     step = next((tick for tick in _TICKS if top / tick < 6), _TICKS[-1])
     parts = []
     for i in range(int(min(top, 1.0) / step + 1e-9) + 1):

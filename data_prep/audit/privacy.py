@@ -1,7 +1,7 @@
-"""Which counts of people the audit shows: none below 10, and none that reveals one in the same table.
+"""Hide every count of people below 10 in the audit, and every count that would reveal one in the same table.
 
-A count of 0 to 9 is shown as '<10'. If the table's sum and its other counts would reveal it, one neighbour is hidden
-too, as '≥10'.
+A count of 0 to 9 is shown as '<10'. If the table's sum and its other counts would reveal it, one neighbouring count
+is hidden too, as '≥10'.
 """
 
 SMALLEST = 10
@@ -9,12 +9,15 @@ FEW, ENOUGH = f"<{SMALLEST}", f"≥{SMALLEST}"
 
 
 def shown(count: int) -> int | str:
-    """A count that stands alone."""
+    """Return a count that stands alone, hidden if it is below 10."""
     return count if count >= SMALLEST else FEW
 
 
 def cells(counts: dict[str, int]) -> dict[str, int | str]:
-    """Counts of disjoint groups with a known sum; if those hidden add up to 1 to 9, the next smallest is hidden too."""
+    """Return the counts of disjoint groups with a known sum, small ones hidden.
+
+    If the hidden counts add up to less than 10, the next smallest is hidden too.
+    """
     ordered = sorted(counts, key=lambda name: (counts[name], name))
     few = [name for name in ordered if counts[name] < SMALLEST]
     neighbour = ordered[len(few)] if 0 < len(few) < len(ordered) and sum(counts[n] for n in few) < SMALLEST else None
@@ -22,19 +25,19 @@ def cells(counts: dict[str, int]) -> dict[str, int | str]:
 
 
 def part(count: int, whole: int) -> int | str:
-    """A count shown beside its total: a lower bound if the rest is below 10."""
+    """Return a count to be shown beside its total: a lower bound if the rest is below 10."""
     if count < SMALLEST:
         return FEW
     return count if whole - count >= SMALLEST else f"≥{whole - SMALLEST + 1}"
 
 
 def share(count: int, whole: int) -> float | None:
-    """`count` / `whole`; None where the count is hidden."""
+    """Return `count` / `whole`, or None if the count is hidden."""
     return round(count / whole, 4) if whole and isinstance(part(count, whole), int) else None
 
 
 def by_people(counts: dict[str, int], people: dict[str, int], known_sum: bool) -> dict[str, int | None]:
-    """Counts of hours or time steps, None where fewer than 10 people are behind one.
+    """Return counts of hours or time steps, None where fewer than 10 people are behind one.
 
     people: how many are behind each count. known_sum: the sum of the counts is known, so if any is hidden, the
     smallest other is hidden too.
@@ -47,7 +50,7 @@ def by_people(counts: dict[str, int], people: dict[str, int], known_sum: bool) -
 
 
 def flow(steps: list[dict]) -> list[dict]:
-    """Merge each filter that removed 1 to 9 with its neighbours.
+    """Merge each filter that removed 1 to 9 stays with its neighbours.
 
     steps: {'filter', 'stays'} in order. Returns {'filter', 'stays', 'removed'}; removed is None in the first row.
     """

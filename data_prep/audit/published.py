@@ -1,4 +1,4 @@
-"""What the paper and its authors published of their data, for comparison with a build's numbers.
+"""What the paper and its authors published about their data, for comparison with a build's numbers.
 
 Hayat et al. 2022 (MedFuse): Table 4 (shares of positives), Figure 1 and section 4.1.2 (counts), Table 5 (deaths
 among the paired test stays). The later counts are from the authors' repository after their fix of 2023-03.

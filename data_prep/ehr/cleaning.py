@@ -1,4 +1,4 @@
-"""Turn raw values into numbers in the variable's unit, or class indices, or drop them."""
+"""Convert raw values to numbers in the variable's unit or to class indices, and drop invalid ones."""
 
 import polars as pl
 
@@ -9,14 +9,14 @@ from medfuse_jax import schema
 VARIABLE = {variable.name: index for index, variable in enumerate(schema.VARIABLES)}
 CLASS_VARIABLES = [index for index, variable in enumerate(schema.VARIABLES) if variable.classes]
 
-HEIGHT_INCH, TEMPERATURE_F, WEIGHT_LB = 226707, 223761, 226531  # items in another unit than their variable's
+HEIGHT_INCH, TEMPERATURE_F, WEIGHT_LB = 226707, 223761, 226531  # items that are not in their variable's unit
 KG_PER_LB, CM_PER_INCH = 0.453592, 2.54
 
 # Text of a row -> class, for texts that are not class names.
 CAPILLARY_TEXT = {"Normal <3 Seconds": "0.0", "Abnormal >3 Seconds": "1.0"}
 
 # Plausible ranges (drop below, clip to, clip to, drop above). Source: resources/variable_ranges.csv of the benchmark
-# that the paper builds on (arXiv 1703.07771); its own extraction no longer applies them.
+# that the paper builds on (arXiv 1703.07771); the benchmark's own extraction no longer applies them.
 RANGES = {
     "Diastolic blood pressure": (0, 0, 375, 375),
     "Fraction inspired oxygen": (0.2, 0.21, 1, 1.1),
@@ -36,12 +36,12 @@ RANGES = {
 def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     """Add `value` (float64), `clipped`, and `fate`: why a row is dropped, or null.
 
-    frame: variable, itemid, text, valuenum. Rows of variables with classes keep their order, others may not.
+    frame: variable, itemid, text, valuenum. Rows of variables with classes keep their order; other rows may not.
     """
     is_class = pl.col("variable").is_in(CLASS_VARIABLES)
     classes = frame.filter(is_class).join(_class_values(), on=["variable", "text"], how="left", maintain_order="left")
     numbers = frame.filter(~is_class).with_columns(value=parse.number("text"))
-    # Few rows are not plain numbers; only those pay for the patterns.
+    # Few rows are not plain numbers; apply the slow patterns to those alone.
     other = numbers.filter(pl.col("value").is_null()).with_columns(value=_parse_other_text(rules))
     numbers = pl.concat([numbers.filter(pl.col("value").is_not_null()), other]).with_columns(value=_convert(rules))
     frame = pl.concat([classes, numbers])
@@ -53,7 +53,7 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
 
 
 def _class_values() -> pl.DataFrame:
-    """variable, text -> value: the class's index.
+    """Return a table that maps (variable, text) to `value`, the class's index.
 
     'None' of eye opening is a class, as in the released code: pandas before 2.0 reads it as text.
     """
@@ -71,7 +71,7 @@ def _of(*names: str) -> pl.Expr:
 
 
 def _parse_other_text(rules: Rules) -> pl.Expr:
-    """Parse text that is not a number: one of a pair of pressures, else `valuenum`."""
+    """Parse text that is not a number, as one of a pair of pressures; otherwise use `valuenum`, if the rules do."""
 
     def part(group: int) -> pl.Expr:
         return pl.col("text").str.extract(r"^(\d+)/(\d+)$", group).cast(pl.Float64)
@@ -109,7 +109,7 @@ def _convert(rules: Rules) -> pl.Expr:
 
 
 def _clip(frame: pl.DataFrame) -> pl.DataFrame:
-    """Clip values into RANGES (column `clipped`), and drop impossible ones."""
+    """Clip values to RANGES (column `clipped`), and drop impossible ones."""
     limits = ("drop_low", "low", "high", "drop_high")
     bounds = pl.DataFrame(
         [(VARIABLE[name], *map(float, values)) for name, values in RANGES.items()],

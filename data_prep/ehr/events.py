@@ -1,7 +1,7 @@
 """Stream raw chart and laboratory rows to cleaned events of the 17 variables.
 
 Tables are read in batches, so memory does not grow with their size. Events go to one folder of parquet files per
-bucket of stays, small enough to be discretised at once.
+bucket of stays; a bucket is small enough to be discretised at once.
 
 Event columns: stay (row of the cohort, uint32), time_s (seconds since intime, int32), variable (index in
 schema.VARIABLES, uint8), value (float32; of a class, its index), item (int32) and, if the rules need them, `text` and
@@ -24,7 +24,7 @@ from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
-VERSION = 6  # raise it when the same input gives other events
+VERSION = 6  # increment when the same input gives other events
 # Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
@@ -57,12 +57,12 @@ LAB_ITEMS = {
     "pH": (50820, 51491, 50831, 51094),
 }
 
-# Variables whose raw numbers the released extraction sorts as text (it parses the others first).
+# Variables whose raw numbers the released extraction sorts as text (it parses the numbers of other variables first).
 SORTED_AS_TEXT = ("Heart Rate", "Mean blood pressure", "Respiratory rate")
 
 
 def num_buckets(num_stays: int) -> int:
-    """Return how many buckets `num_stays` need."""
+    """Return the number of buckets that `num_stays` stays need."""
     return -(-num_stays // STAYS_PER_BUCKET)
 
 
@@ -110,7 +110,7 @@ def _write(frame: pl.DataFrame, folder: Path, part: int) -> None:
 def _batches(
     raw: dict[str, tables.Table], rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]
 ) -> Iterator[pl.DataFrame]:
-    """Yield cleaned events of both tables in batches; adds to `counts`."""
+    """Yield cleaned events of both tables in batches, adding to `counts`."""
     for name, items in (("chartevents", CHART_ITEMS), ("labevents", LAB_ITEMS)):
         if not rules.capillary_refill:
             items = {variable: ids for variable, ids in items.items() if variable != "Capillary refill rate"}
@@ -118,7 +118,7 @@ def _batches(
         # Laboratory rows belong to an admission; MIMIC-IV gives them no stay.
         extra = "valuenum" if name == "labevents" else "stay_id"
         item_variable = {str(item): VARIABLE[variable] for variable, ids in items.items() for item in ids}
-        item_variable |= {f"{item}.0": variable for item, variable in item_variable.items()}  # as in tables.integer
+        item_variable |= {f"{item}.0": variable for item, variable in item_variable.items()}  # as parse.integer accepts
         columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
         if rules.stored_in_time:
             columns.append("storetime")
@@ -132,7 +132,7 @@ def _batches(
 
 
 def _raw_batches(table: tables.Table, wanted: pl.LazyFrame) -> Iterator[pl.DataFrame]:
-    """Yield the wanted rows in file order, at least ROWS_PER_BATCH at a time; small batches cost as much to clean."""
+    """Yield the wanted rows in file order, at least ROWS_PER_BATCH at a time, because each batch has a fixed cost."""
     pending = []
     with tables.reading(table.path):
         for batch in wanted.collect_batches():
@@ -194,7 +194,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         (pl.col("stay").is_null(), "no stay of the cohort"),
         (pl.col("subject_id").ne_missing(pl.col("own_subject_id")), "another patient"),
         (pl.col("invalid_stay_id"), "no valid stay_id"),
-        (pl.col("stay_id") != pl.col("own_stay_id"), "another stay"),  # a row without a stay_id is its admission's
+        (pl.col("stay_id") != pl.col("own_stay_id"), "another stay"),  # without a stay_id, the admission decides
         (seconds.is_null(), "no valid time"),
         # time_s is an int32: a time outside its range would be null.
         (outside | ~seconds.is_between(_INT32.min, _INT32.max), "before or after the stay"),

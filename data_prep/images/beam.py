@@ -1,13 +1,14 @@
-"""Decode X-rays on many processes or machines with Apache Beam (`pip install .[beam]`), before a build.
+"""Before a build, decode X-rays in many processes or on many machines with Apache Beam (`pip install .[beam]`).
 
     python -m data_prep.images.beam --mimic_cxr=DIR --out=DIR [--profile=paper] [--workers=N]
         [--runner=DirectRunner|DataflowRunner|FlinkRunner|SparkRunner] [any other option of Beam]
 
 Decodes every labelled X-ray of MIMIC-CXR-JPG into the image cache of `--out`, byte for byte as
 `python -m data_prep.build` would. That command, run afterwards with the same --out, --profile and --mimic_cxr, decodes
-no X-ray again, whatever its tasks. Both flags name folders, not addresses (gs://, s3://); on a cluster, every worker
-must mount them at the same path. apache-beam requires an older protobuf than TensorFlow Datasets does: if pip cannot
-install both, give Beam its own environment. It needs neither jax nor TFDS, but the same version of Pillow as the build.
+none of these X-rays again, for any --tasks. Both flags name folders, not addresses (gs://, s3://); on a cluster, every
+worker must mount them at the same path. apache-beam requires an older protobuf than TensorFlow Datasets does: if pip
+cannot install both, give Beam its own environment. It needs neither jax nor TFDS, but the same version of Pillow as the
+build.
 """
 
 import difflib
@@ -77,17 +78,17 @@ def check_beam_options(options: list[str]) -> None:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Define the command's flags; every other option is Beam's."""
-    values.set_gnu_getopt(True)  # our flags may follow values of Beam's, which absl takes for positional arguments
+    """Define the command's flags; any other option goes to Beam."""
+    values.set_gnu_getopt(True)  # our flags may follow values of Beam's, which absl takes for arguments
     flags.DEFINE_string("mimic_cxr", None, "The MIMIC-CXR-JPG folder (contains files/).", flag_values=values)
     flags.DEFINE_string("out", None, "The build's output folder.", flag_values=values)
     flags.DEFINE_string("profile", "paper", "The build's profile, which decides the X-rays' shape.", flag_values=values)
-    flags.DEFINE_integer("workers", None, "DirectRunner's processes; default: one a core.", flag_values=values)
+    flags.DEFINE_integer("workers", None, "DirectRunner's processes; default: one per core.", flag_values=values)
     flags.DEFINE_string("runner", "DirectRunner", "Beam's runner.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
-    """The command; arguments that absl does not know go to Beam."""
+    """Run the command; pass arguments that absl does not know on to Beam."""
     values = flags.FLAGS
     check_beam_options(argv[1:])
     for name in ("mimic_cxr", "out"):

@@ -1,4 +1,4 @@
-"""One X-ray's pixels, as a grey 256 x 256 square."""
+"""Decode one X-ray to a square of 256 x 256 grey pixels."""
 
 import struct
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from medfuse_jax import schema
 
 DECODER = f"Pillow {PIL.__version__}"  # another version may give other pixels
-VERSION = 1  # raise it when the same file gives other pixels
+VERSION = 1  # increment when the same file gives other pixels
 
 
 def decode(path: Path, image_shape: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the tables of MIMIC-CXR-JPG say of each X-ray: its patient, study, view, time and 14 labels."""
+"""Read each X-ray's patient, study, view, time and 14 labels from the tables of MIMIC-CXR-JPG."""
 
 import polars as pl
 
@@ -39,7 +39,7 @@ def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
 
 
 def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) -> dict:
-    """Count the X-rays that only the split table lists, and warn of them."""
+    """Count the X-rays that only the split table lists, and warn about them."""
     listed = raw["split"].read("dicom_id").select(pl.col("dicom_id").str.strip_chars()).drop_nulls().unique()
     missing = listed.join(images, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
     if missing:

@@ -6,11 +6,11 @@ import polars as pl
 
 
 def within(stays: pl.DataFrame, images: pl.DataFrame, window_h: float | None) -> pl.DataFrame:
-    """Return each stay's AP X-rays taken from `intime` to the end of its window, by stay and time.
+    """Return each stay's AP X-rays taken from `intime` to the end of its window, sorted by stay and time.
 
     stays: stay_id, subject_id, intime, outtime. images: dicom_id, subject_id, view, time.
     window_h: hours after `intime`, at most to `outtime`; None: to `outtime`.
-    Columns: stay_id, dicom_id, cxr_time. X-rays taken at the same time are in order of dicom_id.
+    Columns: stay_id, dicom_id, cxr_time. X-rays taken at the same time are sorted by dicom_id.
     """
     end = pl.col("outtime")
     if window_h is not None:

@@ -15,8 +15,8 @@ from data_prep.images import decode
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
-CHUNK_FORMAT = 2  # raise it when the contents of a chunk's files change
-CHUNK_IMAGES = 1024  # 64 MiB a chunk: the most that an interrupted build loses
+CHUNK_FORMAT = 2  # increment when the contents of a chunk's files change
+CHUNK_IMAGES = 1024  # 64 MiB per chunk: the most that an interrupted build loses
 MAX_UNREADABLE = 0.01
 _SHAPE = (schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX)
 
@@ -32,7 +32,7 @@ def chunks(images: Iterable[tuple[str, str]]) -> list[list[tuple[str, str]]]:
 def write_chunk(
     folder: Path, root: Path, image_shape: str, images: list[tuple[str, str]], map_images: Callable = map
 ) -> Path:
-    """Decode one chunk of X-rays into the cache, unless it is there, and return its .npy file.
+    """Decode one chunk of X-rays into the cache, unless it is cached already, and return its .npy file.
 
     The .npy holds the pixels of the readable X-rays. The .json beside it holds how they were decoded and each X-ray's
     signature: 'readable' in the order of the pixels, 'unreadable'. Two processes may write the same chunk at once.
@@ -69,7 +69,7 @@ def write_chunk(
 
 
 def _made(image_shape: str) -> dict:
-    """How the pixels of a chunk were made; a chunk made differently is not used."""
+    """Return how a chunk's pixels must have been made; a chunk made differently is not used."""
     return {"image_shape": image_shape, "version": decode.VERSION, "format": CHUNK_FORMAT, "decoder": decode.DECODER}
 
 
@@ -102,7 +102,7 @@ class ImageStore:
         self._place: dict[str, tuple[Path, int]] = {}  # dicom_id -> chunk and row of its valid pixels
         self._requested: set[str] = set()
         self._cached: dict[str, list[tuple[Path, int | None, Signature]]] = {}  # row None: unreadable
-        self._open: dict[Path, np.ndarray] = {}  # the chunk read last: more would stay mapped in memory
+        self._open: dict[Path, np.ndarray] = {}  # only the chunk read last, to limit the memory that is mapped
         folder.mkdir(exist_ok=True)
         for path in sorted(folder.glob("*.npy")):
             self._load_info(path)

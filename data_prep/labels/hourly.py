@@ -1,6 +1,6 @@
 """Labels at every hour of a stay: decompensation and length of stay.
 
-As defined by Harutyunyan et al. 2019 (arXiv 1703.07771) and its published code: a prediction at each whole hour after
+Harutyunyan et al. 2019 (arXiv 1703.07771) and its published code define them: one prediction at each whole hour after
 the fourth, up to death or the end of the stay, once something has been observed.
 decompensation: death within 24 h. length_of_stay: remaining time, in ten bins of days.
 
@@ -17,19 +17,22 @@ from medfuse_jax import schema
 
 AFTER_H = 4  # exclusive, like `shortest_length` in the benchmark's scripts (docs/data.md)
 HORIZON_H = 24.0
-VERSION = 2  # raise it when the same arrays give other labels
+VERSION = 2  # increment when the same arrays give other labels
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """position_N: each stay's position in the task's arrays; times: float32 [H]; labels: int8 [H, K]."""
+    """The predictions of an hourly task.
+
+    position_N: each stay's position in the task's arrays; times: float32 [H]; labels: int8 [H, K].
+    """
 
     position_N: np.ndarray
     times: list[np.ndarray]
     labels: list[np.ndarray]
 
     def any_label(self) -> np.ndarray:
-        """Return int8 [N, K]: positive at any prediction time of the stay."""
+        """Return int8 [N, K]: 1 if positive at any prediction time of the stay."""
         return np.stack([label_HK.max(0) for label_HK in self.labels])
 
 
@@ -45,14 +48,14 @@ def predictions(
     died = rows["died"].to_numpy()
     end_h, usable, flow = los_h, np.ones(len(rows), bool), []
     if task.name == "decompensation":
-        # Differs from the benchmark, which takes a death without an hour (dod alone) as survival.
+        # Differs from the benchmark, which treats a death without an hour (dod alone) as survival.
         usable = ~(died & np.isinf(death_h))
         end_h = np.minimum(los_h, death_h)
         flow.append({"filter": "no death without a known hour", "stays": int(usable.sum())})
     positions, times, labels = [], [], []
     for i in np.flatnonzero(usable).tolist():
         times_H = np.arange(AFTER_H + 1, int(max(end_h[i] + EPSILON_H, 0)) + 1, dtype=np.float64)
-        # Only times at which a completed time step holds an observation.
+        # Keep only times by which a completed time step holds an observation.
         times_H = times_H[np.floor(times_H / timestep_h + EPSILON_H) > arrays.first_step[i]]
         if len(times_H):
             positions.append(i)

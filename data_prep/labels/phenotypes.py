@@ -15,7 +15,7 @@ from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 3  # raise it when the same codes give other labels, or the same cohort other static texts (known_words.py)
+VERSION = 3  # increment when the same codes give other labels, or known_words.py other static texts
 # A code of either version, without its dot. The second character is a digit, so no word matches.
 CODE = r"^[A-Z0-9][0-9][A-Z0-9]{1,5}$"
 
@@ -85,7 +85,7 @@ def table_route(path: str | Path) -> Route:
 
 
 def read_table(path: str | Path) -> dict[str, dict]:
-    """Read a phenotype table: name -> {id (CCS), codes, ...}. UserError if it is damaged or lacks a phenotype."""
+    """Return a phenotype table, name -> {id (CCS), codes, ...}; raise UserError if damaged or without a phenotype."""
 
     def error(problem: str, value: object = None) -> UserError:
         return UserError(f"--phenotypes={path} {problem}", field="--phenotypes", path=path, value=value)

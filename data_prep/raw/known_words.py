@@ -1,6 +1,6 @@
-"""The words that MIMIC-IV 1.0 to 3.1 uses in the text columns copied to the records; any other may be free text.
+"""The words that MIMIC-IV 1.0 to 3.1 uses in the text columns copied to the records; anything else may be free text.
 
-A new version may add words: the build and the audit count them; add them to the lists.
+A new version of MIMIC-IV may use more words: the build and the audit count unknown ones; add them to the lists.
 """
 
 import polars as pl
@@ -44,7 +44,7 @@ def word(column: str) -> pl.Expr:
 
 
 def warn_of_others(frame: pl.DataFrame) -> None:
-    """Print how many rows have an unknown word, by column, without the words."""
+    """Warn how many rows have an unknown word, by column, without printing the words."""
     for column in WORDS:
         others = int((frame[column] == OTHER).sum())
         if others:

@@ -4,7 +4,7 @@ import polars as pl
 
 
 def integer(column: str) -> pl.Expr:
-    """Parse a text column as int64, null if not a whole number; accepts '20000000.0', as pandas writes ids."""
+    """Parse a text column as int64, null if not a whole number; accept '20000000.0', as pandas writes ids."""
     return pl.col(column).map_batches(_integers, return_dtype=pl.Int64)
 
 
@@ -23,7 +23,7 @@ def number(column: str) -> pl.Expr:
 
 
 def time(column: str) -> pl.Expr:
-    """Parse a text column 'YYYY-MM-DD HH:MM:SS', else null; accepts a 'T' before the clock, and missing seconds."""
+    """Parse a text column of 'YYYY-MM-DD HH:MM:SS', else null; accept a 'T' before the time, and missing seconds."""
     return pl.col(column).map_batches(_times, return_dtype=pl.Datetime("us"))
 
 

@@ -16,8 +16,8 @@ from data_prep.raw import parse
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-# Table -> the folders it may be in, its required columns.
 _MAX_UNREADABLE_TIMES = 0.01
+# Table -> the folders it may be in, its required columns.
 MIMIC_IV = {
     "patients": (("hosp", "core"), ("subject_id", "gender", "anchor_age", "dod")),
     "admissions": (
@@ -55,7 +55,7 @@ class Table:
         return _scan(self.path).select(columns)
 
     def read(self, *columns: str) -> pl.DataFrame:
-        """Read `columns` as text; UserError if the file is damaged."""
+        """Read `columns` as text; raise UserError if the file is damaged."""
         with reading(self.path):
             return self.scan(*columns).collect(engine="streaming")
 
@@ -130,7 +130,7 @@ def _folder(root: str | Path, flag: str) -> Path:
 
 
 def mimic_iv(root: str | Path) -> dict[str, Table]:
-    """Open the MIMIC-IV tables under `root`; UserError for a missing table or column."""
+    """Open the MIMIC-IV tables under `root`; raise UserError for a missing table or column."""
     root = _folder(root, "mimic_iv")
     found = {}
     for name, (folders, required) in MIMIC_IV.items():
@@ -160,7 +160,10 @@ def mimic_iv_version(tables: dict[str, Table]) -> str:
 
 
 def _possible_versions(tables: dict[str, Table]) -> list[str]:
-    """By the release notes: 1.0 has core/, 2.2 adds the admitting provider, 3.0 the patients of 2020 to 2022."""
+    """Return the versions that the files allow.
+
+    By the release notes, 1.0 has core/, 2.2 adds the admitting provider, and 3.0 adds the patients of 2020 to 2022.
+    """
     patients = tables["patients"]
     if patients.name.startswith("core"):
         return ["1.0"]
@@ -197,7 +200,7 @@ def mimic_cxr_version(tables: dict[str, Table]) -> str:
     """Return the MIMIC-CXR-JPG version, or the versions that the files allow.
 
     2.1.0 has the tables and X-rays of 2.0.0, and adds IMAGE_FILENAMES and a labelled test set (release notes). README
-    and LICENSE.txt are ignored: those of 2.1.0 may be 2.0.0's.
+    and LICENSE.txt are ignored: a copy of 2.1.0 may have those of 2.0.0.
     """
     metadata = tables["metadata"].path
     root = metadata.parent
@@ -217,7 +220,7 @@ def mimic_cxr_version(tables: dict[str, Table]) -> str:
 
 
 def count_unreadable_times(raw: dict[str, Table]) -> dict[str, int]:
-    """Count the unreadable times of admissions and deaths, by 'table.column'. UserError if over 1 % of a column."""
+    """Count the unreadable times of admissions and deaths, by 'table.column'; raise UserError above 1 %."""
     counts = {}
     for name, columns in {"admissions": ("admittime", "dischtime", "deathtime"), "patients": ("dod",)}.items():
         table = raw[name].read(*columns)

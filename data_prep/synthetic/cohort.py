@@ -64,7 +64,7 @@ def _patients_and_times(rng, kind: np.ndarray, died: np.ndarray, los_h: np.ndarr
     visit = np.arange(num) - np.searchsorted(patient, patient)
     intime = opened + _hours(visit * 330 * 24 + rng.uniform(0, 60 * 24, num))
     before_h = np.minimum(rng.exponential(8, num), 72)
-    before_h = np.where(rng.random(num) < 0.05, 0.0, before_h)  # no time in hospital before the ICU
+    before_h = np.where(rng.random(num) < 0.05, 0.0, before_h)  # admitted straight to the ICU
     first = np.flatnonzero(second_twin) - 1
     intime[second_twin] = intime[first] + _hours(los_h[first] + rng.uniform(12, 60, len(first)))
     return {
@@ -117,7 +117,7 @@ def draw_stays(rng: np.random.Generator, num_stays: int) -> tuple[pl.DataFrame, 
 
 
 def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
-    """One row per admission: the columns of the real table, and `dod`."""
+    """Return one row per admission, with the columns of the real table and `dod`."""
     by_admission = stays.group_by("hadm_id", maintain_order=True)
     stays = by_admission.agg(pl.all().exclude("outtime").first(), pl.col("outtime").last())
     num = len(stays)
@@ -157,7 +157,7 @@ def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
 
 
 def patients(rng: np.random.Generator, stays: pl.DataFrame, admitted: pl.DataFrame) -> pl.DataFrame:
-    """One row per patient, with the columns of the real table."""
+    """Return one row per patient, with the columns of the real table."""
     people = stays.group_by("subject_id", maintain_order=True).first()
     died = admitted.group_by("subject_id").agg(pl.col("dod").max())
     groups = [f"{year} - {year + 2}" for year in range(2008, 2020, 3)]
@@ -172,7 +172,7 @@ def patients(rng: np.random.Generator, stays: pl.DataFrame, admitted: pl.DataFra
 
 
 def diagnoses(rng: np.random.Generator, stays: pl.DataFrame, label_NK: np.ndarray) -> pl.DataFrame:
-    """Codes for each admission's phenotype labels, mixed with codes that belong to none of them."""
+    """Return codes for each admission's phenotype labels, mixed with codes that belong to no phenotype."""
     rows = []
     stays = stays.with_row_index("row").group_by("hadm_id", maintain_order=True).first()
     columns = stays.select("subject_id", "hadm_id", "row", "icd_version")
@@ -243,7 +243,7 @@ def tables(rng: np.random.Generator, stays: pl.DataFrame, planted: dict[str, np.
 
 
 def _lab_table(rng: np.random.Generator, rows: pl.DataFrame) -> pl.DataFrame:
-    """Laboratory rows with the real columns: no stay_id, and no admission in one row of twenty."""
+    """Return laboratory rows with the real columns: no stay_id, and no admission in one row of twenty."""
     number = pl.col("valuenum").cast(pl.Float64)
     lower, upper = (
         pl.col("itemid").replace_strict({item: b[i] for item, b in LAB_NORMAL.items()}, default=None) for i in (0, 1)

@@ -1,4 +1,4 @@
-"""When synthetic X-rays are taken, their files, and their tables, as in MIMIC-CXR-JPG 2.0.0."""
+"""Plan synthetic X-rays, and write their files and tables as in MIMIC-CXR-JPG 2.0.0."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +41,7 @@ VIEWS = {  # procedure, view code
 
 
 def _studies_of_stays(rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: float) -> list[pl.DataFrame]:
-    """Studies of patients with a stay: during it (AP, or PA and lateral only), before it and after it."""
+    """Return studies of patients with a stay: during it (AP, or PA and lateral only), before it and after it."""
     los_h = stays["los_h"].to_numpy()
     kept = (stays["kind"] == "kept").to_numpy()
     num_kept = int(kept.sum())
@@ -76,14 +76,14 @@ def _studies_of_stays(rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: 
 
 
 def _studies(subject_id, latents, view, rows, hours) -> pl.DataFrame:
-    """One row per study. view: 'AP', or 'PA' for a PA and a lateral X-ray; rows: of the stay, or -1."""
+    """Return one row per study. view: 'AP', or 'PA' for a PA and a lateral X-ray; rows: of the stays, -1 for none."""
     view = np.broadcast_to(view, len(rows))
     frame = pl.DataFrame({"subject_id": subject_id, "row": rows, "hours": hours, "view": view})
     return frame.with_columns(pl.Series(f"image_{name}", latents[:, i]) for i, name in enumerate(IMAGE_LATENTS))
 
 
 def _studies_without_stay(rng, taken: np.ndarray, num_images: int) -> pl.DataFrame:
-    """Studies with `num_images` X-rays, or one more, of people without an ICU stay."""
+    """Return studies with `num_images` X-rays, or one more, of people without an ICU stay."""
     view = np.where(rng.random(num_images) < 0.2, "PA", "AP")
     num = int(np.searchsorted(np.cumsum(1 + (view == "PA")), num_images)) + 1
     person = np.cumsum(rng.random(num) < 0.6)
@@ -98,7 +98,7 @@ def plan(
 ) -> pl.DataFrame:
     """Plan all X-rays: ids, view, row of the stay (-1: none), hours since its intime, time, and latents as `image_*`.
 
-    X-rays of patients without a stay, at least one, bring the total to `num_images`.
+    Patients without a stay get at least one X-ray, and as many as bring the total to `num_images`.
     """
     studies = pl.concat(_studies_of_stays(rng, stays, image_latents_NE, cxr_fraction))
     num_so_far = len(studies) + (studies["view"] == "PA").sum()
@@ -156,7 +156,7 @@ def _view_text(place: int) -> pl.Expr:
 
 
 def _chexpert(rng, planned: pl.DataFrame) -> pl.DataFrame:
-    """One row per study, each finding 1, 0, -1 (uncertain) or blank (not mentioned)."""
+    """Return one row per study, each finding 1, 0, -1 (uncertain) or blank (not mentioned)."""
     studies = planned.unique("study_id", keep="first", maintain_order=True)
     labels, any_finding = {}, np.zeros(len(studies), bool)
     for finding, (threshold, weights) in FINDINGS.items():

@@ -24,17 +24,17 @@ AIR, BODY, LUNG, FLUID, HEART, BONE, METAL = 0.03, 0.60, 0.17, 0.68, 0.79, 0.82,
 
 
 def _share(latent: float) -> float:
-    """Map a latent to (0, 1), as a Python float: float32 images stay float32."""
+    """Map a latent to (0, 1), as a Python float, so that float32 images stay float32."""
     return float(expit(1.2 * latent))
 
 
 def _above(value: np.ndarray, edge: float) -> np.ndarray:
-    """1 where `value` is positive, 0 where it is negative, over a ramp `edge` wide."""
+    """Return 1 where `value` is positive and 0 where it is negative, with a ramp `edge` wide between them."""
     return np.clip(0.5 + value / edge, 0, 1)
 
 
 def _inside(distance: np.ndarray, edge: float) -> np.ndarray:
-    """1 where `distance` < 1, 0 elsewhere, with a soft rim of +-`edge`."""
+    """Return 1 where `distance` < 1, 0 elsewhere, with a soft rim of +-`edge`."""
     return _above(1 - distance, 2 * edge)
 
 
@@ -48,13 +48,13 @@ def _over(image, colour, opacity):
 
 
 def _smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> np.ndarray:
-    """Mottle of about `cells` patches across the X-ray, roughly in [-1, 1], shape [H, W]."""
+    """Return mottle of about `cells` patches across the X-ray, roughly in [-1, 1], shape [H, W]."""
     coarse = rng.standard_normal((cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
 def _coordinates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Body coordinates of every pixel, for a patient slightly off centre, tilted and scaled."""
+    """Return the body coordinates of every pixel, for a patient slightly off centre, tilted and scaled."""
     rows, columns = ROWS_PX // _COARSE, COLUMNS_PX // _COARSE
     scale = 2 / rows / rng.uniform(0.93, 1.07)
     y = ((np.arange(rows) - rows / 2) * scale + rng.uniform(-0.05, 0.05)).astype(np.float32)[:, None]
@@ -64,7 +64,7 @@ def _coordinates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lung_shapes(x, y, lateral: bool) -> list[tuple[np.ndarray, float, float]]:
-    """(mask [H, W], centre x, centre y) of each lung: two from the front, one from the side."""
+    """Return (mask [H, W], centre x, centre y) of each lung: two from the front, one from the side."""
     lungs = [(0.02, 0.52)] if lateral else [(-0.46, 0.37), (0.46, 0.37)]
     shapes = []
     for centre, half_width in lungs:
@@ -78,7 +78,7 @@ def _lung_shapes(x, y, lateral: bool) -> list[tuple[np.ndarray, float, float]]:
 
 
 def _draw_body(x, y, rng, lateral: bool) -> np.ndarray:
-    """The body without lungs, float32 [H, W]."""
+    """Draw the body without lungs, float32 [H, W]."""
     image = np.full(np.broadcast_shapes(x.shape, y.shape), AIR, np.float32)
     half = 0.86 if lateral else 1.04
     neck = _above(-y - 0.84, 0.36)
@@ -91,7 +91,7 @@ def _draw_body(x, y, rng, lateral: bool) -> np.ndarray:
 
 
 def _draw_lungs(image, x, y, rng, lungs, haze: float, lucency: float) -> None:
-    """Lungs with vessels: haze whitens and mottles them, lucency collapses one from the top."""
+    """Draw the lungs with vessels: haze whitens and mottles them; lucency collapses one from the top."""
     fog = _share(haze)
     collapsed = rng.integers(len(lungs))
     vessels = np.exp(-np.abs(np.abs(x) - 0.14) * 4.0)
@@ -99,7 +99,7 @@ def _draw_lungs(image, x, y, rng, lungs, haze: float, lucency: float) -> None:
     tissue = LUNG + 0.10 * vessels + 0.40 * fog * (1 - 0.2 * y) + (0.02 + 0.06 * fog) * mottle
     for i, (mask, centre, middle) in enumerate(lungs):
         texture = tissue
-        if i == collapsed:  # black air above the lung's edge, and the edge a thin bright line
+        if i == collapsed:  # black air above the lung's edge, which is a thin bright line
             edge = middle - 0.88 + 1.05 * _share(lucency) + 0.5 * (x - centre) ** 2
             texture = tissue + _above(edge - y, 0.05) * (0.07 - tissue)
             texture += 0.12 * _inside(np.abs(y - edge) / 0.02, 0.5)
@@ -107,7 +107,7 @@ def _draw_lungs(image, x, y, rng, lungs, haze: float, lucency: float) -> None:
 
 
 def _draw_bones(image, x, y, lungs, lateral: bool) -> None:
-    """Ribs, collar bones and spine."""
+    """Draw ribs, collar bones and spine."""
     drop = 0.45 * x if lateral else 0.25 * np.abs(x) + 0.32 * x * x
     phase = (y - drop) / 0.215
     ribs = _inside(np.abs(phase - np.floor(phase) - 0.5) / 0.25, 0.35)
@@ -132,7 +132,7 @@ def _draw_heart(image, x, y, size: float, lateral: bool) -> None:
 
 
 def _draw_effusion(image, x, y, lungs, amount: float) -> None:
-    """Fluid at the base of each lung, its surface rising towards the wall."""
+    """Draw fluid at the base of each lung, its surface rising towards the wall."""
     surface = 0.66 - 0.75 * _share(amount)
     for mask, centre, _ in lungs:
         level = surface - 0.6 * (x - centre) ** 2
@@ -140,7 +140,7 @@ def _draw_effusion(image, x, y, lungs, amount: float) -> None:
 
 
 def _draw_nodules(image, x, y, rng, lungs, size: float) -> None:
-    """A round density at a random place in each lung, both of the same size."""
+    """Draw a round density at a random place in each lung, all of the same size."""
     radius = 0.03 + 0.22 * _share(size)
     for _, centre, middle in lungs:
         centre_x, centre_y = centre * 1.05 + rng.uniform(-0.08, 0.08), middle + rng.uniform(-0.35, 0.1)
@@ -149,7 +149,7 @@ def _draw_nodules(image, x, y, rng, lungs, size: float) -> None:
 
 
 def _draw_device(image, x, y, rng, load: float) -> None:
-    """A pacemaker with its lead, and a tube: the larger the load, the more metal."""
+    """Draw a pacemaker with its lead, and a tube: the larger the load, the more metal."""
     share = _share(load)
     side = int(rng.choice([-1, 1]))
     opacity = min(1.0, 0.3 + 1.5 * share)
@@ -192,7 +192,7 @@ def draw(latents: np.ndarray, view: str, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray) -> bytes:
-    """The X-ray as a grey JPEG."""
+    """Return the X-ray as a grey JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

@@ -42,7 +42,7 @@ SIGNALS = {
     "awareness": Signal(0.4, {"coma": -1.3}, 0.3, 0.35, grows=True),
 }
 
-# Smallest awareness for each answer, from the best down; MIMIC-IV's spelling, the older one; points.
+# Item -> answers, best first: smallest awareness, MIMIC-IV's spelling, the older spelling, points.
 GCS = {
     220739: (
         (0.3, "Spontaneously", "4 Spontaneously", 4),
@@ -96,7 +96,7 @@ def _read(rng, courses, name: str, at) -> np.ndarray:
 
 
 def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Charting times: about one an hour, most at the same minute of the hour."""
+    """Return charting times: about one an hour, most at the same minute of the hour."""
     count = np.ceil(los_h).astype(int)
     row = np.repeat(np.arange(len(los_h)), count)
     hour = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
@@ -109,7 +109,7 @@ def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _rows(item: int, at, value, unit: str | None, number=None, comment: str | None = None) -> pl.DataFrame:
-    """Rows of one item; number: valuenum, if it differs from `value`."""
+    """Return rows of one item; number: valuenum, if it differs from `value`."""
     value = pl.lit(value, pl.String) if value is None or isinstance(value, str) else value
     frame = pl.DataFrame({"row": at[0].astype(np.int32), "minute": at[1].astype(np.int32)})
     return frame.with_columns(
@@ -131,13 +131,13 @@ def _ordered(frames: list[pl.DataFrame], stays: pl.DataFrame) -> pl.DataFrame:
 
 
 def _some(rng, at, share):
-    """A random share of the times; share: one number, or one per time."""
+    """Return a random share of the times; share: one number, or one per time."""
     keep = rng.random(len(at[0])) < share
     return at[0][keep], at[1][keep]
 
 
 def _every(at, hours: int):
-    """The times every `hours` hours, starting at a different hour in each stay."""
+    """Return the times every `hours` hours, starting at a different hour in each stay."""
     keep = (at[1] // 60 + at[0]) % hours == 0
     return at[0][keep], at[1][keep]
 
@@ -148,7 +148,7 @@ def _of(at, stays_mask: np.ndarray):
 
 
 def _vitals(rng, add, read, hourly, ventilated) -> None:
-    """Heart, breathing, oxygen, temperature: `add(item, at, values, digits, unit)`."""
+    """Add rows of heart, breathing, oxygen and temperature, by `add(item, at, values, digits, unit)`."""
     num = len(ventilated)
     at = _some(rng, hourly, 0.97)
     add(220045, at, read("heart_rate", at), 0, "bpm")
@@ -173,12 +173,12 @@ def _vitals(rng, add, read, hourly, ventilated) -> None:
     add(223762, at, read("temperature_c", at), 1, "°C")
     at = _of(_every(hourly, 4), ~celsius)
     degrees = read("temperature_c", at)
-    wrong_unit = rng.random(len(degrees)) < 0.002  # Celsius under the Fahrenheit item, as nurses do
+    wrong_unit = rng.random(len(degrees)) < 0.002  # Celsius charted under the Fahrenheit item, as in the real table
     add(223761, at, np.where(wrong_unit, degrees, degrees * 1.8 + 32), 1, "°F")
 
 
 def _pressures(rng, add, read, hourly, num: int) -> None:
-    """Blood pressure by cuff, arterial line (two sets of items), hand and balloon pump."""
+    """Add blood pressure by cuff, arterial line (two sets of items), hand and balloon pump."""
     arterial = rng.random(num) < 0.45
     second_line = rng.random(num) < 0.1
     at_cuff = _some(rng, hourly, np.where(arterial, 0.3, 0.95)[hourly[0]])
@@ -202,7 +202,7 @@ def _pressures(rng, add, read, hourly, num: int) -> None:
 
 
 def _bedside_labs(rng, add, read, hourly, num: int) -> None:
-    """Glucose and pH of the bedside chart."""
+    """Add glucose and pH of the bedside chart."""
     for item, hours, share, unit in ((225664, 6, 0.7, None), (220621, 12, 0.9, "mg/dL"), (226537, 8, 0.1, "mg/dL")):
         at = _of(_every(hourly, hours), rng.random(num) < share)
         add(item, at, np.exp(read("log_glucose", at)), 0, unit)
@@ -212,7 +212,7 @@ def _bedside_labs(rng, add, read, hourly, num: int) -> None:
 
 
 def _body(rng, add, stays: pl.DataFrame, hourly) -> None:
-    """Height in inches and centimetres, weight in kilograms and pounds."""
+    """Add height in inches and centimetres, and weight in kilograms and pounds."""
     num = len(stays)
     male = (stays["gender"] == "M").to_numpy()
     height_cm = rng.normal(np.where(male, 176, 163), 7)
@@ -232,7 +232,7 @@ def _body(rng, add, stays: pl.DataFrame, hourly) -> None:
 
 
 def _texts(rng, read, hourly, ventilated) -> list[pl.DataFrame]:
-    """Rows of the coma scale, capillary refill and heart rhythm."""
+    """Return rows of the coma scale, capillary refill and heart rhythm."""
     frames, no_number = [], pl.lit(None, pl.String)
     num = len(ventilated)
     old_spelling = rng.random(num) < 0.05
@@ -278,7 +278,7 @@ def chart_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> 
 
 
 def lab_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> pl.DataFrame:
-    """Return the laboratory rows, from 8 h before the stay on: as `chart_rows`, with comments."""
+    """Return the laboratory rows, from 8 h before the stay on, with the columns of `chart_rows` and comments."""
     row, minute = _hourly(rng, stays["los_h"].to_numpy() + 8)
     hourly = row, minute - 8 * 60
     frames = []
@@ -309,6 +309,6 @@ def lab_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> pl
 
 
 def output_rows(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
-    """Return urine output every other hour: as `chart_rows`."""
+    """Return urine output every other hour, with the columns of `chart_rows`."""
     at = _every(_hourly(rng, stays["los_h"].to_numpy()), 2)
     return _ordered([_rows(226559, at, as_text(rng.gamma(2, 60, len(at[0])) // 5 * 5, 0), "ml")], stays)

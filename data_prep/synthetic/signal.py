@@ -9,7 +9,7 @@ standard normal. A label is Bernoulli(p) with
     c = (u_v+u_x)/2^½   each modality shows half               ("sum")
     c ~ min(u_v, u_x)   both must be high                      ("and")
 
-The best scores are thus known: p with both modalities, E[p | vital latents] without an X-ray.
+So the best scores are known: p with both modalities, E[p | vital latents] without an X-ray.
 
 Shapes: N stays, V vital latents, E image latents, K labels, Q quadrature nodes.
 """
@@ -119,7 +119,7 @@ def _logit(rule: Rule, u_v: np.ndarray, u_x: np.ndarray) -> np.ndarray:
 
 
 def _bias(rule: Rule) -> float:
-    """The bias that gives the rule its prevalence."""
+    """Return the bias that gives the rule its prevalence."""
     logit_QQ = _logit(rule, _NODES[:, None], _NODES[None, :])
     weight_QQ = _WEIGHTS[:, None] * _WEIGHTS[None, :]
     return brentq(lambda bias: (weight_QQ * expit(logit_QQ + bias)).sum() - rule.prevalence, -40.0, 40.0)
@@ -151,8 +151,8 @@ def expected_auroc(true_p: np.ndarray, score: np.ndarray) -> float:
 def best_auroc(task: str, by_input: dict[str, np.ndarray], has_cxr_N: np.ndarray) -> dict:
     """Return the best expected AUROC on these stays, per label and macro.
 
-    by_input: from `probabilities`; has_cxr_N: bool, the stays with an X-ray. 'all': every stay, 'both' without the
-    X-ray where there is none. 'paired': stays with an X-ray. None with fewer than two stays.
+    by_input: from `probabilities`; has_cxr_N: bool, the stays with an X-ray. 'all': every stay; where there is
+    no X-ray, 'both' scores without it. 'paired': stays with an X-ray. None with fewer than two stays.
     """
     available = np.where(has_cxr_N[:, None], by_input["both"], by_input["ehr_only"])
     scores = {

@@ -6,9 +6,9 @@ DIR then holds
     mimic-iv/{hosp,icu}/*.csv.gz   tables in the format of MIMIC-IV 2.2
     mimic-cxr/                     X-rays and tables in the format of MIMIC-CXR-JPG 2.0.0
     best_auroc.json                the best expected AUROC, with and without X-rays
-    truth.csv.gz                   a row per kept stay: X-ray flags, true label probabilities (p_<CCS>, p_mortality)
+    truth.csv.gz                   one row per kept stay: X-ray flags, true label probabilities (p_<CCS>, p_mortality)
                                    and latents (vital_*, image_*)
-    truth_images.csv.gz            a row per X-ray: its latents
+    truth_images.csv.gz            one row per X-ray: its latents
 The build does not read best_auroc.json or the truth files.
 """
 
@@ -28,7 +28,7 @@ from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 MIN_STAYS = 10
-VERSION = 2  # raise it when the same arguments give other bytes
+VERSION = 2  # increment when the same arguments give other bytes
 REPORT = "best_auroc.json"
 MORTALITY_WINDOW_H = schema.TASKS["mortality"].window_h
 
@@ -66,7 +66,7 @@ def _written_before(out_dir: Path, settings: dict) -> dict | None:
 
 
 def _write_table(frame: pl.DataFrame, path: Path) -> None:
-    """Write a reproducible .csv.gz: no name and no time in its header."""
+    """Write a reproducible .csv.gz, without name or time in its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         path.open("wb") as file,

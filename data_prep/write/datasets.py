@@ -29,10 +29,10 @@ def stay_dataset(
     pairs: pl.DataFrame,
     store: ImageStore | None,
 ) -> tuple[dict, dict]:
-    """Records of stays.
+    """Return the index and records of a task on stays, by split.
 
-    stays, splits: the cohort. labels: int8 [cohort, K], or an hourly task's predictions, whose stays alone get a
-    record. pairs: stay_id, dicom_id, cxr_time of each record's X-rays, by time.
+    stays, splits: the cohort. labels: int8 [cohort, K], or an hourly task's predictions; then only stays
+    with a prediction get a record. pairs: stay_id, dicom_id, cxr_time of each record's X-rays, by time.
     """
     predicted = labels if isinstance(labels, Predictions) else None
     position_N = predicted.position_N if predicted else np.arange(len(arrays.row))
@@ -73,9 +73,9 @@ def images_by_stay(stays: pl.DataFrame, pairs: pl.DataFrame) -> dict[int, list[t
 def image_dataset(
     images: pl.DataFrame, splits: list[str], patients: pl.DataFrame, store: ImageStore
 ) -> tuple[dict, dict]:
-    """Records of X-rays without a stay.
+    """Return the index and records of a task on X-rays, by split.
 
-    images: dicom_id, subject_id and the 14 labels, sorted by dicom_id. splits: in that order. patients: subject_id,
+    images: dicom_id, subject_id and the 14 labels, sorted by dicom_id. splits: in the same order. patients: subject_id,
     age, gender; an X-ray of any other patient has age NaN and gender ''.
     """
     images = images.join(
@@ -103,7 +103,7 @@ def _by_split(
 ) -> tuple[dict, dict]:
     """Return each split's index and record generator.
 
-    static: the fields that index and record share, of each of N records. record: position -> its other fields.
+    static: for each record, the fields that the index shares. record: position -> the record's other fields.
     """
     fields = {
         "stay_id": np.array([row["stay_id"] for row in static], np.int64),

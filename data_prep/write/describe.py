@@ -14,16 +14,16 @@ from data_prep.ehr import cleaning
 from data_prep.ehr.arrays import Arrays
 from medfuse_jax import schema
 
-VERSION = 5  # raise it when the manifest of the same arrays changes
+VERSION = 5  # increment when the manifest of the same arrays changes
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LENGTH_EDGES_H = (0, 12, 24, 36, 48, 72, 96, 120, 168, 240, 336, 504)
-_GRID = 8192  # cells from 0 to the largest possible value: 0.3 mg/dL of glucose
+_GRID = 8192  # cells from 0 to the largest possible value; one is 0.3 mg/dL of glucose
 
 
 def variables(arrays: Arrays) -> dict[str, dict]:
-    """Variable -> observed_steps, observed_stays, and percentiles of the observed values, or steps and stays by class.
+    """Return each variable's observed steps and stays, and percentiles of its values, or steps and stays by class.
 
-    A percentile is accurate to a grid cell, and None if fewer than 10 observations lie on either side of it.
+    A percentile is accurate to one grid cell, and None if fewer than 10 observations lie on either side of it.
     """
     observed_steps_V = np.zeros(len(schema.VARIABLES), np.int64)
     observed_stays_V = np.zeros(len(schema.VARIABLES), np.int64)

@@ -29,7 +29,7 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
     index: split -> the fields of records.INDEX_FIELDS. records_of: split -> a function that yields its records in the
     index's order.
     """
-    features = records.features(len(task.labels), task.per_step)
+    features = records.features(len(task.labels), task.hourly)
     filled = [split for split in records_of if len(index[split]["stay_id"])]
     splits = [_write_split(folder, task.name, split, features, records_of[split]()) for split in filled]
     for split, info in zip(filled, splits):

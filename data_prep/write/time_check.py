@@ -1,4 +1,4 @@
-"""Check that no record contains anything from after its cut-off: written arrays and X-rays against the raw events.
+"""Check that no record contains anything from after its cut-off, by comparing it with the raw events.
 
 The check computes each event's time step independently of the code that wrote the arrays. Every value must then come
 from an event of its own step, or be carried forward, so arrays that are a step early, or contain one later event, fail.
@@ -47,9 +47,9 @@ class Inputs:
 
 
 def check(inputs: Inputs, events_dir: Path, predictions: Predictions | None) -> dict:
-    """Return counts of what was checked. Raises AssertionError on any violation, also under `python -O`.
+    """Return counts of what was checked; raise AssertionError on any violation, also under `python -O`.
 
-    predictions: those of an hourly task; each label's cut-off is its time.
+    predictions: those of an hourly task, whose labels have their own times as cut-offs.
     """
     end_h_N, margin_h_N = inputs.end_h(), np.zeros(len(inputs.arrays.row))
     wrong_cells = 0
@@ -82,7 +82,7 @@ def check(inputs: Inputs, events_dir: Path, predictions: Predictions | None) -> 
 def _check_bucket(
     inputs: Inputs, bucket_events: pl.DataFrame, bucket: int, positions_S: np.ndarray, end_h_S: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Return (float64 [R]: seconds of each time step's latest event, -1 for none; the number of wrong cells)."""
+    """Return each time step's latest event in seconds (float64 [R], -1 for none) and the number of wrong cells."""
     start_S, length_S = inputs.arrays.start[positions_S], inputs.arrays.length[positions_S]
     first = bucket * events.STAYS_PER_BUCKET
     position_of_stay = np.full(events.STAYS_PER_BUCKET, -1)
@@ -114,7 +114,7 @@ def _check_bucket(
 
 
 def _wrong_cells(ehr_RF: np.ndarray, start_S: np.ndarray, low_RV: np.ndarray, high_RV: np.ndarray) -> np.ndarray:
-    """Return bool [R, V]: observed, but outside the values of the step's events; or changed, but not observed.
+    """Return bool [R, V]: True if observed but outside the range of the step's events, or changed but not observed.
 
     low_RV, high_RV: smallest and largest value of a step's events; inf and -inf without events.
     """
@@ -126,7 +126,7 @@ def _wrong_cells(ehr_RF: np.ndarray, start_S: np.ndarray, low_RV: np.ndarray, hi
     changed_RV = np.logical_or.reduceat(value_RF != before_RF, _FIRST_CHANNEL_V, axis=1)
     wrong_RV = changed_RV & ~observed_RV
     for i, (variable, channel) in enumerate(zip(schema.VARIABLES, _FIRST_CHANNEL_V, strict=True)):
-        # The mean of a minute's rows is between them; a class is its index.
+        # A mean of simultaneous rows lies between them. A class is compared by its index.
         value_R = value_RF[:, channel]
         if variable.classes:
             value_R = value_RF[:, channel : channel + len(variable.classes)].argmax(1)
