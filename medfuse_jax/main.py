@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
 
     config = flags.FLAGS.config
     config_lib.validate(config)
-    compilation.keep()
+    compilation.enable_cache()
     synthetic.set_data_dir(config)
     folder = Path(flags.FLAGS.workdir or _default_workdir(config))
     workdir.check_outside_sweeps(folder)

@@ -9,10 +9,10 @@ On disk, one folder a task, written by `data_prep` and renamed into place when c
 
 Batch plans are made from the index alone, without reading a record.
 
-A task with labels per step (schema.Task.per_step) also has one record a stay: its `label` is [H, K], one row for each
-of H prediction times, `label_time_h` [H] (hours since the stay began). At label_time_h[i] a model may read the first
-floor(label_time_h[i] / timestep_h) time steps of `ehr`, which hold nothing later, and those of the stay's P X-rays with
-cxr_time_h <= label_time_h[i]. The index's `label` is 1 if the label is 1 at any prediction time.
+A task with labels at many times of a stay (schema.Task.hourly) also has one record a stay: its `label` is [H, K], one
+row for each of H prediction times, `label_time_h` [H] (hours since the stay began). At label_time_h[i] a model may read
+the first floor(label_time_h[i] / timestep_h) time steps of `ehr`, which hold nothing later, and those of the stay's P
+X-rays with cxr_time_h <= label_time_h[i]. The index's `label` is 1 if the label is 1 at any prediction time.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _REBUILD = "run data_prep.build again"
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STATIC_TEXTS, "label")
 
 
-def features(num_labels: int, per_step: bool = False):
+def features(num_labels: int, hourly: bool = False):
     """The TFDS features of one record with `num_labels` labels, for the whole stay or per step.
 
     A missing X-ray is an image of shape [0, 256, 256]; an X-ray without a stay has ehr [0, 76].
@@ -63,7 +63,7 @@ def features(num_labels: int, per_step: bool = False):
             "age": np.float32,  # years
             **{field: tfds.features.Text() for field in schema.STATIC_TEXTS},
         }
-        | (timed if per_step else {})
+        | (timed if hourly else {})
     )
 
 

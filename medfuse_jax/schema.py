@@ -177,7 +177,7 @@ class Task:
     labels: names of the K binary labels, in order.
     window_h: hours of the stay that may be seen, or None for the whole stay.
     cxr_only: records are X-rays (no ICU stay, ehr of length 0).
-    per_step: a stay has labels at many prediction times, label [H, K] (records.py); not trained on yet.
+    hourly: a stay has labels at many prediction times, label [H, K] (records.py); not trained on yet.
     """
 
     name: str
@@ -185,7 +185,7 @@ class Task:
     labels: tuple[str, ...]
     window_h: float | None = None
     cxr_only: bool = False
-    per_step: bool = False
+    hourly: bool = False
 
     @property
     def unit(self) -> str:
@@ -201,10 +201,10 @@ TASKS = {
     "pheno": Task("pheno", "Phenotyping", tuple(p.name for p in PHENOTYPES)),
     "mortality": Task("mortality", "In-hospital mortality", ("In-hospital mortality",), window_h=48.0),
     "radiology": Task("radiology", "Radiology findings", RADIOLOGY_LABELS, cxr_only=True),
-    "decompensation": Task("decompensation", "Decompensation", ("Death within 24 h",), per_step=True),
-    "length_of_stay": Task("length_of_stay", "Length of stay", _LENGTH_OF_STAY_LABELS, per_step=True),
+    "decompensation": Task("decompensation", "Decompensation", ("Death within 24 h",), hourly=True),
+    "length_of_stay": Task("length_of_stay", "Length of stay", _LENGTH_OF_STAY_LABELS, hourly=True),
 }
-TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if not task.per_step)
+TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if not task.hourly)
 
 SPLITS = ("train", "val", "test")
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown

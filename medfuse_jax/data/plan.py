@@ -156,7 +156,7 @@ def train_plan(
         paired_SP[block] = _sorted_by_length(paired_SP[block], length_N)
         unpaired_SU[block] = _sorted_by_length(unpaired_SU[block], length_N)
     order = rng.permutation(num_batches)
-    return _with_steps(paired_SP[order], unpaired_SU[order], length_N, buckets)
+    return _with_padded_lengths(paired_SP[order], unpaired_SU[order], length_N, buckets)
 
 
 def eval_plans(
@@ -183,7 +183,7 @@ def eval_plans(
         rows_SB[: len(records)] = records
         rows_SB = rows_SB.reshape(-1, batch_size)
         none_S0 = rows_SB[:, :0]
-        plans.append(_with_steps(*((rows_SB, none_S0) if images else (none_S0, rows_SB)), length_N, buckets))
+        plans.append(_with_padded_lengths(*((rows_SB, none_S0) if images else (none_S0, rows_SB)), length_N, buckets))
     return plans
 
 
@@ -239,7 +239,9 @@ def _sorted_by_length(table: np.ndarray, length_N: np.ndarray) -> np.ndarray:
     return out
 
 
-def _with_steps(paired_SP: np.ndarray, unpaired_SU: np.ndarray, length_N: np.ndarray, buckets: tuple[int, ...]) -> Plan:
+def _with_padded_lengths(
+    paired_SP: np.ndarray, unpaired_SU: np.ndarray, length_N: np.ndarray, buckets: tuple[int, ...]
+) -> Plan:
     rows_SB = np.concatenate([paired_SP, unpaired_SU], 1)
     longest_S = np.where(rows_SB == PADDING, 0, length_N[rows_SB]).max(1, initial=0)
     edges = np.asarray(buckets)

@@ -15,7 +15,7 @@ RUN_ONCE = {"xla_backend_optimization_level": 0}
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def keep() -> None:
+def enable_cache() -> None:
     """Turns on the persistent cache: the second start of the same model skips the compiler."""
     jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "xla"))
 

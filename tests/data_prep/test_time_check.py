@@ -51,7 +51,7 @@ def test_correct_arrays_pass(tree, tmp_path, timestep_h, profile):
     for task in ALL:
         check = records.manifest(tmp_path, task)["counts"]["time_check"]
         assert (check["records"], check["images"], check["violations"]) == (3, 3, 0)
-        assert ("label" in check["cut_off"]) == schema.TASKS[task].per_step
+        assert ("label" in check["cut_off"]) == schema.TASKS[task].hourly
 
 
 def _one_step_early(ehr_RF, length_S):

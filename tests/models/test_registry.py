@@ -359,11 +359,16 @@ class _Sum(ProjectedModel):
 
 
 def test_a_new_method_is_one_class_and_one_row(monkeypatch):
-    """A row alone makes a method that a config may name, that is built with all options and trains."""
+    """A row alone makes a method that a config may name, that is built with all options and has gradients."""
     monkeypatch.setattr(importlib.import_module("medfuse_jax.models.concat"), "Sum", _Sum, raising=False)
     monkeypatch.setitem(registry.METHODS, "sum", registry.Method("Sum of features", "concat:Sum", features_only=True))
     model = tiny_model("sum", frozen_encoders=True)
     variables, listed = random_variables(model), batch()
-    logits_BK = fast_jit(lambda v: model.apply(v, **listed))(variables)["logits"]
-    assert logits_BK.shape == (4, NUM_LABELS) and read_runs.method_name("sum") == "Sum of features"
+    loss = fast_jit(jax.value_and_grad(lambda v: (model.apply(v, **listed)["logits"] ** 2).sum()))
+    value, gradient = loss(variables)
+    assert (
+        value > 0
+        and np.any(gradient["params"]["projection"]["kernel"])
+        and read_runs.method_name("sum") == "Sum of features"
+    )
     assert "sum" in registry.with_field("frozen_encoders")
