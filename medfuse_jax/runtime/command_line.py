@@ -1,4 +1,4 @@
-"""How every command starts and ends: flags, and one line for an error that the user can fix.
+"""How every command starts and ends: parse the flags; report an error that the user can fix in one line.
 
 Other errors keep their traceback.
 """
@@ -17,11 +17,11 @@ from absl import app, flags, logging
 
 from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full, is_out_of_memory, of_file
 
-_USER_ERROR = 2  # as for argparse and shells; jobs/gke_tpu.yaml relies on it
+_USER_ERROR = 2  # as in argparse and shells; jobs/gke_tpu.yaml relies on it
 
 
 def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resumes: bool = False) -> None:
-    """Runs a command's `main(argv)` under absl; ends with one line and `status(error)` if the user can fix the error.
+    """Run a command's `main(argv)` under absl; exit with one line and `status(error)` if the user can fix the error.
 
     pass_on_unknown: whether to pass unknown options on to `main` rather than refuse them. resumes: whether rerunning
     the command resumes it.
@@ -30,12 +30,12 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax and TFDS log much that users do not need
-        os.umask(0o077)  # output is patient data: readable by its owner alone
+        os.umask(0o077)  # output is patient data: only its owner may read it
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
         try:
             main(argv)
         except KeyboardInterrupt as error:
-            # At once: a process interrupted while a thread starts would wait for that thread forever.
+            # Exit at once: a process interrupted while a thread starts would wait for that thread forever.
             print(in_one_line(error, resumes), file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(status(error))
@@ -48,7 +48,7 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
 
 
 def in_one_line(error: BaseException, resumes: bool = False) -> str:
-    """What a command prints for an error that the user can fix; '' for one that needs its traceback."""
+    """Return what a command prints for an error that the user can fix; '' for one that needs its traceback."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
@@ -62,7 +62,7 @@ def in_one_line(error: BaseException, resumes: bool = False) -> str:
 
 
 def status(error: BaseException) -> int:
-    """A command's exit status: 2 if it would fail again until the user changes something, else 1."""
+    """Return a command's exit status: 2 if it would fail again until the user changes something, otherwise 1."""
     fails_again = isinstance(error, UserError) and not isinstance(error, TryLater)
     return _USER_ERROR if fails_again or is_out_of_memory(error) else 1
 
@@ -76,7 +76,7 @@ def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
     try:
         _check_config_flags(argv)
         rest = flags.FLAGS(argv, known_only=pass_on_unknown)
-    except (flags.Error, TypeError, ValueError) as error:  # the last two are ml_collections' own
+    except (flags.Error, TypeError, ValueError) as error:  # ml_collections raises the last two
         _end(f"error: {error}")
     if len(rest) > 1 and not pass_on_unknown:
         _end(f"error: unknown argument {rest[1]!r}: every option starts with --; see --help")
@@ -84,7 +84,7 @@ def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
 
 
 def _check_config_flags(argv: list[str]) -> None:
-    """Raises UserError for a --config file that cannot be used, or a --config.field that it does not have.
+    """Raise UserError for a --config file that cannot be used, or a --config.field that it does not have.
 
     ml_collections reports the first too late and the second as a bare KeyError.
     """
@@ -110,7 +110,7 @@ def _check_config_flags(argv: list[str]) -> None:
 
 
 def _names(parent: str, config) -> list[str]:
-    """The dotted names of all fields of a ConfigDict."""
+    """Return the dotted names of all fields of a ConfigDict."""
     names = []
     for key in config if hasattr(config, "keys") else ():
         names += [f"{parent}.{key}", *_names(f"{parent}.{key}", config[key])]

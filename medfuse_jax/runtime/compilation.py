@@ -9,27 +9,27 @@ import jax
 
 from medfuse_jax.runtime import files
 
-# Compiler options of a program that runs once: it compiles in half the time, and its code is slower.
+# Compiler options for a program that runs only once: it compiles in half the time, but runs slower.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def enable_cache() -> None:
-    """Turns on the persistent cache: the second start of the same model skips the compiler."""
+    """Turn on the persistent cache: later runs of the same model skip the compiler."""
     jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "xla"))
 
 
 @dataclasses.dataclass
 class Count:
-    """Number of programs compiled, and seconds spent on it."""
+    """Number of programs compiled, and seconds spent compiling them."""
 
     number: int = 0
     seconds: float = 0.0
 
 
 def count_into(count: Count) -> Callable[[], None]:
-    """Starts counting compilations; returns the function that stops it."""
+    """Start adding compilations to `count`; return the function that stops it."""
 
     def listen(event: str, duration_s: float, **_) -> None:
         if event == _COMPILED:
@@ -42,7 +42,7 @@ def count_into(count: Count) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Count]:
-    """Counts compilations inside the block."""
+    """Count compilations inside the block."""
     count = Count()
     end = count_into(count)
     try:

@@ -1,4 +1,4 @@
-"""Errors that a user can cause, each one clear line: what is wrong, where, what to do."""
+"""Errors that a user can cause. Each message is one line: what is wrong, where, what to do."""
 
 import difflib
 import traceback
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user can put right: the message says what is wrong, where, and what to do.
+    """An error that the user can fix: the message says what is wrong, where, and what to do.
 
-    field: the config field or flag, such as 'config.batch_size' or '--split'; path: the file or folder; row: a row's
-    number in it, from 1; value: what was given; nearest: the choice suggested in its place. Each '' or None where it
-    does not apply: callers and tests read these, people read the message.
+    field: the config field or flag, such as 'config.batch_size' or '--split'; path: the file or folder; row: the number
+    of its row, from 1; value: what was given; nearest: the choice to suggest instead. Those that do not apply are '' or
+    None. Callers and tests read these attributes; people read the message.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class UserError(ValueError):
 
 
 class TryLater(UserError):
-    """Transient: retrying may succeed (another process holds the folder, a cluster is not up yet)."""
+    """A transient error: retrying may succeed (another process holds the folder, a cluster is not up yet)."""
 
 
 def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
-    """Raises UserError naming `what`, the value, the choices and the nearest of them."""
+    """Raise UserError if the value is not allowed, with `what`, the value, the choices and the nearest of them."""
     allowed = list(allowed)
     if value in allowed:
         return
@@ -49,7 +49,7 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def of_file(path: str | Path, error: Exception) -> str:
-    """Describes in one line an error that the user's own file raised, with the last of its lines in the traceback."""
+    """Describe in one line an error that the user's own file raised, with the line number in that file."""
     places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):  # found before any line of the file ran
         places.append((error.filename or "", error.lineno))
@@ -59,10 +59,10 @@ def of_file(path: str | Path, error: Exception) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the host or a device ran out of memory; jax has no error type for it alone."""
+    """Return whether the host or a device ran out of memory; jax has no separate error type for it."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a disk was full: orbax, numpy and others each raise another type."""
+    """Return whether a disk was full; orbax, numpy and others each raise a different type."""
     return "No space left on device" in str(error)

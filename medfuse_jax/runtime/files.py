@@ -13,26 +13,26 @@ from pathlib import Path
 
 from medfuse_jax.runtime.errors import TryLater, UserError
 
-# Errors of np.load for .npz files that were truncated, had bytes changed, or lack an array.
+# What np.load raises for .npz files that are truncated, have changed bytes or lack an array.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-# Errors of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
+# Error numbers of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def cache_dir() -> Path:
-    """Makes and returns the user's private cache folder, for compiled programs and the synthetic cohort."""
+    """Create and return the user's private cache folder, for compiled programs and the synthetic cohort."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medfuse_jax"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        message = f"the cache folder {folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME"
+        message = f"the cache folder {folder} cannot be created ({error.strerror}): set XDG_CACHE_HOME"
         raise UserError(message, path=folder) from None
     return folder
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; renames it to `path` when the block ends without an error."""
+    """Yield a temporary path in the same folder; rename it to `path` when the block ends without an error."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
     try:
         yield unfinished
@@ -42,7 +42,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Removes what a killed `written_whole(path)` left; only for the file's only writer."""
+    """Remove what a killed `written_whole(path)` left. Only for a file that no other process writes."""
     for unfinished in path.parent.glob(f".{path.name}.*.partial{path.suffix}"):
         unfinished.unlink(missing_ok=True)
 
@@ -53,15 +53,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """Writes JSON with sorted keys, atomically."""
+    """Write JSON with sorted keys, atomically."""
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: Path, what_to_do: str, kind: type = dict):
-    """Returns the content of a JSON file.
+    """Return the content of a JSON file.
 
-    kind: dict or list, what the file must hold. Raises UserError (path; the message ends in `what_to_do`) if the
-    file is missing, damaged or holds anything else.
+    kind: dict or list, the type that the file must hold. Raises UserError, with the path and a message that ends in
+    `what_to_do`, if the file is missing, damaged or of another type.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ def read_json(path: Path, what_to_do: str, kind: type = dict):
 
 @contextlib.contextmanager
 def must_write(what: object, hint: str = "") -> Iterator[None]:
-    """Turns an OSError in the block into a UserError that `what` (a path, or --flag=path) cannot be written."""
+    """Turn an OSError in the block into a UserError saying that `what` (a path, or --flag=path) cannot be written."""
     try:
         yield
     except OSError as error:
@@ -85,10 +85,10 @@ def must_write(what: object, hint: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path, what: str, busy: str) -> Iterator[None]:
-    """Keeps other processes out of the block; the system releases the lock when the process ends.
+    """Keep other processes out of the block; the system releases the lock when the process ends.
 
-    path: the lock file, made with its folder. Raises TryLater(busy) if another process holds it, and UserError as
-    `must_write(what)` if it cannot be made. On a filesystem without locks, only prints a warning.
+    path: the lock file, created with its folder. Raises TryLater(busy) if another process holds it, and UserError, as
+    `must_write(what)` does, if it cannot be created. On a filesystem without locks, only prints a warning.
     """
     with must_write(what):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError
 
-_RELEASED_TIMESTEP_H = 1.0  # of all released scripts
+_RELEASED_TIMESTEP_H = 1.0  # in all released scripts
 
 
 def main(argv: list[str]) -> None:
@@ -33,15 +33,15 @@ def main(argv: list[str]) -> None:
 
 
 def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[str]:
-    """Makes `workdir` a finished run of `config` with the checkpoint's weights; returns the lines to print.
+    """Make `workdir` a finished run of `config` with the checkpoint's weights; return the lines to print.
 
-    A bare ResNet fills the X-ray encoder alone: other runs can start from it, but `evaluate` refuses to score it.
+    A bare ResNet fills only the X-ray encoder: other runs can start from it, but `evaluate` refuses to score it.
     Raises UserError if the file, the config and its data do not match, or the workdir is in use.
     """
     config_lib.validate(config)
     _check_modalities(config)
     if not config.data.dir:
-        raise UserError("config.data.dir is empty: give the run's shards", field="config.data.dir")
+        raise UserError("config.data.dir is empty: give the folder of the run's shards", field="config.data.dir")
     run = experiment.open_experiment(config)
     state_dict = torch_import.read(checkpoint)
     try:
@@ -57,7 +57,7 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     modules = sorted(variables["params"])
     note = {"file": checkpoint.name, "sha256": files.sha256(checkpoint), "modules": modules, "unused": unused}
     _claim(workdir, run, note)
-    # As after the last epoch, so that `main` does not train it further.
+    # The progress of a run after its last epoch, so that `main` does not train it further.
     progress = Progress(epoch=config.num_epochs, learning_rate=config.learning_rate)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         checkpoints.save(manager, state, progress, is_best=True)
@@ -74,7 +74,7 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
 
 
 def export_weights(workdir: Path, path: Path) -> str:
-    """Writes a run's best checkpoint under the released names; returns the line to print. UserError as for `write`."""
+    """Write a run's best checkpoint under the released names, as `write` does; return the line to print."""
     run = sources.open_run(workdir)
     config = run.config
     _check_modalities(config)
@@ -93,7 +93,7 @@ def _check_modalities(config: ConfigDict) -> None:
 
 
 def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
-    """Returns (variables, names of the unused weights)."""
+    """Return (variables, names of the unused weights)."""
     if torch_import.is_backbone(state_dict):
         variables = torch_import.fill_backbone(model, state_dict)
         unused = [name for name in state_dict if name.startswith("fc.")]
@@ -114,7 +114,7 @@ def _claim(workdir: Path, run, note: dict) -> None:
 
 
 def _by_module(names: list[str]) -> str:
-    """Names of entries, grouped by module."""
+    """Return the names of entries as text, grouped by module."""
     modules = {}
     for name in names:
         module, _, entry = name.rpartition(".")
@@ -124,14 +124,14 @@ def _by_module(names: list[str]) -> str:
 
 
 def _differences_from_released(config: ConfigDict, manifest: dict) -> list[str]:
-    """How this config's data differs from what a released model was trained on, which lowers its scores."""
+    """Return a line on how the config's data differs from a released model's training data, which lowers its scores."""
     found = []
     if config.data.statistics == "train":
-        found.append("series standardised by MIMIC-III's mean and deviation (here by the train split's)")
+        found.append("series standardised with MIMIC-III's mean and deviation (here with the train split's)")
     if manifest["timestep_h"] != _RELEASED_TIMESTEP_H:
         found.append(f"time steps of {_RELEASED_TIMESTEP_H:g} h (here {manifest['timestep_h']:g} h)")
     if manifest["profile"] != "released":
-        found.append(f"arrays of the profile released (here {manifest['profile']})")
+        found.append(f"arrays of the 'released' profile (here {manifest['profile']})")
     return [f"note: a released model was trained on {'; '.join(found)}: see docs/weights.md"] if found else []
 
 

@@ -1,4 +1,4 @@
-"""State dicts to flax variables and back, by the rows of names.py."""
+"""Convert state dicts to flax variables and back, using the table in names.py."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -25,9 +25,9 @@ from medfuse_jax.torch_import.names import (
 
 
 def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **options):
-    """Loads a released model: (model, variables) from a state dict of numpy arrays.
+    """Load a released model from a state dict of numpy arrays; return (model, variables).
 
-    Every name may begin with `module.`, as torch's DataParallel saves them. options: fields of the model, for sizes
+    All names may begin with `module.`, as torch's DataParallel saves them. options: fields of the model, for sizes
     other than the released ones. Raises UserError for an unknown or missing name, a wrong shape or number of labels,
     or a value that is not finite.
     """
@@ -36,7 +36,7 @@ def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **o
 
 
 def fill(model: Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
-    """Returns the variables of a model that `registry.build` made for `method`; UserError as for `load`."""
+    """Return the variables of a model that `registry.build` made for `method`. Raise UserError as `load` does."""
     state_dict = unwrapped(state_dict)
     stages = model.resnet_stage_sizes
     rows = table(method, stages, getattr(model, "missing", ""))
@@ -47,14 +47,14 @@ def fill(model: Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dic
 
 
 def is_backbone(state_dict: Mapping[str, np.ndarray]) -> bool:
-    """Whether this is a bare ResNet, such as torchvision's ImageNet weights, not a released model."""
+    """Return whether this is a bare ResNet, such as torchvision's ImageNet weights, not a released model."""
     return "conv1.weight" in state_dict
 
 
 def fill_backbone(model: Model, state_dict: Mapping[str, np.ndarray]) -> dict:
-    """Returns a model's X-ray encoder from a torchvision ResNet: {'params': {'cxr_encoder': ...}, 'batch_stats': ...}.
+    """Return a model's X-ray encoder from a torchvision ResNet: {'params': {'cxr_encoder': ...}, 'batch_stats': ...}.
 
-    Ignores its ImageNet head (fc.weight, fc.bias) and the stages that the model lacks. UserError as for `load`.
+    Ignores its ImageNet head (fc.weight, fc.bias) and the stages that the model lacks. Raises UserError as `load` does.
     """
     state_dict = unwrapped(state_dict)
     expected = _shapes(model)
@@ -74,15 +74,18 @@ def unused(
     stage_sizes: Iterable[int] = RESNET34_STAGES,
     missing: str = "",
 ) -> list[str]:
-    """The entries of a released checkpoint that a method does not read, in file order. missing: as in `table`."""
+    """Return the entries of a released checkpoint that a method does not read, in file order.
+
+    missing: as in `table`.
+    """
     used = {name for row in table(method, stage_sizes, missing) for name in row.names}
     return [name for name in state_dict if name not in used]
 
 
 def export(variables: Mapping, method: str) -> dict[str, np.ndarray]:
-    """Returns the state dict of a method's variables under the released names; `load` reads back the same bits.
+    """Return a method's variables as a state dict with the released names; `load` reads back the same bits.
 
-    Our one LSTM bias becomes the first of torch's two. Raises UserError for a variable without a released name, or a
+    Our single LSTM bias becomes the first of torch's two. Raises UserError for a variable without a released name, or a
     missing one.
     """
     blocks = variables["params"].get("cxr_encoder", {})
@@ -108,14 +111,14 @@ def export(variables: Mapping, method: str) -> dict[str, np.ndarray]:
 
 
 def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """{path: shape} of a model's variables."""
+    """Return {path: shape} of a model's variables."""
     variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
 
 
 def _check_names(state_dict, rows: list[Row], reader: str, known: set[str], hint: str = "") -> None:
     wrapped = [name for name in state_dict if name.startswith(WRAPPER)]
-    if wrapped:  # if all names had the prefix, it would be gone
+    if wrapped:  # a prefix that all names had would have been removed
         others = [name for name in state_dict if name not in wrapped]
         raise UserError(
             f"some names of the checkpoint begin with {WRAPPER!r} ({_listed(wrapped)}) and others do not "
@@ -130,7 +133,7 @@ def _check_names(state_dict, rows: list[Row], reader: str, known: set[str], hint
 
 
 def _hint(state_dict, stages) -> str:
-    """What a checkpoint of another method holds, as far as its names tell."""
+    """Return a hint at what the checkpoint does hold, judging by its names; '' if they match no method."""
     if is_backbone(state_dict):
         return "; it is a bare ResNet, from which an X-ray encoder can start"
     methods = [m for m in released_methods() if all(n in state_dict for row in table(m, stages) for n in row.names)]
@@ -149,7 +152,7 @@ def _to_flax(row: Row, state_dict, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _checked(name: str, value: np.ndarray, expected: tuple[int, ...], row: Row) -> np.ndarray:
-    """One entry as float32; UserError if its shape, type or values are not a weight's."""
+    """Return one entry as float32. Raise UserError if its shape, type or values are not valid for the weight."""
     shape = value.shape
     if shape != expected and row.path[1].endswith("classifier") and shape[1:] == expected[1:]:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Which entries of a released PyTorch checkpoint make which flax variable.
+"""The table of released checkpoints: which PyTorch entries make which flax variable.
 
-Names are those of the released MedFuse's modules and of torchvision's ResNet.
+The PyTorch names are those of the released MedFuse's modules and of torchvision's ResNet.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 
 RESNET34_STAGES = (3, 4, 6, 3)
 _BACKBONE = "cxr_model.vision_backbone."
-WRAPPER = "module."  # prefix of every name that torch's DataParallel saves
+WRAPPER = "module."  # torch's DataParallel puts this before every name
 
 
 def unwrapped(state_dict: Mapping) -> dict:
-    """Removes DataParallel's prefix if every name has it."""
+    """Return the state dict without DataParallel's prefix if every name has it, otherwise unchanged."""
     if all(name.startswith(WRAPPER) for name in state_dict):
         return {name.removeprefix(WRAPPER): value for name, value in state_dict.items()}
     return dict(state_dict)
@@ -25,7 +25,7 @@ def unwrapped(state_dict: Mapping) -> dict:
 class Row:
     """The entries of a state dict that make one flax variable.
 
-    names: two if they are added (an LSTM's biases). path: collection and names in flax. kind: a key of LAYOUTS.
+    names: two if their values are added (an LSTM's biases). path: collection and names in flax. kind: a key of LAYOUTS.
     """
 
     names: tuple[str, ...]
@@ -66,7 +66,7 @@ def _conv_norm_rows(conv: str, norm: str, path: tuple[str, ...], flax_conv: str,
 
 
 def backbone_rows(stage_sizes: Iterable[int] = RESNET34_STAGES, prefix: str = _BACKBONE) -> list[Row]:
-    """torchvision's ResNet of basic blocks; both number stages from 1."""
+    """Return the rows of torchvision's ResNet of basic blocks; torchvision and flax both number stages from 1."""
     rows = _conv_norm_rows(f"{prefix}conv1", f"{prefix}bn1", ("cxr_encoder",), "stem_conv", "stem_norm")
     for i, num_blocks in enumerate(stage_sizes, start=1):
         for j in range(num_blocks):
@@ -95,7 +95,10 @@ def _daft_rows(stage: int) -> list[Row]:
 
 
 def _layout(released: str, stage_sizes: tuple[int, ...], stage: int) -> list[Row]:
-    """The rows of a released checkpoint. released: as in registry.Method; stage: the ResNet stage of MMTM or DAFT."""
+    """Return the rows of a released checkpoint.
+
+    released: as in registry.Method. stage: the ResNet stage of MMTM or DAFT.
+    """
 
     def head(torch_name: str, name: str = "classifier") -> list[Row]:
         return _linear_rows(torch_name, name)
@@ -115,15 +118,15 @@ def _layout(released: str, stage_sizes: tuple[int, ...], stage: int) -> list[Row
     }[released]
 
 
-# Released checkpoints hold MMTM and DAFT modules for five stages, though a method uses one, and two unused tokens.
+# Released checkpoints hold MMTM and DAFT modules for five stages, though a method uses only one, and two unused tokens.
 _RELEASED_STAGES = range(5)
 _UNUSED_TOKENS = {"sep_token", "cls_token"}
 
 
 def table(method: str, stage_sizes: Iterable[int] = RESNET34_STAGES, missing: str = "") -> list[Row]:
-    """The rows that a method needs.
+    """Return the rows that a method needs.
 
-    missing: what replaces a missing X-ray in early and joint fusion, 'zeros' or 'learnt'; '': the method's default.
+    missing: what replaces a missing X-ray in early and joint fusion: 'zeros', 'learnt' or '', the method's default.
     Raises UserError for a method that was not released.
     """
     check_choice("method", method, registry.METHODS)
@@ -141,7 +144,7 @@ def released_methods() -> list[str]:
 
 
 def known_names(stage_sizes: Iterable[int] = RESNET34_STAGES) -> set[str]:
-    """Every name a released checkpoint of any method may hold."""
+    """Return every name that a released checkpoint of any method may hold."""
     rows = [row for method in released_methods() for row in table(method, stage_sizes)]
     rows += [row for stage in _RELEASED_STAGES for row in _mmtm_rows(stage) + _daft_rows(stage)]
     names = {name for row in rows for name in row.names}
