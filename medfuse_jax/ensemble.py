@@ -1,13 +1,13 @@
 """Combine the scores of finished runs: `python -m medfuse_jax.ensemble --runs=A,B --workdir=C`.
 
 A member is a workdir, or another classifier head of its model: `DIR:ehr_only`. Its predictions are read from its
-workdir, or made first if they are missing or of older weights. --rule says how scores are combined for each stay:
+workdir; if they are missing or from older weights, they are made first. --rule says how to combine a stay's scores:
 
     average    the mean probability of the members that score the stay: the late average of uni_ehr and uni_cxr,
                or of MMTM's two single-modality heads
     weighted   the same, with weights chosen by macro AUROC on the validation stays
-    by_cxr     the first member for stays with an X-ray, the second for those without: the ensemble of
-               Table A3 (Hayat et al. 2022), with MedFuse first and the LSTM second
+    by_cxr     the first member for stays with an X-ray, the second for those without: with MedFuse first and
+               the LSTM second, the ensemble of Table A3 (Hayat et al. 2022)
 
 Shapes: N stays, K labels, M members.
 """
@@ -56,9 +56,9 @@ class Member:
 def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     """Combine the members' scores on the test stays; write and return the result.
 
-    runs: workdirs, each with `:head` for another head than the main one. Writes config.json, predictions_test.npz and
-    result.json to the workdir, as a run does. Raises UserError if members differ in task, labels or splits, or the
-    workdir holds something else.
+    runs: workdirs, each followed by `:head` to use a head other than the main one. Writes config.json,
+    predictions_test.npz and result.json to the workdir, as a run does. Raises UserError if members differ in task,
+    labels or splits, or if the workdir holds something else.
     """
     _check_runs(runs, rule)
     content = {"name": "ensemble", "method": RULES[rule], "rule": rule, "runs": runs}
@@ -126,7 +126,7 @@ def _error(message: str, path: Path | None = None, value: object = None) -> User
 
 
 def _check_free(workdir: Path, content: dict) -> None:
-    """Raises UserError if the workdir holds anything but this ensemble."""
+    """Raise UserError if the workdir holds anything but this ensemble."""
     workdir_lib.check_outside_sweeps(workdir)
     path = workdir / "config.json"
     if path.exists() and files.read_json(path, "choose another --workdir") != content:
@@ -146,7 +146,7 @@ def _check_comparable(members: list[Member]) -> None:
 
 
 def _check_splits(members: list[Member]) -> None:
-    """Raises UserError if a member was trained or selected on patients whom another is tested on."""
+    """Raise UserError if a member was trained or selected on patients of another member's test split."""
     runs = {workdir: member.name for member in members for workdir in _trained(member.workdir)}
     if len({files.read_json(workdir / "data.json", _GIVE_FINISHED).get("digest") for workdir in runs}) == 1:
         return  # the same shards
@@ -163,7 +163,7 @@ def _check_splits(members: list[Member]) -> None:
 
 
 def _trained(workdir: Path) -> list[Path]:
-    """The workdirs of the trained runs behind a member: its own, or those of an ensemble's members."""
+    """Return the workdirs of the trained runs behind a member: its own, or those of an ensemble's members."""
     if not workdir_lib.is_ensemble(workdir):
         return [workdir]
     runs = files.read_json(workdir / "config.json", _GIVE_FINISHED)["runs"]
@@ -181,7 +181,7 @@ def _folder_and_head(run: str) -> tuple[Path, str]:
 
 
 def _open(run: str, split: str) -> Member:
-    """A member with its predictions on a split, which are made if missing or not of its best checkpoint."""
+    """Return a member with its predictions on a split; make them if missing or not from its best checkpoint."""
     workdir, head = _folder_and_head(run)
     what, step = result_lib.Scored(split, head), _best_step(workdir)
     member = _read(workdir, what, step)
@@ -193,7 +193,10 @@ def _open(run: str, split: str) -> Member:
 
 
 def _read(workdir: Path, what: result_lib.Scored, step: int | None) -> Member | None:
-    """A member from its files; None if one is missing or not of checkpoint `step`. None: any step, the same in both."""
+    """Return a member from its files; None if one is missing or not from checkpoint `step`.
+
+    step: None accepts any step that is the same in both files.
+    """
     path, result_path = what.predictions_path(workdir), what.result_path(workdir)
     if not (path.exists() and result_path.exists()):
         return None
@@ -206,7 +209,7 @@ def _read(workdir: Path, what: result_lib.Scored, step: int | None) -> Member | 
 
 
 def _best_step(workdir: Path) -> int | None:
-    """The step of a member's best checkpoint, None if it has only predictions; UserError if it is unfinished."""
+    """Return the step of a member's best checkpoint, None if it has only predictions. Raise UserError if unfinished."""
     if not (workdir / "checkpoints").is_dir():
         _check_up_to_date(workdir)
         return None
@@ -220,25 +223,25 @@ def _best_step(workdir: Path) -> int | None:
 
 
 def _check_up_to_date(workdir: Path) -> None:
-    """Raises UserError if members of the ensemble in `workdir` were trained on since it was made."""
+    """Raise UserError if members of the ensemble in `workdir` were trained further after it was made."""
     for member in _test_result(workdir).get("members", []):
         folder, _ = _folder_and_head(member["run"])
         step = _best_step(folder) or _test_result(folder).get("step")
         if step not in (None, member.get("step")):
-            raise _error(f"{workdir} combines older weights of {member['run']}: make it again", workdir, step)
+            raise _error(f"{workdir} combines older weights of {member['run']}: run the ensemble again", workdir, step)
 
 
 def _test_result(workdir: Path) -> dict:
-    """The result on the test split, {} if there is none."""
+    """Return the result on the test split; {} if there is none."""
     path = result_lib.TEST.result_path(workdir)
     return files.read_json(path, _GIVE_FINISHED) if path.exists() else {}
 
 
 def _join(members: list[Member]) -> dict:
-    """The predictions on every stay that any member scores.
+    """Return the predictions on every stay that any member scores.
 
-    stay_id, subject_id, labels, has_ehr, has_cxr, age as in a predictions file, and scores_MNK, NaN where a member does
-    not score a stay.
+    stay_id, subject_id, labels, has_ehr, has_cxr and age are as in a predictions file. scores_MNK is NaN where a member
+    does not score a stay.
     """
     stacked = {name: np.concatenate([member.predictions[name] for member in members]) for name in _FIELDS}
     stay_id_N, first_N = np.unique(stacked["stay_id"], return_index=True)
@@ -259,7 +262,7 @@ def _join(members: list[Member]) -> dict:
 
 
 def _combine(joined: dict, runs: list[str], rule: str) -> tuple[np.ndarray, list, str]:
-    """The scores [N, K], the members' weights (None for by_cxr), and how these were selected."""
+    """Return the scores [N, K], the members' weights (None for by_cxr), and how the weights were selected."""
     if rule == "by_cxr":
         selected_by = "nothing: the first run for stays with an X-ray, the second for others"
         return _by_cxr(joined), [None] * len(runs), selected_by
@@ -270,7 +273,7 @@ def _combine(joined: dict, runs: list[str], rule: str) -> tuple[np.ndarray, list
 
 
 def _weighted_mean(score_MNK: np.ndarray, weight_M: np.ndarray) -> np.ndarray:
-    """The weighted mean [N, K] over the members that score a stay; their plain mean if all their weights are 0."""
+    """Return the weighted mean [N, K] over the members that score a stay; the plain mean if all their weights are 0."""
     is_scored_MNK = np.isfinite(score_MNK)
     weight_MNK = weight_M[:, None, None] * is_scored_MNK
     weight_MNK = np.where(weight_MNK.sum(0) > 0, weight_MNK, is_scored_MNK)
@@ -286,11 +289,11 @@ def _by_cxr(joined: dict) -> np.ndarray:
 
 
 def _choose_weights(joined: dict) -> tuple[list[float], str]:
-    """The weights with the best macro AUROC, and a description; among equals those nearest to equal weights."""
+    """Return the weights with the best macro AUROC, and a description. The weights nearest to equal win ties."""
     num_free = len(joined["scores_MNK"]) - 1
     parts = [p for p in itertools.product(range(_WEIGHT_STEPS + 1), repeat=num_free) if sum(p) <= _WEIGHT_STEPS]
     grid = [np.array([*part, _WEIGHT_STEPS - sum(part)]) / _WEIGHT_STEPS for part in parts]
-    grid.sort(key=lambda weight_M: float(np.square(weight_M).sum()))  # max() takes the first of equals
+    grid.sort(key=lambda weight_M: float(np.square(weight_M).sum()))  # max() returns the first of several maxima
 
     def auroc(weight_M: np.ndarray) -> float:
         return metrics.macro(metrics.auroc(joined["labels"], _weighted_mean(joined["scores_MNK"], weight_M)))
@@ -305,7 +308,7 @@ def _mean_bce(scored: dict) -> float:
 
 
 def _num_left_out(members: list[Member], num_scored: int) -> int:
-    """The number of stays of the split that no member scores."""
+    """Return the number of stays of the split that no member scores."""
     num_stays = max(len(m.predictions["stay_id"]) + m.result.get("num_left_out", 0) for m in members)
     return max(0, num_stays - num_scored)
 

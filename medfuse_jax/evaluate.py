@@ -23,12 +23,12 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 def evaluate(
     workdir: Path, what: Scored = result.TEST, devices: list[jax.Device] | None = None, data_dir: str = ""
 ) -> dict:
-    """Evaluates a run's best checkpoint on one split; returns the result.
+    """Evaluate a run's best checkpoint on one split; return the result.
 
-    Writes, under the names that `what` gives them, the predictions (stay_id, subject_id, scores, labels, has_ehr,
-    has_cxr, age; had_ehr and had_cxr if a modality was dropped; attention weights if the model has any) and the result,
-    both with the checkpoint's step. devices: by default all of this process. data_dir: where the run's shards were
-    moved to.
+    Writes two files, named by `what`, both with the checkpoint's step: the result, and the predictions (stay_id,
+    subject_id, scores, labels, has_ehr, has_cxr, age; had_ehr and had_cxr if a modality was dropped; attention weights
+    if the model has any).
+    devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
     """
     check_choice("--split", what.split, schema.SPLITS)
     run = sources.open_run(workdir, devices, data_dir)
@@ -67,7 +67,7 @@ def evaluate(
 def _score(
     run: experiment_lib.Experiment, state: step_lib.TrainState, split: str, include_N: np.ndarray
 ) -> tuple[dict, dict, float]:
-    """Returns (scores and facts of the included records, attention weights, mean loss)."""
+    """Return (scores and facts of the included records, attention weights, mean loss)."""
     state = parallel.replicate(state, run.devices)
     eval_fn, weights_fn = (
         parallel.compile_eval(run.options, run.config.parallel, run.devices, step)
@@ -83,7 +83,7 @@ def _score(
 
 
 def _description(run: experiment_lib.Experiment, what: Scored) -> dict:
-    """The part of a result that says which run was scored, and on what."""
+    """Return the part of a result that says which run was scored, and on what data."""
     config = run.config
     manifest = records.manifest(config.data.dir, config.task)
     optional = {"modalities": loading.listed(config.model.modalities), "head": what.head, "dropped": what.dropped}
@@ -105,7 +105,7 @@ def _description(run: experiment_lib.Experiment, what: Scored) -> dict:
 
 
 def _with_head(run: experiment_lib.Experiment, what: Scored) -> tuple[experiment_lib.Experiment, np.ndarray]:
-    """Returns the run with another head of its model scored, and which records that head can score."""
+    """Return the run set to score another head of its model, and a mask of the records that the head can score."""
     heads = {h.logits.removesuffix("_logits"): h for h in run.options.model.heads if h.label == "label"}
     heads.pop("logits", None)
     if not heads:
@@ -121,7 +121,7 @@ def _with_head(run: experiment_lib.Experiment, what: Scored) -> tuple[experiment
 
 
 def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> list[dict]:
-    """Compares this run with its pre-training stages of the same task."""
+    """Compare this run with its pre-training stages of the same task."""
     comparisons = []
     for stage in config.pretrain:
         staged = config_lib.stage(config, stage)
@@ -154,7 +154,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
     flags.DEFINE_string("split", "test", "train, val or test.")
     flags.DEFINE_string("head", "", "Classifier head to score, such as ehr_only; by default the model's main head.")
-    flags.DEFINE_string("data_dir", "", "Where the run's shards were moved to; saved in its config.")
+    flags.DEFINE_string("data_dir", "", "New folder of the run's shards, if they were moved; saved in its config.")
     flags.DEFINE_float("drop_ehr", 0.0, "Fraction of paired stays scored without their EHR.")
     flags.DEFINE_float("drop_cxr", 0.0, "Fraction of paired stays scored without their X-ray.")
     command_line.run(main)

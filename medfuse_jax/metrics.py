@@ -20,24 +20,27 @@ from medfuse_jax import ranks
 from medfuse_jax.runtime.errors import UserError
 
 _BLOCK = 128  # ranks summed plainly between compensated sums
-_UNROLL = 4  # ranks a loop step; divides _BLOCK
+_UNROLL = 4  # ranks per loop step; divides _BLOCK
 _MIN_ROWS = 1024  # smaller sets share one compiled size; the walk skips rows beyond the samples
-_DRAW_TOGETHER = 50  # resamples drawn at once: on a CPU, twice as fast as one or all at once
-_COUNTS_BYTES = 2**24  # counts of one chunk of resamples: they fit a CPU's last-level cache
+_DRAW_TOGETHER = 50  # resamples drawn at once: on a CPU, twice as fast as one at a time or all at once
+_COUNTS_BYTES = 2**24  # size of one chunk of resamples: fits a CPU's last-level cache
 
 
 def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0) -> dict:
-    """AUROC and average precision per label and macro, with 95 % percentile bootstrap bounds.
+    """Return AUROC and average precision per label and macro, with 95 % percentile bootstrap bounds.
 
     labels [N, K] of 0 and 1; scores [N, K], finite, higher for more likely. A resample draws N samples with
-    replacement, the same for all labels. A label with one class is NaN and left out of the macro mean, in each resample
-    too.
+    replacement, the same for all labels. A label with only one class is NaN and is left out of the macro mean, of the
+    samples and of each resample.
 
-    Returns auroc, auprc [K]; auroc_ci, auprc_ci [K, 2]; auroc_macro, auprc_macro floats; auroc_macro_ci, auprc_macro_ci
-    (low, high): of the macro mean over resamples; auroc_macro_ci_released, auprc_macro_ci_released (low, high): the
-    mean of the per-label bounds, as the released MedFuse reports it; num_positive [K]; num_samples; num_bootstrap;
-    num_bootstrap_used [K]: resamples with both classes of the label.
-    Raises UserError for shapes that differ, other labels, scores that are not finite, or no samples.
+    Returns a dict:
+        auroc, auprc [K] and their bounds auroc_ci, auprc_ci [K, 2]
+        auroc_macro, auprc_macro: means over the labels
+        auroc_macro_ci, auprc_macro_ci (low, high): bounds of the macro mean over the resamples
+        auroc_macro_ci_released, auprc_macro_ci_released (low, high): means of the labels' bounds, as the released
+            MedFuse reports them
+        num_samples, num_positive [K], num_bootstrap, num_bootstrap_used [K] (resamples with both classes of a label)
+    Raises UserError for shapes that differ, labels other than 0 and 1, scores that are not finite, or no samples.
     """
     labels_NK, scores_NK = ranks.check(labels, scores)
     (boot,) = _bootstrap(labels_NK, [scores_NK], num_bootstrap, seed)
@@ -58,25 +61,25 @@ def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0) -> dict:
 
 
 def auroc(labels, scores) -> np.ndarray:
-    """AUROC per label [K] of labels [N, K] and scores [N, K]; NaN for a label with one class."""
+    """Return AUROC per label [K] of labels [N, K] and scores [N, K]; NaN for a label with one class."""
     return ranks.point(*ranks.check(labels, scores))["auroc"]
 
 
 def auprc(labels, scores) -> np.ndarray:
-    """Average precision per label [K] of labels [N, K] and scores [N, K]; NaN for a label with one class."""
+    """Return average precision per label [K] of labels [N, K] and scores [N, K]; NaN for a label with one class."""
     return ranks.point(*ranks.check(labels, scores))["auprc"]
 
 
 def macro(values_K) -> float:
-    """The mean over the labels, ignoring NaN; NaN if all are."""
+    """Return the mean over the labels, ignoring NaN; NaN if all are NaN."""
     return float(ranks.nanmean(values_K))
 
 
 def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0) -> dict:
-    """Macro AUROC and average precision of b minus those of a, with paired bootstrap bounds.
+    """Return macro AUROC and average precision of b minus those of a, with paired bootstrap bounds.
 
-    labels, scores_a, scores_b [N, K]: both models on the same samples, in the same order, and on the resamples that
-    `evaluate` draws for this seed.
+    labels, scores_a, scores_b [N, K]: the same samples in the same order. Both models are compared on the resamples
+    that `evaluate` draws for this seed.
 
     Returns auroc_macro, auprc_macro (differences) and auroc_macro_ci, auprc_macro_ci (low, high).
     """
@@ -92,7 +95,7 @@ def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0
 
 
 def to_json(result):
-    """Converts a result for JSON: arrays to lists, NaN to None."""
+    """Convert a result for JSON: arrays to lists, NaN to None."""
     if isinstance(result, dict):
         return {key: to_json(value) for key, value in result.items()}
     if isinstance(result, np.ndarray | np.generic):
@@ -103,7 +106,7 @@ def to_json(result):
 
 
 def _padded(num_samples: int) -> int:
-    """The number of rows to pad to: four sizes between powers of two, to compile few programs."""
+    """Return the number of rows to pad to: one of four sizes per power of two, so that few programs are compiled."""
     quantum = max(_MIN_ROWS, 1 << max(0, (num_samples - 1).bit_length() - 3))
     return -(-num_samples // quantum) * quantum
 
@@ -114,14 +117,14 @@ def _keys(num_bootstrap: int, seed: int) -> jax.Array:
             f"num_bootstrap is {num_bootstrap}; it must be at least 1", field="num_bootstrap", value=num_bootstrap
         )
     fold_in = functools.partial(jax.random.fold_in, jax.random.key(seed))
-    return jax.vmap(fold_in)(jnp.arange(num_bootstrap))  # a resample does not depend on their number
+    return jax.vmap(fold_in)(jnp.arange(num_bootstrap))  # a resample does not depend on how many are drawn
 
 
 @functools.partial(jax.jit, static_argnames="num_rows")
 def _draw_counts(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
-    """How often each resample draws each sample, uint8 [rows, R]; rows beyond `num_samples` are zero.
+    """Return how often each resample draws each sample, uint8 [rows, R]; rows beyond `num_samples` are zero.
 
-    uint8, because the walk reads every count once a label. More than 255 copies of one sample have a probability
+    uint8, because the walk reads every count once per label. More than 255 draws of one sample have a probability
     below 1e-500.
     """
 
@@ -134,7 +137,7 @@ def _draw_counts(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
 
 
 def _counts(num_samples: int, num_bootstrap: int, seed: int) -> Iterator[jax.Array]:
-    """Yields the counts of all resamples, uint8 [rows, R], in chunks that bound memory."""
+    """Yield the counts of all resamples, uint8 [rows, R], in chunks that limit memory."""
     num_rows = _padded(num_samples)
     keys_R = _keys(num_bootstrap, seed)
     num_chunks = -(-num_bootstrap * num_rows // _COUNTS_BYTES)
@@ -144,7 +147,7 @@ def _counts(num_samples: int, num_bootstrap: int, seed: int) -> Iterator[jax.Arr
 
 
 def _bootstrap(labels_NK: np.ndarray, models: list[np.ndarray], num_bootstrap: int, seed: int) -> list[dict]:
-    """AUROC and average precision [R, K] of each model (scores [N, K]) on the same resamples; NaN for one class."""
+    """Return AUROC and average precision [R, K] per model (scores [N, K]) on the same resamples; NaN for one class."""
     model_ranks = [_device_ranks(labels_NK, scores_NK) for scores_NK in models]
     num_blocks = -(-len(labels_NK) // _BLOCK)
     chunks = [
@@ -156,7 +159,7 @@ def _bootstrap(labels_NK: np.ndarray, models: list[np.ndarray], num_bootstrap: i
 
 
 def _device_ranks(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[jax.Array, ...]:
-    """`ranks.ranked` on the device, padded to few sizes; padding points to a row of zero counts."""
+    """Return `ranks.ranked` on the device, padded to one of few sizes; padding points to a row of zero counts."""
     num_samples = len(labels_NK)
     num_rows = _padded(num_samples)
     order, positive, is_end = ranks.ranked(labels_NK, scores_NK)
@@ -167,11 +170,11 @@ def _device_ranks(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[jax.Arr
 
 @jax.jit
 def _walk(counts_NR, order, positive, is_end, num_blocks):
-    """AUROC and average precision [2, K, R] by one walk down the ranks; order, positive, is_end [rank, K].
+    """Return AUROC and average precision [2, K, R] from one walk down the ranks; order, positive, is_end: [rank, K].
 
     Counts are float32, exact up to 2**24. Sums of many terms are not exact: blocks of 128 ranks are summed plainly and
-    added with Kahan's compensation, which leaves an error of about 1e-7. Plain sums exceed 1e-6; compensating every
-    rank takes 2.5 times as long.
+    added with Kahan's compensation, which leaves an error of about 1e-7. Plain sums alone err by more than 1e-6, and
+    compensating every rank takes 2.5 times as long.
     """
     shape = (order.shape[1], counts_NR.shape[1])
     zero = jnp.zeros(shape, jnp.float32)
@@ -206,7 +209,7 @@ def _walk(counts_NR, order, positive, is_end, num_blocks):
 
 
 def _kahan(total_and_error, term):
-    """One step of Kahan's compensated sum: (sum, rounding error)."""
+    """Return (sum, rounding error) after one step of Kahan's compensated sum."""
     total, error = total_and_error
     term = term - error
     new_total = total + term

@@ -12,10 +12,10 @@ LEVEL_PERCENT = 95.0
 
 
 def check(labels, scores, name: str = "scores") -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels as bool [N, K] and scores as float [N, K]. Raises UserError for any other shape or value."""
+    """Return labels as bool [N, K] and scores as float [N, K]. Raise UserError for any other shape or value."""
     labels, scores = np.asarray(labels), np.asarray(scores)
     for what, values in (("labels", labels), (name, scores)):
-        # jax's short floats have numpy's kind "V"
+        # numpy gives jax's short floats, such as bfloat16, the kind "V"
         is_real = values.dtype.kind in "biuf" or (values.dtype.kind == "V" and np.can_cast(values.dtype, np.float64))
         if not is_real:
             raise UserError(f"{what} are of type {values.dtype}; they must be real numbers", field=what)
@@ -41,7 +41,10 @@ def _check_cells(name: str, values_NK: np.ndarray, is_valid_NK: np.ndarray, expe
 
 
 def ranked(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sorts each label's samples by descending score: sample numbers, labels, whether a tie group ends; [rank, K]."""
+    """Sort each label's samples by descending score.
+
+    Returns, each [rank, K]: the sample numbers, their labels, and whether a group of tied scores ends there.
+    """
     order = np.argsort(scores_NK, axis=0)[::-1]
     descending = np.take_along_axis(scores_NK, order, axis=0)
     is_end = np.concatenate([descending[1:] != descending[:-1], np.ones_like(descending[:1], bool)])
@@ -49,7 +52,7 @@ def ranked(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[np.ndarray, np
 
 
 def point(labels_NK: np.ndarray, scores_NK: np.ndarray) -> dict[str, np.ndarray]:
-    """AUROC and average precision [K], float64."""
+    """Return AUROC and average precision [K], float64; NaN for a label with one class."""
     _, positive, is_end = ranked(labels_NK, scores_NK)
     # Counts change only at the end of a tie group, so a group counts as one step.
     seen = np.maximum.accumulate(np.where(is_end, np.arange(1, len(positive) + 1)[:, None], 0))
@@ -65,7 +68,7 @@ def point(labels_NK: np.ndarray, scores_NK: np.ndarray) -> dict[str, np.ndarray]
 
 
 def nanmean(values) -> np.ndarray:
-    """The mean over the last axis, ignoring NaN; NaN, without a warning, if all values are."""
+    """Return the mean over the last axis, ignoring NaN; NaN, without a warning, if all values are NaN."""
     values = np.asarray(values)
     known = np.isfinite(values)
     total, count = np.where(known, values, 0).sum(-1), known.sum(-1)
@@ -73,7 +76,7 @@ def nanmean(values) -> np.ndarray:
 
 
 def bounds(boot_R: np.ndarray) -> np.ndarray:
-    """The 95 % percentile bounds (low, high) of the finite resamples, float64."""
+    """Return the 95 % percentile bounds (low, high) of the finite resamples, float64."""
     known = boot_R[np.isfinite(boot_R)]
     if not len(known):
         return np.full(2, np.nan)
