@@ -1,9 +1,9 @@
-"""MedFuse with attention over time steps and over modality tokens, whose weights can be read.
+"""MedFuse with attention over time steps and over modality tokens; its attention weights can be inspected.
 
 Shapes: B rows, T time, M modality, D token width, A key width, N fused width, K label.
 
-Both poolings are weighted means, and no second path goes around the weights: they alone decide how much of each time
-step or token the result contains.
+Both poolings are weighted means, and no other path bypasses the weights: they alone decide how much each time step or
+token contributes to the result.
 """
 
 import flax.linen as nn
@@ -15,14 +15,14 @@ from medfuse_jax.models.medfuse import TokenModel
 from medfuse_jax.models.model import Inputs
 from medfuse_jax.models.recurrence import cell
 
-# Scores start as zeros: at first all time steps, and all tokens, have equal weight.
+# Scores start at zero, so that at first all time steps, and all tokens, have equal weight.
 _equal = nn.initializers.zeros_init()
-# One kernel per modality: the first axis is not an input axis.
+# One kernel per modality: the first axis is a batch axis, not an input axis.
 _by_modality = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 
 
 def masked_softmax(score_BM: jax.Array, mask_BM: jax.Array) -> jax.Array:
-    """Softmax over unmasked positions [B, M]; 0 for fully masked rows."""
+    """Compute the softmax over unmasked positions [B, M]; 0 for fully masked rows."""
     highest_B1 = jnp.max(jnp.where(mask_BM, score_BM, -jnp.inf), axis=1, keepdims=True, initial=-1e30)
     exp_BM = jnp.where(mask_BM, jnp.exp(jnp.where(mask_BM, score_BM - jax.lax.stop_gradient(highest_B1), 0)), 0)
     # A row with any unmasked position sums to at least 1, as its highest score adds 1.
@@ -30,13 +30,13 @@ def masked_softmax(score_BM: jax.Array, mask_BM: jax.Array) -> jax.Array:
 
 
 class TimeAttention(nn.Module):
-    """Pool hidden states over time: additive attention (Bahdanau et al. 2015) with the last state as the query."""
+    """Pooling over time by additive attention (Bahdanau et al. 2015), with the last hidden state as the query."""
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, hidden_BTD: jax.Array, last_BD: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(states [B, T, D], last [B, D]) -> (pooled [B, D], weights [B, T]), zeros for a length of 0."""
+        """Return (pooled [B, D], weights [B, T]); zeros for a length of 0."""
         width = last_BD.shape[-1]
         mask_BT = cell.valid_steps(length_B, hidden_BTD.shape[1])
         clean_BTD = jnp.where(mask_BT[..., None], hidden_BTD, 0)
@@ -48,9 +48,9 @@ class TimeAttention(nn.Module):
 
 
 class AttentionFusion(nn.Module):
-    """A weighted mean of the tokens' values; the query is the mean key of the tokens present.
+    """A weighted mean of the tokens' values; the query is the mean key of the tokens that are present.
 
-    Each modality has its own key and value weights, chosen by its position: a missing one keeps its position, masked.
+    Each position has its own key and value weights. A missing modality therefore keeps its position and is masked.
     """
 
     width: int = 512
@@ -58,7 +58,7 @@ class AttentionFusion(nn.Module):
 
     @nn.compact
     def __call__(self, token_BMD: jax.Array, mask_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Tokens [B, M, D], mask bool [B, M] -> (fused [B, N], weights [B, M]); zeros where all are missing."""
+        """Return (fused [B, N], weights [B, M]) of tokens [B, M, D] with mask bool [B, M]; zeros if all are missing."""
         clean_BMD = jnp.where(mask_BM[..., None], token_BMD, 0)
         key_BMA = self._project("key", clean_BMD, token_BMD.shape[-1])
         value_BMN = nn.relu(self._project("value", clean_BMD, self.width))
@@ -72,15 +72,15 @@ class AttentionFusion(nn.Module):
         num_modalities, token_width = token_BMD.shape[1:]
         kernel_MDN = self.param(f"{name}_kernel", _by_modality, (num_modalities, token_width, width))
         bias_MN = self.param(f"{name}_bias", nn.initializers.zeros_init(), (num_modalities, width))
-        # XLA's CPU cannot give a float32 result of a batched bfloat16 product: cast it afterwards.
+        # On a CPU, XLA cannot return a batched bfloat16 product as float32: cast it afterwards.
         product_BMN = jnp.einsum("bmd,mdn->bmn", token_BMD.astype(self.dtype), kernel_MDN.astype(self.dtype))
         return product_BMN.astype(jnp.float32) + bias_MN
 
 
 class MedFuseAttention(TokenModel):
-    """MedFuse with attention in place of both last states (future work of Hayat et al. 2022, 6).
+    """MedFuse with attention instead of both last states (suggested as future work by Hayat et al. 2022, section 6).
 
-    Its weights are in the collection 'intermediates': time_weights [B, T] and modality_weights [B, M], M in the order
+    The weights are in the collection 'intermediates': time_weights [B, T] and modality_weights [B, M], M in the order
     of `token_names`.
     """
 
@@ -90,14 +90,14 @@ class MedFuseAttention(TokenModel):
 
     def setup_fusion(self):
         super().setup_fusion()
-        # Beside the encoder, not in it: so an LSTM that was trained alone can initialise the encoder.
+        # Kept outside the encoder, so that an LSTM that was trained alone can initialise the encoder.
         self.time_attention = TimeAttention(self.dtype)
         self.modality_attention = AttentionFusion(self.fusion_hidden, self.dtype)
 
     def encode_ehr(self, batch: Inputs) -> jax.Array:
         if batch.ehr_BTF is None:
             return super().encode_ehr(batch)
-        # `freeze` covers the encoder alone: the attention over its states belongs to the fusion.
+        # `freeze` covers only the encoder: the attention over its states belongs to the fusion.
         hidden_BTD, last_BD = self.freeze(self.ehr_encoder.states(batch.ehr_BTF, batch.length_B))
         pooled_BD, weight_BT = self.time_attention(hidden_BTD, last_BD, batch.length_B)
         self.sow("intermediates", "time_weights", weight_BT, reduce_fn=_latest, init_fn=tuple)

@@ -1,4 +1,4 @@
-"""The early and joint fusion baselines: a linear layer over both feature vectors side by side."""
+"""The early and joint fusion baselines: a linear layer over both feature vectors, concatenated."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -7,9 +7,10 @@ from medfuse_jax.models.model import Inputs, ProjectedModel, linear
 
 
 class Concat(ProjectedModel):
-    """missing: what replaces the features of a missing X-ray: 'zeros', or 'learnt', a vector that starts as zeros.
+    """A linear classifier over both feature vectors, concatenated.
 
-    Missing EHR is zeros.
+    missing: what replaces the features of a missing X-ray: 'zeros', or 'learnt', a vector that starts as zeros. The
+    features of missing EHR are zeros.
     """
 
     missing: str = "zeros"

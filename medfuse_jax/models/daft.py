@@ -17,15 +17,15 @@ _BOTTLENECK_EXTRA = 16  # released: int((16 + channels) / 7)
 
 
 class Daft(nn.Module):
-    """Compute hidden * scale + shift, both from the pooled image and the mean hidden state.
+    """hidden * scale + shift, with scale and shift computed from the pooled image and the mean hidden state.
 
-    A row without an X-ray passes unchanged. Differs from MedFuse (models/fusion_daft.py): the mean over time leaves out
+    A row without an X-ray stays unchanged. Differs from MedFuse (models/fusion_daft.py): the mean over time excludes
     the padding.
     """
 
     @nn.compact
     def __call__(self, image_PC: jax.Array, hidden_BTD: jax.Array, length_B: jax.Array, images: Images) -> jax.Array:
-        """Return the hidden states [B, T, D], rescaled."""
+        """Return the rescaled hidden states [B, T, D]."""
         stay_PD = images.from_rows(scan.mean_over_steps(hidden_BTD, length_B))
         bottleneck = int((_BOTTLENECK_EXTRA + image_PC.shape[-1]) / BOTTLENECK_RATIO)
         squeeze = nn.Dense(bottleneck, use_bias=False, name="squeeze")
@@ -33,14 +33,14 @@ class Daft(nn.Module):
         affine_PA = excite(nn.relu(squeeze(jnp.concatenate([image_PC, stay_PD], axis=-1))))
         scale_BD, shift_BD = jnp.split(images.to_rows(affine_PA), 2, axis=-1)
         has_cxr_B1 = images.present_rows()[:, None]
-        scale_BD = jnp.where(has_cxr_B1, scale_BD, 1)  # the shift of such a row is 0 already
+        scale_BD = jnp.where(has_cxr_B1, scale_BD, 1)  # the shift of a row without an X-ray is 0 already
         return hidden_BTD * scale_BD[:, None] + shift_BD[:, None]
 
 
 class DaftModel(Model):
     """The EHR model, with its first layer's hidden states rescaled by the image's features after one ResNet stage.
 
-    stage: the ResNet stage, 1..4; later ones are not part of the model, as nothing reads them.
+    stage: the ResNet stage, 1..4. Later stages are not part of the model, since nothing would read them.
     """
 
     needs = ("ehr",)  # an X-ray alone has nothing to rescale

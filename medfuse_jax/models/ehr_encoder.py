@@ -21,7 +21,7 @@ def lstm(
 ) -> tuple[jax.Array, jax.Array]:
     """Run an LSTM over the first `length` steps of each series.
 
-    weights: input_kernel [F, G], recurrent_kernel [D, G], bias [G], float32. dtype: of the products; the state is
+    weights: input_kernel [F, G], recurrent_kernel [D, G], bias [G], float32. dtype: of the products. The state is
     float32. kernel: one of `LSTM_KERNELS`. Returns the hidden states [B, T, D], zeros past a series' end, and the last
     one [B, D], zeros for a length of 0. Values in the padding, NaN included, affect neither outputs nor gradients.
     """
@@ -30,15 +30,15 @@ def lstm(
     if num_steps == 0:
         width = len(weights["recurrent_kernel"])
         return jnp.zeros((num_rows, 0, width)), jnp.zeros((num_rows, width))
-    length_B = jnp.minimum(length_B, num_steps)  # a kernel may pad T: those steps must not count
+    length_B = jnp.minimum(length_B, num_steps)  # a kernel may pad T: the added steps must not count
     return LSTM_KERNELS[kernel](*arrays, x_BTF, length_B, jnp.dtype(dtype))
 
 
 def row_dropout(key: jax.Array, x_BD: jax.Array, rate: float | jax.Array, row_B: jax.Array) -> jax.Array:
     """Drop features with a mask that depends only on the key and the row's id.
 
-    So one device with 16 rows and eight devices with 2 each drop the same features. rate: a number, or a traced array,
-    so that a sweep's trials can differ in it.
+    One device with 16 rows and eight devices with 2 rows each therefore drop the same features. rate: a number, or a
+    traced array, which lets a sweep's trials have different rates.
     """
     if _is_off(rate):
         return x_BD
@@ -87,7 +87,7 @@ class EhrEncoder(nn.Module):
         return self.drop(self.second_layer(hidden_BTD, length_B)[1], train, dropout_rows_B)
 
     def drop(self, last_BD: jax.Array, train: bool = False, dropout_rows_B: jax.Array | None = None) -> jax.Array:
-        """Apply the encoder's dropout, also to features computed earlier."""
+        """Apply the encoder's dropout to features, whether computed now or earlier."""
         if not train or _is_off(self.dropout):
             return last_BD
         if dropout_rows_B is None:
@@ -95,5 +95,5 @@ class EhrEncoder(nn.Module):
         return row_dropout(self.make_rng("dropout"), last_BD, self.dropout, dropout_rows_B)
 
     def __call__(self, ehr_BTF, length_B, train: bool = False, dropout_rows_B=None) -> jax.Array:
-        """Turn stays [B, T, F] of `length` valid steps into features [B, D], float32."""
+        """Turn stays [B, T, F] with `length` valid steps into features [B, D], float32."""
         return self.last_state(self.first_layer(ehr_BTF, length_B), length_B, train, dropout_rows_B)

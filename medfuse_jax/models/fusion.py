@@ -21,7 +21,7 @@ def stack_tokens(tokens: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, 
 class LstmFusion(nn.Module):
     """An LSTM over the modality tokens; its last state is the fused vector.
 
-    A missing token leaves the state unchanged, as if the sequence did not hold it.
+    A missing token leaves the state unchanged, as if it were not in the sequence.
     """
 
     width: int = 512
@@ -29,7 +29,7 @@ class LstmFusion(nn.Module):
 
     @nn.compact
     def __call__(self, token_BMD: jax.Array, mask_BM: jax.Array) -> jax.Array:
-        """Fuse tokens [B, M, D] with mask bool [B, M] into [B, N], float32; zeros for a row without tokens."""
+        """Fuse tokens [B, M, D], with mask bool [B, M], into [B, N], float32; zeros for a row without tokens."""
         # torch's initial values, as in the released fusion layer.
         weights = LstmWeights(self.width, torch_default=True, name="cell")(token_BMD.shape[-1])
         return masked_lstm(weights, token_BMD, mask_BM, self.dtype)[1]

@@ -12,9 +12,9 @@ from medfuse_jax.models.model import Inputs, ProjectedModel, linear
 
 
 class TokenModel(ProjectedModel):
-    """Base class of the fusions of tokens, one a modality, any of which may be missing.
+    """Base class of fusions of tokens, one per modality, any of which may be missing.
 
-    modalities: further ones. Their tokens come first: such facts are known before the stay begins.
+    modalities: those beside EHR and X-ray. Their tokens come first, since they are known before the stay begins.
     """
 
     modalities: tuple[Modality, ...] = ()
@@ -25,22 +25,22 @@ class TokenModel(ProjectedModel):
         self.classifier = linear(self.num_labels)
 
     def extra_tokens(self, extra: dict) -> list[tuple[jax.Array, jax.Array]]:
-        """[(token [B, D], present bool [B]), ...] of the further modalities."""
+        """Return [(token [B, D], present bool [B]), ...] of the further modalities."""
         assert {m.name for m in self.modalities} == set(extra), "each modality has its values"
         tokens = []
         for name in (modality.name for modality in self.modalities):
             values_B = jnp.asarray(extra[name])
             absent_B = jnp.isnan(values_B).any(axis=tuple(range(1, values_B.ndim)), keepdims=True)
             present_B = ~absent_B.reshape(-1)
-            # An absent row is encoded too and its token masked. It gets another row's values, for which the encoder
-            # is made: at NaN, or at zeros in a norm, the encoder's own gradient is NaN, and so is NaN * 0.
+            # An absent row is encoded too, and its token is masked. It gets another row's values, which are valid
+            # inputs. NaN, or zeros in a norm, would make the encoder's gradient NaN despite the mask: NaN * 0 is NaN.
             filler = jnp.where(present_B.any(), jax.lax.stop_gradient(values_B[jnp.argmax(present_B)]), 1.0)
             tokens.append((getattr(self, f"{name}_encoder")(jnp.where(absent_B, filler, values_B)), present_B))
         return tokens
 
 
 class MedFuse(TokenModel):
-    """An LSTM over the tokens that exist: EHR, then X-ray (Hayat et al. 2022, 3)."""
+    """An LSTM over the tokens that a stay has: EHR, then X-ray (Hayat et al. 2022, section 3)."""
 
     def setup_fusion(self):
         super().setup_fusion()

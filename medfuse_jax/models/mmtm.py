@@ -17,10 +17,10 @@ ALIGN_TEMPERATURE = 0.2
 
 
 class Mmtm(nn.Module):
-    """Gates an X-ray's channels and a stay's hidden units, both from both.
+    """Gates for an X-ray's channels and a stay's hidden units, each computed from both modalities.
 
-    Where one is missing the other passes unchanged. Differs from MedFuse (models/fusion_mmtm.py): the mean over time
-    leaves out the padding; and from the MMTM paper: gates are sigmoid(x), as released, not 2 * sigmoid(x).
+    If one modality is missing, the other stays unchanged. Differs from MedFuse (models/fusion_mmtm.py): the mean over
+    time excludes the padding. Differs from the MMTM paper: gates are sigmoid(x), as released, not 2 * sigmoid(x).
     """
 
     ratio: int = 4
@@ -29,7 +29,7 @@ class Mmtm(nn.Module):
     def __call__(
         self, x_PHWC: jax.Array, hidden_BTD: jax.Array, length_B: jax.Array, images: Images
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the image's feature maps and the hidden states, gated."""
+        """Return the gated feature maps of the image and the gated hidden states."""
         channels, width = x_PHWC.shape[-1], hidden_BTD.shape[-1]
         image_PC = resnet.pooled(x_PHWC)
         stay_PD = images.from_rows(scan.mean_over_steps(hidden_BTD, length_B))
@@ -45,9 +45,9 @@ class Mmtm(nn.Module):
 
 
 def alignment_loss(cxr_BE: jax.Array, ehr_BE: jax.Array) -> jax.Array:
-    """KL(X-ray || EHR) of two feature vectors taken as distributions, temperature 0.2: [B].
+    """Return KL(X-ray || EHR) [B] of the feature vectors' softmax distributions at temperature 0.2.
 
-    The X-ray's is the target, as released: it gets no gradient.
+    The X-ray's distribution is the target and gets no gradient, as in the released code.
     """
     log_cxr_BE = jax.lax.stop_gradient(jax.nn.log_softmax(cxr_BE / ALIGN_TEMPERATURE))
     log_ehr_BE = jax.nn.log_softmax(ehr_BE / ALIGN_TEMPERATURE)
@@ -63,8 +63,8 @@ class MmtmModel(Model):
     mean over the rows of this device that have both.
     """
 
-    # Differs from MedFuse (trainers/mmtm_trainer.py): one update of the summed losses instead of three in turn. There
-    # the EHR loss updated the image encoder alone, because its optimiser was given no other parameters.
+    # Differs from MedFuse (trainers/mmtm_trainer.py): one update with the summed losses instead of three updates in
+    # turn. There, the EHR loss updates only the image encoder, because its optimiser is given no other parameters.
     heads = (
         Head(),
         Head("ehr_only_logits", needs=("ehr",), weight="ehr_only"),
@@ -95,7 +95,7 @@ class MmtmModel(Model):
         return outputs | self.alignment(cxr_BE, projected_BE, batch.has_ehr_B & batch.has_cxr_B)
 
     def encode(self, batch: Inputs) -> tuple[jax.Array, jax.Array]:
-        """(EHR features [B, D], image features [B, E]) after the exchange."""
+        """Return (EHR features [B, D], image features [B, E]) after the exchange."""
         images = batch.images
         if images is None:
             return self.encode_ehr(batch), jnp.zeros((batch.num_rows, self.num_cxr_features))

@@ -1,4 +1,4 @@
-"""What all methods share: sizes, encoders, and the form of a batch.
+"""The parts that all methods share: sizes, encoders, and the form of a batch.
 
 Shapes: B rows (stays), P images, T time, F EHR channel, H W C image, D LSTM width, E image feature, K label.
 """
@@ -20,7 +20,7 @@ _linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # t
 
 
 def linear(features: int) -> nn.Dense:
-    """A linear layer in float32: heads are small, and their outputs are scores."""
+    """Return a linear layer in float32: heads are small, and their outputs are scores."""
     return nn.Dense(features, kernel_init=_linear_init)
 
 
@@ -28,9 +28,10 @@ def linear(features: int) -> nn.Dense:
 class Inputs:
     """A batch as `forward` gets it.
 
-    ehr_BTF: series, or None if no row has one; ehr_features_BD: a frozen encoder's features in their place.
+    ehr_BTF: series, or None if no row has one. ehr_features_BD: features of a frozen encoder, instead of series.
     length_B: time steps, 0 for a row without EHR. images: None if the batch has no image slot.
-    dropout_rows_B: ids of the rows in the whole batch. axis_name: the devices' axis. extra: of further modalities.
+    dropout_rows_B: ids of the rows in the whole batch. axis_name: the devices' axis. extra: name -> values of
+    further modalities.
     """
 
     ehr_BTF: jax.Array | None
@@ -56,22 +57,22 @@ class Inputs:
 
 
 class Model(nn.Module):
-    """Base class of all methods: a method builds its layers in `setup` and computes its outputs in `forward`.
+    """Base class of all methods. A method builds its layers in `setup` and computes its outputs in `forward`.
 
     num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs are float32.
-    frozen_stats: batch normalisation uses and keeps its running statistics in training too.
+    frozen_stats: batch normalisation uses its running statistics in training too, and does not update them.
     recurrence: the EHR encoder's LSTM kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: 'plain', or 'cpu' for the
     X-ray encoder's operations of models/cpu.
     """
 
-    # Which modalities the method reads: the input pipeline leaves out the others.
+    # The modalities that the method reads: the input pipeline leaves out the others.
     uses_ehr = True
     uses_cxr = True
-    # Modalities without which a row has no prediction: evaluation leaves such rows out.
+    # The modalities that a row needs for a prediction: evaluation leaves out rows without them.
     needs: ClassVar[tuple[str, ...]] = ()
     # The classifiers that are trained, and their losses (losses.objective).
     heads: ClassVar[tuple[Head, ...]] = (Head(),)
-    # Whether evaluation scores every image of a dense batch, whatever has_cxr says.
+    # Whether evaluation scores every image of a dense batch, regardless of has_cxr.
     scores_every_image = False
 
     num_labels: int
@@ -87,7 +88,7 @@ class Model(nn.Module):
 
     @classmethod
     def loss_weights(cls) -> set[str]:
-        """The fields of config.loss that the method's training reads."""
+        """Return the fields of config.loss that the method's training reads."""
         return {head.weight for head in cls.heads} - {""}
 
     def new_ehr_encoder(self) -> ehr_encoder.EhrEncoder:
@@ -124,14 +125,14 @@ class Model(nn.Module):
 
         ehr: float [B, T, F], standardised, with length [B] in time steps (default T; 0: no EHR), or None.
         image: [P, H, W] or [P, H, W, C] (resnet.StemConv says which C), or None.
-        Listed images: image_row int [P] is each image's row, image_mask bool [P] False in an empty slot; has_cxr is
-        not read. Dense images (image_row None): P = B, and has_cxr bool [B] says which rows have one; the other images
-        reach no statistic, gradient or output.
-        ehr_features [B, D], cxr_features [P, E]: of frozen encoders, in place of ehr and image.
-        train: use batch statistics and dropout, drawn by dropout_rows int [B], the rows' ids in the whole batch.
-        axis_name: the devices' axis. extra: name -> values [B, ...] of further modalities, NaN in rows without.
-        Returns a dict: 'logits' [B, K]; 'ehr_features' [B, D] and 'cxr_features' [B, D or E] where the method has
-        them, zeros in rows without (or the learnt vector).
+        Listed images: image_row int [P] is each image's row, and image_mask bool [P] is False in an empty slot; has_cxr
+        is ignored. Dense images (image_row None): P = B, and has_cxr bool [B] says which rows have an image; images of
+        other rows affect no statistic, gradient or output.
+        ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, instead of ehr and image.
+        train: use batch statistics and dropout. dropout_rows int [B], the rows' ids in the whole batch, seed its masks.
+        axis_name: the devices' axis. extra: name -> values [B, ...] of further modalities, NaN in rows without any.
+        Returns a dict: 'logits' [B, K]; 'ehr_features' [B, D] and 'cxr_features' [B, D or E] if the method has
+        them, with zeros (or the learnt vector) in rows without the modality.
         """
         num_rows = len(next(x for x in (ehr, ehr_features, length, has_cxr, dropout_rows, image) if x is not None))
         if ehr is not None and ehr.shape[1] == 0:
@@ -153,7 +154,7 @@ class Model(nn.Module):
             return self.forward(batch)
 
     def encode_ehr(self, batch: Inputs) -> jax.Array:
-        """Features of the series [B, D]; zeros in rows without one."""
+        """Return the features of the series [B, D]; zeros in rows without one."""
         if batch.ehr_features_BD is not None:
             return self.ehr_encoder.drop(batch.ehr_features_BD, batch.train, batch.dropout_rows_B)
         if batch.ehr_BTF is None:
@@ -161,7 +162,7 @@ class Model(nn.Module):
         return self.ehr_encoder(batch.ehr_BTF, batch.length_B, batch.train, batch.dropout_rows_B)
 
     def encode_images(self, batch: Inputs) -> jax.Array:
-        """Features of the images [P, E]; to be called only if the batch has images."""
+        """Return the features of the images [P, E]. Call this only if the batch has images."""
         images = batch.images
         if images.features_PE is not None:
             return images.features_PE
@@ -169,9 +170,9 @@ class Model(nn.Module):
 
 
 class ProjectedModel(Model):
-    """Base class of the fusions of two feature vectors: the image's is projected to the width of the EHR's.
+    """Base class of fusions of two feature vectors, with the image's projected to the width of the EHR's.
 
-    frozen_encoders: no gradient reaches the encoders, and their batch statistics are frozen too.
+    frozen_encoders: no gradient reaches the encoders, and their batch statistics are not updated.
     """
 
     frozen_encoders: bool = False
@@ -187,7 +188,7 @@ class ProjectedModel(Model):
         raise NotImplementedError
 
     def encode(self, batch: Inputs) -> tuple[jax.Array, jax.Array]:
-        """(EHR features [B, D], projected image features [B, D]), zeros in rows without."""
+        """Return (EHR features [B, D], projected image features [B, D]); zeros in rows without the modality."""
         ehr_BD = self.encode_ehr(batch)
         if batch.images is None:
             return ehr_BD, jnp.zeros_like(ehr_BD)
@@ -197,7 +198,7 @@ class ProjectedModel(Model):
         return self.freeze(super().encode_ehr(batch))
 
     def encode_images(self, batch: Inputs) -> jax.Array:
-        # Differs from MedFuse (trainers/fusion_trainer.py): frozen encoders keep their batch statistics too.
+        # Differs from MedFuse (trainers/fusion_trainer.py): frozen encoders freeze their batch statistics too.
         train = batch.train and not self.frozen_encoders
         return self.freeze(super().encode_images(dataclasses.replace(batch, train=train)))
 
@@ -206,13 +207,13 @@ class ProjectedModel(Model):
 
 
 def init_variables(model: Model, key: jax.Array, extra: dict | None = None) -> dict:
-    """Return initial {'params', and 'batch_stats' if the model reads images}; call it under jit.
+    """Return initial variables: 'params', and 'batch_stats' if the model reads images. Call it under jit.
 
-    extra: values [1, ...] of the model's further modalities, whose sizes shape their encoders.
-    A key of the `rbg` kind compiles three times faster than a threefry one.
+    extra: values [1, ...] of the model's further modalities, whose sizes determine the shapes of their encoders.
+    With an `rbg` key this compiles three times as fast as with a threefry key.
     """
-    # The sizes of a batch, a series or an image shape no parameter, so the smallest will do. lazy_init traces the
-    # forward pass without compiling it.
+    # No parameter's shape depends on the size of a batch, a series or an image, so the smallest will do. lazy_init
+    # traces the forward pass without compiling it.
     ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(schema.CHANNELS)), jnp.float32)
     image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
     return model.lazy_init(key, ehr_BTF, image=image_PHW, **({"extra": extra} if extra else {}))

@@ -1,8 +1,8 @@
-"""Which image belongs to which row of the batch, and which rows have one.
+"""Which image belongs to which row of a batch, and which rows have an image.
 
 Shapes: B rows, P images, H W pixels, C channels, E features of an image.
 
-Only images that exist go through the encoder: P of them, not B. Differs from MedFuse (datasets/fusion.py), which
+The encoder processes only the images that exist: P of them, not B. Differs from MedFuse (datasets/fusion.py), which
 computes a zero image for every stay without an X-ray.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The images of a batch of `num_rows` rows, or the features that a frozen encoder computed from them before.
+    """The images of a batch of `num_rows` rows, or their features, computed earlier by a frozen encoder.
 
     Exactly one of image_PHWC and features_PE is given. valid_P: False in an empty slot, whose pixels or features are
     zeros. row_P: each image's row, num_rows in an empty slot; None in the dense form, where image b belongs to row b.
@@ -39,14 +39,14 @@ class Images:
         return jnp.asarray(x_BE).at[self.row_P].get(mode="fill", fill_value=0)
 
     def present_rows(self) -> jax.Array:
-        """bool [B]: which rows have an image."""
+        """Return bool [B]: which rows have an image."""
         if self.row_P is None:
             return self.valid_P
         return rows_with_image(self.row_P, self.valid_P, self.num_rows)
 
 
 def rows_with_image(image_row_P: jax.Array, image_mask_P: jax.Array, num_rows: int) -> jax.Array:
-    """bool [B]: the rows that a filled slot names."""
+    """Return bool [B]: the rows that filled slots belong to."""
     row_P = jnp.where(image_mask_P, image_row_P, num_rows)
     return jnp.zeros(num_rows, bool).at[row_P].set(True, mode="drop")
 
@@ -54,11 +54,12 @@ def rows_with_image(image_row_P: jax.Array, image_mask_P: jax.Array, num_rows: i
 def images_of(
     num_rows: int, image=None, *, features=None, has_cxr=None, image_row=None, image_mask=None
 ) -> Images | None:
-    """The images of a batch, or None if it has no slot at all: then nothing of the image encoder is traced.
+    """Return the images of a batch, or None if it has no slot at all, so that no image encoder is traced.
 
-    image: [P, H, W] or [P, H, W, C]; or features [P, E] in its place.
+    image: [P, H, W] or [P, H, W, C]. features: [P, E], instead of image.
     Listed form: image_row int [P] names each image's row, and image_mask bool [P] is False in an empty slot (default:
-    all filled). Dense form (image_row None): P = B, and has_cxr bool [B] says which rows have one (default: all).
+    all filled). Dense form (image_row None): P = B, and has_cxr bool [B] says which rows have an image (default:
+    all).
     """
     given = image if features is None else features
     if given is None or given.shape[0] == 0:
@@ -73,7 +74,7 @@ def images_of(
         row_P = jnp.where(valid_P, jnp.asarray(image_row), num_rows)
     if features is not None:
         return Images(None, jnp.where(valid_P[:, None], features, 0), valid_P, row_P, num_rows)
-    # A NaN in an empty slot would reach the kernels' gradients as NaN * 0: clear it before any product.
+    # A NaN in an empty slot would make the kernels' gradients NaN (NaN * 0): clear it before any product.
     image_PHWC = image if image.ndim == 4 else image[..., None]
     image_PHWC = jnp.where(valid_P[:, None, None, None], image_PHWC, 0)
     return Images(image_PHWC, None, valid_P, row_P, num_rows)

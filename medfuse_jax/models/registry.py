@@ -1,6 +1,6 @@
-"""The methods by name: one row each. To add one, write models/<file>.py and add a row (see CONTRIBUTING.md).
+"""The methods by name, one row each. To add one, write models/<file>.py and add a row (see CONTRIBUTING.md).
 
-Importing this module imports no model and neither jax nor flax: a row's class is imported when it is used.
+Importing this module imports no model, jax or flax: a row's class is imported when it is first used.
 """
 
 import dataclasses
@@ -15,11 +15,12 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 class Method:
     """One method.
 
-    title: its name in reports. model: 'file:Class' in medfuse_jax/models. fields: the class's fields that make it.
-    released: the layout of its released checkpoints, of torch_import/names.py; '' if none were released.
+    title: its name in reports. model: 'file:Class' in medfuse_jax/models. fields: values of the class's fields that
+    define the method. released: the layout of its released checkpoints, in torch_import/names.py; '' if none were
+    released.
     has_peer: whether the benchmark has a PyTorch counterpart.
-    features_only: whether its fusion reads nothing of the encoders but their features, so that a sweep can compute
-    them once for all trials on frozen encoders.
+    features_only: whether its fusion reads only the encoders' features, so that a sweep can compute them once for all
+    trials on frozen encoders.
     """
 
     title: str
@@ -36,7 +37,7 @@ class Method:
         return getattr(importlib.import_module(f"medfuse_jax.models.{module}"), name)
 
     def has_field(self, name: str) -> bool:
-        """Whether the model has a field beside those of all models, such as 'missing' or 'modalities'."""
+        """Return whether the model has a field, such as 'missing' or 'modalities', which not all models have."""
         return hasattr(self.model_class, name)
 
 
@@ -52,7 +53,7 @@ METHODS = {
         features_only=True,
     ),
     "joint": Method("Joint fusion", "concat:Concat", released="concat", has_peer=True, features_only=True),
-    # The same model as joint: they differ in the stays they are trained on.
+    # The same model as joint; only the stays that they are trained on differ.
     "joint_zeros": Method("Joint fusion, zeros", "concat:Concat", released="concat", has_peer=True, features_only=True),
     "joint_learnable": Method(
         "Joint fusion, learnt vector",
@@ -73,12 +74,12 @@ METHODS = {
 
 
 def with_field(name: str) -> list[str]:
-    """The methods whose model has a field."""
+    """Return the methods whose model has a field."""
     return [method for method, row in METHODS.items() if row.has_field(name)]
 
 
 def build(method: str, num_labels: int, **options) -> Any:
-    """Build the model of a method, a models.model.Model. options: its further fields; UserError for one it lacks."""
+    """Build a method's model, a models.model.Model. options: its other fields; raise UserError for an unknown one."""
     check_choice("method", method, METHODS)
     row = METHODS[method]
     allowed = [name for name in inspect.signature(row.model_class).parameters if name not in ("parent", "name")]

@@ -2,7 +2,7 @@
 
 Shapes: P X-rays, H W pixels, C channels, E X-ray features (8 * width).
 
-Every padding is explicit: torch pads (3, 3) and (1, 1), which differs from `SAME` at stride 2.
+All padding is explicit: torch pads (3, 3) and (1, 1), which differs from `SAME` at stride 2.
 """
 
 import flax.linen as nn
@@ -13,9 +13,9 @@ from medfuse_jax.models.cpu import conv as cpu_conv
 from medfuse_jax.models.cpu import max_pool as cpu_max_pool
 
 BATCH_NORM_EPSILON = 1e-5
-BATCH_NORM_MOMENTUM = 0.9  # torch calls this 0.1
+BATCH_NORM_MOMENTUM = 0.9  # 0.1 in torch's convention
 
-# torchvision's ImageNet statistics, for the three equal channels that the reference feeds.
+# torchvision's ImageNet statistics, for the three equal channels that the released code feeds.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -62,12 +62,12 @@ class Conv(nn.Module):
 
 
 class StemConv(nn.Module):
-    """The 7x7 stem. Its parameter is [7, 7, 3, features] for any number of input channels:
+    """The 7x7 stem. Its kernel is [7, 7, 3, features] for any number of input channels:
 
-    3: as given.
-    1: one standardised channel, meaning three equal ones.
-    2: grey in 0..1, and ones inside the X-ray. ImageNet's mean and deviation are folded into the kernel; the ones
-       channel keeps this exact at the borders, where zero padding must cancel the mean.
+    3: used as given.
+    1: one standardised channel, which stands for three equal ones.
+    2: grey in 0..1, and a mask that is one inside the X-ray. ImageNet's mean and deviation are folded into the kernel.
+       The mask keeps this exact at the borders: the mean must not be subtracted from the zero padding.
     """
 
     features: int
@@ -90,7 +90,7 @@ class StemConv(nn.Module):
 def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array, axis_name: str | None):
     """Return mean [C], biased variance [C] and pixel count of the valid X-rays on all devices of the axis.
 
-    Float32, by centred squares: subtracting two large sums would lose the variance.
+    Uses float32 and centred squares: the difference of two large sums would lose precision.
     """
 
     def total(values):
@@ -101,7 +101,7 @@ def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array, axis_name: str | None
     count = total(jnp.sum(valid_P111) * (height * width)).astype(jnp.float32)
     divisor = jnp.maximum(count, 1)
     mean_C = total(jnp.sum(jnp.where(valid_P111, x_PHWC, 0), axis=(0, 1, 2))) / divisor
-    # The variance's derivative by the mean is zero, so skipping it is exact and saves a pass over the X-rays.
+    # The derivative of the variance by the mean is zero, so stopping it is exact and saves a pass over the X-rays.
     centred_PHWC = jnp.where(valid_P111, x_PHWC - jax.lax.stop_gradient(mean_C), 0)
     variance_C = total(jnp.sum(jnp.square(centred_PHWC), axis=(0, 1, 2))) / divisor
     return mean_C, variance_C, count
@@ -110,9 +110,9 @@ def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array, axis_name: str | None
 class BatchNorm(nn.Module):
     """Batch normalisation over the valid X-rays only.
 
-    Training uses the statistics of the valid X-rays on all devices of `axis_name`, or the running statistics,
-    unchanged, if there are none. As in torch, the running variance is updated with the unbiased one. Scale, bias and
-    statistics are float32.
+    Training uses the statistics of the valid X-rays on all devices of `axis_name`. Without any valid X-ray it uses the
+    running statistics and leaves them unchanged. As in torch, the running variance is updated with the unbiased batch
+    variance. Scale, bias and statistics are float32.
     """
 
     @nn.compact
@@ -145,7 +145,7 @@ def _updated(running_C: jax.Array, batch_C: jax.Array) -> jax.Array:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is projected where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, which is projected if the shape changes."""
 
     features: int
     stride: int = 1
@@ -167,7 +167,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """The stem, four stages of basic blocks, and the mean over the pixels.
 
-    stage_sizes: blocks per stage; (3, 4, 6, 3) is ResNet-34. width: channels of the first stage; each next stage
+    stage_sizes: blocks per stage; (3, 4, 6, 3) is ResNet-34. width: channels of the first stage; each later stage
     doubles them. dtype: of the convolutions; parameters and statistics are float32. frozen_stats: training uses the
     running statistics and leaves them unchanged. ops: 'plain', or 'cpu' for the operations of models/cpu.
     """
@@ -187,7 +187,7 @@ class ResNet(nn.Module):
                 setattr(self, f"stage{i}_block{j}", BasicBlock(self.width * 2 ** (i - 1), stride, self.ops))
 
     def stem(self, image_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
-        """Turn X-rays into the input of stage 1, a quarter of their size."""
+        """Turn X-rays into the input of stage 1, at a quarter of their height and width."""
         x_PHWC = self.stem_conv(image_PHWC.astype(self.dtype))
         x_PHWC = nn.relu(self.stem_norm(x_PHWC, train and not self.frozen_stats, valid_P, axis_name))
         return _max_pool(self.ops, x_PHWC)
@@ -209,7 +209,7 @@ class ResNet(nn.Module):
     def __call__(self, image_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
         """Turn X-rays [P, H, W, C] into features [P, E], float32.
 
-        valid_P: which X-rays count in the batch statistics. The others must be finite.
+        valid_P: which X-rays count in the batch statistics. The pixels of the others must be finite.
         """
         return pooled(self.until(len(self.stage_sizes), image_PHWC, train, valid_P, axis_name))
 

@@ -8,11 +8,11 @@ from medfuse_jax.models.model import Inputs, ProjectedModel, linear
 
 
 class Unified(ProjectedModel):
-    """Scores a row with an X-ray by the joint classifier, one without by the EHR classifier.
+    """A joint classifier for rows with an X-ray, and an EHR classifier for rows without one.
 
-    The X-ray classifier has labels of its own ('cxr_only_logits' [B, num_cxr_labels]): batches of X-rays with those
-    labels train it and alternate with the stays' batches (plan.Alternating). The paper does not say how to score an
-    X-ray without EHR: here the joint classifier does, with zeros for the EHR.
+    The X-ray classifier has its own labels ('cxr_only_logits' [B, num_cxr_labels]). Batches of X-rays with those labels
+    train it; they alternate with the stays' batches (plan.Alternating). The paper does not say how to score an X-ray
+    without EHR: here the joint classifier scores it, with zeros for the EHR features.
     """
 
     heads = (

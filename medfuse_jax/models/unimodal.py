@@ -1,4 +1,4 @@
-"""The two baselines that read one modality."""
+"""The two baselines that read a single modality."""
 
 import jax.numpy as jnp
 

@@ -2,8 +2,8 @@
 
 Shapes: P X-rays, H W pixels, C channels.
 
-A vmap over kernels (a sweep's trials) runs one convolution after another: as one grouped convolution it is 3.5 times
-slower on a CPU.
+Under a vmap over kernels (a sweep's trials), the convolutions run one after another: one grouped convolution would be
+3.5 times slower on a CPU.
 """
 
 import functools
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from medfuse_jax.models.cpu import winograd
 
-# A smaller convolution takes about a millisecond in any form. XLA's own compiles by far the fastest: it is one call of
-# a library, where Winograd's is some 100 kernels.
+# A smaller convolution takes about a millisecond in any form. XLA's own compiles by far the fastest: it is one library
+# call, whereas Winograd's is some 100 kernels.
 _MIN_FLOP = 100e6
-# For few output pixels per X-ray (and, in a ResNet, many channels) one product of explicit columns is fastest: for
-# a convolution's gradients XLA transposes the whole kernel. Winograd takes precedence if the batch is large enough.
+# For few output pixels per X-ray (and, in a ResNet, many channels) one product of explicit columns is fastest, since
+# XLA transposes the whole kernel for a convolution's gradients. Winograd takes precedence if the batch is large enough.
 _FEW_PIXELS = 7 * 7
 # With fewer channels, Winograd's transforms cost more than they save.
 _WINOGRAD_CHANNELS = 32
@@ -28,7 +28,7 @@ _MAX_PARTS = 16  # each part is compiled
 
 
 def _sequential_under_vmap(fn):
-    """Return `fn` such that vmap unrolls it into sequential calls."""
+    """Wrap `fn` so that vmap unrolls it into sequential calls."""
     sequential = jax.custom_batching.custom_vmap(fn)
 
     @sequential.def_vmap
@@ -84,7 +84,7 @@ def _is_small(stride, padding, x_PHWC, kernel) -> bool:
 
 def _suits_winograd(stride, padding, x_PHWC, kernel) -> bool:
     is_3x3 = kernel.shape[:2] == (3, 3) and (stride, padding) == (1, 1)
-    is_float32 = x_PHWC.dtype == jnp.float32  # half precision loses accuracy in the transforms
+    is_float32 = x_PHWC.dtype == jnp.float32  # in half precision, the transforms lose accuracy
     num_pixels, num_channels = x_PHWC.size // x_PHWC.shape[-1], kernel.shape[2:]  # pixels of all X-rays
     kernel_is_cheap = num_pixels >= max(num_channels)  # transforming it costs less than it saves
     return is_3x3 and is_float32 and kernel_is_cheap and min(num_channels) >= _WINOGRAD_CHANNELS

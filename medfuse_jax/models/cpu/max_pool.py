@@ -3,7 +3,7 @@
 Shapes: P X-rays, H W pixels, C channels, h w pixels after the pool.
 
 The gradient of XLA's own pool is a select-and-scatter, which visits the windows one by one. Here the forward pass
-saves which of the nine pixels won, and the gradient is nine comparisons over whole arrays.
+saves which of the nine pixels was the largest, and the gradient is nine comparisons over whole arrays.
 """
 
 import jax
@@ -16,7 +16,7 @@ _MIDDLE = 1  # of a window's three rows or columns
 def max_pool(x_PHWC: jax.Array) -> jax.Array:
     """Return the maximum of each 3x3 window, padded by one with -inf: [P, ceil(H/2), ceil(W/2), C].
 
-    Among tied pixels the first one, in row-major order, takes the gradient, as in XLA's and torch's.
+    Of tied pixels, the first in row-major order gets the gradient, as in XLA and torch.
     """
     return _forward(x_PHWC)[0]
 
@@ -33,7 +33,7 @@ def _forward(x_PHWC):
         pixel_PhwC = padded_PHWC[:, row : row + 2 * h - 1 : 2, column : column + 2 * w - 1 : 2]
         winner_PhwC = jnp.where(pixel_PhwC > max_PhwC, jnp.uint8(k), winner_PhwC)
         max_PhwC = jnp.maximum(max_PhwC, pixel_PhwC)
-    return max_PhwC, (winner_PhwC, x_PHWC[:0, :, :, :0])  # the last only carries H and W
+    return max_PhwC, (winner_PhwC, x_PHWC[:0, :, :, :0])  # an empty array, which only carries H and W
 
 
 def _backward(saved, d_PhwC):
@@ -41,9 +41,9 @@ def _backward(saved, d_PhwC):
     num_images, h, w, channels = d_PhwC.shape
 
     def gradient_of(row: int, column: int) -> jax.Array:
-        """Return each window's gradient of its pixel (row, column), shifted to that pixel's place."""
+        """Return each window's gradient for its pixel (row, column), shifted to that pixel's position."""
         d_pixel = jnp.where(winner_PhwC == 3 * row + column, d_PhwC, 0)
-        # A window's first row and column are the last ones of the window before.
+        # A window's first row and column are the last ones of the previous window.
         if row == 0:
             d_pixel = jnp.pad(d_pixel[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
         if column == 0:

@@ -1,8 +1,8 @@
 """The 3x3 convolution by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, CVPR 2016), for a CPU.
 
-A tile of 2x2 outputs needs 16 products per pair of channels, where the plain sum needs 36. Each of the 16 is one matrix
-product over all tiles, which XLA runs fast on a CPU. The transforms only add and halve, so the result is as exact as
-the plain convolution's.
+A tile of 2x2 outputs needs 16 products per pair of channels, whereas the plain sum needs 36. Each of the 16 is one
+matrix product over all tiles, which XLA runs fast on a CPU. The transforms only add and halve, so the result is as
+exact as the plain convolution's.
 
 Shapes: P X-rays, H W pixels, N tiles of all X-rays, C channels in, D channels out.
 """
@@ -52,14 +52,14 @@ def _after(x_PHWC: jax.Array, d_output_PHWD: jax.Array) -> jax.Array:
     """Return the X-rays, made to depend on the output's gradient.
 
     Otherwise XLA shares the tiles of the forward pass and keeps them until the backward pass, at four times the X-rays'
-    memory. (XLA drops an optimization_barrier before it schedules.) If the gradient's first element is not finite, the
-    whole kernel's gradient is not either.
+    memory. (An optimization_barrier does not help: XLA drops it before it schedules.) If the gradient's first element
+    is not finite, neither is the kernel's whole gradient.
     """
     return x_PHWC + 0 * d_output_PHWD[0, 0, 0, 0]
 
 
 def _parts(x_PHWC: jax.Array) -> jax.Array:
-    """Split the X-rays into parts of _PIXELS_PER_PART to twice as many pixels; zeros pad the last part."""
+    """Split the X-rays into parts of about _PIXELS_PER_PART pixels, at most twice as many; zeros pad the last part."""
     num_images, height, width, _ = x_PHWC.shape
     images_per_part = max(1, _PIXELS_PER_PART // (height * width))
     few, many = max(1, num_images // images_per_part), -(-num_images // images_per_part)
@@ -73,7 +73,7 @@ def _inputs(x_PHWC: jax.Array) -> list[jax.Array]:
     """Return the 16 transformed inputs [N, C] of the tiles, each from 4x4 pixels around its 2x2 outputs."""
     _, height, width, num_channels = x_PHWC.shape
     pads = ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0))
-    # The barrier keeps XLA from recomputing the X-rays in each of the 16 fusions.
+    # The barrier keeps XLA from recomputing the padded X-rays in each of the 16 fusions.
     x_PHWC = jax.lax.optimization_barrier(jnp.pad(x_PHWC, pads))
     tiles = [cell for row in _inputs_1d(x_PHWC, axis=1) for cell in _inputs_1d(row, axis=2)]
     return [tile.reshape(-1, num_channels) for tile in tiles]
@@ -86,7 +86,7 @@ def _inputs_1d(x: jax.Array, axis: int) -> list[jax.Array]:
 
 
 def _outputs(products: list[jax.Array], shape: tuple) -> jax.Array:
-    """Turn the 16 products [N, D] into output pixels [P, H, W, D]; shape: the input's."""
+    """Turn the 16 products [N, D] into output pixels [P, H, W, D]. shape: the input's."""
     num_images, height, width, _ = shape
     h, w = -(-height // 2), -(-width // 2)
     products = [product.reshape(num_images, h, w, -1) for product in products]

@@ -1,7 +1,7 @@
-"""One LSTM step and its gradient, as the chunks and the Pallas kernels compute it.
+"""One LSTM step and its gradient, for the kernels of chunks.py and pallas.py.
 
-The plain scan (`scan.masked_lstm`) has its own copy, as their reference. Arrays are [..., D] for any number of rows and
-units; gates are in the order i, f, g, o.
+The plain scan (`scan.masked_lstm`) has its own copy, since it is their reference. Arrays are [..., D] for any number of
+rows and units; gates are in the order i, f, g, o.
 """
 
 import jax
@@ -24,7 +24,7 @@ def forward(gates: tuple, cell_before: jax.Array) -> tuple[tuple, jax.Array, jax
 
 
 def backward(activated: tuple, cell_before, cell, d_hidden, d_cell) -> tuple[tuple, jax.Array]:
-    """Return the gradients of (the four pre-activations, the previous cell), from those of hidden state and cell."""
+    """Return the gradients of (the four pre-activations, the previous cell), given those of hidden state and cell."""
     i, f, g, o = activated
     tanh_cell = jnp.tanh(cell)
     d_cell = d_cell + d_hidden * o * (1 - tanh_cell**2)

@@ -1,12 +1,12 @@
-"""The LSTM in chunks of steps, up to the batch's longest series: the kernel that runs on any device.
+"""The LSTM in chunks of steps, up to the batch's longest series. This kernel runs on any device.
 
 Shapes: B batch, T time, C steps per chunk, F input channel, D LSTM width, G = 4 D gates (i, f, g, o).
 
 Compared with the plain scan (`scan.masked_lstm`, its reference):
-- The trip count is the batch's longest length, not T: padding to a bucket costs memory but no time, so a few buckets
-  (compilations) serve stays of any length.
-- A chunk's input product is one matrix product, and so is each kernel's gradient, which autodiff of a scan would
-  accumulate step by step.
+- The loop stops at the batch's longest length, not at T. Padding to a bucket costs memory but no time, so a few
+  buckets, each one compilation, serve stays of any length.
+- Each chunk needs one matrix product for its inputs and one for each kernel's gradient. Autodiff of a scan would
+  accumulate these gradients step by step.
 """
 
 import functools
@@ -49,7 +49,7 @@ def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtyp
         start = k * CHUNK_STEPS
         product_CBG = _dot(_chunk_at(x_TBF, start), input_FG) + bias_G
         state, (hidden_CBD, cell_CBD, act_CBG) = jax.lax.scan(step, state, (product_CBG, _chunk_at(valid_TB, start)))
-        # Row t holds the state before step t, as the backward pass reads it.
+        # Row t holds the state before step t, which the backward pass reads.
         hidden_TBD = _put(hidden_TBD, hidden_CBD, start + 1)
         cell_TBD = _put(cell_TBD, cell_CBD, start + 1)
         return state, hidden_TBD, cell_TBD, _put(act_TBG, act_CBG.astype(dtype), start)
@@ -66,7 +66,7 @@ def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtyp
 
 def _save(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
     outputs, saved = _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype)
-    return outputs, (saved, jnp.zeros((0, x_BTF.shape[1]), x_BTF.dtype))  # the last carries x's type and T
+    return outputs, (saved, jnp.zeros((0, x_BTF.shape[1]), x_BTF.dtype))  # the empty array carries x's type and T
 
 
 def _backward(dtype, residuals, cotangents):
@@ -113,7 +113,7 @@ chunked_lstm.defvjp(_save, _backward)
 
 
 def _pad_to_chunks(x_BTF, length_B, dtype):
-    """Return x, time first, padded to whole chunks and zero past each series' end, and its mask of valid steps."""
+    """Return x (time first, padded to whole chunks, zeros past each series' end) and the mask of valid steps."""
     num_steps = steps_run(x_BTF.shape[1])
     valid_TB = cell.valid_steps(length_B, num_steps).T
     x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, num_steps - x_BTF.shape[1]), (0, 0), (0, 0)))
@@ -121,7 +121,7 @@ def _pad_to_chunks(x_BTF, length_B, dtype):
 
 
 def steps_run(longest):
-    """Return the number of steps computed for a longest series of `longest` steps: whole chunks."""
+    """Return the number of steps, in whole chunks, that are computed if the longest series has `longest` steps."""
     return -(-longest // CHUNK_STEPS) * CHUNK_STEPS
 
 

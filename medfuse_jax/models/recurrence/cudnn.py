@@ -3,7 +3,7 @@
 Shapes: B batch, T time, F input channel, D LSTM width, G = 4 D gates.
 
 Products are in float32, or TF32 if jax's default precision allows it, never in bfloat16. cuDNN runs each series to its
-own length and copies the lengths to the host, so a step waits for the one before. There is no vmap.
+own length and copies the lengths to the host, so a step waits for the previous one. vmap is not supported.
 """
 
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from medfuse_jax.models.recurrence.cell import valid_steps
 
 
 def cudnn_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
-    """Run an LSTM like `chunked_lstm`. dtype: ignored, see above."""
+    """Run an LSTM like `chunked_lstm`. dtype: ignored (see the module's docstring)."""
     del dtype
     num_rows, num_steps, num_inputs = x_BTF.shape
     width = len(recurrent_kernel_DG)
-    # cuDNN's order: both kernels as [G, inputs], then two biases; the second is zero. Its gate order is ours.
+    # cuDNN's layout: both kernels as [G, inputs], then two biases, the second zero. Its gate order is the same as ours.
     kernels = [kernel.T.reshape(-1) for kernel in (input_kernel_FG, recurrent_kernel_DG)]
     weights = jnp.concatenate([*kernels, bias_G, jnp.zeros_like(bias_G)])
     valid_BT1 = valid_steps(length_B, num_steps)[..., None]

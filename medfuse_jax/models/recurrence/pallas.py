@@ -2,12 +2,12 @@
 
 Shapes: B batch, R rows per program, T time, F input channel, D LSTM width, U units per tile, K = 4 gates.
 
-Each program of the grid runs R rows up to the longest of them. The input's product and both weight gradients are single
-products over all steps, outside the kernels. A step only computes the recurrent product, and reads its weights from the
+Each program of the grid runs R rows, up to the longest of them. The input product and both weight gradients are single
+products over all steps, outside the kernels. A step computes only the recurrent product, and reads its weights from the
 GPU's L2 cache, one tile of units at a time.
 
-Past a row's end a program runs on with zero input. The forward pass masks those outputs afterwards. The backward pass
-starts there with zero state gradients, so everything it computes there is zero.
+Past a row's end, a program continues with zero input. The forward pass masks those outputs afterwards. The backward
+pass starts there with zero state gradients, so everything it computes there is zero.
 """
 
 import functools
@@ -20,17 +20,17 @@ from jax.experimental.pallas import triton as plgpu
 from medfuse_jax.models.recurrence import cell
 
 _GATES = range(cell.NUM_GATES)
-_ROWS = 16  # rows per program: a matrix unit's minimum
-_MIN_TILE_UNITS = 16  # likewise
+_ROWS = 16  # rows per program: the minimum of a matrix unit
+_MIN_TILE_UNITS = 16  # also the minimum of a matrix unit
 _TILE_BYTES = 64  # one row of a tile
 _COMPILER = plgpu.CompilerParams(num_warps=8, num_stages=2)
 
 
 def max_units(compute_capability: str) -> int:
-    """Return the widest layer whose tiles fit into a block's shared memory; 0 if the GPU cannot run the kernels.
+    """Return the width of the widest layer whose tiles fit in a block's shared memory; 0 if the GPU is unsupported.
 
-    Compiled by Triton 3.9, 256 units take at most 82,944 bytes, 512 take 164,864. By NVIDIA's tables a block may have
-    101,376 at compute capability 8.6, 8.9 and 12, 166,912 at 8.0 and 8.7, and 232,448 at 9 and 10.
+    With Triton 3.9, 256 units take at most 82,944 bytes and 512 units 164,864. NVIDIA's tables allow a block 101,376
+    bytes at compute capability 8.6, 8.9 and 12; 166,912 at 8.0 and 8.7; and 232,448 at 9 and 10.
     """
     try:
         version = float(compute_capability)
@@ -42,13 +42,13 @@ def max_units(compute_capability: str) -> int:
 
 
 def pallas_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, interpret=False):
-    """Run an LSTM like `chunked_lstm`, on a GPU supported by Triton.
+    """Run an LSTM like `chunked_lstm`, on a GPU that Triton supports.
 
-    interpret: interpret the kernels, slowly, on any backend; for tests.
+    interpret: run the kernels in the interpreter, which is slow but works on any backend; for tests.
     """
     num_rows, num_steps, _ = x_BTF.shape
     width = len(recurrent_kernel_DG)
-    # Padding rows have no steps, and padding units zero weights: their states stay zero, since tanh(0) = 0.
+    # Padding rows have no steps and padding units have zero weights: their states stay zero, since tanh(0) = 0.
     extra_rows, extra_units = -num_rows % _ROWS, max(2 * _MIN_TILE_UNITS, pl.next_power_of_2(width)) - width
 
     def by_gate(x_G):
@@ -69,7 +69,7 @@ def pallas_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, d
 def _recurrence(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpret):
     """Return the hidden states float32 [T, B, D], zeros past a series' end.
 
-    x must be zero there too, B a multiple of R and D a power of two. dtype: of the products.
+    x must be zero past a series' end too, B a multiple of R, and D a power of two. dtype: of the products.
     """
     return _forward(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpret)[0]
 
@@ -102,7 +102,7 @@ def _backward(dtype, interpret, saved, d_output_TBD):
         inputs=[(length_B, 0), (d_output_TBD, 1), (activated_TBKD, 1), (cell_TBD, 1), (recurrent_KDD, None)],
         interpret=interpret,
     )
-    # Steps past a program's longest row were never written and hold arbitrary values.
+    # Steps past a program's longest row were never written, and hold arbitrary values.
     d_gates_TBKD = jnp.where(valid_TB1[..., None], d_gates_TBKD, 0)
     before_TBD = jnp.where(valid_TB1, hidden_TBD[:-1], 0).astype(dtype)
     return (
@@ -118,12 +118,12 @@ _recurrence.defvjp(_forward, _backward)
 
 
 def _forward_kernel(length_ref, product_ref, recurrent_ref, hidden_ref, cell_ref, activated_ref, *, barrier):
-    """Run the steps; row t of `hidden` and `cell` is the state before step t."""
+    """Run the steps. Row t of `hidden` and `cell` is the state before step t."""
     hidden_ref[0] = jnp.zeros(hidden_ref.shape[1:], hidden_ref.dtype)
     cell_ref[0] = jnp.zeros(cell_ref.shape[1:], cell_ref.dtype)
 
     def step(t, _):
-        barrier()  # other threads wrote the state
+        barrier()  # other threads have written the state
         hidden_RD = hidden_ref[t].astype(recurrent_ref.dtype)
 
         def tile(units, _):
@@ -142,7 +142,7 @@ def _forward_kernel(length_ref, product_ref, recurrent_ref, hidden_ref, cell_ref
 def _backward_kernel(
     length_ref, d_output_ref, activated_ref, cell_ref, recurrent_ref, d_gates_ref, d_hidden_ref, d_cell_ref, *, barrier
 ):
-    """Run the steps backwards; `d_hidden` and `d_cell` [R, D] hold the state's gradients between steps."""
+    """Run the steps backwards. `d_hidden` and `d_cell` [R, D] hold the state's gradients between steps."""
     d_hidden_ref[...] = jnp.zeros(d_hidden_ref.shape, d_hidden_ref.dtype)
     d_cell_ref[...] = jnp.zeros(d_cell_ref.shape, d_cell_ref.dtype)
     longest = jnp.max(length_ref[...])
@@ -163,7 +163,7 @@ def _backward_kernel(
             return d_before_RD
 
         d_before_RD = _for_each_tile(recurrent_ref, tile, jnp.zeros(d_hidden_ref.shape, jnp.float32))
-        barrier()  # all threads have read what is overwritten next
+        barrier()  # all threads have read the state's gradients, which are overwritten next
         d_hidden_ref[...] = d_before_RD
 
     jax.lax.fori_loop(0, longest, step, None)
@@ -172,8 +172,8 @@ def _backward_kernel(
 def _for_each_tile(recurrent_ref, tile, start):
     """Loop `carry = tile(units, carry)` over all tiles of units, beginning with `start`.
 
-    There are always at least two tiles. Triton unrolls a loop of one; the loop over steps is then the innermost, and
-    Triton prefetches the next step's state before all threads have written it.
+    There are always at least two tiles: Triton would unroll a loop over one tile. The loop over steps would then be the
+    innermost, and Triton would prefetch the next step's state before all threads have written it.
     """
     width = recurrent_ref.shape[-1]
     size = min(_TILE_BYTES // recurrent_ref.dtype.itemsize, width // 2)
@@ -196,7 +196,7 @@ def _by_rows(kernel, outputs: list[tuple], inputs: list[tuple], interpret: bool)
 
 
 def _block(like, row_axis: int | None) -> pl.BlockSpec:
-    """Return the part of an array that one program sees."""
+    """Return the spec of the part of an array that one program reads or writes."""
     shape = [_ROWS if axis == row_axis else size for axis, size in enumerate(like.shape)]
     return pl.BlockSpec(shape, lambda n: tuple(n if axis == row_axis else 0 for axis in range(len(shape))))
 
@@ -207,7 +207,7 @@ def _valid(length_B, num_steps: int) -> jax.Array:
 
 
 def _barrier(interpret: bool):
-    """Return a barrier for all threads of a program; the interpreter has a single thread and needs none."""
+    """Return a barrier for all threads of a program; a no-op in the interpreter, which has a single thread."""
     return (lambda: None) if interpret else plgpu.debug_barrier
 
 

@@ -1,4 +1,4 @@
-"""The plain masked scan of an LSTM: the reference for every LSTM kernel, and the fusion of a few tokens.
+"""The LSTM as a plain masked scan: the reference for every LSTM kernel, and the fusion of a few tokens.
 
 Shapes: B batch, T time, F input channel, D LSTM width, G = 4 D gates in the order i, f, g, o.
 """
@@ -10,12 +10,12 @@ from medfuse_jax.models.recurrence.cell import NUM_GATES, valid_steps
 
 
 def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
-    """Run an LSTM over the valid steps, in any pattern; an invalid step leaves the state unchanged.
+    """Run an LSTM over the valid steps, in any pattern. An invalid step leaves the state unchanged.
 
     Returns the hidden states [B, T, D], repeated at invalid steps, and the last one [B, D].
     """
     clean_BTF = jnp.where(valid_BT[..., None], x_BTF, 0).astype(dtype)
-    # One input product for all steps, time first: the scan only computes the recurrent one.
+    # One input product for all steps, time first: the scan computes only the recurrent product.
     gates_TBG = jnp.einsum("btf,fg->tbg", clean_BTF, weights["input_kernel"].astype(dtype))
     gates_TBG = gates_TBG.astype(jnp.float32) + weights["bias"]
     recurrent_DG = weights["recurrent_kernel"].astype(dtype)

@@ -28,7 +28,7 @@ def why_unsupported(config: ConfigDict, devices: list[jax.Device]) -> str:
 
 
 def check(config: ConfigDict, devices: list[jax.Device]) -> None:
-    """Raise UserError if a GPU cannot run the configured kernel; elsewhere training falls back to 'chunks'."""
+    """Raise UserError if a GPU cannot run the configured kernel; on other devices training falls back to 'chunks'."""
     reason = why_unsupported(config, devices)
     if reason and devices[0].platform == "gpu":
         kernel = config.recurrence

@@ -11,9 +11,10 @@ from medfuse_jax.models.recurrence.cell import NUM_GATES
 
 
 class LstmWeights(nn.Module):
-    """The float32 weights of one LSTM layer, as `ehr_encoder.lstm` and `scan.masked_lstm` take them.
+    """The float32 weights of one LSTM layer, in the form that `ehr_encoder.lstm` and `scan.masked_lstm` take.
 
-    torch_default: use torch's initial values instead of Glorot, orthogonal and zeros.
+    torch_default: use torch's initial values, instead of Glorot for the input kernel, orthogonal matrices for the
+    recurrent kernel and zeros for the bias.
     """
 
     width: int
@@ -30,16 +31,16 @@ class LstmWeights(nn.Module):
         return {
             "input_kernel": self.param("input_kernel", input_init, (num_inputs, num_gates)),
             "recurrent_kernel": self.param("recurrent_kernel", recurrent_init, (self.width, num_gates)),
-            # torch has two biases, which only enter as a sum
+            # torch has two biases, but only their sum matters
             "bias": self.param("bias", bias_init, (num_gates,)),
         }
 
 
 def orthogonal_per_gate(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Return a recurrent kernel [D, 4 D] of four random orthogonal matrices.
+    """Return a recurrent kernel [D, 4 D] made of four random orthogonal matrices.
 
-    Differs from MedFuse (models/lstm.py), where the four together have orthonormal columns, so that each gate's
-    matrix has half the gain.
+    Differs from MedFuse (models/lstm.py), where the four matrices together have orthonormal columns, so that each
+    gate's matrix has half the gain.
     """
     width = shape[0]
     gaussian_4DD = jax.random.normal(key, (NUM_GATES, width, width))
@@ -49,8 +50,8 @@ def orthogonal_per_gate(key: jax.Array, shape: tuple[int, int], dtype=jnp.float3
 def _nearest_orthogonal(x_4DD: jax.Array) -> jax.Array:
     """Return each matrix's orthogonal polar factor (uniformly distributed for Gaussian input), by Newton-Schulz.
 
-    It only needs matrix products: a QR is a LAPACK call, and several at once can deadlock XLA on two cores. Each of the
-    80 steps grows a small singular value by half, until it is near one.
+    Newton-Schulz needs only matrix products. A QR is a LAPACK call, and several at once can deadlock XLA on two cores.
+    Each of the 80 steps multiplies a small singular value by 1.5, until it is near one.
     """
 
     def closer(_, x_4DD):
