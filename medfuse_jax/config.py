@@ -1,6 +1,6 @@
-"""The fields of an experiment: one row each in `FIELDS`, read by everything that needs to know about a field.
+"""The fields of an experiment, each one row of `FIELDS`, where all other code looks them up.
 
-`configs/*.py` start from `default()` and set what defines the experiment. To add a field, add a row (see
+Each of `configs/*.py` starts from `default()` and sets what defines its experiment. To add a field, add a row (see
 CONTRIBUTING.md): it can then be set by flag, is validated, saved, compared on resume and listed in docs/config.md.
 `python -m medfuse_jax.config` prints that list.
 """
@@ -31,10 +31,10 @@ class Field:
     """One config field.
 
     default: also gives the field's type. help: one line. choices, or low and high: the values allowed.
-    execution_only: results agree up to rounding whatever its value, so a stopped run may resume with another.
+    execution_only: the value changes results only by rounding, so a stopped run may resume with another.
     searchable: whether a sweep may vary it.
     affects_features: whether the features of a frozen encoder may depend on it.
-    fusion_only: it concerns the fusion run alone. A pre-training stage has the default unless its own section sets it.
+    fusion_only: only the fusion run uses its value. A pre-training stage has the default unless its section sets it.
     """
 
     default: object
@@ -144,7 +144,7 @@ FIELDS = {
     "init.cxr": _shared("", "workdir of a finished run whose X-ray encoder to start from", fusion_only=True),
     "init.model": _shared("", "workdir of a finished run whose whole model to start from", fusion_only=True),
 }
-# A stage trains one encoder from random weights, alone.
+# Fields that a stage lacks, because it trains one encoder alone, from random weights.
 _NOT_OF_A_STAGE = ("name", "encoders", "init.ehr", "init.cxr", "init.model")
 
 
@@ -171,7 +171,7 @@ def pretraining(**fields) -> ConfigDict:
 
 
 def section(name: str, **changes) -> dict:
-    """The default fields of a section such as 'image', with changes."""
+    """Return the default fields of a section such as 'image', with changes."""
     prefix = f"{name}."
     fields = {n.removeprefix(prefix): field.default for n, field in FIELDS.items() if n.startswith(prefix)}
     assert not changes.keys() - fields.keys(), f"no such field of {name}: {sorted(changes.keys() - fields.keys())}"
@@ -179,7 +179,7 @@ def section(name: str, **changes) -> dict:
 
 
 def names(**properties: bool) -> frozenset[str]:
-    """The fields whose row has these properties, as in names(searchable=True)."""
+    """Return the fields whose row has these properties, as in names(searchable=True)."""
     return frozenset(n for n, f in FIELDS.items() if all(getattr(f, p) == v for p, v in properties.items()))
 
 
@@ -189,7 +189,7 @@ def is_execution_only(name: str) -> bool:
 
 
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Return the pre-training stages by the encoder they train ('ehr', 'cxr'), without one equal to the run itself."""
+    """Return the pre-training stages by the encoder they train ('ehr', 'cxr'), except any equal to the run itself."""
     if config.encoders != "pretrained":
         return {}
     staged = {name: stage(config, name) for name in config.pretrain}
@@ -197,7 +197,7 @@ def stages(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def stage(config: ConfigDict, name: str) -> ConfigDict:
-    """Return the whole config of one pre-training stage: its section, the defaults of fusion_only fields, the run's."""
+    """Return the whole config of a stage: its section, the defaults of fusion_only fields, the run's other fields."""
     derived = config.copy_and_resolve_references()
     derived.pretrain = ConfigDict()
     derived.update_from_flattened_dict({n: FIELDS[n].default for n in names(fusion_only=True)})
@@ -340,7 +340,7 @@ def _check_init(config: ConfigDict) -> None:
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int]:
-    """Return (first, last) of the steps to profile, (0, 0) for none."""
+    """Return the first and last step to profile, or (0, 0) for none."""
     if not config.profile_steps:
         return 0, 0
     first, _, last = config.profile_steps.partition(":")
@@ -370,7 +370,7 @@ def save(config: ConfigDict, path: Path) -> None:
 
 
 def load(path: Path) -> ConfigDict:
-    """Read what `save` wrote; UserError if it is missing or not a valid config."""
+    """Read what `save` wrote; raise UserError if it is missing or not a valid config."""
     content = files.read_json(path, f"{path.parent} is not the workdir of a run, or was damaged: use another --workdir")
     config = ConfigDict(_lists_to_tuples(content))
     try:
@@ -384,8 +384,8 @@ def load(path: Path) -> ConfigDict:
 def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str:
     """Describe the first field in which two configs differ: 'field is X there and Y here', or '' for none.
 
-    Task and method come first: most other differences follow from them. Execution-only fields, where the shards are,
-    and the `ignored` fields are not compared.
+    Task and method come first: most other differences follow from them. Execution-only fields, data.dir and the
+    `ignored` fields are not compared.
     """
     flat_a, flat_b = (flat(c) for c in (a, b))
     fields = {name for name in flat_a.keys() | flat_b.keys() if not is_execution_only(name)} - {"data.dir", *ignored}
@@ -399,17 +399,17 @@ def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str
 
 
 def flat(config: ConfigDict) -> dict:
-    """Every field that is set, by its dotted name, values as JSON has them."""
+    """Return every field that is set, by its dotted name, with values as JSON has them."""
     return dict(_flatten(json.loads(json.dumps(_set_fields(config.copy_and_resolve_references())))))
 
 
 def get(config: ConfigDict, name: str):
-    """The value of a field by its dotted name."""
+    """Return the value of a field by its dotted name."""
     return functools.reduce(lambda part, key: part[key], name.split("."), config)
 
 
 def table() -> str:
-    """The Markdown table of docs/config.md: one row per field."""
+    """Return the Markdown table of docs/config.md: one row per field."""
     lines = ["| field | default | values | | sweep | resume |", "|---|---|---|---|---|---|"]
     for name, field in FIELDS.items():
         marks = f"{'yes' if field.searchable else ''} | {'yes' if field.execution_only else ''}"
@@ -418,7 +418,7 @@ def table() -> str:
 
 
 def describe() -> str:
-    """One line a field, for --help."""
+    """Return one line per field, for --help."""
     return "\n".join(f"  --config.{name}={f.default!r}  {f.help}" for name, f in FIELDS.items())
 
 
@@ -444,7 +444,7 @@ def _nested(fields: dict) -> ConfigDict:
 
 
 def _set_fields(config: ConfigDict, is_pretrain: bool = False) -> dict:
-    """A config as a dict without unset fields (None), and without sections in which none is set."""
+    """Return a config as a dict, without unset fields (None) and without sections in which no field is set."""
     content = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):

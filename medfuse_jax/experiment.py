@@ -34,7 +34,7 @@ class Experiment:
     devices: list[jax.Device]
 
     def selects(self, split: str) -> np.ndarray:
-        """bool [N]: the records of train or val that the run uses, by config.data.<split>_stays."""
+        """Return bool [N]: the records of train or val that the run uses, by config.data.<split>_stays."""
         include_N = self.dataset.usable(split)
         if self.config.data[f"{split}_stays"] == "paired":
             has_stay_N = (self.dataset.index[split]["length"] > 0) | self.dataset.task.cxr_only
@@ -42,11 +42,11 @@ class Experiment:
         return include_N
 
     def has_encoder(self, name: str) -> bool:
-        """Whether the method has an encoder for 'ehr' or 'cxr'."""
+        """Return whether the method has an encoder for 'ehr' or 'cxr'."""
         return {"ehr": self.options.model.uses_ehr, "cxr": self.options.model.uses_cxr}[name]
 
     def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Alternating:
-        """Return the training batches of one epoch, alternating with those of X-rays if the dataset has such."""
+        """Return the training batches of one epoch, alternating with batches of X-rays if there is a cxr_dataset."""
         seed = self.config.seed if self.config.data.order_seed < 0 else self.config.data.order_seed
         drawn = {"batch_size": self.config.batch_size, "seed": seed, "epoch": epoch}
         stays = plan_lib.train_plan(
@@ -66,7 +66,7 @@ class Experiment:
         return plan_lib.alternate(stays, plan_lib.train_plan(*of_cxr, buckets=cxr.buckets, **drawn))
 
     def eval_plans(self, split: str, include_N: np.ndarray) -> list[plan_lib.Plan]:
-        """Return batches that hold every included record of a split once; UserError if there is none."""
+        """Return batches that hold every included record of a split once; raise UserError if there is none."""
         self.check_any(split, include_N)
         return plan_lib.eval_plans(
             self.dataset.lengths(split),
@@ -98,10 +98,10 @@ class Experiment:
         return next(self.fresh_states([self.config.seed]))
 
     def fresh_states(self, seeds: list[int]) -> Iterator[step_lib.TrainState]:
-        """Yield a newly initialised state per seed, by one compiled program."""
+        """Yield a newly initialised state per seed, all from one compiled program."""
         make = self.state_maker(run_once=True)
         for seed in seeds:
-            # rbg: jax's default generator is compiled once per parameter, half a minute for a ResNet on a CPU.
+            # rbg: jax's default generator is compiled once per parameter, which takes 30 s for a ResNet on a CPU.
             yield make(jax.random.key(seed, impl="rbg"), self.config.learning_rate)
 
     def state_maker(self, run_once: bool = False) -> Callable[[jax.Array, float], step_lib.TrainState]:
@@ -115,7 +115,7 @@ class Experiment:
 
 
 def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> Experiment:
-    """Open a validated config; UserError if its data or the devices do not fit it.
+    """Open a validated config; raise UserError if its data or the devices do not fit it.
 
     on: the devices to divide each batch over; default: all of this process.
     """
@@ -171,7 +171,7 @@ def _build_model(
         "frozen_encoders": config.model.freeze_encoders,
         "modalities": modalities,
     }
-    options = {name: value for name, value in options.items() if value}  # else as the method's row says
+    options = {name: value for name, value in options.items() if value}  # otherwise the method's own defaults apply
     if any(head.label == CXR_LABEL for head in registry.METHODS[config.method].model_class.heads):
         options["num_cxr_labels"] = len(schema.TASKS[config.data.cxr_task].labels)
     return registry.build(
@@ -221,7 +221,7 @@ def _check_batches(run: Experiment) -> None:
 
 
 def check_unseen(run: Experiment, what: str, seen_N: np.ndarray) -> None:
-    """Raise UserError if `what` was trained on patients (ids seen_N) on whom the run is validated or tested."""
+    """Raise UserError if `what` was trained on patients (ids seen_N) of the run's val or test split."""
     held_out = np.concatenate([run.dataset.index[split]["subject_id"] for split in ("val", "test")])
     if leaked := len(np.intersect1d(held_out, seen_N)):
         raise UserError(

@@ -35,8 +35,8 @@ def open_feed(
 ) -> Feed:
     """Return the feed of the included training records. mode: config.parallel; placement: config.placement.
 
-    one_call: whether the steps up to the next stop are one call; default: on accelerators. On a CPU each step is a
-    call, because XLA's CPU runs the gradients of convolutions inside a loop far more slowly (docs/performance.md).
+    one_call: whether one call runs all steps up to the next stop; by default only on accelerators. On a CPU each step
+    is a call, because XLA's CPU runs the gradients of convolutions inside a loop far more slowly (docs/performance.md).
     """
     if placement == "stream":
         return functools.partial(_stream, dataset, on, parallel.compile_train(options, mode, on))
@@ -49,7 +49,7 @@ def open_feed(
 
 
 def check_placement(dataset: Dataset, include_N: np.ndarray, on: list[jax.Device], placement: str) -> None:
-    """Raise UserError if the records cannot be placed as config.placement says; reads none."""
+    """Raise UserError if the records cannot be placed as config.placement says, without reading any."""
     if placement == "stream":
         return
     if dataset.cxr_dataset:
@@ -63,9 +63,9 @@ def check_placement(dataset: Dataset, include_N: np.ndarray, on: list[jax.Device
 def compile_on_device(options: step_lib.StepOptions, mode: str, on: list[jax.Device], in_loop: bool) -> Callable:
     """Compile (state, held, rows, key, start, stop, padded_length) -> (state, losses [S]), gathering on the device.
 
-    held, rows: of `device_store`, rows with the leading axes [D, S]. Trains on the batches start to stop - 1 of the S
-    in one loop, whose bounds are traced, so that one program serves any part of an epoch; or, unless in_loop, on the
-    only batch. padded_length: a constant. The old state's memory is reused.
+    held, rows: from `device_store`, rows with leading axes [D, S]. With in_loop, train on batches start to stop - 1 of
+    the S in one loop; its bounds are traced, so one program serves any part of an epoch. Otherwise train on the only
+    batch. padded_length: a constant. The old state's memory is reused.
     """
     is_pmap, merge = mode == "pmap", parallel.merge
     axis = parallel.axis_of(on) if is_pmap else None
@@ -73,7 +73,7 @@ def compile_on_device(options: step_lib.StepOptions, mode: str, on: list[jax.Dev
     def run(state, held, rows, key, start, stop, padded_length):
         def step(s, carry):
             state, loss_S = carry
-            # pmap has mapped the leading device axis away; jit has it still.
+            # pmap has mapped the leading device axis away; under jit it is still there.
             row = {n: x[s] for n, x in rows.items()} if is_pmap else merge({n: x[:, s] for n, x in rows.items()})
             batch = device_store.gather(held, row, padded_length)
             state, metrics = step_lib.train_step(options, state, batch, key, axis)

@@ -17,7 +17,7 @@ from medfuse_jax.models.presence import rows_with_image
 class Head:
     """A classifier of a model, as the loss needs it.
 
-    logits: its name among the model's outputs. needs: the modalities ('ehr', 'cxr') that a row must have to train it.
+    logits: the model's output that it scores. needs: the modalities ('ehr', 'cxr') that a row must have to train it.
     label: the batch's field with its labels; a batch without that field does not train it. weight: the field of
     `Weights` that its loss is multiplied by, '' for 1.
     """
@@ -40,8 +40,8 @@ class Weights:
 def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weights, total: Callable) -> jax.Array:
     """Return the weighted sum of the losses of all heads that the batch has labels for, and of the alignment loss.
 
-    Each is a mean over the rows of the whole batch that train it, 0 if there is none. total: sums over devices, so that
-    the devices' objectives, and their gradients, add up to the batch's.
+    Each is a mean over the rows of the whole batch that train it, or 0 if there is none. total: a function that sums
+    over devices, so that the devices' objectives, and their gradients, add up to the batch's.
     """
     present = present_rows(batch)
     loss = jnp.zeros(())
@@ -61,7 +61,7 @@ def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weig
 
 
 def present_rows(batch: dict) -> dict[str, jax.Array]:
-    """{'ehr', 'cxr': bool [B]}: which rows have EHR, and which an X-ray."""
+    """Return {'ehr', 'cxr': bool [B]}: which rows have EHR, and which an X-ray."""
     num_rows = batch["valid"].shape[0]
     none_B = jnp.zeros(num_rows, bool)
     has_ehr_B = batch["length"] > 0 if "length" in batch else none_B

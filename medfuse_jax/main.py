@@ -15,7 +15,7 @@ from medfuse_jax.runtime import command_line
 
 
 def main(argv: list[str]) -> None:
-    # Imported late, so that a wrong flag is refused before jax starts.
+    # Import late, so that a wrong flag is refused before jax starts.
     from medfuse_jax import evaluate, experiment, train
     from medfuse_jax.data import synthetic
     from medfuse_jax.report import pages
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 
 def _default_workdir(config: ConfigDict) -> str:
-    """One folder per config; rerunning the command resumes it."""
+    """Return one folder per config, so that rerunning the command resumes it."""
     fields = {name: value for name, value in config_lib.flat(config).items() if not config_lib.is_execution_only(name)}
     content = json.dumps(fields, sort_keys=True)
     return f"runs/{config.name}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"

@@ -8,9 +8,9 @@ import optax
 
 @functools.lru_cache  # equal options must be equal objects, to share compiled steps
 def adam(beta2: float) -> optax.GradientTransformation:
-    """Adam's direction without the learning rate, which is an argument of the step: one program serves every rate.
+    """Return Adam's update without the learning rate, which is an argument of the step: one program serves every rate.
 
-    Epsilon as in torch.
+    Epsilon is torch's.
     """
     return optax.scale_by_adam(b1=0.9, b2=beta2, eps=1e-8)
 

@@ -23,7 +23,7 @@ def devices(num_devices: int | None = None) -> list[jax.Device]:
 
 
 def axis_of(on: list[jax.Device]) -> str | None:
-    """The devices' axis; None on one device: a one-device psum makes XLA copy every gradient."""
+    """Return the name of the device axis, or None for one device, where a psum would make XLA copy every gradient."""
     return AXIS if len(on) > 1 else None
 
 
@@ -43,7 +43,7 @@ def compile_eval(
     return _compile_eval(options, mode, tuple(on), eval_step)
 
 
-@functools.lru_cache(maxsize=4)  # the evaluation after training reuses the programs of its validation
+@functools.lru_cache(maxsize=4)  # evaluation after training reuses the programs compiled for validation
 def _compile_eval(options: step_lib.StepOptions, mode: str, on: tuple[jax.Device, ...], eval_step: Callable):
     step = functools.partial(eval_step, options)
     if mode == "pmap":
@@ -60,7 +60,7 @@ def merge(batch: dict) -> dict:
     """Fold the device axis of a batch into its rows: [D, B, ...] -> [D * B, ...]."""
     num_devices, rows = batch["row_id"].shape
     merged = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-    if "image_row" in batch:  # it counts rows within the device
+    if "image_row" in batch:  # a row number within the device
         first_D1 = rows * jnp.arange(num_devices)[:, None]
         merged["image_row"] = (batch["image_row"] + first_D1).reshape(-1)
     return merged

@@ -52,10 +52,10 @@ class StepOptions:
 def state_maker(
     options: StepOptions, extra_shapes: tuple[tuple[str, tuple[int, ...]], ...] = (), run_once: bool = False
 ) -> Callable[[jax.Array, float], TrainState]:
-    """Return (key, learning rate) -> a fresh state, whose weights are drawn by one program.
+    """Return a function (key, learning rate) -> a fresh state; one program draws all weights.
 
-    extra_shapes: of the values of further modalities, by name (see `model.init_variables`). run_once: compile fast
-    rather than fast code; only for calls outside of other traced functions.
+    extra_shapes: of the values of further modalities, by name (see `model.init_variables`). run_once: minimise
+    compile time rather than run time; only for calls outside other traced functions.
     """
     extra = {name: np.zeros(shape) for name, shape in extra_shapes}
 
@@ -81,7 +81,7 @@ def state_maker(
 
 
 def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> dict:
-    """Standardise the series and prepare the images; a key augments them (training), None does not."""
+    """Standardise the series and prepare the images, augmented if a key is given (training)."""
     num_rows = batch["valid"].shape[0]
     inputs = {"length": batch.get("length", jnp.zeros(num_rows, jnp.int32))}
     if "ehr" in batch:
@@ -109,9 +109,9 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """Update the weights once; return the new state and {'loss'} of the whole batch.
 
-    key: the run's. The step's keys are folded from it by step number, each row's by its row_id, so a resumed run and
-    any layout over devices draw the same numbers. axis: the devices' axis. dropout: a rate in place of the model's (a
-    sweep's trial).
+    key: the run's. The step number is folded into it, and each row's row_id into the step's keys, so that a resumed run
+    and any layout over devices draw the same numbers. axis: the name of the device axis. dropout: a rate that replaces
+    the model's (in a sweep's trial).
     """
     model = options.model if dropout is None else options.model.clone(dropout=dropout)
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -145,7 +145,7 @@ def train_step(
 
 
 def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """Return scores [B, K] in 0..1 of options.head and each row's mean loss [B], 0 in padded rows; no augmentation."""
+    """Return scores [B, K] in 0..1 of options.head and each row's mean loss [B], 0 in padded rows."""
     inputs = model_inputs(options, batch, key=None)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits_BK = options.model.apply(variables, **inputs, train=False)[options.head]

@@ -30,9 +30,9 @@ def train(
 ) -> None:
     """Train one run to its end, resuming from its latest checkpoint.
 
-    Writes metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the latest) into the workdir,
+    Write metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the latest) into the workdir,
     and profile/ if config.profile_steps is set. encoders: 'ehr' and 'cxr' -> the finished run to start from.
-    Raises UserError if a checkpoint cannot be read or the loss is not finite.
+    Raise UserError if a checkpoint cannot be read or the loss is not finite.
     """
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         resumed = checkpoints.restore_latest(manager, run.abstract_state())
@@ -67,7 +67,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     )
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
     key = jax.random.key(config.seed)
-    # Every epoch has as many steps: it draws other stays, but as many.
+    # Every epoch has the same number of steps: it draws other stays, but equally many.
     steps_per_epoch = len(run.train_plan(epoch=1))
     step = int(state.step)
 
@@ -85,7 +85,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
     ):
 
         def training_s() -> float:
-            """A clock that stops while XLA compiles, so that rates are those of the steps (and of tracing them)."""
+            """Return the time on a clock that stops while XLA compiles, so that rates cover steps and tracing only."""
             return time.perf_counter() - compiled.seconds
 
         _profile(profile, profiled, workdir, step, state)
@@ -112,7 +112,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
             losses = np.concatenate([np.atleast_1d(loss) for loss in jax.device_get(losses)])
             train_loss = float(np.mean(losses))
             rate = round(samples / (training_s() - start_s), 2)
-            # num_steps: fewer than an epoch's if the run was resumed within it.
+            # num_steps: fewer than an epoch has if the run was resumed within it.
             log.write(
                 "train",
                 epoch,
@@ -138,7 +138,7 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
 
 
 def preflight(run: experiment_lib.Experiment, stages: dict[str, tuple[Path, experiment_lib.Experiment]]) -> None:
-    """Raise UserError for whatever would stop the run or its stages only after hours of training."""
+    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training."""
     run.check_any("test", run.dataset.usable("test"))
     profiled_steps(run)
     experiment_lib.check_recurrence(run)
@@ -147,7 +147,7 @@ def preflight(run: experiment_lib.Experiment, stages: dict[str, tuple[Path, expe
 
 
 def profiled_steps(run: experiment_lib.Experiment) -> tuple[int, int]:
-    """Return the first and last step to profile, (0, 0) for none; UserError if the run has fewer steps."""
+    """Return the first and last step to profile, or (0, 0) for none; raise UserError if the run has fewer steps."""
     config = run.config
     first, last = config_lib.profile_steps(config)
     if last and last > (num_steps := len(run.train_plan(epoch=1)) * config.num_epochs):
@@ -157,7 +157,7 @@ def profiled_steps(run: experiment_lib.Experiment) -> tuple[int, int]:
 
 
 def _profile(profile: contextlib.ExitStack, profiled: tuple[int, int], workdir: Path, step: int, state) -> None:
-    """Start the trace after the step before the first one, and write it after the last."""
+    """Start the trace just before the first profiled step, and write it after the last."""
     first, last = profiled
     if step in (first - 1, last):
         jax.block_until_ready(state)
@@ -175,12 +175,12 @@ def _stops(step: int, epoch_end: int, config: ConfigDict, profiled: tuple[int, i
 
 
 def _saves_at(step: int, config: ConfigDict) -> bool:
-    """Whether a step is one of config.checkpoint_every_steps."""
+    """Return whether config.checkpoint_every_steps asks for a checkpoint at this step."""
     return bool(config.checkpoint_every_steps) and step % config.checkpoint_every_steps == 0
 
 
 def check_finite(loss: jax.Array, step: int, config: ConfigDict) -> float:
-    """Return the last of the given losses, that of `step`; UserError if any is not finite."""
+    """Return the last of the given losses, that of `step`; raise UserError if any is not finite."""
     losses = np.atleast_1d(loss)
     if not np.isfinite(losses).all():
         first = int(np.argmin(np.isfinite(losses)))

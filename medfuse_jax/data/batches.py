@@ -1,4 +1,4 @@
-"""From shards to batches: records are read by threads, in the order of a plan.
+"""Read batches from the shards, with threads, in the order of a plan.
 
 A batch is a dict of arrays, each with a leading device axis D:
 
@@ -11,7 +11,7 @@ A batch is a dict of arrays, each with a leading device axis D:
     image      uint8   [D, P, 256, 256]
     image_row  int32   [D, P]         the row that an image belongs to
     image_mask bool    [D, P]         False: an empty image slot
-    extra_NAME float32 [D, B, ...]    a further modality's values, NaN in rows without
+    extra_NAME float32 [D, B, ...]    a further modality's values, NaN in rows without it
 
 `ehr` and `length` are left out if the method or task has no EHR, the image fields if the plan has no image slots.
 """
@@ -60,9 +60,9 @@ class _Source:
 
 
 def assemble(columns: dict, rows: dict, xp=np) -> dict:
-    """Look up what the index knows of a batch: everything but series and pixels.
+    """Look up what the index holds for a batch: everything but series and pixels.
 
-    columns: of `Dataset.columns`, values [N, ...]. rows: of `plan.deal`. xp: numpy, or jax.numpy in a jitted step.
+    columns: from `Dataset.columns`, values [N, ...]. rows: from `plan.deal`. xp: numpy, or jax.numpy in a jitted step.
     """
     valid = rows["record"] != plan_lib.PADDING
     record = xp.where(valid, rows["record"], 0)
@@ -76,7 +76,7 @@ def assemble(columns: dict, rows: dict, xp=np) -> dict:
 
 
 def read(dataset: Dataset, split: str, rows: dict, padded_length: int) -> dict[str, np.ndarray]:
-    """Assemble the batch of `rows` (of `plan.deal`) and read its series and images."""
+    """Assemble the batch of `rows` (from `plan.deal`) and read its series and images."""
     batch = assemble(dataset.columns(split), rows)
     part, record_DB, wanted_DB = dataset.index[split], rows["record"], batch["valid"]
     if dataset.use_ehr:

@@ -16,7 +16,7 @@ from medfuse_jax.data.modalities import loading
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-CXR_LABEL = "cxr_label"  # the labels of X-rays that are no stays', in a batch
+CXR_LABEL = "cxr_label"  # the field of a batch for the labels of X-rays without a stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Dataset:
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
     digest: hash of the shards, of `extra`, and of the statistics unless they are the train split's.
     label_field: the labels' name in a batch.
-    cxr_dataset: X-rays with labels of their own, whose batches alternate with the stays' in training; or None.
+    cxr_dataset: X-rays with labels of their own, in batches that alternate with the stays' in training; or None.
     """
 
     task: schema.Task
@@ -49,11 +49,11 @@ class Dataset:
     extra: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def paired(self, split: str) -> np.ndarray:
-        """bool [N]: the records with an X-ray that the method reads."""
+        """Return bool [N]: the records with an X-ray that the method reads."""
         return self.index[split]["has_cxr"] & self.use_cxr
 
     def usable(self, split: str) -> np.ndarray:
-        """bool [N]: the records that the method can score: those with anything it reads and all that it needs."""
+        """Return bool [N]: the records that the method can score: with something it reads, and all that it needs."""
         has_N = {"ehr": self.lengths(split) > 0, "cxr": self.paired(split)}
         usable_N = has_N["ehr"] | has_N["cxr"]
         for modality in self.needs:
@@ -61,12 +61,12 @@ class Dataset:
         return usable_N
 
     def lengths(self, split: str) -> np.ndarray:
-        """Time steps that the method reads of each record, int [N]."""
+        """Return int [N]: the time steps of each record that the method reads."""
         length_N = self.index[split]["length"]
         return length_N if self.use_ehr else np.zeros_like(length_N)
 
     def columns(self, split: str) -> dict[str, np.ndarray]:
-        """The fields of a batch that are known without reading a record, each [N, ...] (see `batches.assemble`)."""
+        """Return the fields of a batch that need no record to be read, each [N, ...] (see `batches.assemble`)."""
         part = self.index[split]
         length = {"length": part["length"]} if self.use_ehr else {}
         extra = {f"extra_{name}": by_split[split] for name, by_split in self.extra.items()}
@@ -84,13 +84,13 @@ def open_dataset(
     max_buckets: int = 4,
     modalities: tuple[loading.Modality, ...] = (),
 ) -> Dataset:
-    """Open a task's shards; UserError if they are missing, damaged or of no use to the method.
+    """Open a task's shards; raise UserError if they are missing, damaged or of no use to the method.
 
     statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
     {"mean": [76], "std": [76]}.
     """
     manifest = records.manifest(data_dir, task)
-    # Checked now: the test split is read only after days of training.
+    # Check all files now, because the test split is read only after days of training.
     records.check_lengths(records.task_dir(data_dir, task), manifest)
     index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
     if not len(index["train"]["stay_id"]):
@@ -130,7 +130,7 @@ def open_dataset(
 
 
 def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str) -> Dataset:
-    """Add the X-rays of an X-ray-only task to a dataset; UserError if that task is not built."""
+    """Add the X-rays of an X-ray-only task to a dataset; raise UserError if that task is not built."""
     cxr_dataset = open_dataset(data_dir, cxr_task, use_ehr=False)
     return dataclasses.replace(dataset, cxr_dataset=dataclasses.replace(cxr_dataset, label_field=CXR_LABEL))
 
@@ -157,7 +157,7 @@ def _statistics(manifest: dict, statistics: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _with_statistics(digest: str, manifest: dict, mean_F: np.ndarray, std_F: np.ndarray) -> str:
-    """The shards' digest, extended by the statistics unless they are the train split's."""
+    """Return the shards' digest, extended by the statistics unless they are the train split's."""
     if np.array_equal([mean_F, std_F], _statistics(manifest, "train")):
         return digest
     return hashlib.sha256(digest.encode() + mean_F.tobytes() + std_F.tobytes()).hexdigest()

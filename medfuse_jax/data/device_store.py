@@ -1,4 +1,4 @@
-"""A whole split in the accelerator's memory, from which batches are gathered there.
+"""Hold a whole split in the accelerator's memory, and gather batches there.
 
 Shapes: N records, S time steps of all series together, M images held, D devices; a batch's as in `batches`.
 
@@ -10,7 +10,7 @@ Shapes: N records, S time steps of all series together, M images held, D devices
     image       uint8   [M, 256, 256]
     extra_NAME  float32 [N, ...]       a further modality's values
 
-What the method or the run does not use is not held. Every device holds all of it: each epoch deals the records anew.
+What the method or the run does not use is left out. Every device holds all records, because each epoch deals them anew.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +25,12 @@ from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.runtime.errors import UserError
 
-# The fraction of a device's memory that may be held: the rest is for the model, its gradients and activations.
+# The fraction of a device's memory that records may take; the rest is for the model, gradients and activations.
 _MAX_FRACTION = 0.75
 
 
 def num_bytes(dataset: Dataset, split: str, include_N: np.ndarray) -> int:
-    """Return the memory that the included records take on each device; reads no record."""
+    """Return the memory that the included records take on each device, without reading any."""
     spec = _layout(dataset, split, include_N)
     return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
 
@@ -79,7 +79,7 @@ def load(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, np.nd
 
 
 def _layout(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, tuple[tuple, type]]:
-    """Shape and type of each array; an empty one has one element, so that it can be indexed."""
+    """Return the shape and type of each array; an empty one has one element, so that it can be indexed."""
     types = {"label": np.int8, "length": np.int32}
     layout = {name: (x.shape, types.get(name, np.float32)) for name, x in dataset.columns(split).items()}
     if dataset.use_ehr:
@@ -94,7 +94,7 @@ def _layout(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, tu
 
 
 def deal(plan: plan_lib.Plan, steps: range, num_devices: int) -> dict[str, np.ndarray]:
-    """Return all that is sent of the batches of `steps`: `plan.deal` of each, stacked to leading axes [D, S]."""
+    """Return what the devices are sent for the batches of `steps`: each `plan.deal`, stacked to axes [D, S]."""
     dealt = [plan_lib.deal(plan, step, num_devices) for step in steps]
     return {name: np.stack([rows[name] for rows in dealt], axis=1) for name in dealt[0]}
 

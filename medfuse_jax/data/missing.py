@@ -1,4 +1,4 @@
-"""Dropping a modality from paired stays, to train or score with it missing (Hayat et al. 2022, Figure A2).
+"""Drop a modality from paired stays, to train or score without it (Hayat et al. 2022, Figure A2).
 
 Shapes: N records.
 """
@@ -16,9 +16,9 @@ from medfuse_jax.runtime.errors import UserError
 def drop_modalities(dataset: Dataset, drop_ehr: float, drop_cxr: float) -> Dataset:
     """Drop the EHR, or the X-ray, of a fraction of the stays that have both.
 
-    A hash of stay_id chooses the stays, whatever the seed: a larger fraction includes a smaller one, and no stay loses
-    both. The index keeps what a stay had before as had_ehr and had_cxr. UserError unless the fractions add up to at
-    most 1.
+    A hash of stay_id chooses the stays, for any seed: a larger fraction includes the stays of a smaller one, and no
+    stay loses both. The index keeps what a stay had before as had_ehr and had_cxr. Raise UserError unless the fractions
+    add up to at most 1.
     """
     if not (drop_ehr >= 0 and drop_cxr >= 0 and drop_ehr + drop_cxr <= 1):
         raise UserError(
@@ -35,7 +35,7 @@ def drop_modalities(dataset: Dataset, drop_ehr: float, drop_cxr: float) -> Datas
         without_cxr_N = has_both_N & (hash_N < drop_cxr)
         without_ehr_N = has_both_N & (hash_N >= 1 - drop_ehr)
         had = {"had_ehr": part["length"] > 0, "had_cxr": part["has_cxr"]}
-        index[split] = (had | part) | {  # had_* of a dataset that was thinned before are kept
+        index[split] = (had | part) | {  # keeps the had_* of a dataset thinned before
             "has_cxr": part["has_cxr"] & ~without_cxr_N,
             "length": np.where(without_ehr_N, 0, part["length"]).astype(part["length"].dtype),
         }
@@ -44,7 +44,7 @@ def drop_modalities(dataset: Dataset, drop_ehr: float, drop_cxr: float) -> Datas
 
 
 class _Thinned(Sequence):
-    """Records as of `records.Split`, some without their series or their image."""
+    """Records as in `records.Split`, some without their series or their image."""
 
     def __init__(self, records: Sequence, without_ehr_N: np.ndarray, without_cxr_N: np.ndarray):
         self._records, self._without_ehr_N, self._without_cxr_N = records, without_ehr_N, without_cxr_N
@@ -62,5 +62,5 @@ class _Thinned(Sequence):
 
 
 def _hash_fraction(stay_id: int) -> float:
-    """A number in [0, 1) that depends on the stay alone."""
+    """Return a number in [0, 1) that depends on the stay alone."""
     return int.from_bytes(hashlib.sha256(str(stay_id).encode()).digest()[:8]) / 2**64

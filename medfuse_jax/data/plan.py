@@ -40,13 +40,13 @@ class Plan:
         return self.paired_SP.shape[1]
 
     def longest(self) -> int:
-        """The batch with the longest series."""
+        """Return the number of the batch with the longest series."""
         return int(self.padded_length_S.argmax())
 
 
 @dataclasses.dataclass(frozen=True)
 class Alternating:
-    """An epoch of batches from two datasets, stays and X-rays, the X-rays' spread evenly over it."""
+    """An epoch of batches from two datasets: those of X-rays are spread evenly among those of stays."""
 
     stays: Plan
     cxr: Plan
@@ -59,20 +59,20 @@ class Alternating:
         return self.stays.batch_size
 
     def at(self, step: int) -> tuple[bool, int]:
-        """(whether the step's batch is of X-rays, its number in that plan)."""
+        """Return whether the step's batch is one of X-rays, and its number in its plan."""
         cxr_before = step * len(self.cxr) // len(self)
         if (step + 1) * len(self.cxr) // len(self) > cxr_before:
             return True, cxr_before
         return False, step - cxr_before
 
     def longest(self) -> int:
-        """The step with the longest series."""
+        """Return the step with the longest series."""
         longest = self.stays.longest()
         return next(step for step in range(len(self)) if self.at(step) == (False, longest))
 
 
 def alternate(stays: Plan, cxr: Plan) -> Alternating:
-    """Follow each batch of stays by one of X-rays; if there are more of X-rays, each epoch uses other ones."""
+    """Mix batches of stays with at most as many of X-rays; if there are more of X-rays, each epoch uses other ones."""
     first = slice(len(stays))
     return Alternating(stays, Plan(cxr.paired_SP[first], cxr.unpaired_SU[first], cxr.padded_length_S[first]))
 
@@ -89,8 +89,8 @@ def images_per_batch(num_paired: int, num_stays: int, batch_size: int) -> int:
 def buckets(length_N: np.ndarray, max_buckets: int) -> tuple[int, ...]:
     """Choose at most `max_buckets` padded lengths that pad the given stays least.
 
-    Each costs a compilation. Exact, by dynamic programming over at most 256 candidate lengths (quantiles, if there are
-    more distinct ones).
+    Each length costs a compilation. The choice is exact, by dynamic programming over at most 256 candidate lengths
+    (quantiles, if there are more distinct ones).
     """
     candidates = np.unique(np.quantile(length_N, np.linspace(0, 1, 256), method="higher").astype(int))
     # The cost of a bucket (i, j]: stays longer than candidate i and at most as long as j, each padded to j.
@@ -169,7 +169,7 @@ def eval_plans(
 ) -> list[Plan]:
     """Return plans that score every included record exactly once: one of stays with an X-ray, one of stays without.
 
-    So a batch either has an image in every row or runs no image encoder at all.
+    Thus a batch either has an image in every row or does not run the image encoder at all.
     """
     plans = []
     for records, images in (
@@ -215,14 +215,14 @@ def deal(plan: Plan, step: int, num_devices: int) -> dict[str, np.ndarray]:
 
 
 def padded_share(plan: Plan, length_N: np.ndarray) -> float:
-    """The fraction of the computed time steps that is padding."""
+    """Return the fraction of the computed time steps that is padding."""
     rows_SB = np.concatenate([plan.paired_SP, plan.unpaired_SU], 1)
     real = np.where(rows_SB == PADDING, 0, length_N[rows_SB]).sum()
     return 1.0 - float(real) / max(1, int((plan.padded_length_S * rows_SB.shape[1]).sum()))
 
 
 def _spread(records: np.ndarray, num_batches: int, slots: int) -> np.ndarray:
-    """Record numbers [num_batches, slots], with the empty slots spread evenly over the batches."""
+    """Return record numbers [num_batches, slots], with the empty slots spread evenly over the batches."""
     table = np.full((num_batches, slots), PADDING)
     ends = np.linspace(0, len(records), num_batches + 1).round().astype(int)
     for i, (start, end) in enumerate(itertools.pairwise(ends)):

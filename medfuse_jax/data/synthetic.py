@@ -23,7 +23,7 @@ def _build(num_stays: int, cxr_fraction: float, tasks: list[str]) -> Path:
     root = files.cache_dir() / f"synthetic_{tree.VERSION}_{num_stays}_{cxr_fraction:g}"
     print(f"no --config.data.dir given: using a synthetic cohort of {num_stays} stays in {root}", flush=True)
     raw, shards = root / "raw", root / "shards"
-    # Both skip what is there already; the build replaces what an older version left. An X-ray a stay is enough.
+    # Both skip what is there already; the build replaces what an older version left. One X-ray per stay is enough.
     tree.write(raw, num_stays=num_stays, seed=0, cxr_fraction=cxr_fraction, images_per_stay=1.0)
     build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards, tasks=tasks)
     return shards

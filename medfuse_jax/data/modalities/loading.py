@@ -1,12 +1,12 @@
-"""Modalities beside EHR and X-ray, by name: `static`, or a file of your own (docs/encoders.md).
+"""Load modalities beside EHR and X-ray, by name: `static`, or a file of your own (docs/encoders.md).
 
-A modality is a module with two names in it:
+A modality is a module that defines two names:
 
-    table(part, train) -> float32 [N, ...]   values of the records of one split, NaN throughout where one has none
+    table(part, train) -> float32 [N, ...]   values of one split's records; all NaN for a record that has none
     Encoder(width)                           flax module: values [B, ...], finite -> tokens [B, width]
 
-part, train: the index of the split and of the train split (records.INDEX_FIELDS). What is learnt from the data,
-such as categories, is learnt from `train` alone, so that every split has the same values.
+part, train: the index of the split and of the train split (records.INDEX_FIELDS). Learn
+whatever depends on the data, such as categories, from `train` alone, so that all splits are encoded alike.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from medfuse_jax.runtime import errors
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 _OURS = {"static": static}
-_TAKEN = ("ehr", "cxr")  # names of the encoders there are
+_TAKEN = ("ehr", "cxr")  # names of the other encoders
 
 
 @dataclasses.dataclass(frozen=True)
 class Modality:
-    """One modality, loaded. file: the user's, whose errors are his to read; None for one of ours."""
+    """A loaded modality. file: the user's file, named in errors; None for one of ours."""
 
     name: str
     table: Callable[[dict, dict], np.ndarray]
@@ -40,12 +40,12 @@ class Modality:
 
 
 def listed(names: str) -> list[str]:
-    """The names and files in a config's `model.modalities`."""
+    """Return the names and files in a config's `model.modalities`."""
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def load(names: str) -> tuple[Modality, ...]:
-    """The modalities of a config's `model.modalities`, in its order; UserError for one that cannot be."""
+    """Load the modalities of a config's `model.modalities`, in its order; raise UserError for an invalid one."""
     loaded = tuple(_load(name) for name in listed(names))
     all_names = [modality.name for modality in loaded]
     for name in all_names:
@@ -58,7 +58,7 @@ def load(names: str) -> tuple[Modality, ...]:
 
 
 def tables(modality: Modality, index: dict[str, dict]) -> dict[str, np.ndarray]:
-    """{split: float32 [N, ...]}; UserError where `table` gave anything else, or nothing at all to learn from."""
+    """Return {split: float32 [N, ...]}; raise UserError if `table` gives anything else, or nothing to learn from."""
     made = {}
     for split, part in index.items():
         where = f"config.model.modalities: table() of {modality.name!r}, {split} split"
@@ -90,9 +90,9 @@ def tables(modality: Modality, index: dict[str, dict]) -> dict[str, np.ndarray]:
 
 
 def check_encoder(modality: Modality, values_N: np.ndarray, width: int) -> None:
-    """Raises UserError where the modality's encoder does not make tokens [B, width] of its values [N, ...]."""
+    """Raise UserError unless the modality's encoder turns its values [N, ...] into tokens [B, width]."""
     where = f"config.model.modalities: the Encoder of {modality.name!r}"
-    values_BV = np.zeros((2, *values_N.shape[1:]), np.float32)  # two, or one token for all of a batch would pass
+    values_BV = np.zeros((2, *values_N.shape[1:]), np.float32)  # two: one token for the whole batch must not pass
     with _users_own(modality.file, f"{where} with values of shape {list(values_BV.shape)}"):
         encoder = modality.encoder(width)
         variables = jax.eval_shape(encoder.init, jax.random.key(0), values_BV)
@@ -107,7 +107,7 @@ def check_encoder(modality: Modality, values_N: np.ndarray, width: int) -> None:
 
 
 def digest(of_shards: str, extra: dict[str, dict[str, np.ndarray]]) -> str:
-    """A hash of the shards' and of every modality's content; that of the shards where there is no modality."""
+    """Return a hash of the shards' digest and every modality's values; the shards' digest if there is no modality."""
     if not extra:
         return of_shards
     content = hashlib.sha256(of_shards.encode())
@@ -141,7 +141,7 @@ def _from_file(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _users_own(file: Path | None, what: str) -> Iterator[None]:
-    """Turns whatever the user's file raises in the block into a UserError; our own errors stay as they are."""
+    """Turn whatever the user's file raises in the block into a UserError; let our own errors pass."""
     try:
         yield
     except UserError:

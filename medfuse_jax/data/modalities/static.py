@@ -1,4 +1,4 @@
-"""What is known of a stay from its start: age, sex, admission type, first care unit.
+"""The static features of a stay, known from its start: age, sex, admission type, first care unit.
 
 Shapes: B batch, N records, V values.
 """
@@ -9,20 +9,20 @@ import numpy as np
 
 from medfuse_jax.schema import STATIC_TEXTS
 
-# Fixed numbers, not the train split's: near 0 and 1 in any adult cohort, and the same on every machine.
+# Constants rather than statistics of the train split: they suit any adult cohort, and are the same everywhere.
 _AGE_CENTRE_YEARS, _AGE_SCALE_YEARS = 60.0, 20.0
 
 
 def categories(train: dict) -> dict[str, list[str]]:
-    """The known categories of each text in the train split, sorted."""
+    """Return the categories of each text in the train split, sorted."""
     return {field: sorted(set(train[field].tolist()) - {""}) for field in STATIC_TEXTS}
 
 
 def table(part: dict, train: dict) -> np.ndarray:
-    """float32 [N, V]: the age, 1 where it is unknown, and of each text one slot a category, the last for unknown.
+    """Return float32 [N, V]: the age, a flag for an unknown age, and one slot per category of each text.
 
-    Unknown is '', and a category that the train split has not. NaN throughout for a record of which nothing
-    is known at all.
+    Each text's last slot stands for unknown: '', or a category that is not in the train split. A record of which
+    nothing is known is NaN throughout.
     """
     age_N = np.asarray(part["age"], np.float32)
     no_age_N = np.isnan(age_N)
@@ -37,14 +37,14 @@ def table(part: dict, train: dict) -> np.ndarray:
 
 
 class Encoder(nn.Module):
-    """A linear layer: a sum of what each value contributes.
+    """A linear layer.
 
-    It starts as zeros, so that a slot that no train stay is in never adds anything.
+    It starts at zero, so that a slot that no training stay uses never contributes anything.
     """
 
     width: int
 
     @nn.compact
     def __call__(self, values_BV: jax.Array) -> jax.Array:
-        """Values [B, V] -> tokens [B, width]."""
+        """Map values [B, V] to tokens [B, width]."""
         return nn.Dense(self.width, kernel_init=nn.initializers.zeros_init())(values_BV)
