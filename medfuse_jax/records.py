@@ -1,18 +1,19 @@
 """The record format: what a shard holds, how it is described and read.
 
-On disk, one folder a task, written by `data_prep` and renamed into place when complete:
+On disk, one folder per task, written by `data_prep` and renamed into place when complete:
 
     <data_dir>/<task>/dataset_info.json, features.json   (TFDS)
-    <data_dir>/<task>/<task>-<split>.array_record-*      one record a stay, or an X-ray
+    <data_dir>/<task>/<task>-<split>.array_record-*      one record per stay or X-ray
     <data_dir>/<task>/index_<split>.npz                  length, pairing, ids, static facts and labels, in record order
     <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
 
 Batch plans are made from the index alone, without reading a record.
 
-A task with labels at many times of a stay (schema.Task.hourly) also has one record a stay: its `label` is [H, K], one
-row for each of H prediction times, `label_time_h` [H] (hours since the stay began). At label_time_h[i] a model may read
-the first floor(label_time_h[i] / timestep_h) time steps of `ehr`, which hold nothing later, and those of the stay's P
-X-rays with cxr_time_h <= label_time_h[i]. The index's `label` is 1 if the label is 1 at any prediction time.
+A task with labels at many times of a stay (schema.Task.hourly) also has one record per stay. Its `label` is [H, K]: one
+row for each of H prediction times, which `label_time_h` [H] gives in hours since the stay began. To predict at
+label_time_h[i], a model may read only what was known by then: the first floor(label_time_h[i] / timestep_h) time steps
+of `ehr`, and those of the stay's P X-rays with cxr_time_h <= label_time_h[i]. The index's `label` is 1 if the label is
+1 at any prediction time.
 """
 
 import hashlib
@@ -34,12 +35,12 @@ INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STA
 
 
 def features(num_labels: int, hourly: bool = False):
-    """The TFDS features of one record with `num_labels` labels, for the whole stay or per step.
+    """Return the TFDS features of one record with `num_labels` labels, for the whole stay or at each prediction time.
 
     A missing X-ray is an image of shape [0, 256, 256]; an X-ray without a stay has ehr [0, 76].
-    `Encoding.BYTES` reads ten times faster than TFDS' default.
+    `Encoding.BYTES` is read ten times faster than TFDS' default encoding.
     """
-    import tensorflow_datasets as tfds  # late: it takes 2 s to import
+    import tensorflow_datasets as tfds  # imported here, because it takes 2 s
 
     def tensor(shape, dtype):
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
@@ -68,7 +69,7 @@ def features(num_labels: int, hourly: bool = False):
 
 
 def task_dir(data_dir: str | Path, task: str) -> Path:
-    """The folder of one task's dataset; UserError if there is none."""
+    """Return the folder of one task's dataset; raise UserError if there is none."""
     check_choice("task", task, schema.TASKS)
     folder = Path(data_dir) / task
     if folder.is_dir():
@@ -89,10 +90,10 @@ def task_dir(data_dir: str | Path, task: str) -> Path:
 
 
 def manifest(data_dir: str | Path, task: str) -> dict:
-    """The description of a dataset: 'channels', 'labels', 'train_mean', 'train_std' and more.
+    """Return the description of a dataset: 'channels', 'labels', 'train_mean', 'train_std' and more.
 
-    'train_mean' and 'train_std' are lists of 76, over every time step of the train split;
-    0 and 1 for the channels that are not continuous.
+    'train_mean' and 'train_std' are lists of 76 numbers, over all time steps of the train split; 0 and 1 for channels
+    that are not continuous.
     """
     path = task_dir(data_dir, task) / "manifest.json"
     content = files.read_json(path, _REBUILD)
@@ -111,13 +112,13 @@ def manifest(data_dir: str | Path, task: str) -> dict:
 
 
 def seal(content: dict) -> str:
-    """The SHA-256 of a manifest's other fields, stored in it, so that a changed mean is noticed."""
+    """Return the SHA-256 of a manifest's other fields. The manifest stores it, so that a changed mean is noticed."""
     rest = {name: value for name, value in content.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def wrong_lengths(folder: Path, content: dict) -> Iterator[tuple[str, str]]:
-    """Yields (name, problem) for each file that is missing or whose length differs from the manifest."""
+    """Yield (name, problem) for each file that is missing or whose length differs from the manifest."""
     for name, num_bytes in content.get("file_bytes", {}).items():
         path = folder / name
         if not path.is_file():
@@ -127,18 +128,17 @@ def wrong_lengths(folder: Path, content: dict) -> Iterator[tuple[str, str]]:
 
 
 def check_lengths(folder: Path, content: dict) -> None:
-    """Raises UserError if a file of the dataset is missing or its length differs from the manifest."""
+    """Raise UserError if a file of the dataset is missing or its length differs from the manifest."""
     if wrong := next(wrong_lengths(folder, content), None):
         name, problem = wrong
         raise UserError(f"{folder / name} {problem}: {_REBUILD}", path=folder / name)
 
 
 def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
-    """The index of one split, each field in record order.
+    """Return the index of one split, each field in record order.
 
-    stay_id int64 [N], subject_id int64 [N], length int32 [N] (time steps),
-    has_cxr bool [N], age float32 [N] (years, nan where unknown), gender, admission_type and
-    first_careunit str [N] ('' where unknown), label int8 [N, K].
+    stay_id int64 [N], subject_id int64 [N], length int32 [N] (time steps), has_cxr bool [N], age float32 [N] (years,
+    NaN if unknown), gender, admission_type and first_careunit str [N] ('' if unknown), label int8 [N, K].
     """
     check_choice("split", split, schema.SPLITS)
     expected = manifest(data_dir, task)["files"]
@@ -153,7 +153,7 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
 
 
 def digest(data_dir: str | Path, task: str) -> str:
-    """A hash of the dataset's content: builds with the same digest hold the same bytes."""
+    """Return a hash of the dataset's content: builds with the same digest hold the same bytes."""
     return hashlib.sha256(json.dumps(manifest(data_dir, task)["files"], sort_keys=True).encode()).hexdigest()
 
 
@@ -175,7 +175,7 @@ class Split(Sequence):
         except (RuntimeError, ValueError) as error:
             raise UserError(f"record {i} of {self._name} is damaged ({error}): {_REBUILD}", value=i) from None
         text = {k: v.decode() for k, v in record.items() if isinstance(v, bytes)}
-        if "cxr_time_h" in record:  # labels per step: all X-rays of the stay, by time
+        if "cxr_time_h" in record:  # an hourly task: all X-rays of the stay, by time
             return {**record, **text, "images": record["image"], "image": None}
         image = record["image"][0] if len(record["image"]) else None
         return {**record, **text, "image": image}
@@ -185,12 +185,12 @@ class Split(Sequence):
 
 
 def open_split(data_dir: str | Path, task: str, split: str) -> Split:
-    """Opens one split for random access.
+    """Open one split for random access.
 
-    Each record is a dict with at least stay_id int, ehr float32 [T, 76] (not standardised),
-    label int8 [K], has_cxr bool, dicom_id str or '', image uint8 [256, 256] or None.
-    With labels per step: label int8 [H, K], label_time_h float32 [H], images uint8 [P, 256, 256],
-    cxr_time_h float32 [P], dicom_id the P names separated by spaces, image None, los_h float.
+    Each record is a dict with at least stay_id int, ehr float32 [T, 76] (not standardised), label int8 [K], has_cxr
+    bool, dicom_id str ('' without an X-ray), image uint8 [256, 256] or None.
+    For an hourly task: label int8 [H, K], label_time_h float32 [H], images uint8 [P, 256, 256], cxr_time_h float32 [P],
+    dicom_id the P names separated by spaces, image None, los_h float.
     """
     import tensorflow_datasets as tfds
     from google.protobuf import json_format

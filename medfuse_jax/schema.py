@@ -1,10 +1,11 @@
 """What is measured and what is predicted: variables, channels, labels, tasks.
 
-The one place both sides of the shards agree on. Sources: the 17 variables, their
-classes and the values assumed before a first observation are those of the
-benchmark of Harutyunyan et al. 2019 (arXiv 1703.07771) in the edition the released
-MedFuse reads; the 25 phenotypes and their types are Table 4 of Hayat et al. 2022;
-the radiology labels are CheXpert's 14 (Irvin et al. 2019).
+`data_prep`, which writes the shards, and `medfuse_jax`, which reads them, share these definitions. Sources:
+
+- The 17 variables, their classes and the values assumed before a first observation: the benchmark of Harutyunyan et al.
+  2019 (arXiv 1703.07771), in the edition that the released MedFuse reads.
+- The 25 phenotypes and their types: Table 4 of Hayat et al. 2022.
+- The 14 radiology labels: CheXpert (Irvin et al. 2019).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ class Variable:
     """One clinical variable.
 
     classes: the text classes in one-hot order, or () for a continuous variable.
-    default: the value assumed before the first observation (text for a class).
+    default: the value assumed before the first observation, one of the classes if there are any.
     unit: of a continuous variable's values.
     """
 
@@ -25,8 +26,8 @@ class Variable:
     unit: str = ""
 
 
-# Two spellings of one class keep two slots (and "Glascow" its spelling): released
-# checkpoints were trained on exactly these channels.
+# Classes spelled in two ways keep two slots, and "Glascow" keeps its spelling, because released checkpoints were
+# trained on exactly these channels.
 VARIABLES = (
     Variable("Capillary refill rate", "0.0", ("0.0", "1.0")),
     Variable("Diastolic blood pressure", 59.0, unit="mmHg"),
@@ -175,9 +176,9 @@ class Task:
 
     title: its name in reports.
     labels: names of the K binary labels, in order.
-    window_h: hours of the stay that may be seen, or None for the whole stay.
+    window_h: hours of the stay that a model may see, or None for the whole stay.
     cxr_only: records are X-rays (no ICU stay, ehr of length 0).
-    hourly: a stay has labels at many prediction times, label [H, K] (records.py); not trained on yet.
+    hourly: a stay has labels at many prediction times, label [H, K] (records.py); not trainable yet.
     """
 
     name: str
@@ -189,7 +190,7 @@ class Task:
 
     @property
     def unit(self) -> str:
-        """What a record is, in the plural: 'stays' or 'X-rays'."""
+        """What the task's records are called: 'stays' or 'X-rays'."""
         return "X-rays" if self.cxr_only else "stays"
 
 
