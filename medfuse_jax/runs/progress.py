@@ -5,7 +5,7 @@ import math
 
 from ml_collections import ConfigDict
 
-# The smallest relative improvement that counts; torch's ReduceLROnPlateau, which the released code uses, has the same.
+# The smallest relative improvement that counts, as in torch's ReduceLROnPlateau, which the released code uses.
 _PLATEAU_THRESHOLD = 1e-4
 
 

@@ -40,7 +40,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the path of a checkpoint file", path=path)
     if not path.is_file():
-        raise UserError(f"no checkpoint file {path}", path=path)
+        raise UserError(f"there is no checkpoint file {path}", path=path)
     if not path.stat().st_size:
         raise UserError(f"{path} is empty: copy or download it again", path=path)
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
@@ -95,7 +95,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         # flax rather than numpy, which has no bfloat16
         return {name: np.asarray(value) for name, value in safetensors.flax.load_file(path).items()}
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged, truncated or not of safetensors ({error})", path=path) from None
+        raise UserError(f"{path} is damaged, truncated or not a safetensors file ({error})", path=path) from None
     except (TypeError, AttributeError) as error:
         raise UserError(f"{path} holds an unsupported number type ({error})", path=path) from None
     except OSError as error:
