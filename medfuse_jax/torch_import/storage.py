@@ -95,7 +95,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         # flax rather than numpy, which has no bfloat16
         return {name: np.asarray(value) for name, value in safetensors.flax.load_file(path).items()}
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged, truncated or not a safetensors file ({error})", path=path) from None
+        raise UserError(f"{path} is damaged, truncated or not of safetensors ({error})", path=path) from None
     except (TypeError, AttributeError) as error:
         raise UserError(f"{path} holds an unsupported number type ({error})", path=path) from None
     except OSError as error:

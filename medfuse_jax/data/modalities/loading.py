@@ -51,8 +51,8 @@ def load(names: str) -> tuple[Modality, ...]:
     for name in all_names:
         if all_names.count(name) > 1 or name in _TAKEN or not name.isidentifier():
             raise UserError(
-                f"config.model.modalities={names}: {name!r} is taken, or no Python name; the file's name is the "
-                "modality's, so rename the file"
+                f"config.model.modalities={names}: {name!r} is taken, or no Python name; a modality is "
+                "named after its file, so rename the file"
             )
     return loaded
 
@@ -70,7 +70,7 @@ def tables(modality: Modality, index: dict[str, dict]) -> dict[str, np.ndarray]:
             raise UserError(f"{where}: it must give rows of numbers, all of one shape ({error})") from None
         num_records = len(part["stay_id"])
         if values_N.ndim < 2 or len(values_N) != num_records:
-            raise UserError(f"{where}: shape {values_N.shape}; it must be [{num_records}, ...], a row a record")
+            raise UserError(f"{where}: shape {values_N.shape}; it must be [{num_records}, ...], one row per record")
         shape, of_train = list(values_N.shape[1:]), list(made.get("train", values_N).shape[1:])
         if shape != of_train:
             raise UserError(
@@ -81,7 +81,7 @@ def tables(modality: Modality, index: dict[str, dict]) -> dict[str, np.ndarray]:
         broken_N = np.isinf(values_NV).any(1) | (absent_NV.any(1) & ~absent_NV.all(1))
         if broken_N.any():
             raise UserError(
-                f"{where}: record {broken_N.argmax()} has some NaN or inf; a row is finite, or NaN throughout (missing)"
+                f"{where}: record {broken_N.argmax()} has some NaN or inf; a row must be finite, or all NaN if missing"
             )
         if split == "train" and absent_NV.all():
             raise UserError(f"{where}: no record has a value, so there is nothing to learn from")
@@ -131,7 +131,7 @@ def _load(name: str) -> Modality:
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise UserError(f"config.model.modalities: there is no file {path} (looked for from {Path.cwd()})")
+        raise UserError(f"config.model.modalities: there is no file {path} (working folder: {Path.cwd()})")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     with _users_own(path, "config.model.modalities"):
