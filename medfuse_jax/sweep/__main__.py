@@ -15,7 +15,8 @@ from medfuse_jax.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> None:
-    from medfuse_jax.sweep import command, processes  # late: absl checks the flags before jax is imported
+    # Imported here, so that absl checks the flags before jax is imported.
+    from medfuse_jax.sweep import command, processes
 
     given = flags.FLAGS
     process = processes.start(given.coordinator, given.num_processes, given.process, given.distributed)
@@ -48,25 +49,35 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "An experiment, such as configs/pheno.py.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder for the sweep, on a filesystem that all its processes share.")
     flags.DEFINE_integer(
-        "trials", None, "Number of trials; default 10, or all that the config's sweep(add) lists.", lower_bound=1
+        "trials", None, "Number of trials; by default 10, or all that the config's sweep(add) lists.", lower_bound=1
     )
     flags.DEFINE_multi_string(
         "search",
         [],
-        "NAME:KIND(VALUE,...), with KIND loguniform, uniform, int or choice; by default the paper's learning rates",
+        "NAME:KIND(VALUE,...), KIND being loguniform, uniform, int or choice; by default the paper's learning rates.",
     )
-    flags.DEFINE_string("algorithm", "random", "'random', or 'optuna': rounds of trials that learn from those before.")
+    flags.DEFINE_string(
+        "algorithm", "random", "'random', or 'optuna': rounds of trials that learn from earlier rounds."
+    )
     flags.DEFINE_integer(
-        "round", None, "Trials per round of --algorithm=optuna; default 5, more with more devices.", lower_bound=1
+        "round",
+        None,
+        "Trials per round of --algorithm=optuna; by default 5, or one per device.",
+        lower_bound=1,
     )
     flags.DEFINE_integer(
         "seed", 0, "Seed of the search. The trials train with config.seed, unless it is searched.", lower_bound=0
     )
-    flags.DEFINE_integer("lanes", None, "Trials per device in one call; measured by default.", lower_bound=1)
-    flags.DEFINE_list("export", [], "Numbers of trials whose checkpoints to write, to evaluate or combine them.")
-    flags.DEFINE_bool("distributed", False, "Run as several processes, detected by jax: Cloud TPU, Slurm, Open MPI.")
+    flags.DEFINE_integer(
+        "lanes",
+        None,
+        "Trials per device in one call; by default the fastest, as measured.",
+        lower_bound=1,
+    )
+    flags.DEFINE_list("export", [], "Numbers of the trials whose checkpoints to write, to evaluate or combine them.")
+    flags.DEFINE_bool("distributed", False, "Run as several processes that jax detects: Cloud TPU, Slurm, Open MPI.")
     flags.DEFINE_string("coordinator", None, "Run as several processes, started by hand: HOST:PORT of the first.")
-    flags.DEFINE_integer("num_processes", None, "With --coordinator: the number of processes.")
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
     flags.DEFINE_integer("process", None, "With --coordinator: the number of this process, from 0.")
     flags.mark_flags_as_required(["config", "workdir"])
     command_line.run(main, resumes=True)

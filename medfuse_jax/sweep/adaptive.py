@@ -1,7 +1,7 @@
-"""Trials proposed by Optuna (extra `optuna`), a round at a time, from the results of the rounds before.
+"""Trials that Optuna (extra `optuna`) proposes, a round at a time, from the results of earlier rounds.
 
 A round depends on the sweep's seed, the round's number and the records of earlier rounds. It is written to a file
-before any of its trials starts, so every process and every later start has the same trials.
+before any of its trials starts, so that every process and every rerun has the same trials.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,11 +33,11 @@ def rounds(
     draws: bool,
     check: Callable[[Trial], None],
 ) -> Iterator[list[Trial]]:
-    """Yield rounds of `per_round` trials, as many trials in all as `random_trials`.
+    """Yield rounds of `per_round` trials, in total as many trials as `random_trials`.
 
-    Each round needs the records of the rounds before. random_trials: used when Optuna proposes no new trial.
-    draws: whether this process draws the rounds; the others wait for their files. check: raises UserError for a trial
-    that cannot run, which is then drawn again.
+    Each round needs the records of all earlier rounds. random_trials: used when Optuna proposes no new trial.
+    draws: whether this process draws the rounds; the others wait for the rounds' files. check: raises UserError for a
+    trial that cannot run, which is then drawn again.
     """
     trials = []
     for start in range(0, len(random_trials), per_round):
@@ -56,7 +56,7 @@ def rounds(
 
 
 def _read(path: Path, parameters: list[Parameter], count: int) -> list[dict]:
-    """Read a round's file; UserError unless it gives `count` trials with a valid value for each parameter."""
+    """Read a round's file; raise UserError unless it has `count` trials with a valid value for each parameter."""
     hint = "delete it to draw the round again"
     drawn = files.read_json(path, hint, kind=list)
     fields = [parameter.field for parameter in parameters]
@@ -81,7 +81,7 @@ def _propose(
     seed: list[int],
     check: Callable[[Trial], None],
 ) -> list[Trial]:
-    """Propose `count` new trials that can run, by a tree-structured Parzen estimator on the known records."""
+    """Propose `count` new trials that can run, with a tree-structured Parzen estimator on the known records."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -117,7 +117,7 @@ def _can_run(trial: Trial, check: Callable[[Trial], None]) -> bool:
 
 
 def _candidates(study, distributions: dict, parameters: list[Parameter], random_trials: list[Trial]) -> Iterator[dict]:
-    """Yield Optuna's proposals, a limited number of them, and then the random trials."""
+    """Yield a limited number of Optuna's proposals, then the random trials."""
     for _ in range(_MAX_PROPOSALS):
         asked = study.ask(distributions)
         yield {parameter.field: parameter.rounded(asked.params[parameter.field]) for parameter in parameters}

@@ -1,4 +1,4 @@
-"""A sweep from its flags to its table, read from top to bottom."""
+"""A whole sweep, from its flags to its table. Read this file from top to bottom."""
 
 import contextlib
 import dataclasses
@@ -27,9 +27,9 @@ _DEFAULT_ROUND = 5  # trials per round; more if there are more devices
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The flags of the command, under their names but for `specs` (--search) and `per_round` (--round).
+    """The flags of the command, named as there except `specs` (--search) and `per_round` (--round).
 
-    None for num_trials, lanes and per_round means the default.
+    None stands for the default of num_trials, lanes and per_round.
     """
 
     config: ConfigDict
@@ -47,8 +47,8 @@ class Request:
 def run(request: Request, process: processes.Process, start_s: float) -> None:
     """Run or resume a sweep; write sweep.csv, sweep.html, best_config.py and costs.json to the workdir.
 
-    process: one of those that share the workdir. Each trains its share of the trials; the first also pre-trains the
-    encoders and writes the results. start_s: when the command started.
+    process: this process, one of those that share the workdir. Each trains its share of the trials; the first also
+    pre-trains the encoders and writes the results. start_s: when the command started.
     """
     config, workdir = request.config, request.workdir
     config_lib.validate(config)
@@ -94,7 +94,7 @@ def _check_single_run_fields(config: ConfigDict) -> None:
 
 
 def _set_data(config: ConfigDict, is_first: bool) -> None:
-    """Set the data folder if it is not given, and the order of the data, which all trials share."""
+    """Set the data folder, if not given, and the data's order. All trials share both."""
     if is_first:
         synthetic.set_data_dir(config)
     elif not config.data.dir:
@@ -105,7 +105,7 @@ def _set_data(config: ConfigDict, is_first: bool) -> None:
 
 
 def _pretrain(workdir: Path, claim: Callable[[], None], stages: dict, is_first: bool, costs: Costs) -> None:
-    """Claim the folder and pre-train the encoders, or wait until the first process has."""
+    """Claim the folder and pre-train the encoders, or wait until the first process has done so."""
     ready = [workdir / "started.json", *(folder / "trained.json" for folder, _ in stages.values())]
     if is_first:
         claim()
@@ -142,8 +142,8 @@ def _are_recorded(workdir: Path, trials: list[search.Trial]) -> bool:
 class _Trials:
     """The trials of a sweep.
 
-    identity: what determines them. initial: drawn at random or listed, and checked before any training; with random
-    search these are all. rounds: check -> rounds of trials, where `check` is applied to trials drawn later.
+    identity: what determines them. initial: those drawn at random or listed, which are checked before any training;
+    random search has no others. rounds: check -> rounds of trials, with `check` applied to trials drawn later.
     """
 
     identity: dict
@@ -152,7 +152,7 @@ class _Trials:
 
 
 def _plan_trials(request: Request, draws: bool) -> _Trials:
-    """Plan the trials: by --search, else by the config's sweep(add), else the paper's learning rates.
+    """Plan the trials: those of --search, else of the config's sweep(add), else the paper's learning rates.
 
     draws: whether this process draws the rounds.
     """
@@ -184,15 +184,15 @@ def _plan_trials(request: Request, draws: bool) -> _Trials:
 
 
 def _stored_round(workdir: Path) -> int:
-    """Return the default number of trials per round: in a resumed sweep that of before, on any number of devices."""
+    """Return the default number of trials per round. A resumed sweep keeps its number on any number of devices."""
     stored = results.read_claim(workdir) or {"search": {}}
     return stored["search"].get("round") or max(_DEFAULT_ROUND, len(jax.devices()))
 
 
 def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> None:
-    """Raise UserError if a trial cannot run: its values, or the encoders that it starts from.
+    """Raise UserError if a trial cannot run because of its values or the encoders that it starts from.
 
-    checked_models: the models whose encoders were checked before, with the encoders' names; this trial's is added.
+    checked_models: the models whose encoders were checked already, with the encoders' names; this trial's is added.
     """
     with _trial_named(trial):
         if missing := [name for name in _pretrained(trial, sweep.config) if name not in sweep.encoders]:
@@ -201,7 +201,7 @@ def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> Non
         config = sweep.config_of(trial)
         encoders = sweep.encoders_of(config)
         run = experiment.open_experiment(config, parallel.devices()[:1])
-        run.check_any("test", run.dataset.usable("test"))  # any trial may be chosen, and is then scored on it
+        run.check_any("test", run.dataset.usable("test"))  # any trial may be chosen and scored on it
         frozen_encoders.check_values(trial.values, config, encoders)
         if (run.options.model, *encoders) not in checked_models:
             for name, (folder, source) in encoders.items():
@@ -211,7 +211,7 @@ def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> Non
 
 
 def _pretrained(trial: search.Trial, config: ConfigDict) -> list[str]:
-    """Return the encoders that the trial's config pre-trains; UserError if the config is invalid."""
+    """Return the encoders that the trial's config pre-trains; raise UserError if the config is invalid."""
     with _trial_named(trial):
         config = trial.config(config)
         config_lib.validate(config)
@@ -220,7 +220,7 @@ def _pretrained(trial: search.Trial, config: ConfigDict) -> list[str]:
 
 @contextlib.contextmanager
 def _trial_named(trial: search.Trial) -> Iterator[None]:
-    """Add the trial's number and values to a UserError."""
+    """Add the trial's number and values to a UserError raised inside."""
     try:
         yield
     except UserError as error:
@@ -229,7 +229,7 @@ def _trial_named(trial: search.Trial) -> Iterator[None]:
 
 
 def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequence[int]) -> None:
-    """Write the table, score the chosen trial on the test split and write the page. exported: of --export."""
+    """Write the table, score the chosen trial on the test split, and write the page. exported: from --export."""
     workdir = sweep.workdir
     records = [results.record(workdir, trial) for trial in trials]
     print(results.write_table(workdir, records))

@@ -1,4 +1,4 @@
-"""Where the time of one start of a sweep went: costs paid once for all trials, and the training steps."""
+"""Where the time of one start of a sweep goes: costs paid once for all trials, and the training steps."""
 
 import contextlib
 import dataclasses
@@ -12,9 +12,9 @@ from medfuse_jax.sweep import results
 
 @dataclasses.dataclass
 class Costs:
-    """Seconds of this start, and the number of trials it trained.
+    """The seconds spent in this start, and the number of trials that it trained.
 
-    startup_s, pretrain_s (or waiting for the process that pre-trains) and encode_s exclude compilation.
+    startup_s, pretrain_s (which includes waiting for the process that pre-trains) and encode_s exclude compilation.
     """
 
     trials: int = 0

@@ -1,9 +1,9 @@
-"""Trials on frozen encoders: the encoders run once over the data, and every trial trains the rest on their features.
+"""Trials on frozen encoders. The encoders run once over the data, and each trial trains the rest on their features.
 
 Shapes: N records, D EHR features, J X-rays, E X-ray features, B rows, P images per batch.
 
-An image is encoded once, so it cannot be augmented anew each epoch: augmentation is switched off in the trials'
-configs, and `medfuse_jax.main` with such a config gives the same results.
+An image is encoded only once, so it cannot be augmented differently in each epoch. Augmentation is therefore switched
+off in the trials' configs, and `medfuse_jax.main` gives the same results with such a config.
 """
 
 import contextlib
@@ -72,13 +72,13 @@ class FrozenEncoderExperiment(experiment_lib.Experiment):
         return batch
 
     def fresh_states(self, seeds: list[int]) -> Iterator[step_lib.TrainState]:
-        """Yield one state per seed: that of the whole model, without the encoders."""
+        """Yield one state per seed: the whole model's, without the encoders."""
         make = self.state_maker()
 
         def draw(key):
             return _without_encoders(make(key, 0.0).params)
 
-        # XLA drops the encoders' initialisation, which nothing reads.
+        # XLA removes the encoders' initialisation, since nothing reads it.
         init = jax.jit(draw, compiler_options=compilation.RUN_ONCE)
         for seed in seeds:
             params = init(jax.random.key(seed, impl="rbg"))
@@ -98,10 +98,13 @@ def _without_encoders(params: dict) -> dict:
 
 
 def can_cache(config: ConfigDict, encoders: dict) -> bool:
-    """Whether the features of a config can be computed once: shared, frozen encoders and no augmentation needed."""
+    """Return whether a config's features can be computed once for all trials.
+
+    This takes frozen encoders from earlier runs, a method that reads only their features, and an even crop margin.
+    """
     method = registry.METHODS[config.method]
     is_frozen = method.fields.get("frozen_encoders") or config.model.freeze_encoders
-    # With an odd margin, the centre crop of training is half a pixel off that of evaluation.
+    # With an odd margin, the centre crop in training is half a pixel off the one in evaluation.
     is_even = (config.image.resize_px - config.image.crop_px) % 2 == 0
     return bool(method.features_only and is_frozen and is_even) and set(encoders) == {"ehr", "cxr"}
 
@@ -123,7 +126,7 @@ def without_augmentation(config: ConfigDict) -> ConfigDict:
 
 
 def features_key(config: ConfigDict) -> str:
-    """Identify the features: all fields of a config that may change them."""
+    """Return a key for the features, made of all config fields that may change them."""
     without_effect = config_lib.names(affects_features=False)
     return json.dumps({k: v for k, v in config_lib.flat(config).items() if k not in without_effect}, sort_keys=True)
 
@@ -146,7 +149,7 @@ def encode(run: experiment_lib.Experiment, encoders: dict) -> dict[str, Features
 
 
 def encode_step(options: step_lib.StepOptions, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array | None]:
-    """Compute the features of a batch, stays [B, D] and X-rays [P, E], before dropout and in the model's precision."""
+    """Compute the features of a batch, stays [B, D] and X-rays [P, E], before dropout, in the model's precision."""
     inputs = step_lib.model_inputs(options, batch, key=None)
 
     def encode(model):
@@ -183,7 +186,7 @@ def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
         state = _with_encoders(state, warm_start.begin(run.fresh_state(), encoders))
     else:
         state, progress = store.best(run.abstract_state())
-    # Older checkpoints are those of an earlier start, as one process; state.npz is newer.
+    # Existing checkpoints come from an earlier start as one process; state.npz is newer.
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         checkpoints.save(manager, state, progress, is_best=True)
@@ -191,7 +194,7 @@ def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
 
 def _with_encoders(state: step_lib.TrainState, whole: step_lib.TrainState) -> step_lib.TrainState:
     """Insert the state of a trial on frozen encoders into a state of the whole model."""
-    # The gradients of frozen encoders, and so Adam's moments, are zero.
+    # The gradients of frozen encoders are zero, and so are Adam's moments.
     opt_state = whole.opt_state._replace(
         count=state.opt_state.count,
         mu={**whole.opt_state.mu, **state.opt_state.mu},

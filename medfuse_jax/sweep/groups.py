@@ -1,7 +1,7 @@
-"""The training loop of a sweep: one group of trials after another, the trials of a group side by side.
+"""The training loop of a sweep: one group of trials after another, with the trials of a group side by side.
 
-The trials of a group differ only in what the step takes as an argument: learning rate, dropout and seed. They share
-one compiled program and one stream of batches.
+The trials of a group differ only in learning rate, dropout and seed, which the step takes as arguments. They share one
+compiled program and one stream of batches.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ _WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What all trials share.
+    """The parts of a sweep that all trials share.
 
-    config: as given. encoders: name -> (workdir, run), all that a trial may start from. lanes: None to measure them.
-    features: of frozen encoders, by `frozen_encoders.features_key`.
+    config: as given. encoders: name -> (workdir, run), all encoders that a trial may start from. lanes: None to measure
+    them. features: those of frozen encoders, by `frozen_encoders.features_key`.
     """
 
     config: ConfigDict
@@ -52,7 +52,7 @@ class Sweep:
     def config_of(self, trial: Trial) -> ConfigDict:
         """Return the trial's config, with which `medfuse_jax.main` gives the same results.
 
-        The sweep has pre-trained already: the trial starts from the shared encoders.
+        It has no pre-training: the sweep has done it already, and the trial starts from the shared encoders.
         """
         config = trial.config(self.config)
         config.data.dir = str(Path(config.data.dir).absolute())
@@ -64,11 +64,11 @@ class Sweep:
         return config
 
     def encoders_of(self, config: ConfigDict) -> dict:
-        """Return the encoders that a trial with that config (of `config_of`) starts from."""
+        """Return the encoders that a trial with this config (from `config_of`) starts from."""
         return {name: self.encoders[name] for name, path in config.init.items() if path}
 
     def group_key(self, trial: Trial) -> str:
-        """Identify the trial's group; the key stays the same if the shards or the sweep are moved."""
+        """Return the key of the trial's group, which stays the same if the shards or the sweep are moved."""
         fields = config_lib.flat(self.config_of(trial))
         names = {str(folder.absolute()): folder.name for folder, _ in self.encoders.values()}
         fields |= {k: names.get(v, v) for k, v in fields.items() if k.startswith("init.")}
@@ -78,7 +78,7 @@ class Sweep:
 
 @dataclasses.dataclass(eq=False)
 class RunningTrial:
-    """A trial in training. state: at its last save, on the host; losses: of the current epoch."""
+    """A trial in training. state: at its last save, on the host. losses: of the current epoch."""
 
     trial: Trial
     config: ConfigDict
@@ -105,8 +105,8 @@ def split_into_groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
 def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     """Train the trials that have no record yet, from their last checkpoints, and write their records.
 
-    A trial whose loss is not finite fails alone. If the group runs out of memory, fewer lanes run together, then
-    fewer trials at once; a trial that does not fit alone fails.
+    If a trial's loss is not finite, only that trial fails. If the group runs out of memory, fewer lanes run together,
+    then fewer trials at once. A trial that does not fit even alone fails.
     """
     program = None
     costs.trials += len(_without_record(sweep, trials))
@@ -124,7 +124,7 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
 
 
 def _record_out_of_memory(sweep: Sweep, trials: list[Trial]) -> None:
-    """Record the trials as failed: a rerun would run out of memory again."""
+    """Record the trials as failed, since a rerun would run out of memory again."""
     for trial in trials:
         path = results.trial_dir(sweep.workdir, trial.number).relative_to(sweep.workdir) / "trial.json"
         hint = f"with more memory, delete {path} and rerun; otherwise start a new sweep with smaller batches"
@@ -137,7 +137,7 @@ def _without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A group's data and compiled steps, its devices, and the number of trials that these take."""
+    """A group's data and compiled steps, its devices, and how many trials these can take."""
 
     run: experiment_lib.Experiment
     devices: list[jax.Device]
@@ -148,7 +148,7 @@ class Program:
 
 
 def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
-    """Open the program of a trial's group. Encodes the data if the group's frozen encoders have not run yet."""
+    """Open the program of a trial's group. Encode the data if the group's frozen encoders have not run yet."""
     devices = parallel.devices()
     run = experiment_lib.open_experiment(sweep.config_of(trial), devices[:1])
     encoders = sweep.encoders_of(run.config)
@@ -158,26 +158,26 @@ def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
             with costs.timed("encode_s"):
                 sweep.features[key] = frozen_encoders.encode(run, encoders)
         run = frozen_encoders.with_features(run, sweep.features[key])
-    # The step takes the dropout as an argument: without it in the options, groups of equal models share a program.
+    # The step takes dropout as an argument, so reset it in the options: groups with equal models share a program.
     options = dataclasses.replace(run.options, model=run.options.model.clone(dropout=0.0))
     capacity = lanes_lib.read(sweep.workdir, sweep.group_key(trial), sweep.lanes)
     return Program(run, devices, capacity, *_compiled(options, tuple(devices)), len(run.train_plan(epoch=1)))
 
 
-@functools.lru_cache(maxsize=8)  # keeps the programs of the last groups, not of all
+@functools.lru_cache(maxsize=8)  # keep only the programs of the latest groups
 def _compiled(options: step_lib.StepOptions, devices: tuple[jax.Device, ...]) -> tuple[Callable, Callable]:
     return stacked_step.compile_train(options, list(devices)), stacked_step.compile_eval(options, list(devices))
 
 
 def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Costs) -> None:
-    """Train trials side by side, each until its last epoch, an early stop or a failure."""
+    """Train trials side by side, each until its last epoch, early stopping or a failure."""
     steps_per_epoch, devices = program.steps_per_epoch, program.devices
     with contextlib.ExitStack() as closing:
         running = _record_ended(sweep, _open_trials(sweep, program.run, trials, closing))
         lanes = _choose_lanes(program, running)
         stacks, stacked = [], []
         while running:
-            # A process killed between two trials' saves leaves some of them one save ahead: they wait.
+            # If a process was killed between two trials' saves, some trials are one save ahead: they wait.
             step = min(t.step for t in running)
             current = [t for t in running if t.step == step]
             if current != stacked:
@@ -200,7 +200,7 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
 
 
 def _open_trials(sweep: Sweep, run, trials: list[Trial], closing: contextlib.ExitStack) -> list[RunningTrial]:
-    """Open the trials at their last checkpoints, or with new states."""
+    """Open the trials at their last checkpoints, or with new states if they have none."""
     opened, is_frozen = [], isinstance(run, frozen_encoders.FrozenEncoderExperiment)
     abstract = run.abstract_state()
     for trial in trials:
@@ -221,7 +221,7 @@ def _open_trials(sweep: Sweep, run, trials: list[Trial], closing: contextlib.Exi
 
 
 def _initial_states(run, seeds: list[int], encoders: dict) -> list[step_lib.TrainState]:
-    """Return one state per seed, on the host, with the weights of the encoders."""
+    """Return one state per seed, on the host, with the encoders' weights filled in."""
     unique = list(dict.fromkeys(seeds))
     trained = warm_start.restore(encoders)
     states = (warm_start.fill(state, trained) for state in run.fresh_states(unique))
@@ -235,7 +235,7 @@ def _stack(trials: list[RunningTrial], lanes: int, devices: list[jax.Device]) ->
 
 
 def _choose_lanes(program: Program, trials: list[RunningTrial]) -> int:
-    """Return the lanes per device, measured on the longest batch: lanes that fit with it fit with all."""
+    """Return the lanes per device, measured on the longest batch: lanes that fit with it fit with any batch."""
     max_lanes = -(-len(trials) // len(program.devices))
 
     def measure() -> dict[int, float]:
@@ -249,14 +249,14 @@ def _choose_lanes(program: Program, trials: list[RunningTrial]) -> int:
 
 
 def _next_save(step: int, steps_per_epoch: int, config: ConfigDict) -> int:
-    """Return the next step to save at: the end of the epoch, or one of config.checkpoint_every_steps."""
+    """Return the next step to save at: the epoch's end, or earlier by config.checkpoint_every_steps."""
     end = (step // steps_per_epoch + 1) * steps_per_epoch
     every = config.checkpoint_every_steps
     return min(end, (step // every + 1) * every) if every else end
 
 
 def _train_until(last: int, program: Program, trials: list[RunningTrial], stacks, costs: Costs) -> float:
-    """Train up to step `last` of the same epoch, adding to the trials' losses; return the stays per second."""
+    """Train up to step `last` of the same epoch and add to the trials' losses; return the stays per second."""
     step = first = trials[0].step
     plan = program.run.train_plan(step // program.steps_per_epoch + 1)
     batches = program.run.batches("train", plan, start=step % program.steps_per_epoch)
@@ -267,7 +267,7 @@ def _train_until(last: int, program: Program, trials: list[RunningTrial], stacks
         costs.input_s += time.perf_counter() - wait_s
         losses = stacked_step.train_all(program.train_fn, stacks, batch, program.devices)
         step += 1
-        if pending:  # the previous step's, fetched while this one runs
+        if pending:  # fetch the previous step's losses while this step runs
             _add_losses(trials, stacked_step.by_trial(pending, stacks), step - 1)
         pending = losses
     _add_losses(trials, stacked_step.by_trial(pending, stacks), step)

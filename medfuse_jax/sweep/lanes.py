@@ -1,6 +1,6 @@
-"""Lanes: the trials that a device computes together in one call. Their number is measured, and halved if out of memory.
+"""Lanes: trials that a device computes together in one call. Their number is measured, and halved if out of memory.
 
-The measurement is the time of a step of all trials, by number of lanes. The result is stored in a file per group.
+The time of one step of all trials is measured for several numbers of lanes, and stored in one file per group.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from medfuse_jax.sweep import results, stacked_step
 
 @dataclasses.dataclass
 class Capacity:
-    """How many trials of a group one device takes. path: the file that stores it.
+    """How many trials of a group one device can take. path: the file that stores it.
 
-    lanes: trials per call; None until measured. is_given: whether --lanes gave it. at_once: trials in memory; None
-    for no limit.
+    lanes: trials per call; None until measured. is_given: whether --lanes sets it. at_once: the most trials in memory;
+    None for no limit.
     """
 
     path: Path
@@ -35,13 +35,13 @@ class Capacity:
         results.write_json(self.path, {"lanes": self.lanes, "at_once": self.at_once})
 
     def next_wave(self, trials: list, num_devices: int) -> list:
-        """Return the first trials, as many as fit in memory."""
+        """Return as many of the first trials as fit in memory."""
         return trials[: self.at_once and self.at_once * num_devices]
 
     def halve(self, num_trials: int, num_devices: int) -> bool:
         """Halve the lanes, or else the trials in memory, after `num_trials` trials ran out of memory.
 
-        Returns False if each device already had a single trial.
+        Returns False if each device had only one trial already.
         """
         per_device = math.ceil(num_trials / num_devices)
         lanes = min(self.lanes or 1, per_device)
@@ -56,7 +56,7 @@ class Capacity:
 
 
 def read(workdir: Path, group_key: str, given: int | None = None) -> Capacity:
-    """Read what is stored of a group, for the devices of this process. given: --lanes, used instead of the stored."""
+    """Read a group's stored capacity for this process's devices. given: --lanes, which replaces the stored lanes."""
     digest = hashlib.sha256(group_key.encode()).hexdigest()[:12]
     path = workdir / "lanes" / f"{digest}_{jax.process_index()}.json"
     if not path.exists():
@@ -71,7 +71,7 @@ def read(workdir: Path, group_key: str, given: int | None = None) -> Capacity:
 
 
 def choose(capacity: Capacity, max_lanes: int, measure: Callable[[], dict[int, float]]) -> int:
-    """Return the number of lanes for at most `max_lanes` trials per device; measures it if it is not known yet."""
+    """Return the number of lanes for at most `max_lanes` trials per device; measure it if it is not known yet."""
     if max_lanes <= 1:
         return 1
     if capacity.lanes is None:
@@ -80,14 +80,14 @@ def choose(capacity: Capacity, max_lanes: int, measure: Callable[[], dict[int, f
         print(f"seconds per step of all trials, by lanes: {shown}", flush=True)
         capacity.lanes = min(times_s, key=times_s.get, default=1)
         capacity.write()
-    # A resumed sweep keeps the measured lanes, even if fewer trials are left: it must give the same numbers.
+    # A resumed sweep keeps the measured lanes even if fewer trials are left: its results must not change.
     return min(capacity.lanes, max_lanes) if capacity.at_once or capacity.is_given else capacity.lanes
 
 
 def lanes_for(num_trials: int, max_lanes: int, num_devices: int) -> int:
     """Return the lanes per device for the trials that still run: `max_lanes`, then powers of two.
 
-    Each number is a compilation. Of ten trials in ten lanes, the first to stop free their lanes when eight are left.
+    Each number of lanes is a compilation, so few are used: ten trials keep ten lanes until only eight trials are left.
     """
     per_device = math.ceil(num_trials / num_devices)
     return min(max_lanes, per_device if per_device >= max_lanes else 2 ** math.ceil(math.log2(per_device)))
@@ -102,8 +102,8 @@ def measure(
 ) -> dict[int, float]:
     """Return the seconds per step of all trials (median of five), by lanes: 1, then about double, up to `max_lanes`.
 
-    Each number divides the trials into 2 ** n equal stacks, so none is padded (ten trials: 1, 2, 3, 5, 10). Stops at
-    the first number that is slower than an earlier one, or, without including it, that is out of memory.
+    Each number divides the trials into 2 ** n stacks with as little padding as possible (ten trials: 1, 2, 3, 5, 10).
+    Stops after the first number that is slower than an earlier one, and before one that runs out of memory.
     stack_with: lanes -> newly stacked trials. The measured updates are discarded.
     """
     times_s = {}
@@ -120,7 +120,7 @@ def measure(
 
 
 def _time_step(train_fn: Callable, stacks: list[stacked_step.Stack], batch: dict, on: list[jax.Device]) -> float:
-    jax.block_until_ready(stacked_step.train_all(train_fn, stacks, batch, on))  # compiles
+    jax.block_until_ready(stacked_step.train_all(train_fn, stacks, batch, on))  # compile first
     taken_s = []
     for _ in range(5):
         start_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""sweep.html: the AUROC reached by the values tried, the curve of every trial, and a table of all trials."""
+"""sweep.html: the AUROC of each trial by its values, the curve of every trial, and a table of all trials."""
 
 import math
 from html import escape
@@ -15,9 +15,9 @@ from medfuse_jax.sweep import results
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _HEIGHT_PX = 420, 290
-_MIN_LOG_RATIO = 1000  # largest value / smallest, from which an axis is logarithmic; a learning rate's always is
+_MIN_LOG_RATIO = 1000  # largest value / smallest above which an axis is logarithmic; a learning rate's axis always is
 _MAX_TICKS = 5  # on a log axis
-_MAX_CHARACTERS = 42  # below an axis, in one line
+_MAX_CHARACTERS = 42  # of all names below an axis, in one line
 _MAX_NAME = 18  # characters of a tilted name
 _CHOSEN = run_color(1)
 _NAMES = {
@@ -28,7 +28,7 @@ _NAMES = {
 
 
 def write(workdir: Path, config: dict, records: list[dict]) -> Path:
-    """Write sweep.html. config: the sweep's, as in config.json; records: those of all trials."""
+    """Write sweep.html; return its path. config: the sweep's, as in config.json. records: those of all trials."""
     chosen = results.choose(records)
     methods = {r["values"].get("method", config["method"]) for r in records}
     by = method_name(methods.pop()) if len(methods) == 1 else f"{len(methods)} methods"
@@ -76,7 +76,7 @@ def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
             f" Its test AUROC is {number(scores.get('auroc_macro'))} (95 % confidence interval {number(low)} to "
             f"{number(high)})."
         )
-        # Chosen before trials were added to the sweep, or scored by hand.
+        # These were chosen before trials were added to the sweep, or were scored by hand.
         others = [str(r["trial"]) for r in records if r is not chosen and _is_scored(workdir, r["trial"])]
         text += (
             f" The test stays were also scored for trial {', '.join(others)}, at another time."
@@ -95,7 +95,7 @@ def _notice(workdir: Path, record: dict) -> str:
 
 
 def _varied_fields(records: list[dict]) -> list[str]:
-    """The searched fields with several values, without the seed, whose order means nothing."""
+    """Return the searched fields with several values, without the seed, whose order has no meaning."""
     fields = dict.fromkeys(field for r in records for field in r["values"] if field != "seed")
     return [f for f in fields if len({str(r["values"].get(f)) for r in records}) > 1]
 
@@ -125,7 +125,7 @@ def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
 
 
 def _set_log_scale(axes: Axes) -> None:
-    """Make the x axis logarithmic, with few labels at any range; call after plotting."""
+    """Make the x axis logarithmic, with few labels for any range. Call this after plotting."""
     axes.set_xscale("log")
     axes.autoscale_view()
     low, high = axes.get_xlim()
@@ -136,7 +136,7 @@ def _set_log_scale(axes: Axes) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return two to five round numbers between low and high: powers of ten if there are three, else smaller steps."""
+    """Return two to five round numbers from low to high: powers of ten if there are three, else smaller steps."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5)):
         ticks = [factor * 10.0**exponent for exponent in exponents for factor in factors]
@@ -148,7 +148,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _scientific(value: float) -> str:
-    """Format as in '2.5e−4', without a leading zero."""
+    """Format a number as in '2.5e−4', without a leading zero in the exponent."""
     mantissa, exponent = f"{value:.5e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
 
@@ -163,7 +163,7 @@ def _tilt_long_names(axes: Axes, names: list[str]) -> None:
 
 
 def _label_point(axes: Axes, point: tuple[float, float], text: str) -> None:
-    """Write beside a point, towards the middle of the chart; call last, when the axis limits are known."""
+    """Write above a point, towards the chart's middle. Call this last, when the axis limits are known."""
     axes.autoscale_view()
     x = axes.transAxes.inverted().transform(axes.transData.transform(point))[0]
     side = "left" if x < 0.25 else "right" if x > 0.75 else "center"

@@ -1,6 +1,6 @@
-"""Several processes, on one machine or many: how they start, and which trials each one trains.
+"""A sweep's processes, on one machine or several: how they start, and which trials each one trains.
 
-Processes share only the sweep's folder; no arrays pass between them. jax.distributed gives each its number and devices.
+Processes share only the sweep's folder and exchange no arrays. jax.distributed gives each its number and devices.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from medfuse_jax.runtime import command_line
 from medfuse_jax.runtime.errors import TryLater, UserError
 
 _POLL_S = 2.0
-_SHUTDOWN_TIMEOUT_S = 3600  # how long processes that have ended wait for the first to score the chosen trial
+_SHUTDOWN_TIMEOUT_S = 3600  # how long the other processes wait at the end, while the first scores the chosen trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Process:
         return self.number == 0
 
     def share(self, items: list, num_dealt: int = 0) -> list:
-        """Return this process's share of items dealt in turn, after `num_dealt` earlier ones."""
+        """Return this process's share of items, which are dealt in turn after `num_dealt` earlier ones."""
         return items[(self.number - num_dealt) % self.count :: self.count]
 
 
 def start(coordinator: str | None, num_processes: int | None, process: int | None, detect: bool) -> Process:
     """Start jax.distributed if asked to; return this process.
 
-    By flags (coordinator 'host:port'), or detect: with what jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes).
+    coordinator: 'host:port'. detect: use the cluster that jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes) instead.
     """
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    jax.config.update("jax_enable_preemption_service", False)  # the service would swallow SIGTERM
     given = [value is not None for value in (coordinator, num_processes, process)]
     if any(given) and not all(given):
         message = "give --coordinator=HOST:PORT, --num_processes and --process together, or none of them"
@@ -63,7 +63,7 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
 
 
 def _check(coordinator: str, num_processes: int, process: int) -> None:
-    """Raise UserError for invalid flags, or if the first process cannot have the port."""
+    """Raise UserError for invalid flags, or if the first process cannot use the port."""
     if not 0 <= process < num_processes:
         message = f"--process={process}: with --num_processes={num_processes} give 0 to {num_processes - 1}"
         raise UserError(message, field="--process", value=process)
@@ -74,7 +74,7 @@ def _check(coordinator: str, num_processes: int, process: int) -> None:
     if process == 0:
         try:
             socket.create_server(("", int(port))).close()
-        except OSError as error:  # jax 0.10 would end in a segmentation fault
+        except OSError as error:  # in which case jax 0.10 would crash with a segmentation fault
             message = f"--coordinator={coordinator}: the port is in use ({error.strerror}); give another"
             raise UserError(message, field="--coordinator", value=coordinator) from None
 
@@ -82,7 +82,7 @@ def _check(coordinator: str, num_processes: int, process: int) -> None:
 def run(work: Callable[[], None]) -> None:
     """Run this process's work. If it fails or is interrupted, exit at once.
 
-    jax's own shutdown would wait for the other processes, which wait for this one's trials.
+    jax's own shutdown would wait for the other processes, which in turn wait for this process's trials.
     """
     try:
         work()
@@ -96,7 +96,7 @@ def run(work: Callable[[], None]) -> None:
 
 
 def wait_for(is_ready: Callable[[], bool], what: str) -> None:
-    """Wait for files of other processes; jax ends this process if another one dies."""
+    """Wait until files of other processes exist. jax ends this process if another one dies."""
     if not is_ready():
         print(f"waiting for {what}", flush=True)
         while not is_ready():

@@ -22,12 +22,12 @@ _CHOOSE = "choose another --workdir"
 
 
 def trial_dir(workdir: Path, number: int) -> Path:
-    """A trial's folder: a workdir like that of a single run."""
+    """Return a trial's folder, a workdir like that of a single run."""
     return workdir / "trials" / f"{number:03d}"
 
 
 def record(workdir: Path, trial: Trial) -> dict | None:
-    """Return how a trial ended: 'status', 'reason', 'val_auroc', 'best_epoch', 'epochs'; None if it has not."""
+    """Return how a trial ended: 'status', 'reason', 'val_auroc', 'best_epoch', 'epochs'; None if it has not ended."""
     path = trial_dir(workdir, trial.number) / "trial.json"
     if not path.exists():
         return None
@@ -35,11 +35,11 @@ def record(workdir: Path, trial: Trial) -> dict | None:
     content, values = files.read_json(path, hint), _as_json(trial.values)
     if problem := _find_problem(content, {"trial": trial.number, "values": values}):
         raise UserError(f"{path} was edited or belongs to another trial ({problem}): {hint}", path=path)
-    return content | {"values": values}  # in the order of the trial's fields
+    return content | {"values": values}  # values in the order of the trial's fields
 
 
 def _find_problem(content: dict, expected: dict) -> str:
-    """Return why a file's content is not the trial's record, '' if it is."""
+    """Return why a file's content is not the trial's record; '' if it is."""
     for field, value in expected.items():
         if content.get(field) != value:
             return f"{field} is {content.get(field)}, not {value}"
@@ -74,10 +74,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def claim(workdir: Path, config: ConfigDict, digest: str, search: dict, writes: bool = True) -> None:
-    """Claim the folder for this sweep; UserError if it belongs to another search, config or build of the shards.
+    """Claim the folder for this sweep; raise UserError if it belongs to another search, config or build of the shards.
 
-    search: all that determines the trials. A list of 'trials' may extend the one in the folder.
-    digest: of the shards. writes: False in processes other than the first, which only compare.
+    search: all that determines the trials. A list of 'trials' may extend the stored one. digest: of the shards.
+    writes: False in all processes but the first, which only compare.
     """
     existing = read_claim(workdir)
     if existing is None:
@@ -97,7 +97,7 @@ def claim(workdir: Path, config: ConfigDict, digest: str, search: dict, writes: 
 
 
 def read_claim(workdir: Path) -> dict | None:
-    """Return what `claim` wrote: 'search', 'config', 'data'; None if the folder is unclaimed."""
+    """Return what `claim` wrote: 'search', 'config' and 'data'; None if the folder is unclaimed."""
     path = workdir / "sweep.json"
     if not path.exists():
         return None
@@ -115,7 +115,7 @@ def read_claim(workdir: Path) -> dict | None:
 
 
 def _check_unused(workdir: Path) -> None:
-    """Raise UserError if a folder without sweep.json holds a run, or the remains of a sweep."""
+    """Raise UserError if a folder without sweep.json holds a run or the remains of a sweep."""
     if (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds a run, not a sweep: {_CHOOSE}", path=workdir / "config.json")
     if runs := sorted(workdir.glob("*/config.json")):
@@ -126,7 +126,7 @@ def _check_unused(workdir: Path) -> None:
 
 
 def _search_difference(existing: dict, current: dict) -> str:
-    """Return the first flag in which two searches differ; '' if none does, or `current` only adds trials."""
+    """Return the first flag in which two searches differ; '' if none differs, or if `current` only adds trials."""
     for field in sorted((existing.keys() | current.keys()) - {"trials"}):
         if existing.get(field) != current.get(field):
             return f"--{field} was {existing.get(field)} and is now {current.get(field)}"
@@ -142,7 +142,7 @@ def _search_difference(existing: dict, current: dict) -> str:
 
 
 def choose(records: list[dict]) -> dict | None:
-    """Return the finished trial with the highest validation AUROC, the first in a tie; None if none finished."""
+    """Return the finished trial with the highest validation AUROC (the first in a tie); None if none finished."""
     finished = [r for r in records if r["status"] == FINISHED and r["val_auroc"] is not None]
     return max(finished, key=lambda r: (r["val_auroc"], -r["trial"]), default=None)
 
@@ -166,7 +166,7 @@ def write_table(workdir: Path, records: list[dict]) -> str:
 
 
 def ranked(records: list[dict]) -> list[dict]:
-    """Sort the records by validation AUROC, best first, those without one last."""
+    """Sort the records by validation AUROC, best first and those without one last."""
     return sorted(records, key=lambda r: (-(r.get("val_auroc") or -1.0), r["trial"]))
 
 
@@ -199,7 +199,7 @@ def write_best_config(workdir: Path, chosen: dict, config: ConfigDict) -> Path:
 
 
 def _make_absolute(config: ConfigDict) -> None:
-    """Make the config's paths absolute, so that its file runs from any folder."""
+    """Make the config's paths absolute, so that the config file works from any folder."""
     for section, field in (("data", "dir"), *(("init", name) for name in config.init)):
         if config[section][field]:
             config[section][field] = str(Path(config[section][field]).absolute())

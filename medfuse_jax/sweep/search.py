@@ -1,7 +1,7 @@
 """The search space of a sweep: parameters with their ranges, and the trials drawn from them.
 
-A trial depends only on the sweep's seed and its own number: every host draws the same list, and a longer list starts
-with the shorter one.
+A trial depends only on the sweep's seed and its own number. Every host therefore draws the same list, and a longer list
+starts with the shorter one.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime.errors import UserError, check_choice, of_file
 
-# Short names; other parameters are named by their config field.
+# Short names; other parameters go by the name of their config field.
 ALIASES = {"lr": "learning_rate", "dropout": "model.dropout", "ehr_only_ratio": "data.ehr_only_ratio"}
 # Hayat et al. 2022, 4.4: 10 learning rates, log-uniform in [1e-5, 1e-3].
 PAPER_SEARCH = "lr:loguniform(1e-5,1e-3)"
@@ -33,7 +33,7 @@ _IN_FILE = "the config's sweep(add)"
 class Parameter:
     """A config field and its range.
 
-    kind: 'loguniform' or 'uniform' between two bounds, 'int' from the first to the last, or 'choice'.
+    kind: 'loguniform' or 'uniform' between two bounds, 'int' between two bounds (inclusive), or 'choice'.
     """
 
     field: str
@@ -71,7 +71,7 @@ class Trial:
     values: dict
 
     def config(self, base: ConfigDict) -> ConfigDict:
-        """Return the sweep's config with the trial's values; UserError for a value of the wrong type."""
+        """Return the sweep's config with the trial's values; raise UserError for a value of the wrong type."""
         config = base.copy_and_resolve_references()
         for field, value in self.values.items():
             try:
@@ -91,7 +91,7 @@ def short_name(field: str) -> str:
 
 
 def parse(specs: list[str], config: ConfigDict) -> list[Parameter]:
-    """Parse specs of the form 'name:kind(value,...)'; UserError for an invalid one."""
+    """Parse specs of the form 'name:kind(value,...)'; raise UserError for an invalid one."""
     parameters = [_parse_one(spec.strip(), config) for spec in specs]
     fields = [parameter.field for parameter in parameters]
     if repeated := [field for field in fields if fields.count(field) > 1]:
@@ -132,7 +132,7 @@ def _search_error(message: str, value) -> UserError:
 
 
 def find_field(name: str, config: ConfigDict, where: str) -> str:
-    """Return the config field of a parameter's name or alias; UserError if it cannot be searched."""
+    """Return the config field of a parameter's name or alias; raise UserError if it cannot be searched."""
     field = ALIASES.get(name, name)
     fields = config_lib.flat(config)
     searchable = [f for f in fields if f in config_lib.names(searchable=True)]
@@ -161,7 +161,7 @@ def _parse_value(text: str, example, spec: str):
 
 
 def draw(parameters: list[Parameter], num_trials: int, seed: int) -> list[Trial]:
-    """Draw trials, all different; UserError if the parameters do not have that many combinations."""
+    """Draw different trials; raise UserError if the parameters do not have that many combinations."""
     trials, seen = [], set()
     for number in range(num_trials):
         for attempt in range(_MAX_REDRAWS):
@@ -177,7 +177,7 @@ def draw(parameters: list[Parameter], num_trials: int, seed: int) -> list[Trial]
 
 
 def _rng(seed: int, number: int, attempt: int, field: str) -> np.random.Generator:
-    """One generator per parameter, so that adding a parameter does not change the draws of the others."""
+    """Return one parameter's own generator, so that adding a parameter does not change the draws of the others."""
     return np.random.default_rng([seed, number, attempt, zlib.crc32(field.encode())])
 
 
@@ -189,7 +189,7 @@ def sweep_function(config_path: Path) -> Callable | None:
 def collect(sweep: Callable, config: ConfigDict, num_trials: int | None) -> list[Trial]:
     """Return the trials that `sweep(add)` adds, one per call: add(lr=1e-3, **{"model.dropout": 0.2}).
 
-    num_trials: return only the first of them; None for all.
+    num_trials: how many of them to return, from the first; None for all.
     """
     if not callable(sweep) or len(inspect.signature(sweep).parameters) != 1:
         raise UserError("the config's sweep must take one argument: def sweep(add): add(lr=1e-4)", field="sweep")

@@ -1,4 +1,4 @@
-"""Train many trials in one step: states with a trial axis, one batch for all, no sums across trials.
+"""Training of many trials in one step: states with a trial axis, one batch for all, no sums across trials.
 
 Shapes: D devices, V lanes (trials that a device computes together in one call), M trials, B rows, K labels.
 
@@ -18,7 +18,7 @@ import numpy as np
 from medfuse_jax import parallel
 from medfuse_jax import step as step_lib
 
-OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # of a device, of the host
+OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # on a device, on the host
 _AXIS = "device"
 # All trials of a stack are at the same step.
 _TRIAL_AXES = step_lib.TrainState(step=None, params=0, batch_stats=0, opt_state=0, learning_rate=0)  # type: ignore
@@ -40,9 +40,9 @@ class Stack:
 def stack(
     states: list[step_lib.TrainState], seeds: list[int], dropouts: list[float], lanes: int, on: list[jax.Device]
 ) -> list[Stack]:
-    """Stack the trials into as few stacks of D x lanes as possible. All states are at one step; they are copied."""
+    """Stack the trials into as few stacks of D x lanes as possible. States must be at the same step, and are copied."""
     size, stacks = len(on) * lanes, []
-    assert len({int(state.step) for state in states}) == 1, "trials of a stack are at one step"
+    assert len({int(state.step) for state in states}) == 1, "trials of a stack are at the same step"
     for first in range(0, len(states), size):
         part = states[first : first + size]
         rows = [first + (i if i < len(part) else 0) for i in range(size)]
@@ -57,7 +57,7 @@ def stack(
 
 
 def unstack(stacks: list[Stack]) -> list[step_lib.TrainState]:
-    """Return the states of the trials in order, as host arrays."""
+    """Return the states of the trials, in order, as host arrays."""
     states = []
     for one in stacks:
         host = jax.device_get(one.state)
@@ -84,7 +84,7 @@ def compile_train(options: step_lib.StepOptions, on: list[jax.Device]) -> Callab
         return step_lib.train_step(options, state, parallel.merge(batch), key, dropout=dropout)
 
     def lanes(state, batch, key, dropout):
-        if key.shape == (1,):  # without vmap: the program of a single run
+        if key.shape == (1,):  # no vmap: run the program of a single run
             state, metrics = one_trial(_lane(state), batch, key[0], dropout[0])
             metrics = jax.tree.map(lambda x: x[None], metrics)
             return jax.tree.map(lambda x: x[None], state).replace(step=state.step), metrics
@@ -117,7 +117,7 @@ def train_all(train_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax
 
 
 def eval_all(eval_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.Device]) -> tuple:
-    """(scores [M, 1, B, K], losses [M, 1, B]) of M trials in order, as predictions.predict_each takes them."""
+    """Return (scores [M, 1, B, K], losses [M, 1, B]) of M trials, in order, for predictions.predict_each."""
     batch, outputs = parallel.replicate(batch, on), []
     for one in stacks:
         scores_DVBK, losses_DVB = eval_fn(one.state, batch)
@@ -131,7 +131,7 @@ def by_trial(losses: list[jax.Array], stacks: list[Stack]) -> np.ndarray:
 
 
 def _lane(state: step_lib.TrainState) -> step_lib.TrainState:
-    """Return the only trial of a state with one lane."""
+    """Return the state of the only trial in a state with one lane."""
     return jax.tree.map(lambda x: x[0], state.replace(step=state.step[None]))
 
 

@@ -1,7 +1,7 @@
 """Where a trial's states are stored: in checkpoints like those of a single run, or in one file.
 
-One file for trials on frozen encoders, whose states are small, and with several processes: orbax does not save arrays
-that only one process holds.
+One file is used for trials on frozen encoders, whose states are small, and with several processes, because orbax does
+not save arrays that only one process holds.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from medfuse_jax.runtime.errors import UserError
 
 
 class CheckpointStore:
-    """Checkpoints by orbax: the best and the latest state, saved in the background."""
+    """Orbax checkpoints of the best and the latest state, saved in the background."""
 
     def __init__(self, workdir: Path):
         self._manager = checkpoints.open_manager(workdir)
 
     def latest(self, abstract) -> tuple | None:
-        """Return (state, progress) on the host: the first device could not hold the states of all trials."""
+        """Return (state, progress) on the host, since the first device could not hold the states of all trials."""
         return jax.device_get(checkpoints.restore_latest(self._manager, abstract))
 
     def save(self, state, progress: Progress, is_best: bool) -> None:
@@ -41,8 +41,8 @@ class CheckpointStore:
 class FileStore:
     """state.npz: the latest and the best state with the progress at each, written atomically.
 
-    Resumes from checkpoints if there are any and no file. is_frozen: whether the trial is on frozen encoders; its
-    checkpoints are exports of the file, with the encoders added, and are not read.
+    Without a file, it resumes from checkpoints if there are any. is_frozen: whether the trial is on frozen encoders.
+    Checkpoints of such a trial are exports of the file, with the encoders added, and are not read.
     """
 
     def __init__(self, workdir: Path, is_frozen: bool = False):
@@ -93,7 +93,7 @@ class FileStore:
 
 
 def open_store(workdir: Path, is_frozen: bool) -> CheckpointStore | FileStore:
-    """Open the store of a trial, for the process that trains it. A trial that has a file keeps using it."""
+    """Open a trial's store in the process that trains it. A trial that already has a file keeps using it."""
     files.remove_unfinished(workdir / "state.npz")
     in_file = is_frozen or jax.process_count() > 1 or (workdir / "state.npz").exists()
     return FileStore(workdir, is_frozen) if in_file else CheckpointStore(workdir)
