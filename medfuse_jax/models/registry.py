@@ -86,5 +86,5 @@ def build(method: str, num_labels: int, **options) -> Any:
     for option in options:
         check_choice(f"option of method {method}", option, allowed)
     if num_labels < 1:
-        raise UserError(f"num_labels is {num_labels}; a model has at least one label", field="num_labels")
+        raise UserError(f"num_labels is {num_labels}; give at least 1", field="num_labels")
     return row.model_class(num_labels=num_labels, **{**row.fields, **options})

@@ -26,8 +26,8 @@ _ENSEMBLE_NAMES = {
 }
 SUBSETS = ("all", "paired", "unpaired", "cxr_only", "had_both")
 OUTSIDE_ITS_CI = (
-    "A value outside its own interval: with few positives, resamples that repeat them score higher, so this interval "
-    "is unreliable."
+    "A value lies outside its own interval. With few positives, resamples that repeat them score higher, so such an "
+    "interval is unreliable."
 )
 _PER_LABEL = ("auroc", "auprc", "auroc_ci", "auprc_ci", "num_positive")
 _ATTENTION_NDIM = {"time_weights": 2, "length": 1, "modality_weights": 2, "modalities": 1}
@@ -146,7 +146,7 @@ def read_run(folder: Path) -> Run:
     config = _read_json(folder / "config.json", problems)
     result = _read_json(folder / "result.json", problems) or None
     if result and not _is_result(result):
-        problems.append(f"{folder / 'result.json'} is not an evaluation's result: run medfuse_jax.evaluate again")
+        problems.append(f"{folder / 'result.json'} is not the result of an evaluation: run medfuse_jax.evaluate again")
         result = None
     train, val = _read_metrics(folder / "metrics.jsonl", problems)
     predictions = _read_predictions(folder / "predictions_test.npz", problems)

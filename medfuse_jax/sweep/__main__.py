@@ -62,7 +62,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "round",
         None,
-        "Trials per round of --algorithm=optuna; by default 5, or one per device.",
+        "Trials per round of --algorithm=optuna; by default the larger of 5 and the number of devices.",
         lower_bound=1,
     )
     flags.DEFINE_integer(

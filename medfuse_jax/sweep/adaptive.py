@@ -68,7 +68,7 @@ def _read(path: Path, parameters: list[Parameter], count: int) -> list[dict]:
         or not all(parameter.contains(values[parameter.field]) for parameter in parameters)
     ]
     if invalid or len(drawn) != count:
-        problem = f"--search draws no trial {invalid[0]}" if invalid else f"{len(drawn)} trials instead of {count}"
+        problem = f"--search cannot draw {invalid[0]}" if invalid else f"{len(drawn)} trials instead of {count}"
         raise UserError(f"{path} is damaged ({problem}): {hint}", path=path, value=invalid or len(drawn))
     return [{field: values[field] for field in fields} for values in drawn]
 

@@ -48,5 +48,5 @@ class Costs:
         return (
             f"once for {self.trials} trials: pre-training {self.pretrain_s:.1f} s, start-up {self.startup_s:.1f} s, "
             f"encoding {self.encode_s:.1f} s, compilation {self.compiled.seconds:.1f} s, "
-            f"waiting for input {self.input_s:.1f} s; {self.steps} steps of all in {self.train_s:.1f} s"
+            f"waiting for input {self.input_s:.1f} s; {self.steps} steps of all trials in {self.train_s:.1f} s"
         )

@@ -100,7 +100,7 @@ def _without_encoders(params: dict) -> dict:
 def can_cache(config: ConfigDict, encoders: dict) -> bool:
     """Return whether a config's features can be computed once for all trials.
 
-    This takes frozen encoders from earlier runs, a method that reads only their features, and an even crop margin.
+    This takes two frozen encoders, a method that reads only their features, and an even crop margin.
     """
     method = registry.METHODS[config.method]
     is_frozen = method.fields.get("frozen_encoders") or config.model.freeze_encoders

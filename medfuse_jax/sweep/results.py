@@ -48,7 +48,7 @@ def _find_problem(content: dict, expected: dict) -> str:
     if not is_complete or not isinstance(content.get("reason"), str):
         return "the result is missing"
     invalid = [name for name, value in reached.items() if type(value) not in (int, float, type(None))]
-    return f"{invalid[0]} is no number" if invalid else ""
+    return f"{invalid[0]} is not a number" if invalid else ""
 
 
 def _as_json(value):

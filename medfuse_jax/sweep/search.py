@@ -110,7 +110,7 @@ def _parse_one(spec: str, config: ConfigDict) -> Parameter:
     texts = [text.strip() for text in inside.split(",") if text.strip()]
     if kind == "choice":
         if not texts:
-            raise _search_error(f"={spec} lists no value", "")
+            raise _search_error(f"={spec} lists no values; give at least one", "")
         return Parameter(field, kind, tuple(_parse_value(text, example, spec) for text in texts))
     if type(example) is not (int if kind == "int" else float):
         usable = {int: "int", float: "uniform"}.get(type(example), "choice")
@@ -216,7 +216,7 @@ def collect(sweep: Callable, config: ConfigDict, num_trials: int | None) -> list
         path = sweep.__code__.co_filename if inspect.isfunction(sweep) else ""
         raise _file_error(f" failed ({of_file(path, error)})", type(error)) from None
     if not trials:
-        raise _file_error(" adds no trial", 0)
+        raise _file_error(" adds no trials: add at least one, as in add(lr=1e-4)", 0)
     if num_trials is not None and num_trials > len(trials):
         message = f"--trials={num_trials}: {_IN_FILE} lists only {len(trials)}"
         raise UserError(message, field="--trials", value=num_trials)
