@@ -33,7 +33,7 @@ from absl import flags
 
 @pytest.fixture(scope="session", autouse=True)
 def parsed_flags():
-    """grain reads absl flags, which outside a command nobody has parsed."""
+    """Parse absl flags, which grain reads: outside a command nobody else does."""
     flags.FLAGS.mark_as_parsed()
 
 
@@ -68,7 +68,7 @@ def raw_tree(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def id_lists(tmp_path_factory) -> dict[str, Path]:
-    """Lists of its validation and test patients."""
+    """Lists of the small tree's validation and test patients."""
     folder = tmp_path_factory.mktemp("lists")
     (folder / "val.csv").write_text("10000003\n10000005\n")
     (folder / "test.csv").write_text("10000006,1\n10000008,1\n10000001,0\n")
@@ -77,7 +77,7 @@ def id_lists(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def built(raw_tree, id_lists, tmp_path_factory) -> Path:
-    """What a build makes of that tree with these lists."""
+    """The build of the small tree with these lists."""
     from data_prep import build
 
     out = tmp_path_factory.mktemp("built") / "out"
@@ -93,14 +93,14 @@ def tiny_config(shared_tiny_config):
 
 @pytest.fixture
 def ehr_config(tiny_config):
-    """Without X-rays: compiled in a second."""
+    """A config without X-rays, which compiles in a second."""
     tiny_config.method = "uni_ehr"
     return tiny_config
 
 
 @pytest.fixture(scope="session")
 def shared_tiny_config(shards):
-    """The same, for fixtures that outlive a test: copied, never changed."""
+    """The tiny config for fixtures that outlive a test: copy it, never change it."""
     from medfuse_jax import config as config_lib
 
     config = config_lib.default()

@@ -24,7 +24,7 @@ _UNREAD = re.compile(r" ?['\"]| --?\w| \\")  # a flag that _COMMAND does not mat
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command in a document.
+    """A command shown in a document.
 
     where: the document, relative to the repository; flags: '--name=value', unquoted; environment: 'NAME=value'.
     """
@@ -38,13 +38,13 @@ class Command:
         return " ".join([f"{self.where}: {self.module}", *self.flags])
 
     def value(self, name: str, default: str = "") -> str:
-        """The value of the last --name=value, which is the one that absl uses."""
+        """Return the value of the last --name=value, the one that absl uses."""
         values = [flag.partition("=")[2] for flag in self.flags if flag.partition("=")[0] == f"--{name}"]
         return values[-1] if values else default
 
 
 def texts() -> dict[str, str]:
-    """Document -> its text; of a Python file, its docstring."""
+    """Return document -> its text, or for a Python file its docstring."""
     found = {str(p.relative_to(ROOT)): p.read_text() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
     for path in (p for folder in ("medfuse_jax", "data_prep", "configs") for p in (ROOT / folder).rglob("*.py")):
         found[str(path.relative_to(ROOT))] = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -52,7 +52,7 @@ def texts() -> dict[str, str]:
 
 
 def _jobs() -> dict[str, str]:
-    """The job files, each with its command on one line, and slurm.sh with the options from its usage comment."""
+    """Return the job files, each with its command on one line, and slurm.sh with the options from its usage comment."""
     slurm, gke = ((ROOT / "jobs" / name).read_text() for name in ("slurm.sh", "gke_tpu.yaml"))
     options = re.search(r"^#\s+sbatch jobs/slurm.sh (.*)", slurm, re.M)[1]
     return {"jobs/slurm.sh": slurm.replace('"$@"', options), "jobs/gke_tpu.yaml": re.sub(r"\n\s+- ", " ", gke)}
@@ -60,7 +60,7 @@ def _jobs() -> dict[str, str]:
 
 @functools.cache
 def commands() -> list[Command]:
-    """All commands, the README's first. --config.method=NAME expands to one command a method."""
+    """Return all commands, the README's first. --config.method=NAME expands to one command per method."""
     found = []
     order = sorted(texts().items(), key=lambda item: (not item[0].startswith("README"), item[0]))
     for where, text in order:
@@ -74,7 +74,7 @@ def commands() -> list[Command]:
 
 
 def made_table(page: str) -> dict[str, list[str]]:
-    """The table in docs/methods.md that `medfuse_jax.bench.flops` writes: method -> its other cells."""
+    """Return the table in docs/methods.md that `medfuse_jax.bench.flops` writes: method -> its other cells."""
     rows = page.partition(flops.BEGIN)[2].partition(flops.END)[0].strip().splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {row[0].strip("`"): row[1:] for row in cells}

@@ -90,7 +90,7 @@ _PROVIDED = {
 
 
 def all_commands() -> list[Command]:
-    """The commands to run, each once: those of the pages and configs, and those that pages describe in words."""
+    """Return the commands to run, each once: those of pages and configs, and those that pages describe in words."""
     shown = [c for c in documented.commands() if c.where.endswith(".md") or c.where.startswith("configs/")]
     for line in _IN_WORDS.strip().splitlines():
         where, module, *flags = shlex.split(line)
@@ -104,7 +104,7 @@ def all_commands() -> list[Command]:
 
 
 def as_run(command: Command) -> Command:
-    """The command with placeholders filled in and flags for size."""
+    """Return the command with placeholders filled in and flags for size."""
     filled = _PLACEHOLDERS | {"--out=DIR": f"--out={_OUT.get(command.module)}"}
     if command.value("data_dir"):
         filled["--workdir=DIR"] = "--workdir=runs/moved"
@@ -155,7 +155,7 @@ _WEIGHTS = (".safetensors", ".pth.tar")
 
 
 def reads(command: Command) -> list[str]:
-    """The paths among a command's flags that it reads."""
+    """Return the paths among a command's flags that it reads."""
     names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
     names += ["config.data.dir", "config.init.ehr", "config.init.cxr", "config.init.model"]
     if command.module == "medfuse_jax.evaluate" or command.value("export").endswith(_WEIGHTS):
@@ -168,7 +168,7 @@ def reads(command: Command) -> list[str]:
 
 
 def writes(command: Command) -> list[str]:
-    """The paths among a command's flags that it writes."""
+    """Return the paths among a command's flags that it writes."""
     export = command.value("export")
     if export.endswith(_WEIGHTS):
         return [export]
@@ -181,7 +181,7 @@ def _is_in(path: str, folders: list[str]) -> bool:
 
 
 def needs(command: Command, commands: list[Command]) -> list[Command]:
-    """The commands to run first: those that write what this one reads, and earlier ones that write the same paths."""
+    """Return the commands to run first: those that write what this one reads, or, earlier, to the same paths."""
     read = [_PROVIDED.get(path, path) for path in reads(command) if not _is_in(path, writes(command))]
     before = commands[: commands.index(command)]
     makers = [c for c in commands if any(_is_in(path, writes(c)) for path in read)]
@@ -190,13 +190,13 @@ def needs(command: Command, commands: list[Command]) -> list[Command]:
 
 
 def missing(command: Command, commands: list[Command]) -> list[str]:
-    """The paths that a command reads and no command writes."""
+    """Return the paths that a command reads and no command writes."""
     written = [path for c in commands for path in writes(c)]
     return [path for path in reads(command) if path not in _PROVIDED and not _is_in(path, written)]
 
 
 def _are_together(a: Command, b: Command) -> bool:
-    """Whether two commands are processes of one sweep."""
+    """Return whether two commands are processes of one sweep."""
     of_all = [tuple(flag for flag in c.flags if not flag.startswith("--process=")) for c in (a, b)]
     return of_all[0] == of_all[1] and bool(a.value("process"))
 
@@ -286,7 +286,7 @@ class Workspace:
         return [Outcome(process.returncode, output) for process, output in zip(running, outputs)]
 
     def _environment(self, command: Command) -> dict[str, str]:
-        """A reader's environment, without simulated devices. All commands share a compilation cache."""
+        """Return a reader's environment, without simulated devices. All commands share a compilation cache."""
         flags = "--xla_backend_optimization_level=0"
         if metadata.version("jaxlib").startswith("0.10."):
             flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
@@ -336,7 +336,7 @@ class Workspace:
                 target.write_text(yaml.safe_dump(table))
 
     def python_block(self, document: str, begins: str) -> str:
-        """The Python block of a document that begins so."""
+        """Return the Python block of a document that begins with the given text."""
         blocks = re.findall(r"```python\n(.*?)```", (self.root / document).read_text(), re.S)
         (found,) = [block for block in blocks if block.startswith(begins)]
         return found
@@ -353,7 +353,7 @@ class Workspace:
         return records.index(str(self.root / "shards"), "pheno", split)
 
     def _convert_normalizer(self) -> None:
-        """With the page's own code, from a pickle like the released one."""
+        """Convert a pickle like the released one, with the page's own code."""
         with (self.root / "normalizer.pickle").open("wb") as file:
             pickle.dump({"means": np.arange(76.0), "stds": np.ones(76)}, file)
         self.run_block(self.python_block("docs/weights.md", "import json, pickle, sys"), "normalizer.pickle")

@@ -16,7 +16,7 @@ PROVENANCE = "simulated by tests/example_runs.py"
 
 
 def simulate(task: str, num_stays: int, seed: int = 0) -> dict:
-    """labels [N, K], the signals ehr and cxr [N, K], has_cxr [N] and age [N]."""
+    """Return labels [N, K], the signals ehr and cxr [N, K], has_cxr [N] and age [N]."""
     rng = np.random.default_rng(seed)
     num_labels = len(schema.TASKS[task].labels)
     prevalence = rng.uniform(0.06, 0.45, num_labels)
@@ -28,7 +28,7 @@ def simulate(task: str, num_stays: int, seed: int = 0) -> dict:
 
 
 def scores_of(method: str, data: dict) -> np.ndarray:
-    """Probabilities [N, K] as float32."""
+    """Return probabilities [N, K] as float32."""
     cxr = np.where(data["has_cxr"][:, None], data["cxr"], 0)
     weight = {"early": 0.3, "joint": 0.5, "medfuse": 0.8, "medfuse_attention": 0.8}
     logits = {"uni_ehr": data["ehr"], "uni_cxr": cxr}.get(method, data["ehr"] + weight.get(method, 0.4) * cxr)
@@ -36,7 +36,7 @@ def scores_of(method: str, data: dict) -> np.ndarray:
 
 
 def attention_of(data: dict, num_steps: int = 60, seed: int = 0) -> dict:
-    """Attention weights that grow towards the end of a stay; the X-ray has about half of a paired stay's weight."""
+    """Return attention weights that grow towards the end of a stay; an X-ray has about half of its stay's weight."""
     rng = np.random.default_rng(seed)
     num_stays = len(data["has_cxr"])
     length = rng.integers(3, num_steps + 1, num_stays)

@@ -31,7 +31,7 @@ def tiny_model(method: str, **options):
 
 
 def equations(jaxpr):
-    """All of a program's, those of its loops, calls and kernels included."""
+    """Return all equations of a program, including those of its loops, calls and kernels."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -40,12 +40,12 @@ def equations(jaxpr):
 
 @functools.cache
 def shapes(model) -> dict:
-    """The shapes of a model's variables, without computing one."""
+    """Return the shapes of a model's variables, without computing any."""
     return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
 
 
 def random_variables(model, seed: int = 0) -> dict:
-    """Variables with no zero and no one among them, so that nothing hides; variances are positive."""
+    """Return variables without zeros or ones, which could hide an error; variances are positive."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -58,7 +58,7 @@ def random_variables(model, seed: int = 0) -> dict:
 
 
 def batch(seed: int = 0, rows: int = 4, steps: int = 5, image_rows: tuple[int, ...] = (2, 0), slots: int = 3) -> dict:
-    """A batch with listed X-rays: `image_rows` have one, the other slots are empty."""
+    """Return a batch with listed X-rays: `image_rows` have one, the other slots are empty."""
     rng = np.random.default_rng(seed)
     empty = slots - len(image_rows)
     return {
@@ -71,7 +71,7 @@ def batch(seed: int = 0, rows: int = 4, steps: int = 5, image_rows: tuple[int, .
 
 
 def dense(listed: dict) -> dict:
-    """The same batch with one image a row."""
+    """Return the same batch with one image per row."""
     rows = len(listed["length"])
     image_BHW = np.full((rows, *listed["image"].shape[1:]), 7.0, np.float32)
     has_cxr_B = np.zeros(rows, bool)
@@ -82,7 +82,7 @@ def dense(listed: dict) -> dict:
 
 
 def reference_module(root: Path):
-    """The module that makes the reference's weights and inputs. root: what `real_data` gives."""
+    """Return the module that makes the reference's weights and inputs. root: from `real_data`."""
     spec = importlib.util.spec_from_file_location("reference_weights", root / "parity" / "reference_weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -90,7 +90,7 @@ def reference_module(root: Path):
 
 
 def reference_shapes(root: Path, case: str) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a released checkpoint."""
+    """Return {name: shape} of a released checkpoint."""
     all_shapes = json.loads((root / "parity" / "state_dict_shapes.json").read_text())
     return {name: tuple(shape) for name, shape in all_shapes[case].items()}
 
@@ -101,7 +101,7 @@ def reference_state_dict(root: Path, case: str, seed: int = 0) -> dict[str, np.n
 
 
 def reference_outputs(root: Path, case: str) -> dict[str, np.ndarray]:
-    """{name: values} of one case, as the released model gave them."""
+    """Return {name: values} of one case, as the released model gave them."""
     with np.load(root / "parity" / "outputs_seed0.npz") as stored:
         prefix = f"{case}/"
         return {name.removeprefix(prefix): stored[name] for name in stored.files if name.startswith(prefix)}

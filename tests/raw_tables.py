@@ -23,7 +23,7 @@ HEADERS = {
 
 
 def write_table(path: Path, header: str, rows: list[dict], gz: bool = True) -> None:
-    """Write a CSV of `rows` (column -> value, others blank); with `gz`, adds `.gz` to the name."""
+    """Write a CSV of `rows` (column -> value, others blank); with `gz`, add `.gz` to the name."""
     text = io.StringIO()
     writer = csv.DictWriter(text, header.split(","), restval="", lineterminator="\n")
     writer.writeheader()
@@ -74,7 +74,7 @@ def at(hour: float) -> str:
 
 
 def write_mimic_iv(root: Path, stays: list[dict], charts=(), labs=(), codes=(), layout: str = "hosp", gz: bool = True):
-    """Write a MIMIC-IV tree. codes: (n, icd_code, icd_version). layout: 'hosp', or 'core' of 1.0. Returns `root`."""
+    """Write a MIMIC-IV tree. codes: (n, icd_code, icd_version). layout: 'hosp', or 'core' of 1.0. Return `root`."""
 
     def once(table: str, key: str) -> list[dict]:
         columns = HEADERS[table].split(",")
@@ -122,7 +122,7 @@ def image_path(row: dict) -> str:
 
 
 def write_mimic_cxr(root: Path, images: list[dict], size=(80, 64), version: str = "2.0.0", gz: bool = True) -> Path:
-    """Write a MIMIC-CXR-JPG tree with a small JPEG of noise (width, height) per X-ray. Returns `root`."""
+    """Write a MIMIC-CXR-JPG tree with a small JPEG of noise (width, height) per X-ray. Return `root`."""
     header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
     only = [{c: row[c] for c in header.split(",")} for row in images]
     write_table(root / f"mimic-cxr-{version}-metadata.csv", header, only, gz)

@@ -75,7 +75,7 @@ def best_state(workdir):
 
 
 def difference(a, b) -> float:
-    """The largest difference between two states' parameters, statistics and Adam moments."""
+    """Return the largest difference between two states' parameters, statistics and Adam moments."""
     trees = [(s.params, s.batch_stats, s.opt_state) for s in (a, b)]
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *trees)))
 

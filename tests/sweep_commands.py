@@ -34,7 +34,7 @@ PRETRAINED = {
 
 
 def command(tmp_path, shards, workdir, *more, num_epochs=2, trials=4, fields=()):
-    """The command of a sweep. fields: further changes of the config; more: flags."""
+    """Return the command of a sweep. fields: further changes of the config; more: flags."""
     config = tmp_path / "small.py"
     config.write_text(_CONFIG.format(data_dir=str(shards), num_epochs=num_epochs, fields=dict(fields)))
     flags = [f"--config={config}", f"--workdir={tmp_path / workdir}", f"--trials={trials}", "--lanes=1"]

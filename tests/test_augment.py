@@ -1,4 +1,4 @@
-"""Augmentation: exact where nothing is drawn, within its ranges otherwise, independent of the batch's layout."""
+"""Augmentation: exact without randomness, within its ranges otherwise, and independent of the batch's layout."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ def _images(count=4, size=64, seed=0):
 
 
 def _grey(seed, images, options):
-    """The grey channel of augmented images."""
+    """Return the grey channel of augmented images."""
     return np.asarray(_augment(jax.random.key(seed), np.arange(len(images)), images, options))[..., 0]
 
 
@@ -53,7 +53,7 @@ def test_a_flip_mirrors_left_and_right():
 
 
 def _centres(seed, y, x, options, count=30):
-    """Centres of mass [count, 2] of a dot at (y, x) from the centre, each augmented with another id."""
+    """Return centres of mass [count, 2] of a dot at (y, x) from the centre, each augmented with another id."""
     images = np.zeros((count, 64, 64), np.uint8)
     images[:, 31 + y : 33 + y, 31 + x : 33 + x] = 255
     out = _grey(seed, images, options)

@@ -73,14 +73,14 @@ def test_num_epochs_reaches_the_pretraining_stages():
         ({"method": "uni_cxr"}, ["ehr", "cxr"]),  # from the radiology labels to the task's
     ],
 )
-def test_stages_are_those_that_are_not_the_run_itself(changes, stages):
+def test_a_stage_equal_to_the_run_is_left_out(changes, stages):
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     config.update(changes)
     assert sorted(config_lib.stages(config)) == sorted(stages)
 
 
-def test_a_stage_is_trained_on_what_its_own_section_says():
-    """Fields of the fusion run do not reach it; those of its own section do, and can be set by flag."""
+def test_a_stage_follows_its_own_section():
+    """It ignores fields of the fusion run alone; those of its own section apply, and can be set by flag."""
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     fusion = {"data.ehr_only_ratio": 0.2, "model.batch_norm": "frozen", "model.freeze_encoders": True}
     fusion |= {"data.drop_ehr": 0.1, "data.drop_cxr": 0.5, "profile_steps": "500:510", "init.ehr": "runs/other"}
@@ -213,7 +213,7 @@ def test_the_page_lists_every_field():
     assert config_lib.table() in page, "python -m medfuse_jax.config prints the table of docs/config.md"
 
 
-def test_a_whole_model_and_a_part_of_one_are_not_both_a_start():
+def test_init_takes_a_whole_model_or_a_part_but_not_both():
     config = config_lib.default()
     config.init.model, config.init.cxr = "runs/a", "runs/b"
     with pytest.raises(UserError) as caught:
@@ -222,7 +222,7 @@ def test_a_whole_model_and_a_part_of_one_are_not_both_a_start():
 
 
 @pytest.mark.parametrize(("method", "loss"), [("mmtm3", "align"), ("mmtm4", "ehr_only"), ("unified", "cxr_only")])
-def test_a_weight_of_a_loss_is_of_the_methods_that_have_it_and_not_of_their_stages(method, loss):
+def test_a_loss_weight_applies_to_methods_with_that_loss_but_not_to_their_stages(method, loss):
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     config.update_from_flattened_dict({"method": method, f"loss.{loss}": 0.5})
     config_lib.validate(config)
@@ -237,7 +237,7 @@ def test_a_weight_of_a_loss_is_of_the_methods_that_have_it_and_not_of_their_stag
         ('{"name": ', "cannot be read"),
     ],
 )
-def test_a_config_that_is_not_whole_is_refused(tmp_path, content, said):
+def test_an_incomplete_config_is_refused(tmp_path, content, said):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=said) as caught:
         config_lib.load(tmp_path / "config.json")
@@ -263,6 +263,6 @@ def test_a_wrong_flag_ends_the_command_in_one_line(argument, said):
     assert lines[0].startswith("error: ") and said in lines[0]
 
 
-def test_no_config_at_all_says_which_there_are():
+def test_a_missing_config_flag_is_one_line():
     done = subprocess.run([sys.executable, "-m", "medfuse_jax.main"], cwd=_ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "--config" in done.stderr

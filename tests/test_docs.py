@@ -13,7 +13,7 @@ from medfuse_jax import config as config_lib
 
 
 def _problem(command: Command) -> str:
-    """What is wrong with a command, or ''."""
+    """Return what is wrong with a command, or ''."""
     path = ROOT / command.module.replace(".", "/")
     source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     if not source.exists() or "__main__" not in source.read_text():

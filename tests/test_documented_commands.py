@@ -82,7 +82,7 @@ def test_the_code_of_the_data_page_runs(workspace):
 
 
 def _packages(command: Command) -> list[str]:
-    """The optional packages that a command needs."""
+    """Return the optional packages that a command needs."""
     files = [*reads(command), *writes(command)]
     found = ["torch"] if any(path.endswith((".pth.tar", ".pth")) for path in files) else []
     # These runs start from an imported torch file.
@@ -135,7 +135,7 @@ def _check_images(command: Command, outcome: Outcome, root: Path) -> None:
 
 
 def _check_run(command: Command, outcome: Outcome, root: Path) -> None:
-    """A run of `main`, found by the report's path in its last line."""
+    """Check a run of `main`, found by the report's path in its last line."""
     last = outcome.output.strip().splitlines()[-1]
     page = root / last.removeprefix("report: ")
     assert last.startswith("report: ") and page.stat().st_size > 10_000, last
@@ -218,7 +218,7 @@ def _check_bench(command: Command, outcome: Outcome, root: Path) -> None:
 
 
 def _check_page(name: str):
-    """The page generated from the committed records equals the committed page."""
+    """Check that the page generated from the committed records equals the committed page."""
 
     def check(command: Command, outcome: Outcome, root: Path) -> None:
         assert (root / name).read_text() == (ROOT / name).read_text()
@@ -227,7 +227,7 @@ def _check_page(name: str):
 
 
 def _check_costs(command: Command, outcome: Outcome, root: Path) -> None:
-    """The table of docs/methods.md is current; operation counts differ a little between versions of XLA."""
+    """Check that the table of docs/methods.md is current; operation counts differ a little between versions of XLA."""
     shown, now = (made_table((folder / "docs/methods.md").read_text()) for folder in (ROOT, root))
     assert list(shown) == list(now) == list(registry.METHODS)
     for method, cells in now.items():

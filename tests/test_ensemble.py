@@ -1,4 +1,4 @@
-"""Ensembles: stays are matched, weights come from validation alone, what cannot be combined is refused."""
+"""Ensembles: stays are matched, weights come from validation alone, and incompatible runs are refused."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from medfuse_jax.runtime.errors import UserError
 
 
 def _member(folder, method, data, rows=None, split="test"):
-    """Writes a finished run that scores the given rows of a split; returns its predictions."""
+    """Write a finished run that scores the given rows of a split; return its predictions."""
     folder.mkdir(parents=True, exist_ok=True)
     write_evaluation(folder, "mortality", method, data, best_epoch=3)
     write_config(folder, "mortality", method)
@@ -100,7 +100,7 @@ def test_weights_come_from_validation_alone(tmp_path, data):
 
 
 def test_members_of_one_method_are_told_apart_by_their_folders(tmp_path, data):
-    """Such as two trials of a sweep."""
+    """For example, two trials of a sweep."""
     for name in ("a", "b"):
         _member(tmp_path / name, "uni_ehr", data)
     names = [str(tmp_path / name) for name in ("a", "b")]
@@ -156,7 +156,7 @@ def _write_out(root, content):
         (lambda d: _write_out(d, "[]"), "out/config.json", None),
     ],
 )
-def test_what_cannot_be_combined_is_refused(runs, tmp_path, data, change, path, value):
+def test_incompatible_runs_are_refused(runs, tmp_path, data, change, path, value):
     change(tmp_path)
     with pytest.raises(UserError) as caught:
         ensemble.ensemble(runs[0], tmp_path / "out")
@@ -191,7 +191,7 @@ def test_an_ensemble_of_x_rays_is_refused(runs, tmp_path):
 
 
 def _save(folder, run, epoch, seed):
-    """Saves a checkpoint of untrained weights at an epoch's end, the best so far."""
+    """Save a checkpoint of untrained weights at an epoch's end, the best so far."""
     state = next(run.fresh_states([seed])).replace(step=jnp.int32(epoch * len(run.train_plan(1))))
     progress = Progress(epoch=epoch, best_epoch=epoch, best_auroc=0.5, learning_rate=1e-4)
     with contextlib.closing(checkpoints.open_manager(folder)) as manager:

@@ -54,7 +54,7 @@ def test_a_split_without_a_record_is_refused(ehr_run, split, field):
 
 
 def test_an_ehr_only_ratio_that_leaves_no_record_is_refused(ehr_run):
-    """Every stay is EHR-only, and none is to be drawn."""
+    """Every stay is EHR-only, and the ratio draws none of them."""
     index = {split: part | {"has_cxr": np.zeros_like(part["has_cxr"])} for split, part in ehr_run.dataset.index.items()}
     ehr_run.config.data.ehr_only_ratio = 0.0
     without = dataclasses.replace(ehr_run, dataset=dataclasses.replace(ehr_run.dataset, index=index))

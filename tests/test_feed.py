@@ -1,4 +1,4 @@
-"""Placements: batches gathered on the device are those read from the shards, and train to the same numbers."""
+"""Placements: batches gathered on the device equal those read from the shards, and train to the same numbers."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -22,14 +22,14 @@ def config(tiny_config):
 
 
 def _open(config, num_devices=2):
-    """A run of plain gradients: Adam would hide one that is n times too large."""
+    """Open a run with plain gradient descent: Adam would hide a gradient that is n times too large."""
     run = experiment.open_experiment(config)
     options = dataclasses.replace(run.options, optimizer=optax.identity())
     return dataclasses.replace(run, options=options, devices=run.devices[:num_devices])
 
 
 def _epoch(run, start=0, stops=None, state=None, one_call=None):
-    """(state, losses) of the first epoch from step `start` on."""
+    """Return (state, losses) of the first epoch from step `start` on."""
     plan = run.train_plan(epoch=1)
     how = {"mode": run.config.parallel, "placement": run.config.placement, "one_call": one_call}
     open_feed = feed.open_feed(run.dataset, run.selects("train"), run.options, run.devices, **how)
@@ -53,7 +53,7 @@ def _assert_equal(a, b):
 
 @pytest.mark.parametrize("one_call", [False, True])
 @pytest.mark.parametrize("mode", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
-def test_the_device_placement_trains_to_the_numbers_of_the_stream(config, streamed, mode, one_call):
+def test_placement_on_the_device_trains_to_the_same_numbers_as_the_stream(config, streamed, mode, one_call):
     config.placement, config.parallel = "device", mode
     placed = _epoch(_open(config), one_call=one_call)
     assert len(placed[1]) == (1 if one_call else len(streamed[1])) and len(streamed[1]) > 2
@@ -75,7 +75,7 @@ def test_the_tolerance_would_show_another_stay_in_one_row(config, streamed, monk
         _assert_equal(_epoch(_open(config), one_call=True), streamed)
 
 
-def test_an_epoch_goes_on_from_where_it_stopped(config, streamed):
+def test_an_epoch_resumes_where_it_stopped(config, streamed):
     config.placement = "device"
     run = _open(config)
     half = _epoch(run, stops=[2], one_call=True)
@@ -108,7 +108,7 @@ def test_one_program_serves_any_part_of_an_epoch(config):
         ("radiology", "uni_cxr", 2),
     ],
 )
-def test_gathered_batches_are_those_read(config, task, method, num_devices):
+def test_gathered_batches_equal_those_read(config, task, method, num_devices):
     config.task, config.method = task, method
     if method == "medfuse_attention":
         config.model.modalities = "static"
@@ -127,7 +127,7 @@ def test_gathered_batches_are_those_read(config, task, method, num_devices):
                 assert gathered[name].dtype == batch[name].dtype, name
 
 
-def test_what_a_run_does_not_use_is_not_held(config):
+def test_unused_data_is_not_held(config):
     whole, paired, ehr_only = (
         _open(_with(config, **c)) for c in ({}, {"train_stays": "paired"}, {"method": "uni_ehr"})
     )

@@ -34,7 +34,7 @@ _FILES = {_name(path): path for package in _MAX_MODULES for path in sorted((_ROO
 
 
 def _nodes(node: ast.AST, late: bool):
-    """All nodes below one, but for those under `if TYPE_CHECKING`; late: also the bodies of functions."""
+    """Yield all nodes below one, except those under `if TYPE_CHECKING`; late: also the bodies of functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
             continue
@@ -45,7 +45,7 @@ def _nodes(node: ast.AST, late: bool):
 
 @functools.cache
 def _imports(module: str, late: bool = True) -> frozenset[str]:
-    """All that a module imports, at its top or (late) in a function: our modules and packages, by full name."""
+    """Return what a module imports, at its top or (late) in a function: modules and packages, by full name."""
     found = set()
     for node in _nodes(ast.parse(_FILES[module].read_text()), late):
         if isinstance(node, ast.Import):
@@ -58,12 +58,12 @@ def _imports(module: str, late: bool = True) -> frozenset[str]:
 
 
 def _ours(module: str) -> set[str]:
-    """Our modules that a module imports, without empty __init__ files."""
+    """Return those of our modules that a module imports, without empty __init__ files."""
     return {name for name in _imports(module) if name in _FILES and _FILES[name].stat().st_size > 0}
 
 
 def _reaches(module: str) -> set[str]:
-    """All that importing a module imports, through our own modules; late imports count in its own folder."""
+    """Return all that importing a module imports, through our own modules; late imports count in its own folder."""
     folder = module.rpartition(".")[0]
     found, waiting = set(), [module]
     while waiting:

@@ -1,4 +1,4 @@
-"""The losses against their definition: which head which rows train, and over two devices as over one."""
+"""The losses match their definition: each head learns from the right rows, on two devices as on one."""
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ def _plain(logits, labels):
     return -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean()
 
 
-def test_is_the_mean_over_rows_and_labels():
+def test_cross_entropy_is_the_mean_over_rows_and_labels():
     loss = losses.mean_bce(_LOGITS, _LABELS, np.ones(6, bool), 6)
     np.testing.assert_allclose(loss, _plain(_LOGITS, _LABELS), rtol=1e-6)
 
 
-def test_a_padded_row_counts_for_nothing_whatever_it_holds():
+def test_the_content_of_a_padded_row_changes_nothing():
     valid = np.array([1, 1, 0, 1, 1, 1], bool)
     logits = _LOGITS.copy()
     logits[2] = np.nan
@@ -119,7 +119,7 @@ def test_the_objectives_of_two_devices_add_up():
     assert abs(of_device(lambda x: x).sum() - whole) > 1e-3  # each a mean of its own: too large
 
 
-def test_no_row_with_what_a_head_needs_gives_no_loss_and_no_gradient():
+def test_a_head_without_usable_rows_gives_no_loss_and_no_gradient():
     batch = {**_STAYS, "image_mask": np.zeros(4, bool), "length": np.zeros(6, int)}
     assert float(_objective(batch, _weights(align=1.0))) == pytest.approx(0.0, abs=0)
     gradient = jax.grad(lambda outputs: _objective(batch, _weights(align=1.0), outputs))(_OUTPUTS)

@@ -1,4 +1,4 @@
-"""main: trains the stages in order, resumes, and refuses what cannot work before any of it."""
+"""main: trains the stages in order, resumes, and refuses impossible runs before training anything."""
 
 import contextlib
 import dataclasses
@@ -77,7 +77,7 @@ def test_a_stopped_command_resumes_and_ends_in_results_and_a_report(
 
 
 def _fields(folder) -> dict:
-    """The names of all fields in a run's files."""
+    """Return the names of all fields in a run's files."""
     with np.load(folder / "predictions_test.npz") as stored:
         arrays = {name: stored[name].dtype.kind for name in stored.files}
     result = json.loads((folder / "result.json").read_text())
@@ -94,7 +94,7 @@ def _fields(folder) -> dict:
 
 
 def test_the_commands_train_evaluate_and_report_as_typed(ehr_config, tmp_path):
-    """As processes. Their files have the fields of the made-up runs that other tests read."""
+    """They run as processes. Their files have the same fields as the simulated runs that other tests read."""
     sizes = ["--config.data.max_buckets=1", "--config.model.ehr_hidden=8", "--config.num_epochs=1"]
     sizes += ["--config.eval.num_bootstrap=20", f"--config.data.dir={ehr_config.data.dir}"]
     config = Path(__file__).parent.parent / "configs" / "pheno.py"
@@ -129,7 +129,7 @@ def test_stages_of_encoders_that_the_method_lacks_are_skipped(fusion_config, tmp
 
 
 def _keep(folder, config, **progress):
-    """A workdir with a checkpoint of made-up weights; returns its run."""
+    """Make a workdir with a checkpoint of untrained weights; return its run."""
     run = experiment.open_experiment(config)
     workdir.claim(folder, run)
     with contextlib.closing(checkpoints.open_manager(folder)) as manager:
@@ -138,7 +138,7 @@ def _keep(folder, config, **progress):
 
 
 def test_config_init_needs_weights_until_the_run_has_a_checkpoint(tiny_config, tmp_path):
-    """What a run starts from is read once and may be deleted then."""
+    """The source of a run's initial weights is read once and may then be deleted."""
     source = tiny_config.copy_and_resolve_references()
     source.method = tiny_config.method = "uni_ehr"
     tiny_config.init.ehr = str(tmp_path / "source")
@@ -239,7 +239,7 @@ def test_a_frozen_encoder_that_nothing_trains_is_refused(fusion_config, tmp_path
         ({"learning_rate": 2.0}, "learning_rate"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(fusion_config, run_main, tmp_path, changes, field):
+def test_impossible_runs_are_refused_before_anything_is_written(fusion_config, run_main, tmp_path, changes, field):
     fusion_config.update_from_flattened_dict(changes)
     with refused() as caught:
         run_main(fusion_config, tmp_path / "run")

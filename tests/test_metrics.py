@@ -20,7 +20,7 @@ CELL = np.arange(20).reshape(10, 2)  # numbers the cells of a problem(10, 2)
 
 
 def problem(num_samples, num_labels, seed=0, decimals=None, dtype=np.float32):
-    """Labels and scores with some signal; rounding to `decimals` makes ties."""
+    """Return labels and scores with some signal; rounding to `decimals` makes ties."""
     rng = np.random.default_rng(seed)
     labels = (rng.random((num_samples, num_labels)) < rng.uniform(0.1, 0.5, num_labels)).astype(np.int8)
     scores = 1 / (1 + np.exp(1 - labels - rng.normal(size=labels.shape)))
@@ -28,26 +28,26 @@ def problem(num_samples, num_labels, seed=0, decimals=None, dtype=np.float32):
 
 
 def sklearn_scores(labels, scores):
-    """[2, K]: AUROC and average precision by scikit-learn, nan for a label of one class."""
+    """Return [2, K]: AUROC and average precision by scikit-learn, nan for a label of one class."""
     columns = [(y, s) if 0 < y.sum() < len(y) else None for y, s in zip(labels.T, scores.T, strict=True)]
     functions = (roc_auc_score, average_precision_score)
     return np.array([[np.nan if c is None else f(*c) for c in columns] for f in functions])
 
 
 def sklearn_bootstrap(labels, scores, rows_RN):
-    """[R, 2, K]: the plain loop."""
+    """Return [R, 2, K], by the plain loop."""
     return np.stack([sklearn_scores(labels[rows], scores[rows]) for rows in rows_RN])
 
 
 def resamples(num_samples, num_bootstrap, seed):
-    """Sample numbers [R, N] of the resamples that `metrics` draws."""
+    """Return the sample numbers [R, N] of the resamples that `metrics` draws."""
     counts = np.concatenate(list(metrics._counts(num_samples, num_bootstrap, seed)), axis=1)
     assert not counts[num_samples:].any()
     return np.stack([np.repeat(np.arange(num_samples), count) for count in counts[:num_samples].T])
 
 
 def bootstrap(labels, scores, num_bootstrap, seed=0):
-    """[R, 2, K], as `sklearn_bootstrap`."""
+    """Return [R, 2, K], as `sklearn_bootstrap` does."""
     (boot,) = metrics._bootstrap(labels.astype(bool), [scores], num_bootstrap, seed)
     return np.stack([boot["auroc"], boot["auprc"]], axis=1)
 
@@ -260,7 +260,7 @@ def test_compiles_for_accelerators_without_calling_the_host(platform):
 
 
 def measure_speed() -> dict:
-    """Seconds of `evaluate` and of the scikit-learn loop, the best of five in turn, and their largest difference."""
+    """Return the seconds of `evaluate` and of the scikit-learn loop (best of five turns), and their difference."""
     labels, scores = problem(11_914, 25)
     rows = resamples(len(labels), 3, seed=0)
     metrics.evaluate(labels, scores)  # compiles

@@ -7,7 +7,7 @@ import optax
 from medfuse_jax import optim
 
 
-def test_adam_with_a_traced_rate_is_adam():
+def test_adam_with_a_traced_rate_equals_optax():
     params = {"w": jnp.array([1.0, -2.0, 3.0])}
     ours, theirs = optim.adam(0.999), optax.adam(1e-2)
     state_a, state_b, params_a, params_b = ours.init(params), theirs.init(params), params, params

@@ -1,4 +1,4 @@
-"""The step: alike under pmap, jit with shardings and on one device; deaf to padding; golden numbers."""
+"""The step gives the same numbers under pmap, under jit with shardings and on one device, and ignores padding."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ _D, _B, _T, _P, _K = 2, 4, 9, 2, 3
 
 
 def _batch(seed=0):
-    """Two devices of four rows: X-rays for rows 0 and 2, and 1; one padded row, one empty X-ray slot."""
+    """Return a batch for two devices of four rows: X-rays for rows 0, 2 and 1; one padded row, one empty X-ray slot."""
     rng = np.random.default_rng(seed)
     return {
         "label": (rng.random((_D, _B, _K)) < 0.4).astype(np.float32),
@@ -82,8 +82,8 @@ def test_one_device_sums_nothing(fresh):
     assert num_sums(1) == 0 < num_sums(2)
 
 
-def test_float32_products_are_float32s_own_on_an_accelerator(fresh):
-    """Which would else round their factors to 10 bits; of bfloat16 no more is asked."""
+def test_float32_products_are_not_rounded_on_an_accelerator(fresh):
+    """Accelerators would otherwise round the factors to 10 bits; bfloat16 products keep that default."""
     batch = parallel.merge({name: jnp.asarray(x) for name, x in _batch().items()})
 
     def rounded(dtype):
@@ -98,7 +98,7 @@ def test_float32_products_are_float32s_own_on_an_accelerator(fresh):
 
 @pytest.mark.parametrize("mode", ["pmap", "jit"])
 def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
-    """With augmentation, dropout and batch statistics in it: SGD on raw gradients, two steps."""
+    """Two steps of SGD on raw gradients, with augmentation, dropout and batch statistics."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
         _run(_options(), fresh, mode, 2, _batch()),
@@ -112,7 +112,7 @@ def test_the_tolerance_would_show_a_gradient_twice_too_large(fresh, on_one_devic
     assert max(jax.tree.leaves(moved)) > 1e-3
 
 
-def test_what_stands_in_padding_changes_no_number(fresh, on_one_device):
+def test_padding_values_change_no_number(fresh, on_one_device):
     batch = _batch()
     batch["ehr"][1, 3] = np.nan  # the padded row
     batch["ehr"][0, 1, 3:] = np.nan  # beyond a stay's length

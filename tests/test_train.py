@@ -1,4 +1,4 @@
-"""Training: resumes exactly, starts from encoders, refuses what cannot work."""
+"""Training: resumes exactly, starts from encoders, and refuses runs that cannot work."""
 
 import contextlib
 import functools
@@ -120,7 +120,7 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
     [m if m in ("uni_ehr", "medfuse", "daft3") else pytest.param(m, marks=pytest.mark.slow) for m in registry.METHODS],
 )
 def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config, tmp_path, monkeypatch, method):
-    """By shapes alone: each leaf holds the name of where it comes from in place of weights."""
+    """Checked on shapes alone: instead of weights, each leaf holds the name of its source."""
     encoders = {}
     for name, changes in (("ehr", {"method": "uni_ehr"}), ("cxr", {"method": "uni_cxr", "task": "radiology"})):
         config = tiny_config.copy_and_resolve_references()
@@ -182,7 +182,7 @@ def test_unified_learns_from_x_rays_with_labels_of_their_own(tiny_config, tmp_pa
 
 @pytest.mark.slow
 def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, monkeypatch):
-    """Untrained, so that nothing waits for it."""
+    """The model is untrained, to save time."""
     tiny_config.method = "unified"
     run = experiment.open_experiment(tiny_config)
     workdir_lib.claim(tmp_path / "unified", run)
@@ -242,8 +242,8 @@ def test_an_encoder_trained_on_test_patients_is_refused(tiny_config, tmp_path):
         sources.check(run, "ehr", tmp_path, source)
 
 
-def test_the_rate_leaves_out_compilation(tiny_config, tmp_path, monkeypatch):
-    """The steps are made up: all their time is the first one's compilation."""
+def test_the_rate_excludes_compilation(tiny_config, tmp_path, monkeypatch):
+    """The steps are simulated: the first one's compilation takes all their time."""
     tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
 
     def open_feed(*args, **kwargs):
@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypa
 
 
 def test_weights_after_a_loss_that_is_not_finite_are_not_saved(tiny_config, tmp_path, monkeypatch):
-    """The steps are made up: the third one's loss is nan, and the latest checkpoint is the second's."""
+    """The steps are simulated: the third one's loss is nan, and the latest checkpoint is the second's."""
     tiny_config.method, tiny_config.checkpoint_every_steps, tiny_config.batch_size = "uni_ehr", 1, 8
 
     def open_feed(*args, **kwargs):

@@ -19,7 +19,7 @@ _ROWS = 4
 
 
 def _batch():
-    """A batch for one device with two X-rays and an empty slot, and the X-rays as three channels."""
+    """Return a batch for one device with two X-rays and an empty slot, and the X-rays as three channels."""
     rng = np.random.default_rng(0)
     image_row, image_mask = np.array([[2, 0, 0]], np.int32), np.array([[True, True, False]])
     batch = {

@@ -1,4 +1,4 @@
-"""Batches: what the plan says, as recorded, the same from any step and for any number of devices."""
+"""Batches hold the planned records unchanged, from any step and for any number of devices."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def test_a_batch_holds_the_records_of_its_plan(dataset):
                 np.testing.assert_array_equal(images[row], record["image"])
 
 
-def test_batches_go_on_from_any_step(dataset):
+def test_batches_resume_from_any_step(dataset):
     the_plan = _plan(dataset)
     all_records = [b["record"] for b in batches.batches(dataset, "train", the_plan)]
     from_third = [b["record"] for b in batches.batches(dataset, "train", the_plan, start=3)]
@@ -69,7 +69,7 @@ def test_two_devices_get_the_same_stays_and_images_as_one(dataset):
     assert images(one) == images(two) and images(one)
 
 
-def test_what_a_method_does_not_read_is_not_in_its_batches(shards):
+def test_batches_omit_what_the_method_does_not_read(shards):
     ehr_only = open_dataset(shards, "pheno", use_cxr=False)
     assert not {"image", "image_row"} & next(batches.batches(ehr_only, "train", _plan(ehr_only))).keys()
     images = open_dataset(shards, "radiology")
@@ -77,7 +77,7 @@ def test_what_a_method_does_not_read_is_not_in_its_batches(shards):
     assert not {"ehr", "length"} & batch.keys() and batch["image"].shape == (1, 16, 256, 256)
 
 
-def test_batches_of_x_rays_with_labels_of_their_own_alternate_with_the_stays(dataset, shards):
+def test_x_ray_batches_alternate_with_stay_batches(dataset, shards):
     both_datasets = with_cxr_dataset(dataset, shards, "radiology")
     images = both_datasets.cxr_dataset
     of_images = (images.lengths("train"), images.paired("train"), images.usable("train"))
@@ -98,7 +98,7 @@ def test_batches_of_x_rays_with_labels_of_their_own_alternate_with_the_stays(dat
         np.testing.assert_array_equal(a["record"], b["record"])
 
 
-def test_the_index_says_what_the_records_say(shards):
+def test_the_index_matches_the_records(shards):
     for task in ("pheno", "mortality", "radiology"):
         for split in ("train", "val", "test"):
             index, stored = records.index(shards, task, split), records.open_split(shards, task, split)
@@ -114,7 +114,7 @@ def test_the_index_says_what_the_records_say(shards):
                 np.testing.assert_array_equal(record["label"], index["label"][i])
 
 
-def test_the_train_statistics_are_those_of_the_train_steps(shards):
+def test_train_statistics_are_over_the_train_steps(shards):
     manifest, stays = records.manifest(shards, "pheno"), records.open_split(shards, "pheno", "train")
     steps = np.concatenate([record["ehr"] for record in stays]).astype(np.float64)
     continuous = [i for i, name in enumerate(manifest["channels"]) if "->" not in name]
@@ -172,7 +172,7 @@ def test_a_damaged_folder_is_named_in_one_line(shards, tmp_path, spoil, said):
 
 
 def _edit_manifest(folder, **changes):
-    """Changes a manifest as if it had been built so."""
+    """Change a manifest as if the build had written it so."""
     path = folder / "pheno" / "manifest.json"
     content = json.loads(path.read_text()) | changes
     content = {field: value for field, value in content.items() if value is not None}
@@ -186,7 +186,7 @@ def _add_to_mean(folder):
 
 
 def _rewrite_index(folder, split, change):
-    """Changes an index in a way that its hash does not show."""
+    """Change an index and its hash in the manifest."""
     path = folder / "pheno" / f"index_{split}.npz"
     with np.load(path) as stored:
         fields = dict(stored)
@@ -210,7 +210,7 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
             assert record["ehr"].shape[1] == 76
 
 
-def test_shards_of_two_builds_mixed_are_noticed(shards, tmp_path):
+def test_mixed_shards_of_two_builds_are_detected(shards, tmp_path):
     folder = _copy(shards, tmp_path)
     _rewrite_index(folder, "train", lambda fields: fields | {"stay_id": np.roll(fields["stay_id"], 1)})
     mixed = open_dataset(folder, "pheno")
@@ -218,7 +218,7 @@ def test_shards_of_two_builds_mixed_are_noticed(shards, tmp_path):
         next(batches.batches(mixed, "train", _plan(mixed)))
 
 
-def test_statistics_from_a_file(shards, tmp_path):
+def test_statistics_can_come_from_a_file(shards, tmp_path):
     path = tmp_path / "statistics.json"
     path.write_text(json.dumps({"mean": [1.0] * 76, "std": [2.0] * 76}))
     assert open_dataset(shards, "pheno", statistics=str(path)).mean_F.tolist() == [1.0] * 76
@@ -231,7 +231,7 @@ def test_statistics_from_a_file(shards, tmp_path):
         open_dataset(shards, "pheno", statistics="trian")
 
 
-def test_other_statistics_are_part_of_what_a_run_is_trained_on(shards, tmp_path):
+def test_other_statistics_change_the_digest(shards, tmp_path):
     train = open_dataset(shards, "pheno")
     path, digests = tmp_path / "statistics.json", []
     for mean_F in (train.mean_F, train.mean_F + 1, train.mean_F + 2):
@@ -240,7 +240,7 @@ def test_other_statistics_are_part_of_what_a_run_is_trained_on(shards, tmp_path)
     assert digests[0] == train.digest == records.digest(shards, "pheno") and len(set(digests)) == 3
 
 
-def test_a_method_that_reads_images_only_needs_a_dataset_with_images(shards, tmp_path):
+def test_an_image_only_method_needs_a_dataset_with_images(shards, tmp_path):
     folder = _copy(shards, tmp_path)
     for split in ("train", "val", "test"):
         _rewrite_index(folder, split, lambda fields: fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})

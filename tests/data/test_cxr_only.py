@@ -1,4 +1,4 @@
-"""Stays without time series but with an X-ray, from the shards to the result; and, in training, what is absent."""
+"""Stays with an X-ray but no time series, from shards to results; in training, absent modalities change nothing."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def cxr_only_config(tiny_config, cxr_only_shards):
     return tiny_config
 
 
-def test_a_method_of_both_scores_every_stay_and_reports_those_with_an_x_ray_alone(cxr_only_config, tmp_path):
+def test_a_method_that_reads_both_scores_every_stay_and_reports_cxr_only_stays(cxr_only_config, tmp_path):
     run = experiment.open_experiment(cxr_only_config)
     workdir.claim(tmp_path, run)
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
@@ -75,7 +75,7 @@ def test_a_method_of_both_scores_every_stay_and_reports_those_with_an_x_ray_alon
 
 
 @pytest.mark.parametrize("method", ["uni_ehr", "daft3"])
-def test_a_method_that_needs_ehr_leaves_them_out(cxr_only_config, method):
+def test_a_method_that_needs_ehr_leaves_out_cxr_only_stays(cxr_only_config, method):
     cxr_only_config.method = method
     run = experiment.open_experiment(cxr_only_config)
     index = run.dataset.index["train"]
@@ -84,7 +84,7 @@ def test_a_method_that_needs_ehr_leaves_them_out(cxr_only_config, method):
     assert (index["length"][drawn[drawn >= 0]] > 0).all()
 
 
-def test_paired_stays_are_those_with_both(cxr_only_config):
+def test_paired_stays_have_both_modalities(cxr_only_config):
     cxr_only_config.data.train_stays = "paired"
     run = experiment.open_experiment(cxr_only_config)
     index = run.dataset.index["train"]
@@ -92,7 +92,7 @@ def test_paired_stays_are_those_with_both(cxr_only_config):
 
 
 def _batch(seed=0):
-    """Rows with both, EHR alone, an X-ray alone, both, and a padded one; the last X-ray slot is empty."""
+    """Return rows with both, EHR alone, an X-ray alone, both, and a padded one; the last X-ray slot is empty."""
     rng = np.random.default_rng(seed)
     return {
         "label": (rng.random((_ROWS, _LABELS)) < 0.4).astype(np.float32),
@@ -122,8 +122,8 @@ def _without(batch, part):
         ),
     ],
 )
-def test_what_is_absent_reaches_no_number_of_a_step_and_gets_no_gradient(method):
-    """With the whole objective, plain gradients and batch statistics in it."""
+def test_absent_modalities_change_no_number_of_a_step_and_get_no_gradient(method):
+    """Checked with the whole objective, plain gradients and batch statistics."""
     stage = {"stage": 1} if "stage" in registry.METHODS[method].fields else {}
     sizes = {"ehr_hidden": 8, "fusion_hidden": 8, "resnet_stage_sizes": (1, 1), "resnet_width": 4}
     options = step.StepOptions(

@@ -1,4 +1,4 @@
-"""Modalities that are taken away: index and records agree, and what is scored lacks them."""
+"""Dropped modalities: index and records agree, and scoring does without them."""
 
 import contextlib
 import json
@@ -24,11 +24,11 @@ def _both(dataset, split="train"):
     return dataset.index[split]["has_cxr"] & (dataset.index[split]["length"] > 0)
 
 
-def test_nothing_is_taken_unasked(whole):
+def test_nothing_is_dropped_by_default(whole):
     assert missing.drop_modalities(whole, 0.0, 0.0) is whole
 
 
-def test_a_stay_loses_one_of_both_and_its_record_says_so_too(whole):
+def test_a_stay_loses_one_modality_in_index_and_record(whole):
     less = missing.drop_modalities(whole, drop_ehr=0.4, drop_cxr=0.6)
     part, before, both_N = less.index["train"], whole.index["train"], _both(whole)
     assert not _both(less).any()
@@ -43,13 +43,13 @@ def test_a_stay_loses_one_of_both_and_its_record_says_so_too(whole):
             np.testing.assert_array_equal(record["ehr"], whole.splits["train"][i]["ehr"])
 
 
-def test_a_larger_share_takes_from_more_of_the_same(whole):
+def test_a_larger_fraction_includes_the_stays_of_a_smaller_one(whole):
     few, many = (missing.drop_modalities(whole, 0.0, share).index["train"]["has_cxr"] for share in (0.3, 0.7))
     assert (few | ~many).all() and few.sum() > many.sum() > 0
     assert few.sum() == pytest.approx(0.7 * _both(whole).sum(), abs=4 * _both(whole).sum() ** 0.5)
 
 
-def test_what_a_stay_had_at_first_is_kept_however_often_something_is_taken(whole):
+def test_the_index_keeps_what_a_stay_had_originally(whole):
     twice = missing.drop_modalities(missing.drop_modalities(whole, 0.0, 0.5), 0.5, 0.0)
     for split, before in whole.index.items():
         np.testing.assert_array_equal(twice.index[split]["had_cxr"], before["has_cxr"])
@@ -58,7 +58,7 @@ def test_what_a_stay_had_at_first_is_kept_however_often_something_is_taken(whole
 
 
 @pytest.mark.parametrize("shares", [(-0.1, 0.0), (0.6, 0.6), (0.0, float("nan"))])
-def test_shares_that_cannot_be_are_refused(whole, shares):
+def test_impossible_fractions_are_refused(whole, shares):
     with pytest.raises(UserError, match="give fractions from 0 to 1"):
         missing.drop_modalities(whole, *shares)
 
@@ -71,8 +71,8 @@ def test_a_config_without_ehr_trains_on_images_alone(tiny_config):
     assert len(image_rows) and (batch["length"][0][image_rows] == 0).all()
 
 
-def test_what_is_scored_lacks_what_was_dropped(tiny_config, tmp_path):
-    """Of a run on paired stays: none of which is left to count an epoch's steps by."""
+def test_scoring_does_without_dropped_modalities(tiny_config, tmp_path):
+    """The run is on paired stays, of which none is left to count the steps of an epoch."""
     tiny_config.data.train_stays = tiny_config.data.val_stays = "paired"
     run = experiment.open_experiment(tiny_config)
     workdir.claim(tmp_path, run)

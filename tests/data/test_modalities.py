@@ -1,4 +1,4 @@
-"""Further modalities: the static facts, and the page that says how to add one's own."""
+"""Further modalities: the static features, and the page on how to add your own."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def _part(ages, sexes, admissions, units) -> dict:
 _TRAIN = _part([40, np.nan, 80, np.nan], ["F", "M", "", ""], ["EW EMER.", "", "URGENT", ""], ["MICU"] * 3 + [""])
 
 
-def test_static_values_by_hand():
+def test_static_values_match_those_computed_by_hand():
     # age, unknown | F M ? | EW EMER. URGENT ? | MICU ?
     expected = [
         [-1, 0, 1, 0, 0, 1, 0, 0, 1, 0],
@@ -45,7 +45,7 @@ def test_static_values_by_hand():
     np.testing.assert_array_equal(static.table(_TRAIN, _TRAIN), np.array(expected, np.float32))
 
 
-def test_slots_are_the_train_splits_and_what_it_has_not_is_unknown():
+def test_categories_outside_the_train_split_are_unknown():
     other = _part([60, 60], ["M", "X"], ["URGENT", "AMBULATORY"], ["CVICU", "MICU"])
     values = static.table(other, _TRAIN)
     np.testing.assert_array_equal(values[0], [0, 0, 0, 1, 0, 0, 1, 0, 0, 1])
@@ -53,7 +53,7 @@ def test_slots_are_the_train_splits_and_what_it_has_not_is_unknown():
     assert static.table(other, other).shape != values.shape  # its own categories would be others
 
 
-def test_the_index_holds_what_the_records_say(shards):
+def test_the_index_matches_the_records(shards):
     for task in ("pheno", "radiology"):
         index = records.index(shards, task, "test")
         for i, record in enumerate(records.open_split(shards, task, "test")):
@@ -89,7 +89,7 @@ def _values(rows: int = 4) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", _METHODS)
-def test_a_static_token_changes_its_own_row_only_and_none_is_as_no_modality(method):
+def test_a_static_token_changes_only_its_row_and_a_missing_one_changes_nothing(method):
     model, variables = _model(method)
     run = jax.jit(lambda values: model.apply(variables, **batch(), extra={"static": values})["logits"])
     base = run(_values())
@@ -107,7 +107,7 @@ def test_a_static_token_changes_its_own_row_only_and_none_is_as_no_modality(meth
 
 
 @pytest.mark.parametrize("method", _METHODS)
-def test_no_gradient_reaches_the_encoder_from_a_row_without(method):
+def test_rows_without_a_value_give_the_encoder_no_gradient(method):
     model, variables = _model(method)
 
     @jax.jit
@@ -138,7 +138,7 @@ class _Direction(nn.Module):
 
 
 @pytest.mark.parametrize("absent", [[1], [0, 3], [0, 1, 2, 3]])
-def test_an_encoder_without_a_gradient_at_zeros_is_spared_the_absent_rows(absent):
+def test_an_encoder_with_nan_gradients_at_zero_is_not_applied_to_absent_rows(absent):
     model = tiny_model("medfuse", modalities=(loading.Modality("direction", None, _Direction),))
     made = jax.eval_shape(
         lambda: init_variables(model, jax.random.key(0), {"direction": np.zeros((1, 10), np.float32)})
@@ -158,7 +158,7 @@ def test_an_encoder_without_a_gradient_at_zeros_is_spared_the_absent_rows(absent
     assert np.any(np.asarray(of_values), axis=1).tolist() == [row not in absent for row in range(4)]
 
 
-def test_a_slot_that_no_train_stay_is_in_adds_nothing():
+def test_a_slot_unused_in_training_contributes_nothing():
     values = np.zeros((3, 10), np.float32)
     values[0, 4] = values[1, 9] = 1
     encoder = static.Encoder(6)
@@ -167,7 +167,7 @@ def test_a_slot_that_no_train_stay_is_in_adds_nothing():
 
 
 @pytest.mark.parametrize("method", _METHODS)
-def test_parameters_of_the_static_token_are_one_linear_layer(method):
+def test_the_static_encoder_is_one_linear_layer(method):
     model = registry.build(method, 25, modalities=loading.load("static"))
     made = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), {"static": np.zeros((1, 10), np.float32)}))
     assert sum(leaf.size for leaf in jax.tree.leaves(made["params"]["static_encoder"])) == 10 * 256 + 256
@@ -183,7 +183,7 @@ def _train(config, folder):
 
 
 @pytest.mark.slow  # its shorter sibling is in test_attention_weights.py
-def test_a_run_with_static_facts_trains_evaluates_and_can_be_a_start(tiny_config, tmp_path):
+def test_a_run_with_static_features_trains_evaluates_and_can_be_started_from(tiny_config, tmp_path):
     tiny_config.model.modalities, tiny_config.num_epochs = "static", 1
     run = _train(tiny_config, tmp_path / "a")
     evaluate.evaluate(tmp_path / "a")
@@ -256,7 +256,7 @@ def test_a_run_is_refused_if_a_modalitys_values_changed_after_training(own, tmp_
         ("unclosed.py", r"unclosed\.py cannot be used \(line 1: SyntaxError: "),
     ],
 )
-def test_a_modality_that_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, names, message):
+def test_an_invalid_modality_is_refused_in_one_line(tmp_path, monkeypatch, names, message):
     monkeypatch.chdir(tmp_path)
     for name in ("ehr.py", "my-notes.py"):
         Path(name).write_text("def table(part, train): ...\nEncoder = None\n")
@@ -289,34 +289,34 @@ def test_a_method_without_further_modalities_refuses_one():
         (lambda part, train: [[1], [1, 2], [1], [1]], "it must give rows of numbers, all of one shape"),
     ],
 )
-def test_a_table_of_another_form_is_named(made, message):
+def test_a_table_of_the_wrong_form_is_refused(made, message):
     with pytest.raises(UserError, match=message):
         loading.tables(loading.Modality("own", made, static.Encoder), {"train": _TRAIN})
 
 
 def test_starting_from_a_model_with_its_modalities_in_another_order_is_refused(own, tmp_path):
-    """A token's place decides its weights."""
+    """A token's weights depend on its place."""
     run = experiment.open_experiment(own)
     own.model.modalities = "notes.py,static"
     with refused(field="config.init.model"):
         sources.check(run, "model", tmp_path, experiment.open_experiment(own))
 
 
-def test_splits_of_different_widths_are_named():
+def test_splits_of_different_widths_are_refused():
     val = {name: values[:3] for name, values in _TRAIN.items()}
     wide = loading.Modality("own", lambda part, train: np.zeros((len(part["stay_id"]),) * 2), static.Encoder)
     with pytest.raises(UserError, match=r"'own', val split: a row has shape \[3\], one of the train split \[4\]"):
         loading.tables(wide, {"train": _TRAIN, "val": val})
 
 
-def test_what_a_table_of_the_users_raises_is_one_line_with_its_place(own):
+def test_an_error_in_the_users_table_is_one_line_with_its_place(own):
     Path("notes.npz").unlink()
     line = 1 + next(i for i, text in enumerate(_example().splitlines()) if "np.load" in text)
     with pytest.raises(UserError, match=rf"'notes', train split: notes\.py cannot be used \(line {line}: FileNotFound"):
         experiment.open_experiment(own)
 
 
-def test_a_token_of_another_width_is_said_before_the_run_begins(own):
+def test_a_token_of_the_wrong_width_is_refused_before_the_run_begins(own):
     Path("notes.py").write_text(_example().replace("nn.Dense(self.width)", "nn.Dense(128)"))
     with pytest.raises(UserError, match=r"the Encoder of 'notes' gives \[2, 128\] for 2 rows"):
         experiment.open_experiment(own)
@@ -344,7 +344,7 @@ class Encoder(nn.Module):
         ("nn.BatchNorm(False)(nn.Dense(self.width)(x))", "has variables of the kind batch_stats; parameters alone"),
     ],
 )
-def test_an_encoder_that_makes_no_token_is_said_in_one_line(tmp_path, monkeypatch, returned, message):
+def test_an_encoder_that_makes_no_token_is_refused_in_one_line(tmp_path, monkeypatch, returned, message):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(_ENCODER.format(returned=returned))
     (modality,) = loading.load("mine.py")

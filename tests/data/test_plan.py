@@ -1,4 +1,4 @@
-"""Batch plans: every stay once, the same from the same seed, X-rays in every batch, little padding."""
+"""Batch plans: every stay once, reproducible from the seed, X-rays in every batch, little padding."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_an_epoch_has_every_stay_once():
     np.testing.assert_array_equal(_records(_train()), np.arange(_N))
 
 
-def test_images_per_batch_leaves_no_row_empty_where_all_stays_are_of_a_kind():
+def test_no_row_is_empty_if_all_stays_are_of_one_kind():
     for paired in (np.zeros(_N, bool), _ALL):
         plan = plan_lib.train_plan(
             _LENGTHS, paired, _ALL, batch_size=16, num_images=8, seed=0, epoch=1, buckets=_BUCKETS
@@ -50,7 +50,7 @@ def test_every_batch_has_an_x_ray_and_few_slots_are_empty():
     assert (rows == plan_lib.PADDING).mean() < 0.05
 
 
-def test_the_same_seed_and_epoch_give_the_same_plan_and_others_do_not():
+def test_a_plan_depends_on_its_seed_and_epoch():
     np.testing.assert_array_equal(_train().paired_SP, _train().paired_SP)
     assert not np.array_equal(_train().paired_SP, _train(epoch=2).paired_SP)
     assert not np.array_equal(_train().paired_SP, _train(seed=1).paired_SP)
@@ -63,7 +63,7 @@ def test_ehr_only_ratio_draws_anew_each_epoch_without_replacement():
     assert np.isin(np.flatnonzero(_PAIRED), first).all()
 
 
-def test_ehr_only_ratio_leaves_out_none_that_has_an_x_ray_which_the_method_does_not_read():
+def test_ehr_only_ratio_keeps_stays_with_an_x_ray_that_the_method_does_not_read():
     arguments = {"batch_size": 16, "seed": 0, "epoch": 1, "buckets": _BUCKETS, "ehr_only_ratio": 0.2}
     drawn = _records(plan_lib.train_plan(_LENGTHS, np.zeros(_N, bool), _ALL, ehr_only_N=~_PAIRED, **arguments))
     assert len(drawn) == _PAIRED.sum() + round(0.2 * (~_PAIRED).sum())
@@ -106,7 +106,7 @@ def test_buckets_are_the_best_of_all_choices():
 
 
 @pytest.mark.parametrize("max_buckets", [1, 2, 7])
-def test_buckets_are_no_more_than_asked_and_hold_the_longest(max_buckets):
+def test_buckets_respect_the_limit_and_hold_the_longest_stay(max_buckets):
     chosen = plan_lib.buckets(_LENGTHS, max_buckets)
     assert 1 <= len(chosen) <= max_buckets and chosen[-1] == _LENGTHS.max()
     assert plan_lib.buckets(np.array([7, 7, 7]), max_buckets) == (7,)
@@ -140,7 +140,7 @@ def test_all_paired_and_none_paired_need_no_mixed_batches():
 
 
 @pytest.mark.parametrize(("num_stays", "num_images"), [(_N, 5000), (_N, 300), (40, 16), (_N, 1)])
-def test_batches_of_x_rays_alternate_with_those_of_stays(num_stays, num_images):
+def test_x_ray_batches_alternate_with_stay_batches(num_stays, num_images):
     stays = plan_lib.train_plan(
         _LENGTHS[:num_stays], _PAIRED[:num_stays], _ALL[:num_stays], batch_size=16, seed=0, epoch=1, buckets=_BUCKETS
     )

@@ -1,4 +1,4 @@
-"""The audit: its numbers are the build's, nobody can be identified from it, and its checks fail on planted errors."""
+"""The audit: its numbers are the build's, it identifies nobody, and its checks fail on planted errors."""
 
 import json
 import re
@@ -197,7 +197,7 @@ def test_no_small_count_follows_by_subtraction_within_a_table(split_sizes, paire
 
 
 def _apart(whole, part):
-    """Neither count is below 10, and they do not differ by 1 to 9."""
+    """Return whether neither count is below 10 and they do not differ by 1 to 9."""
     shown = [n for n in (whole, part) if isinstance(n, int)]
     assert all(n >= 10 for n in shown) and (len(shown) < 2 or whole == part or whole - part >= 10), (whole, part)
 

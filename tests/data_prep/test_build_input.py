@@ -58,7 +58,7 @@ def test_an_unreadable_image_is_listed_and_the_one_before_it_paired(tmp_path):
     assert record["dicom_id"] == "image-0000-01" and records.manifest(tmp_path / "out", "pheno")["skipped_images"] == {}
 
 
-def test_suspicious_input_is_warned_of(tmp_path, capsys):
+def test_suspicious_input_gives_a_warning(tmp_path, capsys):
     iv = write_mimic_iv(
         tmp_path / "iv",
         [stay(0), stay(1, los="0.5", outtime=at(12), last_careunit="CCU")],

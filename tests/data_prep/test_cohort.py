@@ -141,7 +141,7 @@ def test_the_hour_of_death_is_deathtime(tmp_path, changes, death_h):
     assert mortality.labels(stays)[0, 0] == ("dod" in changes or death_h is not None)
 
 
-def test_a_list_without_patients_of_the_cohort_is_warned_of(tmp_path, capsys):
+def test_a_list_without_patients_of_the_cohort_gives_a_warning(tmp_path, capsys):
     (tmp_path / "val.csv").write_text("5\n7\n")
     (tmp_path / "test.csv").write_text("1\n")
     split_of = cohort.assign_splits(pl.Series([1, 2]), tmp_path / "val.csv", tmp_path / "test.csv")

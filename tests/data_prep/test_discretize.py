@@ -18,7 +18,7 @@ HR_MASK = schema.CHANNELS.index(f"mask->{HR}")
 
 
 def _events(*rows):
-    """rows: (stay, hour, variable name, value[, text]); each gets its own item."""
+    """Return events of rows (stay, hour, variable name, value[, text]); each gets its own item."""
     full = [
         (s, round(h * 3600), VARIABLE[v], value, *(text or ("",)), item)
         for item, (s, h, v, value, *text) in enumerate(rows)
@@ -101,7 +101,7 @@ def test_duplicates_count_once():
 
 
 def _slow(rows, period_h, timestep_h):
-    """One stay by a plain loop over its events, sorted by time."""
+    """Discretise one stay by a plain loop over its events, sorted by time."""
     steps = int(period_h / timestep_h + 1 - EPSILON_H)
     current = {v.name: (v.classes.index(v.default) if v.classes else v.default) for v in schema.VARIABLES}
     out = np.zeros((steps, 76), np.float32)

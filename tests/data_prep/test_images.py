@@ -96,7 +96,7 @@ def test_an_image_without_a_metadata_row_is_reported_and_counted(tmp_path, capsy
 
 
 def _image(path, width, height, column=None, row=None):
-    """A black X-ray with a white stripe, 32 px wide, that ends at `column`, or at `row`."""
+    """Return a black X-ray with a white stripe, 32 px wide, that ends at `column`, or at `row`."""
     pixels = np.zeros((height, width), np.uint8)
     if column is not None:
         pixels[:, column - 32 : column] = 255

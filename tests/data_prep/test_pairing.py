@@ -19,7 +19,7 @@ STAYS = pl.DataFrame(
 
 
 def _images(*images):
-    """images: (dicom_id, subject_id, view, hours after intime)."""
+    """Return a frame of images: (dicom_id, subject_id, view, hours after intime)."""
     rows = [(d, s, v, None if h is None else INTIME + datetime.timedelta(hours=h)) for d, s, v, h in images]
     return pl.DataFrame(
         rows,

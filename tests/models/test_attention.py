@@ -1,4 +1,4 @@
-"""Attention: weights sum to 1 over what there is, are 0 elsewhere, and nothing else reaches them."""
+"""Attention weights sum to 1 over what is present, are 0 elsewhere, and do not depend on anything absent."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def _stays(num_steps: int = 7):
     return hidden_BTD, rng.normal(size=(4, 5)).astype(np.float32), np.array([5, 1, 0, 3], np.int32)
 
 
-def test_masked_softmax_is_the_softmax_of_what_the_mask_lets_in():
+def test_masked_softmax_equals_the_softmax_of_the_unmasked_values():
     score_BM = np.array([[1.0, 2, 3], [1, np.nan, 3], [5, 5, 5], [1e4, -1e4, 0]], np.float32)
     mask_BM = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 0]], bool)
     weight_BM = attention.masked_softmax(score_BM, mask_BM)
@@ -36,7 +36,7 @@ def test_masked_softmax_is_the_softmax_of_what_the_mask_lets_in():
     assert np.isfinite(gradient).all() and not gradient[~mask_BM].any()
 
 
-def test_time_weights_sum_to_one_and_padding_reaches_nothing():
+def test_time_weights_sum_to_one_and_padding_changes_nothing():
     hidden_BTD, last_BD, length_B = _stays()
     variables = _random(_time, hidden_BTD, last_BD, length_B)
     run = fast_jit(_time.apply)
@@ -54,7 +54,7 @@ def test_time_weights_sum_to_one_and_padding_reaches_nothing():
     assert np.abs(run(variables, hidden_BTD, last_BD, length_B + 1)[0] - pooled_BD).max(1).min() > 1e-3
 
 
-def test_a_stays_end_decides_what_is_asked_of_its_steps():
+def test_time_weights_depend_on_the_last_state():
     hidden_BTD, last_BD, length_B = _stays()
     variables = _random(_time, hidden_BTD, last_BD, length_B)
     a, b = (_time.apply(variables, hidden_BTD, x, length_B)[1] for x in (last_BD, last_BD + 1))
@@ -66,7 +66,7 @@ def _tokens():
     return token_BMD, np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]], bool)
 
 
-def test_modality_weights_sum_to_one_and_a_masked_token_reaches_nothing():
+def test_modality_weights_sum_to_one_and_a_masked_token_changes_nothing():
     token_BMD, mask_BM = _tokens()
     variables = _random(_fusion, token_BMD, mask_BM)
 
@@ -90,7 +90,7 @@ def test_modality_weights_sum_to_one_and_a_masked_token_reaches_nothing():
     assert np.abs(unmasked - fused_BN)[1:].max(1).min() > 1e-3
 
 
-def test_a_place_that_is_never_filled_gets_no_gradient():
+def test_a_token_place_that_is_never_filled_gets_no_gradient():
     token_BMD, mask_BM = _tokens()
     variables = _random(_fusion, token_BMD, mask_BM)
     mask_BM = mask_BM & np.array([True, True, False])
@@ -99,7 +99,7 @@ def test_a_place_that_is_never_filled_gets_no_gradient():
         assert not np.any(found[name][2]) and np.any(found[name][0])
 
 
-def test_all_counts_the_same_at_first():
+def test_initial_weights_are_uniform():
     hidden_BTD, last_BD, length_B = _stays()
     weight_BT = _time.apply(_time.init(jax.random.key(0), hidden_BTD, last_BD, length_B), *_stays())[1]
     np.testing.assert_allclose(weight_BT[0, :5], 0.2, rtol=1e-6)
@@ -116,7 +116,7 @@ def weigh():
     return lambda given: jax.tree.map(np.asarray, apply(given))
 
 
-def test_a_models_weights_are_of_what_each_row_has(weigh):
+def test_a_models_weights_cover_what_each_row_has(weigh):
     given = {**batch(), "length": np.array([0, 2, 4, 1], np.int32)}  # X-ray; stay; both; stay
     weights = weigh(given)
     np.testing.assert_array_equal(weights["modality_weights"] > 0, [[0, 1], [1, 0], [1, 1], [1, 0]])
@@ -124,7 +124,7 @@ def test_a_models_weights_are_of_what_each_row_has(weigh):
     np.testing.assert_array_equal((weights["time_weights"] > 0).sum(1), given["length"])
 
 
-def test_an_x_ray_that_is_missing_changes_no_weight_of_another_row(weigh):
+def test_a_missing_x_ray_changes_no_weight_of_another_row(weigh):
     before = batch()
     after = weigh({**before, "image_mask": np.array([False, True, False])})  # row 2's X-ray
     before = weigh(before)

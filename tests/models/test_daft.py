@@ -21,7 +21,7 @@ def _case():
     return params, image_PC, hidden_BTD, np.array([5, 2, 3])
 
 
-def test_scale_and_shift_are_those_of_the_formula():
+def test_scale_and_shift_match_the_formula():
     params, image_PC, hidden_BTD, length_B = _case()
     images = images_of(_B, np.ones((2, 1, 1)), image_row=np.array([1, 0]))
     got_BTD = fast_jit(lambda image_PC: daft.Daft().apply({"params": params}, image_PC, hidden_BTD, length_B, images))(

@@ -28,7 +28,7 @@ def _series(seed: int = 1):
 
 
 def _numpy_lstm(weights: dict, x_TF: np.ndarray, order: str = "ifgo") -> np.ndarray:
-    """Run one series step by step: hidden states [T, D]."""
+    """Run one series step by step; return the hidden states [T, D]."""
 
     def sigmoid(a):
         return 1 / (1 + np.exp(-a))

@@ -27,7 +27,7 @@ def _case():
 
 
 def _expected(params, map_HWC, hidden_TD, length, activation=lambda a: np.maximum(a, 0)):
-    """One stay and its X-ray."""
+    """Return what the formula gives for one stay and its X-ray."""
 
     def dense(name, x):
         return x @ params[name]["kernel"] + params[name]["bias"]
@@ -51,7 +51,7 @@ def _run(image_row):
     return apply(np.array(image_row))
 
 
-def test_gates_are_those_of_the_formula():
+def test_gates_match_the_formula():
     params, maps_PHWC, hidden_BTD, length_B = _case()
     gated_PHWC, gated_BTD = _run([1, 0])
     for image, row in ((0, 1), (1, 0)):
@@ -64,7 +64,7 @@ def test_gates_are_those_of_the_formula():
     assert np.abs(padded_HWC - gated_PHWC[0]).max() > 1e-3
 
 
-def test_where_one_is_missing_the_other_passes():
+def test_a_modality_passes_unchanged_if_the_other_is_missing():
     _, maps_PHWC, hidden_BTD, _ = _case()
     gated_PHWC, gated_BTD = _run([2, _B])  # row 2 has no stay, the second slot no X-ray
     np.testing.assert_array_equal(gated_PHWC, maps_PHWC)

@@ -46,6 +46,6 @@ def test_dense_images_belong_to_the_row_of_their_place():
     np.testing.assert_array_equal(images_of(3, image_BHWC).present_rows(), [True] * 3)
 
 
-def test_no_image_and_no_slot_are_no_images():
+def test_without_images_or_slots_there_are_no_images():
     assert images_of(3, None) is None
     assert images_of(3, np.zeros((0, 2, 2)), image_row=np.zeros(0, int)) is None

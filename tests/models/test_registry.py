@@ -1,4 +1,4 @@
-"""Every method: shapes, sizes, and that what is missing reaches no number and no gradient."""
+"""Every method: shapes, sizes, and that missing modalities change no number and no gradient."""
 
 import functools
 import importlib
@@ -46,7 +46,7 @@ def _inputs(batch: dict) -> dict:
 
 @functools.cache
 def _functions(method: str):
-    """(variables, train, evaluate) of a tiny model, compiled once.
+    """Return (variables, train, evaluate) of a tiny model, compiled once.
 
     train(variables, batch) -> (outputs, statistics, gradients of parameters, ehr and image).
     """
@@ -102,7 +102,7 @@ def test_every_method_has_its_golden_count():
 
 
 @pytest.mark.parametrize("method", _DISTINCT)
-def test_outputs_have_the_contracts_shapes(method):
+def test_outputs_have_the_specified_shapes(method):
     variables, _, evaluate = _functions(method)
     outputs = evaluate(variables, dense(batch()))
     assert outputs["logits"].shape == (4, NUM_LABELS)
@@ -115,7 +115,7 @@ def test_outputs_have_the_contracts_shapes(method):
 
 
 @pytest.mark.parametrize("method", _WITH_IMAGE)
-def test_listed_and_dense_images_give_the_same(method):
+def test_listed_and_dense_images_give_the_same_outputs(method):
     variables, _, evaluate = _functions(method)
     listed = batch()
     a, b = evaluate(variables, listed), evaluate(variables, dense(listed))
@@ -125,7 +125,7 @@ def test_listed_and_dense_images_give_the_same(method):
 
 
 @pytest.mark.parametrize("method", _DISTINCT)
-def test_what_is_missing_reaches_no_number_and_no_gradient(method):
+def test_missing_modalities_change_no_number_and_no_gradient(method):
     variables, train, _ = _functions(method)
     clean = batch()
     clean["length"][1] = 0  # row 1: no stay, no X-ray; row 3: no X-ray
@@ -146,7 +146,7 @@ def test_what_is_missing_reaches_no_number_and_no_gradient(method):
 
 
 @pytest.mark.parametrize("method", ["medfuse"])
-def test_absent_rows_of_dense_images_reach_nothing_in_training(method):
+def test_absent_rows_of_dense_images_change_nothing_in_training(method):
     variables, train, _ = _functions(method)
     clean = dense(batch())
     poisoned_BHW = np.where(clean["has_cxr"][:, None, None], clean["image"], np.nan)
@@ -158,7 +158,7 @@ def test_absent_rows_of_dense_images_reach_nothing_in_training(method):
 
 
 @pytest.mark.parametrize("method", [m for m in _WITH_IMAGE if m != "uni_cxr"])
-def test_an_x_ray_changes_its_own_row_only(method):
+def test_an_x_ray_changes_only_its_own_row(method):
     variables, _, evaluate = _functions(method)
     before = batch()
     changed = {**before, "image": before["image"].copy()}
@@ -181,7 +181,7 @@ def test_without_an_x_ray_its_encoder_gets_no_gradient_and_keeps_its_statistics(
 
 
 @pytest.mark.parametrize("method", _WITH_EHR)
-def test_without_a_stay_its_encoder_gets_no_gradient(method):
+def test_without_ehr_its_encoder_gets_no_gradient(method):
     variables, train, _ = _functions(method)
     none = {**batch(), "length": np.zeros(4, np.int32)}
     assert _largest(train(variables, none)["gradients"][0]["ehr_encoder"]) == 0
@@ -205,7 +205,7 @@ def test_without_image_slots_no_image_code_is_traced(method, image):
 
 
 @pytest.mark.parametrize("method", _WITH_IMAGE)
-def test_image_slots_left_empty_are_the_same_as_no_slots(method):
+def test_empty_image_slots_give_the_same_as_no_slots(method):
     variables, _, evaluate = _functions(method)
     empty = evaluate(variables, {**batch(), "image_mask": np.zeros(3, bool)})
     none = fast_jit(tiny_model(method).apply)(variables, ehr=batch()["ehr"], length=batch()["length"])
@@ -255,7 +255,7 @@ def test_joint_learnable_puts_its_vector_where_an_x_ray_is_missing():
     assert np.abs(features_BD[[0, 2]] - token_D).max(axis=1).min() > 1e-3
 
 
-def test_mmtm_late_average_is_of_the_modalities_there_are():
+def test_mmtm_late_averages_the_modalities_present():
     variables, _, evaluate = _functions("mmtm3")
     given = {**batch(), "length": np.array([0, 2, 4, 0], np.int32)}  # X-ray; stay; both; nothing
     out = evaluate(variables, given)
@@ -291,7 +291,7 @@ def test_with_frozen_encoders_the_fusion_alone_is_trained(method):
     _assert_same(stats, variables["batch_stats"])
 
 
-def test_unified_scores_a_row_by_the_classifier_of_what_it_has():
+def test_unified_scores_a_row_by_the_classifier_of_its_modalities():
     variables, _, evaluate = _functions("unified")
     given = {**batch(), "length": np.array([0, 2, 4, 1], np.int32)}  # X-ray; stay; both; stay
     out = jax.tree.map(np.asarray, evaluate(variables, given))
@@ -301,7 +301,7 @@ def test_unified_scores_a_row_by_the_classifier_of_what_it_has():
     assert out["cxr_only_logits"].shape == (4, len(schema.RADIOLOGY_LABELS))
 
 
-def test_the_alignment_loss_pulls_the_stay_to_the_image_alone():
+def test_the_alignment_loss_pulls_only_the_stay_towards_the_image():
     model = tiny_model("mmtm3")
     variables = random_variables(model)
 
@@ -338,7 +338,7 @@ def test_a_wrong_method_option_or_label_count_is_named():
 
 
 def test_lengths_may_come_as_floats():
-    """As they do from a table with a missing value, or from the default type of another library."""
+    """They are floats if they come from a table with a missing value, or from another library's default type."""
     model, one = tiny_model("uni_ehr"), batch()
     variables = random_variables(model)
     whole, as_float = (

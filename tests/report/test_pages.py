@@ -275,7 +275,7 @@ def test_the_text_table_takes_a_result_before_it_is_json():
 
 
 def test_a_value_outside_its_own_interval_is_explained(mortality):
-    """Percentiles of resamples can leave out the AUPRC of few positives."""
+    """With few positives, the AUPRC can lie outside the percentiles of its resamples."""
     run = read_runs.read_run(mortality)
     subsets = run.result["subsets"]
     for low, is_outside in ((0.2, False), (0.41, True)):

@@ -29,7 +29,7 @@ def _state(step):
 
 
 def _save_run(workdir, aurocs):
-    """Saves a state each epoch, as training does; returns the best epoch."""
+    """Save a state each epoch, as training does; return the best epoch."""
     progress = Progress(learning_rate=1.0)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         for epoch, auroc in enumerate(aurocs, start=1):

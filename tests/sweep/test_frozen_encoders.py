@@ -49,7 +49,7 @@ def test_varying_the_augmentation_of_frozen_encoders_is_refused(tiny_config, tmp
 
 
 def _untrained(config, workdir):
-    """A run with the checkpoint of its initial weights."""
+    """Return a run with a checkpoint of its initial weights."""
     run = experiment.open_experiment(config)
     workdir_lib.claim(workdir, run)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
@@ -104,14 +104,14 @@ def test_the_abstract_state_is_that_of_a_fresh_state_without_encoders(frozen_con
 
 
 def _scorer(run):
-    """A function that scores the first validation batch with a state."""
+    """Return a function that scores the first validation batch with a state."""
     batch = parallel.merge(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
     eval_fn = jax.jit(functools.partial(step.eval_step, run.options))
     return lambda state: np.asarray(eval_fn(state, batch)[0])
 
 
 def _precisions(jaxpr) -> list:
-    """The precision of each product and convolution, also in inner jaxprs."""
+    """Return the precision of each product and convolution, also in inner jaxprs."""
     products = ("dot_general", "conv_general_dilated")
     return [equation.params["precision"] for equation in equations(jaxpr) if equation.primitive.name in products]
 

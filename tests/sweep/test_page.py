@@ -22,7 +22,7 @@ _GAP = 15  # pixels between two labels: a browser's font may be wider than matpl
 
 
 def _extents(axes) -> list:
-    """The positions of the labels of the x axis, from left to right."""
+    """Return the positions of the labels of the x axis, from left to right."""
     FigureCanvasAgg(axes.figure).draw()
     return [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
 

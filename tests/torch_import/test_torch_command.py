@@ -55,7 +55,7 @@ def _best(config, workdir: Path):
 
 
 def _start(config, workdir: Path, name: str, fresh):
-    """The state that `main --config.init.<name>=workdir` starts from."""
+    """Return the state that `main --config.init.<name>=workdir` starts from."""
     run, source = experiment.open_experiment(config), sources.open_run(workdir)
     sources.check(run, name, workdir, source)
     return warm_start.begin(fresh, {name: (workdir, source)})

@@ -133,7 +133,7 @@ def test_each_name_and_each_variable_is_in_the_table_once(method):
     assert len(set(names)) == len(names) and len(set(paths)) == len(paths)
 
 
-def test_layouts_are_torchs():
+def test_layouts_match_torch():
     state_dict = _tiny_state_dict()
     assert state_dict["ehr_model.layer0.weight_ih_l0"].shape == (4 * 8, 76)
     assert state_dict[f"{_BACKBONE}conv1.weight"].shape == (4, 3, 7, 7)
@@ -271,7 +271,7 @@ def _outputs(real_data, case: str) -> dict:
 
 
 def _worst(real_data, case: str) -> dict[str, float]:
-    """{name: largest deviation from the released model's output}."""
+    """Return {name: largest deviation from the released model's output}."""
     ours, released = _outputs(real_data, case), reference_outputs(real_data, case)
     assert released, f"the reference has no case {case}"
     return {name: float(np.abs(ours[_OUTPUT_NAMES.get(name, name)] - x).max()) for name, x in released.items()}
@@ -335,7 +335,7 @@ _STEP_TOLERANCES = {"loss": 1e-3, "gradient norms": 1e-3, "stem mean": 1e-5, "st
 
 @functools.cache
 def _training_step(model):
-    """Two functions: one returns ((loss, batch_stats), gradients), one the stem's statistics, which compiles fast."""
+    """Return two functions, for ((loss, batch_stats), gradients) and for the stem's statistics, which compiles fast."""
 
     def loss(params, batch_stats, batch, labels):
         outputs, updated = model.apply(
@@ -371,7 +371,7 @@ def _stem_deviations(released, stem) -> dict[str, float]:
 
 
 def _step_deviations(real_data, model, inputs) -> dict[str, float]:
-    """How far one paired training step, without dropout, is from the released model's."""
+    """Return how far one paired training step, without dropout, is from the released model's."""
     (value, stats), gradients = _training_step(model)[0](*inputs)
     released = reference_outputs(real_data, "train_paired")
     flat = {("params", *path): leaf for path, leaf in traverse_util.flatten_dict(gradients).items()}

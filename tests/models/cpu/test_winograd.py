@@ -40,7 +40,7 @@ def clear_traces():
 
 @pytest.fixture
 def fresh_traces():
-    """For tests that change what is traced."""
+    """Clear the traces around tests that change what is traced."""
     clear_traces()
     yield
     clear_traces()
