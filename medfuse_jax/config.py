@@ -184,7 +184,7 @@ def names(**properties: bool) -> frozenset[str]:
 
 
 def is_execution_only(name: str) -> bool:
-    """Whether a field, of the run or of one of its stages, changes results by rounding at most."""
+    """Return whether a field, of the run or of one of its stages, changes results by rounding at most."""
     return name.removeprefix("pretrain.ehr.").removeprefix("pretrain.cxr.") in names(execution_only=True)
 
 

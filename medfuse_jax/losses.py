@@ -17,9 +17,9 @@ from medfuse_jax.models.presence import rows_with_image
 class Head:
     """A classifier of a model, as the loss needs it.
 
-    logits: the model's output that it scores. needs: the modalities ('ehr', 'cxr') that a row must have to train it.
-    label: the batch's field with its labels; a batch without that field does not train it. weight: the field of
-    `Weights` that its loss is multiplied by, '' for 1.
+    logits: the key of its logits in the model's outputs. needs: the modalities ('ehr', 'cxr') that a row must have to
+    train it. label: the batch's field with its labels; a batch without that field does not train it. weight: the field
+    of `Weights` that its loss is multiplied by, '' for 1.
     """
 
     logits: str = "logits"

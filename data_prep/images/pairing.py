@@ -1,4 +1,4 @@
-"""Match X-rays to stays by time."""
+"""Pair X-rays with stays by time."""
 
 import datetime
 

@@ -145,7 +145,7 @@ def write(
     num_stays: ICU stays that pass the cohort filters (others are added for the filters to drop); cxr_fraction: fraction
     of them with an AP X-ray during the stay; images_per_stay: X-rays per stay, including those of patients without a
     stay; workers: threads. The same arguments give the same bytes, for any `workers`; if `out_dir` holds that cohort
-    already, nothing is written. Raises UserError for a value out of range, or if the folder has other content.
+    already, nothing is written. Raise UserError for a value out of range, or if the folder has other content.
     The report, also best_auroc.json: the settings, and for each task `signal.best_auroc` and the labels' prevalence.
     """
     out_dir = Path(out_dir).resolve()
