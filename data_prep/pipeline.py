@@ -22,7 +22,7 @@ from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.schema import CHANNELS, SPLITS, TASKS, Task
 
 _MAX_UNDATED = 0.01  # the build warns if more than this share of the kept events has no storetime
-ARRAYS_VERSION = 3  # raise it when the same events give other arrays
+ARRAYS_VERSION = 3  # increment when the same events give other arrays
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from medfuse_jax.runtime.errors import UserError
 _BLOCK = 128  # ranks summed plainly between compensated sums
 _UNROLL = 4  # ranks per loop step; divides _BLOCK
 _MIN_ROWS = 1024  # smaller sets share one compiled size; the walk skips rows beyond the samples
-_DRAW_TOGETHER = 50  # resamples drawn at once: on a CPU, twice as fast as one at a time or all at once
+_DRAW_TOGETHER = 50  # resamples drawn at once: faster on a CPU than one at a time or all at once
 _COUNTS_BYTES = 2**24  # size of one chunk of resamples: fits a CPU's last-level cache
 
 

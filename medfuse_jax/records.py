@@ -38,7 +38,7 @@ def features(num_labels: int, hourly: bool = False):
     """Return the TFDS features of one record with `num_labels` labels, for the whole stay or at each prediction time.
 
     A missing X-ray is an image of shape [0, 256, 256]; an X-ray without a stay has ehr [0, 76].
-    `Encoding.BYTES` is read ten times faster than TFDS' default encoding.
+    `Encoding.BYTES` is read much faster than TFDS' default encoding.
     """
     import tensorflow_datasets as tfds  # imported here, because it takes 2 s
 

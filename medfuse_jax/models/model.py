@@ -210,7 +210,7 @@ def init_variables(model: Model, key: jax.Array, extra: dict | None = None) -> d
     """Return initial variables: 'params', and 'batch_stats' if the model reads images. Call it under jit.
 
     extra: values [1, ...] of the model's further modalities, whose sizes determine the shapes of their encoders.
-    With an `rbg` key this compiles three times as fast as with a threefry key.
+    An `rbg` key compiles faster than a threefry key.
     """
     # No parameter's shape depends on the size of a batch, a series or an image, so the smallest will do. lazy_init
     # traces the forward pass without compiling it.

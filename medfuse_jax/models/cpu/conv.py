@@ -2,8 +2,8 @@
 
 Shapes: P X-rays, H W pixels, C channels.
 
-Under a vmap over kernels (a sweep's trials), the convolutions run one after another: one grouped convolution would be
-3.5 times slower on a CPU.
+Under a vmap over kernels (a sweep's trials), the convolutions run one after another: a grouped convolution is slower on
+a CPU.
 """
 
 import functools
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 
 from medfuse_jax.models.cpu import winograd
 
-# A smaller convolution takes about a millisecond in any form. XLA's own compiles by far the fastest: it is one library
-# call, whereas Winograd's is some 100 kernels.
+# Below this size XLA's own convolution is used, because it compiles fastest: one library call instead of some 100
+# kernels.
 _MIN_FLOP = 100e6
 # For few output pixels per X-ray (and, in a ResNet, many channels) one product of explicit columns is fastest, since
 # XLA transposes the whole kernel for a convolution's gradients. Winograd takes precedence if the batch is large enough.
 _FEW_PIXELS = 7 * 7
 # With fewer channels, Winograd's transforms cost more than they save.
 _WINOGRAD_CHANNELS = 32
-# XLA computes the kernel's gradient as one convolution whose window covers all X-rays. For many large X-rays that
-# takes up to three times as long as a sum over parts of the batch.
+# XLA computes the kernel's gradient as one convolution whose window covers all X-rays. For many large X-rays that is
+# slower than a sum over parts of the batch.
 _PIXELS_PER_PART = 56 * 56
 _MAX_PARTS = 16  # each part is compiled
 
