@@ -193,7 +193,7 @@ def test_a_run_with_static_features_trains_evaluates_and_can_be_started_from(tin
     source = sources.open_run(tmp_path / "a")
     sources.check(run, "model", tmp_path / "a", source)
     source.dataset.index["train"]["gender"] = np.char.replace(source.dataset.index["train"]["gender"], "F", "W")
-    with pytest.raises(UserError, match="other values of the modality 'static'"):
+    with pytest.raises(UserError, match="its modality 'static' has other values"):
         sources.check(run, "model", tmp_path / "a", source)
 
 
