@@ -160,11 +160,7 @@ def pretraining(**fields) -> ConfigDict:
 
     Every field can be set by flag, as in --config.pretrain.ehr.data.train_stays=paired.
     """
-    unset = {
-        name: config_dict.placeholder(type(field.default))
-        for name, field in FIELDS.items()
-        if name not in _NOT_OF_A_STAGE
-    }
+    unset = {name: config_dict.placeholder(type(FIELDS[name].default)) for name in _stage_fields()}
     section = _nested(unset)
     section.update(fields)
     return section
@@ -213,7 +209,8 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.pretrain is missing", field="config.pretrain")
     pretrain = content.pop("pretrain")
     _check_fields(content, FIELDS, "config")
-    if missing := [name for name in FIELDS if name not in dict(_flatten(content))]:
+    given = dict(_flatten(content))
+    if missing := [name for name in FIELDS if name not in given]:
         raise UserError(f"config.{missing[0]} is missing", field=f"config.{missing[0]}")
     profile_steps(config)
     _check_sizes(config)
@@ -247,7 +244,7 @@ def _check_fields(content: dict, allowed: Iterable[str], where: str) -> None:
 
 def _check_stage_section(section, where: str) -> None:
     if not isinstance(section, dict):
-        raise _not_a_section(where, section, [name for name in FIELDS if name not in _NOT_OF_A_STAGE])
+        raise _not_a_section(where, section, _stage_fields())
     for field in ("encoders", "init", "pretrain"):
         if field in section:
             raise UserError(
@@ -255,7 +252,11 @@ def _check_stage_section(section, where: str) -> None:
                 f"give that run as config.init.{where.rpartition('.')[2]}",
                 field=f"{where}.{field}",
             )
-    _check_fields(section, [name for name in FIELDS if name not in _NOT_OF_A_STAGE], where)
+    _check_fields(section, _stage_fields(), where)
+
+
+def _stage_fields() -> list[str]:
+    return [name for name in FIELDS if name not in _NOT_OF_A_STAGE]
 
 
 def _not_a_section(where: str, value, fields: Iterable[str]) -> UserError:

@@ -41,10 +41,6 @@ class Experiment:
             include_N = include_N & self.dataset.index[split]["has_cxr"] & has_stay_N
         return include_N
 
-    def has_encoder(self, name: str) -> bool:
-        """Return whether the method has an encoder for 'ehr' or 'cxr'."""
-        return {"ehr": self.options.model.uses_ehr, "cxr": self.options.model.uses_cxr}[name]
-
     def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Alternating:
         """Return the training batches of one epoch, alternating with batches of X-rays if there is a cxr_dataset."""
         seed = self.config.seed if self.config.data.order_seed < 0 else self.config.data.order_seed

@@ -134,7 +134,7 @@ def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config
     tiny_config.method = method
     run = experiment.open_experiment(tiny_config)
     fresh = jax.tree.map(lambda x: np.full(x.shape, "new"), run.abstract_state())
-    encoders = {name: encoder for name, encoder in encoders.items() if run.has_encoder(name)}
+    encoders = {name: encoder for name, encoder in encoders.items() if name in registry.METHODS[method].encoders}
     for name, (_, source) in encoders.items():
         sources.check(run, name, tmp_path / "source", source)
     started = warm_start.begin(fresh, encoders)

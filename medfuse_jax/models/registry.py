@@ -36,6 +36,12 @@ class Method:
         module, _, name = self.model.partition(":")
         return getattr(importlib.import_module(f"medfuse_jax.models.{module}"), name)
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The encoders that the model has, of 'ehr' and 'cxr'."""
+        reads = {"ehr": self.model_class.uses_ehr, "cxr": self.model_class.uses_cxr}
+        return tuple(name for name, used in reads.items() if used)
+
     def has_field(self, name: str) -> bool:
         """Return whether the model has a field, such as 'missing' or 'modalities', which not all models have."""
         return hasattr(self.model_class, name)

@@ -13,9 +13,8 @@ from medfuse_jax.runs import checkpoints
 def staged(config: ConfigDict) -> list[str]:
     """Return the encoders to pre-train: those that the method has and config.init does not give."""
     given = {name for name, path in config.init.items() if path}
-    method = registry.METHODS[config.method].model_class
-    has = {"ehr": method.uses_ehr, "cxr": method.uses_cxr}
-    return [name for name in config_lib.stages(config) if has[name] and not given & {name, "model"}]
+    encoders = registry.METHODS[config.method].encoders
+    return [name for name in config_lib.stages(config) if name in encoders and not given & {name, "model"}]
 
 
 def begin(state, sources: dict[str, tuple[Path, Any]]):
