@@ -1,6 +1,6 @@
-"""The fields of an experiment, each one row of `FIELDS`, where all other code looks them up.
+"""The fields of a config, each one row of `FIELDS`, where all other code looks them up.
 
-Each of `configs/*.py` starts from `default()` and sets what defines its experiment. To add a field, add a row (see
+Each of `configs/*.py` starts from `default()` and sets what differs. To add a field, add a row (see
 CONTRIBUTING.md): it can then be set by flag, is validated, saved, compared on resume and listed in docs/config.md.
 `python -m medfuse_jax.config` prints that list.
 """

@@ -150,7 +150,7 @@ def _check_splits(members: list[Member]) -> None:
     runs = {workdir: member.name for member in members for workdir in _trained(member.workdir)}
     if len({files.read_json(workdir / "data.json", _GIVE_FINISHED).get("digest") for workdir in runs}) == 1:
         return  # the same shards
-    indices = {workdir: sources.open_run(workdir).dataset.index for workdir in runs}
+    indices = {workdir: sources.reopen(workdir).dataset.index for workdir in runs}
     for trained, tested in itertools.permutations(runs, 2):
         seen_N = np.concatenate([indices[trained][split]["subject_id"] for split in ("train", "val")])
         if num_leaked := len(np.intersect1d(seen_N, indices[tested]["test"]["subject_id"])):

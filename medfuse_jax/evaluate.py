@@ -8,8 +8,8 @@ import numpy as np
 from absl import flags
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import parallel, records, schema
+from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import missing
 from medfuse_jax.data.modalities import loading
@@ -31,7 +31,7 @@ def evaluate(
     devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
     """
     check_choice("--split", what.split, schema.SPLITS)
-    run = sources.open_run(workdir, devices, data_dir)
+    run = sources.reopen(workdir, devices, data_dir)
     run = dataclasses.replace(run, dataset=missing.drop_modalities(run.dataset, what.drop_ehr, what.drop_cxr))
     state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
     note = checkpoints.imported(workdir)
@@ -50,7 +50,7 @@ def evaluate(
     config = run.config
     evaluated = {
         **_description(run, what),
-        "num_params": experiment_lib.num_params(state),
+        "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
         "step": int(state.step),
         "best_epoch": progress.best_epoch,
         "selected_by": _selected_by(config, note, progress.best_epoch),
@@ -64,9 +64,7 @@ def evaluate(
     return evaluated
 
 
-def _score(
-    run: experiment_lib.Experiment, state: step_lib.TrainState, split: str, include_N: np.ndarray
-) -> tuple[dict, dict, float]:
+def _score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: np.ndarray) -> tuple[dict, dict, float]:
     """Return (scores and facts of the included records, attention weights, mean loss)."""
     state = parallel.replicate(state, run.devices)
     eval_fn, weights_fn = (
@@ -82,7 +80,7 @@ def _score(
     return scored, predictions.attention_weights(run, weights_fn, state, split, include_N), predicted.loss
 
 
-def _description(run: experiment_lib.Experiment, what: Scored) -> dict:
+def _description(run: run_lib.Run, what: Scored) -> dict:
     """Return the part of a result that says which run was scored, and on what data."""
     config = run.config
     manifest = records.manifest(config.data.dir, config.task)
@@ -104,7 +102,7 @@ def _description(run: experiment_lib.Experiment, what: Scored) -> dict:
     }
 
 
-def _with_head(run: experiment_lib.Experiment, what: Scored) -> tuple[experiment_lib.Experiment, np.ndarray]:
+def _with_head(run: run_lib.Run, what: Scored) -> tuple[run_lib.Run, np.ndarray]:
     """Return the run set to score another head of its model, and a mask of the records that the head can score."""
     heads = {h.logits.removesuffix("_logits"): h for h in run.options.model.heads if h.label == "label"}
     heads.pop("logits", None)

@@ -1,4 +1,4 @@
-"""Train, evaluate and report one experiment: `python -m medfuse_jax.main --config=configs/pheno.py`.
+"""Train, evaluate and report one run: `python -m medfuse_jax.main --config=configs/pheno.py`.
 
 Intentionally kept short: `train`, `evaluate` and `report` meet only in the workdir.
 """
@@ -16,7 +16,8 @@ from medfuse_jax.runtime import command_line
 
 def main(argv: list[str]) -> None:
     # Import late, so that a wrong flag is refused before jax starts.
-    from medfuse_jax import evaluate, experiment, train
+    from medfuse_jax import evaluate, train
+    from medfuse_jax import run as run_lib
     from medfuse_jax.data import synthetic
     from medfuse_jax.report import pages
     from medfuse_jax.runs import sources, workdir
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
     folder = Path(flags.FLAGS.workdir or _default_workdir(config))
     workdir.check_outside_sweeps(folder)
 
-    run = experiment.open_experiment(config)
+    run = run_lib.open_run(config)
     given, stages = sources.find(run, folder)
     train.preflight(run, stages)
 
@@ -54,7 +55,7 @@ def _default_workdir(config: ConfigDict) -> str:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "An experiment, such as configs/pheno.py.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "A config file, such as configs/pheno.py.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder for the run; default: one below runs/ per config.")
     flags.mark_flag_as_required("config")
     __doc__ += f"\n\nFields of a config (docs/config.md):\n{config_lib.describe()}"

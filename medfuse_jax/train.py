@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import feed as feed_lib
 from medfuse_jax import metrics, parallel
+from medfuse_jax import run as run_lib
 from medfuse_jax.models.recurrence import supported
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import predictions as predictions_lib
@@ -24,9 +24,9 @@ from medfuse_jax.runtime.errors import UserError
 
 
 def train(
-    run: experiment_lib.Experiment,
+    run: run_lib.Run,
     workdir: Path,
-    encoders: dict[str, tuple[Path, experiment_lib.Experiment]] | None = None,
+    encoders: dict[str, tuple[Path, run_lib.Run]] | None = None,
 ) -> None:
     """Train one run to its end, resuming from its latest checkpoint.
 
@@ -47,14 +47,14 @@ def train(
             _loop(run, workdir, manager, state, progress)
 
 
-def pretrain(stages: dict[str, tuple[Path, experiment_lib.Experiment]], by_sweep: bool = False) -> None:
+def pretrain(stages: dict[str, tuple[Path, run_lib.Run]], by_sweep: bool = False) -> None:
     """Train the given pre-training stages, each in its folder. by_sweep: see `workdir.claim`."""
     for folder, staged in stages.values():
         workdir_lib.claim(folder, staged, by_sweep)
         train(staged, folder)
 
 
-def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progress: Progress) -> None:
+def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -> None:
     config = run.config
     state = parallel.replicate(state, run.devices)
     feed = feed_lib.open_feed(
@@ -137,16 +137,16 @@ def _loop(run: experiment_lib.Experiment, workdir: Path, manager, state, progres
         manager.wait_until_finished()
 
 
-def preflight(run: experiment_lib.Experiment, stages: dict[str, tuple[Path, experiment_lib.Experiment]]) -> None:
+def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> None:
     """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training."""
     run.check_any("test", run.dataset.usable("test"))
     profiled_steps(run)
-    experiment_lib.check_recurrence(run)
+    run_lib.check_recurrence(run)
     for trained in (run, *(staged for _, staged in stages.values())):
         feed_lib.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
 
 
-def profiled_steps(run: experiment_lib.Experiment) -> tuple[int, int]:
+def profiled_steps(run: run_lib.Run) -> tuple[int, int]:
     """Return the first and last step to profile, or (0, 0) for none; raise UserError if the run has fewer steps."""
     config = run.config
     first, last = config_lib.profile_steps(config)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment, parallel, train
+from medfuse_jax import parallel, train
+from medfuse_jax import run as run_lib
 from medfuse_jax.runs import checkpoints, sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.sweep import command, processes, results, trial_store
@@ -64,14 +65,14 @@ def read_lines(workdir):
 
 
 def train_alone(config, workdir, encoders=None):
-    run = experiment.open_experiment(config)
+    run = run_lib.open_run(config)
     workdir_lib.claim(workdir, run)
     train.train(run, workdir, encoders)
 
 
 def best_state(workdir):
     config = config_lib.load(workdir / "config.json")
-    return checkpoints.restore_best(workdir, experiment.open_experiment(config).abstract_state())
+    return checkpoints.restore_best(workdir, run_lib.open_run(config).abstract_state())
 
 
 def difference(a, b) -> float:
@@ -83,7 +84,7 @@ def difference(a, b) -> float:
 def assert_as_alone(trial_dir, alone_dir, monkeypatch, tolerance):
     """Check that a single run with the trial's config on one device has the trial's results."""
     config = config_lib.load(trial_dir / "config.json")
-    encoders = {name: (Path(path), sources.open_run(Path(path))) for name, path in config.init.items() if path}
+    encoders = {name: (Path(path), sources.reopen(Path(path))) for name, path in config.init.items() if path}
     with monkeypatch.context() as patched:
         patched.setattr(parallel, "devices", lambda num=None: jax.local_devices()[:1])
         train_alone(config, alone_dir, encoders)

@@ -10,7 +10,8 @@ import pytest
 import sklearn.metrics
 from example_runs import simulate, write_config, write_evaluation
 
-from medfuse_jax import ensemble, evaluate, experiment, metrics
+from medfuse_jax import ensemble, evaluate, metrics
+from medfuse_jax import run as run_lib
 from medfuse_jax.report import pages, read_runs, terminal
 from medfuse_jax.runs import checkpoints, sources, workdir
 from medfuse_jax.runs.progress import Progress
@@ -199,7 +200,7 @@ def _save(folder, run, epoch, seed):
 
 
 def test_missing_and_outdated_predictions_are_made_and_an_unfinished_run_is_refused(ehr_config, tmp_path):
-    run = experiment.open_experiment(ehr_config)
+    run = run_lib.open_run(ehr_config)
     names = [str(tmp_path / name) for name in "ab"]
     for name in "ab":
         workdir.claim(tmp_path / name, run)
@@ -269,11 +270,11 @@ def splits(runs, tmp_path, monkeypatch):
     same = {"train": [1, 2, 3], "val": [4], "test": [5, 6]}
     patients = {tmp_path / "ehr": dict(same), tmp_path / "cxr": dict(same)}
 
-    def open_run(folder):
+    def reopen(folder):
         index = {split: {"subject_id": np.array(ids)} for split, ids in patients[folder].items()}
         return SimpleNamespace(dataset=SimpleNamespace(index=index))
 
-    monkeypatch.setattr(sources, "open_run", open_run)
+    monkeypatch.setattr(sources, "reopen", reopen)
     return patients
 
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 from refusals import refused
 
-from medfuse_jax import experiment, feed, parallel
+from medfuse_jax import feed, parallel
+from medfuse_jax import run as run_lib
 from medfuse_jax.data import batches, device_store
 
 _TOLERANCE = 1e-5
@@ -23,7 +24,7 @@ def config(tiny_config):
 
 def _open(config, num_devices=2):
     """Open a run with plain gradient descent: Adam would hide a gradient that is n times too large."""
-    run = experiment.open_experiment(config)
+    run = run_lib.open_run(config)
     options = dataclasses.replace(run.options, optimizer=optax.identity())
     return dataclasses.replace(run, options=options, devices=run.devices[:num_devices])
 

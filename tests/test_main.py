@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from refusals import refused
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment, main, train
+from medfuse_jax import main, train
+from medfuse_jax import run as run_lib
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.runs import checkpoints, sources, workdir
 from medfuse_jax.runs.progress import Progress
@@ -70,7 +71,7 @@ def test_a_stopped_command_resumes_and_ends_in_results_and_a_report(
 
     # A finished encoder given by config.init replaces its pre-training.
     fusion_config.init.cxr = str(folder / "pretrain_cxr")
-    given, stages = sources.find(experiment.open_experiment(fusion_config), tmp_path / "given")
+    given, stages = sources.find(run_lib.open_run(fusion_config), tmp_path / "given")
     assert set(given) == {"cxr"} and set(stages) == {"ehr"}
     with refused(path=folder):
         run_main(fusion_config, folder)
@@ -125,12 +126,12 @@ def test_the_commands_train_evaluate_and_report_as_typed(ehr_config, tmp_path):
 )
 def test_stages_of_encoders_that_the_method_lacks_are_skipped(fusion_config, tmp_path, method, wanted):
     fusion_config.method = method
-    assert set(sources.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == wanted
+    assert set(sources.find(run_lib.open_run(fusion_config), tmp_path)[1]) == wanted
 
 
 def _keep(folder, config, **progress):
     """Make a workdir with a checkpoint of untrained weights; return its run."""
-    run = experiment.open_experiment(config)
+    run = run_lib.open_run(config)
     workdir.claim(folder, run)
     with contextlib.closing(checkpoints.open_manager(folder)) as manager:
         checkpoints.save(manager, run.fresh_state(), Progress(**progress), is_best=True)
@@ -142,8 +143,8 @@ def test_config_init_needs_weights_until_the_run_has_a_checkpoint(tiny_config, t
     source = tiny_config.copy_and_resolve_references()
     source.method = tiny_config.method = "uni_ehr"
     tiny_config.init.ehr = str(tmp_path / "source")
-    workdir.claim(tmp_path / "source", experiment.open_experiment(source))
-    run = experiment.open_experiment(tiny_config)
+    workdir.claim(tmp_path / "source", run_lib.open_run(source))
+    run = run_lib.open_run(tiny_config)
     with refused(path=tmp_path / "source" / "checkpoints"):
         sources.find(run, tmp_path / "run")
     (tmp_path / "source" / "checkpoints").mkdir()
@@ -160,7 +161,7 @@ def test_config_init_needs_weights_until_the_run_has_a_checkpoint(tiny_config, t
 
 def test_a_run_that_lost_its_checkpoints_restarts_and_says_so(tiny_config, tmp_path, capsys):
     tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
-    run = experiment.open_experiment(tiny_config)
+    run = run_lib.open_run(tiny_config)
     workdir.claim(tmp_path, run)
     train.train(run, tmp_path)
     assert "restarts" not in capsys.readouterr().out
@@ -179,7 +180,7 @@ def _without_test(monkeypatch, task):
         part = {field: values[:0] for field, values in dataset.index["test"].items()}
         return dataclasses.replace(dataset, index=dataset.index | {"test": part})
 
-    monkeypatch.setattr(experiment, "open_dataset", opened)
+    monkeypatch.setattr(run_lib, "open_dataset", opened)
 
 
 def test_a_run_without_test_records_is_refused_at_once(fusion_config, run_main, tmp_path, monkeypatch):
@@ -203,27 +204,27 @@ def test_a_stage_without_test_records_is_trained_but_not_evaluated(
 
 def test_freezing_batch_statistics_that_nothing_trains_is_refused(fusion_config, tmp_path):
     fusion_config.model.batch_norm = "frozen"
-    assert set(sources.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
+    assert set(sources.find(run_lib.open_run(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
     fusion_config.pretrain.cxr.model = {"batch_norm": "frozen"}
     with refused(field="config.model.batch_norm"):
-        sources.find(experiment.open_experiment(fusion_config), tmp_path)
+        sources.find(run_lib.open_run(fusion_config), tmp_path)
     fusion_config.encoders = "random"
     with refused(field="config.model.batch_norm"):
-        sources.find(experiment.open_experiment(fusion_config), tmp_path)
+        sources.find(run_lib.open_run(fusion_config), tmp_path)
     fusion_config.method = "uni_ehr"
-    sources.find(experiment.open_experiment(fusion_config), tmp_path)
+    sources.find(run_lib.open_run(fusion_config), tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"method": "early"}, {"model.freeze_encoders": True}])
 def test_a_frozen_encoder_that_nothing_trains_is_refused(fusion_config, tmp_path, changes):
     fusion_config.update_from_flattened_dict(changes)
-    assert set(sources.find(experiment.open_experiment(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
+    assert set(sources.find(run_lib.open_run(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
     del fusion_config.pretrain.cxr
     with refused(field="config.pretrain.cxr"):
-        sources.find(experiment.open_experiment(fusion_config), tmp_path)
+        sources.find(run_lib.open_run(fusion_config), tmp_path)
     fusion_config.encoders = "random"
     with refused(field="config.pretrain.ehr"):
-        sources.find(experiment.open_experiment(fusion_config), tmp_path)
+        sources.find(run_lib.open_run(fusion_config), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from refusals import refused
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, feed, train
+from medfuse_jax import evaluate, feed, train
+from medfuse_jax import run as run_lib
 from medfuse_jax.models import registry
 from medfuse_jax.runs import checkpoints, sources, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
@@ -23,7 +24,7 @@ from medfuse_jax.runtime.errors import UserError
 
 
 def _train(config, workdir, **kwargs):
-    run = experiment.open_experiment(config)
+    run = run_lib.open_run(config)
     workdir_lib.claim(workdir, run)
     train.train(run, workdir, **kwargs)
     return workdir
@@ -34,7 +35,7 @@ def _lines(workdir):
 
 
 def _latest(config, workdir):
-    abstract = experiment.open_experiment(config).abstract_state()
+    abstract = run_lib.open_run(config).abstract_state()
     return checkpoints.restore_latest(checkpoints.open_manager(workdir), abstract)
 
 
@@ -105,9 +106,9 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
     pretrained = tiny_config.copy_and_resolve_references()
     pretrained.method, pretrained.num_epochs, pretrained.seed = "uni_ehr", 1, 7
     _train(pretrained, tmp_path / "ehr")
-    source = sources.open_run(tmp_path / "ehr")
+    source = sources.reopen(tmp_path / "ehr")
     best = checkpoints.restore_best(tmp_path / "ehr", source.abstract_state())
-    fresh = experiment.open_experiment(tiny_config).fresh_state()
+    fresh = run_lib.open_run(tiny_config).fresh_state()
     started = warm_start.begin(fresh, {"ehr": (tmp_path / "ehr", source)})
     jax.tree.map(np.testing.assert_array_equal, started.params["ehr_encoder"], best.params["ehr_encoder"])
     jax.tree.map(np.testing.assert_array_equal, started.params["cxr_encoder"], fresh.params["cxr_encoder"])
@@ -125,14 +126,14 @@ def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config
     for name, changes in (("ehr", {"method": "uni_ehr"}), ("cxr", {"method": "uni_cxr", "task": "radiology"})):
         config = tiny_config.copy_and_resolve_references()
         config.update(changes)
-        encoders[name] = (tmp_path / name, experiment.open_experiment(config))
+        encoders[name] = (tmp_path / name, run_lib.open_run(config))
     trained = {
         folder: jax.tree.map(lambda x, name=name: np.full(x.shape, name), source.abstract_state())
         for name, (folder, source) in encoders.items()
     }
     monkeypatch.setattr(checkpoints, "restore_best", lambda workdir, state: trained[workdir])
     tiny_config.method = method
-    run = experiment.open_experiment(tiny_config)
+    run = run_lib.open_run(tiny_config)
     fresh = jax.tree.map(lambda x: np.full(x.shape, "new"), run.abstract_state())
     encoders = {name: encoder for name, encoder in encoders.items() if name in registry.METHODS[method].encoders}
     for name, (_, source) in encoders.items():
@@ -159,7 +160,7 @@ def test_an_image_encoder_with_fewer_or_other_stages_is_refused(tiny_config, tmp
     def opened(changes):
         config = tiny_config.copy_and_resolve_references()
         config.update_from_flattened_dict(changes)
-        return experiment.open_experiment(config)
+        return run_lib.open_run(config)
 
     with refused(field="config.init.cxr"):
         sources.check(opened(ours), "cxr", tmp_path, opened(theirs))
@@ -169,7 +170,7 @@ def test_an_image_encoder_with_fewer_or_other_stages_is_refused(tiny_config, tmp
 def test_unified_learns_from_x_rays_with_labels_of_their_own(tiny_config, tmp_path):
     """In one epoch batches of stays and of X-rays alternate, and every classifier changes."""
     tiny_config.method, tiny_config.num_epochs = "unified", 1
-    run = experiment.open_experiment(tiny_config)
+    run = run_lib.open_run(tiny_config)
     assert len(run.train_plan(1).cxr) > 0
     _train(tiny_config, tmp_path)
     (state, _), fresh = _latest(tiny_config, tmp_path), run.fresh_state()
@@ -177,14 +178,14 @@ def test_unified_learns_from_x_rays_with_labels_of_their_own(tiny_config, tmp_pa
     for head in ("classifier", "ehr_classifier", "cxr_classifier"):
         assert np.abs(state.params[head]["kernel"] - fresh.params[head]["kernel"]).max() > 1e-5
     tiny_config.loss.cxr_only = 0.0
-    assert experiment.open_experiment(tiny_config).dataset.cxr_dataset is None
+    assert run_lib.open_run(tiny_config).dataset.cxr_dataset is None
 
 
 @pytest.mark.slow
 def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, monkeypatch):
     """The model is untrained, to save time."""
     tiny_config.method = "unified"
-    run = experiment.open_experiment(tiny_config)
+    run = run_lib.open_run(tiny_config)
     workdir_lib.claim(tmp_path / "unified", run)
     fresh, index = (run.fresh_state(), Progress()), run.dataset.index["test"]
     monkeypatch.setattr(checkpoints, "restore_best_with_progress", lambda workdir, state: fresh)
@@ -197,7 +198,7 @@ def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, 
     with refused(field="--head", nearest="ehr_only"):
         evaluate.evaluate(tmp_path / "unified", evaluate.Scored(head="ehr_onyl"))
     tiny_config.method = "medfuse"
-    workdir_lib.claim(tmp_path / "medfuse", experiment.open_experiment(tiny_config))
+    workdir_lib.claim(tmp_path / "medfuse", run_lib.open_run(tiny_config))
     with refused(field="--head", value="ehr_only"):
         evaluate.evaluate(tmp_path / "medfuse", evaluate.Scored(head="ehr_only"))
 
@@ -210,20 +211,20 @@ def test_an_encoder_that_the_method_or_the_source_lacks_is_refused(tiny_config, 
     pretrained = tiny_config.copy_and_resolve_references()
     pretrained.method = "uni_ehr"
     tiny_config.update_from_flattened_dict(changes)
-    run, source = (experiment.open_experiment(config) for config in (tiny_config, pretrained))
+    run, source = (run_lib.open_run(config) for config in (tiny_config, pretrained))
     with refused(field=f"config.init.{name}"):
         sources.check(run, name, tmp_path / "source", source)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("joint", "early"), ("mmtm3", "mmtm4"), ("medfuse", "medfuse_attention")])
 def test_starting_from_a_whole_model_of_another_method_is_refused(tiny_config, tmp_path, theirs, ours):
-    source, run = (experiment.open_experiment(_with_method(tiny_config, method)) for method in (theirs, ours))
+    source, run = (run_lib.open_run(_with_method(tiny_config, method)) for method in (theirs, ours))
     with refused(field="config.init.model"):
         sources.check(run, "model", tmp_path, source)
 
 
 def test_joint_and_joint_zeros_are_the_same_model(tiny_config, tmp_path):
-    source, run = (experiment.open_experiment(_with_method(tiny_config, m)) for m in ("joint", "joint_zeros"))
+    source, run = (run_lib.open_run(_with_method(tiny_config, m)) for m in ("joint", "joint_zeros"))
     sources.check(run, "model", tmp_path, source)
 
 
@@ -234,7 +235,7 @@ def _with_method(config, method):
 
 
 def test_an_encoder_trained_on_test_patients_is_refused(tiny_config, tmp_path):
-    run, source = (experiment.open_experiment(tiny_config) for _ in range(2))
+    run, source = (run_lib.open_run(tiny_config) for _ in range(2))
     sources.check(run, "ehr", tmp_path, source)
     seen = source.dataset.index["train"]["subject_id"]
     seen[:2] = run.dataset.index["test"]["subject_id"][0], run.dataset.index["val"]["subject_id"][0]
@@ -263,12 +264,12 @@ def test_the_rate_excludes_compilation(tiny_config, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
     tiny_config.method, tiny_config.learning_rate = "uni_ehr", 1.0
-    fresh_state = experiment.Experiment.fresh_state
+    fresh_state = run_lib.Run.fresh_state
 
     def broken(self):
         return jax.tree.map(lambda x: x * np.nan if x.ndim == 2 else x, fresh_state(self))
 
-    monkeypatch.setattr(experiment.Experiment, "fresh_state", broken)
+    monkeypatch.setattr(run_lib.Run, "fresh_state", broken)
     with refused(field="config.learning_rate", value=1.0):
         _train(tiny_config, tmp_path)
 
@@ -295,13 +296,13 @@ def test_weights_after_a_loss_that_is_not_finite_are_not_saved(tiny_config, tmp_
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tiny_config):
     tiny_config.batch_size = 15
     with pytest.raises(UserError, match=r"config\.batch_size is 15, not divisible by 2 devices; use 14 or 16"):
-        experiment.open_experiment(tiny_config)
+        run_lib.open_run(tiny_config)
 
 
 def test_the_whole_evaluation_scores_every_test_stay_once(tiny_config, tmp_path):
     tiny_config.num_epochs = 1
     result = evaluate.evaluate(_train(tiny_config, tmp_path))
-    index = experiment.open_experiment(tiny_config).dataset.index["test"]
+    index = run_lib.open_run(tiny_config).dataset.index["test"]
     with np.load(tmp_path / "predictions_test.npz") as stored:
         np.testing.assert_array_equal(stored["stay_id"], index["stay_id"])
         np.testing.assert_array_equal(stored["labels"], index["label"])
@@ -329,7 +330,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tiny_config, tmp_path):
 def test_evaluating_a_workdir_without_a_run_or_without_weights_is_refused(tmp_path, tiny_config):
     with refused(path=tmp_path / "config.json"):
         evaluate.evaluate(tmp_path)
-    workdir_lib.claim(tmp_path, experiment.open_experiment(tiny_config))
+    workdir_lib.claim(tmp_path, run_lib.open_run(tiny_config))
     with refused(path=tmp_path / "checkpoints"):
         evaluate.evaluate(tmp_path)
 

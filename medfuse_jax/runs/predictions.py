@@ -1,7 +1,7 @@
 """Score each included record of a split exactly once.
 
 Shapes: M models, N records, K labels, D devices, B rows per device, R = D * B rows of a batch, T time steps.
-`run` is an experiment.Experiment.
+`run` is a run.Run.
 """
 
 import dataclasses

@@ -9,14 +9,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax.experiment import Experiment, check_unseen, open_experiment
 from medfuse_jax.models import registry
+from medfuse_jax.run import Run, check_unseen, open_run
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime.errors import UserError
 
 
-def open_run(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str = "") -> Experiment:
+def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str = "") -> Run:
     """Open the run in a workdir. Raise UserError if there is none, or if its data changed.
 
     devices: by default all of this process. data_dir: its shards' new folder if moved; saved in the workdir's config.
@@ -33,14 +33,14 @@ def open_run(workdir: Path, devices: list[jax.Device] | None = None, data_dir: s
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
         message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new folder once: {how}"
         raise UserError(message, field="--data_dir", path=config.data.dir)
-    run = open_experiment(config, devices)
+    run = open_run(config, devices)
     workdir_lib.check_data(workdir, run)
     if data_dir:
         config_lib.save(config, path)
     return run
 
 
-def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
+def find(run: Run, folder: Path) -> tuple[dict, dict]:
     """Return (given, stages), the runs that the run in workdir `folder` starts from, each {name: (workdir, run)}.
 
     given: the runs of config.init; stages: the runs to pre-train. Both are empty if the run resumes.
@@ -60,14 +60,14 @@ def find(run: Experiment, folder: Path) -> tuple[dict, dict]:
 def open_sources(config: ConfigDict, folder: Path, names: list[str], devices: list[jax.Device]) -> tuple[dict, dict]:
     """Open the runs of config.init and the stages `names` of config.pretrain; return them as `find` does."""
     paths = {name: Path(path) for name, path in config.init.items() if path}
-    given = {name: (path, open_run(path, devices)) for name, path in paths.items()}
+    given = {name: (path, reopen(path, devices)) for name, path in paths.items()}
     for path in paths.values():
         checkpoints.reached(path)  # raises UserError if it holds no weights
-    stages = {name: (folder / f"pretrain_{name}", open_experiment(config_lib.stage(config, name))) for name in names}
+    stages = {name: (folder / f"pretrain_{name}", open_run(config_lib.stage(config, name))) for name in names}
     return given, stages
 
 
-def check_frozen(run: Experiment, source_names: Iterable[str]) -> None:
+def check_frozen(run: Run, source_names: Iterable[str]) -> None:
     """Raise UserError if a frozen part of the run would keep its random initial values.
 
     source_names: the parts with weights to start from: 'ehr', 'cxr' or 'model'.
@@ -90,7 +90,7 @@ def check_frozen(run: Experiment, source_names: Iterable[str]) -> None:
         )
 
 
-def check(run: Experiment, name: str, workdir: Path, source: Experiment) -> None:
+def check(run: Run, name: str, workdir: Path, source: Run) -> None:
     """Raise UserError if the run cannot start from encoder `name` ('ehr' or 'cxr') or the whole 'model' of `source`.
 
     Also raises it if the source was trained on patients of the run's validation or test split. workdir: the source's,
@@ -141,7 +141,7 @@ def _check_module(what: str, name: str, module: str, params: dict, source_params
         raise _cannot_start(what, name, f"its {module} does not have the sizes of config.model", module)
 
 
-def _check_modalities(what: str, run: Experiment, source: Experiment) -> None:
+def _check_modalities(what: str, run: Run, source: Run) -> None:
     """Raise UserError if further modalities differ in order or values: a category must have the same slot in both."""
     names, source_names = ([m.name for m in getattr(r.options.model, "modalities", ())] for r in (run, source))
     if names != source_names:  # a token's weights depend on its position

@@ -1,6 +1,6 @@
 """The folder of one run: claimed by one config and one set of shards, written by one process at a time.
 
-`run` is an experiment.Experiment.
+`run` is a run.Run.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Run an experiment with many settings: `python -m medfuse_jax.sweep --config=FILE --trials=10 --workdir=DIR`.
+"""Train a config with many settings: `python -m medfuse_jax.sweep --config=FILE --trials=10 --workdir=DIR`.
 
 Rerunning the command resumes a stopped sweep. See docs/sweeps.md.
 """
@@ -46,7 +46,7 @@ def _parse_numbers(texts: list[str]) -> list[int]:
 _START_S = time.perf_counter()
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "An experiment, such as configs/pheno.py.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "A config file, such as configs/pheno.py.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder for the sweep, on a filesystem that all its processes share.")
     flags.DEFINE_integer(
         "trials", None, "Number of trials; by default 10, or all that the config's sweep(add) lists.", lower_bound=1

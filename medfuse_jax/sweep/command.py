@@ -10,7 +10,8 @@ import jax
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, parallel, train
+from medfuse_jax import evaluate, parallel, train
+from medfuse_jax import run as run_lib
 from medfuse_jax.data import synthetic
 from medfuse_jax.report import read_runs, terminal
 from medfuse_jax.runs import sources, warm_start
@@ -63,8 +64,8 @@ def run(request: Request, process: processes.Process, start_s: float) -> None:
     workdir_lib.check_outside_shards(workdir, config.data.dir)
     costs = Costs()
     compilation.count_into(costs.compiled)
-    base = experiment.open_experiment(config, parallel.devices()[:1])
-    experiment.check_recurrence(base)
+    base = run_lib.open_run(config, parallel.devices()[:1])
+    run_lib.check_recurrence(base)
     pretrained = list(dict.fromkeys(name for trial in trials.initial for name in _pretrained(trial, config)))
     given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
     sweep = groups.Sweep(config, workdir, given | stages, request.lanes)
@@ -200,7 +201,7 @@ def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> Non
             raise UserError(f"it needs {field}, which no trial of the first round uses", field=field)
         config = sweep.config_of(trial)
         encoders = sweep.encoders_of(config)
-        run = experiment.open_experiment(config, parallel.devices()[:1])
+        run = run_lib.open_run(config, parallel.devices()[:1])
         run.check_any("test", run.dataset.usable("test"))  # any trial may be chosen and scored on it
         frozen_encoders.check_values(trial.values, config, encoders)
         if (run.options.model, *encoders) not in checked_models:

@@ -20,8 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import parallel
+from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import batches
 from medfuse_jax.data import plan as plan_lib
@@ -52,8 +52,8 @@ class Features:
 
 
 @dataclasses.dataclass(frozen=True)
-class FrozenEncoderExperiment(experiment_lib.Experiment):
-    """An experiment on features, by split: its batches hold no series or images, and its states no encoders."""
+class FrozenEncoderRun(run_lib.Run):
+    """A run on features, by split: its batches hold no series or images, and its states no encoders."""
 
     features: dict[str, Features] = dataclasses.field(default_factory=dict)
 
@@ -131,11 +131,11 @@ def features_key(config: ConfigDict) -> str:
     return json.dumps({k: v for k, v in config_lib.flat(config).items() if k not in without_effect}, sort_keys=True)
 
 
-def with_features(run: experiment_lib.Experiment, features: dict[str, Features]) -> FrozenEncoderExperiment:
-    return FrozenEncoderExperiment(run.config, run.dataset, run.options, run.devices, features)
+def with_features(run: run_lib.Run, features: dict[str, Features]) -> FrozenEncoderRun:
+    return FrozenEncoderRun(run.config, run.dataset, run.options, run.devices, features)
 
 
-def encode(run: experiment_lib.Experiment, encoders: dict) -> dict[str, Features]:
+def encode(run: run_lib.Run, encoders: dict) -> dict[str, Features]:
     """Compute the features of the stays that training and validation use, by split."""
     state = warm_start.begin(run.fresh_state(), encoders)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -160,7 +160,7 @@ def encode_step(options: step_lib.StepOptions, variables: dict, batch: dict) -> 
         return options.model.apply(variables, method=encode)
 
 
-def _encode_split(run: experiment_lib.Experiment, encode_fn: Callable, split: str) -> Features:
+def _encode_split(run: run_lib.Run, encode_fn: Callable, split: str) -> Features:
     dataset, include_N = run.dataset, run.selects(split)
     has_cxr_N = include_N & dataset.paired(split)
     image_N = np.where(has_cxr_N, np.cumsum(has_cxr_N) - 1, -1)
@@ -180,7 +180,7 @@ def _encode_split(run: experiment_lib.Experiment, encode_fn: Callable, split: st
 
 def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
     """Write the best state in a trial's state.npz as a checkpoint that `medfuse_jax.evaluate` and `main` read."""
-    run, store = experiment_lib.open_experiment(config, jax.local_devices()[:1]), trial_store.FileStore(workdir)
+    run, store = run_lib.open_run(config, jax.local_devices()[:1]), trial_store.FileStore(workdir)
     if can_cache(config, encoders):
         state, progress = store.best(with_features(run, {}).abstract_state())
         state = _with_encoders(state, warm_start.begin(run.fresh_state(), encoders))

@@ -17,8 +17,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import metrics, parallel, train
+from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.runs import predictions as predictions_lib
 from medfuse_jax.runs import warm_start
@@ -139,7 +139,7 @@ def _without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
 class Program:
     """A group's data and compiled steps, its devices, and how many trials these can take."""
 
-    run: experiment_lib.Experiment
+    run: run_lib.Run
     devices: list[jax.Device]
     capacity: lanes_lib.Capacity
     train_fn: Callable
@@ -150,7 +150,7 @@ class Program:
 def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
     """Open the program of a trial's group. Encode the data if the group's frozen encoders have not run yet."""
     devices = parallel.devices()
-    run = experiment_lib.open_experiment(sweep.config_of(trial), devices[:1])
+    run = run_lib.open_run(sweep.config_of(trial), devices[:1])
     encoders = sweep.encoders_of(run.config)
     if frozen_encoders.can_cache(run.config, encoders):
         key = frozen_encoders.features_key(run.config)
@@ -201,7 +201,7 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
 
 def _open_trials(sweep: Sweep, run, trials: list[Trial], closing: contextlib.ExitStack) -> list[RunningTrial]:
     """Open the trials at their last checkpoints, or with new states if they have none."""
-    opened, is_frozen = [], isinstance(run, frozen_encoders.FrozenEncoderExperiment)
+    opened, is_frozen = [], isinstance(run, frozen_encoders.FrozenEncoderRun)
     abstract = run.abstract_state()
     for trial in trials:
         config, workdir = sweep.config_of(trial), results.trial_dir(sweep.workdir, trial.number)

@@ -11,7 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment, torch_import
+from medfuse_jax import run as run_lib
+from medfuse_jax import torch_import
 from medfuse_jax.runs import checkpoints, sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
@@ -42,7 +43,7 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     _check_modalities(config)
     if not config.data.dir:
         raise UserError("config.data.dir is empty: give the folder of the run's shards", field="config.data.dir")
-    run = experiment.open_experiment(config)
+    run = run_lib.open_run(config)
     state_dict = torch_import.read(checkpoint)
     try:
         variables, unused = _fill(run.options.model, config.method, state_dict)
@@ -75,7 +76,7 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
 
 def export_weights(workdir: Path, path: Path) -> str:
     """Write a run's best checkpoint under the released names, as `write` does; return the line to print."""
-    run = sources.open_run(workdir)
+    run = sources.reopen(workdir)
     config = run.config
     _check_modalities(config)
     state = checkpoints.restore_best(workdir, run.abstract_state())

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from medfuse_jax import augment, evaluate, experiment, records, schema, step
+from medfuse_jax import augment, evaluate, records, schema, step
 from medfuse_jax import config as config_lib
+from medfuse_jax import run as run_lib
 from medfuse_jax.models import registry
 from medfuse_jax.runs import checkpoints, workdir
 from medfuse_jax.runs.progress import Progress
@@ -56,7 +57,7 @@ def cxr_only_config(tiny_config, cxr_only_shards):
 
 
 def test_a_method_that_reads_both_scores_every_stay_and_reports_cxr_only_stays(cxr_only_config, tmp_path):
-    run = experiment.open_experiment(cxr_only_config)
+    run = run_lib.open_run(cxr_only_config)
     workdir.claim(tmp_path, run)
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same
         checkpoints.save(manager, run.fresh_state(), Progress(), is_best=True)
@@ -77,7 +78,7 @@ def test_a_method_that_reads_both_scores_every_stay_and_reports_cxr_only_stays(c
 @pytest.mark.parametrize("method", ["uni_ehr", "daft3"])
 def test_a_method_that_needs_ehr_leaves_out_cxr_only_stays(cxr_only_config, method):
     cxr_only_config.method = method
-    run = experiment.open_experiment(cxr_only_config)
+    run = run_lib.open_run(cxr_only_config)
     index = run.dataset.index["train"]
     np.testing.assert_array_equal(run.selects("train"), index["length"] > 0)
     drawn = np.concatenate([run.train_plan(1).paired_SP.reshape(-1), run.train_plan(1).unpaired_SU.reshape(-1)])
@@ -86,7 +87,7 @@ def test_a_method_that_needs_ehr_leaves_out_cxr_only_stays(cxr_only_config, meth
 
 def test_paired_stays_have_both_modalities(cxr_only_config):
     cxr_only_config.data.train_stays = "paired"
-    run = experiment.open_experiment(cxr_only_config)
+    run = run_lib.open_run(cxr_only_config)
     index = run.dataset.index["train"]
     np.testing.assert_array_equal(run.selects("train"), index["has_cxr"] & (index["length"] > 0))
 

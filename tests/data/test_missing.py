@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medfuse_jax import evaluate, experiment
+from medfuse_jax import evaluate
+from medfuse_jax import run as run_lib
 from medfuse_jax.data import batches, missing
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.runs import checkpoints, workdir
@@ -65,7 +66,7 @@ def test_impossible_fractions_are_refused(whole, shares):
 
 def test_a_config_without_ehr_trains_on_images_alone(tiny_config):
     tiny_config.data.drop_ehr = 1.0
-    run = experiment.open_experiment(tiny_config)
+    run = run_lib.open_run(tiny_config)
     batch = next(batches.batches(run.dataset, "train", run.train_plan(1)))
     image_rows = batch["image_row"][batch["image_mask"]]
     assert len(image_rows) and (batch["length"][0][image_rows] == 0).all()
@@ -74,7 +75,7 @@ def test_a_config_without_ehr_trains_on_images_alone(tiny_config):
 def test_scoring_does_without_dropped_modalities(tiny_config, tmp_path):
     """The run is on paired stays, of which none is left to count the steps of an epoch."""
     tiny_config.data.train_stays = tiny_config.data.val_stays = "paired"
-    run = experiment.open_experiment(tiny_config)
+    run = run_lib.open_run(tiny_config)
     workdir.claim(tmp_path, run)
     state = run.fresh_state().replace(step=jnp.int32(3 * len(run.train_plan(1))))
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:  # untrained: what is scored is the same

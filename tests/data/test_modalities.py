@@ -13,7 +13,8 @@ from model_cases import batch, random_variables, shapes, tiny_model
 from refusals import refused
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, records, schema, step, train
+from medfuse_jax import evaluate, records, schema, step, train
+from medfuse_jax import run as run_lib
 from medfuse_jax.data import batches
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.data.modalities import loading, static
@@ -176,7 +177,7 @@ def test_the_static_encoder_is_one_linear_layer(method):
 
 
 def _train(config, folder):
-    run = experiment.open_experiment(config)
+    run = run_lib.open_run(config)
     workdir.claim(folder, run)
     train.train(run, folder)
     return run
@@ -190,7 +191,7 @@ def test_a_run_with_static_features_trains_evaluates_and_can_be_started_from(tin
     with np.load(tmp_path / "a" / "predictions_test.npz") as stored:
         assert len(stored["stay_id"]) == len(run.dataset.index["test"]["stay_id"])
         assert np.isfinite(stored["scores"]).all()
-    source = sources.open_run(tmp_path / "a")
+    source = sources.reopen(tmp_path / "a")
     sources.check(run, "model", tmp_path / "a", source)
     source.dataset.index["train"]["gender"] = np.char.replace(source.dataset.index["train"]["gender"], "F", "W")
     with pytest.raises(UserError, match="its modality 'static' has other values"):
@@ -218,7 +219,7 @@ def own(tiny_config, tmp_path, monkeypatch):
 def test_the_pages_example_is_short_and_a_gradient_reaches_it(own):
     assert len(_example().splitlines()) < 40
     config_lib.validate(own)
-    run = experiment.open_experiment(own)
+    run = run_lib.open_run(own)
     state = run.fresh_state()
     made = next(batches.batches(run.dataset, "train", run.train_plan(1)))
     inputs = {name: x[0] for name, x in made.items()}
@@ -232,14 +233,14 @@ def test_the_pages_example_is_short_and_a_gradient_reaches_it(own):
 
 
 def test_a_run_is_refused_if_a_modalitys_values_changed_after_training(own, tmp_path):
-    workdir.claim(tmp_path / "run", experiment.open_experiment(own))
-    sources.open_run(tmp_path / "run")
+    workdir.claim(tmp_path / "run", run_lib.open_run(own))
+    sources.reopen(tmp_path / "run")
     with np.load("notes.npz") as notes:
         content = dict(notes)
     content["vector"][0] += 1
     np.savez("notes.npz", **content)
     with refused(path=tmp_path / "run" / "data.json"):
-        sources.open_run(tmp_path / "run")
+        sources.reopen(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "data.json").read_text())["digest"] != records.digest(own.data.dir, "pheno")
 
 
@@ -296,10 +297,10 @@ def test_a_table_of_the_wrong_form_is_refused(made, message):
 
 def test_starting_from_a_model_with_its_modalities_in_another_order_is_refused(own, tmp_path):
     """A token's weights depend on its place."""
-    run = experiment.open_experiment(own)
+    run = run_lib.open_run(own)
     own.model.modalities = "notes.py,static"
     with refused(field="config.init.model"):
-        sources.check(run, "model", tmp_path, experiment.open_experiment(own))
+        sources.check(run, "model", tmp_path, run_lib.open_run(own))
 
 
 def test_splits_of_different_widths_are_refused():
@@ -313,13 +314,13 @@ def test_an_error_in_the_users_table_is_one_line_with_its_place(own):
     Path("notes.npz").unlink()
     line = 1 + next(i for i, text in enumerate(_example().splitlines()) if "np.load" in text)
     with pytest.raises(UserError, match=rf"'notes', train split: notes\.py cannot be used \(line {line}: FileNotFound"):
-        experiment.open_experiment(own)
+        run_lib.open_run(own)
 
 
 def test_a_token_of_the_wrong_width_is_refused_before_the_run_begins(own):
     Path("notes.py").write_text(_example().replace("nn.Dense(self.width)", "nn.Dense(128)"))
     with pytest.raises(UserError, match=r"the Encoder of 'notes' gives \[2, 128\] for 2 rows"):
-        experiment.open_experiment(own)
+        run_lib.open_run(own)
 
 
 _ENCODER = """

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import evaluate, experiment, parallel, records
+from medfuse_jax import evaluate, parallel, records
+from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.report import pages
 from medfuse_jax.runs import checkpoints, predictions, workdir
@@ -21,7 +22,7 @@ def attention_config(tiny_config):
 
 
 def test_predictions_hold_attention_weights_and_the_report_shows_them(attention_config, tmp_path):
-    run = experiment.open_experiment(attention_config)
+    run = run_lib.open_run(attention_config)
     workdir.claim(tmp_path, run)
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
         checkpoints.save(manager, _perturbed(run.fresh_state()), Progress(), is_best=True)
@@ -52,7 +53,7 @@ def _perturbed(state):
 
 @pytest.mark.slow
 def test_attention_weights_are_the_same_on_one_device_and_on_two(attention_config):
-    run = experiment.open_experiment(attention_config)
+    run = run_lib.open_run(attention_config)
     state, include_N = _perturbed(run.fresh_state()), run.dataset.usable("test")
     results = []
     for num_devices, mode in ((1, "jit"), (2, "pmap")):
@@ -68,5 +69,5 @@ def test_attention_weights_are_the_same_on_one_device_and_on_two(attention_confi
 
 
 def test_method_without_attention_has_no_weights(ehr_config):
-    run = experiment.open_experiment(ehr_config)
+    run = run_lib.open_run(ehr_config)
     assert predictions.attention_weights(run, None, None, "test", run.dataset.usable("test")) == {}

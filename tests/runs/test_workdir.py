@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from medfuse_jax import experiment
+from medfuse_jax import run as run_lib
 from medfuse_jax.runs import sources, workdir
 from medfuse_jax.runtime.errors import TryLater, UserError
 
@@ -16,13 +16,13 @@ from medfuse_jax.runtime.errors import TryLater, UserError
 def uni_ehr(shared_tiny_config):
     config = shared_tiny_config.copy_and_resolve_references()
     config.method = "uni_ehr"
-    return experiment.open_experiment(config)
+    return run_lib.open_run(config)
 
 
 @pytest.fixture
 def run(uni_ehr):
     config = uni_ehr.config.copy_and_resolve_references()
-    return experiment.Experiment(config, uni_ehr.dataset, uni_ehr.options, uni_ehr.devices)
+    return run_lib.Run(config, uni_ehr.dataset, uni_ehr.options, uni_ehr.devices)
 
 
 def _refused(call, *args) -> UserError:
@@ -35,7 +35,7 @@ def _refused(call, *args) -> UserError:
 def test_claimed_workdir_reopens_as_the_same_run(run, tmp_path):
     workdir.claim(tmp_path / "run", run)
     workdir.claim(tmp_path / "run", run)
-    assert sources.open_run(tmp_path / "run").dataset.digest == run.dataset.digest
+    assert sources.reopen(tmp_path / "run").dataset.digest == run.dataset.digest
 
 
 @pytest.mark.parametrize("inside", ["", "pheno/run", "radiology"])
@@ -50,8 +50,8 @@ def test_moved_shards_are_the_same(run, tmp_path, shards):
     (tmp_path / "run" / "checkpoints").mkdir()
     shutil.copytree(shards, tmp_path / "moved")
     run.config.data.dir = str(tmp_path / "moved")
-    workdir.claim(tmp_path / "run", experiment.open_experiment(run.config))
-    assert sources.open_run(tmp_path / "run").config.data.dir == str(tmp_path / "moved")
+    workdir.claim(tmp_path / "run", run_lib.open_run(run.config))
+    assert sources.reopen(tmp_path / "run").config.data.dir == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize("trained", ["pretrain_ehr/checkpoints", "result.json"])
@@ -80,7 +80,7 @@ def test_other_content_is_left_unchanged(run, tmp_path, name, content, kind):
     error = _refused(workdir.claim, tmp_path, run)
     assert error.value == kind if kind else str(tmp_path / "config.json") in str(error)
     if kind:
-        assert _refused(sources.open_run, tmp_path).path == tmp_path
+        assert _refused(sources.reopen, tmp_path).path == tmp_path
     assert json.loads((tmp_path / name).read_text()) == content and len(list(tmp_path.iterdir())) == 1
 
 
@@ -108,14 +108,14 @@ def test_new_place_of_the_shards_is_given_once(run, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     moved, config["data"]["dir"] = config["data"]["dir"], str(tmp_path / "gone")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    error = _refused(sources.open_run, tmp_path)
+    error = _refused(sources.reopen, tmp_path)
     assert (error.field, error.path) == ("--data_dir", tmp_path / "gone")
-    _refused(sources.open_run, tmp_path, None, str(tmp_path))
-    assert sources.open_run(tmp_path, data_dir=moved).config.data.dir == moved
-    assert sources.open_run(tmp_path).config.data.dir == moved
+    _refused(sources.reopen, tmp_path, None, str(tmp_path))
+    assert sources.reopen(tmp_path, data_dir=moved).config.data.dir == moved
+    assert sources.reopen(tmp_path).config.data.dir == moved
 
 
-@pytest.mark.parametrize("use", [workdir.claim, lambda path, run: sources.open_run(path)])
+@pytest.mark.parametrize("use", [workdir.claim, lambda path, run: sources.reopen(path)])
 def test_changed_shards_are_refused(run, tmp_path, use):
     workdir.claim(tmp_path, run)
     (tmp_path / "checkpoints").mkdir()
@@ -129,9 +129,9 @@ def test_changed_statistics_are_refused(run, tmp_path):
     path = tmp_path / "statistics.json"
     path.write_text(json.dumps({"mean": [0.0] * 76, "std": [1.0] * 76}))
     run.config.data.statistics = str(path)
-    workdir.claim(tmp_path / "run", experiment.open_experiment(run.config))
+    workdir.claim(tmp_path / "run", run_lib.open_run(run.config))
     path.write_text(json.dumps({"mean": [50.0] * 76, "std": [9.0] * 76}))
-    assert f"config.data.statistics={path}" in _refused(sources.open_run, tmp_path / "run").value
+    assert f"config.data.statistics={path}" in _refused(sources.reopen, tmp_path / "run").value
 
 
 def test_second_process_is_kept_out_until_the_first_ends(tmp_path):

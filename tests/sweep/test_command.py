@@ -14,7 +14,8 @@ import pytest
 from sweep_cases import PRETRAIN, RATES, best_state, stop_at_save, sweep
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, experiment, records
+from medfuse_jax import evaluate, records
+from medfuse_jax import run as run_lib
 from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime.errors import TryLater, UserError
@@ -54,7 +55,7 @@ def test_the_best_trial_is_chosen_on_validation_and_tested_once(finished):
     page = (folder / "sweep.html").read_text()
     assert f"trial {rows[0]['trial']}: {aurocs[0]:.3f}" in page
     costs = json.loads((folder / "costs.json").read_text())
-    assert (costs["trials"], costs["steps"]) == (3, len(experiment.open_experiment(config).train_plan(epoch=1)))
+    assert (costs["trials"], costs["steps"]) == (3, len(run_lib.open_run(config).train_plan(epoch=1)))
     assert costs["compile_s"] > 0 and costs["train_s"] > 0
 
 
@@ -136,7 +137,7 @@ def test_trials_are_exported_and_chosen_after_the_shards_were_moved(tiny_config,
         assert result["data"]["dir"] == str(tmp_path / "after")
     best = runpy.run_path(str(tmp_path / "sweep" / "best_config.py"))["get_config"]()
     assert best.data.dir == str(tmp_path / "after")
-    assert sources.find(experiment.open_experiment(best), tmp_path / "run")[0].keys() == {"ehr", "cxr"}
+    assert sources.find(run_lib.open_run(best), tmp_path / "run")[0].keys() == {"ehr", "cxr"}
 
 
 @pytest.mark.parametrize(("field", "value"), [("profile_steps", "1:2"), ("recurrence", "cudnn")])

@@ -9,7 +9,8 @@ import pytest
 from model_cases import equations
 from sweep_cases import PRETRAIN, RATES, assert_as_alone, assert_resumes, sweep, train_alone
 
-from medfuse_jax import experiment, parallel, step
+from medfuse_jax import parallel, step
+from medfuse_jax import run as run_lib
 from medfuse_jax.models import registry
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
@@ -50,7 +51,7 @@ def test_varying_the_augmentation_of_frozen_encoders_is_refused(tiny_config, tmp
 
 def _untrained(config, workdir):
     """Return a run with a checkpoint of its initial weights."""
-    run = experiment.open_experiment(config)
+    run = run_lib.open_run(config)
     workdir_lib.claim(workdir, run)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         checkpoints.save(manager, run.fresh_state(), Progress(epoch=1, learning_rate=0.1, best_epoch=1), True)
@@ -89,7 +90,7 @@ def test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model(
         assert np.isfinite(score_BK).all()
     assert cached == ["early", "joint", "joint_zeros", "joint_learnable", "medfuse", "medfuse"]
     assert len(together.features) == 2 and costs.encode_s > 0
-    whole = experiment.open_experiment(together.config_of(trials[-1]), jax.local_devices()[:1])
+    whole = run_lib.open_run(together.config_of(trials[-1]), jax.local_devices()[:1])
     state, scorer = whole.fresh_state(), _scorer(whole)
     np.testing.assert_allclose(scorer(warm_start.begin(state, encoders)), score_BK, atol=1e-5)
     assert np.abs(scorer(state) - score_BK).max() > 1e-3, "other encoders differ by more than the tolerance"
@@ -97,7 +98,7 @@ def test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model(
 
 def test_the_abstract_state_is_that_of_a_fresh_state_without_encoders(frozen_config):
     """Resuming and exporting a trial read its file by this state."""
-    run = frozen_encoders.with_features(experiment.open_experiment(frozen_config, jax.local_devices()[:1]), {})
+    run = frozen_encoders.with_features(run_lib.open_run(frozen_config, jax.local_devices()[:1]), {})
     abstract, fresh = run.abstract_state(), run.fresh_state()
     assert "classifier" in abstract.params and not {"ehr_encoder", "cxr_encoder"} & abstract.params.keys()
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (np.shape(b), b.dtype)), abstract, fresh)
@@ -119,7 +120,7 @@ def _precisions(jaxpr) -> list:
 def test_features_are_as_precise_as_in_the_whole_model(frozen_config):
     """Accelerators round the inputs of float32 products unless the precision forbids it."""
     frozen_config.precision = "float32"
-    run = experiment.open_experiment(frozen_config, jax.local_devices()[:1])
+    run = run_lib.open_run(frozen_config, jax.local_devices()[:1])
     batch = parallel.merge(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
     state = run.abstract_state()
     variables = {"params": state.params, "batch_stats": state.batch_stats}

@@ -8,7 +8,8 @@ import optax
 import pytest
 from sweep_cases import RATES, assert_as_alone, assert_resumes, best_state, difference, sweep
 
-from medfuse_jax import experiment, optim
+from medfuse_jax import optim
+from medfuse_jax import run as run_lib
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import frozen_encoders, groups, results, search, stacked_step
@@ -44,14 +45,14 @@ def test_a_stopped_sweep_resumes_to_the_same_table(ehr_config, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_trial_that_diverges_fails_alone(ehr_config, tmp_path, monkeypatch):
-    fresh_states = experiment.Experiment.fresh_states
+    fresh_states = run_lib.Run.fresh_states
 
     def broken_for_seed_1(self, seeds):
         for seed, state in zip(seeds, fresh_states(self, seeds)):
             yield jax.tree.map(lambda x: x * np.nan if x.ndim == 2 else x, state) if seed == 1 else state
 
     whole = sweep(ehr_config, tmp_path / "whole", ["seed:choice(0,2)"], num_trials=2, lanes=2)
-    monkeypatch.setattr(experiment.Experiment, "fresh_states", broken_for_seed_1)
+    monkeypatch.setattr(run_lib.Run, "fresh_states", broken_for_seed_1)
     rows = sweep(ehr_config, tmp_path / "broken", ["seed:choice(0,1,2)"], num_trials=3, lanes=2)
     by_seed = {row["seed"]: row for row in rows}
     assert by_seed["1"]["status"].startswith("failed: experiment: the loss of step 1 is nan")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from medfuse_jax import experiment
+from medfuse_jax import run as run_lib
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import groups, lanes, search, stacked_step
 from medfuse_jax.sweep.costs import Costs
@@ -74,7 +74,7 @@ def test_measuring_leaves_the_states_unchanged(ehr_config, tmp_path, monkeypatch
 def _shuffle_short_batch_first(config):
     """Choose an order whose first batch is not the longest; return the lengths of its batches."""
     for config.data.order_seed in range(20):
-        padded_length_S = experiment.open_experiment(config).train_plan(epoch=1).padded_length_S
+        padded_length_S = run_lib.open_run(config).train_plan(epoch=1).padded_length_S
         if padded_length_S[0] < padded_length_S.max():
             return padded_length_S
     raise AssertionError("no such order")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from model_cases import random_variables
 
-from medfuse_jax import evaluate, experiment, schema, torch_import, train
+from medfuse_jax import evaluate, schema, torch_import, train
+from medfuse_jax import run as run_lib
 from medfuse_jax.runs import checkpoints, sources, warm_start
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.torch_import import __main__ as command
@@ -31,7 +32,7 @@ def imported(shared_tiny_config, tmp_path_factory):
     """A medfuse checkpoint file with random weights, imported: file, variables, workdir, printed."""
     folder = tmp_path_factory.mktemp("imported")
     config = shared_tiny_config.copy_and_resolve_references()
-    variables = random_variables(experiment.open_experiment(config).options.model, seed=0)
+    variables = random_variables(run_lib.open_run(config).options.model, seed=0)
     path = folder / "medfuse.safetensors"
     torch_import.write(path, {**torch_import.export(variables, "medfuse"), **_UNUSED})
     printed = "\n".join(command.import_weights(path, config, folder / "run"))
@@ -51,12 +52,12 @@ def imagenet(imported, shared_tiny_config, tmp_path_factory):
 
 
 def _best(config, workdir: Path):
-    return checkpoints.restore_best(workdir, experiment.open_experiment(config).abstract_state())
+    return checkpoints.restore_best(workdir, run_lib.open_run(config).abstract_state())
 
 
 def _start(config, workdir: Path, name: str, fresh):
     """Return the state that `main --config.init.<name>=workdir` starts from."""
-    run, source = experiment.open_experiment(config), sources.open_run(workdir)
+    run, source = run_lib.open_run(config), sources.reopen(workdir)
     sources.check(run, name, workdir, source)
     return warm_start.begin(fresh, {name: (workdir, source)})
 
@@ -91,7 +92,7 @@ def test_scores_are_those_of_the_imported_weights(imported, tiny_config):
     """Compares with the model applied to one record, and with other weights."""
     result = evaluate.evaluate(imported.workdir)
     assert result["selected_by"] == "imported from medfuse.safetensors" and result["best_epoch"] == 0
-    run = experiment.open_experiment(tiny_config)
+    run = run_lib.open_run(tiny_config)
     index = run.dataset.index["test"]
     unpaired = int(np.flatnonzero(~index["has_cxr"])[0])
     ehr_TF = (run.dataset.splits["test"][unpaired]["ehr"] - run.dataset.mean_F) / run.dataset.std_F
@@ -106,7 +107,7 @@ def test_scores_are_those_of_the_imported_weights(imported, tiny_config):
 
 
 def test_training_starts_from_an_imported_model_or_encoder(imported, imagenet, tiny_config):
-    fresh = experiment.open_experiment(tiny_config).fresh_state()
+    fresh = run_lib.open_run(tiny_config).fresh_state()
     started = _start(tiny_config, imported.workdir, "model", fresh)
     jax.tree.map(_assert_same_bits, {"params": started.params, "batch_stats": started.batch_stats}, imported.variables)
     for name, workdir in (("ehr", imported.workdir), ("cxr", imagenet.workdir)):
@@ -119,7 +120,7 @@ def test_training_starts_from_an_imported_model_or_encoder(imported, imagenet, t
 
 
 def test_imported_run_is_not_trained_further(imported, tiny_config):
-    train.train(experiment.open_experiment(tiny_config), imported.workdir)
+    train.train(run_lib.open_run(tiny_config), imported.workdir)
     jax.tree.map(_assert_same_bits, _best(tiny_config, imported.workdir).params, imported.variables["params"])
 
 

@@ -25,7 +25,7 @@ from medfuse_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Run:
     """One run, as training and evaluation need it."""
 
     config: ConfigDict
@@ -110,7 +110,7 @@ class Experiment:
         return jax.eval_shape(self.state_maker(), jax.random.key(0, impl="rbg"), 0.0)
 
 
-def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> Experiment:
+def open_run(config: ConfigDict, on: list[jax.Device] | None = None) -> Run:
     """Open a validated config; raise UserError if its data or the devices do not fit it.
 
     on: the devices to divide each batch over; default: all of this process.
@@ -127,7 +127,7 @@ def open_experiment(config: ConfigDict, on: list[jax.Device] | None = None) -> E
         mean_F=tuple(dataset.mean_F.tolist()),
         std_F=tuple(dataset.std_F.tolist()),
     )
-    run = Experiment(config, dataset, options, on)
+    run = Run(config, dataset, options, on)
     _check_batches(run)
     return run
 
@@ -186,7 +186,7 @@ def _build_model(
     )
 
 
-def _check_batches(run: Experiment) -> None:
+def _check_batches(run: Run) -> None:
     """Raise UserError if the records cannot fill batches as the config says."""
     config = run.config
     for split in ("train", "val"):
@@ -216,7 +216,7 @@ def _check_batches(run: Experiment) -> None:
         )
 
 
-def check_unseen(run: Experiment, what: str, seen_N: np.ndarray) -> None:
+def check_unseen(run: Run, what: str, seen_N: np.ndarray) -> None:
     """Raise UserError if `what` was trained on patients (ids seen_N) of the run's val or test split."""
     held_out = np.concatenate([run.dataset.index[split]["subject_id"] for split in ("val", "test")])
     if leaked := len(np.intersect1d(held_out, seen_N)):
@@ -227,11 +227,7 @@ def check_unseen(run: Experiment, what: str, seen_N: np.ndarray) -> None:
         )
 
 
-def num_params(state: step_lib.TrainState) -> int:
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
-
-
-def check_recurrence(run: Experiment) -> None:
+def check_recurrence(run: Run) -> None:
     """Raise UserError if a GPU cannot run the configured LSTM kernel; elsewhere training falls back to 'chunks'."""
     if run.dataset.use_ehr:
         supported.check(run.config, run.devices)

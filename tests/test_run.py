@@ -1,4 +1,4 @@
-"""An experiment: which records it uses, and what it refuses."""
+"""A run: which records it uses, and what it refuses."""
 
 import dataclasses
 import types
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from medfuse_jax import experiment
+from medfuse_jax import run as run_lib
 
 
 @pytest.fixture
 def ehr_run(tiny_config):
     tiny_config.method = "uni_ehr"
-    return experiment.open_experiment(tiny_config)
+    return run_lib.open_run(tiny_config)
 
 
 def _gpus(compute_capability: str, number: int = 1) -> list:
@@ -24,21 +24,21 @@ def _gpus(compute_capability: str, number: int = 1) -> list:
 @pytest.mark.parametrize("kernel", ["chunks", "pallas", "cudnn"])
 def test_a_cpu_falls_back_to_chunks_and_a_gpu_runs_the_configured_kernel(ehr_config, kernel):
     ehr_config.recurrence = kernel
-    on_cpus, on_gpu = (experiment.open_experiment(ehr_config, on) for on in (None, _gpus("9.0")))
+    on_cpus, on_gpu = (run_lib.open_run(ehr_config, on) for on in (None, _gpus("9.0")))
     assert on_cpus.options.model.recurrence == "chunks" and on_gpu.options.model.recurrence == kernel
     assert on_cpus.options.model.ops == "cpu" and on_gpu.options.model.ops == "plain"
     for run in (on_cpus, on_gpu):
-        experiment.check_recurrence(run)
+        run_lib.check_recurrence(run)
 
 
 def test_a_gpu_that_cannot_run_the_lstm_kernel_is_rejected_for_training_only(ehr_config):
     ehr_config.recurrence = "pallas"
-    run = experiment.open_experiment(ehr_config, _gpus("7.5"))
+    run = run_lib.open_run(ehr_config, _gpus("7.5"))
     assert run.options.model.recurrence == "chunks" and run.options.model.ops == "plain"
     with refused(field="config.recurrence", value="pallas", nearest="chunks"):
-        experiment.check_recurrence(run)
+        run_lib.check_recurrence(run)
     without_ehr = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, use_ehr=False))
-    experiment.check_recurrence(without_ehr)
+    run_lib.check_recurrence(without_ehr)
 
 
 def test_every_included_record_is_planned_once(ehr_run):
@@ -59,4 +59,4 @@ def test_an_ehr_only_ratio_that_leaves_no_record_is_refused(ehr_run):
     ehr_run.config.data.ehr_only_ratio = 0.0
     without = dataclasses.replace(ehr_run, dataset=dataclasses.replace(ehr_run.dataset, index=index))
     with refused(field="config.data.ehr_only_ratio", value=0.0):
-        experiment._check_batches(without)
+        run_lib._check_batches(without)
