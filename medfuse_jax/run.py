@@ -225,9 +225,3 @@ def check_unseen(run: Run, what: str, seen_N: np.ndarray) -> None:
             f"{run.config.task}: build both tasks with the same --seed, or the same --val_ids and --test_ids",
             path=run.config.data.dir,
         )
-
-
-def check_recurrence(run: Run) -> None:
-    """Raise UserError if a GPU cannot run the configured LSTM kernel; elsewhere training falls back to 'chunks'."""
-    if run.dataset.use_ehr:
-        supported.check(run.config, run.devices)

@@ -137,12 +137,16 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
         manager.wait_until_finished()
 
 
-def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> None:
-    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training."""
+def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]], by_sweep: bool = False) -> None:
+    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training.
+
+    by_sweep: whether the run is a trial of a sweep, which streams its batches whatever config.placement is.
+    """
     run.check_any("test", run.dataset.usable("test"))
     profiled_steps(run)
-    run_lib.check_recurrence(run)
-    for trained in (run, *(staged for _, staged in stages.values())):
+    if run.dataset.use_ehr:
+        supported.check(run.config, run.devices)
+    for trained in (*(staged for _, staged in stages.values()), *([] if by_sweep else [run])):
         feed_lib.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
 
 

@@ -9,6 +9,7 @@ import pytest
 from refusals import refused
 
 from medfuse_jax import run as run_lib
+from medfuse_jax import train
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_a_cpu_falls_back_to_chunks_and_a_gpu_runs_the_configured_kernel(ehr_con
     assert on_cpus.options.model.recurrence == "chunks" and on_gpu.options.model.recurrence == kernel
     assert on_cpus.options.model.ops == "cpu" and on_gpu.options.model.ops == "plain"
     for run in (on_cpus, on_gpu):
-        run_lib.check_recurrence(run)
+        train.preflight(run, {})
 
 
 def test_a_gpu_that_cannot_run_the_lstm_kernel_is_rejected_for_training_only(ehr_config):
@@ -36,9 +37,9 @@ def test_a_gpu_that_cannot_run_the_lstm_kernel_is_rejected_for_training_only(ehr
     run = run_lib.open_run(ehr_config, _gpus("7.5"))
     assert run.options.model.recurrence == "chunks" and run.options.model.ops == "plain"
     with refused(field="config.recurrence", value="pallas", nearest="chunks"):
-        run_lib.check_recurrence(run)
-    without_ehr = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, use_ehr=False))
-    run_lib.check_recurrence(without_ehr)
+        train.preflight(run, {})
+    ehr_config.method = "uni_cxr"
+    train.preflight(run_lib.open_run(ehr_config, _gpus("7.5")), {})
 
 
 def test_every_included_record_is_planned_once(ehr_run):

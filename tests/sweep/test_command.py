@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from refusals import refused
 from sweep_cases import PRETRAIN, RATES, best_state, stop_at_save, sweep
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, records
 from medfuse_jax import run as run_lib
+from medfuse_jax.data import device_store
 from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime.errors import TryLater, UserError
@@ -201,6 +203,14 @@ def test_an_invalid_trial_is_refused_before_any_is_trained(tiny_config, tmp_path
         sweep(tiny_config, tmp_path, ["method:choice(medfuse,uni_crx)"], num_trials=2)
     assert (error.value.field, error.value.nearest) == ("config.method", "uni_cxr")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_stage_that_the_devices_cannot_hold_is_refused_before_any_is_trained(tiny_config, tmp_path, monkeypatch):
+    tiny_config.pretrain.update(PRETRAIN | {"ehr": PRETRAIN["ehr"] | {"placement": "device"}})
+    monkeypatch.setattr(device_store, "_MAX_FRACTION", 0)
+    with refused(field="config.placement", value="device"):
+        sweep(tiny_config, tmp_path / "sweep", RATES)
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_list_in_the_config_gives_the_trials_unless_there_is_a_search(tmp_path, capsys):
