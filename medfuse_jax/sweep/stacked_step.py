@@ -19,16 +19,13 @@ from medfuse_jax import parallel
 from medfuse_jax import step as step_lib
 
 OUT_OF_MEMORY = (jax.errors.JaxRuntimeError, MemoryError)  # on a device, on the host
-_AXIS = "device"
-# All trials of a stack are at the same step.
-_TRIAL_AXES = step_lib.TrainState(step=None, params=0, batch_stats=0, opt_state=0, learning_rate=0)  # type: ignore
 
 
 @dataclasses.dataclass
 class Stack:
     """D x V trials: trial i is lane i % V of device i // V. Lanes past num_trials repeat the first trial.
 
-    state: leaves [D, V, ...] except `step`; key, dropout: [D, V].
+    state: leaves [D, V, ...]; key, dropout: [D, V]. All trials are at the same step.
     """
 
     state: step_lib.TrainState
@@ -46,13 +43,13 @@ def stack(
     for first in range(0, len(states), size):
         part = states[first : first + size]
         rows = [first + (i if i < len(part) else 0) for i in range(size)]
-        with_lanes = jax.tree.map(
+        state = jax.tree.map(
             lambda *x: np.stack(jax.device_get(x)).reshape(len(on), lanes, *x[0].shape), *[states[i] for i in rows]
         )
-        state = parallel.divide(with_lanes, on).replace(step=parallel.replicate(jnp.asarray(part[0].step), on))
         keys = jnp.stack([jax.random.key(seeds[i]) for i in rows]).reshape(len(on), lanes)
         dropout = np.array([dropouts[i] for i in rows], np.float32).reshape(len(on), lanes)
-        stacks.append(Stack(state, parallel.divide(keys, on), parallel.divide(dropout, on), len(part)))
+        state, keys, dropout = parallel.divide((state, keys, dropout), on)
+        stacks.append(Stack(state, keys, dropout, len(part)))
     return stacks
 
 
@@ -60,10 +57,8 @@ def unstack(stacks: list[Stack]) -> list[step_lib.TrainState]:
     """Return the states of the trials, in order, as host arrays."""
     states = []
     for one in stacks:
-        host = jax.device_get(one.state)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), dataclasses.replace(host, step=np.zeros((1, 1))))
-        for i in range(one.num_trials):
-            states.append(jax.tree.map(lambda x, i=i: x[i], flat.replace(step=None)).replace(step=host.step))
+        flat = jax.tree.map(_flat, jax.device_get(one.state))
+        states += [jax.tree.map(lambda x, i=i: x[i], flat) for i in range(one.num_trials)]
     return states
 
 
@@ -79,39 +74,33 @@ def set_learning_rates(stacks: list[Stack], rates: list[float], on: list[jax.Dev
 
 def compile_train(options: step_lib.StepOptions, on: list[jax.Device]) -> Callable:
     """Compile (state, batch, key, dropout) -> (state, metrics [D, V]), for a Stack and a batch of one device."""
-
-    def one_trial(state, batch, key, dropout):
-        return step_lib.train_step(options, state, parallel.merge(batch), key, dropout=dropout)
-
-    def lanes(state, batch, key, dropout):
-        if key.shape == (1,):  # no vmap: run the program of a single run
-            state, metrics = one_trial(_lane(state), batch, key[0], dropout[0])
-            metrics = jax.tree.map(lambda x: x[None], metrics)
-            return jax.tree.map(lambda x: x[None], state).replace(step=state.step), metrics
-        in_axes = (_TRIAL_AXES, None, 0, 0)
-        return jax.vmap(one_trial, in_axes, out_axes=(_TRIAL_AXES, 0))(state, batch, key, dropout)
-
-    in_axes, out_axes = (_TRIAL_AXES, None, 0, 0), (_TRIAL_AXES, 0)
-    return jax.pmap(lanes, _AXIS, in_axes=in_axes, out_axes=out_axes, devices=on, donate_argnums=0)
+    return _compile(functools.partial(step_lib.train_step, options), on, donate_argnums=0)
 
 
 def compile_eval(options: step_lib.StepOptions, on: list[jax.Device]) -> Callable:
     """Compile (state of a Stack, batch of one device) -> (scores [D, V, B, K], loss of each row [D, V, B])."""
+    return _compile(functools.partial(step_lib.eval_step, options), on)
 
-    def lanes(state, batch):
-        evaluate = functools.partial(step_lib.eval_step, options)
-        if state.learning_rate.shape == (1,):
-            return jax.tree.map(lambda x: x[None], evaluate(_lane(state), parallel.merge(batch)))
-        return jax.vmap(evaluate, (_TRIAL_AXES, None))(state, parallel.merge(batch))
 
-    return jax.pmap(lanes, _AXIS, in_axes=(_TRIAL_AXES, None), devices=on)
+def _compile(step: Callable, on: list[jax.Device], **options) -> Callable:
+    """Compile a trial's step(state, batch, key=..., dropout=...) for all lanes of all devices."""
+
+    def lanes(state, batch, **per_trial):
+        batch = parallel.merge(batch)
+        if state.step.shape == (1,):  # no vmap: run the program of a single run
+            state, per_trial = jax.tree.map(lambda x: x[0], (state, per_trial))
+            return jax.tree.map(lambda x: x[None], step(state, batch, **per_trial))
+        return jax.vmap(step, (0, None))(state, batch, **per_trial)
+
+    # pmap and vmap map every keyword argument over its first axis.
+    return jax.pmap(lanes, parallel.AXIS, in_axes=(0, None), devices=on, **options)
 
 
 def train_all(train_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.Device]) -> list[jax.Array]:
     """Train every trial for one step on one batch; return the losses [D, V] of each stack."""
     batch, losses = parallel.replicate(batch, on), []
     for one in stacks:
-        one.state, metrics = train_fn(one.state, batch, one.key, one.dropout)
+        one.state, metrics = train_fn(one.state, batch, key=one.key, dropout=one.dropout)
         losses.append(metrics["loss"])
     return losses
 
@@ -128,11 +117,6 @@ def eval_all(eval_fn: Callable, stacks: list[Stack], batch: dict, on: list[jax.D
 def by_trial(losses: list[jax.Array], stacks: list[Stack]) -> np.ndarray:
     """Turn the losses of `train_all` into one array [M], in the order of the trials."""
     return np.concatenate([np.asarray(x).reshape(-1)[: one.num_trials] for x, one in zip(losses, stacks)])
-
-
-def _lane(state: step_lib.TrainState) -> step_lib.TrainState:
-    """Return the state of the only trial in a state with one lane."""
-    return jax.tree.map(lambda x: x[0], state.replace(step=state.step[None]))
 
 
 def _flat(x_DV: jax.Array) -> jax.Array:
