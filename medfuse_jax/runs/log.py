@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from medfuse_jax.runtime import files
@@ -23,7 +22,7 @@ class RunLog:
         self._name = name
         self._path = workdir / "metrics.jsonl"
         _drop_after(self._path, resume_step)
-        self._tensorboard = None if quiet else SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._tensorboard = None if quiet else _open_tensorboard(workdir / "tensorboard", resume_step + 1)
         self._bar = tqdm(
             total=num_steps,
             initial=resume_step,
@@ -65,6 +64,12 @@ class RunLog:
         self._bar.close()
         if self._tensorboard:
             self._tensorboard.close()
+
+
+def _open_tensorboard(folder: Path, purge_step: int):
+    from tensorboardX import SummaryWriter  # late: it imports torch where that is installed, which takes seconds
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _drop_after(path: Path, step: int) -> None:
