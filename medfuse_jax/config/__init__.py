@@ -1,0 +1,72 @@
+"""A run's config: its fields (fields.py), what they must satisfy (checks.py), and configs in files.
+
+Each of `configs/*.py` starts from `default()` and sets what differs. `python -m medfuse_jax.config` lists all fields.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from medfuse_jax.config.checks import check_devices, profile_steps, validate
+from medfuse_jax.config.fields import (
+    FIELDS,
+    ConfigDict,
+    Field,
+    default,
+    describe,
+    flat,
+    is_execution_only,
+    names,
+    pretraining,
+    section,
+    set_fields,
+    stage,
+    stages,
+    table,
+)
+from medfuse_jax.runtime import files
+from medfuse_jax.runtime.errors import UserError
+
+__all__ = [
+    "FIELDS", "Field", "check_devices", "default", "describe", "difference", "flat", "is_execution_only", "load",
+    "names", "pretraining", "profile_steps", "save", "section", "stage", "stages", "table", "validate",
+]  # fmt: skip
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Write the resolved config as JSON, without the fields of a stage that are not set."""
+    files.write_json(path, set_fields(config.copy_and_resolve_references()))
+
+
+def load(path: Path) -> ConfigDict:
+    """Read what `save` wrote; raise UserError if it is missing or not a valid config."""
+    content = files.read_json(path, f"{path.parent} is not the workdir of a run, or was damaged: use another --workdir")
+    config = ConfigDict(_lists_to_tuples(content))
+    try:
+        validate(config)
+    except UserError as error:
+        what = f"{path} is of another version or was edited: {error}"
+        raise UserError(what, field=error.field, path=path, value=error.value) from None
+    return config
+
+
+def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str:
+    """Describe the first field in which two configs differ: 'field is X there and Y here', or '' for none.
+
+    Task and method come first: most other differences follow from them. Execution-only fields, data.dir and the
+    `ignored` fields are not compared.
+    """
+    flat_a, flat_b = (flat(c) for c in (a, b))
+    fields = {name for name in flat_a.keys() | flat_b.keys() if not is_execution_only(name)} - {"data.dir", *ignored}
+    differing = sorted(f for f in fields if flat_a.get(f) != flat_b.get(f))
+    if not differing:
+        return ""
+    first = next((f for f in ("task", "method") if f in differing), differing[0])
+    others = [f"config.{f}" for f in differing if f != first]
+    more = f" (also: {', '.join(others[:3])}{', ...' if others[3:] else ''})" if others else ""
+    return f"config.{first} is {flat_a.get(first)} there and {flat_b.get(first)} here{more}"
+
+
+def _lists_to_tuples(value):
+    if isinstance(value, dict):
+        return {k: _lists_to_tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
