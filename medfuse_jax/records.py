@@ -180,9 +180,6 @@ class Split(Sequence):
         image = record["image"][0] if len(record["image"]) else None
         return {**record, **text, "image": image}
 
-    def __iter__(self) -> Iterator[dict]:
-        return (self[i] for i in range(len(self)))
-
 
 def open_split(data_dir: str | Path, task: str, split: str) -> Split:
     """Open one split for random access.

@@ -9,8 +9,8 @@ from html import escape
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from sklearn.metrics import precision_recall_curve, roc_curve
 
+from medfuse_jax import ranks
 from medfuse_jax.report.html import CHART_STYLE, MUTED, NUM_COLORS, PAPER, new_figure, run_color, svg
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
@@ -144,15 +144,21 @@ def _label_curves(kind: str, labels_NK: np.ndarray, scores_NK: np.ndarray) -> li
 
 def _roc(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
     """Return the true positive rate [G]; at a jump, its upper end."""
-    fpr, tpr, _ = roc_curve(label_N, score_N)
-    return np.interp(_GRID_G, fpr, tpr)
+    true, seen = _counts(label_N, score_N)
+    false = seen - true
+    return np.interp(_GRID_G, np.append(0, false / false[-1]), np.append(0, true / true[-1]))
 
 
 def _precision(label_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
     """Return the precision [G] by recall, as a step function whose area is the average precision."""
-    precision, recall, _ = precision_recall_curve(label_N, score_N)
-    precision, recall = precision[::-1], recall[::-1]
-    return precision[np.searchsorted(recall, np.maximum(_GRID_G, 1e-12), side="left")]
+    true, seen = _counts(label_N, score_N)
+    return (true / seen)[np.searchsorted(true / true[-1], np.maximum(_GRID_G, 1e-12), side="left")]
+
+
+def _counts(label_N: np.ndarray, score_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of positives and of all samples down to each score, from the highest."""
+    _, positive, is_end = (x[:, 0] for x in ranks.ranked(label_N[:, None], score_N[:, None]))
+    return np.cumsum(positive)[is_end], np.flatnonzero(is_end) + 1
 
 
 def _points(kind: str, curve_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 
@@ -29,8 +28,10 @@ class Count:
     seconds: float = 0.0
 
 
-def count_into(count: Count) -> Callable[[], None]:
-    """Start adding compilations to `count`; return the function that stops it."""
+@contextlib.contextmanager
+def counted() -> Iterator[Count]:
+    """Count compilations inside the block."""
+    count = Count()
 
     def listen(event: str, duration_s: float, **_) -> None:
         if event == _COMPILED:
@@ -38,15 +39,7 @@ def count_into(count: Count) -> Callable[[], None]:
             count.seconds += duration_s
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    return functools.partial(jax.monitoring.unregister_event_duration_listener, listen)
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[Count]:
-    """Count compilations inside the block."""
-    count = Count()
-    end = count_into(count)
     try:
         yield count
     finally:
-        end()
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -62,20 +62,20 @@ def run(request: Request, process: processes.Process, start_s: float) -> None:
     _set_data(config, process.is_first)
     workdir_lib.check_outside_sweeps(workdir)
     workdir_lib.check_outside_shards(workdir, config.data.dir)
-    costs = Costs()
-    compilation.count_into(costs.compiled)
-    base = run_lib.open_run(config, parallel.devices()[:1])
-    pretrained = list(dict.fromkeys(name for trial in trials.initial for name in _pretrained(trial, config)))
-    given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
-    train.preflight(base, stages, by_sweep=True)
-    sweep = groups.Sweep(config, workdir, given | stages, request.lanes)
-    check = functools.partial(_check, sweep=sweep, checked_models=set())
-    for trial in trials.initial:
-        check(trial)
-    claim = functools.partial(
-        results.claim, workdir, config, base.dataset.digest, trials.identity, writes=process.is_first
-    )
-    with workdir_lib.locked(workdir) if process.is_first else contextlib.nullcontext():
+    with contextlib.ExitStack() as closing:
+        costs = Costs(compiled=closing.enter_context(compilation.counted()))
+        base = run_lib.open_run(config, parallel.devices()[:1])
+        pretrained = list(dict.fromkeys(name for trial in trials.initial for name in _pretrained(trial, config)))
+        given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
+        train.preflight(base, stages, by_sweep=True)
+        sweep = groups.Sweep(config, workdir, given | stages, request.lanes)
+        check = functools.partial(_check, sweep=sweep, checked_models=set())
+        for trial in trials.initial:
+            check(trial)
+        identity = (config, base.dataset.digest, trials.identity)
+        claim = functools.partial(results.claim, workdir, *identity, writes=process.is_first)
+        if process.is_first:
+            closing.enter_context(workdir_lib.locked(workdir))
         _pretrain(workdir, claim, stages, process.is_first, costs)
         costs.end_startup(start_s)
         trained = _train(sweep, trials.rounds(check), process, costs)

@@ -33,7 +33,7 @@ from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import trial_store
 
 _ENCODERS = ("ehr_encoder", "cxr_encoder")
-_NO_AUGMENTATION = {
+NO_AUGMENTATION = {
     "image.flip": False,
     "image.rotation_deg": 0.0,
     "image.scale": (1.0, 1.0),
@@ -111,18 +111,12 @@ def can_cache(config: ConfigDict, encoders: dict) -> bool:
 
 def check_values(values: dict, config: ConfigDict, encoders: dict) -> None:
     """Raise UserError if a trial varies the augmentation of images that are encoded once."""
-    varied = sorted(values.keys() & _NO_AUGMENTATION.keys())
+    varied = sorted(values.keys() & NO_AUGMENTATION.keys())
     if varied and can_cache(config, encoders):
         message = (
             f"{varied[0]} has no effect: frozen encoders see each X-ray once, without augmentation; do not vary it"
         )
         raise UserError(message, field=varied[0], value=values[varied[0]])
-
-
-def without_augmentation(config: ConfigDict) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(_NO_AUGMENTATION)
-    return config
 
 
 def features_key(config: ConfigDict) -> str:

@@ -60,7 +60,7 @@ class Sweep:
             config.init[name] = str(self.encoders[name][0].absolute())
         config.pretrain = ConfigDict()
         if frozen_encoders.can_cache(config, self.encoders_of(config)):
-            config = frozen_encoders.without_augmentation(config)
+            config.update_from_flattened_dict(frozen_encoders.NO_AUGMENTATION)
         return config
 
     def encoders_of(self, config: ConfigDict) -> dict:

@@ -37,11 +37,12 @@ def write(workdir: Path, config: dict, records: list[dict]) -> Path:
         html.figure(_scatter(field, records, chosen), f"Best validation AUROC by {_name(field)}")
         for field in _varied_fields(records)
     ]
-    curves = {r["trial"]: _curve(workdir, r["trial"]) for r in records}
+    runs = {r["trial"]: read_runs.read_run(results.trial_dir(workdir, r["trial"])) for r in records}
+    curves = {trial: read_runs.series(run.val, "val_auroc") for trial, run in runs.items()}
     charts.append(html.figure(_all_curves(curves, chosen), "Validation AUROC by epoch, every trial"))
     body = (
-        f"<header><h1>{escape(title)}</h1>{_lead(workdir, records, chosen)}"
-        f"{_notice(workdir, chosen or records[0])}</header>"
+        f"<header><h1>{escape(title)}</h1>{_lead(runs, records, chosen)}"
+        f"{html.synthetic_notice(runs[(chosen or records[0])['trial']].is_synthetic, 1)}</header>"
         f'<div class="charts">{"".join(charts)}</div>'
         f"<section><h2>All trials</h2>{_table(records, chosen)}</section>"
     )
@@ -54,12 +55,7 @@ def _name(field: str) -> str:
     return _NAMES.get(field, field if "." in field else field.replace("_", " "))
 
 
-def _curve(workdir: Path, number: int) -> dict[int, float]:
-    run = read_runs.read_run(results.trial_dir(workdir, number))
-    return read_runs.series(run.val, "val_auroc")
-
-
-def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
+def _lead(runs: dict[int, read_runs.Run], records: list[dict], chosen: dict | None) -> str:
     failed = sum(r["status"] == results.FAILED for r in records)
     text = f"{len(records)} trials" + (f" ({failed} failed)" if failed else "") + ". "
     if not chosen:
@@ -69,29 +65,20 @@ def _lead(workdir: Path, records: list[dict], chosen: dict | None) -> str:
         f"Trial {chosen['trial']} ({values}) was chosen on validation alone: AUROC "
         f"{number(chosen['val_auroc'])} at epoch {chosen['best_epoch']}."
     )
-    if test := read_runs.read_run(results.trial_dir(workdir, chosen["trial"])).result:
-        scores = read_runs.section(read_runs.section(test, "subsets"), "all")
+    if scores := runs[chosen["trial"]].scores():
         low, high = read_runs.pair(scores.get("auroc_macro_ci"))
         text += (
             f" Its test AUROC is {number(scores.get('auroc_macro'))} (95 % confidence interval {number(low)} to "
             f"{number(high)})."
         )
         # These were chosen before trials were added to the sweep, or were scored by hand.
-        others = [str(r["trial"]) for r in records if r is not chosen and _is_scored(workdir, r["trial"])]
+        others = [str(r["trial"]) for r in records if r is not chosen and runs[r["trial"]].finished_at]
         text += (
             f" The test stays were also scored for trial {', '.join(others)}, at another time."
             if others
             else " No other trial was scored on the test stays."
         )
     return f'<p class="lead">{escape(text)}</p>'
-
-
-def _is_scored(workdir: Path, number: int) -> bool:
-    return (results.trial_dir(workdir, number) / "result.json").exists()
-
-
-def _notice(workdir: Path, record: dict) -> str:
-    return html.synthetic_notice(read_runs.read_run(results.trial_dir(workdir, record["trial"])).is_synthetic, 1)
 
 
 def _varied_fields(records: list[dict]) -> list[str]:
