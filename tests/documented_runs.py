@@ -141,8 +141,9 @@ def _for_main(command: Command) -> list[str]:
 
 def _for_sweep(command: Command) -> list[str]:
     if command.value("workdir") == "sweeps/pheno":
-        return list(_SIZES)  # the README's sweep runs all ten trials
-    return [*_SIZES, "--trials=3", *(["--round=2"] if command.value("round") else [])]
+        return list(_SIZES)  # the README's sweep runs all ten trials, and measures the lanes
+    # One lane: measuring compiles a program for each number of lanes.
+    return [*_SIZES, "--trials=3", "--lanes=1", *(["--round=2"] if command.value("round") else [])]
 
 
 def _for_bench(command: Command) -> list[str]:
@@ -152,6 +153,9 @@ def _for_bench(command: Command) -> list[str]:
 
 
 _WEIGHTS = (".safetensors", ".pth.tar")
+# A folder from which Python starts as if torch, an optional package, were not installed: tensorboardX imports it where
+# it is, which takes 3 s of each run.
+_WITHOUT_TORCH = "without_torch"
 
 
 def reads(command: Command) -> list[str]:
@@ -235,6 +239,8 @@ class Workspace:
             blanked, count = generated.subn(r"\1blank\n\2", page.read_text())
             assert count == 1, name
             page.write_text(blanked)
+        (target / _WITHOUT_TORCH).mkdir()
+        (target / _WITHOUT_TORCH / "sitecustomize.py").write_text('import sys\n\nsys.modules["torch"] = None\n')
 
     @property
     def root(self) -> Path:
@@ -291,6 +297,8 @@ class Workspace:
         if metadata.version("jaxlib").startswith("0.10."):
             flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
         more = dict(setting.split("=", 1) for setting in command.environment)
+        if command.module in ("medfuse_jax.main", "medfuse_jax.sweep"):
+            more["PYTHONPATH"] = str(self.root / _WITHOUT_TORCH)
         flags = f"{flags} {more.pop('XLA_FLAGS', '')}"
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
         return (
