@@ -36,7 +36,7 @@ _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """One run. Fields that it has not reached yet are None or empty.
+    """A run as its workdir shows it. Fields that it has not reached yet are None or empty.
 
     name: unique among the runs shown. train, val: the lines of metrics.jsonl by epoch.
     predictions: scores [N, K], labels bool [N, K], age [N], paired bool [N], attention: {} or time_weights [N, T],
