@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medfuse_jax.models.recurrence import scan
-from medfuse_jax.models.recurrence.cell import valid_steps
+from medfuse_jax.models.recurrence.cell import valid_time_steps
 
 TOLERANCE = 2e-5
 
@@ -27,7 +27,7 @@ def case(num_steps, lengths, seed=0, num_inputs=5, width=4):
 
 def plain(weights, x_BTF, length_B, dtype=jnp.float32):
     """Return what `ehr_encoder.lstm` returns, by the plain scan."""
-    valid_BT = valid_steps(length_B, x_BTF.shape[1])
+    valid_BT = valid_time_steps(length_B, x_BTF.shape[1])
     hidden_BTD, last_BD = scan.masked_lstm(weights, x_BTF, valid_BT, dtype)
     return jnp.where(valid_BT[..., None], hidden_BTD, 0), last_BD
 
@@ -54,9 +54,9 @@ def assert_close(a, b):
 
 def poisoned(x_BTF, length_B, value=np.nan):
     """Return the series with `value` in the padding."""
-    return np.where(np.asarray(valid_steps(length_B, x_BTF.shape[1]))[..., None], x_BTF, value).astype(np.float32)
+    return np.where(np.asarray(valid_time_steps(length_B, x_BTF.shape[1]))[..., None], x_BTF, value).astype(np.float32)
 
 
 def assert_padding_is_zero(hidden_BTD, length_B):
-    valid_BT1 = np.asarray(valid_steps(length_B, hidden_BTD.shape[1]))[..., None]
+    valid_BT1 = np.asarray(valid_time_steps(length_B, hidden_BTD.shape[1]))[..., None]
     assert not np.any(np.where(valid_BT1, 0, hidden_BTD))

@@ -85,7 +85,7 @@ class Sample:
             "batches_per_repeat": len(self.plan),
             "samples_per_repeat": int(sum(batch["valid"].sum() for batch in self.batches)),
             "images_per_repeat": int(sum(batch["image_mask"].sum() for batch in self.batches if "image_mask" in batch)),
-            "time_steps_per_repeat": sum(chunks.steps_run(n) for n in longest),
+            "time_steps_per_repeat": sum(chunks.time_steps_run(n) for n in longest),
         }
 
     def padding(self) -> dict:
@@ -133,7 +133,7 @@ def at_quantiles(plan: plan_lib.Plan, length_N: np.ndarray, num_batches: int) ->
 def padded_share_run(plan: plan_lib.Plan, length_N: np.ndarray) -> float:
     """Return the share of padding in the steps that the chunked recurrence runs."""
     length_SB = _lengths(plan, length_N)
-    num_run = chunks.steps_run(length_SB.max(1)).sum() * length_SB.shape[1]
+    num_run = chunks.time_steps_run(length_SB.max(1)).sum() * length_SB.shape[1]
     return 1.0 - float(length_SB.sum()) / max(1, int(num_run))
 
 

@@ -91,7 +91,7 @@ def _weights(width: int) -> list[dict]:
 
 def _plain(weights: dict, x_BTF, length_B, dtype):
     """Run the reference, a plain scan over the whole bucket."""
-    return scan.masked_lstm(weights, x_BTF, cell.valid_steps(length_B, x_BTF.shape[1]), dtype)
+    return scan.masked_lstm(weights, x_BTF, cell.valid_time_steps(length_B, x_BTF.shape[1]), dtype)
 
 
 def _gradient_fn(recurrence: Callable, dtype) -> Callable:

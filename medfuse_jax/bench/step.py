@@ -54,8 +54,8 @@ class Trainer:
         say("ours: initialising")
         self.state = parallel.replicate(fresh_state(options), self.on)
         self._batches = list(parallel.prefetch(sample.batches, self.on))
-        valid_steps = sum(int(batch["length"].sum()) for batch in sample.batches) if sample.data.use_ehr else 0
-        self._lstm_flops = flops.lstm_flops(valid_steps, options.model.ehr_hidden)
+        valid_time_steps = sum(int(batch["length"].sum()) for batch in sample.batches) if sample.data.use_ehr else 0
+        self._lstm_flops = flops.lstm_flops(valid_time_steps, options.model.ehr_hidden)
         self._lengths, self._compiled = sample.plan.padded_length_S.tolist(), {}
         with compilation.counted() as self._compilations:
             for num_steps, batch in zip(self._lengths, self._batches):

@@ -38,7 +38,7 @@ class TimeAttention(nn.Module):
     def __call__(self, hidden_BTD: jax.Array, last_BD: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return (pooled [B, D], weights [B, T]); zeros for a length of 0."""
         width = last_BD.shape[-1]
-        mask_BT = cell.valid_steps(length_B, hidden_BTD.shape[1])
+        mask_BT = cell.valid_time_steps(length_B, hidden_BTD.shape[1])
         clean_BTD = jnp.where(mask_BT[..., None], hidden_BTD, 0)
         key_BTA = nn.Dense(width, dtype=self.dtype, name="key")(clean_BTD).astype(jnp.float32)
         query_BA = nn.Dense(width, use_bias=False, dtype=self.dtype, name="query")(last_BD).astype(jnp.float32)

@@ -26,7 +26,7 @@ class Daft(nn.Module):
     @nn.compact
     def __call__(self, image_PC: jax.Array, hidden_BTD: jax.Array, length_B: jax.Array, images: Images) -> jax.Array:
         """Return the rescaled hidden states [B, T, D]."""
-        stay_PD = images.from_rows(scan.mean_over_steps(hidden_BTD, length_B))
+        stay_PD = images.from_rows(scan.mean_over_time(hidden_BTD, length_B))
         bottleneck = int((_BOTTLENECK_EXTRA + image_PC.shape[-1]) / BOTTLENECK_RATIO)
         squeeze = nn.Dense(bottleneck, use_bias=False, name="squeeze")
         excite = nn.Dense(2 * hidden_BTD.shape[-1], use_bias=False, name="excite")

@@ -19,18 +19,18 @@ LSTM_KERNELS = {"chunks": chunked_lstm, "pallas": pallas_lstm, "cudnn": cudnn_ls
 def lstm(
     weights: dict, x_BTF: jax.Array, length_B: jax.Array, dtype=jnp.float32, kernel: str = "chunks"
 ) -> tuple[jax.Array, jax.Array]:
-    """Run an LSTM over the first `length` steps of each series.
+    """Run an LSTM over the first `length` time steps of each series.
 
     weights: input_kernel [F, G], recurrent_kernel [D, G], bias [G], float32. dtype: of the products. The state is
     float32. kernel: one of `LSTM_KERNELS`. Returns the hidden states [B, T, D], zeros past a series' end, and the last
     one [B, D], zeros for a length of 0. Values in the padding, NaN included, affect neither outputs nor gradients.
     """
     arrays = (weights["input_kernel"], weights["recurrent_kernel"], weights["bias"])
-    num_rows, num_steps, _ = x_BTF.shape
-    if num_steps == 0:
+    num_rows, num_time_steps, _ = x_BTF.shape
+    if num_time_steps == 0:
         width = len(weights["recurrent_kernel"])
         return jnp.zeros((num_rows, 0, width)), jnp.zeros((num_rows, width))
-    length_B = jnp.minimum(length_B, num_steps)  # a kernel may pad T: the added steps must not count
+    length_B = jnp.minimum(length_B, num_time_steps)  # a kernel may pad T: the added time steps must not count
     return LSTM_KERNELS[kernel](*arrays, x_BTF, length_B, jnp.dtype(dtype))
 
 
@@ -95,5 +95,5 @@ class EhrEncoder(nn.Module):
         return row_dropout(self.make_rng("dropout"), last_BD, self.dropout, dropout_rows_B)
 
     def __call__(self, ehr_BTF, length_B, train: bool = False, dropout_rows_B=None) -> jax.Array:
-        """Turn stays [B, T, F] with `length` valid steps into features [B, D], float32."""
+        """Turn stays [B, T, F] with `length` valid time steps into features [B, D], float32."""
         return self.last_state(self.first_layer(ehr_BTF, length_B), length_B, train, dropout_rows_B)

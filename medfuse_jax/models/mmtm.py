@@ -32,7 +32,7 @@ class Mmtm(nn.Module):
         """Return the gated feature maps of the image and the gated hidden states."""
         channels, width = x_PHWC.shape[-1], hidden_BTD.shape[-1]
         image_PC = resnet.pooled(x_PHWC)
-        stay_PD = images.from_rows(scan.mean_over_steps(hidden_BTD, length_B))
+        stay_PD = images.from_rows(scan.mean_over_time(hidden_BTD, length_B))
         num_squeezed = 2 * (channels + width) // self.ratio
         squeezed_PZ = nn.relu(nn.Dense(num_squeezed, name="squeeze")(jnp.concatenate([image_PC, stay_PD], axis=-1)))
         image_gate_PC = nn.sigmoid(nn.Dense(channels, name="image_gate")(squeezed_PZ))

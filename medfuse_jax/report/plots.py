@@ -244,12 +244,12 @@ def _relative_weights(weight_NT: np.ndarray, length_N: np.ndarray, to_end: bool)
     """Return weights times the stay's length [N, T], NaN beyond its end. T: the 90th percentile of the lengths."""
     rows = np.flatnonzero(length_N > 0)
     length_N, weight_NT = length_N[rows], weight_NT[rows].astype(np.float32)
-    num_steps = max(1, int(np.quantile(length_N, 0.9, method="lower"))) if len(rows) else 1
-    step_NT = np.tile(np.arange(num_steps), (len(rows), 1))
-    inside_NT = step_NT < length_N[:, None]
+    num_time_steps = max(1, int(np.quantile(length_N, 0.9, method="lower"))) if len(rows) else 1
+    time_NT = np.tile(np.arange(num_time_steps), (len(rows), 1))
+    inside_NT = time_NT < length_N[:, None]
     if to_end:
-        step_NT = length_N[:, None] - 1 - step_NT
-    relative_NT = np.take_along_axis(weight_NT, np.where(inside_NT, step_NT, 0), axis=1) * length_N[:, None]
+        time_NT = length_N[:, None] - 1 - time_NT
+    relative_NT = np.take_along_axis(weight_NT, np.where(inside_NT, time_NT, 0), axis=1) * length_N[:, None]
     return np.where(inside_NT, relative_NT, np.nan)
 
 

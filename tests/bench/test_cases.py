@@ -60,9 +60,9 @@ def test_sampled_batches_represent_the_epoch():
 
 def test_padded_share_counts_the_steps_of_whole_chunks():
     plan = plan_lib.Plan(np.array([[0], [2]]), np.array([[1], [plan_lib.PADDING]]), np.array([40, 40]))
-    num_run = 2 * chunks.steps_run(17) + 2 * chunks.steps_run(16)
+    num_run = 2 * chunks.time_steps_run(17) + 2 * chunks.time_steps_run(16)
     assert cohort.padded_share_run(plan, np.array([17, 3, 16])) == pytest.approx(1 - 36 / num_run)
-    assert chunks.steps_run(16) == 16 < chunks.steps_run(17)
+    assert chunks.time_steps_run(16) == 16 < chunks.time_steps_run(17)
 
 
 def test_padding_at_phenotyping_lengths_is_small_with_four_buckets():

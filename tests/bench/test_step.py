@@ -66,7 +66,7 @@ def test_parts_are_compared_with_the_whole_step():
     assert [row["contender"] for row in rows] == ["ours", *parts.PARTS]
     sample = cohort.sample(case)
     longest = max(int(batch["length"].max()) for batch in sample.batches)
-    assert {row["time_steps_per_repeat"] for row in rows} == {chunks.steps_run(longest)}
+    assert {row["time_steps_per_repeat"] for row in rows} == {chunks.time_steps_run(longest)}
 
 
 def test_half_of_the_image_encoder_excludes_the_later_stages():

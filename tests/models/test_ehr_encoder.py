@@ -100,10 +100,10 @@ def test_the_masked_scan_skips_invalid_steps():
     assert np.abs(masked_BD - everything_BD).max() > 1e-2
 
 
-def test_mean_over_steps_counts_valid_steps_only():
+def test_mean_over_time_counts_valid_time_steps_only():
     hidden_BTD = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
     hidden_BTD[0, 2:] = np.nan
-    mean_BD = scan.mean_over_steps(jnp.asarray(hidden_BTD), jnp.array([2, 0]))
+    mean_BD = scan.mean_over_time(jnp.asarray(hidden_BTD), jnp.array([2, 0]))
     np.testing.assert_array_equal(mean_BD, [[1, 2], [0, 0]])
 
 

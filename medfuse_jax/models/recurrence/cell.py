@@ -1,4 +1,4 @@
-"""One LSTM step and its gradient, for the kernels of chunks.py and pallas.py.
+"""One time step of an LSTM and its gradient, for the kernels of chunks.py and pallas.py.
 
 The plain scan (`scan.masked_lstm`) has its own copy, since it is their reference. Arrays are [..., D] for any number of
 rows and units; gates are in the order i, f, g, o.
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 NUM_GATES = 4
 
 
-def valid_steps(length_B: jax.Array, num_steps: int) -> jax.Array:
-    """Return the mask of the steps within each series, bool [B, T]."""
-    return jnp.arange(num_steps) < length_B[:, None]
+def valid_time_steps(length_B: jax.Array, num_time_steps: int) -> jax.Array:
+    """Return the mask of the time steps within each series, bool [B, T]."""
+    return jnp.arange(num_time_steps) < length_B[:, None]
 
 
 def forward(gates: tuple, cell_before: jax.Array) -> tuple[tuple, jax.Array, jax.Array]:
-    """Return (activated gates, cell, hidden state) after a step; gates: the four pre-activations."""
+    """Return (activated gates, cell, hidden state) after a time step; gates: the four pre-activations."""
     i, f, g, o = gates
     i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
     cell = f * cell_before + i * g

@@ -1,6 +1,6 @@
-"""The LSTM in chunks of steps, up to the batch's longest series. This kernel runs on any device.
+"""The LSTM in chunks of time steps, up to the batch's longest series. This kernel runs on any device.
 
-Shapes: B batch, T time, C steps per chunk, F input channel, D LSTM width, G = 4 D gates (i, f, g, o).
+Shapes: B batch, T time, C time steps per chunk, F input channel, D LSTM width, G = 4 D gates (i, f, g, o).
 
 Compared with the plain scan (`scan.masked_lstm`, its reference):
 - The loop stops at the batch's longest length, not at T. Padding to a bucket costs memory but no time, so a few
@@ -31,7 +31,7 @@ def chunked_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, 
 
 def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
     x_TBF, valid_TB = _pad_to_chunks(x_BTF, length_B, dtype)
-    num_steps, num_rows, _ = x_TBF.shape
+    num_time_steps, num_rows, _ = x_TBF.shape
     width = recurrent_kernel_DG.shape[0]
     input_FG, recurrent_DG = input_kernel_FG.astype(dtype), recurrent_kernel_DG.astype(dtype)
 
@@ -49,15 +49,15 @@ def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtyp
         start = k * CHUNK_STEPS
         product_CBG = _dot(_chunk_at(x_TBF, start), input_FG) + bias_G
         state, (hidden_CBD, cell_CBD, act_CBG) = jax.lax.scan(step, state, (product_CBG, _chunk_at(valid_TB, start)))
-        # Row t holds the state before step t, which the backward pass reads.
+        # Row t holds the state before time step t, which the backward pass reads.
         hidden_TBD = _put(hidden_TBD, hidden_CBD, start + 1)
         cell_TBD = _put(cell_TBD, cell_CBD, start + 1)
         return state, hidden_TBD, cell_TBD, _put(act_TBG, act_CBG.astype(dtype), start)
 
     zeros_BD = jnp.zeros((num_rows, width), jnp.float32)
-    zeros_TBD = jnp.zeros((num_steps + 1, num_rows, width), jnp.float32)
-    carry = ((zeros_BD, zeros_BD), zeros_TBD, zeros_TBD, jnp.zeros((num_steps, num_rows, 4 * width), dtype))
-    num_chunks = steps_run(jnp.max(length_B)) // CHUNK_STEPS
+    zeros_TBD = jnp.zeros((num_time_steps + 1, num_rows, width), jnp.float32)
+    carry = ((zeros_BD, zeros_BD), zeros_TBD, zeros_TBD, jnp.zeros((num_time_steps, num_rows, 4 * width), dtype))
+    num_chunks = time_steps_run(jnp.max(length_B)) // CHUNK_STEPS
     (last_BD, _), hidden_TBD, cell_TBD, act_TBG = jax.lax.fori_loop(0, num_chunks, chunk, carry)
     output_TBD = jnp.where(valid_TB[..., None], hidden_TBD[1:], 0)[: x_BTF.shape[1]]
     saved = (input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, num_chunks, hidden_TBD, cell_TBD, act_TBG)
@@ -74,8 +74,8 @@ def _backward(dtype, residuals, cotangents):
     input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, num_chunks, hidden_TBD, cell_TBD, act_TBG = saved
     d_output_BTD, d_last_BD = cotangents
     input_GF, recurrent_GD = input_kernel_FG.T.astype(dtype), recurrent_kernel_DG.T.astype(dtype)
-    extra_steps = len(x_TBF) - like_0T.shape[1]
-    d_output_TBD = jnp.pad(d_output_BTD.swapaxes(0, 1).astype(jnp.float32), ((0, extra_steps), (0, 0), (0, 0)))
+    extra_time_steps = len(x_TBF) - like_0T.shape[1]
+    d_output_TBD = jnp.pad(d_output_BTD.swapaxes(0, 1).astype(jnp.float32), ((0, extra_time_steps), (0, 0), (0, 0)))
 
     def step(state, inputs):
         d_hidden_BD, d_cell_BD = state
@@ -113,15 +113,15 @@ chunked_lstm.defvjp(_save, _backward)
 
 
 def _pad_to_chunks(x_BTF, length_B, dtype):
-    """Return x (time first, padded to whole chunks, zeros past each series' end) and the mask of valid steps."""
-    num_steps = steps_run(x_BTF.shape[1])
-    valid_TB = cell.valid_steps(length_B, num_steps).T
-    x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, num_steps - x_BTF.shape[1]), (0, 0), (0, 0)))
+    """Return x (time first, padded to whole chunks, zeros past each series' end) and the mask of valid time steps."""
+    num_time_steps = time_steps_run(x_BTF.shape[1])
+    valid_TB = cell.valid_time_steps(length_B, num_time_steps).T
+    x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, num_time_steps - x_BTF.shape[1]), (0, 0), (0, 0)))
     return jnp.where(valid_TB[..., None], x_TBF, 0).astype(dtype), valid_TB
 
 
-def steps_run(longest):
-    """Return the number of steps, in whole chunks, that are computed if the longest series has `longest` steps."""
+def time_steps_run(longest):
+    """Return the time steps computed, in whole chunks, if the longest series has `longest`."""
     return -(-longest // CHUNK_STEPS) * CHUNK_STEPS
 
 

@@ -1,10 +1,10 @@
-"""The LSTM as one GPU kernel forward and one backward (Pallas, through Triton), without a launch per step.
+"""The LSTM as one GPU kernel forward and one backward (Pallas, through Triton), without a launch per time step.
 
 Shapes: B batch, R rows per program, T time, F input channel, D LSTM width, U units per tile, K = 4 gates.
 
 Each program of the grid runs R rows, up to the longest of them. The input product and both weight gradients are single
-products over all steps, outside the kernels. A step computes only the recurrent product, and reads its weights from the
-GPU's L2 cache, one tile of units at a time.
+products over all time steps, outside the kernels. A time step computes only the recurrent product, and reads its
+weights from the GPU's L2 cache, one tile of units at a time.
 
 Past a row's end, a program continues with zero input. The forward pass masks those outputs afterwards. The backward
 pass starts there with zero state gradients, so everything it computes there is zero.
@@ -46,9 +46,9 @@ def pallas_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, d
 
     interpret: run the kernels in the interpreter, which is slow but works on any backend; for tests.
     """
-    num_rows, num_steps, _ = x_BTF.shape
+    num_rows, num_time_steps, _ = x_BTF.shape
     width = len(recurrent_kernel_DG)
-    # Padding rows have no steps and padding units have zero weights: their states stay zero, since tanh(0) = 0.
+    # Padding rows have no time steps and padding units have zero weights: their states stay zero, since tanh(0) = 0.
     extra_rows, extra_units = -num_rows % _ROWS, max(2 * _MIN_TILE_UNITS, pl.next_power_of_2(width)) - width
 
     def by_gate(x_G):
@@ -58,7 +58,7 @@ def pallas_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, d
     recurrent_DKD = jnp.pad(by_gate(recurrent_kernel_DG), ((0, extra_units), (0, 0), (0, 0)))
     x_TBF = jnp.pad(x_BTF.swapaxes(0, 1), ((0, 0), (0, extra_rows), (0, 0)))
     padded_B = jnp.pad(length_B, (0, extra_rows))
-    x_TBF = jnp.where(_valid(padded_B, num_steps), x_TBF, 0).astype(jnp.float32)
+    x_TBF = jnp.where(_valid(padded_B, num_time_steps), x_TBF, 0).astype(jnp.float32)
     kernels = (by_gate(input_kernel_FG), recurrent_DKD, by_gate(bias_G))
     hidden_TBD = _recurrence(*kernels, x_TBF, padded_B, jnp.dtype(dtype), interpret)[:, :num_rows, :width]
     last_BD = hidden_TBD[jnp.maximum(length_B, 1) - 1, jnp.arange(num_rows)]  # all zeros for a length of 0
@@ -77,8 +77,8 @@ def _recurrence(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, inter
 def _forward(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpret):
     x_TBF = x_TBF.astype(dtype)
     product_TBKD = _einsum("tbf,fkd->tbkd", x_TBF, input_FKD.astype(dtype)) + bias_KD
-    num_steps, num_rows, _, width = product_TBKD.shape
-    states = jax.ShapeDtypeStruct((num_steps + 1, num_rows, width), jnp.float32)
+    num_time_steps, num_rows, _, width = product_TBKD.shape
+    states = jax.ShapeDtypeStruct((num_time_steps + 1, num_rows, width), jnp.float32)
     activated = jax.ShapeDtypeStruct(product_TBKD.shape, dtype)
     hidden_TBD, cell_TBD, activated_TBKD = _by_rows(
         _forward_kernel,
@@ -87,7 +87,7 @@ def _forward(input_FKD, recurrent_DKD, bias_KD, x_TBF, length_B, dtype, interpre
         interpret=interpret,
     )
     saved = (input_FKD, recurrent_DKD, x_TBF, length_B, hidden_TBD, cell_TBD, activated_TBKD)
-    return jnp.where(_valid(length_B, num_steps), hidden_TBD[1:], 0), saved
+    return jnp.where(_valid(length_B, num_time_steps), hidden_TBD[1:], 0), saved
 
 
 def _backward(dtype, interpret, saved, d_output_TBD):
@@ -118,7 +118,7 @@ _recurrence.defvjp(_forward, _backward)
 
 
 def _forward_kernel(length_ref, product_ref, recurrent_ref, hidden_ref, cell_ref, activated_ref, *, barrier):
-    """Run the steps. Row t of `hidden` and `cell` is the state before step t."""
+    """Run the time steps. Row t of `hidden` and `cell` is the state before time step t."""
     hidden_ref[0] = jnp.zeros(hidden_ref.shape[1:], hidden_ref.dtype)
     cell_ref[0] = jnp.zeros(cell_ref.shape[1:], cell_ref.dtype)
 
@@ -142,7 +142,7 @@ def _forward_kernel(length_ref, product_ref, recurrent_ref, hidden_ref, cell_ref
 def _backward_kernel(
     length_ref, d_output_ref, activated_ref, cell_ref, recurrent_ref, d_gates_ref, d_hidden_ref, d_cell_ref, *, barrier
 ):
-    """Run the steps backwards. `d_hidden` and `d_cell` [R, D] hold the state's gradients between steps."""
+    """Run the time steps backwards. `d_hidden` and `d_cell` [R, D] hold the gradients of the state between them."""
     d_hidden_ref[...] = jnp.zeros(d_hidden_ref.shape, d_hidden_ref.dtype)
     d_cell_ref[...] = jnp.zeros(d_cell_ref.shape, d_cell_ref.dtype)
     longest = jnp.max(length_ref[...])
@@ -172,8 +172,8 @@ def _backward_kernel(
 def _for_each_tile(recurrent_ref, tile, start):
     """Loop `carry = tile(units, carry)` over all tiles of units, beginning with `start`.
 
-    There are always at least two tiles: Triton would unroll a loop over one tile. The loop over steps would then be the
-    innermost, and Triton would prefetch the next step's state before all threads have written it.
+    There are always at least two tiles: Triton would unroll a loop over one tile. The loop over time steps would then
+    be the innermost, and Triton would prefetch the next time step's state before all threads have written it.
     """
     width = recurrent_ref.shape[-1]
     size = min(_TILE_BYTES // recurrent_ref.dtype.itemsize, width // 2)
@@ -201,9 +201,9 @@ def _block(like, row_axis: int | None) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda n: tuple(n if axis == row_axis else 0 for axis in range(len(shape))))
 
 
-def _valid(length_B, num_steps: int) -> jax.Array:
-    """Return the mask of valid steps, bool [T, B, 1]."""
-    return cell.valid_steps(length_B, num_steps).T[..., None]
+def _valid(length_B, num_time_steps: int) -> jax.Array:
+    """Return the mask of valid time steps, bool [T, B, 1]."""
+    return cell.valid_time_steps(length_B, num_time_steps).T[..., None]
 
 
 def _barrier(interpret: bool):

@@ -6,16 +6,16 @@ Shapes: B batch, T time, F input channel, D LSTM width, G = 4 D gates in the ord
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models.recurrence.cell import NUM_GATES, valid_steps
+from medfuse_jax.models.recurrence.cell import NUM_GATES, valid_time_steps
 
 
 def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
-    """Run an LSTM over the valid steps, in any pattern. An invalid step leaves the state unchanged.
+    """Run an LSTM over the valid time steps, in any pattern. An invalid one leaves the state unchanged.
 
-    Returns the hidden states [B, T, D], repeated at invalid steps, and the last one [B, D].
+    Returns the hidden states [B, T, D], repeated at invalid time steps, and the last one [B, D].
     """
     clean_BTF = jnp.where(valid_BT[..., None], x_BTF, 0).astype(dtype)
-    # One input product for all steps, time first: the scan computes only the recurrent product.
+    # One input product for all time steps, time first: the scan computes only the recurrent product.
     gates_TBG = jnp.einsum("btf,fg->tbg", clean_BTF, weights["input_kernel"].astype(dtype))
     gates_TBG = gates_TBG.astype(jnp.float32) + weights["bias"]
     recurrent_DG = weights["recurrent_kernel"].astype(dtype)
@@ -36,8 +36,8 @@ def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.
     return hidden_TBD.swapaxes(0, 1), last_BD
 
 
-def mean_over_steps(hidden_BTD: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Return the mean over the valid steps [B, D]; zeros for a length of 0."""
-    valid_BT1 = valid_steps(length_B, hidden_BTD.shape[1])[..., None]
+def mean_over_time(hidden_BTD: jax.Array, length_B: jax.Array) -> jax.Array:
+    """Return the mean over the valid time steps [B, D]; zeros for a length of 0."""
+    valid_BT1 = valid_time_steps(length_B, hidden_BTD.shape[1])[..., None]
     total_BD = jnp.sum(jnp.where(valid_BT1, hidden_BTD, 0), axis=1)
     return total_BD / jnp.maximum(jnp.sum(valid_BT1, axis=1), 1)
