@@ -180,7 +180,7 @@ def _build_model(
         resnet_width=config.model.resnet_width,
         frozen_stats=config.model.batch_norm == "frozen",
         dtype=precision.compute_dtype(config.precision, on[0].platform),
-        recurrence="chunks" if supported.why_unsupported(config, on) else config.recurrence,
+        recurrence=supported.choose(config, on),
         ops=resnet.ops_for(on[0].platform),
         **options,
     )

@@ -14,7 +14,7 @@ import numpy as np
 from medfuse_jax import schema
 from medfuse_jax.bench import clock, cohort
 from medfuse_jax.bench.cases import Case
-from medfuse_jax.models import ehr_encoder
+from medfuse_jax.models import ehr_encoder, resnet
 from medfuse_jax.models.recurrence import cell, scan
 from medfuse_jax.runtime import compilation
 
@@ -45,7 +45,8 @@ def _ours(case: Case, width: int, sample: cohort.Sample, say) -> tuple[dict, dic
     """Return (name -> a pass over the batches, name -> compilations and the difference from the plain scan)."""
     weights = _weights(width)
     batches = [(jnp.asarray(batch["ehr"][0]), jnp.asarray(batch["length"][0])) for batch in sample.batches]
-    recurrences = {clock.OURS: ehr_encoder.lstm, _PLAIN: _plain}
+    ours = functools.partial(ehr_encoder.lstm, ops=resnet.ops_for(jax.default_backend()))
+    recurrences = {clock.OURS: ours, _PLAIN: _plain}
     if jax.default_backend() == "gpu":
         others = [kernel for kernel in ehr_encoder.LSTM_KERNELS if kernel != "chunks"]
         recurrences |= {kernel: functools.partial(ehr_encoder.lstm, kernel=kernel) for kernel in others}

@@ -120,7 +120,9 @@ FIELDS = {
         "auto", "of products; 'auto': bfloat16, but float32 on CPU", choices=("auto", "float32", "bfloat16")
     ),
     "recurrence": _execution(
-        "chunks", "how the LSTM is computed; the last two on NVIDIA GPUs", choices=("chunks", "pallas", "cudnn")
+        "auto",
+        "the LSTM's kernel; 'auto': pallas on GPUs that run it, else chunks",
+        choices=("auto", "chunks", "pallas", "cudnn"),
     ),
     "parallel": _execution("pmap", "how a step is divided over devices", choices=("pmap", "jit")),
     "placement": _execution(

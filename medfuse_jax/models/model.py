@@ -61,8 +61,8 @@ class Model(nn.Module):
 
     num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs are float32.
     frozen_stats: batch normalisation uses its running statistics in training too, and does not update them.
-    recurrence: the EHR encoder's LSTM kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: 'plain', or 'cpu' for the
-    X-ray encoder's operations of models/cpu.
+    recurrence: the EHR encoder's LSTM kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: 'plain', or 'cpu' for what
+    the encoders compute in another way on CPUs.
     """
 
     # The modalities that the method reads: the input pipeline leaves out the others.
@@ -92,7 +92,7 @@ class Model(nn.Module):
         return {head.weight for head in cls.heads} - {""}
 
     def new_ehr_encoder(self) -> ehr_encoder.EhrEncoder:
-        return ehr_encoder.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence)
+        return ehr_encoder.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence, self.ops)
 
     def new_cxr_encoder(self) -> resnet.ResNet:
         return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats, self.ops)

@@ -7,6 +7,7 @@ Compared with the plain scan (`scan.masked_lstm`, its reference):
   buckets, each one compilation, serve stays of any length.
 - Each chunk needs one matrix product for its inputs and one for each kernel's gradient. Autodiff of a scan would
   accumulate these gradients step by step.
+- A chunk's time steps are unrolled: XLA makes each chunk one CUDA graph, and schedules it as a whole for a TPU.
 """
 
 import functools
@@ -19,17 +20,18 @@ from medfuse_jax.models.recurrence import cell
 CHUNK_STEPS = 4
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def chunked_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def chunked_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, unroll=True):
     """Return the hidden states [B, T, D] (zeros past a series' end) and the last one [B, D] (zeros for a length of 0).
 
     Kernels and bias are float32, x any float, length int [B]. dtype: of the products, which accumulate in float32; the
-    state is float32. Values in the padding, NaN included, affect neither outputs nor gradients.
+    state is float32. Values in the padding, NaN included, affect neither outputs nor gradients. unroll: whether to
+    unroll a chunk's time steps; on a CPU that only costs compile time.
     """
-    return _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype)[0]
+    return _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, unroll)[0]
 
 
-def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
+def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, unroll):
     x_TBF, valid_TB = _pad_to_chunks(x_BTF, length_B, dtype)
     num_time_steps, num_rows, _ = x_TBF.shape
     width = recurrent_kernel_DG.shape[0]
@@ -48,7 +50,9 @@ def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtyp
         state, hidden_TBD, cell_TBD, act_TBG = carry
         start = k * CHUNK_STEPS
         product_CBG = _dot(_chunk_at(x_TBF, start), input_FG) + bias_G
-        state, (hidden_CBD, cell_CBD, act_CBG) = jax.lax.scan(step, state, (product_CBG, _chunk_at(valid_TB, start)))
+        state, (hidden_CBD, cell_CBD, act_CBG) = jax.lax.scan(
+            step, state, (product_CBG, _chunk_at(valid_TB, start)), unroll=unroll
+        )
         # Row t holds the state before time step t, which the backward pass reads.
         hidden_TBD = _put(hidden_TBD, hidden_CBD, start + 1)
         cell_TBD = _put(cell_TBD, cell_CBD, start + 1)
@@ -64,12 +68,12 @@ def _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtyp
     return (output_TBD.swapaxes(0, 1), last_BD), saved
 
 
-def _save(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype):
-    outputs, saved = _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype)
+def _save(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, unroll):
+    outputs, saved = _forward(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, unroll)
     return outputs, (saved, jnp.zeros((0, x_BTF.shape[1]), x_BTF.dtype))  # the empty array carries x's type and T
 
 
-def _backward(dtype, residuals, cotangents):
+def _backward(dtype, unroll, residuals, cotangents):
     saved, like_0T = residuals
     input_kernel_FG, recurrent_kernel_DG, x_TBF, valid_TB, num_chunks, hidden_TBD, cell_TBD, act_TBG = saved
     d_output_BTD, d_last_BD = cotangents
@@ -94,7 +98,7 @@ def _backward(dtype, residuals, cotangents):
         start = (num_chunks - 1 - k) * CHUNK_STEPS
         inputs = tuple(_chunk_at(x, start) for x in (d_output_TBD, valid_TB, act_TBG, cell_TBD))
         inputs += (_chunk_at(cell_TBD, start + 1),)
-        state, d_gates_CBG = jax.lax.scan(step, state, inputs, reverse=True)
+        state, d_gates_CBG = jax.lax.scan(step, state, inputs, reverse=True, unroll=unroll)
         d_input_FG += _outer(_chunk_at(x_TBF, start), d_gates_CBG)
         d_recurrent_DG += _outer(_chunk_at(hidden_TBD, start).astype(dtype), d_gates_CBG)
         d_bias_G += d_gates_CBG.astype(jnp.float32).sum((0, 1))

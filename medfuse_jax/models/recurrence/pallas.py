@@ -26,21 +26,6 @@ _TILE_BYTES = 64  # one row of a tile
 _COMPILER = plgpu.CompilerParams(num_warps=8, num_stages=2)
 
 
-def max_units(compute_capability: str) -> int:
-    """Return the width of the widest layer whose tiles fit in a block's shared memory; 0 if the GPU is unsupported.
-
-    With Triton 3.9, 256 units take at most 82,944 bytes and 512 units 164,864. NVIDIA's tables allow a block 101,376
-    bytes at compute capability 8.6, 8.9 and 12; 166,912 at 8.0 and 8.7; and 232,448 at 9 and 10.
-    """
-    try:
-        version = float(compute_capability)
-    except ValueError:  # not an NVIDIA GPU
-        return 0
-    if version < 8:  # no bfloat16
-        return 0
-    return 512 if version in (8.0, 8.7) or 9 <= version < 12 else 256
-
-
 def pallas_lstm(input_kernel_FG, recurrent_kernel_DG, bias_G, x_BTF, length_B, dtype, interpret=False):
     """Run an LSTM like `chunked_lstm`, on a GPU that Triton supports.
 

@@ -1,15 +1,19 @@
 """The chunked LSTM against the plain scan: outputs and gradients across chunk borders, and padding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from lstm_cases import TOLERANCE, assert_close, case, plain, poisoned, with_gradients
+from model_cases import equations
 
 from medfuse_jax.models import ehr_encoder
 from medfuse_jax.models.recurrence.chunks import CHUNK_STEPS
 
 _CHUNKED, _PLAIN = with_gradients(ehr_encoder.lstm), with_gradients(plain)
+_ON_CPU = with_gradients(functools.partial(ehr_encoder.lstm, ops="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,18 @@ _CHUNKED, _PLAIN = with_gradients(ehr_encoder.lstm), with_gradients(plain)
 def test_outputs_and_gradients_match_the_plain_scan(num_steps, lengths):
     series = case(num_steps, lengths)
     assert_close(_CHUNKED(*series), _PLAIN(*series))
+    assert_close(_ON_CPU(*series), _PLAIN(*series))
+
+
+def test_steps_are_unrolled_except_on_cpus():
+    weights, x_BTF, length_B = case(2 * CHUNK_STEPS, [5, 2])
+    unrolled = {}
+    for ops in ("plain", "cpu"):
+        fn = functools.partial(ehr_encoder.lstm, ops=ops)
+        traced = jax.make_jaxpr(lambda w, fn=fn: fn(w, x_BTF, length_B))(weights)
+        scans = [equation.params for equation in equations(traced) if equation.primitive.name == "scan"]
+        unrolled[ops] = [scan["unroll"] for scan in scans]
+    assert unrolled == {"plain": [CHUNK_STEPS], "cpu": [1]}
 
 
 def test_one_missing_step_exceeds_the_tolerance():
