@@ -34,38 +34,71 @@ _REBUILD = "run data_prep.build again"
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STATIC_TEXTS, "label")
 
 
-def features(num_labels: int, hourly: bool = False):
-    """Return the TFDS features of one record with `num_labels` labels, for the whole stay or at each prediction time.
+def layout(num_labels: int, hourly: bool = False) -> dict[str, tuple[type, tuple | None]]:
+    """Return the type and shape of each field of a record with `num_labels` labels: () for a number, None for text.
 
-    A missing X-ray is an image of shape [0, 256, 256]; an X-ray without a stay has ehr [0, 76].
-    `Encoding.BYTES` is read much faster than TFDS' default encoding.
+    A first axis of -1 may have any length. A missing X-ray is an image of shape [0, 256, 256]; an X-ray without a stay
+    has ehr [0, 76] and stay_id -1.
     """
-    import tensorflow_datasets as tfds  # imported here, because it takes 2 s
+    size = schema.IMAGE_SIZE_PX
+    fields = {
+        "stay_id": (np.int64, ()),
+        "subject_id": (np.int64, ()),
+        "ehr": (np.float32, (-1, len(schema.CHANNELS))),  # not standardised
+        "label": (np.int8, (num_labels,)),
+        "has_cxr": (np.bool_, ()),
+        "dicom_id": (str, None),
+        "image": (np.uint8, (-1, size, size)),
+        "age": (np.float32, ()),  # years
+        **dict.fromkeys(schema.STATIC_TEXTS, (str, None)),
+    }
+    if hourly:
+        fields |= {
+            "label": (np.int8, (-1, num_labels)),
+            "label_time_h": (np.float32, (-1,)),
+            "cxr_time_h": (np.float32, (-1,)),
+            "los_h": (np.float32, ()),  # length_of_stay predicts los_h - label_time_h; never an input
+        }
+    return fields
 
-    def tensor(shape, dtype):
+
+def features(num_labels: int, hourly: bool = False):
+    """Return `layout` as TFDS features: TFDS describes the datasets, and can read them. `decode` is faster."""
+    import tensorflow_datasets as tfds
+
+    def feature(dtype, shape):
+        if shape is None:
+            return tfds.features.Text()
+        if not shape:
+            return dtype
+        shape = tuple(None if n == -1 else n for n in shape)
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
-    size = schema.IMAGE_SIZE_PX
-    timed = {
-        "label": tensor((None, num_labels), np.int8),
-        "label_time_h": tensor((None,), np.float32),
-        "cxr_time_h": tensor((None,), np.float32),
-        "los_h": np.float32,  # length_of_stay predicts los_h - label_time_h; never an input
-    }
-    return tfds.features.FeaturesDict(
-        {
-            "stay_id": np.int64,  # -1 for an X-ray without a stay
-            "subject_id": np.int64,
-            "ehr": tensor((None, len(schema.CHANNELS)), np.float32),  # not standardised
-            "label": tensor((num_labels,), np.int8),
-            "has_cxr": np.bool_,
-            "dicom_id": tfds.features.Text(),
-            "image": tensor((None, size, size), np.uint8),
-            "age": np.float32,  # years
-            **{field: tfds.features.Text() for field in schema.STATIC_TEXTS},
-        }
-        | (timed if hourly else {})
-    )
+    return tfds.features.FeaturesDict({name: feature(*of) for name, of in layout(num_labels, hourly).items()})
+
+
+def decode(example: bytes, fields: dict[str, tuple[type, tuple | None]]) -> dict:
+    """Return the fields (see `layout`) of a serialized `tf.train.Example`; raise ValueError if it has others.
+
+    Arrays are read-only views of the record's bytes.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    try:
+        stored = tf_example_pb2.Example.FromString(example).features.feature
+        return {name: _value(stored[name], *of) for name, of in fields.items()}
+    except (DecodeError, IndexError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _value(stored, dtype: type, shape: tuple | None):
+    if shape is None:
+        return stored.bytes_list.value[0].decode()
+    if shape:
+        return np.frombuffer(stored.bytes_list.value[0], dtype).reshape(shape)
+    numbers = stored.float_list if dtype is np.float32 else stored.int64_list
+    return dtype(numbers.value[0])
 
 
 def task_dir(data_dir: str | Path, task: str) -> Path:
@@ -141,13 +174,18 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     NaN if unknown), gender, admission_type and first_careunit str [N] ('' if unknown), label int8 [N, K].
     """
     check_choice("split", split, schema.SPLITS)
-    expected = manifest(data_dir, task)["files"]
+    content = manifest(data_dir, task)
     path = task_dir(data_dir, task) / f"index_{split}.npz"
+    _check_content(path, content)
+    with np.load(path) as stored:
+        return {field: stored[field] for field in INDEX_FIELDS}
+
+
+def _check_content(path: Path, content: dict) -> None:
+    """Raise UserError if a file of the dataset is not the one that the manifest lists. Reads all of it."""
     try:
-        if files.sha256(path) != expected.get(path.name):
+        if files.sha256(path) != content["files"].get(path.name):
             raise UserError(f"{path} does not match its manifest: {_REBUILD}", path=path)
-        with np.load(path) as stored:
-            return {field: stored[field] for field in INDEX_FIELDS}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): {_REBUILD}", path=path) from None
 
@@ -158,11 +196,10 @@ def digest(data_dir: str | Path, task: str) -> str:
 
 
 class Split(Sequence):
-    """The records of one split, read on demand: len(), [i], iteration."""
+    """The records of one split, read on demand: len(), [i], iteration. Threads may share it."""
 
-    def __init__(self, source, name: str):
-        self._source = source
-        self._name = name
+    def __init__(self, source: Sequence[bytes], fields: dict[str, tuple[type, tuple | None]], name: str):
+        self._source, self._fields, self._name = source, fields, name
 
     def __len__(self) -> int:
         return len(self._source)
@@ -171,36 +208,32 @@ class Split(Sequence):
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self._name} has {len(self)} records; {i} is out of range")
         try:
-            record = self._source[i % len(self)]
+            record = decode(self._source[i % len(self)], self._fields)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"record {i} of {self._name} is damaged ({error}): {_REBUILD}", value=i) from None
-        text = {k: v.decode() for k, v in record.items() if isinstance(v, bytes)}
-        if "cxr_time_h" in record:  # an hourly task: all X-rays of the stay, by time
-            return {**record, **text, "images": record["image"], "image": None}
-        image = record["image"][0] if len(record["image"]) else None
-        return {**record, **text, "image": image}
+        if "cxr_time_h" in self._fields:  # an hourly task: all X-rays of the stay, by time
+            return record | {"images": record["image"], "image": None}
+        return record | {"image": record["image"][0] if len(record["image"]) else None}
 
 
-def open_split(data_dir: str | Path, task: str, split: str) -> Split:
-    """Open one split for random access.
+def open_split(data_dir: str | Path, task: str, split: str, only: tuple[str, ...] = ()) -> Split:
+    """Open one split for random access. only: decode these fields of `layout`, which is faster than all.
 
     Each record is a dict with at least stay_id int, ehr float32 [T, 76] (not standardised), label int8 [K], has_cxr
     bool, dicom_id str ('' without an X-ray), image uint8 [256, 256] or None.
     For an hourly task: label int8 [H, K], label_time_h float32 [H], images uint8 [P, 256, 256], cxr_time_h float32 [P],
     dicom_id the P names separated by spaces, image None, los_h float.
     """
-    import tensorflow_datasets as tfds
-    from google.protobuf import json_format
-    from google.protobuf.message import DecodeError
+    from array_record.python import array_record_data_source
 
     check_choice("split", split, schema.SPLITS)
-    manifest(data_dir, task)
-    folder = task_dir(data_dir, task)
+    folder, content = task_dir(data_dir, task), manifest(data_dir, task)
+    for name in ("dataset_info.json", "features.json"):
+        _check_content(folder / name, content)
+    shards = sorted(name for name in content["files"] if name.startswith(f"{task}-{split}.array_record-"))
     try:
-        builder = tfds.builder_from_directory(folder)
-        if split not in builder.info.splits or not builder.info.splits[split].num_examples:
-            return Split((), f"{folder} {split}")
-        source = builder.as_data_source(split)
-    except (OSError, ValueError, RuntimeError, AssertionError, DecodeError, json_format.Error) as error:
+        source = array_record_data_source.ArrayRecordDataSource([folder / name for name in shards]) if shards else ()
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be opened ({error}): {_REBUILD}", path=folder) from None
-    return Split(source, f"{folder} {split}")
+    fields = layout(len(content["labels"]), schema.TASKS[task].hourly)
+    return Split(source, {name: fields[name] for name in only or fields}, f"{folder} {split}")

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+import tensorflow_datasets as tfds
 from raw_tables import at, chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from medfuse_jax import records, schema
@@ -69,3 +71,19 @@ def command(raw_tree, out, id_lists, *more):
     named = [f"--{name}={path}" for name, path in id_lists.items()]
     args = [f"--mimic_iv={raw_tree[0]}", f"--mimic_cxr={raw_tree[1]}", f"--out={out}", "--timestep_h=1", *named, *more]
     return [sys.executable, "-m", "data_prep.build", *args]
+
+
+def assert_same_as_tfds(out, task):
+    """Assert that records as we decode them are those that TFDS reads."""
+    builder = tfds.builder_from_directory(out / task)
+    for split in builder.info.splits:
+        ours, theirs = records.open_split(out, task, split), builder.as_data_source(split)
+        assert len(ours) == len(theirs) > 0
+        for record, expected in zip(ours, theirs, strict=True):
+            images = record.pop("images", record["image"])
+            record["image"] = expected["image"][:0] if images is None else np.reshape(images, expected["image"].shape)
+            assert record.keys() == expected.keys()
+            for name, value in expected.items():
+                value = value.decode() if isinstance(value, bytes) else value
+                np.testing.assert_array_equal(record[name], value)
+                assert np.ndim(value) == 0 or record[name].dtype == value.dtype, name

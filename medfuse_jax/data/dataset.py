@@ -16,6 +16,7 @@ from medfuse_jax.data.modalities import loading
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
+_READ = ("stay_id", "ehr", "image")  # of a record; the index has the rest
 CXR_LABEL = "cxr_label"  # the field of a batch for the labels of X-rays without a stay
 
 
@@ -24,6 +25,7 @@ class Dataset:
     """One task's shards and what the method reads of them.
 
     use_ehr, use_cxr: whether the method reads that modality; otherwise it is not decoded, batched or sent.
+    splits: the records by split, with stay_id, ehr and image alone.
     needs: the modalities ('ehr', 'cxr') without which a record has no prediction.
     buckets: padded lengths, shared by all splits.
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
@@ -102,7 +104,7 @@ def open_dataset(
             "build with --mimic_cxr, or choose a method that reads EHR",
             path=records.task_dir(data_dir, task),
         )
-    splits = {split: records.open_split(data_dir, task, split) for split in schema.SPLITS}
+    splits = {split: records.open_split(data_dir, task, split, _READ) for split in schema.SPLITS}
     for split, part in splits.items():
         if len(part) != len(index[split]["stay_id"]):
             raise UserError(

@@ -44,7 +44,7 @@ def drop_modalities(dataset: Dataset, drop_ehr: float, drop_cxr: float) -> Datas
 
 
 class _Thinned(Sequence):
-    """Records as in `records.Split`, some without their series or their image."""
+    """The records of `Dataset.splits`, some without their series or their image."""
 
     def __init__(self, records: Sequence, without_ehr_N: np.ndarray, without_cxr_N: np.ndarray):
         self._records, self._without_ehr_N, self._without_cxr_N = records, without_ehr_N, without_cxr_N
@@ -57,7 +57,7 @@ class _Thinned(Sequence):
         if self._without_ehr_N[i]:
             record = record | {"ehr": record["ehr"][:0]}
         if self._without_cxr_N[i]:
-            record = record | {"image": None, "has_cxr": False, "dicom_id": ""}
+            record = record | {"image": None}
         return record
 
 

@@ -26,8 +26,8 @@ def _plan(dataset, **changes):
     return plan.train_plan(dataset.lengths("train"), dataset.paired("train"), dataset.usable("train"), **arguments)
 
 
-def test_a_batch_holds_the_records_of_its_plan(dataset):
-    the_plan = _plan(dataset)
+def test_a_batch_holds_the_records_of_its_plan(dataset, shards):
+    the_plan, stored = _plan(dataset), records.open_split(shards, "pheno", "train")
     for step, batch in zip(range(3), batches.batches(dataset, "train", the_plan)):
         assert batch["ehr"].shape == (1, 16, the_plan.padded_length_S[step], 76)
         filled_P = batch["image_mask"][0]
@@ -37,7 +37,7 @@ def test_a_batch_holds_the_records_of_its_plan(dataset):
             if number == plan.PADDING:
                 assert not batch["valid"][0, row] and batch["length"][0, row] == 0
                 continue
-            record, length = dataset.splits["train"][int(number)], batch["length"][0, row]
+            record, length = stored[int(number)], batch["length"][0, row]
             np.testing.assert_array_equal(batch["ehr"][0, row, :length], record["ehr"])
             assert not batch["ehr"][0, row, length:].any()
             np.testing.assert_array_equal(batch["label"][0, row], record["label"])
@@ -91,8 +91,8 @@ def test_x_ray_batches_alternate_with_stay_batches(dataset, shards):
     )
     of_images = next(b for b in both if "cxr_label" in b)
     assert not {"ehr", "length"} & of_images.keys() and of_images["cxr_label"].shape == (1, 16, 14)
-    record = images.splits["train"][int(of_images["record"][0, 0])]
-    np.testing.assert_array_equal(of_images["cxr_label"][0, 0], record["label"])
+    label_K = images.index["train"]["label"][of_images["record"][0, 0]]
+    np.testing.assert_array_equal(of_images["cxr_label"][0, 0], label_K)
     again = list(batches.batches(both_datasets, "train", alternating, start=3))
     for a, b in zip(both[3:], again, strict=True):
         np.testing.assert_array_equal(a["record"], b["record"])
@@ -149,7 +149,7 @@ def _copy(shards, tmp_path):
             "index_val.npz does not match its manifest",
         ),
         (lambda d: (d / "pheno" / "index_val.npz").unlink(), "index_val.npz is missing: run data_prep.build again"),
-        (lambda d: damage.flip(d / "pheno" / "dataset_info.json"), "cannot be opened"),
+        (lambda d: damage.flip(d / "pheno" / "dataset_info.json"), "dataset_info.json does not match its manifest"),
         (lambda d: damage.cut(d / "pheno" / "features.json"), "features.json has "),
         (lambda d: damage.cut(next((d / "pheno").glob("*test.array_record*"))), "bytes, not "),
         (lambda d: next((d / "pheno").glob("*val.array_record*")).unlink(), "-00001 is missing: run"),

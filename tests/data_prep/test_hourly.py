@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from build_cases import assert_same_as_tfds
 from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
@@ -105,3 +106,8 @@ def test_hourly_tasks_cannot_be_trained_yet(task):
     with pytest.raises(UserError) as caught:
         config.validate(values)
     assert task in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["decompensation", "length_of_stay"])
+def test_records_are_equal_to_those_that_tfds_reads(built, task):
+    assert_same_as_tfds(built[0], task)

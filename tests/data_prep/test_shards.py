@@ -48,7 +48,8 @@ def _dataset(sizes):
 
 
 MANIFEST = {"format_version": records.FORMAT_VERSION, "task": "mortality"}
-MANIFEST |= dict.fromkeys(("channels", "labels", "train_mean", "train_std"), ())  # unused here
+MANIFEST |= dict.fromkeys(("channels", "train_mean", "train_std"), ())  # unused here
+MANIFEST["labels"] = TASK.labels
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,31 @@
+"""Records as we decode them are those that TFDS reads."""
+
+import numpy as np
+import pytest
+from build_cases import assert_same_as_tfds
+from refusals import refused
+
+from medfuse_jax import records
+
+
+@pytest.mark.parametrize("task", ["pheno", "radiology"])
+def test_records_are_equal_to_those_that_tfds_reads(shards, task):
+    assert_same_as_tfds(shards, task)
+
+
+def test_only_the_fields_asked_for_are_decoded(shards):
+    whole = records.open_split(shards, "pheno", "train")[3]
+    part = records.open_split(shards, "pheno", "train", only=("stay_id", "ehr", "image"))[3]
+    assert part.keys() == {"stay_id", "ehr", "image"} and part["stay_id"] == whole["stay_id"]
+    np.testing.assert_array_equal(part["ehr"], whole["ehr"])
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * 20])
+def test_a_damaged_record_is_refused_by_its_number(shards, spoil):
+    split = records.open_split(shards, "pheno", "train")
+    source = [split._source[i] for i in range(3)]
+    source[1] = spoil(source[1])
+    damaged = records.Split(source, split._fields, "pheno train")
+    assert damaged[0]["stay_id"] == split[0]["stay_id"]
+    with refused(value=1):
+        damaged[1]
