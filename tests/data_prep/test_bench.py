@@ -7,11 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import polars as pl
 import pytest
 from absl import flags
+from build_cases import ROOT
 from raw_tables import chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import bench
@@ -20,7 +20,6 @@ from data_prep.raw import tables
 from data_prep.synthetic import tree as synthetic_tree
 from medfuse_jax.runtime.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 HEART_RATE, GLUCOSE = 220045, 50931
 STAYS, CHARTS, LABS = 3, 30, 6  # in the tree below
 

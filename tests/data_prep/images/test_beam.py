@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from absl import flags
+from build_cases import ROOT
 from raw_tables import chart, image, image_path, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
@@ -116,5 +116,5 @@ def test_misspelt_and_invalid_flags_are_reported(arguments, field, nearest, monk
 
 def test_the_command_reports_a_missing_flag_in_one_line(tmp_path):
     command = [sys.executable, "-m", "data_prep.images.beam", "--project=c", "--mimic_cxr", str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: --out=DIR is missing\n")

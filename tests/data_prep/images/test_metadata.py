@@ -1,0 +1,90 @@
+"""X-rays' times and labels, from the tables of MIMIC-CXR-JPG."""
+
+import polars as pl
+import pytest
+from raw_tables import image, image_path, write_mimic_cxr, write_table
+
+from data_prep.images import metadata
+from data_prep.raw import tables
+from medfuse_jax import schema
+from medfuse_jax.runtime.errors import UserError
+
+
+def _raw(root, images, **options):
+    return tables.mimic_cxr(write_mimic_cxr(root, images, **options))
+
+
+def test_study_times_may_lack_leading_zeros(tmp_path):
+    images = [image(1, 0.5 + 42 / 3600), image(2, 15), image(3, 1, StudyTime="246060.0"), image(4, 1, StudyDate="")]
+    table, counts = metadata.read_metadata(_raw(tmp_path, images))
+    assert table["time"].cast(pl.String).to_list()[:2] == ["2150-01-01 00:30:42.000000", "2150-01-01 15:00:00.000000"]
+    assert table["time"].to_list()[2:] == [None, None]
+    assert counts["X-rays without a valid time (never paired)"] == 2
+    assert table["path"].to_list() == [image_path(row) for row in images]
+    assert all((tmp_path / path).is_file() for path in table["path"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "with_ids", "without_time"),
+    [
+        ({"subject_id": "1000000x"}, 1, 0),
+        ({"dicom_id": ""}, 1, 0),
+        ({"study_id": ""}, 1, 0),
+        ({"study_id": "99999999999999999999"}, 1, 0),
+        ({"StudyTime": "noon"}, 2, 1),
+        ({"StudyDate": "21501345"}, 2, 1),
+    ],
+)
+def test_invalid_rows_are_counted(tmp_path, changes, with_ids, without_time):
+    write_table(
+        tmp_path / "mimic-cxr-2.0.0-chexpert.csv", "subject_id,study_id," + ",".join(schema.RADIOLOGY_LABELS), []
+    )
+    header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
+    write_table(tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [image(1, 1), image(2, 1) | changes])
+    table, counts = metadata.read_metadata(tables.mimic_cxr(tmp_path))
+    assert counts == {
+        "rows of metadata": 2,
+        "X-rays with ids": with_ids,
+        "X-rays without a valid time (never paired)": without_time,
+    }
+    assert table["time"].drop_nulls().len() == 1 and table["dicom_id"][0] == "image-0001-00"
+
+
+def test_a_metadata_table_without_valid_rows_is_reported(tmp_path):
+    with pytest.raises(UserError) as raised:
+        metadata.read_metadata(_raw(tmp_path, [image(1, 1) | {"study_id": ""}]))
+    assert raised.value.path.name == "mimic-cxr-2.0.0-metadata.csv.gz"
+
+
+def test_only_a_positive_finding_is_1(tmp_path):
+    row = image(1, 1, Edema="1.0", Fracture="0.0", Pneumonia="-1.0", **{"No Finding": "1"})
+    labels = metadata.read_labels(_raw(tmp_path, [row]))
+    positive = {name for name in schema.RADIOLOGY_LABELS if labels[name][0]}
+    assert positive == {"Edema", "No Finding"} and labels.columns == ["study_id", *schema.RADIOLOGY_LABELS]
+
+
+def test_a_missing_column_or_table_is_reported(tmp_path):
+    _raw(tmp_path, [image(1, 1)], gz=False)
+    path = tmp_path / "mimic-cxr-2.0.0-chexpert.csv"
+    path.write_text(path.read_text().replace("Edema", "Oedema"))
+    with pytest.raises(UserError) as raised:
+        metadata.read_labels(tables.mimic_cxr(tmp_path))
+    assert (raised.value.path, raised.value.field) == (path, "Edema")
+    (tmp_path / "mimic-cxr-2.0.0-metadata.csv").unlink()
+    with pytest.raises(UserError, match=r"mimic-cxr-2\.0\.0-metadata\.csv\.gz"):
+        tables.mimic_cxr(tmp_path)
+
+
+def test_an_image_without_a_metadata_row_is_reported_and_counted(tmp_path, capsys):
+    images = [image(1, 1), image(2, 1)]
+    raw = _raw(tmp_path, images, gz=False)
+    header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
+    write_table(
+        tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, [{c: images[0][c] for c in header.split(",")}], gz=False
+    )
+    table, counts = metadata.read_metadata(raw)
+    assert table["dicom_id"].to_list() == ["image-0001-00"]
+    assert counts["X-rays without a metadata row"] == 1
+    assert counts["dicom_ids without a metadata row"] == ["image-0002-00"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "image-0002-00" in line and "metadata.csv" in line

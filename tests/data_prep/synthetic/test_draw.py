@@ -1,0 +1,32 @@
+"""Drawn X-rays show their latents."""
+
+import numpy as np
+
+from data_prep.synthetic import draw, signal
+
+
+def test_images_show_their_latents():
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((80, len(signal.IMAGE_LATENTS)))
+    drawn = np.stack([draw.draw(z, "AP", (0, i)) for i, z in enumerate(latents)])
+    by_name = dict(zip(signal.IMAGE_LATENTS, latents.T, strict=True))
+    centre = drawn[:, 60:240, 80:310]
+    features = {
+        "device": (centre > 222).mean(axis=(1, 2)),
+        "lucency": (centre < 30).mean(axis=(1, 2)),
+        "haze": -((centre > 30) & (centre < 90)).mean(axis=(1, 2)),  # a clear lung is dark
+    }
+    for name, feature in features.items():
+        assert np.corrcoef(feature, by_name[name])[0, 1] > 0.6, name
+        assert abs(np.corrcoef(feature, by_name["effusion"])[0, 1]) < 0.45, name
+
+
+def test_an_image_follows_from_its_latents_and_seed():
+    middle = np.zeros(len(signal.IMAGE_LATENTS))
+    image = draw.draw(middle, "AP", (0, 1))
+    assert image.shape == (320, 390) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image, draw.draw(middle, "AP", (0, 1)))
+    for i in range(len(middle)):
+        more = draw.draw(middle + 2 * np.eye(len(middle))[i], "AP", (0, 1))
+        assert np.abs(more.astype(int) - image).mean() > 0.4, signal.IMAGE_LATENTS[i]
+    assert len({draw.draw(middle, v, (0, 1)).tobytes() for v in ("AP", "PA", "LATERAL")}) == 3
