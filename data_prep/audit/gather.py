@@ -6,9 +6,9 @@ a patient, stay or X-ray, and no count below 10 (privacy.py). `write` also repea
 """
 
 import itertools
-import json
 from pathlib import Path
 
+from data_prep import cache
 from data_prep.audit import page, privacy, published
 from data_prep.audit.privacy import cells, part, share, shown
 from data_prep.ehr import events
@@ -22,7 +22,7 @@ from medfuse_jax.runtime.errors import UserError
 def write(out: Path) -> None:
     """Check the datasets and write `<out>/audit.json` and `<out>/audit.html`, unless they are up to date."""
     audit = gather(out)
-    text = json.dumps(audit, indent=1, ensure_ascii=False) + "\n"
+    text = files.json_text(audit, sort_keys=False, ensure_ascii=False)
     path, page_path = out / "audit.json", out / "audit.html"
     if path.exists() and page_path.exists() and path.read_bytes() == text.encode():
         return
@@ -65,7 +65,7 @@ def _patients(manifests: dict, indexes: dict) -> dict:
     groups: dict[str, list[str]] = {}
     for name, manifest in manifests.items():
         options, tables = manifest["options"], manifest["source"]["mimic_iv_files"]
-        rule = json.dumps([tables, *(options[k] for k in ("val_ids", "test_ids", "seed"))])
+        rule = cache.key(tables=tables, split=[options[k] for k in ("val_ids", "test_ids", "seed")])
         groups.setdefault(rule, []).append(name)
     counts, ids_of = [], {}
     for names in groups.values():

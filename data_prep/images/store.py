@@ -1,9 +1,7 @@
 """A cache of decoded X-rays in chunk files, shared by builds and the Beam pipeline."""
 
-import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 from data_prep import cache, progress
 from data_prep.images import decode
 from medfuse_jax import schema
+from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 CHUNK_FORMAT = 2  # increment when the contents of a chunk's files change
@@ -56,15 +55,9 @@ def write_chunk(
     info: dict = {"made": made, "readable": [], "unreadable": []}
     for (dicom_id, _, sign), image in zip(signed, decoded, strict=True):
         info["unreadable" if image is None else "readable"].append([dicom_id, sign])
-    suffix = f".{os.getpid()}-{threading.get_ident()}.partial"
-    for target, write in (
-        (path.with_suffix(".json"), lambda file: file.write(json.dumps(info).encode())),
-        (path, lambda file: np.save(file, pixels_NHW)),  # last: a chunk with a .npy is complete
-    ):
-        temporary = target.with_name(target.name + suffix)
-        with open(temporary, "wb") as file:
-            write(file)
-        temporary.rename(target)
+    files.write_json(path.with_suffix(".json"), info)
+    with files.written_whole(path) as unfinished:  # last: a chunk with a .npy is complete
+        np.save(unfinished, pixels_NHW)
     return path
 
 
@@ -76,8 +69,8 @@ def _made(image_shape: str) -> dict:
 def _read_info(path: Path, made: dict) -> dict | None:
     """Return a chunk's .json; None if either file is missing or damaged, or the chunk was made differently."""
     try:
-        info = json.loads(path.with_suffix(".json").read_text())
-        if not isinstance(info, dict) or info.get("made") != made:
+        info = files.read_json(path.with_suffix(".json"), "decode the X-rays again")
+        if info.get("made") != made:
             return None
         with open(path, "rb") as file:
             np.lib.format.read_magic(file)
@@ -134,7 +127,7 @@ class ImageStore:
 
     def remove_unusable(self) -> None:
         """Remove chunks that no build can use: made differently, or all of their X-rays replaced."""
-        for path in self._folder.glob("*.partial"):
+        for path in self._folder.glob("*.partial*"):
             path.unlink()
         used = {path for path, _ in self._place.values()}
         for dicom_id, places in self._cached.items():

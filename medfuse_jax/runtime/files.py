@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def cache_dir() -> Path:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to `path` when the block ends without an error."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial{path.suffix}")
     try:
         yield unfinished
         unfinished.replace(path)
@@ -52,9 +53,14 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: dict | list) -> None:
-    """Write JSON with sorted keys, atomically."""
-    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+def json_text(content: dict | list, sort_keys: bool = True, ensure_ascii: bool = True) -> str:
+    """Return the text of a JSON file."""
+    return json.dumps(content, indent=1, sort_keys=sort_keys, ensure_ascii=ensure_ascii) + "\n"
+
+
+def write_json(path: Path, content: dict | list, sort_keys: bool = True) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json_text(content, sort_keys))
 
 
 def read_json(path: Path, what_to_do: str, kind: type = dict):

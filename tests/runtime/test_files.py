@@ -41,13 +41,15 @@ def test_busy_lock_is_a_user_error_and_errors_inside_the_block_are_not(tmp_path)
         raise BlockingIOError
 
 
-def test_json_is_written_sorted_and_read_back(tmp_path):
+def test_json_is_written_sorted_unless_told_otherwise_and_read_back(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"b": [1.5, None], "a": "x"})
     assert path.read_text().index('"a"') < path.read_text().index('"b"')
     assert files.read_json(path, "") == {"a": "x", "b": [1.5, None]}
     files.write_json(path, [1, 2])
     assert files.read_json(path, "", list) == [1, 2]
+    files.write_json(path, {"b": 1, "a": 2}, sort_keys=False)
+    assert path.read_text().index('"b"') < path.read_text().index('"a"')
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", b"\xff"])

@@ -112,11 +112,12 @@ def test_unusable_chunks_are_removed(tmp_path, monkeypatch):
     images = [image(n, 1) for n in range(4)]
     root = write_mimic_cxr(tmp_path / "cxr", images)
     store_module.ImageStore(tmp_path / "images", root, "squash", 1).add(_jobs(images))
-    (tmp_path / "images" / "stopped.npy.1-1.partial").write_bytes(b"")
+    for suffix in (".json", ".npy"):
+        (tmp_path / "images" / f".stopped{suffix}.1-1.partial{suffix}").write_bytes(b"")
     store = _store(root, tmp_path / "images")
     store.add(_jobs(images))
     crop = {path for path, _ in store._place.values()}
-    assert len(list((tmp_path / "images").glob("*.npy"))) == 4
+    assert len(list((tmp_path / "images").glob("[!.]*.npy"))) == 4
     store.remove_unusable()
     assert set((tmp_path / "images").glob("*.npy")) == crop and len(list((tmp_path / "images").iterdir())) == 4
     for row in images[:2]:
