@@ -25,20 +25,26 @@ class Arrays:
     num_long_enough: int
     num_stored_late: int  # events of a stay's period that were stored after its end
     num_duplicates: int  # events dropped because another has the same time, item and value
+    # Only the bucket read last, so that memory does not fill with pages that were read before.
+    _open: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> "Arrays":
         with np.load(folder / "index.npz") as stored:
             return cls(folder, **{name: stored[name] if stored[name].ndim else int(stored[name]) for name in stored})
 
+    def of_bucket(self, bucket: int) -> np.ndarray:
+        """Return ehr [R, 76] of all stays of a bucket."""
+        if bucket not in self._open:
+            self._open.clear()
+            self._open[bucket] = np.load(self.folder / f"ehr_{bucket:05d}.npy", mmap_mode="r")
+        return self._open[bucket]
+
     def __getitem__(self, i: int) -> np.ndarray:
         """Return ehr [T, 76] of the i-th stay."""
-        # Open the file anew for each stay, so that memory does not fill with pages that were read before.
-        bucket = np.load(self.folder / f"ehr_{self.bucket[i]:05d}.npy", mmap_mode="r")
-        return np.asarray(bucket[self.start[i] : self.start[i] + self.length[i]])
+        return np.asarray(self.of_bucket(int(self.bucket[i]))[self.start[i] : self.start[i] + self.length[i]])
 
     def buckets(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (ehr [R, 76], first row of each of its stays), bucket by bucket."""
         for bucket in np.unique(self.bucket).tolist():
-            stored = np.load(self.folder / f"ehr_{bucket:05d}.npy", mmap_mode="r")
-            yield stored, self.start[self.bucket == bucket]
+            yield self.of_bucket(bucket), self.start[self.bucket == bucket]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from tensorflow_datasets.proto import tf_example_pb2
+from tensorflow_datasets.core import example_serializer
 
 from medfuse_jax import records, schema
 from medfuse_jax.runtime import files
@@ -47,13 +47,17 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
     manifest |= {"files": {file.name: files.sha256(file) for file in sorted(folder.iterdir())}}
     manifest |= {"file_bytes": {name: (folder / name).stat().st_size for name in manifest["files"]}}
     manifest |= {"sha256": records.seal(json.loads(json.dumps(manifest)))}
-    files.write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    files.write_json(folder / "manifest.json", manifest, sort_keys=False)
 
 
 def _write_split(folder: Path, name: str, split: str, features, rows: Iterator[dict]) -> tfds.core.SplitInfo:
     """Write a split's records in order; return its SplitInfo, with the number of records in each shard."""
     lengths, unfinished, num_bytes = [], [], 0
-    serialized = (_serialize(features, row) for row in rows)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    # As TFDS serializes a record, but with map entries in a fixed order: every process writes the same bytes.
+    serialized = (
+        serializer.get_tf_example(features.encode_example(row)).SerializeToString(deterministic=True) for row in rows
+    )
     for first in serialized:
         unfinished.append(folder / f"{split}.{len(lengths)}.partial")
         writer = array_record_module.ArrayRecordWriter(str(unfinished[-1]), ARRAY_RECORD_OPTIONS)
@@ -72,13 +76,6 @@ def _write_split(folder: Path, name: str, split: str, features, rows: Iterator[d
     for shard, path in enumerate(unfinished):  # renamed last: the name contains the number of shards
         path.rename(template.sharded_filepath(shard_index=shard, num_shards=len(lengths)))
     return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
-
-
-def _serialize(features, record: dict) -> bytes:
-    """Serialize a record as TFDS does, but with map entries in a fixed order: every process writes the same bytes."""
-    example = tf_example_pb2.Example()
-    example.ParseFromString(features.serialize_example(record))
-    return example.SerializeToString(deterministic=True)
 
 
 def train_statistics(arrays: Iterator[np.ndarray]) -> tuple[list[float], list[float]]:

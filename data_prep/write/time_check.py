@@ -108,7 +108,7 @@ def _check_bucket(
     np.maximum.at(high_RV.reshape(-1), cell_E, value_E)
     latest_s_R = np.full(len(low_RV), -1.0)
     np.maximum.at(latest_s_R, row_E, bucket_events["time_s"].to_numpy()[known_E].astype(np.float64))
-    ehr_RF = np.load(inputs.arrays.folder / f"ehr_{bucket:05d}.npy", mmap_mode="r")
+    ehr_RF = inputs.arrays.of_bucket(bucket)
     assert len(ehr_RF) == len(low_RV)
     return latest_s_R, int(_wrong_cells(ehr_RF, start_S, low_RV, high_RV).sum())
 
