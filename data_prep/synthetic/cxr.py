@@ -1,6 +1,12 @@
 """Plan synthetic X-rays, and write their files and tables as in MIMIC-CXR-JPG 2.0.0."""
 
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -174,19 +180,46 @@ def _chexpert(rng, planned: pl.DataFrame) -> pl.DataFrame:
     return studies.select("subject_id", "study_id", *columns).sort("study_id")
 
 
-def write_images(folder: Path, planned: pl.DataFrame, seed: int, workers: int) -> None:
-    """Draw every X-ray and write it to files/p<two digits>/p<subject>/s<study>/<dicom>.jpg."""
-    latents = planned.select(f"image_{name}" for name in IMAGE_LATENTS).to_numpy()
-    paths = planned.select(
-        pl.format("files/p{}/p{}/s{}/{}.jpg", pl.col("subject_id") // 1_000_000, "subject_id", "study_id", "dicom_id")
-    ).to_series()
-    views = planned["view"].to_list()
+@contextlib.contextmanager
+def drawing(folder: Path, planned: pl.DataFrame, seed: int, workers: int) -> Iterator[None]:
+    """Draw every X-ray to files/p<two digits>/p<subject>/s<study>/<dicom>.jpg during the block, in `workers` processes.
 
-    def write_one(i: int) -> None:
-        path = folder / paths[i]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(draw.jpeg(draw.draw(latents[i], views[i], (seed, 3, i))))
+    They are plain commands (draw.py), which start from any thread, script or notebook, with or without jax in it.
+    They end with the block, on an error in it, and soon after this process is killed, when their input ends.
+    """
+    path = pl.format(
+        "files/p{}/p{}/s{}/{}.jpg", pl.col("subject_id") // 1_000_000, "subject_id", "study_id", "dicom_id"
+    )
+    paths, views = planned.select(path).to_series().to_list(), planned["view"].to_list()
+    latents = planned.select(f"image_{name}" for name in IMAGE_LATENTS).rows()
+    command = [sys.executable, "-m", "data_prep.synthetic.draw", str(folder), str(seed)]
+    code = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])  # this copy of the code
+    environment = os.environ | {"PYTHONPATH": code.rstrip(os.pathsep)}
+    children = [
+        # A small pipe: the child draws what is left in it if this process is killed.
+        subprocess.Popen(command, stdin=subprocess.PIPE, pipesize=1 << 14, env=environment)
+        for _ in range(workers)
+    ]
 
-    with ThreadPoolExecutor(workers) as pool:  # numpy and the JPEG encoder release the GIL
-        for _ in progress.bar(pool.map(write_one, range(len(paths))), "drawing X-rays", "images", len(paths)):
-            pass
+    def feed() -> None:
+        with contextlib.suppress(OSError):  # the process has failed or was ended, which its status says
+            for i in progress.bar(range(len(paths)), "drawing X-rays", "images"):
+                line = json.dumps([i, paths[i], views[i], latents[i]])
+                children[i % workers].stdin.write(line.encode() + b"\n")  # waits while the process has much to do
+        for child in children:
+            with contextlib.suppress(OSError):
+                child.stdin.close()
+
+    feeder = threading.Thread(target=feed, daemon=True)
+    feeder.start()
+    try:
+        yield
+        for child in children:
+            if (status := child.wait()) > 1:
+                raise OSError(status, os.strerror(status), str(folder))
+            assert not status, f"drawing X-rays failed with exit status {status}"
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+        feeder.join()

@@ -21,6 +21,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
+from data_prep.synthetic.draw import IMAGE_LATENTS
 from medfuse_jax import schema
 
 VITAL_LATENTS = (
@@ -33,7 +34,6 @@ VITAL_LATENTS = (
     "acidosis",
     "coma",
 )
-IMAGE_LATENTS = ("heart", "effusion", "haze", "device", "nodule", "lucency")
 SCALE = 2.5  # standard deviation of a logit: a best AUROC of about 0.9 at these prevalences
 _MIN_MEAN, _MIN_STD = -1 / np.sqrt(np.pi), np.sqrt(1 - 1 / np.pi)  # of the smaller of two standard normals
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)

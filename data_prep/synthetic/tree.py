@@ -14,7 +14,6 @@ The build does not read best_auroc.json or the truth files.
 
 import gzip
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -30,6 +29,7 @@ from medfuse_jax.runtime.errors import UserError
 MIN_STAYS = 10
 VERSION = 2  # increment when the same arguments give other bytes
 REPORT = "best_auroc.json"
+IMAGES_PER_PROCESS = 100  # at least; a process takes as long to start as it does to draw 40
 MORTALITY_WINDOW_H = schema.TASKS["mortality"].window_h
 
 
@@ -57,8 +57,8 @@ def _written_before(out_dir: Path, settings: dict) -> dict | None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
     try:
-        report = json.loads((out_dir / REPORT).read_text())
-    except (OSError, ValueError):
+        report = files.read_json(out_dir / REPORT, "give another --out")
+    except UserError:
         report = {}
     if any(report.get(name) != value for name, value in settings.items()):
         raise UserError(f"{out_dir} has other content; give another --out, or remove it", field="--out", path=out_dir)
@@ -111,24 +111,25 @@ def _truth(stays: pl.DataFrame, planted: dict, in_stay: np.ndarray, in_48h: np.n
     return pl.DataFrame(columns).filter(pl.col("kind") == "kept").drop("kind").sort("stay_id")
 
 
-def _write_all(folder: Path, settings: dict, workers: int) -> dict:
+def _write_all(folder: Path, settings: dict, workers: int | None) -> dict:
     num_stays, seed = settings["num_stays"], settings["seed"]
     rng = np.random.default_rng((seed, 1))
     stays, planted = cohort.draw_stays(rng, num_stays)
-    for name, frame in cohort.tables(rng, stays, planted).items():
-        _write_table(frame, folder / "mimic-iv" / f"{name}.csv.gz")
-    rng = np.random.default_rng((seed, 2))
+    image_rng = np.random.default_rng((seed, 2))
     num_images = round(settings["images_per_stay"] * num_stays)
-    planned = cxr.plan(rng, stays, planted["cxr"], settings["cxr_fraction"], num_images)
-    for name, frame in cxr.tables(rng, planned).items():
-        _write_table(frame, folder / "mimic-cxr" / f"{name}.csv.gz")
-    cxr.write_images(folder / "mimic-cxr", planned, seed, workers)
-    image_flags = _image_flags(stays, planned)
-    _write_table(_truth(stays, planted, *image_flags), folder / "truth.csv.gz")
-    latents = [f"image_{name}" for name in signal.IMAGE_LATENTS]
-    _write_table(planned.select("dicom_id", "subject_id", *latents), folder / "truth_images.csv.gz")
-    report = {**settings, "num_images": len(planned), **_report(stays, planted, *image_flags)}
-    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    planned = cxr.plan(image_rng, stays, planted["cxr"], settings["cxr_fraction"], num_images)
+    workers = workers or min(len(os.sched_getaffinity(0)), 1 + len(planned) // IMAGES_PER_PROCESS)
+    with cxr.drawing(folder / "mimic-cxr", planned, seed, workers):
+        for name, frame in cohort.tables(rng, stays, planted).items():
+            _write_table(frame, folder / "mimic-iv" / f"{name}.csv.gz")
+        for name, frame in cxr.tables(image_rng, planned).items():
+            _write_table(frame, folder / "mimic-cxr" / f"{name}.csv.gz")
+        image_flags = _image_flags(stays, planned)
+        _write_table(_truth(stays, planted, *image_flags), folder / "truth.csv.gz")
+        latents = [f"image_{name}" for name in signal.IMAGE_LATENTS]
+        _write_table(planned.select("dicom_id", "subject_id", *latents), folder / "truth_images.csv.gz")
+        report = {**settings, "num_images": len(planned), **_report(stays, planted, *image_flags)}
+    files.write_json(folder / REPORT, report, sort_keys=False)
     return report
 
 
@@ -144,15 +145,15 @@ def write(
 
     num_stays: ICU stays that pass the cohort filters (others are added for the filters to drop); cxr_fraction: fraction
     of them with an AP X-ray during the stay; images_per_stay: X-rays per stay, including those of patients without a
-    stay; workers: threads. The same arguments give the same bytes, for any `workers`; if `out_dir` holds that cohort
-    already, nothing is written. Raise UserError for a value out of range, or if the folder has other content.
+    stay; workers: processes that draw X-rays. The same arguments give the same bytes, for any `workers`; if `out_dir`
+    holds that cohort already, nothing is written. Raise UserError for a value out of range, or if the folder has other
+    content.
     The report, also best_auroc.json: the settings, and for each task `signal.best_auroc` and the labels' prevalence.
     """
     out_dir = Path(out_dir).resolve()
     settings = _settings(num_stays, seed, cxr_fraction, images_per_stay)
     if report := _written_before(out_dir, settings):
         return report
-    workers = workers or min(8, os.cpu_count() or 1)
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")  # an interrupted run must not look complete
     try:
         with files.must_write(f"--out={out_dir}"):

@@ -1,6 +1,7 @@
 """Drawn X-rays show their latents."""
 
 import numpy as np
+import pytest
 
 from data_prep.synthetic import draw, signal
 
@@ -30,3 +31,24 @@ def test_an_image_follows_from_its_latents_and_seed():
         more = draw.draw(middle + 2 * np.eye(len(middle))[i], "AP", (0, 1))
         assert np.abs(more.astype(int) - image).mean() > 0.4, signal.IMAGE_LATENTS[i]
     assert len({draw.draw(middle, v, (0, 1)).tobytes() for v in ("AP", "PA", "LATERAL")}) == 3
+
+
+@pytest.mark.parametrize("view", ["AP", "PA", "LATERAL"])
+def test_nothing_is_cut_off_at_the_edge_of_its_window(monkeypatch, view):
+    """Whatever is drawn lies within the part of the X-ray that its code looks at."""
+    latents = np.random.default_rng(0).normal(0, 2, (20, len(signal.IMAGE_LATENTS)))
+    window = draw._window
+
+    def drawn():
+        return np.stack([draw.draw(z, view, (1, i)) for i, z in enumerate(latents)]).astype(int)
+
+    in_windows = drawn()
+    monkeypatch.setattr(draw, "_window", lambda *_, **__: (slice(None), slice(None)))
+    whole = drawn()
+    assert np.abs(in_windows - whole).max() <= 1 and (in_windows != whole).mean() < 1e-4  # rounding
+
+    def smaller(x, y, left, right, top=-np.inf, bottom=np.inf):
+        return window(x, y, left + 0.05, right - 0.05, top + 0.05, bottom - 0.05)
+
+    monkeypatch.setattr(draw, "_window", smaller)  # planted error
+    assert np.abs(drawn() - whole).max() > 20

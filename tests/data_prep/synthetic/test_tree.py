@@ -4,9 +4,11 @@ import functools
 import gzip
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +95,17 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_the_same_seed_gives_the_same_bytes_for_any_workers(tmp_path):
-    reports = [tree.write(tmp_path / f"{w}", 12, seed=5, images_per_stay=0.5, workers=w) for w in (1, 2)]
-    tree.write(tmp_path / "other", 12, seed=6, images_per_stay=0.5)
-    first, second, other = (digests(tmp_path / name) for name in ("1", "2", "other"))
-    assert first == second and reports[0] == reports[1]
+    """Also from a thread of a process with jax, as in a notebook."""
+    import jax
+
+    def write(name: str, seed: int, workers: int | None = None) -> dict:
+        return tree.write(tmp_path / name, 12, seed=seed, images_per_stay=0.5, workers=workers)
+
+    assert jax.devices()
+    with ThreadPoolExecutor(3) as pool:
+        reports = list(pool.map(write, ("1", "3", "other"), (5, 5, 6), (1, 3, None)))
+    first, third, other = (digests(tmp_path / name) for name in ("1", "3", "other"))
+    assert first == third and reports[0] == reports[1]
     assert first["mimic-iv/icu/chartevents.csv.gz"] != other["mimic-iv/icu/chartevents.csv.gz"]
     header = (tmp_path / "1" / "truth.csv.gz").read_bytes()[:8]
     assert header[3] == 0 and header[4:8] == b"\0\0\0\0"  # no file name, no time
@@ -364,14 +373,30 @@ def test_a_folder_with_other_content_is_rejected_and_the_same_cohort_is_kept(tmp
         assert raised.value.path == path
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("stop", "left"), [(signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGKILL, ["partial"])])
+def test_a_stopped_command_leaves_no_process_and_no_cohort(tmp_path, stop, left):
+    command = [sys.executable, "-m", "data_prep.synthetic", f"--out={tmp_path / 'out'}", "--stays=2000"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.glob("*/mimic-cxr/files/*/*/*/*.jpg")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(stop)
+    process.communicate(timeout=30)  # the processes that draw hold stderr open: it ends when all of them have ended
+    assert process.returncode not in (0, None)
+    assert [path.name.split(".")[1].split("-")[0] for path in tmp_path.iterdir()] == left
 
-    monkeypatch.setattr(cxr, "write_images", stop)
-    with pytest.raises(KeyboardInterrupt):
-        tree.write(tmp_path / "out", 10)
-    assert not list(tmp_path.iterdir())
+
+def test_a_failed_write_of_an_image_is_reported(tmp_path):
+    (tmp_path / "files").touch()  # where the folder of X-rays would be
+    planned = cxr.plan(np.random.default_rng(0), *_few_stays(), 0.5, 5)
+    with pytest.raises(NotADirectoryError), cxr.drawing(tmp_path, planned, 0, 2):
+        pass
+
+
+def _few_stays():
+    stays, planted = cohort_lib.draw_stays(np.random.default_rng(0), 10)
+    return stays, planted["cxr"]
 
 
 def test_the_command_prints_the_best_auroc(tmp_path):
