@@ -208,7 +208,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Run the command."""
     values = flags.FLAGS
     if not values.out:
         raise UserError("--out=DIR is missing", field="--out")

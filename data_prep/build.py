@@ -214,7 +214,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Run the command."""
     values = flags.FLAGS
     if values.explain:
         print(profiles.explain(values.profile))

@@ -22,6 +22,7 @@ from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.schema import CHANNELS, SPLITS, TASKS, Task
 
 _MAX_UNDATED = 0.01  # the build warns if more than this share of the kept events has no storetime
+_NO_PAIRS = pl.DataFrame(schema={"stay_id": pl.Int64, "dicom_id": pl.String, "cxr_time": pl.Datetime("us")})
 ARRAYS_VERSION = 3  # increment when the same events give other arrays
 
 
@@ -84,7 +85,7 @@ def image_hashes(source: Source, images: pl.DataFrame | None, names: list[str]) 
         return dict.fromkeys(names)
     hashes = {}
     for cxr_only in sorted({TASKS[name].cxr_only for name in names}):
-        used = _labelled(source, images) if cxr_only else _of_stays(source, images)
+        used = metadata.labelled(source.mimic_cxr, images) if cxr_only else _of_stays(source, images)
         files = used.select("dicom_id", "path").iter_rows()
         hashes[cxr_only] = cache.key(images=image_store.signatures(source.cxr_root, files, source.workers))
     return {name: hashes[TASKS[name].cxr_only] for name in names}
@@ -94,10 +95,6 @@ def _of_stays(source: Source, images: pl.DataFrame) -> pl.DataFrame:
     """Return the X-rays that may be paired with a stay, for any task and options."""
     patients = source.mimic_iv["icustays"].read("subject_id").select(parse.integer("subject_id"))
     return images.filter(pl.col("view") == "AP", pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
-
-
-def _labelled(source: Source, images: pl.DataFrame) -> pl.DataFrame:
-    return images.join(metadata.read_labels(source.mimic_cxr), on="study_id", maintain_order="left")
 
 
 def make(
@@ -113,11 +110,11 @@ def make(
     if stay_tasks:
         events_dir = _extract_events(cache_dir, source, fingerprint, people)
         arrays = {task.name: _discretize(cache_dir, source, people, task, events_dir) for task in stay_tasks}
-    store, labelled, pairs = None, None, {name: _no_pairs() for name in arrays}
+    store, labelled, pairs = None, None, dict.fromkeys(arrays, _NO_PAIRS)
     if images:
         store = image_store.ImageStore(cache_dir / "images", source.cxr_root, source.rules.image_shape, source.workers)
         if any(TASKS[name].cxr_only for name in inputs):
-            labelled = _labelled(source, images[0])
+            labelled = metadata.labelled(source.mimic_cxr, images[0])
             store.add(labelled.select("dicom_id", "path").iter_rows())
         pairs = _pair_readable(source, people, arrays, images[0], store)
         if store.unreadable:
@@ -236,10 +233,6 @@ def _discretize(cache_dir: Path, source: Source, people: Cohort, task: Task, eve
     return arrays
 
 
-def _no_pairs() -> pl.DataFrame:
-    return pl.DataFrame(schema={"stay_id": pl.Int64, "dicom_id": pl.String, "cxr_time": pl.Datetime("us")})
-
-
 def _pair_readable(
     source: Source, people: Cohort, arrays: dict, images: pl.DataFrame, store: image_store.ImageStore
 ) -> dict[str, pl.DataFrame]:
@@ -293,7 +286,8 @@ def _write_dataset(out: Path, cache_dir: Path, task: Task, index: dict, records_
     from data_prep.write import shards
 
     datasets.check_splits_disjoint(index)
-    total = sum(len(fields["stay_id"]) for fields in index.values())
+    splits = manifest["counts"]["splits"]
+    total = sum(counts["records"] for counts in splits.values())
     if not total:
         raise UserError(f"task {task.name!r} has no record; are its tables complete?", field="--tasks", value=task.name)
     dataset = cache.entry(
@@ -303,8 +297,7 @@ def _write_dataset(out: Path, cache_dir: Path, task: Task, index: dict, records_
         lambda folder: shards.write(folder, task, index, records_of, manifest),
     )
     cache.move_into_place(dataset, out / task.name)
-    sizes = "/".join(str(len(index[split]["stay_id"])) for split in SPLITS)
-    paired = "/".join(str(int(index[split]["has_cxr"].sum())) for split in SPLITS)
+    sizes, paired = ("/".join(str(splits[split][what]) for split in SPLITS) for what in ("records", "paired"))
     progress.say(
         f"{task.name}: {total:,} records (train/val/test {sizes}), with an X-ray {paired}, in {out / task.name}"
     )

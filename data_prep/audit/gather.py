@@ -88,11 +88,11 @@ def _patients(manifests: dict, indexes: dict) -> dict:
 
 
 def _task(name: str, manifest: dict, index: dict) -> dict:
-    counts, rules = manifest["counts"], manifest["rules"]
+    counts, rules, options = manifest["counts"], manifest["rules"], manifest["options"]
     audit = {
         "profile": manifest["profile"],
         "timestep_h": manifest["timestep_h"],
-        "split_by": _split_rule(manifest["options"]),
+        "split_by": "given lists" if options["val_ids"] else f"hash of subject_id, seed {options['seed']}",
         "phenotype_table_given": manifest["phenotype_table_given"],
         "source": _source(manifest["source"]),
         "rules": rules,
@@ -120,10 +120,6 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
     if "diagnosis_codes" in counts:
         audit["diagnosis_codes"] = _codes(counts["diagnosis_codes"])
     return audit
-
-
-def _split_rule(options: dict) -> str:
-    return "given lists" if options["val_ids"] else f"hash of subject_id, seed {options['seed']}"
 
 
 def _source(source: dict) -> dict:

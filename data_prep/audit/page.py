@@ -46,8 +46,8 @@ footer { max-width: 46rem; }
 }
 """
 _ROUTES = {  # docs/phenotypes.md has more
-    "gem": "ICD-10-CM to ICD-9-CM by the General Equivalence Mappings, then CCS",
-    "table": "the file given as --phenotypes",
+    "gem": "gem (ICD-10-CM to ICD-9-CM by the General Equivalence Mappings, then CCS)",
+    "table": "table (the file given as --phenotypes)",
 }
 
 
@@ -288,7 +288,7 @@ def _variables(content: dict) -> str:
 def _codes(codes: dict) -> str:
     distinct = ", ".join(f"{number(n)} {version}" for version, n in codes["distinct_codes"].items())
     text = (
-        f"Labels are derived from codes by the route {_route(codes['route'])}. Distinct codes: {distinct or 'none'}. "
+        f"Labels are derived from codes by the route {_ROUTES[codes['route']]}. Distinct codes: {distinct or 'none'}. "
         f"Stays without a code: {number(codes['stays_without_a_code'])}. "
         f"Rows with an invalid code: {number(codes['rows_without_a_valid_code'])}."
     )
@@ -297,10 +297,6 @@ def _codes(codes: dict) -> str:
     few = number(codes["unmapped_of_few_stays"])
     note = f'<p class="note">Codes without a category in fewer than 10 stays: {few}.</p>'
     return f"<h3>Diagnosis codes</h3><p>{text}</p>{unmapped}{note}"
-
-
-def _route(name: str) -> str:
-    return f"{escape(name)} ({_ROUTES[name]})" if name in _ROUTES else escape(name)
 
 
 def _events(audit: dict) -> str:

@@ -9,7 +9,7 @@ stored_s (seconds since intime, int32, null if unknown).
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +77,8 @@ def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, fol
         own_stay_id=pl.col("stay_id"),
     )
     counts: dict[str, Counter] = {}
-    pending, part = [], 0
-    for frame in _batches(raw, rules, lookup, counts):
-        pending.append(frame)
-        if sum(map(len, pending)) >= ROWS_PER_WRITE:
-            _write(pl.concat(pending), folder, part)
-            pending, part = [], part + 1
-    if pending:
-        _write(pl.concat(pending), folder, part)
+    for part, frame in enumerate(_joined(_batches(raw, rules, lookup, counts), ROWS_PER_WRITE)):
+        _write(frame, folder, part)
     files.write_json(folder / "counts.json", counts)
 
 
@@ -133,13 +127,18 @@ def _batches(
 
 def _raw_batches(table: tables.Table, wanted: pl.LazyFrame) -> Iterator[pl.DataFrame]:
     """Yield the wanted rows in file order, at least ROWS_PER_BATCH at a time, because each batch has a fixed cost."""
-    pending = []
     with tables.reading(table.path):
-        for batch in wanted.collect_batches():
-            pending.append(batch)
-            if sum(map(len, pending)) >= ROWS_PER_BATCH:
-                yield pl.concat(pending)
-                pending = []
+        yield from _joined(wanted.collect_batches(), ROWS_PER_BATCH)
+
+
+def _joined(frames: Iterable[pl.DataFrame], num_rows: int) -> Iterator[pl.DataFrame]:
+    """Join consecutive frames to at least `num_rows` rows each, but for the last."""
+    pending = []
+    for frame in frames:
+        pending.append(frame)
+        if sum(map(len, pending)) >= num_rows:
+            yield pl.concat(pending)
+            pending = []
     if any(map(len, pending)):
         yield pl.concat(pending)
 

@@ -31,8 +31,7 @@ def chunk_list(mimic_cxr: Path) -> list[list[tuple[str, str]]]:
     """Return the chunks that the task 'radiology' needs: every labelled X-ray."""
     raw = tables.mimic_cxr(mimic_cxr)
     images, _ = metadata.read_metadata(raw)
-    labelled = images.join(metadata.read_labels(raw), on="study_id", maintain_order="left")
-    return store.chunks(labelled.select("dicom_id", "path").iter_rows())
+    return store.chunks(metadata.labelled(raw, images).select("dicom_id", "path").iter_rows())
 
 
 def decode_chunk(images: list, folder: str, root: str, image_shape: str) -> int:
@@ -78,7 +77,6 @@ def check_beam_options(options: list[str]) -> None:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Define the command's flags; any other option goes to Beam."""
     values.set_gnu_getopt(True)  # our flags may follow values of Beam's, which absl takes for arguments
     flags.DEFINE_string("mimic_cxr", None, "The MIMIC-CXR-JPG folder (contains files/).", flag_values=values)
     flags.DEFINE_string("out", None, "The build's output folder.", flag_values=values)

@@ -50,6 +50,11 @@ def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) 
     return {"X-rays without a metadata row": len(missing), "dicom_ids without a metadata row": missing[:100]}
 
 
+def labelled(raw: dict[str, tables.Table], images: pl.DataFrame) -> pl.DataFrame:
+    """Return the X-rays of studies with labels, and the labels."""
+    return images.join(read_labels(raw), on="study_id", maintain_order="left")
+
+
 def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
     """Return study_id and the 14 labels (int8): 1 where positive; 0 where negative, uncertain (-1) or blank."""
     table = raw["chexpert"]

@@ -17,7 +17,6 @@ def _define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Run the command."""
     del argv
     report = tree.write(FLAGS.out, FLAGS.stays, FLAGS.seed, FLAGS.cxr_fraction, FLAGS.images_per_stay)
     print(f"{FLAGS.out}: {report['num_stays']} stays, {report['num_images']} X-rays. Best expected AUROC (macro):")

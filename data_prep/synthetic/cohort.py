@@ -218,28 +218,23 @@ def tables(rng: np.random.Generator, stays: pl.DataFrame, planted: dict[str, np.
             *("subject_id", "hadm_id", "stay_id", "first_careunit", "last_careunit", "intime", "outtime"),
             los=(pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 86400,
         ),
-        "icu/chartevents": _timed(events.chart_rows(rng, stays, courses), stays).select(
-            *("subject_id", "hadm_id", "stay_id"),
-            caregiver_id=10_000 + pl.col("row") % 997,
-            charttime="charttime",
-            storetime=pl.col("charttime") + pl.duration(minutes=7),
-            itemid="itemid",
-            value="value",
-            valuenum="valuenum",
-            valueuom="valueuom",
-            warning=pl.lit(0),
+        "icu/chartevents": _icu_table(
+            _timed(events.chart_rows(rng, stays, courses), stays), 7, "valuenum", "valueuom", warning=pl.lit(0)
         ),
-        "icu/outputevents": _timed(events.output_rows(rng, stays), stays).select(
-            *("subject_id", "hadm_id", "stay_id"),
-            caregiver_id=10_000 + pl.col("row") % 997,
-            charttime="charttime",
-            storetime=pl.col("charttime") + pl.duration(minutes=3),
-            itemid="itemid",
-            value="value",
-            valueuom="valueuom",
-        ),
+        "icu/outputevents": _icu_table(_timed(events.output_rows(rng, stays), stays), 3, "valueuom"),
         "icu/d_items": items.with_columns(pl.all().replace("", None)),
     }
+
+
+def _icu_table(rows: pl.DataFrame, stored_min: int, *columns: str, **added: pl.Expr) -> pl.DataFrame:
+    return rows.select(
+        *("subject_id", "hadm_id", "stay_id"),
+        (10_000 + pl.col("row") % 997).alias("caregiver_id"),
+        "charttime",
+        (pl.col("charttime") + pl.duration(minutes=stored_min)).alias("storetime"),
+        *("itemid", "value", *columns),
+        **added,
+    )
 
 
 def _lab_table(rng: np.random.Generator, rows: pl.DataFrame) -> pl.DataFrame:
@@ -250,17 +245,15 @@ def _lab_table(rng: np.random.Generator, rows: pl.DataFrame) -> pl.DataFrame:
     )
     outpatient = pl.Series(rng.random(len(rows)) < 0.05)
     return rows.with_row_index("n").select(
-        labevent_id=pl.col("n") + 1,
-        subject_id="subject_id",
-        hadm_id=pl.when(~outpatient).then("hadm_id"),
-        specimen_id=1_000_000 + (pl.col("row") * 100_003 + pl.col("minute")).abs() % 98_000_000,
-        itemid="itemid",
-        order_provider_id=pl.lit(None, pl.String),
-        charttime="charttime",
-        storetime=pl.col("charttime") + pl.duration(minutes=55),
-        value="value",
-        valuenum="valuenum",
-        valueuom="valueuom",
+        (pl.col("n") + 1).alias("labevent_id"),
+        "subject_id",
+        pl.when(~outpatient).then("hadm_id").alias("hadm_id"),
+        (1_000_000 + (pl.col("row") * 100_003 + pl.col("minute")).abs() % 98_000_000).alias("specimen_id"),
+        "itemid",
+        pl.lit(None, pl.String).alias("order_provider_id"),
+        "charttime",
+        (pl.col("charttime") + pl.duration(minutes=55)).alias("storetime"),
+        *("value", "valuenum", "valueuom"),
         ref_range_lower=lower,
         ref_range_upper=upper,
         flag=pl.when((number < lower) | (number > upper)).then(pl.lit("abnormal")),
