@@ -85,11 +85,10 @@ def events_to_arrays(root: Path, work: Path, profile: str = "paper") -> dict:
     events.extract(raw, stays, rules, work / "events")
     extraction_s = time.perf_counter() - start_s
     discretize.write_arrays(work / "arrays", work / "events", stays, rules, schema.TASKS["pheno"], 2.0)
-    costs = _costs(num_rows, start_s, start_cpu_s)
+    costs = {"seconds_extraction": round(extraction_s, 2)} | _costs(num_rows, start_s, start_cpu_s)
     num_stays = len(Arrays.open(work / "arrays").row)
     shutil.rmtree(work)
-    result = {"what": "events to arrays", "raw_rows": num_rows, "stays": num_stays}
-    return result | {"seconds_extraction": round(extraction_s, 2)} | costs
+    return {"what": "events to arrays", "raw_rows": num_rows, "stays": num_stays} | costs
 
 
 def whole_build(root: Path, work: Path) -> dict:
@@ -181,6 +180,11 @@ def _compare_decoders(which: str, paths: list[Path]) -> list[dict]:
     ]
 
 
+def _in_process(root: Path, out: Path, *arguments: str) -> dict:
+    command = [sys.executable, "-m", "data_prep.bench", f"--out={out / 'work'}", f"--one={root}", *arguments]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
 def _source(mimic_iv: str | None, out: Path) -> dict[str, tables.Table]:
     if mimic_iv:
         return tables.mimic_iv(mimic_iv)
@@ -224,13 +228,10 @@ def main(argv: list[str]) -> None:
             progress.say(f"writing {root}")
             repeat(source, root, copies)
             (root / "complete").touch()
-        command = [sys.executable, "-m", "data_prep.bench", f"--out={out / 'work'}", f"--one={root}"]
         for _ in range(values.repeats):
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            results += [json.loads(done.stdout) | {"copies": copies}, zcat(root) | {"copies": copies}]
+            results += [_in_process(root, out) | {"copies": copies}, zcat(root) | {"copies": copies}]
     if values.whole_build:
-        done = subprocess.run([*command, "--whole_build"], stdout=subprocess.PIPE, text=True, check=True)
-        results.append(json.loads(done.stdout) | {"copies": values.copies})
+        results.append(_in_process(root, out, "--whole_build") | {"copies": values.copies})
     mimic_cxr = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
     if mimic_cxr:
         results += images(Path(mimic_cxr), out / "images")

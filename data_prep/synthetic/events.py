@@ -4,7 +4,7 @@ Each latent shifts the level of one or two variables for the whole stay (for blo
 builds up during the first day), over a patient's own baseline and noise. The rows have the quirks of the real tables:
 several items per variable, mixed units, texts, gaps, rows outside the stay, wrong values.
 
-`stays` is the frame of `cohort.draw_stays`; `at` = (row of the stay in that frame [R], minutes since its intime [R]).
+`stays` is the frame of `cohort.draw_stays`; `at` [2, R]: the row of the stay in that frame, minutes since its intime.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def _read(rng, courses, name: str, at) -> np.ndarray:
     return baseline + shift * growth + signal.noise_sd * wave
 
 
-def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> np.ndarray:
     """Return charting times: about one an hour, most at the same minute of the hour."""
     count = np.ceil(los_h).astype(int)
     row = np.repeat(np.arange(len(los_h)), count)
@@ -105,7 +105,7 @@ def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> tuple[np.ndarray, np
     minute = np.minimum(hour * 60 + late, (los_h[row] * 60).astype(int) - 1)
     first, last = hour == 0, hour == count[row] - 1
     minute = np.where(first & (rng.random(len(row)) < 0.05), -20, minute)  # charted before arrival ...
-    return row, np.where(last & (rng.random(len(row)) < 0.05), minute + 90, minute)  # ... and after leaving
+    return np.stack([row, np.where(last & (rng.random(len(row)) < 0.05), minute + 90, minute)])  # ... and after leaving
 
 
 def _rows(item: int, at, value, unit: str | None, number=None, comment: str | None = None) -> pl.DataFrame:
@@ -132,19 +132,16 @@ def _ordered(frames: list[pl.DataFrame], stays: pl.DataFrame) -> pl.DataFrame:
 
 def _some(rng, at, share):
     """Return a random share of the times; share: one number, or one per time."""
-    keep = rng.random(len(at[0])) < share
-    return at[0][keep], at[1][keep]
+    return at[:, rng.random(at.shape[1]) < share]
 
 
 def _every(at, hours: int):
     """Return the times every `hours` hours, starting at a different hour in each stay."""
-    keep = (at[1] // 60 + at[0]) % hours == 0
-    return at[0][keep], at[1][keep]
+    return at[:, (at[1] // 60 + at[0]) % hours == 0]
 
 
 def _of(at, stays_mask: np.ndarray):
-    keep = stays_mask[at[0]]
-    return at[0][keep], at[1][keep]
+    return at[:, stays_mask[at[0]]]
 
 
 def _vitals(rng, add, read, hourly, ventilated) -> None:
@@ -218,7 +215,7 @@ def _body(rng, add, stays: pl.DataFrame, hourly) -> None:
     height_cm = rng.normal(np.where(male, 176, 163), 7)
     weight_kg = rng.normal(28, 5, num).clip(16) * (height_cm / 100) ** 2
     start = np.flatnonzero(np.diff(hourly[0], prepend=-1))
-    first = hourly[0][start], np.maximum(hourly[1][start], 0)
+    first = np.maximum(hourly[:, start], 0)
     at = _some(rng, first, 0.5)
     inches = np.round(height_cm[at[0]] / 2.54)
     misread = rng.random(len(inches)) < 0.003
@@ -279,8 +276,7 @@ def chart_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> 
 
 def lab_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> pl.DataFrame:
     """Return the laboratory rows, from 8 h before the stay on, with the columns of `chart_rows` and comments."""
-    row, minute = _hourly(rng, stays["los_h"].to_numpy() + 8)
-    hourly = row, minute - 8 * 60
+    hourly = _hourly(rng, stays["los_h"].to_numpy() + 8) - [[0], [8 * 60]]
     frames = []
     read = functools.partial(_read, rng, courses)
 
@@ -302,7 +298,7 @@ def lab_rows(rng: np.random.Generator, stays: pl.DataFrame, courses: dict) -> pl
     at = _some(rng, at, 0.02)  # urine and other fluids
     add(51491, at, rng.choice([5.0, 5.5, 6.0, 6.5, 7.0], len(at[0])), 1, "units")
     frames.append(_rows(51478, at, None, "mg/dL", comment="NEG."))
-    at = at[0][:3], at[1][:3]
+    at = at[:, :3]
     add(51094, at, np.full(len(at[0]), 5.0), 0, None)
     frames.append(_rows(50831, at, as_text(np.full(len(at[0]), 7.4), 2), "units", comment="PLEURAL FLUID."))
     return _ordered(frames, stays)

@@ -82,11 +82,9 @@ def _image_flags(stays: pl.DataFrame, planned: pl.DataFrame) -> tuple[np.ndarray
     """Return which stays [N] have an AP X-ray during the stay, and which in its first 48 h."""
     images = planned.filter((pl.col("view") == "AP") & (pl.col("row") >= 0) & (pl.col("hours") >= 0))
     row, hours = images["row"].to_numpy(), images["hours"].to_numpy()
-    los_h = stays["los_h"].to_numpy()
-    in_stay, in_48h = np.zeros(len(stays), bool), np.zeros(len(stays), bool)
-    in_stay[row[hours <= los_h[row]]] = True
-    in_48h[row[(hours <= los_h[row]) & (hours <= MORTALITY_WINDOW_H)]] = True
-    return in_stay, in_48h
+    within = hours <= stays["los_h"].to_numpy()[row]
+    early = within & (hours <= MORTALITY_WINDOW_H)
+    return np.isin(np.arange(len(stays)), row[within]), np.isin(np.arange(len(stays)), row[early])
 
 
 def _report(stays: pl.DataFrame, planted: dict, in_stay: np.ndarray, in_48h: np.ndarray) -> dict:

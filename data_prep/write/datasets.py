@@ -81,8 +81,8 @@ def image_dataset(
     images = images.join(
         patients.select("subject_id", "age", "gender"), on="subject_id", how="left", maintain_order="left"
     )
-    images = images.with_columns(pl.col("age").fill_null(math.nan), pl.col("gender").fill_null(""), stay_id=-1)
-    images = images.with_columns(admission_type=pl.lit(""), first_careunit=pl.lit(""))
+    none = {"stay_id": -1, "admission_type": pl.lit(""), "first_careunit": pl.lit("")}
+    images = images.with_columns(pl.col("age").fill_null(math.nan), pl.col("gender").fill_null(""), **none)
     label_NK = images.select(schema.RADIOLOGY_LABELS).to_numpy().astype(np.int8)
     static = images.select(*_STATIC, "dicom_id").to_dicts()
 
