@@ -131,11 +131,8 @@ def _check_out(out: Path, names: list[str], sources: list[Path]) -> None:
 
 def _check_numbers(timestep_h: float, workers: int | None) -> None:
     if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # also rejects NaN
-        raise UserError(
-            f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours",
-            field="--timestep_h",
-            value=timestep_h,
-        )
+        message = f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours"
+        raise UserError(message, field="--timestep_h", value=timestep_h)
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1", field="--workers", value=workers)
 
@@ -154,11 +151,8 @@ def _check_storetime(source: Source) -> None:
     for name in ("chartevents", "labevents"):
         table = source.mimic_iv[name]
         if source.rules.stored_in_time and "storetime" not in table.columns:
-            raise UserError(
-                f"{table.path} has no column 'storetime', which --profile=strict needs; download it again",
-                path=table.path,
-                field="storetime",
-            )
+            message = f"{table.path} has no column 'storetime', which --profile=strict needs; download it again"
+            raise UserError(message, path=table.path, field="storetime")
 
 
 def _warn_of_released(source: Source, names: list[str]) -> None:

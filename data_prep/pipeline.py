@@ -225,11 +225,8 @@ def _discretize(cache_dir: Path, source: Source, people: Cohort, task: Task, eve
 
     arrays = Arrays.open(cache.entry(cache_dir, f"arrays-{name}", key, write))
     if not len(arrays.row):
-        raise UserError(
-            f"no stay has an event that task {task.name!r} can use; are chartevents and labevents complete?",
-            field="--mimic_iv",
-            value=task.name,
-        )
+        message = f"no stay has an event that task {task.name!r} can use; are chartevents and labevents complete?"
+        raise UserError(message, field="--mimic_iv", value=task.name)
     return arrays
 
 

@@ -25,12 +25,11 @@ def check_cxr_kept(out: Path, names: list[str]) -> None:
     """Raise UserError if a build without X-rays would replace a dataset that has some."""
     for name in names:
         if "mimic_cxr_files" in read_manifest(out / name).get("source", {}):
-            raise UserError(
+            message = (
                 f"{out / name} was built with X-rays, and this build has none; add --mimic_cxr=DIR, or use another "
-                "--out",
-                field="--mimic_cxr",
-                path=out / name,
+                "--out"
             )
+            raise UserError(message, field="--mimic_cxr", path=out / name)
 
 
 def changes(manifest: dict, options: dict, fingerprint: dict) -> list[str]:

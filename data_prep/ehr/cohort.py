@@ -64,11 +64,8 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     if stays.is_empty():
         emptied_by = next(step["filter"] for step in flow if not step["stays"])
         path = raw["icustays"].path
-        raise UserError(
-            f"{path}: no stay is left after the filter {emptied_by!r}; are the tables complete?",
-            path=path,
-            value=emptied_by,
-        )
+        message = f"{path}: no stay is left after the filter {emptied_by!r}; are the tables complete?"
+        raise UserError(message, path=path, value=emptied_by)
     stays = mortality.add_deaths(stays).with_columns(known_words.word("first_careunit"))
     known_words.warn_of_others(stays)
     return stays.sort("stay_id").select(_COLUMNS), flow
@@ -121,11 +118,8 @@ def assign_splits(
         return {subject: _hashed_split(subject, seed) for subject in subjects}
     val, test = read_id_list(val_ids), read_id_list(test_ids)
     if both := val & test:
-        raise UserError(
-            f"subject {min(both)} is in both {val_ids} and {test_ids}; a patient belongs to one split",
-            path=val_ids,
-            value=min(both),
-        )
+        message = f"subject {min(both)} is in both {val_ids} and {test_ids}; a patient belongs to one split"
+        raise UserError(message, path=val_ids, value=min(both))
     for path, members in ((val_ids, val), (test_ids, test)):
         if not members & set(subjects):
             progress.say(f"warning: none of the {len(members)} patients in {path} is in the cohort")

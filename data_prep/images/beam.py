@@ -94,11 +94,8 @@ def main(argv: list[str]) -> None:
         if not folder:
             raise UserError(f"--{name}=DIR is missing", field=f"--{name}")
         if "://" in folder:
-            raise UserError(
-                f"--{name}={folder} is an address; give a folder that every worker mounts",
-                field=f"--{name}",
-                value=folder,
-            )
+            message = f"--{name}={folder} is an address; give a folder that every worker mounts"
+            raise UserError(message, field=f"--{name}", value=folder)
     options = [f"--runner={values.runner}", *argv[1:]]
     if values.runner == "DirectRunner":
         workers = values.workers or len(os.sched_getaffinity(0))

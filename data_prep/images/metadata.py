@@ -60,11 +60,8 @@ def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
     table = raw["chexpert"]
     for label in schema.RADIOLOGY_LABELS:
         if label not in table.columns:
-            raise UserError(
-                f"{table.path} has no column {label!r}, one of the 14 CheXpert labels; download it again",
-                path=table.path,
-                field=label,
-            )
+            message = f"{table.path} has no column {label!r}, one of the 14 CheXpert labels; download it again"
+            raise UserError(message, path=table.path, field=label)
     rows = table.read("study_id", *schema.RADIOLOGY_LABELS)
     positive = [
         (parse.number(name) == 1).fill_null(False).cast(pl.Int8).alias(name) for name in schema.RADIOLOGY_LABELS

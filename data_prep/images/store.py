@@ -164,12 +164,11 @@ class ImageStore:
         bad = sorted(self.unreadable)
         if len(bad) > MAX_UNREADABLE * len(self._requested):
             folder = self._root / "files"
-            raise UserError(
+            message = (
                 f"{len(bad)} of {len(self._requested)} X-rays under {folder} are missing or unreadable, more than 1 % "
-                f"(first: {bad[0]}.jpg); download them again and rerun the command",
-                path=folder,
-                value=bad[0],
+                f"(first: {bad[0]}.jpg); download them again and rerun the command"
             )
+            raise UserError(message, path=folder, value=bad[0])
 
 
 def signature(path: str | Path) -> Signature:

@@ -113,13 +113,10 @@ def _open(path: Path, root: Path, required: tuple[str, ...]) -> Table:
         if column in present:
             continue
         similar = next((name for name in present if name.lower() == column), "")
-        raise UserError(
-            f"{path} has no column {column!r}; it has {', '.join(present[:20])}. "
-            + (f"Rename {similar!r}." if similar else "Is it the right table, downloaded completely?"),
-            path=path,
-            field=column,
-            nearest=similar,
+        message = f"{path} has no column {column!r}; it has {', '.join(present[:20])}. " + (
+            f"Rename {similar!r}." if similar else "Is it the right table, downloaded completely?"
         )
+        raise UserError(message, path=path, field=column, nearest=similar)
     return Table(path, str(path.relative_to(root)), present)
 
 
@@ -137,12 +134,11 @@ def mimic_iv(root: str | Path) -> dict[str, Table]:
         candidates = [root / folder / f"{name}{end}" for folder in folders for end in (".csv.gz", ".csv")]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
-            raise UserError(
+            message = (
                 f"{root} has no {folders[0]}/{name}.csv.gz (or .csv); --mimic_iv must be the folder that contains icu/ "
-                "and hosp/, with all tables of MIMIC-IV",
-                field="--mimic_iv",
-                path=candidates[0],
+                "and hosp/, with all tables of MIMIC-IV"
             )
+            raise UserError(message, field="--mimic_iv", path=candidates[0])
         found[name] = _open(path, root, required)
     return found
 
@@ -187,12 +183,11 @@ def mimic_cxr(root: str | Path) -> dict[str, Table]:
             found[name] = _open(paths[-1], root, required)
         elif name != "split":
             path = root / f"mimic-cxr-2.0.0-{name}.csv.gz"
-            raise UserError(
+            message = (
                 f"{root} has no {path.name} (or .csv); --mimic_cxr must be the MIMIC-CXR-JPG folder, with its tables "
-                "and files/",
-                field="--mimic_cxr",
-                path=path,
+                "and files/"
             )
+            raise UserError(message, field="--mimic_cxr", path=path)
     return found
 
 
@@ -229,11 +224,9 @@ def count_unreadable_times(raw: dict[str, Table]) -> dict[str, int]:
             parsed = given.select(parse.date(column) if column == "dod" else parse.time(column))
             counts[f"{name}.{column}"] = unreadable = parsed[column].null_count()
             if unreadable > _MAX_UNREADABLE_TIMES * len(given):
-                raise UserError(
+                message = (
                     f"{raw[name].path}: {unreadable:,} of {len(given):,} times in column {column!r} cannot be read, "
-                    "more than 1 %; write them as MIMIC does: YYYY-MM-DD HH:MM:SS (dod: YYYY-MM-DD)",
-                    path=raw[name].path,
-                    field=column,
-                    value=unreadable,
+                    "more than 1 %; write them as MIMIC does: YYYY-MM-DD HH:MM:SS (dod: YYYY-MM-DD)"
                 )
+                raise UserError(message, path=raw[name].path, field=column, value=unreadable)
     return counts
