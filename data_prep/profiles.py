@@ -45,13 +45,9 @@ class Rules:
         "all serum glucose (released extraction).",
     )
     ranges: bool = _rule(
-        True,
-        "Values outside the plausible range are clipped, impossible ones dropped. Off in the released extraction.",
+        True, "Values outside the plausible range are clipped, impossible ones dropped. Off in the released extraction."
     )
-    zero_size: bool = _rule(
-        False,
-        "A height or weight of 0 is kept (released extraction). Off: dropped as impossible.",
-    )
+    zero_size: bool = _rule(False, "A height or weight of 0 is kept (released extraction). Off: dropped as impossible.")
     phenotypes: str = _rule(
         "gem",
         "How codes become labels without --phenotypes. gem: ICD-9 -> CCS, and ICD-10 -> ICD-9 -> CCS by the GEMs, by "

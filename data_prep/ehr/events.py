@@ -51,11 +51,7 @@ CHART_ITEMS = {
     "Weight": (224639, 226512, 226531),
     "pH": (223830, 220274),
 }
-LAB_ITEMS = {
-    "Glucose": (50931, 50809, 51478),
-    "Oxygen saturation": (50817,),
-    "pH": (50820, 51491, 50831, 51094),
-}
+LAB_ITEMS = {"Glucose": (50931, 50809, 51478), "Oxygen saturation": (50817,), "pH": (50820, 51491, 50831, 51094)}
 
 # Variables whose raw numbers the released extraction sorts as text (it parses the numbers of other variables first).
 SORTED_AS_TEXT = ("Heart Rate", "Mean blood pressure", "Respiratory rate")
@@ -69,12 +65,7 @@ def num_buckets(num_stays: int) -> int:
 def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, folder: Path) -> None:
     """Write every bucket's events and `counts.json` (rows by fate and variable) to `folder`."""
     lookup = stays.with_row_index("stay").select(
-        "stay",
-        "hadm_id",
-        "intime",
-        "los_h",
-        own_subject_id=pl.col("subject_id"),
-        own_stay_id=pl.col("stay_id"),
+        "stay", "hadm_id", "intime", "los_h", own_subject_id=pl.col("subject_id"), own_stay_id=pl.col("stay_id")
     )
     counts: dict[str, Counter] = {}
     for part, frame in enumerate(_joined(_batches(raw, rules, lookup, counts), ROWS_PER_WRITE)):

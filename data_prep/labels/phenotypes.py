@@ -61,10 +61,7 @@ def _read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.D
     ).join(admissions, on="hadm_id", suffix="_of_stay")
     own = rows.filter(pl.col("subject_id") == pl.col("subject_id_of_stay"))
     valid = own.filter(pl.col("code").str.contains(CODE))  # drops null too
-    return valid, {
-        "rows_of_another_patient": len(rows) - len(own),
-        "rows_without_a_valid_code": len(own) - len(valid),
-    }
+    return valid, {"rows_of_another_patient": len(rows) - len(own), "rows_without_a_valid_code": len(own) - len(valid)}
 
 
 def _count_by_version(codes: list) -> dict[str, int]:

@@ -33,23 +33,17 @@ IMAGES_PER_PROCESS = 100  # at least; a process takes as long to start as it doe
 MORTALITY_WINDOW_H = schema.TASKS["mortality"].window_h
 
 
-def _settings(num_stays: int, seed: int, cxr_fraction: float, images_per_stay: float) -> dict:
-    """Return the settings that determine the cohort; raise UserError for a value out of range."""
-    for flag, value, low, high in (
-        ("--stays", num_stays, MIN_STAYS, 100_000),
-        ("--seed", seed, 0, 2**63),
-        ("--cxr_fraction", cxr_fraction, 0, 1),
-        ("--images_per_stay", images_per_stay, 0, 100),
+def _check(settings: dict) -> None:
+    """Raise UserError for a value out of range."""
+    for name, flag, low, high in (
+        ("num_stays", "--stays", MIN_STAYS, 100_000),
+        ("seed", "--seed", 0, 2**63),
+        ("cxr_fraction", "--cxr_fraction", 0, 1),
+        ("images_per_stay", "--images_per_stay", 0, 100),
     ):
+        value = settings[name]
         if not low <= value <= high:
             raise UserError(f"{flag} is {value}; it must be from {low} to {high}", field=flag, value=value)
-    return {
-        "version": VERSION,
-        "num_stays": num_stays,
-        "seed": seed,
-        "cxr_fraction": cxr_fraction,
-        "images_per_stay": images_per_stay,
-    }
 
 
 def _written_before(out_dir: Path, settings: dict) -> dict | None:
@@ -149,7 +143,9 @@ def write(
     The report, also best_auroc.json: the settings, and for each task `signal.best_auroc` and the labels' prevalence.
     """
     out_dir = Path(out_dir).resolve()
-    settings = _settings(num_stays, seed, cxr_fraction, images_per_stay)
+    settings = {"num_stays": num_stays, "seed": seed, "cxr_fraction": cxr_fraction, "images_per_stay": images_per_stay}
+    _check(settings)
+    settings = {"version": VERSION, **settings}
     if report := _written_before(out_dir, settings):
         return report
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")  # an interrupted run must not look complete

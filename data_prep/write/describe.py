@@ -72,5 +72,5 @@ def _percentiles(count_G: np.ndarray, top: float) -> dict[str, float | None]:
 def histogram(values: np.ndarray, edges: tuple[float, ...]) -> dict[str, int]:
     """Count values by interval, the last one open: '0-12', '12-24', ... '504-'."""
     names = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(edges)] + [f"{edges[-1]:g}-"]
-    interval = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 1)
-    return dict(zip(names, np.bincount(interval, minlength=len(names)).tolist(), strict=True))
+    counts, _ = np.histogram(np.maximum(values, edges[0]), [*edges, np.inf])
+    return dict(zip(names, counts.tolist(), strict=True))

@@ -40,18 +40,15 @@ class Inputs:
     window_h: float | None
     timestep_h: float
 
-    def end_h(self) -> np.ndarray:
-        """Return float64 [N]: hours from `intime` to each stay's cut-off."""
-        los_h = self.stays["los_h"].to_numpy()[self.arrays.row]
-        return los_h if self.window_h is None else np.minimum(los_h, self.window_h)
-
 
 def check(inputs: Inputs, events_dir: Path, predictions: Predictions | None) -> dict:
     """Return counts of what was checked; raise AssertionError on any violation, also under `python -O`.
 
     predictions: those of an hourly task, whose labels have their own times as cut-offs.
     """
-    end_h_N, margin_h_N = inputs.end_h(), np.zeros(len(inputs.arrays.row))
+    los_h_N = inputs.stays["los_h"].to_numpy()[inputs.arrays.row]
+    end_h_N = los_h_N if inputs.window_h is None else np.minimum(los_h_N, inputs.window_h)  # the cut-offs
+    margin_h_N = np.zeros(len(end_h_N))
     wrong_cells = 0
     for bucket in np.unique(inputs.arrays.bucket).tolist():
         positions_S = np.flatnonzero(inputs.arrays.bucket == bucket)
