@@ -29,6 +29,9 @@ JPEG_QUALITY = 90
 AIR, BODY, LUNG, FLUID, HEART, BONE, METAL = 0.03, 0.60, 0.17, 0.68, 0.79, 0.82, 1.0  # brightness
 
 
+Part = tuple[tuple[slice, slice], np.ndarray, np.ndarray]  # rows and columns of the drawing, their x and y
+
+
 def _share(latent: float) -> float:
     """Map a latent to (0, 1), as a Python float, so that float32 images stay float32."""
     return 1 / (1 + math.exp(-1.2 * latent))
@@ -46,16 +49,21 @@ def _inside(distance: np.ndarray, edge: float) -> np.ndarray:
     return _above(1 - distance, 2 * edge)
 
 
-def _window(x, y, left: float, right: float, top: float = -np.inf, bottom: float = np.inf) -> tuple[slice, slice]:
-    """Return the rows and columns of the drawing that hold a rectangle of the body: nothing is painted outside it."""
+def _part(x, y, left: float, right: float, top: float = -np.inf, bottom: float = np.inf) -> Part:
+    """Return the part of the drawing that holds a rectangle of the body: nothing is painted outside it."""
     margin = 0.01  # for rounding
     ends_y, ends_x = y[:, [0, -1]], x[[0, -1]]  # both coordinates are linear
-    rows = (ends_y.max(1) > top - margin) & (ends_y.min(1) < bottom + margin)
-    columns = (ends_x.max(0) > left - margin) & (ends_x.min(0) < right + margin)
-    where_y, where_x = np.flatnonzero(rows), np.flatnonzero(columns)
-    if not len(where_y) or not len(where_x):
-        return slice(0), slice(0)
-    return slice(where_y[0], where_y[-1] + 1), slice(where_x[0], where_x[-1] + 1)
+    rows = np.flatnonzero((ends_y.max(1) > top - margin) & (ends_y.min(1) < bottom + margin))
+    columns = np.flatnonzero((ends_x.max(0) > left - margin) & (ends_x.min(0) < right + margin))
+    if not len(rows) or not len(columns):
+        rows = columns = np.array([0])
+    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return window, x[window].copy(), y[window].copy()  # operations on copies are twice as fast as on views
+
+
+def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return what np.hypot does, in two thirds of the time."""
+    return np.sqrt(np.square(x, dtype=np.float64) + np.square(y, dtype=np.float64)).astype(np.float32)
 
 
 def _over(image, colour, opacity):
@@ -81,20 +89,19 @@ def _coordinates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)
 
 
-def _lung_shapes(x, y, lateral: bool) -> list[tuple[tuple[slice, slice], np.ndarray, float]]:
-    """Return (window, mask in it, centre x) of each lung: two from the front, one from the side."""
+def _lung_shapes(x, y, lateral: bool) -> list[tuple[Part, np.ndarray, float]]:
+    """Return (part, mask in it, centre x) of each lung: two from the front, one from the side."""
     lungs = [(0.02, 0.52)] if lateral else [(-0.46, 0.37), (0.46, 0.37)]
     shapes = []
     for centre, half_width in lungs:
         reach = 1.28 * half_width + 0.1
-        window = _window(x, y, centre - reach, centre + reach, -0.87, 0.91)
-        x_in, y_in = x[window], y[window]
+        part = _, x_in, y_in = _part(x, y, centre - reach, centre + reach, -0.87, 0.91)
         width = half_width * (1.0 + 0.24 * y_in)  # narrower at the top
         side = 0 if lateral else math.copysign(1, centre)
         outwards = 0.6 * np.abs(x_in) if lateral else side * (x_in - centre)
         floor = 0.56 + 0.30 * outwards + 0.5 * outwards * np.abs(outwards)  # the dome of the diaphragm
-        mask = _inside(np.hypot((x_in - centre - 0.10 * side * y_in) / width, (y_in - 0.02) / 0.84), 0.05)
-        shapes.append((window, mask * _above(floor - y_in, 0.04), centre))
+        mask = _inside(_distance((x_in - centre - 0.10 * side * y_in) / width, (y_in - 0.02) / 0.84), 0.05)
+        shapes.append((part, mask * _above(floor - y_in, 0.04), centre))
     return shapes
 
 
@@ -111,13 +118,12 @@ def _draw_body(x, y, rng, lateral: bool) -> np.ndarray:
     return image + 0.025 * _smooth_noise(rng, image.shape, 7) * torso
 
 
-def _draw_lungs(image, x, y, rng, lungs, haze: float, lucency: float) -> None:
+def _draw_lungs(image, rng, lungs, haze: float, lucency: float) -> None:
     """Draw the lungs with vessels: haze whitens and mottles them; lucency collapses one from the top."""
     fog = _share(haze)
     collapsed = rng.integers(len(lungs))
     mottle = _smooth_noise(rng, image.shape, 34)
-    for i, (window, mask, centre) in enumerate(lungs):
-        x_in, y_in = x[window], y[window]
+    for i, ((window, x_in, y_in), mask, centre) in enumerate(lungs):
         vessels = np.exp(-np.abs(np.abs(x_in) - 0.14) * 4.0)
         texture = LUNG + 0.10 * vessels + 0.40 * fog * (1 - 0.2 * y_in) + (0.02 + 0.06 * fog) * mottle[window]
         if i == collapsed:  # black air above the lung's edge, which is a thin bright line
@@ -133,21 +139,21 @@ def _draw_bones(image, x, y, lungs, lateral: bool) -> None:
     phase = (y - drop) / 0.215
     ribs = _inside(np.abs(phase - np.floor(phase) - 0.5) / 0.25, 0.35)
     chest = np.zeros_like(image)
-    for window, mask, _ in lungs:
+    for (window, _, _), mask, _ in lungs:
         chest[window] += mask
     image += 0.07 * (np.minimum(chest, 1) + 0.25) * ribs * (image > 2 * AIR) * _above(0.7 - y, 0.2)
     if lateral:
-        spine = _window(x, y, -0.82, -0.32)
-        _over(image[spine], BONE, 0.6 * _inside(np.abs(x[spine] + 0.66 - 0.12 * y[spine] * y[spine]) / 0.12, 0.3))
+        window, x_in, y_in = _part(x, y, -0.82, -0.32)
+        _over(image[window], BONE, 0.6 * _inside(np.abs(x_in + 0.66 - 0.12 * y_in * y_in) / 0.12, 0.3))
         return
-    window = _window(x, y, -0.88, 0.88, -0.77, -0.52)
-    x_in, y_in = np.abs(x[window]), y[window]
-    collar = np.abs(y_in + 0.70 - 0.30 * x_in + 0.20 * x_in * x_in)
-    ends = _above(0.35 - np.abs(x_in - 0.47), 0.1)
+    window, x_in, y_in = _part(x, y, -0.88, 0.88, -0.77, -0.52)
+    aside = np.abs(x_in)
+    collar = np.abs(y_in + 0.70 - 0.30 * aside + 0.20 * aside * aside)
+    ends = _above(0.35 - np.abs(aside - 0.47), 0.1)
     _over(image[window], BONE, 0.4 * _inside(collar / 0.04, 0.4) * ends)
-    spine = _window(x, y, -0.17, 0.17)
-    vertebra = 0.8 + 0.2 * np.cos(2 * np.pi * y[spine] / 0.17)
-    _over(image[spine], BONE, 0.7 * vertebra * _inside(np.abs(x[spine]) / 0.12, 0.4))
+    window, x_in, y_in = _part(x, y, -0.17, 0.17)
+    vertebra = 0.8 + 0.2 * np.cos(2 * np.pi * y_in / 0.17)
+    _over(image[window], BONE, 0.7 * vertebra * _inside(np.abs(x_in) / 0.12, 0.4))
 
 
 def _draw_ellipse(image, x, y, brightness, opacity, centre, radius, edge, lean=0.0) -> None:
@@ -155,9 +161,9 @@ def _draw_ellipse(image, x, y, brightness, opacity, centre, radius, edge, lean=0
     (centre_x, centre_y), (radius_x, radius_y) = centre, radius
     reach_y = radius_y * (1 + edge)
     reach_x = radius_x * (1 + edge) + abs(lean) * reach_y
-    window = _window(x, y, centre_x - reach_x, centre_x + reach_x, centre_y - reach_y, centre_y + reach_y)
-    x_in, y_in = x[window] - lean * (y[window] - centre_y), y[window]
-    distance = np.hypot((x_in - centre_x) / radius_x, (y_in - centre_y) / radius_y)
+    window, x_in, y_in = _part(x, y, centre_x - reach_x, centre_x + reach_x, centre_y - reach_y, centre_y + reach_y)
+    x_in = x_in - lean * (y_in - centre_y)
+    distance = _distance((x_in - centre_x) / radius_x, (y_in - centre_y) / radius_y)
     _over(image[window], brightness, opacity * _inside(distance, edge))
 
 
@@ -168,12 +174,12 @@ def _draw_heart(image, x, y, size: float, lateral: bool) -> None:
     _draw_ellipse(image, x, y, HEART, 0.7, (0.02, -0.24), (0.14, 0.36), 0.3)  # the great vessels
 
 
-def _draw_effusion(image, x, y, lungs, amount: float) -> None:
+def _draw_effusion(image, lungs, amount: float) -> None:
     """Draw fluid at the base of each lung, its surface rising towards the wall."""
     surface = 0.66 - 0.75 * _share(amount)
-    for window, mask, centre in lungs:
-        level = surface - 0.6 * (x[window] - centre) ** 2
-        _over(image[window], FLUID, 0.97 * mask * _above(y[window] - level, 0.07))
+    for (window, x_in, y_in), mask, centre in lungs:
+        level = surface - 0.6 * (x_in - centre) ** 2
+        _over(image[window], FLUID, 0.97 * mask * _above(y_in - level, 0.07))
 
 
 def _draw_nodules(image, x, y, rng, lungs, size: float) -> None:
@@ -182,10 +188,10 @@ def _draw_nodules(image, x, y, rng, lungs, size: float) -> None:
     for _, _, centre in lungs:
         centre_x, centre_y = centre * 1.05 + rng.uniform(-0.08, 0.08), rng.uniform(-0.35, 0.1)
         reach = 1.32 * radius
-        window = _window(x, y, centre_x - reach, centre_x + reach, centre_y - reach, centre_y + reach)
-        x_in, y_in = x[window] - centre_x, y[window] - centre_y
+        window, x_in, y_in = _part(x, y, centre_x - reach, centre_x + reach, centre_y - reach, centre_y + reach)
+        x_in, y_in = x_in - centre_x, y_in - centre_y
         wobble = 1 + 0.10 * np.sin(3 * np.arctan2(y_in, x_in) + rng.uniform(0, 6))
-        _over(image[window], 0.86, 0.95 * _inside(np.hypot(x_in, y_in) / (radius * wobble), 0.2))
+        _over(image[window], 0.86, 0.95 * _inside(_distance(x_in, y_in) / (radius * wobble), 0.2))
 
 
 def _draw_device(image, x, y, rng, load: float) -> None:
@@ -195,18 +201,17 @@ def _draw_device(image, x, y, rng, load: float) -> None:
     opacity = min(1.0, 0.3 + 1.5 * share)
     size = 0.03 + 0.18 * share
     reach = 1.15 * size
-    window = _window(x, y, side * 0.62 - reach, side * 0.62 + reach, -0.42 - reach, -0.42 + reach)
-    box = np.maximum(np.abs(x[window] - side * 0.62), np.abs(y[window] + 0.42)) / size
+    window, x_in, y_in = _part(x, y, side * 0.62 - reach, side * 0.62 + reach, -0.42 - reach, -0.42 + reach)
+    box = np.maximum(np.abs(x_in - side * 0.62), np.abs(y_in + 0.42)) / size
     _over(image[window], METAL, opacity * _inside(box, 0.15))
     width = 0.012 + 0.05 * share
     left, right = sorted((side * 0.08, side * 0.66))
-    window = _window(x, y, left, right, -0.42 - 1.5 * width, 0.48 + 1.5 * width)
-    x_in, y_in = side * x[window], y[window]
-    lead_y = -0.42 + 0.9 * np.clip((0.62 - x_in) / 0.5, 0, 1) ** 2
-    lead = np.abs(y_in - lead_y) / width + 50 * np.clip(np.abs(x_in - 0.37) - 0.26, 0, None)
+    window, x_in, y_in = _part(x, y, left, right, -0.42 - 1.5 * width, 0.48 + 1.5 * width)
+    lead_y = -0.42 + 0.9 * np.clip((0.62 - side * x_in) / 0.5, 0, 1) ** 2
+    lead = np.abs(y_in - lead_y) / width + 50 * np.clip(np.abs(side * x_in - 0.37) - 0.26, 0, None)
     _over(image[window], METAL, opacity * _inside(lead, 0.5))
-    window = _window(x, y, -0.02 - 1.5 * width, -0.02 + 1.5 * width, bottom=-0.19)
-    tube = np.abs(x[window] + 0.02) / width + 50 * np.clip(y[window] + 0.22, 0, None)
+    window, x_in, y_in = _part(x, y, -0.02 - 1.5 * width, -0.02 + 1.5 * width, bottom=-0.19)
+    tube = np.abs(x_in + 0.02) / width + 50 * np.clip(y_in + 0.22, 0, None)
     _over(image[window], METAL, opacity * _inside(tube, 0.5))
 
 
@@ -224,9 +229,9 @@ def draw(latents: Sequence[float], view: str, seed: tuple[int, ...]) -> np.ndarr
         y = y * 0.96
     image = _draw_body(x, y, rng, lateral)
     lungs = _lung_shapes(x, y, lateral)
-    _draw_lungs(image, x, y, rng, lungs, value["haze"], value["lucency"])
+    _draw_lungs(image, rng, lungs, value["haze"], value["lucency"])
     _draw_bones(image, x, y, lungs, lateral)
-    _draw_effusion(image, x, y, lungs, value["effusion"])
+    _draw_effusion(image, lungs, value["effusion"])
     _draw_heart(image, x, y, value["heart"], lateral)
     _draw_nodules(image, x, y, rng, lungs, value["nodule"])
     _draw_device(image, x, y, rng, value["device"])

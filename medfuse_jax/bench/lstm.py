@@ -46,7 +46,7 @@ def _ours(case: Case, width: int, sample: cohort.Sample, say) -> tuple[dict, dic
     weights = _weights(width)
     batches = [(jnp.asarray(batch["ehr"][0]), jnp.asarray(batch["length"][0])) for batch in sample.batches]
     ours = functools.partial(ehr_encoder.lstm, ops=resnet.ops_for(jax.default_backend()))
-    recurrences = {clock.OURS: ours, _PLAIN: _plain}
+    recurrences: dict[str, Callable] = {clock.OURS: ours, _PLAIN: _plain}
     if jax.default_backend() == "gpu":
         others = [kernel for kernel in ehr_encoder.LSTM_KERNELS if kernel != "chunks"]
         recurrences |= {kernel: functools.partial(ehr_encoder.lstm, kernel=kernel) for kernel in others}

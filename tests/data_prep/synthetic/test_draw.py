@@ -34,21 +34,21 @@ def test_an_image_follows_from_its_latents_and_seed():
 
 
 @pytest.mark.parametrize("view", ["AP", "PA", "LATERAL"])
-def test_nothing_is_cut_off_at_the_edge_of_its_window(monkeypatch, view):
+def test_nothing_is_cut_off_at_the_edge_of_its_part(monkeypatch, view):
     """Whatever is drawn lies within the part of the X-ray that its code looks at."""
     latents = np.random.default_rng(0).normal(0, 2, (20, len(signal.IMAGE_LATENTS)))
-    window = draw._window
+    part = draw._part
 
     def drawn():
         return np.stack([draw.draw(z, view, (1, i)) for i, z in enumerate(latents)]).astype(int)
 
-    in_windows = drawn()
-    monkeypatch.setattr(draw, "_window", lambda *_, **__: (slice(None), slice(None)))
+    in_parts = drawn()
+    monkeypatch.setattr(draw, "_part", lambda x, y, *_, **__: ((slice(None), slice(None)), x, y))
     whole = drawn()
-    assert np.abs(in_windows - whole).max() <= 1 and (in_windows != whole).mean() < 1e-4  # rounding
+    assert np.abs(in_parts - whole).max() <= 1 and (in_parts != whole).mean() < 1e-4  # rounding
 
     def smaller(x, y, left, right, top=-np.inf, bottom=np.inf):
-        return window(x, y, left + 0.05, right - 0.05, top + 0.05, bottom - 0.05)
+        return part(x, y, left + 0.05, right - 0.05, top + 0.05, bottom - 0.05)
 
-    monkeypatch.setattr(draw, "_window", smaller)  # planted error
+    monkeypatch.setattr(draw, "_part", smaller)  # planted error
     assert np.abs(drawn() - whole).max() > 20
