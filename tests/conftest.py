@@ -98,6 +98,17 @@ def ehr_config(tiny_config):
     return tiny_config
 
 
+@pytest.fixture
+def fusion_config(tiny_config):
+    """A config of MedFuse with both pre-training stages, of one epoch each."""
+    from ml_collections import ConfigDict
+
+    tiny_config.num_epochs = 1
+    tiny_config.pretrain.ehr = ConfigDict({"method": "uni_ehr"})
+    tiny_config.pretrain.cxr = ConfigDict({"method": "uni_cxr", "task": "radiology"})
+    return tiny_config
+
+
 @pytest.fixture(scope="session")
 def shared_tiny_config(shards):
     """The tiny config for fixtures that outlive a test: copy it, never change it."""

@@ -1,6 +1,5 @@
 """main: trains the stages in order, resumes, and refuses impossible runs before training anything."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -13,23 +12,13 @@ from types import SimpleNamespace
 import example_runs
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from refusals import refused
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import main, train
 from medfuse_jax import run as run_lib
 from medfuse_jax.data.dataset import open_dataset
-from medfuse_jax.runs import checkpoints, sources, workdir
-from medfuse_jax.runs.progress import Progress
-
-
-@pytest.fixture
-def fusion_config(tiny_config):
-    tiny_config.num_epochs = 1
-    tiny_config.pretrain.ehr = ConfigDict({"method": "uni_ehr"})
-    tiny_config.pretrain.cxr = ConfigDict({"method": "uni_cxr", "task": "radiology"})
-    return tiny_config
+from medfuse_jax.runs import sources, workdir
 
 
 @pytest.fixture
@@ -121,44 +110,6 @@ def test_the_commands_train_evaluate_and_report_as_typed(ehr_config, tmp_path):
     assert _fields(tmp_path / "made_up") == _fields(folder)
 
 
-@pytest.mark.parametrize(
-    ("method", "wanted"), [("medfuse", {"ehr", "cxr"}), ("daft3", {"ehr", "cxr"}), ("uni_ehr", set())]
-)
-def test_stages_of_encoders_that_the_method_lacks_are_skipped(fusion_config, tmp_path, method, wanted):
-    fusion_config.method = method
-    assert set(sources.find(run_lib.open_run(fusion_config), tmp_path)[1]) == wanted
-
-
-def _keep(folder, config, **progress):
-    """Make a workdir with a checkpoint of untrained weights; return its run."""
-    run = run_lib.open_run(config)
-    workdir.claim(folder, run)
-    with contextlib.closing(checkpoints.open_manager(folder)) as manager:
-        checkpoints.save(manager, run.fresh_state(), Progress(**progress), is_best=True)
-    return run
-
-
-def test_config_init_needs_weights_until_the_run_has_a_checkpoint(tiny_config, tmp_path):
-    """The source of a run's initial weights is read once and may then be deleted."""
-    source = tiny_config.copy_and_resolve_references()
-    source.method = tiny_config.method = "uni_ehr"
-    tiny_config.init.ehr = str(tmp_path / "source")
-    workdir.claim(tmp_path / "source", run_lib.open_run(source))
-    run = run_lib.open_run(tiny_config)
-    with refused(path=tmp_path / "source" / "checkpoints"):
-        sources.find(run, tmp_path / "run")
-    (tmp_path / "source" / "checkpoints").mkdir()
-    with refused(path=tmp_path / "source" / "checkpoints"):
-        sources.find(run, tmp_path / "run")
-    _keep(tmp_path / "source", source)
-    assert set(sources.find(run, tmp_path / "run")[0]) == {"ehr"}
-    _keep(tmp_path / "run", tiny_config)
-    shutil.rmtree(tmp_path / "source")
-    assert sources.find(run, tmp_path / "run") == ({}, {})
-    with refused(path=tmp_path / "source" / "config.json"):
-        sources.find(run, tmp_path / "other")
-
-
 def test_a_run_that_lost_its_checkpoints_restarts_and_says_so(tiny_config, tmp_path, capsys):
     tiny_config.method, tiny_config.num_epochs = "uni_ehr", 1
     run = run_lib.open_run(tiny_config)
@@ -200,31 +151,6 @@ def test_a_stage_without_test_records_is_trained_but_not_evaluated(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["task"] == "pheno"
     assert not (tmp_path / "run" / "pretrain_cxr" / "result.json").exists()
     assert "pretrain_cxr is not evaluated" in capsys.readouterr().out
-
-
-def test_freezing_batch_statistics_that_nothing_trains_is_refused(fusion_config, tmp_path):
-    fusion_config.model.batch_norm = "frozen"
-    assert set(sources.find(run_lib.open_run(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
-    fusion_config.pretrain.cxr.model = {"batch_norm": "frozen"}
-    with refused(field="config.model.batch_norm"):
-        sources.find(run_lib.open_run(fusion_config), tmp_path)
-    fusion_config.encoders = "random"
-    with refused(field="config.model.batch_norm"):
-        sources.find(run_lib.open_run(fusion_config), tmp_path)
-    fusion_config.method = "uni_ehr"
-    sources.find(run_lib.open_run(fusion_config), tmp_path)
-
-
-@pytest.mark.parametrize("changes", [{"method": "early"}, {"model.freeze_encoders": True}])
-def test_a_frozen_encoder_that_nothing_trains_is_refused(fusion_config, tmp_path, changes):
-    fusion_config.update_from_flattened_dict(changes)
-    assert set(sources.find(run_lib.open_run(fusion_config), tmp_path)[1]) == {"ehr", "cxr"}
-    del fusion_config.pretrain.cxr
-    with refused(field="config.pretrain.cxr"):
-        sources.find(run_lib.open_run(fusion_config), tmp_path)
-    fusion_config.encoders = "random"
-    with refused(field="config.pretrain.ehr"):
-        sources.find(run_lib.open_run(fusion_config), tmp_path)
 
 
 @pytest.mark.parametrize(

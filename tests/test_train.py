@@ -5,7 +5,6 @@ import functools
 import gzip
 import json
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,8 +14,7 @@ from refusals import refused
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, feed, train
 from medfuse_jax import run as run_lib
-from medfuse_jax.models import registry
-from medfuse_jax.runs import checkpoints, sources, warm_start
+from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import compilation
@@ -102,70 +100,6 @@ def test_a_finished_run_is_not_trained_again(tiny_config, tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
-    pretrained = tiny_config.copy_and_resolve_references()
-    pretrained.method, pretrained.num_epochs, pretrained.seed = "uni_ehr", 1, 7
-    _train(pretrained, tmp_path / "ehr")
-    source = sources.reopen(tmp_path / "ehr")
-    best = checkpoints.restore_best(tmp_path / "ehr", source.abstract_state())
-    fresh = run_lib.open_run(tiny_config).fresh_state()
-    started = warm_start.begin(fresh, {"ehr": (tmp_path / "ehr", source)})
-    jax.tree.map(np.testing.assert_array_equal, started.params["ehr_encoder"], best.params["ehr_encoder"])
-    jax.tree.map(np.testing.assert_array_equal, started.params["cxr_encoder"], fresh.params["cxr_encoder"])
-    kernel = lambda state: np.asarray(state.params["ehr_encoder"]["layer0"]["input_kernel"])  # noqa: E731
-    assert np.abs(kernel(started) - kernel(fresh)).max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    "method",
-    [m if m in ("uni_ehr", "medfuse", "daft3") else pytest.param(m, marks=pytest.mark.slow) for m in registry.METHODS],
-)
-def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config, tmp_path, monkeypatch, method):
-    """Checked on shapes alone: instead of weights, each leaf holds the name of its source."""
-    encoders = {}
-    for name, changes in (("ehr", {"method": "uni_ehr"}), ("cxr", {"method": "uni_cxr", "task": "radiology"})):
-        config = tiny_config.copy_and_resolve_references()
-        config.update(changes)
-        encoders[name] = (tmp_path / name, run_lib.open_run(config))
-    trained = {
-        folder: jax.tree.map(lambda x, name=name: np.full(x.shape, name), source.abstract_state())
-        for name, (folder, source) in encoders.items()
-    }
-    monkeypatch.setattr(checkpoints, "restore_best", lambda workdir, state: trained[workdir])
-    tiny_config.method = method
-    run = run_lib.open_run(tiny_config)
-    fresh = jax.tree.map(lambda x: np.full(x.shape, "new"), run.abstract_state())
-    encoders = {name: encoder for name, encoder in encoders.items() if name in registry.METHODS[method].encoders}
-    for name, (_, source) in encoders.items():
-        sources.check(run, name, tmp_path / "source", source)
-    started = warm_start.begin(fresh, encoders)
-    assert jax.tree.map(np.shape, started) == jax.tree.map(np.shape, fresh)
-    for module, values in started.params.items():
-        expected = {"ehr_encoder": "ehr", "cxr_encoder": "cxr"}.get(module, "new")
-        assert all((leaf == expected).all() for leaf in jax.tree.leaves(values)), module
-    assert all((leaf == "cxr").all() for leaf in jax.tree.leaves(started.batch_stats))
-    assert ("stage4_block0" in started.params.get("cxr_encoder", {})) == (method not in ("uni_ehr", "daft3"))
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ({"method": "daft3"}, {}),  # which has no stage 4
-        ({"model.resnet_stage_sizes": (1, 2, 1, 1)}, {}),
-        ({}, {"model.resnet_stage_sizes": (1, 2, 1, 1)}),
-        ({"model.resnet_stage_sizes": (1, 1, 2, 1)}, {"method": "daft3"}),
-    ],
-)
-def test_an_image_encoder_with_fewer_or_other_stages_is_refused(tiny_config, tmp_path, theirs, ours):
-    def opened(changes):
-        config = tiny_config.copy_and_resolve_references()
-        config.update_from_flattened_dict(changes)
-        return run_lib.open_run(config)
-
-    with refused(field="config.init.cxr"):
-        sources.check(opened(ours), "cxr", tmp_path, opened(theirs))
-
-
 @pytest.mark.slow
 def test_unified_learns_from_x_rays_with_labels_of_their_own(tiny_config, tmp_path):
     """In one epoch batches of stays and of X-rays alternate, and every classifier changes."""
@@ -201,46 +135,6 @@ def test_another_classifier_of_a_model_is_scored_by_name(tiny_config, tmp_path, 
     workdir_lib.claim(tmp_path / "medfuse", run_lib.open_run(tiny_config))
     with refused(field="--head", value="ehr_only"):
         evaluate.evaluate(tmp_path / "medfuse", evaluate.Scored(head="ehr_only"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [({"method": "uni_cxr", "task": "radiology"}, "ehr"), ({"model.ehr_hidden": 16}, "ehr"), ({}, "cxr")],
-)
-def test_an_encoder_that_the_method_or_the_source_lacks_is_refused(tiny_config, tmp_path, changes, name):
-    pretrained = tiny_config.copy_and_resolve_references()
-    pretrained.method = "uni_ehr"
-    tiny_config.update_from_flattened_dict(changes)
-    run, source = (run_lib.open_run(config) for config in (tiny_config, pretrained))
-    with refused(field=f"config.init.{name}"):
-        sources.check(run, name, tmp_path / "source", source)
-
-
-@pytest.mark.parametrize(("theirs", "ours"), [("joint", "early"), ("mmtm3", "mmtm4"), ("medfuse", "medfuse_attention")])
-def test_starting_from_a_whole_model_of_another_method_is_refused(tiny_config, tmp_path, theirs, ours):
-    source, run = (run_lib.open_run(_with_method(tiny_config, method)) for method in (theirs, ours))
-    with refused(field="config.init.model"):
-        sources.check(run, "model", tmp_path, source)
-
-
-def test_joint_and_joint_zeros_are_the_same_model(tiny_config, tmp_path):
-    source, run = (run_lib.open_run(_with_method(tiny_config, m)) for m in ("joint", "joint_zeros"))
-    sources.check(run, "model", tmp_path, source)
-
-
-def _with_method(config, method):
-    config = config.copy_and_resolve_references()
-    config.method = method
-    return config
-
-
-def test_an_encoder_trained_on_test_patients_is_refused(tiny_config, tmp_path):
-    run, source = (run_lib.open_run(tiny_config) for _ in range(2))
-    sources.check(run, "ehr", tmp_path, source)
-    seen = source.dataset.index["train"]["subject_id"]
-    seen[:2] = run.dataset.index["test"]["subject_id"][0], run.dataset.index["val"]["subject_id"][0]
-    with refused(path=Path(tiny_config.data.dir)):
-        sources.check(run, "ehr", tmp_path, source)
 
 
 def test_the_rate_excludes_compilation(tiny_config, tmp_path, monkeypatch):
