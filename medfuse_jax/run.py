@@ -9,11 +9,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from medfuse_jax import augment, losses, optim, parallel, schema
 from medfuse_jax import config as config_lib
 from medfuse_jax import step as step_lib
+from medfuse_jax.config import ConfigDict
 from medfuse_jax.data import batches, missing
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import CXR_LABEL, Dataset, open_dataset, with_cxr_dataset
@@ -119,7 +119,16 @@ def open_run(config: ConfigDict, on: list[jax.Device] | None = None) -> Run:
     config_lib.check_devices(config, len(on))
     modalities = loading.load(config.model.modalities)
     dataset = _open_dataset(config, modalities)
-    options = step_lib.StepOptions(
+    run = Run(config, dataset, step_options(config, dataset, modalities, on), on)
+    _check_batches(run)
+    return run
+
+
+def step_options(
+    config: ConfigDict, dataset: Dataset, modalities: tuple[loading.Modality, ...], on: list[jax.Device]
+) -> step_lib.StepOptions:
+    """Return what a run's steps are compiled for on these devices, or on devices of this kind."""
+    return step_lib.StepOptions(
         model=_build_model(config, dataset, modalities, on),
         optimizer=optim.adam(config.beta2),
         image=augment.ImageOptions(**config.image.to_dict()),
@@ -127,9 +136,6 @@ def open_run(config: ConfigDict, on: list[jax.Device] | None = None) -> Run:
         mean_F=tuple(dataset.mean_F.tolist()),
         std_F=tuple(dataset.std_F.tolist()),
     )
-    run = Run(config, dataset, options, on)
-    _check_batches(run)
-    return run
 
 
 def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) -> Dataset:

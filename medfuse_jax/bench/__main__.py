@@ -14,7 +14,6 @@ import re
 import shlex
 import sys
 import time
-from pathlib import Path
 
 from absl import flags
 
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> None:
     if values.list:
         print("\n".join(case.name for case in chosen))
         return
-    out = _open(values.json)
+    out = files.open_to_append(values.json, "--json") if values.json else None
     if values.preset == "tiny":
         print("tiny only checks that everything runs; use --preset=cpu to measure", file=sys.stderr)
     start = time.perf_counter()
@@ -113,15 +112,6 @@ def _why_not(case: cases.Case) -> str:
     if case.num_devices > len(jax.local_devices()):
         return f"it needs {case.num_devices} devices, and this machine has {len(jax.local_devices())}"
     return ""
-
-
-def _open(path: str | None):
-    """Open the file to append records to; return None if `path` is empty."""
-    if not path:
-        return None
-    with files.must_write(f"--json={path}"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a")
 
 
 def _progress(prefix: str):

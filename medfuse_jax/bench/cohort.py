@@ -21,30 +21,45 @@ _NUM_IMAGES = 64  # distinct images; their content does not change the speed
 
 
 def dataset(case: Case) -> Dataset:
-    """Make up a phenotyping dataset with only a train split."""
+    """Make up a phenotyping dataset with only a train split, and phenotyping's lengths."""
     rng = np.random.default_rng(0)
     los_h = np.exp(rng.normal(np.log(MEDIAN_LOS_H), LOS_SPREAD, case.num_stays)).clip(SHORTEST_H, LONGEST_H)
     length_N = np.ceil(los_h / case.timestep_h).astype(np.int32)
-    labels = tuple(f"label {k}" for k in range(len(schema.TASKS["pheno"].labels)))
+    has_cxr_N = rng.permutation(case.num_stays) < round(case.cxr_share * case.num_stays)
+    return of_stays(length_N, has_cxr_N, case.method, max_buckets=case.max_buckets, rng=rng)
+
+
+def of_stays(
+    length_N: np.ndarray,
+    has_cxr_N: np.ndarray,
+    method: str,
+    task: str = "pheno",
+    max_buckets: int = 1,
+    rng: np.random.Generator | None = None,
+) -> Dataset:
+    """Make up a task's train split of stays with these lengths, some of which have an X-ray."""
+    rng = rng or np.random.default_rng(0)
+    labels = tuple(f"label {k}" for k in range(len(schema.TASKS[task].labels)))
     index = {
-        "stay_id": np.arange(case.num_stays),
+        "stay_id": np.arange(len(length_N)),
         "length": length_N,
-        "has_cxr": rng.permutation(case.num_stays) < round(case.cxr_share * case.num_stays),
-        "label": rng.integers(0, 2, (case.num_stays, len(labels)), np.int8),
+        "has_cxr": has_cxr_N,
+        "label": rng.integers(0, 2, (len(length_N), len(labels)), np.int8),
     }
-    model_class = registry.METHODS[case.method].model_class
+    model_class = registry.METHODS[method].model_class
+    use_ehr = model_class.uses_ehr and not schema.TASKS[task].cxr_only
     channels = len(schema.CHANNELS)
     return Dataset(
-        task=schema.TASKS["pheno"],
+        task=schema.TASKS[task],
         labels=labels,
         splits={"train": _Records(index, rng)},
         index={"train": index},
         manifest={},
         mean_F=np.zeros(channels, np.float32),
         std_F=np.ones(channels, np.float32),
-        use_ehr=model_class.uses_ehr,
+        use_ehr=use_ehr,
         use_cxr=model_class.uses_cxr,
-        buckets=plan_lib.buckets(length_N, case.max_buckets) if model_class.uses_ehr else (0,),
+        buckets=plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,),
         digest="",  # there are no shards
     )
 

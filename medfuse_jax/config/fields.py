@@ -12,7 +12,15 @@ from collections.abc import Iterator
 try:
     from ml_collections import ConfigDict, config_dict
 except ModuleNotFoundError:  # the benchmark reads the defaults on machines with only jax, flax and optax
-    ConfigDict = config_dict = None  # type: ignore[assignment, misc]
+
+    class ConfigDict(dict):  # type: ignore[no-redef]
+        """As much of ml_collections' as it takes to build a run's step."""
+
+        __getattr__ = dict.__getitem__
+        __setattr__ = dict.__setitem__  # type: ignore[assignment]
+        to_dict = dict.copy
+
+    config_dict = None
 
 from medfuse_jax import schema
 from medfuse_jax.models import registry

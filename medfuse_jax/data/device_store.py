@@ -78,6 +78,11 @@ def load(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, np.nd
     return held
 
 
+def shapes(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and types of what `load` returns, without reading any record."""
+    return {n: jax.ShapeDtypeStruct(*spec) for n, spec in _layout(dataset, split, include_N).items()}
+
+
 def _layout(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, tuple[tuple, type]]:
     """Return the shape and type of each array; an empty one has one element, so that it can be indexed."""
     types = {"label": np.int8, "length": np.int32}

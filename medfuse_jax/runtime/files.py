@@ -11,6 +11,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from medfuse_jax.runtime.errors import TryLater, UserError
 
@@ -51,6 +52,13 @@ def remove_unfinished(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     with written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def open_to_append(path: str | Path, flag: str) -> TextIO:
+    """Open a file for records, with its folder; raise UserError naming the flag if it cannot be written."""
+    with must_write(f"{flag}={path}"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a", encoding="utf-8")
 
 
 def json_text(content: dict | list, sort_keys: bool = True, ensure_ascii: bool = True) -> str:

@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from medfuse_jax.config import ConfigDict
 from medfuse_jax.models.recurrence.chunks import chunked_lstm
 from medfuse_jax.runtime.errors import UserError
 
