@@ -70,7 +70,8 @@ class _Records:
     def __init__(self, index: dict[str, np.ndarray], rng: np.random.Generator):
         size = schema.IMAGE_SIZE_PX
         self._index = index
-        self._pool = rng.standard_normal((2 * int(index["length"].max()), len(schema.CHANNELS)), np.float32)
+        longest = max(1, int(index["length"].max()))
+        self._pool = rng.standard_normal((2 * longest, len(schema.CHANNELS)), np.float32)
         self._images = rng.integers(0, 256, (_NUM_IMAGES, size, size), np.uint8)
 
     def __len__(self) -> int:

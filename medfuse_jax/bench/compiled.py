@@ -9,7 +9,6 @@ installs it.
 
 import dataclasses
 import json
-import math
 import re
 import time
 from collections.abc import Callable
@@ -63,8 +62,9 @@ def train_step(
 ) -> tuple[jax.stages.Wrapped, tuple]:
     """Return the step that training on a target compiles by default, jitted, and the shapes of its arguments.
 
-    `jitted.trace(*args).lower().compile()` compiles it. target: see `compilers.open_target`. rows, images: of a batch,
-    over all devices of the target; images=0: a batch without X-rays.
+    `jitted.trace(*args).lower().compile()` compiles it for all devices of the target; with the arguments placed on one
+    device, for that one. target: see `compilers.open_target`. rows, images: of a batch, over all devices; images=0: a
+    batch without X-rays.
     """
     sizes = Sizes(method, rows, images, time_steps, dtype, tuple(resnet_stage_sizes))
     program = programs.step(compilers.open_target(target).devices, sizes)
@@ -108,7 +108,7 @@ def figures(compiled: jax.stages.Compiled, program: Program, target: Target, siz
     row = {
         "launches": launches,
         "launches_outside_loops": launches - sum(loop.trips * loop.launches for loop in loops if loop.depth == 0),
-        "launches_a_time_step": round(in_recurrence / sizes.time_steps, 2),
+        "launches_a_time_step": round(in_recurrence / sizes.time_steps, 2) if in_recurrence else None,
         "loops": [dataclasses.asdict(loop) for loop in loops],
         "weight_copies": hlo.weight_copies(parsed, weights),
         "bytes": cost.get("bytes accessed") or hlo.traffic(parsed, trips),
@@ -117,11 +117,11 @@ def figures(compiled: jax.stages.Compiled, program: Program, target: Target, siz
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": peak,
-        "flops": program.flops,
+        "flops": program.flops() if program.flops else None,
         "fits": peak <= target.chip.memory_bytes,
     }
-    if images := math.prod(program.batch["image_mask"].shape[1:]) if "image_mask" in program.batch else 0:
-        row["bytes_an_image"] = row["bytes"] / images
+    if not program.run.dataset.use_ehr:
+        row["bytes_an_image"] = row["bytes"] / program.batch["image"].shape[1]
     if target.chip.clock_hz:
         row["cycles"], row["cycles_loops_once"] = hlo.cycles(parsed, trips), hlo.cycles(parsed)
         times_s = (row["cycles"] / target.chip.clock_hz, row["bytes"] / target.chip.bytes_per_s)
@@ -191,11 +191,9 @@ def _chosen(target: Target, values) -> dict[str, Case]:
     changes = {"dtype": values.dtype, "resnet_stage_sizes": stage_sizes}
     suited = {name: case for name, case in cases.items() if _suits(case, target, bool(values.case))}
     if not suited:
-        wanted = (
-            "several hosts, such as v5e:16x16" if cases[values.case].on == "hosts" else "several devices of one host"
-        )
-        message = f"--case={values.case} needs {wanted}, and --target={target.name} has {len(target.devices)} devices"
-        raise UserError(f"{message} of {target.num_hosts} hosts", field="--case", value=values.case)
+        wanted = "several hosts, as in v5e:16x16" if cases[values.case].on == "hosts" else "several devices on one host"
+        has = f"--target={target.name} has {len(target.devices)} devices on {target.num_hosts} hosts"
+        raise UserError(f"--case={values.case} needs {wanted}; {has}", field="--case", value=values.case)
     return {n: dataclasses.replace(c, sizes=dataclasses.replace(c.sizes, **changes)) for n, c in suited.items()}
 
 
@@ -223,17 +221,14 @@ def main(argv: list[str]) -> None:
         row = {"case": name, "title": case.title, "target": on.name} | measure(case, on)
         print(_line(text(row) for _, _, text in _COLUMNS), *filter(None, [_loops(row)]), sep="\n", flush=True)
         if out:
-            print(
-                json.dumps(row | {"sizes": dataclasses.asdict(case.sizes), "environment": environment}),
-                file=out,
-                flush=True,
-            )
+            record = row | {"sizes": dataclasses.asdict(case.sizes), "environment": environment}
+            print(json.dumps(record), file=out, flush=True)
         too_large += [] if row["fits"] else [name]
     if too_large:
         memory_gb = target.chip.memory_bytes / 1e9
         raise UserError(
-            f"a device of {target.name} has {memory_gb:.0f} GB, too little for {', '.join(too_large)}: use fewer rows or "
-            "X-rays a device",
+            f"a device of {target.name} has {memory_gb:.0f} GB, too little for {', '.join(too_large)}: use fewer rows "
+            "or X-rays, or more devices",
             field="--target",
             value=target.name,
         )

@@ -1,8 +1,8 @@
 """The compilers of GPUs and TPUs, used on a machine that has neither.
 
-They come with jax's plug-ins: `jax-cuda12-plugin` and `jax-cuda12-pjrt` (without CUDA's own libraries), and `libtpu`. They
-are installed into a folder of their own, because jax would look for a GPU or TPU at each start if it found them in its
-environment. `how_to_install()` gives the command.
+They come with jax's plug-ins: `jax-cuda12-plugin` and `jax-cuda12-pjrt` (without CUDA's own libraries), and `libtpu`.
+They are installed into a folder of their own, because jax would look for a GPU or TPU at each start if it found them in
+its environment. `how_to_install()` gives the command.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ def open_target(name: str) -> Target:
     Raise UserError if there is no such target, or if its compiler is not installed.
     """
     if name == "cpu":
-        return Target(name, jax.local_devices(backend="cpu")[:1], Chip(_host_memory(), 0.0))
+        return Target(name, jax.local_devices(backend="cpu"), Chip(_host_memory(), 0.0))
     generation, _, shape = name.partition(":")
     shapes = r"([1-8])?" if generation == "h200" else r"[1-9]\d*(x[1-9]\d*){1,2}"
     if generation not in CHIPS or not re.fullmatch(shapes, shape) or name.endswith(":"):
@@ -141,10 +141,8 @@ def _no_such_target(name: str, why: str) -> UserError:
 
 
 def _missing(whose: str, name: str) -> UserError:
-    message = (
-        f"--target={name} needs {whose} compiler, which is not in {folder()} (set {VARIABLE} to use another folder)"
-    )
-    return UserError(f"{message}: {how_to_install()}", field="--target", path=folder(), value=name)
+    message = f"--target={name} needs {whose} compiler, which is not in {folder()} ({VARIABLE} sets another folder)"
+    return UserError(f"{message}; install it: {how_to_install()}", field="--target", path=folder(), value=name)
 
 
 def _host_memory() -> int:

@@ -12,28 +12,10 @@ import re
 from collections.abc import Iterator
 
 # Instructions that launch nothing: they name, group or wait.
-_FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "opt-barrier",
-        "partition-id",
-        "replica-id",
-        "add-dependency",
-        "while",
-        "conditional",
-        "call",
-        "domain",
-    ]
-)
-COLLECTIVES = frozenset(
-    ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all"]
-)
-_SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"}
+_FREE |= {"replica-id", "add-dependency", "while", "conditional", "call", "domain"}
+COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
 _BITS = re.compile(r"(?:pred|token|[a-z]+?(\d+)\w*)$")
 
 
@@ -81,12 +63,15 @@ class Program:
 
 @dataclasses.dataclass
 class Loop:
-    """A loop: its trips, whether the program fixes them, the launches of one trip, inner loops included, and its depth."""
+    """A loop.
+
+    is_fixed: whether the program fixes the trips. launches: of one trip, inner loops included. depth: loops around it.
+    """
 
     trips: int
     is_fixed: bool
     launches: int
-    depth: int = 0
+    depth: int
 
 
 def parse(text: str) -> Program:
@@ -178,11 +163,8 @@ def _is_graph(call: Instruction) -> bool:
 
 def _branches(conditional: Instruction) -> list[str]:
     listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
-    names = (
-        listed[1].split(",")
-        if listed
-        else re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", conditional.attributes)
-    )
+    either = re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", conditional.attributes)
+    names = listed[1].split(",") if listed else either
     return [name.strip().lstrip("%") for name in names]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import run as run_lib
+from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import feed, parallel, schema
 from medfuse_jax.bench import cohort, flops, parts
 from medfuse_jax.data import batches, device_store
@@ -41,14 +41,31 @@ class Sizes:
 class Program:
     """A function to compile and the shapes of its arguments.
 
-    run: whose state it takes. batch: shapes, with the device axis. flops: operations on each device, None if not known.
+    run: whose state it takes. batch: shapes, with the device axis. flops: counts the operations on each device, which
+    takes a while; None if they are not counted.
     """
 
-    jitted: jax.stages.Wrapped
+    jitted: "jax.stages.Wrapped | Divided"
     args: tuple
-    run: run_lib.Run
+    run: experiment_lib.Experiment
     batch: dict
-    flops: float | None = None
+    flops: Callable[[], float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Divided:
+    """A step divided over several devices, which can also be traced for one: that on which all its arguments are."""
+
+    jitted: jax.stages.Wrapped
+    alone: Callable[[jax.Device], Program]
+
+    def trace(self, *args) -> jax.stages.Traced:
+        shardings = [x.sharding for x in jax.tree.leaves(args) if x.sharding is not None]
+        on = set().union(*(sharding.device_set for sharding in shardings))
+        if len(on) != 1:
+            return self.jitted.trace(*args)
+        program = self.alone(on.pop())
+        return program.jitted.trace(*program.args)
 
 
 def step(on: list[jax.Device], sizes: Sizes) -> Program:
@@ -58,12 +75,16 @@ def step(on: list[jax.Device], sizes: Sizes) -> Program:
     step_fn = parallel.compile_train(run.options, _mode(run), on)
     replicated, divided = _shardings(on)
     args = (*_placed((run.abstract_state(), batch), replicated, divided), _placed_on(_key(), replicated))
-    return Program(_with_trace(step_fn), args, run, batch, _step_flops(run, batch))
+    jitted = _with_trace(step_fn)
+    if len(on) > 1:
+        jitted = Divided(jitted, lambda device: step([device], sizes))
+    return Program(jitted, args, run, batch, lambda: _step_flops(run, batch))
 
 
 def lstm(on: list[jax.Device], sizes: Sizes) -> Program:
     """Return the EHR encoder, forward and backward, on one device."""
-    return dataclasses.replace(_part("ehr_encoder", on, sizes), flops=flops.lstm_flops(sizes.rows * sizes.time_steps))
+    program = _part("ehr_encoder", on, sizes)
+    return dataclasses.replace(program, flops=lambda: flops.lstm_flops(sizes.rows * sizes.time_steps))
 
 
 def augment(on: list[jax.Device], sizes: Sizes) -> Program:
@@ -82,19 +103,20 @@ def _part(name: str, on: list[jax.Device], sizes: Sizes) -> Program:
 def held(on: list[jax.Device], sizes: Sizes) -> Program:
     """Return radiology's pre-training with its X-rays held on the devices, an epoch in one call."""
     run = _run(on, sizes, np.ones(_NUM_RADIOLOGY_CXR, bool))
-    plan, mode = run.train_plan(epoch=1), _mode(run)
-    held = device_store.shapes(run.dataset, "train", run.selects("train"))
+    plan, mode = _plan(run), _mode(run)
+    store = device_store.shapes(run.dataset, "train", run.selects("train"))
     rows = _shapes(device_store.deal(plan, range(len(plan)), len(on)))
     epoch_fn = feed.compile_on_device(run.options, mode, on, in_loop=True)
     replicated, divided = _shardings(on)
     state, rows = _placed((run.abstract_state(), rows), replicated, divided)
     number = _shape((), jnp.int32)
-    args = (state, *_placed_on((held,), replicated), rows, *_placed_on((_key(), number, number), replicated), 0)
+    args = (state, *_placed_on((store,), replicated), rows, *_placed_on((_key(), number, number), replicated), 0)
     batch = _batch(_run(on, sizes, np.ones(sizes.rows, bool)))
-    return Program(_with_trace(epoch_fn, static_argnums=6), args, run, batch, _step_flops(run, batch))
+    jitted = _with_trace(epoch_fn, static_argnums=6)
+    return Program(jitted, args, run, batch, lambda: _step_flops(run, batch))
 
 
-def _run(on: list[jax.Device], sizes: Sizes, has_cxr_N: np.ndarray) -> run_lib.Run:
+def _run(on: list[jax.Device], sizes: Sizes, has_cxr_N: np.ndarray) -> experiment_lib.Experiment:
     """Return a run with the default config on made-up stays, of which the given ones have an X-ray."""
     task = "radiology" if sizes.method == "uni_cxr" else "pheno"
     config = config_lib.default()
@@ -110,22 +132,28 @@ def _run(on: list[jax.Device], sizes: Sizes, has_cxr_N: np.ndarray) -> run_lib.R
     dataset = cohort.of_stays(np.full(len(has_cxr_N), steps, np.int32), has_cxr_N, sizes.method, task)
     if not dataset.usable("train").any():
         raise UserError(f"--images=0 leaves {sizes.method} nothing to read", field="--images", value=0)
-    return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, (), on), on)
+    return experiment_lib.Experiment(config, dataset, experiment_lib.step_options(config, dataset, (), on), on)
 
 
-def _mode(run: run_lib.Run) -> str:
+def _mode(run: experiment_lib.Experiment) -> str:
     """Return how the run's steps are divided over its devices: pmap is for those of one host."""
     return run.config.parallel if len({device.process_index for device in run.devices}) == 1 else "jit"
 
 
-def _batch(run: run_lib.Run) -> dict:
-    """Return the shapes of the run's first batch, with its device axis."""
+def _plan(run: experiment_lib.Experiment) -> plan_lib.Plan:
     plan = run.train_plan(epoch=1)
+    assert isinstance(plan, plan_lib.Plan), "made-up stays have no second dataset"
+    return plan
+
+
+def _batch(run: experiment_lib.Experiment) -> dict:
+    """Return the shapes of the run's first batch, with its device axis."""
+    plan = _plan(run)
     rows = plan_lib.deal(plan, 0, len(run.devices))
     return _shapes(batches.read(run.dataset, "train", rows, int(plan.padded_length_S[0])))
 
 
-def _step_flops(run: run_lib.Run, batch: dict) -> float:
+def _step_flops(run: experiment_lib.Experiment, batch: dict) -> float:
     """Return the operations of a step on each device (see `flops.step_flops`), the LSTM's over all time steps."""
     one_device = {name: _shape(x.shape[1:], x.dtype) for name, x in batch.items()}
     steps = math.prod(one_device["ehr"].shape[:2]) if "ehr" in batch else 0
