@@ -114,6 +114,7 @@ def as_run(command: Command) -> Command:
         "medfuse_jax.sweep": _for_sweep,
         "medfuse_jax.torch_import": lambda command: _SIZES if command.value("config") else (),
         "medfuse_jax.bench": _for_bench,
+        "medfuse_jax.bench.compiled": _for_compiled,
         "data_prep.bench": lambda command: ("--copies=8", "--repeats=1"),
     }.get(command.module, lambda command: ())
     return dataclasses.replace(command, flags=(*command.flags, *more(command)))
@@ -150,6 +151,11 @@ def _for_bench(command: Command) -> list[str]:
     preset = command.value("preset")
     sizes = ["--repeats=1", *(["--warm_up=0", "--trials=3"] if preset == "sweeps" else [])]
     return [f"--only={SMALLEST[preset]}", *sizes, f"--json=bench_{preset}.json"]
+
+
+def _for_compiled(command: Command) -> list[str]:
+    sizes = ["--rows=2", "--images=1", "--time_steps=4"] if command.value("rows") else ["--case=lstm"]
+    return ["--target=cpu", "--quick", *sizes, "--json=compiled.json"]
 
 
 _WEIGHTS = (".safetensors", ".pth.tar")

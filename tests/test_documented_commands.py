@@ -217,6 +217,11 @@ def _check_bench(command: Command, outcome: Outcome, root: Path) -> None:
     assert "left out" not in outcome.output and any(row["contender"] == "ours" for row in rows)
 
 
+def _check_compiled(command: Command, outcome: Outcome, root: Path) -> None:
+    rows = [json.loads(line) for line in (root / command.value("json")).read_text().splitlines()]
+    assert all(row["fits"] and row["launches"] > 0 for row in rows) and "fits" in outcome.output
+
+
 def _check_page(name: str):
     """Check that the page generated from the committed records equals the committed page."""
 
@@ -260,6 +265,7 @@ _CHECKS = {
     "medfuse_jax.report": _check_report,
     "medfuse_jax.torch_import": _check_weights,
     "medfuse_jax.bench": _check_bench,
+    "medfuse_jax.bench.compiled": _check_compiled,
     "medfuse_jax.bench.page": _check_page("BENCHMARKS.md"),
     "medfuse_jax.bench.growth": _check_page("docs/performance.md"),
     "medfuse_jax.bench.flops": _check_costs,

@@ -93,10 +93,11 @@ def measure(case: Case, target: Target) -> dict:
 def figures(compiled: jax.stages.Compiled, program: Program, target: Target, sizes: Sizes) -> dict:
     """Return what a compiled program does in one call, on each device.
 
-    A loop whose trips depend on the data counts as if a series were as long as its padding. bytes: as the compiler
-    says, which counts a loop once, or, of a GPU's, which does not say, as counted here.
+    The recurrence counts as if a series were as long as its padding, and an epoch on the device as one step. bytes: as
+    the compiler says, which counts a loop once, or, of a GPU's, which does not say, as counted here.
     """
-    trips = -(-sizes.time_steps // chunks.CHUNK_STEPS)
+    use_ehr = program.run.dataset.use_ehr
+    trips = chunks.steps_run(sizes.time_steps) // chunks.CHUNK_STEPS if use_ehr else 1
     parsed = hlo.parse(compiled.as_text())
     loops = hlo.loops(parsed, trips)
     launches = sum(times for _, times in hlo.executed(parsed, trips))
@@ -108,7 +109,7 @@ def figures(compiled: jax.stages.Compiled, program: Program, target: Target, siz
     row = {
         "launches": launches,
         "launches_outside_loops": launches - sum(loop.trips * loop.launches for loop in loops if loop.depth == 0),
-        "launches_a_time_step": round(in_recurrence / sizes.time_steps, 2) if in_recurrence else None,
+        "launches_a_time_step": round(in_recurrence / sizes.time_steps, 2) if use_ehr and in_recurrence else None,
         "loops": [dataclasses.asdict(loop) for loop in loops],
         "weight_copies": hlo.weight_copies(parsed, weights),
         "bytes": cost.get("bytes accessed") or hlo.traffic(parsed, trips),
@@ -120,7 +121,7 @@ def figures(compiled: jax.stages.Compiled, program: Program, target: Target, siz
         "flops": program.flops() if program.flops else None,
         "fits": peak <= target.chip.memory_bytes,
     }
-    if not program.run.dataset.use_ehr:
+    if not use_ehr:
         row["bytes_an_image"] = row["bytes"] / program.batch["image"].shape[1]
     if target.chip.clock_hz:
         row["cycles"], row["cycles_loops_once"] = hlo.cycles(parsed, trips), hlo.cycles(parsed)
@@ -181,6 +182,9 @@ def _chosen(target: Target, values) -> dict[str, Case]:
     own = {name: values[name].value for name in ("method", "rows", "images", "time_steps") if values[name].present}
     if values.case:
         errors.check_choice("--case", values.case, CASES)
+    if own and values.case:
+        message = f"--case={values.case} has sizes of its own: leave out --{next(iter(own))}, or --case"
+        raise UserError(message, field="--case", value=values.case)
     if own:
         sizes = dataclasses.replace(Sizes(), **own)
         title = f"{sizes.method}, {sizes.rows} rows, {sizes.images} X-rays"

@@ -118,9 +118,10 @@ def _has_cuda_plugin() -> bool:
 
 
 def _tpu_devices(name: str) -> list:
-    # Without these libtpu asks Google Cloud which machine it is on.
+    # Without these libtpu asks Google Cloud which machine it is on, and lets only one process load it.
     alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for variable, value in (alone | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
+    alone |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for variable, value in alone.items():
         os.environ.setdefault(variable, value)
     if "TPU_LIBRARY_PATH" not in os.environ and (folder() / _LIBTPU).exists():
         os.environ["TPU_LIBRARY_PATH"] = str(folder() / _LIBTPU)
@@ -133,7 +134,11 @@ def _devices(platform: str, name: str, **options) -> list:
     try:
         return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise _no_such_target(name, f"the compiler says: {' '.join(str(error).split())[:200]}") from None
+        reason = f"the compiler says: {' '.join(str(error).split())[:200]}"
+        if str(error).startswith("INVALID_ARGUMENT"):
+            raise _no_such_target(name, reason) from None
+        message = f"--target={name} cannot be compiled for here; {reason}"
+        raise UserError(message, field="--target", value=name) from None
 
 
 def _no_such_target(name: str, why: str) -> UserError:

@@ -236,8 +236,11 @@ def _read_bytes(inside: dict[str, Instruction], users: dict, parameter: Instruct
 
 
 def weight_copies(program: Program, shapes: set[tuple[int, ...]]) -> int:
-    """Count the copies of float32 arrays that have the shape of a weight (and thus of its two Adam moments)."""
-    copies = [i for i, _ in executed(program, in_graphs=True) if i.kind == "copy"]
+    """Count the copies of float32 arrays that have the shape of a weight (and thus of its two Adam moments).
+
+    A TPU's copies into its own fast memory, S(1), are how it reads, and are left out.
+    """
+    copies = [i for i, _ in executed(program, in_graphs=True) if i.kind == "copy" and "S(1)" not in i.shape]
     return sum(any(array == ("f32", dims) for array in arrays(i.shape)[:1] for dims in shapes) for i in copies)
 
 

@@ -6,6 +6,7 @@ A record is a line of `results/<date>_<name>/*.json`, written by `python -m medf
 import json
 import math
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -57,9 +58,20 @@ _TAIL = """## How to read it
 """
 
 
+_COMPILED = """## Compiled, not timed
+
+Counted in the programs that the compilers of an H200 and of TPUs make of our steps (bfloat16), on a machine that has
+neither: `python -m medfuse_jax.bench.compiled --target=h200`. No accelerator has run them. Loops over time count 64
+steps; TPU traffic is the compiler's own figure, which counts a loop once. "Estimate": the larger of XLA's cycles and of
+the traffic at the memory's bandwidth. How to read and repeat it: [docs/performance.md](docs/performance.md).
+
+"""
+
+
 def render(results: Path) -> str:
     """Return the page; raise UserError if there is no record, or a damaged one."""
-    records = {path: read(path) for path in sorted(results.glob("*/*.json"))}
+    paths = sorted(results.glob("*/*.json"))
+    records = {path: read(path) for path in paths if not _is_compiled(path)}
     if not records:
         message = f"{results} has no records (<date>_<name>/*.json): make one with python -m medfuse_jax.bench --json"
         raise UserError(message, path=results)
@@ -67,12 +79,21 @@ def render(results: Path) -> str:
     shown = [(row, target) for *key, target in HEADLINE if (row := _newest(rows, *key))]
     cells = [(row["case"], row["contender"], _speed_up(row, target), _machine(row)) for row, target in shown]
     parts = [_HEAD, markdown(("case", "compared with", "speed-up of ours / target", "machine, date"), cells)]
-    parts += [_slower([row for row, _ in shown]), _TAIL, _repeat(records)]
+    counted = [row for path in paths if _is_compiled(path) for row in _read_lines(path, _check_compiled)]
+    parts += [_slower([row for row, _ in shown]), _TAIL, _compiled(counted), _repeat(records)]
     return "\n".join(part for part in parts if part)
+
+
+def _is_compiled(path: Path) -> bool:
+    return path.parent.name.endswith("_compiled")
 
 
 def read(path: Path) -> list[dict]:
     """Return the records of one file; raise UserError (path, row) for a line that is not a record."""
+    return _read_lines(path, _check)
+
+
+def _read_lines(path: Path, check: Callable[[dict], None]) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -83,7 +104,7 @@ def read(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-            _check(rows[-1])
+            check(rows[-1])
         except (ValueError, KeyError, TypeError) as error:
             message = f"{path}, line {number}: not a record of medfuse_jax.bench ({error!r})"
             raise UserError(message, path=path, row=number) from None
@@ -151,6 +172,42 @@ def _slower(rows: list[dict]) -> str:
             text = f"{row['case'].removesuffix(' float32')} ({1 / over:.2f} times as fast)"
             slower.setdefault(f"{_PEERS[row['contender']]} is ahead of ours on {_hardware(row)}", []).append(text)
     return "\n".join(textwrap.fill(f"**{lead}**: {'; '.join(texts)}.", 118) + "\n" for lead, texts in slower.items())
+
+
+def _check_compiled(row: dict) -> None:
+    """Raise KeyError or TypeError if a field that the page reads is missing or of the wrong type."""
+    _compiled_cells(row)
+
+
+def _compiled(rows: list[dict]) -> str:
+    """Return the section of compiled figures, the newest of each target and case; '' if there are none."""
+    newest = {(row["target"], row["case"]): row for row in sorted(rows, key=_time)}
+    if not newest:
+        return ""
+    cells = [_compiled_cells(row) for _, row in sorted(newest.items())]
+    header = ("compiled case", "target", "launches", "a time step", "float32 copies", "memory traffic")
+    return _COMPILED + markdown((*header, "collectives", "peak memory of a device", "estimate", "date"), cells)
+
+
+def _compiled_cells(row: dict) -> tuple[str, ...]:
+    def shown(name: str, scale: float = 1.0, unit: str = "", form: str = ",.0f") -> str:
+        return "" if row.get(name) is None else f"{row[name] / scale:{form}}{unit}"
+
+    launches = "" if "ms" in row else shown("launches")  # a TPU has none: the host launches a whole program
+    peak = f"{shown('peak_bytes', 1e9, ' GB', '.2f')} of {row['device_bytes'] / 1e9:.0f} GB"
+    traffic = shown("bytes", 1e6, " MB") + shown("bytes_an_image", 1e6, " MB an X-ray", "; .1f").replace("; ", ", ")
+    return (
+        row["title"],
+        row["target"],
+        launches,
+        shown("launches_a_time_step", form=".1f") if launches else "",
+        shown("weight_copies"),
+        traffic,
+        shown("collectives"),
+        peak if row["fits"] else f"does not fit: {row.get('refused', peak)}",
+        shown("ms", 1.0, " ms", ".2f"),
+        _time(row)[:10],
+    )
 
 
 def _repeat(records: dict[Path, list[dict]]) -> str:

@@ -154,6 +154,8 @@ def test_copies_of_float32_weights_are_found_by_shape():
     assert hlo.weight_copies(hlo.parse(_PROGRAM), {(16, 64)}) == 0
     half = _changed("%copy.1 = f32[64,16]{1,0} copy(%weight)", "%copy.1 = bf16[64,16]{1,0} copy(%weight)")
     assert hlo.weight_copies(half, {(64, 16)}) == 0
+    fast = _changed("%copy.1 = f32[64,16]{1,0} copy(%weight)", "%copy.1 = f32[64,16]{1,0:T(8,128)S(1)} copy(%weight)")
+    assert hlo.weight_copies(fast, {(64, 16)}) == 0
 
 
 def test_collectives_and_those_of_one_number():
