@@ -59,7 +59,7 @@ def train_step(
     time_steps: int = 64,
     dtype: str = "bfloat16",
     resnet_stage_sizes: tuple[int, ...] = programs.RESNET_34,
-) -> tuple[jax.stages.Wrapped, tuple]:
+) -> tuple[programs.Step, tuple]:
     """Return the step that training on a target compiles by default, jitted, and the shapes of its arguments.
 
     `jitted.trace(*args).lower().compile()` compiles it for all devices of the target; with the arguments placed on one

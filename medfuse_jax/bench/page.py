@@ -195,14 +195,14 @@ def _compiled_cells(row: dict) -> tuple[str, ...]:
 
     launches = "" if "ms" in row else shown("launches")  # a TPU has none: the host launches a whole program
     peak = f"{shown('peak_bytes', 1e9, ' GB', '.2f')} of {row['device_bytes'] / 1e9:.0f} GB"
-    traffic = shown("bytes", 1e6, " MB") + shown("bytes_an_image", 1e6, " MB an X-ray", "; .1f").replace("; ", ", ")
+    traffic = [shown("bytes", 1e6, " MB"), shown("bytes_an_image", 1e6, " MB an X-ray", ".1f")]
     return (
         row["title"],
         row["target"],
         launches,
         shown("launches_a_time_step", form=".1f") if launches else "",
         shown("weight_copies"),
-        traffic,
+        ", ".join(filter(None, traffic)),
         shown("collectives"),
         peak if row["fits"] else f"does not fit: {row.get('refused', peak)}",
         shown("ms", 1.0, " ms", ".2f"),

@@ -45,7 +45,7 @@ class Program:
     takes a while; None if they are not counted.
     """
 
-    jitted: "jax.stages.Wrapped | Divided"
+    jitted: "jax.stages.Wrapped | Step"
     args: tuple
     run: experiment_lib.Experiment
     batch: dict
@@ -53,18 +53,23 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Divided:
-    """A step divided over several devices, which can also be traced for one: that on which all its arguments are."""
+class Step:
+    """A jitted step on some devices; traced for arguments on other ones, it is that of a run on those.
+
+    Those are one of its devices, or devices of another topology: jax makes new objects for each topology it opens, and
+    a step that is divided over devices names them.
+    """
 
     jitted: jax.stages.Wrapped
-    alone: Callable[[jax.Device], Program]
+    on: tuple[jax.Device, ...]
+    make: Callable[[list[jax.Device]], Program]
 
     def trace(self, *args) -> jax.stages.Traced:
-        shardings = [x.sharding for x in jax.tree.leaves(args) if x.sharding is not None]
-        on = set().union(*(sharding.device_set for sharding in shardings))
-        if len(on) != 1:
+        sharding = next((x.sharding for x in jax.tree.leaves(args) if x.sharding is not None), None)
+        if sharding is None or sharding.device_set == set(self.on):
             return self.jitted.trace(*args)
-        program = self.alone(on.pop())
+        named = isinstance(sharding, NamedSharding)
+        program = self.make(list(sharding.mesh.devices.flat if named else sharding.device_set))
         return program.jitted.trace(*program.args)
 
 
@@ -75,9 +80,7 @@ def step(on: list[jax.Device], sizes: Sizes) -> Program:
     step_fn = parallel.compile_train(run.options, _mode(run), on)
     replicated, divided = _shardings(on)
     args = (*_placed((run.abstract_state(), batch), replicated, divided), _placed_on(_key(), replicated))
-    jitted = _with_trace(step_fn)
-    if len(on) > 1:
-        jitted = Divided(jitted, lambda device: step([device], sizes))
+    jitted = Step(_with_trace(step_fn), tuple(on), lambda others: step(others, sizes))
     return Program(jitted, args, run, batch, lambda: _step_flops(run, batch))
 
 

@@ -137,3 +137,29 @@ def test_every_headline_row_is_a_case_of_a_preset():
     for platform, case, contender, _ in page.HEADLINE:
         assert any(name.startswith(case) for name in names[platform]), case
         assert contender in (*cases.PEERS, "sklearn_loop", "runs_alone", "one_run")
+
+
+def _compiled_row(**changes) -> dict:
+    row = {"case": "step", "title": "MedFuse", "target": "h200", "launches": 3222, "launches_a_time_step": 37.0}
+    row |= {"weight_copies": 106, "bytes": 2.8e9, "collectives": 0, "peak_bytes": 4.3e8, "device_bytes": 1.5e11}
+    return row | {"fits": True, "environment": {"time": "2026-01-01T10:20:30"}} | changes
+
+
+def test_compiled_figures_are_never_among_the_timings(tmp_path):
+    _write(tmp_path, _row())
+    newer = {"time": "2026-01-02T10:20:30"}
+    refused = {"case": "held", "fits": False, "refused": "21.3G of 15.75G", "target": "v5e:2x2x1", "launches": None}
+    _write(tmp_path, _compiled_row(), _compiled_row(launches=300, environment=newer), name="2026-01-01_compiled")
+    _write(tmp_path, _compiled_row(**refused), name="2026-01-02_compiled")
+    timings, _, counted = page.render(tmp_path).partition("## Compiled, not timed")
+    assert "MedFuse" not in timings.partition("## How to read it")[0]
+    assert "| MedFuse | h200 | 300 | 37.0 | 106 | 2,800 MB | 0 | 0.43 GB of 150 GB |  | 2026-01-02 |" in counted
+    assert "3,222" not in counted and "does not fit: 21.3G of 15.75G" in counted
+
+
+def test_a_damaged_compiled_record_is_named(tmp_path):
+    _write(tmp_path, _row())
+    path = _write(tmp_path, _compiled_row(), {"case": "step"}, name="2026-01-01_compiled")
+    with pytest.raises(UserError) as error:
+        page.render(tmp_path)
+    assert (error.value.path, error.value.row) == (path, 2)
