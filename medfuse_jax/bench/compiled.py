@@ -132,8 +132,8 @@ def figures(compiled: jax.stages.Compiled, program: Program, target: Target, siz
 
 def _refused(message: str) -> str:
     """Return what a compiler says of a program that does not fit, such as '21.3G of 15.75G'."""
-    found = re.search(r"Used (\S+ of \S+) hbm", message)
-    return found[1] if found else " ".join(message.split())[:120]
+    sizes = re.findall(r"\b(\d[\d.]*[KMG])\b", message)
+    return " of ".join(sizes[:2]) if len(sizes) > 1 else " ".join(message.split())[:120]
 
 
 def _number(row: dict, name: str, scale: float = 1.0, form: str = ",.0f") -> str:
@@ -155,9 +155,9 @@ _COLUMNS = (
     ("an X-ray", 8, lambda row: _number(row, "bytes_an_image", 1e6, ",.1f")),
     ("collectives", 11, lambda row: _pair(row, "collectives")),
     ("written", 9, lambda row: _pair(row, "collectives_written")),
-    ("args GB", 7, lambda row: _number(row, "argument_bytes", 1e9, ".3f")),
-    ("temp GB", 7, lambda row: _number(row, "temporary_bytes", 1e9, ".3f")),
-    ("peak GB", 7, lambda row: _number(row, "peak_bytes", 1e9, ".3f")),
+    ("args GB", 7, lambda row: _number(row, "argument_bytes", 2**30, ".3f")),
+    ("temp GB", 7, lambda row: _number(row, "temporary_bytes", 2**30, ".3f")),
+    ("peak GB", 7, lambda row: _number(row, "peak_bytes", 2**30, ".3f")),
     ("Mcycles", 7, lambda row: _number(row, "cycles", 1e6, ".2f")),
     ("ms", 6, lambda row: _number(row, "ms", form=".2f")),
     ("GFLOP", 7, lambda row: _number(row, "flops", 1e9, ",.1f")),
@@ -229,7 +229,7 @@ def main(argv: list[str]) -> None:
             print(json.dumps(record), file=out, flush=True)
         too_large += [] if row["fits"] else [name]
     if too_large:
-        memory_gb = target.chip.memory_bytes / 1e9
+        memory_gb = target.chip.memory_bytes / 2**30
         raise UserError(
             f"a device of {target.name} has {memory_gb:.0f} GB, too little for {', '.join(too_large)}: use fewer rows "
             "or X-rays, or more devices",

@@ -194,7 +194,7 @@ def _compiled_cells(row: dict) -> tuple[str, ...]:
         return "" if row.get(name) is None else f"{row[name] / scale:{form}}{unit}"
 
     launches = "" if "ms" in row else shown("launches")  # a TPU has none: the host launches a whole program
-    peak = f"{shown('peak_bytes', 1e9, ' GB', '.2f')} of {row['device_bytes'] / 1e9:.0f} GB"
+    peak = f"{shown('peak_bytes', 2**30, ' GB', '.2f')} of {row['device_bytes'] / 2**30:.0f} GB"
     traffic = [shown("bytes", 1e6, " MB"), shown("bytes_an_image", 1e6, " MB an X-ray", ".1f")]
     return (
         row["title"],

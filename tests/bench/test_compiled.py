@@ -95,6 +95,18 @@ def test_figures_of_a_program_that_fits_and_of_one_that_does_not():
     assert not compiled.measure(case, small)["fits"]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.24G of 15.75G hbm.",
+        "RESOURCE_EXHAUSTED: the memory required for HLO temporaries (21.24G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_does_not_fit_is_said_in_numbers(message):
+    assert compiled._refused(message) == "21.24G of 15.75G"
+    assert compiled._refused("RESOURCE_EXHAUSTED:\nno memory") == "RESOURCE_EXHAUSTED: no memory"
+
+
 @pytest.mark.parametrize("target", ["h100", "v5e", "v5e:", "v5e:0x2", "h200:", "h200:9", "h200:2x2x1", "", "tpu"])
 def test_a_target_that_does_not_exist_is_refused(target):
     with refused(field="--target", value=target):

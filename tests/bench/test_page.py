@@ -153,7 +153,7 @@ def test_compiled_figures_are_never_among_the_timings(tmp_path):
     _write(tmp_path, _compiled_row(**refused), name="2026-01-02_compiled")
     timings, _, counted = page.render(tmp_path).partition("## Compiled, not timed")
     assert "MedFuse" not in timings.partition("## How to read it")[0]
-    assert "| MedFuse | h200 | 300 | 37.0 | 106 | 2,800 MB | 0 | 0.43 GB of 150 GB |  | 2026-01-02 |" in counted
+    assert "| MedFuse | h200 | 300 | 37.0 | 106 | 2,800 MB | 0 | 0.40 GB of 140 GB |  | 2026-01-02 |" in counted
     assert "3,222" not in counted and "does not fit: 21.3G of 15.75G" in counted
 
 
