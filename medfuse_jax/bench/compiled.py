@@ -97,7 +97,7 @@ def figures(compiled: jax.stages.Compiled, program: Program, target: Target, siz
     the compiler says, which counts a loop once, or, of a GPU's, which does not say, as counted here.
     """
     use_ehr = program.run.dataset.use_ehr
-    trips = chunks.steps_run(sizes.time_steps) // chunks.CHUNK_STEPS if use_ehr else 1
+    trips = chunks.time_steps_run(sizes.time_steps) // chunks.CHUNK_STEPS if use_ehr else 1
     parsed = hlo.parse(compiled.as_text())
     loops = hlo.loops(parsed, trips)
     launches = sum(times for _, times in hlo.executed(parsed, trips))

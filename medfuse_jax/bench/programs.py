@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import experiment as experiment_lib
 from medfuse_jax import feed, parallel, schema
+from medfuse_jax import run as run_lib
 from medfuse_jax.bench import cohort, flops, parts
 from medfuse_jax.data import batches, device_store
 from medfuse_jax.data import plan as plan_lib
@@ -47,7 +47,7 @@ class Program:
 
     jitted: "jax.stages.Wrapped | Step"
     args: tuple
-    run: experiment_lib.Experiment
+    run: run_lib.Run
     batch: dict
     flops: Callable[[], float] | None = None
 
@@ -119,7 +119,7 @@ def held(on: list[jax.Device], sizes: Sizes) -> Program:
     return Program(jitted, args, run, batch, lambda: _step_flops(run, batch))
 
 
-def _run(on: list[jax.Device], sizes: Sizes, has_cxr_N: np.ndarray) -> experiment_lib.Experiment:
+def _run(on: list[jax.Device], sizes: Sizes, has_cxr_N: np.ndarray) -> run_lib.Run:
     """Return a run with the default config on made-up stays, of which the given ones have an X-ray."""
     task = "radiology" if sizes.method == "uni_cxr" else "pheno"
     config = config_lib.default()
@@ -135,28 +135,28 @@ def _run(on: list[jax.Device], sizes: Sizes, has_cxr_N: np.ndarray) -> experimen
     dataset = cohort.of_stays(np.full(len(has_cxr_N), steps, np.int32), has_cxr_N, sizes.method, task)
     if not dataset.usable("train").any():
         raise UserError(f"--images=0 leaves {sizes.method} nothing to read", field="--images", value=0)
-    return experiment_lib.Experiment(config, dataset, experiment_lib.step_options(config, dataset, (), on), on)
+    return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, (), on), on)
 
 
-def _mode(run: experiment_lib.Experiment) -> str:
+def _mode(run: run_lib.Run) -> str:
     """Return how the run's steps are divided over its devices: pmap is for those of one host."""
     return run.config.parallel if len({device.process_index for device in run.devices}) == 1 else "jit"
 
 
-def _plan(run: experiment_lib.Experiment) -> plan_lib.Plan:
+def _plan(run: run_lib.Run) -> plan_lib.Plan:
     plan = run.train_plan(epoch=1)
     assert isinstance(plan, plan_lib.Plan), "made-up stays have no second dataset"
     return plan
 
 
-def _batch(run: experiment_lib.Experiment) -> dict:
+def _batch(run: run_lib.Run) -> dict:
     """Return the shapes of the run's first batch, with its device axis."""
     plan = _plan(run)
     rows = plan_lib.deal(plan, 0, len(run.devices))
     return _shapes(batches.read(run.dataset, "train", rows, int(plan.padded_length_S[0])))
 
 
-def _step_flops(run: experiment_lib.Experiment, batch: dict) -> float:
+def _step_flops(run: run_lib.Run, batch: dict) -> float:
     """Return the operations of a step on each device (see `flops.step_flops`), the LSTM's over all time steps."""
     one_device = {name: _shape(x.shape[1:], x.dtype) for name, x in batch.items()}
     steps = math.prod(one_device["ehr"].shape[:2]) if "ehr" in batch else 0
