@@ -314,7 +314,7 @@ def _num_left_out(members: list[Member], num_scored: int) -> int:
 
 
 def main(argv: list[str]) -> None:
-    compilation.enable_cache()
+    compilation.configure()
     workdir = Path(flags.FLAGS.workdir)
     print(terminal.table([ensemble(flags.FLAGS.runs, workdir, flags.FLAGS.rule)]))
     print(f"\nwritten: {result_lib.TEST.result_path(workdir)}")

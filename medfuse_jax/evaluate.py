@@ -142,7 +142,7 @@ def _selected_by(config, note: dict, best_epoch: int) -> str:
 def main(argv: list[str]) -> None:
     options = flags.FLAGS
     workdir = Path(options.workdir)
-    compilation.enable_cache()
+    compilation.configure()
     what = Scored(options.split, options.head, options.drop_ehr, options.drop_cxr)
     print(terminal.table([evaluate(workdir, what, data_dir=options.data_dir)]))
     print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
 
     config = flags.FLAGS.config
     config_lib.validate(config)
-    compilation.enable_cache()
+    compilation.configure()
     synthetic.set_data_dir(config)
     folder = Path(flags.FLAGS.workdir or _default_workdir(config))
     workdir.check_outside_sweeps(folder)

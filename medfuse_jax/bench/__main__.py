@@ -76,6 +76,9 @@ def _choose(values) -> tuple[list[cases.Case], float | None]:
 def _measure(case: cases.Case, values, say, out) -> None:
     """Measure a case, print its records and write them to `out`."""
     from medfuse_jax.bench import clock, machine  # late, so that a wrong flag is refused before jax starts
+    from medfuse_jax.runtime import compilation
+
+    compilation.use_cuda_graphs()  # as the commands that train
 
     data = None
     if values.data_dir and case.kind in ("step", "feed", "parts", "trials"):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 from absl import flags
 
-from medfuse_jax.bench import compilers, hlo, machine, programs
+from medfuse_jax.bench import compilers, hlo, machine, programs, thunks
 from medfuse_jax.bench.compilers import Target
 from medfuse_jax.bench.programs import Program, Sizes
 from medfuse_jax.models.recurrence import chunks
@@ -79,7 +79,7 @@ def measure(case: Case, target: Target) -> dict:
     start = time.perf_counter()
     try:
         lowered = program.jitted.trace(*program.args).lower()
-        compiled = lowered.compile()
+        compiled, listed = thunks.compile_with_thunks(lowered) if target.platform == "gpu" else (lowered.compile(), [])
     except jax.errors.JaxRuntimeError as error:
         if not errors.is_out_of_memory(error):
             raise
@@ -87,29 +87,32 @@ def measure(case: Case, target: Target) -> dict:
     row["compile_s"] = round(time.perf_counter() - start, 1)
     written = hlo.written_collectives(lowered.as_text())
     row |= dict(zip(("collectives_written", "collectives_written_of_one_number"), written))
-    return row | figures(compiled, program, target, case.sizes)
+    return row | figures(compiled, listed, program, target, case.sizes)
 
 
-def figures(compiled: jax.stages.Compiled, program: Program, target: Target, sizes: Sizes) -> dict:
-    """Return what a compiled program does in one call, on each device.
+def figures(
+    compiled: jax.stages.Compiled, listed: list[thunks.Thunk], program: Program, target: Target, sizes: Sizes
+) -> dict:
+    """Return what a compiled program does in one call, on each device. listed: a GPU program's thunks.
 
-    The recurrence counts as if a series were as long as its padding, and an epoch on the device as one step. bytes: as
-    the compiler says, which counts a loop once, or, of a GPU's, which does not say, as counted here.
+    kernels: all that runs. launches: what a GPU's driver is asked for; a CUDA graph is one. The recurrence counts as if
+    a series were as long as its padding, and an epoch on the device as one step. bytes: as the compiler says, which
+    counts a loop once, or, of a GPU's, which does not say, as counted here.
     """
     use_ehr = program.run.dataset.use_ehr
     trips = chunks.time_steps_run(sizes.time_steps) // chunks.CHUNK_STEPS if use_ehr else 1
     parsed = hlo.parse(compiled.as_text())
     loops = hlo.loops(parsed, trips)
-    launches = sum(times for _, times in hlo.executed(parsed, trips))
-    in_recurrence = sum(loop.trips * loop.launches for loop in loops if not loop.is_fixed)
+    kernels = sum(times for _, times in hlo.executed(parsed, trips))
+    outside_loops = kernels - sum(loop.trips * loop.launches for loop in loops if loop.depth == 0)
+    launched = thunks.count(listed, [loop.trips for loop in loops]) if listed else None
     sent, alone = hlo.collectives(parsed, trips)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     weights = {x.shape for x in jax.tree.leaves(program.run.abstract_state().params) if x.ndim > 1}
     peak = memory.peak_memory_in_bytes
     row = {
-        "launches": launches,
-        "launches_outside_loops": launches - sum(loop.trips * loop.launches for loop in loops if loop.depth == 0),
-        "launches_a_time_step": round(in_recurrence / sizes.time_steps, 2) if use_ehr and in_recurrence else None,
+        "kernels": kernels,
+        "kernels_outside_loops": outside_loops,
         "loops": [dataclasses.asdict(loop) for loop in loops],
         "weight_copies": hlo.weight_copies(parsed, weights),
         "bytes": cost.get("bytes accessed") or hlo.traffic(parsed, trips),
@@ -121,6 +124,10 @@ def figures(compiled: jax.stages.Compiled, program: Program, target: Target, siz
         "flops": program.flops() if program.flops else None,
         "fits": peak <= target.chip.memory_bytes,
     }
+    if launched:
+        row |= {"launches": launched.total, "graphs": launched.graphs, "kernels_in_graphs": launched.in_graphs}
+        if use_ehr:
+            row["launches_a_time_step"] = round((launched.total - launched.outside_loops) / sizes.time_steps, 2)
     if not use_ehr:
         row["bytes_an_image"] = row["bytes"] / program.batch["image"].shape[1]
     if target.chip.clock_hz:
@@ -148,6 +155,7 @@ def _pair(row: dict, name: str) -> str:
 # Title, width and text of each column. In brackets: collectives of one number alone.
 _COLUMNS = (
     ("case", -36, lambda row: row["title"]),
+    ("kernels", 8, lambda row: _number(row, "kernels")),
     ("launches", 8, lambda row: _number(row, "launches")),
     ("a t-step", 8, lambda row: _number(row, "launches_a_time_step", form=".1f")),
     ("f32 copies", 10, lambda row: _number(row, "weight_copies")),
@@ -171,10 +179,10 @@ def _line(cells) -> str:
 
 
 def _loops(row: dict) -> str:
-    """Return a line with the launches of each loop, trips x launches of a trip; '' if there is none."""
+    """Return a line with the kernels of each loop, trips x kernels of a trip; '' if there is none."""
     outer = [loop for loop in row.get("loops", []) if loop["depth"] == 0]
     text = " + ".join(f"{loop['trips']} x {loop['launches']}" for loop in outer)
-    return f"    launches: {row['launches_outside_loops']} + {text}" if text else ""
+    return f"    kernels: {row['kernels_outside_loops']} + {text}" if text else ""
 
 
 def _chosen(target: Target, values) -> dict[str, Case]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from medfuse_jax.runtime import files
+from medfuse_jax.runtime import compilation, files
 from medfuse_jax.runtime.errors import UserError
 
 VARIABLE = "MEDFUSE_COMPILERS"  # the folder, if it is not the default one
@@ -90,15 +90,14 @@ def how_to_install() -> str:
 
 
 def _h200_devices(name: str) -> list:
-    # Autotuning would time kernels on a device. Added only once, and before the plug-in is loaded.
-    flag = "--xla_gpu_autotune_level=0"
-    if flag not in (given := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{given} {flag}".strip()
-    if not _has_cuda_plugin():
+    # Autotuning would time kernels on a device. Added before the plug-in is loaded.
+    compilation.add_xla_flag("--xla_gpu_autotune_level=0")
+    if not compilation.has_cuda_plugin():
         sys.path.insert(0, str(folder()))
-        if not _has_cuda_plugin():
+        if not compilation.has_cuda_plugin():
             sys.path.remove(str(folder()))
             raise _missing("CUDA's", name)
+    compilation.use_cuda_graphs()
     description = Path(__file__).with_name("h200.txtpb").read_text(encoding="utf-8")
     try:
         return _devices("cuda", name, topology=f"1x1x{name.partition(':')[2] or 1}", target_config=description)
@@ -110,11 +109,6 @@ def _h200_devices(name: str) -> list:
             field="--target",
             value=name,
         ) from None
-
-
-def _has_cuda_plugin() -> bool:
-    """Return whether jax's CUDA plug-in is installed: in the environment, or in a folder on the path."""
-    return any(point.name.startswith("xla_cuda") for point in importlib.metadata.entry_points(group="jax_plugins"))
 
 
 def _tpu_devices(name: str) -> list:

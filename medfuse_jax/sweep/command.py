@@ -54,7 +54,7 @@ def run(request: Request, process: processes.Process, start_s: float) -> None:
     config, workdir = request.config, request.workdir
     config_lib.validate(config)
     _check_single_run_fields(config)
-    compilation.enable_cache()
+    compilation.configure()
     trials = _plan_trials(request, process.is_first)
     if unknown := set(request.export) - {trial.number for trial in trials.initial}:
         message = f"--export={min(unknown)}: the trials are 0 to {len(trials.initial) - 1}"

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from medfuse_jax.models.recurrence.cell import NUM_GATES, valid_time_steps
 
+_FEW_STEPS = 4  # the fusion's tokens: a loop over them would be launched step by step
+
 
 def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
     """Run an LSTM over the valid time steps, in any pattern. An invalid one leaves the state unchanged.
@@ -32,7 +34,8 @@ def masked_lstm(weights: dict, x_BTF: jax.Array, valid_BT: jax.Array, dtype=jnp.
         return (hidden_BD, cell_BD), hidden_BD
 
     zeros_BD = jnp.zeros((x_BTF.shape[0], recurrent_DG.shape[0]), jnp.float32)
-    (last_BD, _), hidden_TBD = jax.lax.scan(step, (zeros_BD, zeros_BD), (gates_TBG, valid_BT.T))
+    unroll = len(gates_TBG) if len(gates_TBG) <= _FEW_STEPS else 1
+    (last_BD, _), hidden_TBD = jax.lax.scan(step, (zeros_BD, zeros_BD), (gates_TBG, valid_BT.T), unroll=unroll)
     return hidden_TBD.swapaxes(0, 1), last_BD
 
 
