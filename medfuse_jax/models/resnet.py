@@ -9,11 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models.batch_norm import BatchNorm
 from medfuse_jax.models.cpu import conv as cpu_conv
 from medfuse_jax.models.cpu import max_pool as cpu_max_pool
-
-BATCH_NORM_EPSILON = 1e-5
-BATCH_NORM_MOMENTUM = 0.9  # 0.1 in torch's convention
 
 # torchvision's ImageNet statistics, for the three equal channels that the released code feeds.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -87,63 +85,6 @@ class StemConv(nn.Module):
         return _conv(self.ops, image_PHWC, kernel, stride=2, padding=3)
 
 
-def _masked_moments(x_PHWC: jax.Array, valid_P: jax.Array, axis_name: str | None):
-    """Return mean [C], biased variance [C] and pixel count of the valid X-rays on all devices of the axis.
-
-    Uses float32 and centred squares: the difference of two large sums would lose precision.
-    """
-
-    def total(values):
-        return values if axis_name is None else jax.lax.psum(values, axis_name)
-
-    _, height, width, _ = x_PHWC.shape
-    valid_P111 = valid_P[:, None, None, None]
-    count = total(jnp.sum(valid_P111) * (height * width)).astype(jnp.float32)
-    divisor = jnp.maximum(count, 1)
-    mean_C = total(jnp.sum(jnp.where(valid_P111, x_PHWC, 0), axis=(0, 1, 2))) / divisor
-    # The derivative of the variance by the mean is zero, so stopping it is exact and saves a pass over the X-rays.
-    centred_PHWC = jnp.where(valid_P111, x_PHWC - jax.lax.stop_gradient(mean_C), 0)
-    variance_C = total(jnp.sum(jnp.square(centred_PHWC), axis=(0, 1, 2))) / divisor
-    return mean_C, variance_C, count
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over the valid X-rays only.
-
-    Training uses the statistics of the valid X-rays on all devices of `axis_name`. Without any valid X-ray it uses the
-    running statistics and leaves them unchanged. As in torch, the running variance is updated with the unbiased batch
-    variance. Scale, bias and statistics are float32.
-    """
-
-    @nn.compact
-    def __call__(
-        self, x_PHWC: jax.Array, train: bool = False, valid_P: jax.Array | None = None, axis_name: str | None = None
-    ) -> jax.Array:
-        features = (x_PHWC.shape[-1],)
-        scale_C = self.param("scale", nn.initializers.ones_init(), features)
-        bias_C = self.param("bias", nn.initializers.zeros_init(), features)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features)
-        mean_C, var_C = running_mean.value, running_var.value
-        exact_PHWC = x_PHWC.astype(jnp.float32)
-        if train and not self.is_initializing():
-            if valid_P is None:
-                valid_P = jnp.ones(x_PHWC.shape[0], bool)
-            batch_mean_C, batch_var_C, count = _masked_moments(exact_PHWC, valid_P, axis_name)
-            if self.is_mutable_collection("batch_stats"):
-                unbiased_C = batch_var_C * count / jnp.maximum(count - 1, 1)
-                running_mean.value = jnp.where(count > 0, _updated(mean_C, batch_mean_C), mean_C)
-                running_var.value = jnp.where(count > 0, _updated(var_C, unbiased_C), var_C)
-            mean_C = jnp.where(count > 0, batch_mean_C, mean_C)
-            var_C = jnp.where(count > 0, batch_var_C, var_C)
-        normal_PHWC = (exact_PHWC - mean_C) * (jax.lax.rsqrt(var_C + BATCH_NORM_EPSILON) * scale_C)
-        return (normal_PHWC + bias_C).astype(x_PHWC.dtype)
-
-
-def _updated(running_C: jax.Array, batch_C: jax.Array) -> jax.Array:
-    return BATCH_NORM_MOMENTUM * running_C + (1 - BATCH_NORM_MOMENTUM) * batch_C
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, which is projected if the shape changes."""
 
@@ -158,10 +99,9 @@ class BasicBlock(nn.Module):
             shortcut_PHWC = Conv(self.features, 1, self.stride, self.ops, name="shortcut_conv")(x_PHWC)
             shortcut_PHWC = BatchNorm(name="shortcut_norm")(shortcut_PHWC, *norm_args)
         y_PHWC = Conv(self.features, 3, self.stride, self.ops, name="conv1")(x_PHWC)
-        y_PHWC = nn.relu(BatchNorm(name="norm1")(y_PHWC, *norm_args))
+        y_PHWC = BatchNorm(relu=True, name="norm1")(y_PHWC, *norm_args)
         y_PHWC = Conv(self.features, 3, ops=self.ops, name="conv2")(y_PHWC)
-        y_PHWC = BatchNorm(name="norm2")(y_PHWC, *norm_args)
-        return nn.relu(y_PHWC + shortcut_PHWC)
+        return BatchNorm(relu=True, name="norm2")(y_PHWC, *norm_args, shortcut_PHWC=shortcut_PHWC)
 
 
 class ResNet(nn.Module):
@@ -189,8 +129,9 @@ class ResNet(nn.Module):
     def stem(self, image_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
         """Turn X-rays into the input of stage 1, at a quarter of their height and width."""
         x_PHWC = self.stem_conv(image_PHWC.astype(self.dtype))
-        x_PHWC = nn.relu(self.stem_norm(x_PHWC, train and not self.frozen_stats, valid_P, axis_name))
-        return _max_pool(self.ops, x_PHWC)
+        x_PHWC = self.stem_norm(x_PHWC, train and not self.frozen_stats, valid_P, axis_name)
+        # The ReLU after the pool, which it commutes with: its mask is a quarter of the size.
+        return nn.relu(_max_pool(self.ops, x_PHWC))
 
     def stage(self, i: int, x_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
         """Apply stage i = 1..4."""

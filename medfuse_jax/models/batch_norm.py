@@ -1,0 +1,126 @@
+"""Batch normalisation over the X-rays of a batch, with the ReLU and the shortcut's sum that follow it.
+
+Shapes: P X-rays, H W pixels, C channels.
+
+Accelerators wait for memory here, so the gradient is written out to pass over the pixels as rarely as it can. Forward:
+one pass for both moments, one for the output. Backward: one for both sums, one for the gradient. Only the input and the
+output are kept for it. Over several devices, each way has one sum.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+EPSILON = 1e-5
+MOMENTUM = 0.9  # 0.1 in torch's convention
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the valid X-rays only, then the shortcut's sum and the ReLU if asked for.
+
+    Training uses the statistics of the valid X-rays on all devices of `axis_name`. Without any valid X-ray it uses the
+    running statistics and leaves them unchanged. As in torch, the running variance is updated with the unbiased batch
+    variance. Scale, bias and statistics are float32. relu: end with a ReLU. Reverse-mode gradients only.
+    """
+
+    relu: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x_PHWC: jax.Array,
+        train: bool = False,
+        valid_P: jax.Array | None = None,
+        axis_name: str | None = None,
+        shortcut_PHWC: jax.Array | None = None,
+    ) -> jax.Array:
+        features = (x_PHWC.shape[-1],)
+        scale_C = self.param("scale", nn.initializers.ones_init(), features)
+        bias_C = self.param("bias", nn.initializers.zeros_init(), features)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        var = self.variable("batch_stats", "var", jnp.ones, features)
+        running = (mean.value, var.value)
+        if not train or self.is_initializing():
+            return _output(self.relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, *running)
+        if valid_P is None:
+            valid_P = jnp.ones(x_PHWC.shape[0], bool)
+        args = (x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)
+        y_PHWC, (mean_C, var_C, count) = _normalise(self.relu, axis_name, *args)
+        if self.is_mutable_collection("batch_stats"):
+            unbiased_C = var_C * count / jnp.maximum(count - 1, 1)
+            mean.value = jnp.where(count > 0, _updated(mean.value, mean_C), mean.value)
+            var.value = jnp.where(count > 0, _updated(var.value, unbiased_C), var.value)
+        return y_PHWC
+
+
+def _updated(running_C: jax.Array, batch_C: jax.Array) -> jax.Array:
+    return MOMENTUM * running_C + (1 - MOMENTUM) * batch_C
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise(relu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P):
+    """Return the output, and the mean, biased variance [C] and pixel count that it used.
+
+    No gradient reaches the statistics. running: (mean, variance), used if no X-ray is valid.
+    """
+    return _forward(relu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)[0]
+
+
+def _forward(relu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P):
+    mean_C, var_C, count = _moments(x_PHWC, valid_P, running, axis_name)
+    y_PHWC = _output(relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, mean_C, var_C)
+    has_shortcut = None if shortcut_PHWC is None else ()  # a truth value would become an array
+    saved = (x_PHWC, y_PHWC if relu else None, has_shortcut, scale_C, mean_C, var_C, count, valid_P)
+    return (y_PHWC, (mean_C, var_C, count)), saved
+
+
+def _backward(relu, axis_name, saved, cotangents):
+    x_PHWC, y_PHWC, has_shortcut, scale_C, mean_C, var_C, count, valid_P = saved
+    d_PHWC, _ = cotangents
+    if relu:
+        d_PHWC = jnp.where(y_PHWC > 0, d_PHWC, 0)
+    inverse_C = jax.lax.rsqrt(var_C + EPSILON)
+    centred_PHWC = x_PHWC.astype(jnp.float32) - mean_C
+    d_bias_C = jnp.sum(d_PHWC, axis=(0, 1, 2), dtype=jnp.float32)
+    d_scale_C = jnp.sum(d_PHWC * centred_PHWC, axis=(0, 1, 2)) * inverse_C
+    # By way of the mean and the variance, every valid pixel changes every output.
+    of_mean_C, of_var_C = _total(jnp.stack([d_bias_C, d_scale_C]), axis_name) / jnp.maximum(count, 1)
+    through_PHWC = of_mean_C + centred_PHWC * (inverse_C * of_var_C)
+    through_PHWC = jnp.where(valid_P[:, None, None, None], through_PHWC, 0)
+    d_x_PHWC = ((d_PHWC - through_PHWC) * (inverse_C * scale_C)).astype(x_PHWC.dtype)
+    return d_x_PHWC, None if has_shortcut is None else d_PHWC, d_scale_C, d_bias_C, None, None
+
+
+_normalise.defvjp(_forward, _backward)
+
+
+def _output(relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, mean_C, var_C):
+    factor_C = jax.lax.rsqrt(var_C + EPSILON) * scale_C
+    y_PHWC = (x_PHWC.astype(jnp.float32) - mean_C) * factor_C + bias_C
+    if shortcut_PHWC is not None:
+        y_PHWC += shortcut_PHWC
+    return (nn.relu(y_PHWC) if relu else y_PHWC).astype(x_PHWC.dtype)
+
+
+def _moments(x_PHWC, valid_P, running, axis_name):
+    """Return mean [C], biased variance [C] and pixel count of the valid X-rays on all devices of the axis.
+
+    One pass and one sum over devices: sums of x and x^2, both from the running mean, since the difference of two large
+    sums would lose precision.
+    """
+    _, height, width, _ = x_PHWC.shape
+    valid_P111 = valid_P[:, None, None, None]
+    shifted_PHWC = jnp.where(valid_P111, x_PHWC.astype(jnp.float32) - running[0], 0)
+    sums = [jnp.sum(shifted_PHWC, axis=(0, 1, 2)), jnp.sum(jnp.square(shifted_PHWC), axis=(0, 1, 2))]
+    count = jnp.sum(valid_P, dtype=jnp.float32) * (height * width)
+    totals = _total(jnp.concatenate([*sums, count[None]]), axis_name)
+    count = totals[-1]
+    from_running_C, square_C = totals[:-1].reshape(2, -1) / jnp.maximum(count, 1)
+    var_C = jnp.maximum(square_C - jnp.square(from_running_C), 0)
+    return running[0] + from_running_C, jnp.where(count > 0, var_C, running[1]), count
+
+
+def _total(values, axis_name):
+    return values if axis_name is None else jax.lax.psum(values, axis_name)
