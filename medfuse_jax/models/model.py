@@ -61,8 +61,8 @@ class Model(nn.Module):
 
     num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs are float32.
     frozen_stats: batch normalisation uses its running statistics in training too, and does not update them.
-    recurrence: the EHR encoder's LSTM kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: 'plain', or 'cpu' for what
-    the encoders compute in another way on CPUs.
+    recurrence: the EHR encoder's LSTM kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: the forms in which the encoders
+    compute, see `resnet.ops_for`.
     """
 
     # The modalities that the method reads: the input pipeline leaves out the others.

@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models import max_pool
 from medfuse_jax.models.batch_norm import BatchNorm
 from medfuse_jax.models.cpu import conv as cpu_conv
-from medfuse_jax.models.cpu import max_pool as cpu_max_pool
 
 # torchvision's ImageNet statistics, for the three equal channels that the released code feeds.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,11 +22,11 @@ _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torch
 
 def ops_for(platform: str) -> str:
     """Return the `ops` of models that run on devices of this platform."""
-    return "cpu" if platform == "cpu" else "plain"
+    return platform if platform in ("cpu", "tpu") else "gpu"
 
 
 def _conv(ops: str, x_PHWC: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    conv = {"plain": plain_conv, "cpu": cpu_conv.conv}[ops]
+    conv = cpu_conv.conv if ops == "cpu" else plain_conv
     return conv(x_PHWC, kernel.astype(x_PHWC.dtype), stride, padding)
 
 
@@ -40,8 +40,8 @@ def plain_conv(x_PHWC: jax.Array, kernel: jax.Array, stride: int, padding: int) 
 
 def _max_pool(ops: str, x_PHWC: jax.Array) -> jax.Array:
     """Pool 3x3 windows with stride 2 and torch's padding."""
-    if ops == "cpu":
-        return cpu_max_pool.max_pool(x_PHWC)
+    if ops in ("cpu", "gpu"):
+        return max_pool.max_pool(x_PHWC)
     return nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
@@ -109,7 +109,8 @@ class ResNet(nn.Module):
 
     stage_sizes: blocks per stage; (3, 4, 6, 3) is ResNet-34. width: channels of the first stage; each later stage
     doubles them. dtype: of the convolutions; parameters and statistics are float32. frozen_stats: training uses the
-    running statistics and leaves them unchanged. ops: 'plain', or 'cpu' for the operations of models/cpu.
+    running statistics and leaves them unchanged. ops: 'plain' for XLA's own operations, or the forms that suit a 'cpu',
+    'gpu' or 'tpu'.
     """
 
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)

@@ -93,7 +93,7 @@ def test_shapes_and_stages(tiny):
     assert set(variables["params"]) >= {"stem_conv", "stem_norm", "stage1_block0", "stage2_block1", "stage4_block0"}
 
 
-@pytest.mark.parametrize("ops", ["plain", "cpu"])
+@pytest.mark.parametrize("ops", ["plain", "cpu", "gpu"])
 def test_the_stem_pools_as_torch_does(ops):
     net = resnet.ResNet(width=1, ops=ops)
     kernel = np.zeros((7, 7, 3, 1), np.float32)

@@ -1,9 +1,10 @@
-"""ResNet's max pool, 3x3 with stride 2 and torch's padding, with a gradient that is cheap on a CPU.
+"""ResNet's max pool, 3x3 with stride 2 and torch's padding, with a written-out gradient.
 
 Shapes: P X-rays, H W pixels, C channels, h w pixels after the pool.
 
-The gradient of XLA's own pool is a select-and-scatter, which visits the windows one by one. Here the forward pass
-saves which of the nine pixels was the largest, and the gradient is nine comparisons over whole arrays.
+The gradient of XLA's own pool is a select-and-scatter. A TPU fuses it; a CPU visits the windows one by one,
+and a GPU computes the pool again in float32 with indices. Here the forward pass saves which of the nine pixels was the
+largest, and the gradient is nine comparisons over whole arrays.
 """
 
 import jax

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medfuse_jax.models.cpu.max_pool import max_pool
+from medfuse_jax.models.max_pool import max_pool
 
 
 def _xla(x):
