@@ -90,7 +90,7 @@ def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> di
         inputs["image"] = augment.prepare(batch["image"], options.image)
     elif "image" in batch:
         image_id_P = batch["row_id"][batch["image_row"]]
-        inputs["image"] = augment.prepare_augmented(key, image_id_P, batch["image"], options.image)
+        inputs["image"] = augment.prepare_augmented(key, image_id_P, batch["image"], options.image, options.model.ops)
     for name in ("image_row", "image_mask", "ehr_features", "cxr_features"):  # features: of frozen encoders in a sweep
         if name in batch:
             inputs[name] = batch[name]

@@ -4,13 +4,14 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from medfuse_jax import augment
 from medfuse_jax import config as config_lib
 
 _OPTIONS = augment.ImageOptions(**config_lib.section("image", resize_px=64, crop_px=56))
 _FIXED = dataclasses.replace(_OPTIONS, flip=False, rotation_deg=0.0, scale=(1.0, 1.0), translation=0.0)
-_augment = jax.jit(augment.prepare_augmented, static_argnums=3)
+_augment = jax.jit(augment.prepare_augmented, static_argnums=(3, 4))
 
 
 def _images(count=4, size=64, seed=0):
@@ -94,3 +95,24 @@ def test_augmentation_does_not_depend_on_the_place_in_the_batch():
     np.testing.assert_allclose(whole[2:], half, atol=1e-6)
     other = _augment(jax.random.key(6), ids + 1, images, _OPTIONS)
     assert np.abs(whole - np.asarray(other)).mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"rotation_deg": 180.0, "crop": "random"},
+        {"crop_px": 50, "rotation_deg": 10.0},  # not a multiple of the tile
+        {"scale": (0.1, 0.1)},  # a tile covers the whole X-ray
+        {"scale": (10.0, 10.0), "rotation_deg": 0.0},
+        {"translation": 1.0},  # most pixels outside
+        {"resize_px": 48, "crop_px": 40},
+    ],
+)
+def test_products_sample_as_gathers_do(changed):
+    images, options = _images(count=6), dataclasses.replace(_OPTIONS, **changed)
+    args = (jax.random.key(7), np.arange(6), images, options)
+    gathered, multiplied = np.asarray(_augment(*args, "plain")), np.asarray(_augment(*args, "tpu"))
+    np.testing.assert_allclose(multiplied, gathered, atol=1e-4)
+    nearby = np.asarray(_augment(jax.random.key(8), *args[1:], "tpu"))
+    assert np.abs(nearby - gathered).max() > 0.1
