@@ -134,6 +134,7 @@ def train_step(
     with matmul_precision(model.dtype):  # for the gradients; the model sets its own
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     loss, grads = _sum_over((loss, grads), axis)
+    grads = optim.laid_out_as_weights(grads)
     direction, opt_state = options.optimizer.update(grads, state.opt_state, state.params)
     state = state.replace(
         step=state.step + 1,
