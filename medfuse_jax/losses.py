@@ -1,9 +1,10 @@
 """Losses: which classifiers a batch trains, on which rows.
 
-Shapes: B rows of the batch, P images, K labels.
+Shapes: B rows of the batch, P images, K labels, H trained heads.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -44,19 +45,18 @@ def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weig
     over devices, so that the devices' objectives, and their gradients, add up to the batch's.
     """
     present = present_rows(batch)
+    has_both_B = batch["valid"] & present["ehr"] & present["cxr"]
+    trained = [head for head in heads if head.label in batch]
+    trains_HB = [functools.reduce(jnp.logical_and, [present[m] for m in h.needs], batch["valid"]) for h in trained]
+    # One sum over devices for all counts.
+    *num_rows_H, num_both = total(jnp.stack([jnp.sum(rows_B) for rows_B in (*trains_HB, has_both_B)]))
     loss = jnp.zeros(())
-    for head in heads:
-        if head.label in batch:
-            trains_B = batch["valid"]
-            for modality in head.needs:
-                trains_B = trains_B & present[modality]
-            weight = getattr(weights, head.weight) if head.weight else 1.0
-            num_rows = total(jnp.sum(trains_B))
-            loss += weight * mean_bce(outputs[head.logits], batch[head.label], trains_B, num_rows)
+    for head, trains_B, num_rows in zip(trained, trains_HB, num_rows_H):
+        weight = getattr(weights, head.weight) if head.weight else 1.0
+        loss += weight * mean_bce(outputs[head.logits], batch[head.label], trains_B, num_rows)
     if weights.align and "align_loss_rows" in outputs:
-        has_both_B = batch["valid"] & present["ehr"] & present["cxr"]
         align_B = jnp.where(has_both_B, outputs["align_loss_rows"], 0.0)
-        loss += weights.align * jnp.sum(align_B) / jnp.maximum(total(jnp.sum(has_both_B)), 1)
+        loss += weights.align * jnp.sum(align_B) / jnp.maximum(num_both, 1)
     return loss
 
 

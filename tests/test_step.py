@@ -1,10 +1,13 @@
 """The step gives the same numbers under pmap, under jit with shardings and on one device, and ignores padding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from model_cases import equations
 
 from medfuse_jax import augment, losses, optim, parallel
 from medfuse_jax import config as config_lib
@@ -80,6 +83,15 @@ def test_one_device_sums_nothing(fresh):
         return step.lower(fresh, sent, jax.random.key(1)).as_text().count("stablehlo.all_reduce")
 
     assert num_sums(1) == 0 < num_sums(2)
+
+
+def test_devices_sum_no_single_number_but_the_loss(fresh):
+    """XLA sends the loss with the gradients; a count would be a message of its own."""
+    step = functools.partial(step_lib.train_step, _options(), axis="device")
+    part = {name: x[0] for name, x in _batch().items()}
+    program = jax.make_jaxpr(step, axis_env=[("device", 2)])(fresh, part, jax.random.key(1))
+    sums = [equation for equation in equations(program.jaxpr) if equation.primitive.name.startswith("psum")]
+    assert len(sums) > 50 and sum(equation.invars[0].aval.size == 1 for equation in sums) == 1
 
 
 def test_float32_products_are_not_rounded_on_an_accelerator(fresh):
