@@ -97,11 +97,11 @@ class BasicBlock(nn.Module):
         shortcut_PHWC = x_PHWC
         if self.stride != 1 or x_PHWC.shape[-1] != self.features:
             shortcut_PHWC = Conv(self.features, 1, self.stride, self.ops, name="shortcut_conv")(x_PHWC)
-            shortcut_PHWC = BatchNorm(name="shortcut_norm")(shortcut_PHWC, *norm_args)
+            shortcut_PHWC = BatchNorm(ops=self.ops, name="shortcut_norm")(shortcut_PHWC, *norm_args)
         y_PHWC = Conv(self.features, 3, self.stride, self.ops, name="conv1")(x_PHWC)
-        y_PHWC = BatchNorm(relu=True, name="norm1")(y_PHWC, *norm_args)
+        y_PHWC = BatchNorm(True, self.ops, name="norm1")(y_PHWC, *norm_args)
         y_PHWC = Conv(self.features, 3, ops=self.ops, name="conv2")(y_PHWC)
-        return BatchNorm(relu=True, name="norm2")(y_PHWC, *norm_args, shortcut_PHWC=shortcut_PHWC)
+        return BatchNorm(True, self.ops, name="norm2")(y_PHWC, *norm_args, shortcut_PHWC=shortcut_PHWC)
 
 
 class ResNet(nn.Module):
@@ -121,7 +121,7 @@ class ResNet(nn.Module):
 
     def setup(self):
         self.stem_conv = StemConv(self.width, self.ops)
-        self.stem_norm = BatchNorm()
+        self.stem_norm = BatchNorm(ops=self.ops)
         for i, num_blocks in enumerate(self.stage_sizes, start=1):
             for j in range(num_blocks):
                 stride = 2 if i > 1 and j == 0 else 1

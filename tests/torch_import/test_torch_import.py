@@ -20,7 +20,7 @@ from model_cases import (
 )
 
 from medfuse_jax import torch_import
-from medfuse_jax.models import ehr_encoder, registry, resnet
+from medfuse_jax.models import batch_norm, ehr_encoder, registry, resnet
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.torch_import.names import released_methods
 
@@ -313,7 +313,7 @@ def _same_padding(monkeypatch):
 
 
 def _another_epsilon(monkeypatch):
-    monkeypatch.setattr(resnet, "BATCH_NORM_EPSILON", 1e-3)
+    monkeypatch.setattr(batch_norm, "EPSILON", 1e-3)
 
 
 @pytest.mark.parametrize(
