@@ -27,7 +27,7 @@ def test_a_cpu_falls_back_to_chunks_and_a_gpu_runs_the_configured_kernel(ehr_con
     ehr_config.recurrence = kernel
     on_cpus, on_gpu = (run_lib.open_run(ehr_config, on) for on in (None, _gpus("9.0")))
     assert on_cpus.options.model.recurrence == "chunks" and on_gpu.options.model.recurrence == kernel
-    assert on_cpus.options.model.ops == "cpu" and on_gpu.options.model.ops == "plain"
+    assert on_cpus.options.model.ops == "cpu" and on_gpu.options.model.ops == "gpu"
     for run in (on_cpus, on_gpu):
         train.preflight(run, {})
 
@@ -35,7 +35,7 @@ def test_a_cpu_falls_back_to_chunks_and_a_gpu_runs_the_configured_kernel(ehr_con
 def test_a_gpu_that_cannot_run_the_lstm_kernel_is_rejected_for_training_only(ehr_config):
     ehr_config.recurrence = "pallas"
     run = run_lib.open_run(ehr_config, _gpus("7.5"))
-    assert run.options.model.recurrence == "chunks" and run.options.model.ops == "plain"
+    assert run.options.model.recurrence == "chunks" and run.options.model.ops == "gpu"
     with refused(field="config.recurrence", value="pallas", nearest="chunks"):
         train.preflight(run, {})
     ehr_config.method = "uni_cxr"
