@@ -3,8 +3,9 @@
 Shapes: P X-rays, H W pixels, C channels.
 
 Accelerators wait for memory here, so for them the gradient is written out to pass over the pixels as rarely as it can.
-Forward: one pass for both moments, one for the output. Backward: one for both sums, one for the gradient. Only the
-input and the output are kept for it. On a CPU, jax's own gradient is faster. Over several devices, each way sums once.
+Forward: one pass for both moments (in bfloat16), one for the output. Backward: one for both sums, one for the gradient.
+Only the input and the output are kept for it. Over several devices, each way sums once. On a CPU, jax's own gradient is
+faster.
 """
 
 import flax.linen as nn
@@ -107,19 +108,31 @@ def _output(relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, mean_C, var_C):
 def _moments(x_PHWC, valid_P, running, axis_name):
     """Return mean [C], biased variance [C] and pixel count of the valid X-rays on all devices of the axis.
 
-    One pass and one sum over devices: sums of x and x^2, both from the running mean, since the difference of two large
-    sums would lose precision.
+    In bfloat16, one pass and one sum over devices: sums of x and x^2, both from the running mean, since the difference
+    of two large sums would lose precision. In float32 even that loss shows, so the squares are summed from the mean.
     """
     _, height, width, _ = x_PHWC.shape
     valid_P111 = valid_P[:, None, None, None]
-    shifted_PHWC = jnp.where(valid_P111, x_PHWC.astype(jnp.float32) - running[0], 0)
-    sums = [jnp.sum(shifted_PHWC, axis=(0, 1, 2)), jnp.sum(jnp.square(shifted_PHWC), axis=(0, 1, 2))]
+
+    def sum_from(origin_C, power: int):
+        shifted_PHWC = jnp.where(valid_P111, x_PHWC.astype(jnp.float32) - origin_C, 0)
+        return jnp.sum(shifted_PHWC**power, axis=(0, 1, 2))
+
+    running_mean_C, running_var_C = running
+    one_pass = x_PHWC.dtype != jnp.float32
+    sums = [sum_from(running_mean_C, power) for power in ((1, 2) if one_pass else (1,))]
     count = jnp.sum(valid_P, dtype=jnp.float32) * (height * width)
     totals = _total(jnp.concatenate([*sums, count[None]]), axis_name)
-    count = totals[-1]
-    from_running_C, square_C = totals[:-1].reshape(2, -1) / jnp.maximum(count, 1)
-    var_C = jnp.maximum(square_C - jnp.square(from_running_C), 0)
-    return running[0] + from_running_C, jnp.where(count > 0, var_C, running[1]), count
+    sums, count = totals[:-1].reshape(len(sums), -1), totals[-1]
+    divisor = jnp.maximum(count, 1)
+    from_running_C = sums[0] / divisor
+    mean_C = running_mean_C + from_running_C
+    if one_pass:
+        var_C = jnp.maximum(sums[1] / divisor - jnp.square(from_running_C), 0)
+    else:
+        # The derivative of the variance by the mean is zero, so stopping it is exact and saves a pass over the X-rays.
+        var_C = _total(sum_from(jax.lax.stop_gradient(mean_C), 2), axis_name) / divisor
+    return mean_C, jnp.where(count > 0, var_C, running_var_C), count
 
 
 def _total(values, axis_name):

@@ -38,11 +38,15 @@ def plain_conv(x_PHWC: jax.Array, kernel: jax.Array, stride: int, padding: int) 
     )
 
 
-def _max_pool(ops: str, x_PHWC: jax.Array) -> jax.Array:
-    """Pool 3x3 windows with stride 2 and torch's padding."""
-    if ops in ("cpu", "gpu"):
-        return max_pool.max_pool(x_PHWC)
-    return nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+def _relu_and_max_pool(ops: str, x_PHWC: jax.Array) -> jax.Array:
+    """Apply a ReLU, and pool 3x3 windows with stride 2 and torch's padding."""
+    if ops == "cpu":  # the pool would compute what comes before it once for each of its nine pixels
+        return max_pool.max_pool(nn.relu(x_PHWC))
+    if ops == "gpu":
+        pooled_PHWC = max_pool.max_pool(x_PHWC)
+    else:
+        pooled_PHWC = nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    return nn.relu(pooled_PHWC)  # in this order, which changes nothing, its mask has a quarter of the pixels
 
 
 class Conv(nn.Module):
@@ -131,8 +135,7 @@ class ResNet(nn.Module):
         """Turn X-rays into the input of stage 1, at a quarter of their height and width."""
         x_PHWC = self.stem_conv(image_PHWC.astype(self.dtype))
         x_PHWC = self.stem_norm(x_PHWC, train and not self.frozen_stats, valid_P, axis_name)
-        # The ReLU after the pool, which it commutes with: its mask is a quarter of the size.
-        return nn.relu(_max_pool(self.ops, x_PHWC))
+        return _relu_and_max_pool(self.ops, x_PHWC)
 
     def stage(self, i: int, x_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
         """Apply stage i = 1..4."""
