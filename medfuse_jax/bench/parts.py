@@ -48,7 +48,7 @@ def part_fns(options: step_lib.StepOptions) -> dict[str, Callable]:
     model, key = options.model, jax.random.key(0)
 
     def augmented(state, batch):
-        return augment.prepare_augmented(key, batch["image_row"], batch["image"], options.image)
+        return augment.prepare_augmented(key, batch["image_row"], batch["image"], options.image, model.ops)
 
     def gradient(encoder, forward):
         """Return a function: the gradient of the sum of forward(model, batch) by one encoder's parameters."""
@@ -69,7 +69,7 @@ def part_fns(options: step_lib.StepOptions) -> dict[str, Callable]:
         return model.ehr_encoder(batch["ehr"], batch["length"])
 
     def update(state, batch):
-        grads = jax.tree.map(lambda p: p * batch["label"][0, 0], state.params)
+        grads = optim.laid_out_as_weights(jax.tree.map(lambda p: p * batch["label"][0, 0], state.params))
         direction, opt_state = options.optimizer.update(grads, state.opt_state, state.params)
         return optim.descend(state.params, direction, state.learning_rate), opt_state
 
