@@ -67,26 +67,20 @@ def compile_on_device(options: step_lib.StepOptions, mode: str, on: list[jax.Dev
     the S in one loop; its bounds are traced, so one program serves any part of an epoch. Otherwise train on the only
     batch. padded_length: a constant. The old state's memory is reused.
     """
-    is_pmap, merge = mode == "pmap", parallel.merge
-    axis = parallel.axis_of(on) if is_pmap else None
+    axis = parallel.axis_of(on)
 
     def run(state, held, rows, key, start, stop, padded_length):
         def step(s, carry):
             state, loss_S = carry
-            # pmap has mapped the leading device axis away; under jit it is still there.
-            row = {n: x[s] for n, x in rows.items()} if is_pmap else merge({n: x[:, s] for n, x in rows.items()})
-            batch = device_store.gather(held, row, padded_length)
+            batch = device_store.gather(held, {name: x[s] for name, x in rows.items()}, padded_length)
             state, metrics = step_lib.train_step(options, state, batch, key, axis)
             return state, loss_S.at[s].set(metrics["loss"])
 
-        carry = (state, jnp.zeros(rows["record"].shape[-2], jnp.float32))
+        carry = (state, jnp.zeros(rows["record"].shape[0], jnp.float32))
         return jax.lax.fori_loop(start, stop, step, carry) if in_loop else step(0, carry)
 
-    if is_pmap:
-        in_axes = (None, None, 0, None, None, None)
-        static = {"static_broadcasted_argnums": 6, "donate_argnums": 0}
-        return jax.pmap(run, parallel.AXIS, in_axes=in_axes, out_axes=None, devices=on, **static)
-    return jax.jit(run, static_argnums=6, donate_argnums=0)
+    in_axes = (None, None, 0, None, None, None, None)
+    return parallel.over_devices(run, mode, on, in_axes=in_axes, out_axes=None, static_argnums=(6,), donate_argnums=0)
 
 
 def _stream(dataset, on, train_fn, state, plan, start, stops, key):

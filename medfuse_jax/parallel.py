@@ -1,15 +1,14 @@
-"""Run the steps on all local devices: under pmap (the default), or under jit with shardings.
+"""Run the steps over devices: by pmap (the default on one host), or by jit and shard_map over a mesh.
 
-Both take the batches of data/batches.py, with a leading device axis D, and keep parameters replicated without one.
-Both give the same numbers, up to rounding.
+Both take the batches of data/batches.py, with a leading device axis D, and keep parameters replicated without one. The
+step is the same, so both give the same numbers.
 """
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -29,11 +28,8 @@ def axis_of(on: list[jax.Device]) -> str | None:
 
 def compile_train(options: step_lib.StepOptions, mode: str, on: list[jax.Device]) -> jax.stages.Wrapped:
     """Compile (state, batch, key) -> (state, metrics). The old state's memory is reused: do not read it again."""
-    if mode == "pmap":
-        step = functools.partial(step_lib.train_step, options, axis=axis_of(on))
-        return jax.pmap(step, AXIS, in_axes=(None, 0, None), out_axes=None, devices=on, donate_argnums=0)
-    step = functools.partial(step_lib.train_step, options)
-    return jax.jit(lambda state, batch, key: step(state, merge(batch), key), donate_argnums=0)
+    step = functools.partial(step_lib.train_step, options, axis=axis_of(on))
+    return over_devices(step, mode, on, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
 
 
 def compile_eval(
@@ -45,35 +41,65 @@ def compile_eval(
 
 @functools.lru_cache(maxsize=4)  # evaluation after training reuses the programs compiled for validation
 def _compile_eval(options: step_lib.StepOptions, mode: str, on: tuple[jax.Device, ...], eval_step: Callable):
-    step = functools.partial(eval_step, options)
+    return over_devices(functools.partial(eval_step, options), mode, on, in_axes=(None, 0), out_axes=0)
+
+
+def over_devices(
+    fn: Callable,
+    mode: str,
+    on: Sequence[jax.Device],
+    *,
+    in_axes: tuple[int | None, ...],
+    out_axes: int | None,
+    static_argnums: tuple[int, ...] = (),
+    donate_argnums: int | tuple[int, ...] = (),
+) -> jax.stages.Wrapped:
+    """Compile a function of one device's part of its arguments for all devices; mode: config.parallel.
+
+    in_axes, out_axes: 0 for leaves that are divided over the devices by their leading axis, which `fn` does not see;
+    None for leaves that every device has whole. A sum over `AXIS` in `fn` is over all devices.
+    """
     if mode == "pmap":
-        return jax.pmap(step, AXIS, in_axes=(None, 0), devices=on)
+        static = {"static_broadcasted_argnums": static_argnums, "donate_argnums": donate_argnums}
+        return jax.pmap(fn, AXIS, in_axes=in_axes, out_axes=out_axes, devices=list(on), **static)
 
-    def over_merged(state, batch):
-        outputs = step(state, merge(batch))
-        return jax.tree.map(lambda x: x.reshape(*batch["valid"].shape, *x.shape[1:]), outputs)
+    def over_mesh(*args):
+        dynamic = [i for i in range(len(args)) if i not in static_argnums]
 
-    return jax.jit(over_merged)
+        def part(*parts):
+            given = dict(zip(dynamic, parts))
+            own = [_first(given[i]) if in_axes[i] == 0 else given.get(i, args[i]) for i in range(len(args))]
+            return jax.tree.map(lambda x: x if out_axes is None else x[None], fn(*own))
+
+        specs = tuple(_spec(in_axes[i]) for i in dynamic)
+        # Without check_vma=False, the gradients would be summed twice: by the step, and by shard_map.
+        mapped = jax.shard_map(part, mesh=mesh(on), in_specs=specs, out_specs=_spec(out_axes), check_vma=False)
+        return mapped(*(args[i] for i in dynamic))
+
+    return jax.jit(over_mesh, static_argnums=static_argnums, donate_argnums=donate_argnums)
 
 
-def merge(batch: dict) -> dict:
-    """Fold the device axis of a batch into its rows: [D, B, ...] -> [D * B, ...]."""
-    num_devices, rows = batch["row_id"].shape
-    merged = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-    if "image_row" in batch:  # a row number within the device
-        first_D1 = rows * jnp.arange(num_devices)[:, None]
-        merged["image_row"] = (batch["image_row"] + first_D1).reshape(-1)
-    return merged
+def _spec(axis: int | None) -> PartitionSpec:
+    return PartitionSpec(AXIS) if axis == 0 else PartitionSpec()
+
+
+def _first(tree):
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def one_device(batch: dict) -> dict:
+    """Return a batch for one device without its device axis."""
+    return _first(batch)
 
 
 def replicate(tree, on: list[jax.Device]):
     """Put a copy of every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(_mesh(on), PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(mesh(on), PartitionSpec()))
 
 
 def divide(tree, on: list[jax.Device]):
     """Divide every leaf's leading axis over the devices."""
-    return jax.device_put(tree, NamedSharding(_mesh(on), PartitionSpec(AXIS)))
+    return jax.device_put(tree, NamedSharding(mesh(on), PartitionSpec(AXIS)))
 
 
 def prefetch(batches: Iterable[dict], on: list[jax.Device], depth: int = 2) -> Iterator[dict]:
@@ -86,5 +112,5 @@ def prefetch(batches: Iterable[dict], on: list[jax.Device], depth: int = 2) -> I
     yield from waiting
 
 
-def _mesh(on: list[jax.Device]) -> Mesh:
+def mesh(on: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(on), (AXIS,))

@@ -68,7 +68,7 @@ README.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --
 docs/data.md: data_prep.build --mimic_iv=DIR --mimic_cxr=DIR --out=hourly --tasks=decompensation,length_of_stay --seed=1 --workers=1
 docs/data.md: data_prep.build --mimic_iv=DIR --mimic_cxr=DIR --out=strict --profile=strict
 docs/data.md: medfuse_jax.evaluate --workdir=DIR --split=val --drop_ehr=0.5
-docs/performance.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=DIR --config.placement=device --config.parallel=jit --workdir=runs/jit
+docs/performance.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=DIR --config.placement=device --config.parallel=shard_map --workdir=runs/mesh
 docs/sweeps.md: medfuse_jax.main --config=sweeps/pheno/best_config.py --workdir=runs/best
 docs/sweeps.md: medfuse_jax.sweep --config=listed.py --config.data.dir=DIR --workdir=sweeps/listed
 docs/weights.md: medfuse_jax.torch_import --workdir=runs/uni_ehr --export=uni_ehr.safetensors

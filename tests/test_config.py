@@ -50,7 +50,7 @@ def test_a_saved_config_is_read_back_the_same(path, tmp_path):
 
 def test_a_run_may_resume_with_other_execution_only_fields():
     config, other = config_lib.default(), config_lib.default()
-    other.placement, other.profile_steps, other.recurrence, other.parallel = "device", "2:3", "pallas", "jit"
+    other.placement, other.profile_steps, other.recurrence, other.parallel = "device", "2:3", "pallas", "shard_map"
     assert config_lib.difference(config, other) == ""
     assert config_lib.profile_steps(config) == (0, 0) and config_lib.profile_steps(other) == (2, 3)
 

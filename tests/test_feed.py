@@ -53,7 +53,7 @@ def _assert_equal(a, b):
 
 
 @pytest.mark.parametrize("one_call", [False, True])
-@pytest.mark.parametrize("mode", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_placement_on_the_device_trains_to_the_same_numbers_as_the_stream(config, streamed, mode, one_call):
     config.placement, config.parallel = "device", mode
     placed = _epoch(_open(config), one_call=one_call)
@@ -88,7 +88,7 @@ def test_an_epoch_resumes_where_it_stopped(config, streamed):
 def test_one_program_serves_any_part_of_an_epoch(config):
     config.method, config.placement = "uni_ehr", "device"
     run = _open(config)
-    fn = feed.compile_on_device(run.options, "jit", run.devices, in_loop=True)
+    fn = feed.compile_on_device(run.options, "shard_map", run.devices, in_loop=True)
     held = parallel.replicate(device_store.load(run.dataset, "train", run.selects("train")), run.devices)
     plan = run.train_plan(epoch=1)
     rows = parallel.divide(device_store.deal(plan, range(len(plan)), 2), run.devices)
@@ -172,6 +172,6 @@ def test_the_loop_lowers_for_a_gpu(config):
         lambda: jax.tree.map(jnp.asarray, device_store.load(run.dataset, "train", run.selects("train")))
     )
     rows = device_store.deal(plan, range(len(plan)), 1)
-    fn = feed.compile_on_device(run.options, "jit", run.devices, in_loop=True)
+    fn = feed.compile_on_device(run.options, "shard_map", run.devices, in_loop=True)
     arguments = (run.abstract_state(), held, rows, jax.random.key(0), 0, 2, int(plan.padded_length_S.max()))
     assert "stablehlo.while" in fn.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

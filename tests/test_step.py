@@ -17,6 +17,16 @@ from medfuse_jax.models import registry
 _D, _B, _T, _P, _K = 2, 4, 9, 2, 3
 
 
+def _merge(batch: dict) -> dict:
+    """Fold the device axis of a batch into its rows: [D, B, ...] -> [D * B, ...]."""
+    num_devices, rows = batch["row_id"].shape
+    merged = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
+    if "image_row" in batch:  # a row number within the device
+        first_D1 = rows * np.arange(num_devices)[:, None]
+        merged["image_row"] = (batch["image_row"] + first_D1).reshape(-1)
+    return merged
+
+
 def _batch(seed=0):
     """Return a batch for two devices of four rows: X-rays for rows 0, 2 and 1; one padded row, one empty X-ray slot."""
     rng = np.random.default_rng(seed)
@@ -56,7 +66,7 @@ def test_a_fresh_optimizer_state_is_the_optimizers_own(fresh):
 
 def _run(options, state, mode, num_devices, batch, steps=2):
     if num_devices == 1:
-        batch = {name: np.asarray(x)[None] for name, x in parallel.merge(batch).items()}
+        batch = {name: np.asarray(x)[None] for name, x in _merge(batch).items()}
     on = parallel.devices(num_devices)
     state = parallel.replicate(jax.tree.map(jnp.copy, state), on)
     train_fn, eval_fn = (make(options, mode, on) for make in (parallel.compile_train, parallel.compile_eval))
@@ -70,7 +80,7 @@ def _run(options, state, mode, num_devices, batch, steps=2):
 
 @pytest.fixture(scope="module")
 def on_one_device(fresh):
-    return _run(_options(), fresh, "jit", 1, _batch())
+    return _run(_options(), fresh, "shard_map", 1, _batch())
 
 
 def test_one_device_sums_nothing(fresh):
@@ -78,7 +88,7 @@ def test_one_device_sums_nothing(fresh):
     batch = _batch()
 
     def num_sums(num_devices: int) -> int:
-        sent = {name: np.asarray(x)[None] for name, x in parallel.merge(batch).items()} if num_devices == 1 else batch
+        sent = {name: np.asarray(x)[None] for name, x in _merge(batch).items()} if num_devices == 1 else batch
         step = parallel.compile_train(_options(), "pmap", parallel.devices(num_devices))
         return step.lower(fresh, sent, jax.random.key(1)).as_text().count("stablehlo.all_reduce")
 
@@ -96,7 +106,7 @@ def test_devices_sum_no_single_number_but_the_loss(fresh):
 
 def test_float32_products_are_not_rounded_on_an_accelerator(fresh):
     """Accelerators would otherwise round the factors to 10 bits; bfloat16 products keep that default."""
-    batch = parallel.merge({name: jnp.asarray(x) for name, x in _batch().items()})
+    batch = _merge({name: jnp.asarray(x) for name, x in _batch().items()})
 
     def rounded(dtype):
         step = jax.jit(lambda s, b: step_lib.train_step(_options(dtype=dtype), s, b, jax.random.key(0)))
@@ -108,7 +118,7 @@ def test_float32_products_are_not_rounded_on_an_accelerator(fresh):
     assert not rounded(jnp.float32) and rounded(jnp.bfloat16)
 
 
-@pytest.mark.parametrize("mode", ["pmap", "jit"])
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
     """Two steps of SGD on raw gradients, with augmentation, dropout and batch statistics."""
     jax.tree.map(
@@ -119,7 +129,7 @@ def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
 
 
 def test_the_tolerance_would_show_a_gradient_twice_too_large(fresh, on_one_device):
-    doubled = _run(_options(optax.scale(2.0)), fresh, "jit", 1, _batch())
+    doubled = _run(_options(optax.scale(2.0)), fresh, "shard_map", 1, _batch())
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), doubled["params"], on_one_device["params"])
     assert max(jax.tree.leaves(moved)) > 1e-3
 
@@ -130,7 +140,7 @@ def test_padding_values_change_no_number(fresh, on_one_device):
     batch["ehr"][0, 1, 3:] = np.nan  # beyond a stay's length
     batch["image"][1, 1] = 255  # the empty X-ray slot
     batch["label"][1, 3] = 1
-    out = _run(_options(), fresh, "jit", 1, batch)
+    out = _run(_options(), fresh, "shard_map", 1, batch)
     jax.tree.map(np.testing.assert_array_equal, out["params"], on_one_device["params"])
     np.testing.assert_array_equal(out["scores"][:7], on_one_device["scores"][:7])
     assert out["loss"][7] == 0
@@ -139,14 +149,14 @@ def test_padding_values_change_no_number(fresh, on_one_device):
 def test_an_x_ray_changes_only_its_own_row_in_evaluation(fresh):
     batch, other = _batch(), _batch()
     other["image"][0, 1] = 255 - other["image"][0, 1]
-    eval_fn = jax.jit(lambda b: step_lib.eval_step(_options(), fresh, parallel.merge(b))[0])
+    eval_fn = jax.jit(lambda b: step_lib.eval_step(_options(), fresh, _merge(b))[0])
     changed = np.abs(np.asarray(eval_fn(batch)) - np.asarray(eval_fn(other))).max(1) > 0
     np.testing.assert_array_equal(np.flatnonzero(changed), [2])
 
 
 def test_the_learning_rate_is_an_argument_not_a_constant(fresh):
     step = jax.jit(lambda s, b, k: step_lib.train_step(_options(), s, b, k))
-    batch, key = parallel.merge(_batch()), jax.random.key(1)
+    batch, key = _merge(_batch()), jax.random.key(1)
     half = step(fresh.replace(learning_rate=jnp.float32(0.25)), batch, key)[0]
     full = step(fresh, batch, key)[0]
     assert step._cache_size() == 1
@@ -162,7 +172,7 @@ def test_adam_lowers_the_loss_of_a_batch(fresh):
     options = _options(optim.adam(0.999), dropout=0.0)
     state = fresh.replace(opt_state=options.optimizer.init(fresh.params), learning_rate=jnp.float32(1e-2))
     step = jax.jit(lambda s, b, k: step_lib.train_step(options, s, b, k))
-    batch, losses = parallel.merge(_batch()), []
+    batch, losses = _merge(_batch()), []
     for _ in range(150):
         state, metrics = step(state, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))

@@ -14,10 +14,10 @@ PEERS = ("torch_released", "torch_tuned")
 class Case:
     """One case of the benchmark.
 
-    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the number
-    of X-ray slots in a batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'jit'. num_batches: batches
-    per repeat, at equal quantiles of their longest stay. peers: PyTorch variants to compare with, if torch is
-    installed. sizes: model fields that differ from the released sizes. num_trials: for 'trials' and 'sweep'.
+    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the number of
+    X-ray slots in a batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'shard_map'. num_batches:
+    batches per repeat, at equal quantiles of their longest stay. peers: PyTorch variants to compare with, if torch
+    is installed. sizes: model fields that differ from the released sizes. num_trials: for 'trials' and 'sweep'.
     num_epochs: for 'sweep'.
     """
 
@@ -123,12 +123,12 @@ def _tiny() -> list[Case]:
 
 
 def _devices() -> list[Case]:
-    """Return the cases that divide one batch over 1, 2 and 8 devices, by pmap and jit.
+    """Return the cases that divide one batch over 1, 2 and 8 devices, by pmap and shard_map.
 
     The X-rays are small, so that the cost of dividing is visible on devices that one CPU simulates.
     """
     one = Case(batch_size=64, cxr_share=0.25, resize_px=64, crop_px=64, max_buckets=1, num_batches=2, peers=())
-    return [dataclasses.replace(one, num_devices=n, parallel=mode) for n in (1, 2, 8) for mode in ("pmap", "jit")]
+    return [dataclasses.replace(one, num_devices=n, parallel=mode) for n in (1, 2, 8) for mode in ("pmap", "shard_map")]
 
 
 def _growth() -> list[Case]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import feed, parallel, schema
@@ -140,7 +140,7 @@ def _run(on: list[jax.Device], sizes: Sizes, has_cxr_N: np.ndarray) -> run_lib.R
 
 def _mode(run: run_lib.Run) -> str:
     """Return how the run's steps are divided over its devices: pmap is for those of one host."""
-    return run.config.parallel if len({device.process_index for device in run.devices}) == 1 else "jit"
+    return run.config.parallel if len({device.process_index for device in run.devices}) == 1 else "shard_map"
 
 
 def _plan(run: run_lib.Run) -> plan_lib.Plan:
@@ -170,7 +170,7 @@ def _with_trace(step_fn: Callable, **static) -> jax.stages.Wrapped:
 
 def _shardings(on: list[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
     """Return how arrays lie that every device has whole, and those divided by their leading axis."""
-    mesh = Mesh(np.asarray(on), (parallel.AXIS,))
+    mesh = parallel.mesh(on)
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(parallel.AXIS))
 
 

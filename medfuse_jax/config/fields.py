@@ -132,7 +132,9 @@ FIELDS = {
         "the LSTM's kernel; 'auto': pallas on GPUs that run it, else chunks",
         choices=("auto", "chunks", "pallas", "cudnn"),
     ),
-    "parallel": _execution("pmap", "how a step is divided over devices", choices=("pmap", "jit")),
+    "parallel": _execution(
+        "pmap", "how a step is divided over devices; several processes use shard_map", choices=("pmap", "shard_map")
+    ),
     "placement": _execution(
         "stream", "'device': the training split is held in device memory", choices=("stream", "device")
     ),

@@ -136,7 +136,7 @@ def encode(run: run_lib.Run, encoders: dict) -> dict[str, Features]:
 
     @jax.jit
     def encode_batch(variables, batch):
-        return encode_step(run.options, variables, parallel.merge(batch))
+        return encode_step(run.options, variables, parallel.one_device(batch))
 
     encode_fn = functools.partial(encode_batch, variables)
     return {split: _encode_split(run, encode_fn, split) for split in ("train", "val")}

@@ -86,7 +86,7 @@ def _compile(step: Callable, on: list[jax.Device], **options) -> Callable:
     """Compile a trial's step(state, batch, key=..., dropout=...) for all lanes of all devices."""
 
     def lanes(state, batch, **per_trial):
-        batch = parallel.merge(batch)
+        batch = parallel.one_device(batch)
         if state.step.shape == (1,):  # no vmap: run the program of a single run
             state, per_trial = jax.tree.map(lambda x: x[0], (state, per_trial))
             return jax.tree.map(lambda x: x[None], step(state, batch, **per_trial))

@@ -31,12 +31,12 @@ def test_record_of_the_step_is_consistent():
     assert row["step_memory_gb"] > 0 and 0 < row["padded_share_run"] < row["padded_share_bucket"] < 1
 
 
-@pytest.mark.parametrize("mode", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_two_devices_share_the_batch(mode):
     case = _case("step", method="uni_ehr", num_devices=2, parallel=mode, num_batches=1)
     (row,) = step.measure(case)
     assert row["samples_per_s_device"] == pytest.approx(row["samples_per_s"] / 2, rel=1e-2)
-    assert "2 devices" in case.name and case.name.endswith("jit") == (mode == "jit")
+    assert "2 devices" in case.name and case.name.endswith("shard_map") == (mode == "shard_map")
 
 
 @pytest.mark.parametrize("placement", ["stream", pytest.param("device", marks=pytest.mark.slow)])
@@ -97,7 +97,7 @@ def test_batches_of_shards_are_measured(shards):
 def test_steps_of_the_gpu_preset_lower_for_a_gpu(method, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     sizes = dict(_TINY["step"].sizes) | {"resnet_stage_sizes": (1, 1, 1, 1)}
-    changes = {"precision": "bfloat16", "parallel": "jit", "num_batches": 1, "sizes": tuple(sizes.items())}
+    changes = {"precision": "bfloat16", "parallel": "shard_map", "num_batches": 1, "sizes": tuple(sizes.items())}
     case = _case("step", method=method, **changes)
     sample = cohort.sample(case)
     options = step.step_options(case, sample.data)

@@ -56,7 +56,7 @@ def test_attention_weights_are_the_same_on_one_device_and_on_two(attention_confi
     run = run_lib.open_run(attention_config)
     state, include_N = _perturbed(run.fresh_state()), run.dataset.usable("test")
     results = []
-    for num_devices, mode in ((1, "jit"), (2, "pmap")):
+    for num_devices, mode in ((1, "shard_map"), (2, "pmap")):
         devices = parallel.devices(num_devices)
         weights_fn = parallel.compile_eval(run.options, mode, devices, step_lib.weights_step)
         placed = parallel.replicate(state, devices)

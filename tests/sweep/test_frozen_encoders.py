@@ -106,7 +106,7 @@ def test_the_abstract_state_is_that_of_a_fresh_state_without_encoders(frozen_con
 
 def _scorer(run):
     """Return a function that scores the first validation batch with a state."""
-    batch = parallel.merge(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
+    batch = parallel.one_device(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
     eval_fn = jax.jit(functools.partial(step.eval_step, run.options))
     return lambda state: np.asarray(eval_fn(state, batch)[0])
 
@@ -121,7 +121,7 @@ def test_features_are_as_precise_as_in_the_whole_model(frozen_config):
     """Accelerators round the inputs of float32 products unless the precision forbids it."""
     frozen_config.precision = "float32"
     run = run_lib.open_run(frozen_config, jax.local_devices()[:1])
-    batch = parallel.merge(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
+    batch = parallel.one_device(next(run.batches("val", run.eval_plans("val", run.selects("val"))[0])))
     state = run.abstract_state()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     encode = functools.partial(frozen_encoders.encode_step, run.options)

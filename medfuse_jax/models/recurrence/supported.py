@@ -78,8 +78,6 @@ def _why_unsupported(kernel: str, config: ConfigDict, devices: list[jax.Device])
             f"runs at most {most_units} units at compute capability {device.compute_capability}, and "
             f"config.model.ehr_hidden is {units}"
         )
-    if len(devices) > 1 and config.parallel == "jit":
-        return f"cannot be divided over {len(devices)} devices by config.parallel=jit, only by pmap"
     return ""
 
 

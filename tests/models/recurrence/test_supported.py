@@ -68,7 +68,6 @@ def test_a_gpu_runs_every_kernel_and_a_cpu_falls_back_to_chunks(kernel):
 @pytest.mark.parametrize(
     ("compute_capability", "number", "changes"),
     [
-        ("9.0", 2, {"parallel": "jit"}),
         ("9.0", 1, {"model.ehr_hidden": 1024}),
         ("8.9", 1, {"model.ehr_hidden": 512}),
         ("7.5", 1, {}),
