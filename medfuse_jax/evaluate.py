@@ -16,7 +16,7 @@ from medfuse_jax.data.modalities import loading
 from medfuse_jax.report import terminal
 from medfuse_jax.runs import checkpoints, predictions, result, sources
 from medfuse_jax.runs.result import Scored
-from medfuse_jax.runtime import command_line, compilation
+from medfuse_jax.runtime import command_line, compilation, hosts
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 
@@ -60,7 +60,9 @@ def evaluate(
         "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored),
         "environment": result.environment(run.devices),
     }
-    result.save(workdir, what, scored | weights, evaluated)
+    if hosts.is_first():
+        result.save(workdir, what, scored | weights, evaluated)
+    hosts.wait(f"evaluated {workdir}")
     return evaluated
 
 

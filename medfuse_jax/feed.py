@@ -84,7 +84,7 @@ def compile_on_device(options: step_lib.StepOptions, mode: str, on: list[jax.Dev
 
 
 def _stream(dataset, on, train_fn, state, plan, start, stops, key):
-    read = batches.batches(dataset, "train", plan, num_devices=len(on), start=start)
+    read = batches.batches(dataset, "train", plan, num_devices=len(on), start=start, part=parallel.own_part(on))
     for step, batch in enumerate(parallel.prefetch(read, on), start):
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             state, metrics = train_fn(state, batch, key)
@@ -93,17 +93,22 @@ def _stream(dataset, on, train_fn, state, plan, start, stops, key):
 
 def _steps(on, train_fn, held, state, plan, start, stops, key):
     for step in range(start, len(plan)):
-        rows = parallel.divide(device_store.deal(plan, range(step, step + 1), len(on)), on)
+        rows = _deal(plan, range(step, step + 1), on)
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             state, loss_S = train_fn(state, held, rows, key, 0, 1, int(plan.padded_length_S[step]))
         yield state, loss_S
 
 
 def _calls(on, train_fn, held, state, plan, start, stops, key):
-    rows = parallel.divide(device_store.deal(plan, range(len(plan)), len(on)), on)
+    rows = _deal(plan, range(len(plan)), on)
     for stop in stops:
         # One padded length for all steps: a longer one costs memory, hardly time (models/recurrence/chunks.py).
         with jax.profiler.StepTraceAnnotation("train", step_num=start + 1):
             state, loss_S = train_fn(state, held, rows, key, start, stop, int(plan.padded_length_S.max()))
         yield state, loss_S[start:stop]
         start = stop
+
+
+def _deal(plan, steps: range, on: list[jax.Device]) -> dict:
+    rows = device_store.deal(plan, steps, len(on))
+    return parallel.divide({name: x[parallel.own_part(on)] for name, x in rows.items()}, on)

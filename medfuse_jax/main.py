@@ -3,6 +3,7 @@
 Intentionally kept short: `train`, `evaluate` and `report` meet only in the workdir.
 """
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -15,22 +16,35 @@ from medfuse_jax.runtime import command_line
 
 
 def main(argv: list[str]) -> None:
-    # Import late, so that a wrong flag is refused before jax starts.
+    # Import late, here and below, so that a wrong flag is refused before jax starts.
+    from medfuse_jax.runtime import compilation, hosts
+
+    given = flags.FLAGS
+    config_lib.validate(given.config)
+    compilation.configure()
+    hosts.start_training(given.coordinator, given.num_processes, given.process, given.distributed)
+    hosts.run(functools.partial(run_all, given.config, given.workdir))
+
+
+def run_all(config: ConfigDict, given_folder: str | None) -> None:
+    """Train, evaluate and report the run of a config. given_folder: its workdir; by default one per config."""
     from medfuse_jax import evaluate, train
     from medfuse_jax import run as run_lib
     from medfuse_jax.data import synthetic
     from medfuse_jax.report import pages
     from medfuse_jax.runs import sources, workdir
-    from medfuse_jax.runtime import compilation
+    from medfuse_jax.runtime import hosts
 
-    config = flags.FLAGS.config
-    config_lib.validate(config)
-    compilation.configure()
-    synthetic.set_data_dir(config)
-    folder = Path(flags.FLAGS.workdir or _default_workdir(config))
+    hosts.check_same("configs", json.dumps(config_lib.flat(config), sort_keys=True))
+    if hosts.is_first():
+        synthetic.set_data_dir(config)
+    hosts.wait("the cohort is built")
+    synthetic.set_data_dir(config)  # the others find it
+    folder = Path(given_folder or _default_workdir(config))
     workdir.check_outside_sweeps(folder)
 
     run = run_lib.open_run(config)
+    hosts.check_same("data", run.dataset.digest)
     given, stages = sources.find(run, folder)
     train.preflight(run, stages)
 
@@ -44,7 +58,8 @@ def main(argv: list[str]) -> None:
                 print(f"{stage_folder} is not evaluated: {staged.config.task} has no test record that it can score")
         train.train(run, folder, given | stages)
         evaluate.evaluate(folder)
-    print(pages.write([folder], folder / "report"))
+    if hosts.is_first():
+        print(pages.write([folder], folder / "report"))
 
 
 def _default_workdir(config: ConfigDict) -> str:
@@ -58,5 +73,6 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A config file, such as configs/pheno.py.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder for the run; default: one below runs/ per config.")
     flags.mark_flag_as_required("config")
+    command_line.define_process_flags()
     __doc__ += f"\n\nFields of a config (docs/config.md):\n{config_lib.describe()}"
     command_line.run(main, resumes=True)

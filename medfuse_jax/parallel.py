@@ -13,12 +13,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medfuse_jax import step as step_lib
+from medfuse_jax.runtime import hosts
 
 AXIS = "device"
 
 
 def devices(num_devices: int | None = None) -> list[jax.Device]:
-    return jax.local_devices()[:num_devices]
+    """Return the devices of a run: this process's, or those of all processes that train it together."""
+    return (jax.devices() if hosts.spans() else jax.local_devices())[:num_devices]
+
+
+def own_part(on: Sequence[jax.Device]) -> slice:
+    """Return which of the devices are this process's; they are neighbours."""
+    if not hosts.spans():
+        return slice(None)
+    own = [i for i, device in enumerate(on) if device.process_index == jax.process_index()]
+    return slice(own[0], own[-1] + 1)
 
 
 def axis_of(on: list[jax.Device]) -> str | None:
@@ -56,10 +66,12 @@ def over_devices(
 ) -> jax.stages.Wrapped:
     """Compile a function of one device's part of its arguments for all devices; mode: config.parallel.
 
+    Devices of several processes are always a mesh.
+
     in_axes, out_axes: 0 for leaves that are divided over the devices by their leading axis, which `fn` does not see;
     None for leaves that every device has whole. A sum over `AXIS` in `fn` is over all devices.
     """
-    if mode == "pmap":
+    if mode == "pmap" and not hosts.spans():
         static = {"static_broadcasted_argnums": static_argnums, "donate_argnums": donate_argnums}
         return jax.pmap(fn, AXIS, in_axes=in_axes, out_axes=out_axes, devices=list(on), **static)
 
@@ -93,13 +105,27 @@ def one_device(batch: dict) -> dict:
 
 
 def replicate(tree, on: list[jax.Device]):
-    """Put a copy of every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(mesh(on), PartitionSpec()))
+    """Put a copy of every leaf on every device. Of several processes, each has the whole tree."""
+    return _place(tree, NamedSharding(mesh(on), PartitionSpec()), 1)
 
 
 def divide(tree, on: list[jax.Device]):
-    """Divide every leaf's leading axis over the devices."""
-    return jax.device_put(tree, NamedSharding(mesh(on), PartitionSpec(AXIS)))
+    """Divide every leaf's leading axis over the devices. Of several processes, each has its own devices' part."""
+    return _place(tree, NamedSharding(mesh(on), PartitionSpec(AXIS)), jax.process_count())
+
+
+def _place(tree, sharding: NamedSharding, num_parts: int):
+    if not hosts.spans():
+        return jax.device_put(tree, sharding)
+
+    def place(x):
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+        shape = (x.shape[0] * num_parts, *x.shape[1:]) if num_parts > 1 else x.shape
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(place, tree)
 
 
 def prefetch(batches: Iterable[dict], on: list[jax.Device], depth: int = 2) -> Iterator[dict]:

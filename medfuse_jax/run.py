@@ -86,7 +86,9 @@ class Run:
 
     def batches(self, split: str, plan: plan_lib.Plan | plan_lib.Alternating, start: int = 0) -> Iterator[dict]:
         """Return the plan's batches from step `start` on, sent to the devices ahead of use."""
-        read = batches.batches(self.dataset, split, plan, num_devices=len(self.devices), start=start)
+        read = batches.batches(
+            self.dataset, split, plan, num_devices=len(self.devices), start=start, part=parallel.own_part(self.devices)
+        )
         return parallel.prefetch(read, self.devices)
 
     def fresh_state(self) -> step_lib.TrainState:

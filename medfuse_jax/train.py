@@ -17,10 +17,10 @@ from medfuse_jax.models.recurrence import supported
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import predictions as predictions_lib
 from medfuse_jax.runs import workdir as workdir_lib
-from medfuse_jax.runs.log import RunLog
+from medfuse_jax.runs.log import NoLog, RunLog
 from medfuse_jax.runs.progress import Progress
-from medfuse_jax.runtime import compilation
-from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.runtime import compilation, hosts
+from medfuse_jax.runtime.errors import TryLater, UserError
 
 
 def train(
@@ -66,20 +66,20 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
         placement=config.placement,
     )
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
-    key = jax.random.key(config.seed)
+    key = parallel.replicate(jax.random.key(config.seed), run.devices)
     # Every epoch has the same number of steps: it draws other stays, but equally many.
     steps_per_epoch = len(run.train_plan(epoch=1))
     step = int(state.step)
 
     unit = run.dataset.task.unit
-    profiled = profiled_steps(run)
+    profiled = profiled_steps(run) if hosts.is_first() else (0, 0)
     if 0 < profiled[0] <= step:
         print(f"no trace: step {profiled[0]} of config.profile_steps={config.profile_steps} has been trained already")
     if run.dataset.use_ehr and (reason := supported.why_unsupported(config, run.devices)):
         print(f"config.recurrence={config.recurrence!r} {reason}; using 'chunks'")
 
     with (
-        contextlib.closing(RunLog(workdir, config.name, steps_per_epoch * config.num_epochs, step)) as log,
+        contextlib.closing(_open_log(workdir, config, steps_per_epoch * config.num_epochs, step)) as log,
         contextlib.ExitStack() as profile,
         compilation.counted() as compiled,
     ):
@@ -105,6 +105,8 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                     log.show(loss=f"{shown:.3f}", rate=f"{samples / (training_s() - start_s):.1f} {unit}/s")
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
+                if hosts.must_stop(step):
+                    _stop(manager, state, progress, step, config, losses[-1])
                 if step < epoch_end and _saves_at(step, config):
                     check_finite(losses[-1], step, config)  # never save weights that are not finite
                     checkpoints.save(manager, state, progress, is_best=False)
@@ -135,6 +137,20 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                 f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {rate:.1f} {unit}/s"
             )
         manager.wait_until_finished()
+    hosts.wait("trained")  # the others read what the first has saved
+
+
+def _open_log(workdir: Path, config: ConfigDict, num_steps: int, step: int) -> RunLog | NoLog:
+    return RunLog(workdir, config.name, num_steps, step) if hosts.is_first() else NoLog()
+
+
+def _stop(manager, state, progress: Progress, step: int, config: ConfigDict, loss: jax.Array) -> None:
+    """Save, and end all processes of this training, of which one has got SIGTERM."""
+    check_finite(loss, step, config)
+    checkpoints.save(manager, state, progress, is_best=False)
+    manager.wait_until_finished()
+    hosts.wait("stopped")
+    raise TryLater(f"{config.name}: stopped by SIGTERM after step {step}, which is saved; rerun the command to resume")
 
 
 def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]], by_sweep: bool = False) -> None:

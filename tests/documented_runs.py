@@ -206,7 +206,7 @@ def missing(command: Command, commands: list[Command]) -> list[str]:
 
 
 def _are_together(a: Command, b: Command) -> bool:
-    """Return whether two commands are processes of one sweep."""
+    """Return whether two commands are processes of one command."""
     of_all = [tuple(flag for flag in c.flags if not flag.startswith("--process=")) for c in (a, b)]
     return of_all[0] == of_all[1] and bool(a.value("process"))
 

@@ -35,10 +35,16 @@ PRETRAINED = {
 
 def command(tmp_path, shards, workdir, *more, num_epochs=2, trials=4, fields=()):
     """Return the command of a sweep. fields: further changes of the config; more: flags."""
-    config = tmp_path / "small.py"
-    config.write_text(_CONFIG.format(data_dir=str(shards), num_epochs=num_epochs, fields=dict(fields)))
+    config = write_config(tmp_path, shards, num_epochs, fields)
     flags = [f"--config={config}", f"--workdir={tmp_path / workdir}", f"--trials={trials}", "--lanes=1"]
     return [sys.executable, "-m", "medfuse_jax.sweep", *flags, "--search=lr:loguniform(1e-3,1e-2)", *more]
+
+
+def write_config(folder, shards, num_epochs=2, fields=()):
+    """Write a small config; return its path."""
+    path = folder / "small.py"
+    path.write_text(_CONFIG.format(data_dir=str(shards), num_epochs=num_epochs, fields=dict(fields)))
+    return path
 
 
 def run(command, **more):

@@ -18,7 +18,10 @@ def _problem(command: Command) -> str:
     source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     if not source.exists() or "__main__" not in source.read_text():
         return f"{command.module} is not a command"
-    defined = {"help", *re.findall(r"(?:DEFINE_\w+|add_argument)\(\s*\"(?:--)?(\w+)\"", source.read_text())}
+    text = source.read_text()
+    if "define_process_flags()" in text:
+        text += (ROOT / "medfuse_jax/runtime/command_line.py").read_text()
+    defined = {"help", *re.findall(r"(?:DEFINE_\w+|add_argument)\(\s*\"(?:--)?(\w+)\"", text)}
     unknown = [name for name, _ in _options(command) if name.split(".")[0] not in defined]
     if unknown:
         return f"{command.module} has no flag --{unknown[0]}"

@@ -30,22 +30,30 @@ READ_OPTIONS = {"num_threads": 2, "prefetch_buffer_size": 16}
 
 
 def batches(
-    dataset: Dataset, split: str, plan: plan_lib.Plan | plan_lib.Alternating, *, num_devices: int = 1, start: int = 0
+    dataset: Dataset,
+    split: str,
+    plan: plan_lib.Plan | plan_lib.Alternating,
+    *,
+    num_devices: int = 1,
+    start: int = 0,
+    part: slice = slice(None),
 ) -> Iterator:
-    """Return the plan's batches from step `start` on, read ahead by threads."""
+    """Return the plan's batches from step `start` on, read ahead by threads. part: of the devices; of these alone."""
     import grain.python as grain  # late: the benchmark lays out batches on machines without grain
 
     if start >= len(plan):
         return iter(())
-    source = _Source(dataset, split, plan, num_devices)
+    source = _Source(dataset, split, plan, num_devices, part)
     return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(grain.ReadOptions(**READ_OPTIONS)))
 
 
 class _Source:
     """A random-access source whose i-th element is the plan's i-th batch."""
 
-    def __init__(self, dataset: Dataset, split: str, plan: plan_lib.Plan | plan_lib.Alternating, num_devices: int):
-        self._dataset, self._split, self._plan, self._num_devices = dataset, split, plan, num_devices
+    def __init__(
+        self, dataset: Dataset, split: str, plan: plan_lib.Plan | plan_lib.Alternating, num_devices: int, part: slice
+    ):
+        self._dataset, self._split, self._plan, self._num_devices, self._part = dataset, split, plan, num_devices, part
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -55,7 +63,7 @@ class _Source:
         if isinstance(plan, plan_lib.Alternating):
             is_cxr, step = plan.at(step)
             dataset, plan = (dataset.cxr_dataset, plan.cxr) if is_cxr else (dataset, plan.stays)
-        rows = plan_lib.deal(plan, step, self._num_devices)
+        rows = {name: x[self._part] for name, x in plan_lib.deal(plan, step, self._num_devices).items()}
         return read(dataset, self._split, rows, int(plan.padded_length_S[step]))
 
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from medfuse_jax.runs.progress import Progress
-from medfuse_jax.runtime import errors, files
+from medfuse_jax.runtime import errors, files, hosts
 from medfuse_jax.runtime.errors import UserError
 
 IMPORT_NOTE = "import.json"  # says where imported weights came from; absent for a trained run
@@ -49,7 +49,12 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: bool) -> None:
-    """Save a state and its progress in the background. is_best: whether this state is the best so far."""
+    """Save a state and its progress in the background. is_best: whether this state is the best so far.
+
+    Of the processes that train one run together, all of which have the whole state, the first saves it.
+    """
+    if not hosts.is_first():
+        return
     if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
     manager.save(

@@ -66,6 +66,13 @@ class RunLog:
             self._tensorboard.close()
 
 
+class NoLog:
+    """The log of a process that does not write: every method does nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+
 def _open_tensorboard(folder: Path, purge_step: int):
     from tensorboardX import SummaryWriter  # late: it imports torch where that is installed, which takes seconds
 

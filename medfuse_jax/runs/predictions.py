@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.runtime import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _outputs(run, batch_fn: Callable, split: str, include_N: np.ndarray) -> Iter
     for plan in run.eval_plans(split, include_N):
         pending: tuple = ()
         for batch in run.batches(split, plan):
-            dispatched = (batch["record"], batch_fn(batch))
+            dispatched = (hosts.to_host(batch["record"]), hosts.to_host(batch_fn(batch)))
             if pending:
                 yield _real_rows(*pending)
             pending = dispatched

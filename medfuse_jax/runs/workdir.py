@@ -8,14 +8,16 @@ from pathlib import Path
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import schema
-from medfuse_jax.runtime import files
+from medfuse_jax.runtime import files, hosts
 from medfuse_jax.runtime.errors import UserError
 
 _SWEEP_DEPTH = 3  # trials/003/pretrain_ehr
 
 
 def locked(workdir: Path) -> contextlib.AbstractContextManager:
-    """Create the folder and keep other processes out of it while the block runs."""
+    """Create the folder and keep other commands out of it while the block runs."""
+    if not hosts.is_first():
+        return contextlib.nullcontext()
     busy = f"another process is using {workdir}: wait for it, or give another --workdir"
     return files.locked(workdir / ".lock", f"--workdir={workdir}", busy)
 
@@ -35,6 +37,12 @@ def claim(workdir: Path, run, by_sweep: bool = False) -> None:
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config, ignored):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir", path=workdir)
         check_data(workdir, run)
+    if hosts.is_first():
+        _write_claim(workdir, run)
+    hosts.wait(f"claimed {workdir}")
+
+
+def _write_claim(workdir: Path, run) -> None:
     with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(workdir / "data.json", {"digest": run.dataset.digest})

@@ -47,6 +47,14 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
     app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
 
 
+def define_process_flags() -> None:
+    """Define the flags of a command that several processes may share (runtime/hosts.py)."""
+    flags.DEFINE_bool("distributed", False, "Run as several processes that jax detects: Cloud TPU, Slurm, Open MPI.")
+    flags.DEFINE_string("coordinator", None, "Run as several processes, started by hand: HOST:PORT of the first.")
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
+    flags.DEFINE_integer("process", None, "With --coordinator: the number of this process, from 0.")
+
+
 def in_one_line(error: BaseException, resumes: bool = False) -> str:
     """Return what a command prints for an error that the user can fix; '' for one that needs its traceback."""
     if isinstance(error, UserError):

@@ -16,10 +16,11 @@ from medfuse_jax.runtime.errors import UserError
 
 def main(argv: list[str]) -> None:
     # Imported here, so that absl checks the flags before jax is imported.
-    from medfuse_jax.sweep import command, processes
+    from medfuse_jax.runtime import hosts
+    from medfuse_jax.sweep import command
 
     given = flags.FLAGS
-    process = processes.start(given.coordinator, given.num_processes, given.process, given.distributed)
+    process = hosts.start(given.coordinator, given.num_processes, given.process, given.distributed)
     request = command.Request(
         given.config,
         Path(config_flags.get_config_filename(given["config"])),
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
         per_round=given.round,
         export=_parse_numbers(given.export),
     )
-    processes.run(functools.partial(command.run, request, process, _START_S))
+    hosts.run(functools.partial(command.run, request, process, _START_S))
 
 
 def _parse_numbers(texts: list[str]) -> list[int]:
@@ -75,9 +76,6 @@ if __name__ == "__main__":
         lower_bound=1,
     )
     flags.DEFINE_list("export", [], "Numbers of the trials whose checkpoints to write, to evaluate or combine them.")
-    flags.DEFINE_bool("distributed", False, "Run as several processes that jax detects: Cloud TPU, Slurm, Open MPI.")
-    flags.DEFINE_string("coordinator", None, "Run as several processes, started by hand: HOST:PORT of the first.")
-    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
-    flags.DEFINE_integer("process", None, "With --coordinator: the number of this process, from 0.")
+    command_line.define_process_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     command_line.run(main, resumes=True)

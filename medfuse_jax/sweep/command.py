@@ -16,7 +16,7 @@ from medfuse_jax.data import synthetic
 from medfuse_jax.report import read_runs, terminal
 from medfuse_jax.runs import sources, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
-from medfuse_jax.runtime import compilation
+from medfuse_jax.runtime import compilation, hosts
 from medfuse_jax.runtime.errors import UserError, check_choice
 from medfuse_jax.sweep import adaptive, frozen_encoders, groups, page, processes, results, search
 from medfuse_jax.sweep.costs import Costs
@@ -45,7 +45,7 @@ class Request:
     export: Sequence[int] = ()
 
 
-def run(request: Request, process: processes.Process, start_s: float) -> None:
+def run(request: Request, process: hosts.Process, start_s: float) -> None:
     """Run or resume a sweep; write sweep.csv, sweep.html, best_config.py and costs.json to the workdir.
 
     process: this process, one of those that share the workdir. Each trains its share of the trials; the first also
@@ -121,7 +121,7 @@ def _pretrain(workdir: Path, claim: Callable[[], None], stages: dict, is_first: 
 
 
 def _train(
-    sweep: groups.Sweep, rounds: Iterable[list[search.Trial]], process: processes.Process, costs: Costs
+    sweep: groups.Sweep, rounds: Iterable[list[search.Trial]], process: hosts.Process, costs: Costs
 ) -> list[search.Trial]:
     """Train this process's share of each round and wait for the others; return all trials."""
     trials = []

@@ -20,6 +20,7 @@ from medfuse_jax import run as run_lib
 from medfuse_jax.data import device_store
 from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runtime import hosts
 from medfuse_jax.runtime.errors import TryLater, UserError
 from medfuse_jax.sweep import command, groups, processes, results
 
@@ -260,7 +261,7 @@ def test_processes_wait_for_encoders_that_added_trials_need(tiny_config, tmp_pat
     sweep(tiny_config, tmp_path, specs, num_trials=2)
     monkeypatch.setattr(processes, "wait_for", lambda is_ready, what: waited.append(is_ready()))
     (tmp_path / "pretrain_cxr" / "trained.json").unlink()
-    sweep(tiny_config, tmp_path, specs, num_trials=2, process=processes.Process(1, 2))
+    sweep(tiny_config, tmp_path, specs, num_trials=2, process=hosts.Process(1, 2))
     assert waited == [False, True], "for the encoder, and not for the trials"
 
 
@@ -285,7 +286,7 @@ def test_groups_of_one_trial_are_dealt_to_all_processes(ehr_config, tmp_path, mo
     trained = []
     _skip_training(monkeypatch, lambda sweep, trials, costs: trained.extend(t.number for t in trials))
     for number in range(2):
-        process = processes.Process(number, 2)
+        process = hosts.Process(number, 2)
         sweep(ehr_config, tmp_path, ["ehr_only_ratio:uniform(0,1)"], num_trials=4, process=process)
     assert trained == [0, 2, 1, 3]
 
@@ -293,7 +294,7 @@ def test_groups_of_one_trial_are_dealt_to_all_processes(ehr_config, tmp_path, mo
 def test_a_process_other_than_the_first_needs_a_data_folder(ehr_config, tmp_path):
     ehr_config.data.dir = ""
     with pytest.raises(UserError) as error:
-        sweep(ehr_config, tmp_path, RATES, process=processes.Process(1, 2))
+        sweep(ehr_config, tmp_path, RATES, process=hosts.Process(1, 2))
     assert error.value.field == "config.data.dir"
 
 

@@ -11,9 +11,9 @@ import pytest
 from sweep_commands import PRETRAINED, ROOT, command, free_port, outputs, run, start, start_together, table
 
 from medfuse_jax import config as config_lib
-from medfuse_jax.runtime import command_line, files
+from medfuse_jax.runtime import command_line, files, hosts
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import processes, search
+from medfuse_jax.sweep import search
 
 _RESUMABLE = "interrupted; rerun the command to resume"
 
@@ -114,8 +114,7 @@ def test_transient_errors_have_another_exit_status(tmp_path):
 
 _TWO_PROCESSES = """
 import sys, time
-from medfuse_jax.runtime import command_line, errors
-from medfuse_jax.sweep import processes
+from medfuse_jax.runtime import command_line, errors, hosts
 
 process = int(sys.argv.pop())
 
@@ -126,8 +125,8 @@ def work():
     time.sleep(600)
 
 def main(argv):
-    processes.start("localhost:{port}", 2, process, detect=False)
-    processes.run(work)
+    hosts.start("localhost:{port}", 2, process, detect=False)
+    hosts.run(work)
 
 command_line.run(main)
 """
@@ -181,7 +180,7 @@ def test_a_wrong_flag_is_one_line(tmp_path, flag, problem):
 )
 def test_invalid_flags_of_processes_are_refused(coordinator, num_processes, process, field):
     with pytest.raises(UserError) as error:
-        processes.start(coordinator, num_processes, process, detect=False)
+        hosts.start(coordinator, num_processes, process, detect=False)
     assert error.value.field == field
 
 
@@ -189,7 +188,7 @@ def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as used:
         coordinator = f"localhost:{used.getsockname()[1]}"
         with pytest.raises(UserError) as error:
-            processes.start(coordinator, 2, 0, detect=False)
+            hosts.start(coordinator, 2, 0, detect=False)
     assert (error.value.field, error.value.value) == ("--coordinator", coordinator)
 
 
@@ -198,7 +197,7 @@ def test_trials_are_dealt_evenly_whatever_the_sizes_of_the_groups(sizes):
     shares, num_dealt = [[] for _ in range(3)], 0
     for size in sizes:
         for process, share in enumerate(shares):
-            share += processes.Process(process, 3).share(list(range(num_dealt, num_dealt + size)), num_dealt)
+            share += hosts.Process(process, 3).share(list(range(num_dealt, num_dealt + size)), num_dealt)
         num_dealt += size
     assert sorted(item for share in shares for item in share) == list(range(sum(sizes)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,0 +1,161 @@
+"""Several processes, on one machine or many: how they start, and what they agree on when they train one run together.
+
+A sweep's processes share only files (sweep/). Those of one training (`main --distributed`) form one mesh of devices:
+each reads and holds its own part of a batch, and the first alone writes and prints.
+"""
+
+import dataclasses
+import hashlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime.errors import TryLater, UserError
+
+_SHUTDOWN_TIMEOUT_S = 3600  # how long the other processes wait at the end, while the first scores the chosen trial
+_one_training = False  # whether this process's devices are part of one mesh over all processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """One of the `count` processes that share a sweep; the first is number 0."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.number == 0
+
+    def share(self, items: list, num_dealt: int = 0) -> list:
+        """Return this process's share of items, which are dealt in turn after `num_dealt` earlier ones."""
+        return items[(self.number - num_dealt) % self.count :: self.count]
+
+
+def start_training(coordinator: str | None, num_processes: int | None, process: int | None, detect: bool) -> None:
+    """Start jax.distributed, if asked to, for one training over the devices of all processes (see `start`).
+
+    SIGTERM to any of them then stops all at the same step (`must_stop`).
+    """
+    global _one_training
+    _one_training = start(coordinator, num_processes, process, detect, stops_together=True).count > 1
+    if _one_training:
+        _connect()
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def _connect() -> None:
+    """Sum over all devices once: on CPUs a process waits only 30 s for another, which may compile for longer."""
+    mesh = jax.make_mesh((len(jax.devices()),), ("device",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
+    ones = np.ones(jax.local_device_count(), np.float32)
+    jax.block_until_ready(jax.jit(lambda x: x.sum())(jax.make_array_from_process_local_data(sharding, ones)))
+
+
+def spans() -> bool:
+    """Return whether this process trains one run together with others."""
+    return _one_training
+
+
+def is_first() -> bool:
+    """Return whether this process writes and prints: the first of one training, or any process that trains alone."""
+    return not _one_training or jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Wait until all processes of one training are here."""
+    if _one_training:
+        multihost_utils.sync_global_devices(name)
+
+
+def check_same(what: str, content: str) -> None:
+    """Raise UserError, in every process, if the processes of one training differ in `content`."""
+    if _one_training:
+        digest = np.frombuffer(hashlib.sha256(content.encode()).digest(), np.uint8)
+        if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) > 1:
+            raise UserError(f"the processes have different {what}: start all of them with the same flags and data")
+
+
+def must_stop(step: int) -> bool:
+    """Return whether a process of this training has got SIGTERM; all of them return True after the same step."""
+    return _one_training and multihost_utils.reached_preemption_sync_point(step)
+
+
+def to_host(tree):
+    """Return a tree whose arrays are divided over several processes as host arrays, whole; any other as it is."""
+    return multihost_utils.process_allgather(tree, tiled=True) if _one_training else tree
+
+
+def start(
+    coordinator: str | None,
+    num_processes: int | None,
+    process: int | None,
+    detect: bool,
+    stops_together: bool = False,
+) -> Process:
+    """Start jax.distributed if asked to; return this process.
+
+    coordinator: 'host:port'. detect: use the cluster that jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes) instead.
+    stops_together: leave SIGTERM to jax, for `must_stop`.
+    """
+    if not stops_together:
+        jax.config.update("jax_enable_preemption_service", False)  # the service would swallow SIGTERM
+    given = [value is not None for value in (coordinator, num_processes, process)]
+    if any(given) and not all(given):
+        message = "give --coordinator=HOST:PORT, --num_processes and --process together, or none of them"
+        raise UserError(message, field="--coordinator")
+    if all(given):
+        _check(coordinator, num_processes, process)
+    if all(given) or detect:
+        flags = (coordinator, num_processes, process) if all(given) else ()
+        try:
+            jax.distributed.initialize(*flags, shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S)
+        except (ValueError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if flags:
+                message = f"--coordinator={coordinator}: process {process} cannot connect ({reason}); start all "
+                raise TryLater(f"{message}processes with the same coordinator", field="--coordinator") from None
+            message = f"--distributed: jax found no cluster ({reason}); give --coordinator=HOST:PORT, --num_processes "
+            raise TryLater(f"{message}and --process", field="--distributed") from None
+    return Process(jax.process_index(), jax.process_count())
+
+
+def _check(coordinator: str, num_processes: int, process: int) -> None:
+    """Raise UserError for invalid flags, or if the first process cannot use the port."""
+    if not 0 <= process < num_processes:
+        message = f"--process={process}: with --num_processes={num_processes} give 0 to {num_processes - 1}"
+        raise UserError(message, field="--process", value=process)
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        message = f"--coordinator={coordinator} is not HOST:PORT, such as node1:8476"
+        raise UserError(message, field="--coordinator", value=coordinator)
+    if process == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:  # in which case jax 0.10 would crash with a segmentation fault
+            message = f"--coordinator={coordinator}: the port is in use ({error.strerror}); give another"
+            raise UserError(message, field="--coordinator", value=coordinator) from None
+
+
+def run(work: Callable[[], None]) -> None:
+    """Run this process's work. If it fails or is interrupted, exit at once.
+
+    jax's own shutdown would wait for the other processes, which in turn wait for this process's trials.
+    """
+    try:
+        work()
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        message = command_line.in_one_line(error, resumes=True) or traceback.format_exc().rstrip()
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(command_line.status(error))
