@@ -1,11 +1,13 @@
 """AUROC and average precision with bootstrap bounds, for all labels and resamples at once.
 
-Shape suffixes: N samples, K labels, R resamples; a rank is a position in a label's order of descending scores. Values
-equal scikit-learn's `roc_auc_score` and `average_precision_score`, ties included.
+Shape suffixes: N samples, K labels, R resamples, G groups of samples (the patients, whose stays are samples); a rank is
+a position in a label's order of descending scores. Values equal scikit-learn's `roc_auc_score` and
+`average_precision_score`, ties included.
 
 Point values are numpy float64 (ranks.py). The bootstrap runs on the device: a resample is a vector of N counts, and one
 walk down the ranks serves every label and resample, because ties do not depend on the resample. The host ranks the
-scores, so that they tie exactly as in scikit-learn, whatever their dtype.
+scores, so that they tie exactly as in scikit-learn, whatever their dtype. With groups, a resample is a vector of G
+counts, and the ranks hold group numbers instead of sample numbers: nothing is larger than without.
 """
 
 import functools
@@ -26,12 +28,13 @@ _DRAW_TOGETHER = 50  # resamples drawn at once: faster on a CPU than one at a ti
 _COUNTS_BYTES = 2**24  # size of one chunk of resamples: fits a CPU's last-level cache
 
 
-def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0) -> dict:
+def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0, groups=None) -> dict:
     """Return AUROC and average precision per label and macro, with 95 % percentile bootstrap bounds.
 
     labels [N, K] of 0 and 1; scores [N, K], finite, higher for more likely. A resample draws N samples with
-    replacement, the same for all labels. A label with only one class is NaN and is left out of the macro mean, of the
-    samples and of each resample.
+    replacement, the same for all labels. groups [N]: an id per sample, such as its patient's; a resample then draws as
+    many groups as there are, each with all of its samples. A label with only one class is NaN and is left out of the
+    macro mean, of the samples and of each resample.
 
     Returns a dict:
         auroc, auprc [K] and their bounds auroc_ci, auprc_ci [K, 2]
@@ -40,12 +43,15 @@ def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0) -> dict:
         auroc_macro_ci_released, auprc_macro_ci_released (low, high): means of the labels' bounds, as the released
             MedFuse reports them
         num_samples, num_positive [K], num_bootstrap, num_bootstrap_used [K] (resamples with both classes of a label)
+        num_groups, if there are groups
     Raises UserError for shapes that differ, labels other than 0 and 1, scores that are not finite, or no samples.
     """
     labels_NK, scores_NK = ranks.check(labels, scores)
-    (boot,) = _bootstrap(labels_NK, [scores_NK], num_bootstrap, seed)
+    group_N = _group_numbers(groups, len(labels_NK))
+    (boot,) = _bootstrap(labels_NK, [scores_NK], num_bootstrap, seed, group_N)
     result = {
         "num_samples": len(labels_NK),
+        **({} if groups is None else {"num_groups": int(group_N.max()) + 1}),
         "num_positive": labels_NK.sum(0),
         "num_bootstrap": num_bootstrap,
         "num_bootstrap_used": np.isfinite(boot["auroc"]).sum(0),
@@ -75,23 +81,51 @@ def macro(values_K) -> float:
     return float(ranks.nanmean(values_K))
 
 
-def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0) -> dict:
-    """Return macro AUROC and average precision of b minus those of a, with paired bootstrap bounds.
+def compare(labels, scores_a, scores_b, num_bootstrap: int = 1000, seed: int = 0, groups=None) -> dict:
+    """Return AUROC and average precision of b minus those of a, with paired bootstrap bounds and p-values.
 
     labels, scores_a, scores_b [N, K]: the same samples in the same order. Both models are compared on the resamples
-    that `evaluate` draws for this seed.
+    that `evaluate` draws for this seed and these groups.
 
-    Returns auroc_macro, auprc_macro (differences) and auroc_macro_ci, auprc_macro_ci (low, high).
+    Returns a dict:
+        auroc, auprc [K]: the differences; auroc_ci, auprc_ci [K, 2]; auroc_p, auprc_p [K], two-sided (see `_p_value`)
+        auroc_macro, auprc_macro and their _ci (low, high) and _p: of the means over the labels
+        num_samples, num_positive [K], num_bootstrap; num_groups, if there are groups
     """
     labels_NK, a_NK = ranks.check(labels, scores_a, "scores_a")
     _, b_NK = ranks.check(labels, scores_b, "scores_b")
-    boot_a, boot_b = _bootstrap(labels_NK, [a_NK, b_NK], num_bootstrap, seed)
+    group_N = _group_numbers(groups, len(labels_NK))
+    boot_a, boot_b = _bootstrap(labels_NK, [a_NK, b_NK], num_bootstrap, seed, group_N)
     point_a, point_b = (ranks.point(labels_NK, s_NK) for s_NK in (a_NK, b_NK))
-    result = {"num_samples": len(labels_NK), "num_bootstrap": num_bootstrap}
+    result = {
+        "num_samples": len(labels_NK),
+        **({} if groups is None else {"num_groups": int(group_N.max()) + 1}),
+        "num_positive": labels_NK.sum(0),
+        "num_bootstrap": num_bootstrap,
+    }
     for name in ("auroc", "auprc"):
+        boot_RK = boot_b[name] - boot_a[name]
+        macro_R = ranks.nanmean(boot_b[name]) - ranks.nanmean(boot_a[name])
+        result[name] = point_b[name] - point_a[name]
+        result[f"{name}_ci"] = np.stack([ranks.bounds(boot_R) for boot_R in boot_RK.T])
+        result[f"{name}_p"] = np.array([_p_value(boot_R) for boot_R in boot_RK.T])
         result[f"{name}_macro"] = macro(point_b[name]) - macro(point_a[name])
-        result[f"{name}_macro_ci"] = ranks.bounds(ranks.nanmean(boot_b[name]) - ranks.nanmean(boot_a[name]))
+        result[f"{name}_macro_ci"] = ranks.bounds(macro_R)
+        result[f"{name}_macro_p"] = _p_value(macro_R)
     return result
+
+
+def _p_value(difference_R: np.ndarray) -> float:
+    """Return the two-sided p-value of no difference: twice the smaller share of resamples on one side of zero.
+
+    It is below 0.05 where the 95 % percentile bounds exclude zero. The sample itself counts as one more resample, so
+    that no p-value is 0 (Davison and Hinkley 1997, section 4.2). NaN without a finite resample.
+    """
+    known = difference_R[np.isfinite(difference_R)]
+    if not len(known):
+        return math.nan
+    smaller = min((known <= 0).sum(), (known >= 0).sum())
+    return float(min(1, 2 * (smaller + 1) / (len(known) + 1)))
 
 
 def to_json(result):
@@ -109,6 +143,26 @@ def _padded(num_samples: int) -> int:
     """Return the number of rows to pad to: one of four sizes per power of two, so that few programs are compiled."""
     quantum = max(_MIN_ROWS, 1 << max(0, (num_samples - 1).bit_length() - 3))
     return -(-num_samples // quantum) * quantum
+
+
+def _group_numbers(groups, num_samples: int) -> np.ndarray:
+    """Return the number of each sample's group, int [N], from 0 in order of first appearance.
+
+    Without groups each sample is its own, and so are groups of one sample each: both have the same resamples.
+    """
+    if groups is None:
+        return np.arange(num_samples)
+    groups = np.asarray(groups)
+    if groups.shape != (num_samples,):
+        message = f"groups have shape {groups.shape}; they must be [samples], here {(num_samples,)}"
+        raise UserError(message, field="groups", value=groups.shape)
+    if groups.dtype.kind == "f" and not np.isfinite(groups).all():
+        row = int(np.argmin(np.isfinite(groups)))
+        raise UserError(f"row {row} of groups is {groups[row]}; it must be an id", field="groups", value=row)
+    _, first_G, sorted_N = np.unique(groups, return_index=True, return_inverse=True)
+    number_G = np.empty(len(first_G), int)
+    number_G[np.argsort(first_G)] = np.arange(len(first_G))
+    return number_G[sorted_N]
 
 
 def _keys(num_bootstrap: int, seed: int) -> jax.Array:
@@ -137,7 +191,7 @@ def _draw_counts(keys_R: jax.Array, num_samples, num_rows: int) -> jax.Array:
 
 
 def _counts(num_samples: int, num_bootstrap: int, seed: int) -> Iterator[jax.Array]:
-    """Yield the counts of all resamples, uint8 [rows, R], in chunks that limit memory."""
+    """Yield the counts of all resamples of the samples or groups, uint8 [rows, R], in chunks that limit memory."""
     num_rows = _padded(num_samples)
     keys_R = _keys(num_bootstrap, seed)
     num_chunks = -(-num_bootstrap * num_rows // _COUNTS_BYTES)
@@ -146,31 +200,43 @@ def _counts(num_samples: int, num_bootstrap: int, seed: int) -> Iterator[jax.Arr
         yield _draw_counts(keys_R[start : start + size], num_samples, num_rows=num_rows)
 
 
-def _bootstrap(labels_NK: np.ndarray, models: list[np.ndarray], num_bootstrap: int, seed: int) -> list[dict]:
-    """Return AUROC and average precision [R, K] per model (scores [N, K]) on the same resamples; NaN for one class."""
-    model_ranks = [_device_ranks(labels_NK, scores_NK) for scores_NK in models]
-    num_blocks = -(-len(labels_NK) // _BLOCK)
-    chunks = [
-        [jax.device_get(_walk(counts, *ranks_of_one, num_blocks)) for ranks_of_one in model_ranks]
-        for counts in _counts(len(labels_NK), num_bootstrap, seed)
-    ]
+def _bootstrap(
+    labels_NK: np.ndarray, models: list[np.ndarray], num_bootstrap: int, seed: int, group_N: np.ndarray
+) -> list[dict]:
+    """Return AUROC and average precision [R, K] per model (scores [N, K]) on the same resamples; NaN for one class.
+
+    group_N: the number of each sample's group, drawn whole.
+    """
+    num_samples, num_groups = len(labels_NK), int(group_N.max()) + 1
+    # Ranks beyond the samples need a row of counts that is zero. Where groups fill their rows, there is none.
+    spare = int(num_groups == _padded(num_groups) and num_samples < _padded(num_samples))
+    zero_row = _padded(num_groups) - 1 + spare
+    model_ranks = [_device_ranks(labels_NK, scores_NK, group_N, zero_row) for scores_NK in models]
+    num_blocks = -(-num_samples // _BLOCK)
+    chunks = []
+    for counts in _counts(num_groups, num_bootstrap, seed):
+        counts = jnp.pad(counts, ((0, spare), (0, 0))) if spare else counts
+        chunks.append([jax.device_get(_walk(counts, *ranks_of_one, num_blocks)) for ranks_of_one in model_ranks])
     values = [np.concatenate(of_one, axis=2).astype(np.float64) for of_one in zip(*chunks, strict=True)]
     return [{"auroc": auroc_KR.T, "auprc": auprc_KR.T} for auroc_KR, auprc_KR in values]
 
 
-def _device_ranks(labels_NK: np.ndarray, scores_NK: np.ndarray) -> tuple[jax.Array, ...]:
-    """Return `ranks.ranked` on the device, padded to one of few sizes; padding points to a row of zero counts."""
+def _device_ranks(
+    labels_NK: np.ndarray, scores_NK: np.ndarray, group_N: np.ndarray, zero_row: int
+) -> tuple[jax.Array, ...]:
+    """Return `ranks.ranked` on the device, with groups for samples, padded to one of few sizes by `zero_row`."""
     num_samples = len(labels_NK)
-    num_rows = _padded(num_samples)
     order, positive, is_end = ranks.ranked(labels_NK, scores_NK)
-    padding = ((0, num_rows - num_samples), (0, 0))
-    order = np.pad(order.astype(np.int32), padding, constant_values=num_rows - 1)
+    padding = ((0, _padded(num_samples) - num_samples), (0, 0))
+    order = np.pad(group_N[order].astype(np.int32), padding, constant_values=zero_row)
     return jax.device_put((order, np.pad(positive, padding), np.pad(is_end, padding)))
 
 
 @jax.jit
 def _walk(counts_NR, order, positive, is_end, num_blocks):
-    """Return AUROC and average precision [2, K, R] from one walk down the ranks; order, positive, is_end: [rank, K].
+    """Return AUROC and average precision [2, K, R] from one walk down the ranks.
+
+    counts_NR: rows of samples or groups; order (numbers of rows), positive, is_end: [rank, K].
 
     Counts are float32, exact up to 2**24. Sums of many terms are not exact: blocks of 128 ranks are summed plainly and
     added with Kahan's compensation, which leaves an error of about 1e-7. Plain sums alone err by more than 1e-6, and

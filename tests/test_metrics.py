@@ -40,7 +40,7 @@ def sklearn_bootstrap(labels, scores, rows_RN):
 
 
 def resamples(num_samples, num_bootstrap, seed):
-    """Return the sample numbers [R, N] of the resamples that `metrics` draws."""
+    """Return the numbers [R, N] of the samples, or groups, of the resamples that `metrics` draws."""
     counts = np.concatenate(list(metrics._counts(num_samples, num_bootstrap, seed)), axis=1)
     assert not counts[num_samples:].any()
     return np.stack([np.repeat(np.arange(num_samples), count) for count in counts[:num_samples].T])
@@ -48,7 +48,7 @@ def resamples(num_samples, num_bootstrap, seed):
 
 def bootstrap(labels, scores, num_bootstrap, seed=0):
     """Return [R, 2, K], as `sklearn_bootstrap` does."""
-    (boot,) = metrics._bootstrap(labels.astype(bool), [scores], num_bootstrap, seed)
+    (boot,) = metrics._bootstrap(labels.astype(bool), [scores], num_bootstrap, seed, np.arange(len(labels)))
     return np.stack([boot["auroc"], boot["auprc"]], axis=1)
 
 
@@ -193,6 +193,78 @@ def test_compare_is_paired():
     np.testing.assert_allclose(back["auroc_macro_ci"], -got["auroc_macro_ci"][::-1], atol=1e-12)
     same = metrics.compare(labels, a, a, num_bootstrap=40)
     assert same["auroc_macro"] == 0 and not same["auprc_macro_ci"].any()
+
+
+def test_compare_gives_each_label_a_difference_and_a_p_value():
+    labels, a = problem(300, 3)
+    labels[:, 2] = 0
+    b = a.copy()
+    b[:, 0] = np.random.default_rng(1).random(300)  # no signal left
+    got = metrics.compare(labels, a, b, num_bootstrap=99, seed=5)
+    rows = resamples(300, 99, seed=5)
+    difference = sklearn_bootstrap(labels, b, rows) - sklearn_bootstrap(labels, a, rows)
+    for i, name in enumerate(("auroc", "auprc")):
+        np.testing.assert_allclose(got[name], sklearn_scores(labels, b)[i] - sklearn_scores(labels, a)[i], atol=1e-12)
+        np.testing.assert_allclose(
+            got[f"{name}_ci"], np.percentile(difference[:, i], [2.5, 97.5], axis=0).T, atol=TOLERANCE
+        )
+        # No resample of label 0 is on the other side of zero; label 1 is the same in both; label 2 has one class.
+        np.testing.assert_allclose(got[f"{name}_p"], [2 / 100, 1, np.nan])
+    assert got["auroc_macro_p"] == 2 / 100
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.2, 0.4])
+def test_p_values_agree_with_the_bounds(shift):
+    difference_R = np.random.default_rng(0).normal(shift, 0.1, 999)
+    smaller = (difference_R <= 0).sum()
+    assert metrics._p_value(difference_R) == metrics._p_value(-difference_R) == 2 * (smaller + 1) / 1000
+    low, high = ranks.bounds(difference_R)
+    assert (metrics._p_value(difference_R) < 0.05) == (not low < 0 < high)
+
+
+def test_patients_with_equal_rows_have_the_bounds_of_one_row_each():
+    labels, scores = problem(200, 3, decimals=2)
+    once = metrics.evaluate(labels, scores, num_bootstrap=40, seed=2)
+    names = [name for name in once if "_ci" in name]
+    ids = np.random.default_rng(0).permutation(1000)[:200]
+    for repeated in (lambda x: np.repeat(x, 3, axis=0), lambda x: np.concatenate([x] * 3)):
+        rows = (repeated(labels), repeated(scores))
+        thrice = metrics.evaluate(*rows, num_bootstrap=40, seed=2, groups=repeated(ids))
+        assert (thrice["num_samples"], thrice["num_groups"]) == (600, 200)
+        for name in names:
+            np.testing.assert_allclose(thrice[name], once[name], rtol=0, atol=TOLERANCE)
+        by_row = metrics.evaluate(*rows, num_bootstrap=40, seed=2)
+        assert np.ptp(by_row["auroc_macro_ci"]) < 0.8 * np.ptp(once["auroc_macro_ci"])  # too narrow: by sqrt(3)
+
+
+@pytest.mark.parametrize("num_groups", [1, 37, 1023, 1024])
+def test_every_resample_of_groups_equals_sklearn(num_groups):
+    labels, scores = problem(1100, 2, decimals=2)
+    rng = np.random.default_rng(3)
+    number_N = np.concatenate([np.arange(num_groups), rng.integers(0, num_groups, 1100 - num_groups)])
+    groups = np.array([f"patient {i}" for i in rng.permutation(num_groups)])[number_N]
+    members = [np.flatnonzero(number_N == g) for g in range(num_groups)]  # groups are numbered as they appear
+    rows_RN = [np.concatenate([members[g] for g in drawn]) for drawn in resamples(num_groups, 12, seed=7)]
+    expected = sklearn_bootstrap(labels, scores, rows_RN)
+    got = metrics._bootstrap(labels.astype(bool), [scores], 12, 7, metrics._group_numbers(groups, 1100))[0]
+    np.testing.assert_allclose(np.stack([got["auroc"], got["auprc"]], axis=1), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_groups_of_one_row_change_nothing():
+    labels, scores = problem(300, 3)
+    groups = np.random.default_rng(0).permutation(300)
+    whole, grouped = (metrics.evaluate(labels, scores, num_bootstrap=40, groups=g) for g in (None, groups))
+    assert grouped.pop("num_groups") == 300
+    np.testing.assert_equal(grouped, whole)
+
+
+@pytest.mark.parametrize(("groups", "value"), [(np.zeros((10, 1)), (10, 1)), ([1.0] * 9 + [np.nan], 9)])
+def test_bad_groups_are_one_clear_line(groups, value):
+    labels, scores = problem(10, 2)
+    for call in (metrics.evaluate, lambda y, s, **of: metrics.compare(y, s, s, **of)):
+        with pytest.raises(UserError) as error:
+            call(labels, scores, groups=groups)
+        assert (error.value.field, error.value.value) == ("groups", value)
 
 
 @pytest.mark.parametrize(
