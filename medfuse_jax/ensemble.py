@@ -73,7 +73,8 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     score_NK, weights, selected_by = _combine(joined, runs, rule)
     scored = {name: joined[name] for name in _FIELDS} | {"scores": score_NK}
     first = members[0].result
-    bootstrap = (first["subsets"]["all"]["num_bootstrap"], first["seed"])
+    resample = result_lib.resample_by(first.get("resample", ""), scored)
+    bootstrap = (first["subsets"]["all"]["num_bootstrap"], first["seed"], resample)
     titles = [member.title for member in members]
     names = [member.title if titles.count(member.title) == 1 else member.name for member in members]
     result = {
@@ -90,6 +91,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
             {"run": m.name, "method": m.result["method"], "weight": w, "step": m.result.get("step")}
             for m, w in zip(members, weights)
         ],
+        "resample": resample,
         "subsets": result_lib.subsets(scored, *bootstrap),
         "comparisons": [
             difference

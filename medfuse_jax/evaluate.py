@@ -21,7 +21,11 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 
 
 def evaluate(
-    workdir: Path, what: Scored = result.TEST, devices: list[jax.Device] | None = None, data_dir: str = ""
+    workdir: Path,
+    what: Scored = result.TEST,
+    devices: list[jax.Device] | None = None,
+    data_dir: str = "",
+    resample: str = "",
 ) -> dict:
     """Evaluate a run's best checkpoint on one split; return the result.
 
@@ -29,8 +33,10 @@ def evaluate(
     subject_id, scores, labels, has_ehr, has_cxr, age; had_ehr and had_cxr if a modality was dropped; attention weights
     if the model has any).
     devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
+    resample: what the bootstrap draws, 'patient' or 'stay'; by default see `result.resample_by`.
     """
     check_choice("--split", what.split, schema.SPLITS)
+    check_choice("--resample", resample, ("", *result.RESAMPLES))
     run = sources.reopen(workdir, devices, data_dir)
     run = dataclasses.replace(run, dataset=missing.drop_modalities(run.dataset, what.drop_ehr, what.drop_cxr))
     state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
@@ -48,6 +54,8 @@ def evaluate(
         run, include_N = _with_head(run, what)
     scored, weights, loss = _score(run, state, what.split, include_N)
     config = run.config
+    resample = result.resample_by(resample, scored)
+    bootstrap = (config.eval.num_bootstrap, config.seed, resample)
     evaluated = {
         **_description(run, what),
         "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
@@ -56,8 +64,9 @@ def evaluate(
         "selected_by": _selected_by(config, note, progress.best_epoch),
         "loss": loss,
         "num_left_out": int((~include_N).sum()),  # records that the method, or the head, cannot score
-        "subsets": result.subsets(scored, config.eval.num_bootstrap, config.seed),
-        "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored),
+        "resample": resample,
+        "subsets": result.subsets(scored, *bootstrap),
+        "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored, bootstrap),
         "environment": result.environment(run.devices),
     }
     if hosts.is_first():
@@ -120,7 +129,7 @@ def _with_head(run: run_lib.Run, what: Scored) -> tuple[run_lib.Run, np.ndarray]
     return dataclasses.replace(run, options=options, dataset=dataset), dataset.usable(what.split)
 
 
-def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> list[dict]:
+def _against_pretraining(config, workdir: Path, split: str, scored: dict, bootstrap: tuple) -> list[dict]:
     """Compare this run with its pre-training stages of the same task."""
     comparisons = []
     for stage in config.pretrain:
@@ -128,7 +137,7 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict) -> lis
         path = Scored(split).predictions_path(workdir / f"pretrain_{stage}")
         if path.exists() and staged.task == config.task:
             other = result.read_predictions(path, ("stay_id", "scores"), "run medfuse_jax.evaluate there again")
-            comparisons += result.compare(scored, other, staged.method, config.eval.num_bootstrap, config.seed)
+            comparisons += result.compare(scored, other, staged.method, *bootstrap)
     return comparisons
 
 
@@ -146,7 +155,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(options.workdir)
     compilation.configure()
     what = Scored(options.split, options.head, options.drop_ehr, options.drop_cxr)
-    print(terminal.table([evaluate(workdir, what, data_dir=options.data_dir)]))
+    print(terminal.table([evaluate(workdir, what, data_dir=options.data_dir, resample=options.resample)]))
     print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")
 
 
@@ -157,4 +166,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "New folder of the run's shards, if they were moved; saved in its config.")
     flags.DEFINE_float("drop_ehr", 0.0, "Fraction of paired stays scored without their EHR.")
     flags.DEFINE_float("drop_cxr", 0.0, "Fraction of paired stays scored without their X-ray.")
+    flags.DEFINE_string("resample", "", "What intervals resample: patient or stay; default: see docs/evaluation.md.")
     command_line.run(main)

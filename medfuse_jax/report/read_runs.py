@@ -257,6 +257,13 @@ def comparisons(result: dict) -> list[dict]:
     ]
 
 
+def resampled(results: list[dict], unit: str, split: str = "test") -> str:
+    """Return what the results' intervals resample, in words: patients, records, or 'the test set' if not recorded."""
+    words = {"patient": f"{split} patients, each with all of their {unit}", "stay": f"{split} {unit}"}
+    named = dict.fromkeys(words.get(str(result.get("resample")), f"the {split} set") for result in results)
+    return ", or ".join(named)
+
+
 def is_outside_its_ci(scores: dict) -> bool:
     """Return whether a mean is outside its own percentile interval, as an AUPRC with few positives can be."""
     means = ((scores.get(f"{name}_macro"), *pair(scores.get(f"{name}_macro_ci"))) for name in ("auroc", "auprc"))

@@ -52,7 +52,7 @@ def results(task: str, runs: list[Run]) -> str:
     unit = read_runs.unit(task)
     head = _th("Method", "text") + _th(unit[0].upper() + unit[1:]) + _score_heads(axis, mean)
     content = html.table(head, _grouped(rows, 5, row), "Test results with 95 % confidence intervals")
-    content += _ci_note(all_scores, several)
+    content += _ci_note(all_scores, several, read_runs.resampled([run.result for _, run, _ in rows], unit))
     if several:
         released_head = _th("Method", "text") + _score_heads(None, mean)
         content += (
@@ -138,7 +138,8 @@ def ages(run: Run) -> str:
         return f'<tr><th scope="row">{name}</th>{counts}{_score_cells(values, axis, run.color)}</tr>'
 
     head = _th("Age in years", "text") + _th("Deaths / test stays") + _score_heads(axis)
-    return f"<h4>By age</h4>{html.table(head, _grouped(rows, 5, row), 'Results by age group')}"
+    note = '<p class="note">These intervals resample stays.</p>'
+    return f"<h4>By age</h4>{html.table(head, _grouped(rows, 5, row), 'Results by age group')}{note}"
 
 
 def _age_groups(predictions: dict, include_N: np.ndarray) -> list[tuple[str, int, int, list]]:
@@ -197,13 +198,13 @@ def _macro(scores: dict, ci_suffix: str = "") -> list:
     return [scores.get(f"{name}_macro{ci}") for name in ("auroc", "auprc") for ci in ("", f"_ci{ci_suffix}")]
 
 
-def _ci_note(scores: list[dict], several: bool) -> str:
+def _ci_note(scores: list[dict], several: bool, resampled: str) -> str:
     count = f"{scores[0]['num_bootstrap']:,} " if isinstance(scores[0].get("num_bootstrap"), int) else ""
     of = " of the mean over labels" if several else ""
     warning = f" {read_runs.OUTSIDE_ITS_CI}" if any(map(read_runs.is_outside_its_ci, scores)) else ""
     return (
         f'<p class="note">95 % CI: confidence interval{of}, the 2.5th to 97.5th percentile of '
-        f"{count}bootstrap resamples of the test set.{warning}</p>"
+        f"{count}bootstrap resamples of {resampled}.{warning}</p>"
     )
 
 

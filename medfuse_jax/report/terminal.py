@@ -29,7 +29,8 @@ def table(results: list[dict], names: list[str] | None = None) -> str:
 
 def _block(task: str, named: list[tuple[str, dict]]) -> str:
     results = [(name, result, read_runs.comparable_subsets(result)) for name, result in named]
-    lines = [f"{read_runs.task_name(task)}, {named[0][1].get('split', 'test')} split"]
+    split = named[0][1].get("split", "test")
+    lines = [f"{read_runs.task_name(task)}, {split} split"]
     if any(section(result, "data").get("synthetic") for _, result in named):
         lines.append("synthetic patients: says nothing about real ones")
     rows: list[tuple[str, ...]] = [("method", read_runs.unit(task), "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
@@ -45,6 +46,8 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
     if differences:
         rows += [("difference, paired bootstrap", "", "", "", ""), *differences]
     lines += _align(rows)
+    resampled = read_runs.resampled([result for _, result in named], read_runs.unit(task), split)
+    lines += textwrap.wrap(f"CI: bootstrap resamples of {resampled}", _WIDTH)
     if any(read_runs.is_outside_its_ci(scores) for *_, subsets in results for scores in subsets.values()):
         lines += textwrap.wrap(OUTSIDE_ITS_CI, _WIDTH)
     return "\n".join(lines)

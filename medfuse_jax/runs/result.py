@@ -13,7 +13,7 @@ import numpy as np
 
 from medfuse_jax import metrics
 from medfuse_jax.runtime import files
-from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.runtime.errors import UserError, check_choice
 
 _PACKAGES = ("medfuse_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -49,6 +49,7 @@ class Scored:
 
 
 TEST = Scored()
+RESAMPLES = ("patient", "stay")  # what the bootstrap draws; for X-rays without a stay, 'stay' is an X-ray
 
 
 def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
@@ -72,15 +73,29 @@ def read_predictions(path: Path, names: tuple[str, ...], what_to_do: str) -> dic
         raise UserError(f"{path} cannot be read ({error}): {what_to_do}", path=path) from None
 
 
-def subsets(scored: dict, num_bootstrap: int, seed: int) -> dict:
-    """Return metrics with bounds for all scored records and for each subset by modality."""
-    return {
-        name: metrics.evaluate(scored["labels"][include_N], scored["scores"][include_N], num_bootstrap, seed)
-        for name, include_N in _masks(scored).items()
-    }
+def resample_by(given: str, scored: dict) -> str:
+    """Return what the bootstrap draws: `given`, or by default the patients, if one of them has several records."""
+    if given:
+        check_choice("--resample", given, RESAMPLES)
+        return given
+    return "patient" if len(np.unique(scored["subject_id"])) < len(scored["subject_id"]) else "stay"
 
 
-def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: int) -> list[dict]:
+def _groups(scored: dict, resample: str) -> np.ndarray | None:
+    return scored["subject_id"] if resample == "patient" else None
+
+
+def subsets(scored: dict, num_bootstrap: int, seed: int, resample: str) -> dict:
+    """Return metrics with bounds for all scored records and for each subset by modality. resample: see RESAMPLES."""
+    evaluated = {}
+    for name, include_N in _masks(scored).items():
+        part = {field: scored[field][include_N] for field in ("labels", "scores", "subject_id")}
+        groups = _groups(part, resample)
+        evaluated[name] = metrics.evaluate(part["labels"], part["scores"], num_bootstrap, seed, groups)
+    return evaluated
+
+
+def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: int, resample: str) -> list[dict]:
     """Return this run's metrics minus those of another, named `against`, on the stays and resamples they share."""
     _, ours, theirs = np.intersect1d(scored["stay_id"], other["stay_id"], assume_unique=True, return_indices=True)
     if not len(ours):
@@ -91,8 +106,9 @@ def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: i
     other_NK = other["scores"][theirs]
     comparisons = []
     for name, include_N in _masks(common).items():
-        label_NK, score_NK = common["labels"][include_N], common["scores"][include_N]
-        difference = metrics.compare(label_NK, other_NK[include_N], score_NK, num_bootstrap, seed)
+        part = {field: common[field][include_N] for field in ("labels", "scores", "subject_id")}
+        scores = (other_NK[include_N], part["scores"])
+        difference = metrics.compare(part["labels"], *scores, num_bootstrap, seed, _groups(part, resample))
         comparisons.append({"against": against, "subset": name, **difference})
     return comparisons
 

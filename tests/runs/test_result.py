@@ -1,0 +1,90 @@
+"""result: what the bootstrap draws, by default and by choice; stored, and said in words."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+from medfuse_jax import evaluate, metrics
+from medfuse_jax import run as run_lib
+from medfuse_jax.report import read_runs, tables, terminal
+from medfuse_jax.runs import checkpoints, result, workdir
+from medfuse_jax.runs.progress import Progress
+from medfuse_jax.runtime.errors import UserError
+
+
+@pytest.fixture
+def scored():
+    """60 patients with three stays each, in three blocks; X-rays for the first half of each block."""
+    rng = np.random.default_rng(0)
+    labels = np.tile(rng.random((60, 2)) < 0.4, (3, 1)).astype(np.int8)
+    return {
+        "stay_id": np.arange(180),
+        "subject_id": np.tile(np.arange(60), 3),
+        "labels": labels,
+        "scores": np.tile(rng.random((60, 2)), (3, 1)) + 0.3 * labels,
+        "has_ehr": np.ones(180, bool),
+        "has_cxr": np.tile(np.arange(60) < 30, 3),
+    }
+
+
+def test_subsets_draw_patients_or_stays(scored):
+    by_patient = result.subsets(scored, 40, 0, "patient")
+    assert {name: (part["num_samples"], part["num_groups"]) for name, part in by_patient.items()} == {
+        "all": (180, 60),
+        "paired": (90, 30),
+        "unpaired": (90, 30),
+    }
+    by_stay = result.subsets(scored, 40, 0, "stay")
+    once = {name: values[:60] for name, values in scored.items()}
+    for name, part in by_patient.items():
+        assert part["auroc_macro"] == by_stay[name]["auroc_macro"] and "num_groups" not in by_stay[name]
+        expected = result.subsets(once, 40, 0, "stay")[name]["auroc_macro_ci"]
+        np.testing.assert_allclose(part["auroc_macro_ci"], expected, atol=1e-6)
+        assert np.ptp(by_stay[name]["auroc_macro_ci"]) < np.ptp(expected)
+
+
+def test_comparisons_draw_patients_or_stays(scored):
+    other = {"stay_id": scored["stay_id"], "scores": scored["scores"][::-1]}
+    by_patient, by_stay = (result.compare(scored, other, "other", 40, 0, resample) for resample in result.RESAMPLES)
+    arguments = (scored["labels"], other["scores"], scored["scores"], 40, 0)
+    for found, groups in ((by_patient, scored["subject_id"]), (by_stay, None)):
+        expected = metrics.compare(*arguments, groups)
+        np.testing.assert_array_equal(found[0]["auroc_macro_ci"], expected["auroc_macro_ci"])
+    assert list(by_patient[0]["auroc_macro_ci"]) != list(by_stay[0]["auroc_macro_ci"])
+
+
+def test_patients_are_drawn_by_default_where_one_has_several_stays(scored):
+    once = {name: values[:60] for name, values in scored.items()}
+    assert (result.resample_by("", scored), result.resample_by("", once)) == ("patient", "stay")
+    assert result.resample_by("stay", scored) == "stay"
+    with pytest.raises(UserError) as error:
+        result.resample_by("patients", scored)
+    assert (error.value.field, error.value.nearest) == ("--resample", "patient")
+
+
+def test_an_evaluation_stores_and_says_what_it_draws(tiny_config, tmp_path):
+    tiny_config.method, tiny_config.task = "uni_cxr", "radiology"
+    run = run_lib.open_run(tiny_config)
+    workdir.claim(tmp_path, run)
+    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
+        checkpoints.save(manager, run.fresh_state(), Progress(epoch=1, best_epoch=1), is_best=True)
+    subject_id_N = run.dataset.index["train"]["subject_id"]
+    num_patients = len(np.unique(subject_id_N))
+    assert num_patients < len(subject_id_N)  # several X-rays of a patient
+    for given, kind in (("stay", "stay"), ("", "patient")):
+        evaluate.evaluate(tmp_path, result.Scored("train"), resample=given)
+        stored = json.loads((tmp_path / "result_train.json").read_text())
+        assert stored["resample"] == kind
+        assert stored["subsets"]["all"].get("num_groups") == (num_patients if kind == "patient" else None)
+        words = {"stay": "train X-rays", "patient": "train patients, each with all of their X-rays"}[kind]
+        assert f"resamples of {words}" in terminal.table([stored])
+        (tmp_path / "result.json").write_text(json.dumps(stored))
+        words = words.replace("train", "test")  # what result.json is about
+        assert f"resamples of {words}" in tables.results("radiology", [read_runs.read_run(tmp_path)])
+    del stored["resample"]  # a result of an earlier version
+    assert "resamples of the train set" in terminal.table([stored])
+    with pytest.raises(UserError) as error:
+        evaluate.evaluate(tmp_path, resample="day")
+    assert error.value.field == "--resample"
