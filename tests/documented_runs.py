@@ -167,6 +167,7 @@ _WITHOUT_TORCH = "without_torch"
 def reads(command: Command) -> list[str]:
     """Return the paths among a command's flags that it reads."""
     names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
+    names += ["a", "b"] if command.module == "medfuse_jax.compare" else []
     names += ["config.data.dir", "config.init.ehr", "config.init.cxr", "config.init.model"]
     if command.module == "medfuse_jax.evaluate" or command.value("export").endswith(_WEIGHTS):
         names.append("workdir")

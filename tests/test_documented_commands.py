@@ -197,6 +197,13 @@ def _check_ensemble(command: Command, outcome: Outcome, root: Path) -> None:
     assert [member["run"] for member in result["members"]] and len(result["members"]) == 2
 
 
+def _check_compare(command: Command, outcome: Outcome, root: Path) -> None:
+    found = _json(root / command.value("json"))
+    assert [found[name]["run"] for name in ("a", "b")] == [command.value(name) for name in ("a", "b")]
+    assert found["differences"][0]["subset"] == "all" and 0 < found["differences"][0]["auroc_macro_p"] <= 1
+    assert "b − a" in outcome.output
+
+
 def _check_report(command: Command, outcome: Outcome, root: Path) -> None:
     text = (root / command.value("out") / "index.html").read_text()
     assert "<table" in text and "MedFuse" in text
@@ -262,6 +269,7 @@ _CHECKS = {
     "medfuse_jax.evaluate": _check_evaluation,
     "medfuse_jax.sweep": _check_sweep,
     "medfuse_jax.ensemble": _check_ensemble,
+    "medfuse_jax.compare": _check_compare,
     "medfuse_jax.report": _check_report,
     "medfuse_jax.torch_import": _check_weights,
     "medfuse_jax.bench": _check_bench,

@@ -6,6 +6,7 @@ from medfuse_jax.report import read_runs
 from medfuse_jax.report.read_runs import OUTSIDE_ITS_CI, SUBSETS, method_name, number, pair, section
 
 _WIDTH = 100
+_METRICS = ("AUROC", "AUPRC")
 _SUBSET_NAMES = {
     "all": "all",
     "paired": "with X-ray",
@@ -51,6 +52,35 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
     if any(read_runs.is_outside_its_ci(scores) for *_, subsets in results for scores in subsets.values()):
         lines += textwrap.wrap(OUTSIDE_ITS_CI, _WIDTH)
     return "\n".join(lines)
+
+
+def differences(compared: dict) -> str:
+    """Format what `medfuse_jax.compare` found in lines of at most 100 columns: means by subset, then each label."""
+    a, b = (compared[name]["run"] for name in ("a", "b"))
+    task, split = compared["task"], compared["split"]
+    rows: list[tuple[str, ...]] = [("b − a", read_runs.unit(task), "n/pos.", *[f"{n} [95 % CI] p" for n in _METRICS])]
+    for part in compared["differences"]:
+        rows.append(("mean", _SUBSET_NAMES[part["subset"]], str(part["num_samples"]), *_values_p(part, "_macro")))
+    whole = next((part for part in compared["differences"] if part["subset"] == "all"), {})
+    if len(compared["labels"]) > 1:
+        columns = ("auroc", "auprc", *(f"{name}_{of}" for name in ("auroc", "auprc") for of in ("ci", "p")))
+        for k, label in enumerate(compared["labels"]):
+            scores = {name: whole[name][k] for name in columns}
+            rows.append((label, "", str(whole["num_positive"][k]), *_values_p(scores, "")))
+    resampled = read_runs.resampled([compared], read_runs.unit(task), split)
+    notes = f"Paired bootstrap: the same resamples of {resampled} for both; p two-sided, for one comparison."
+    lines = [f"{read_runs.task_name(task)}, {split} split", f"a: {a}", f"b: {b}", *_align(rows)]
+    return "\n".join([*lines, *textwrap.wrap(notes, _WIDTH)])
+
+
+def _values_p(scores: dict, of: str) -> list[str]:
+    """Format differences of AUROC and AUPRC with their intervals and p-values. of: '_macro' or ''."""
+    values = []
+    for name in ("auroc", "auprc"):
+        low, high = pair(scores[f"{name}{of}_ci"])
+        ends = f"[{number(low, 3, True)}, {number(high, 3, True)}]"
+        values.append(f"{number(scores[f'{name}{of}'], 3, True)} {ends} {number(scores[f'{name}{of}_p'], 3)}")
+    return values
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:

@@ -26,6 +26,21 @@ def trial_dir(workdir: Path, number: int) -> Path:
     return workdir / "trials" / f"{number:03d}"
 
 
+def chosen_dir(workdir: Path) -> Path:
+    """Return the folder of the trial that a sweep chose; raise UserError if it has not ended, or none finished."""
+    path = workdir / "sweep.csv"
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        chosen = next((int(row["trial"]) for row in rows if row["chosen"]), None)
+    except FileNotFoundError:
+        raise UserError(f"the sweep in {workdir} has not ended: rerun its command first", path=path) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): rerun the sweep's command", path=path) from None
+    if chosen is None:
+        raise UserError(f"no trial of {workdir} finished, so none was chosen: see the reasons in {path}", path=path)
+    return trial_dir(workdir, chosen)
+
+
 def record(workdir: Path, trial: Trial) -> dict | None:
     """Return how a trial ended: 'status', 'reason', 'val_auroc', 'best_epoch', 'epochs'; None if it has not ended."""
     path = trial_dir(workdir, trial.number) / "trial.json"

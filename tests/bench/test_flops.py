@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from medfuse_jax import ensemble, schema
+from medfuse_jax import schema
 from medfuse_jax.bench import flops
+from medfuse_jax.ensemble import command
 from medfuse_jax.models import registry
 
 _ROOT = Path(__file__).parents[2]
@@ -58,4 +59,4 @@ def test_page_shows_how_to_train_every_method_except_those_chosen_by_validation(
     trained = set(re.findall(r"--config\.method=(\w+)", " ".join(_COMMANDS))) | {"medfuse"}
     assert set(registry.METHODS) - trained == {"mmtm3", "daft4"}
     rules = set(re.findall(r"--rule=(\w+)", " ".join(_COMMANDS)))
-    assert rules == set(ensemble.RULES) - {"average"}
+    assert rules == set(command.RULES) - {"average"}

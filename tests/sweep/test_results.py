@@ -68,6 +68,25 @@ def test_rounds_cannot_be_extended(config, tmp_path):
     assert _refusal(tmp_path, config, search=_OPTUNA | {"trials": 4}).value == "--trials was 3 and is now 4"
 
 
+def test_the_chosen_trial_is_known_once_the_sweep_has_ended(tmp_path):
+    with pytest.raises(UserError) as error:
+        results.chosen_dir(tmp_path)
+    assert error.value.path == tmp_path / "sweep.csv" and "has not ended" in str(error.value)
+    trials = [
+        {"trial": i, "values": {"learning_rate": 10.0**-i}, "status": "finished", "reason": ""}
+        | {"val_auroc": auroc, "best_epoch": 1, "epochs": 1}
+        for i, auroc in enumerate((0.6, 0.7, None))
+    ]
+    results.write_table(tmp_path, trials)
+    assert results.chosen_dir(tmp_path) == tmp_path / "trials" / "001"
+    results.write_table(tmp_path, trials[2:])
+    with pytest.raises(UserError, match="none was chosen"):
+        results.chosen_dir(tmp_path)
+    (tmp_path / "sweep.csv").write_text("trial,status\n0,finished\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        results.chosen_dir(tmp_path)
+
+
 @pytest.mark.parametrize("path", ["trials/000/trial.json", "rounds/000.json"])
 def test_trials_without_sweep_json_are_refused(config, tmp_path, path):
     results.write_json(tmp_path / path, [])

@@ -1,56 +1,25 @@
-"""Combine the scores of finished runs: `python -m medfuse_jax.ensemble --runs=A,B --workdir=C`.
-
-A member is a workdir, or another classifier head of its model: `DIR:ehr_only`. Its predictions are read from its
-workdir; if they are missing or from older weights, they are made first. --rule says how to combine a stay's scores:
-
-    average    the mean probability of the members that score the stay: the late average of uni_ehr and uni_cxr,
-               or of MMTM's two single-modality heads
-    weighted   the same, with weights chosen by macro AUROC on the validation stays
-    by_cxr     the first member for stays with an X-ray, the second for those without: with MedFuse first and
-               the LSTM second, the ensemble of Table A3 (Hayat et al. 2022)
+"""Combine the members' scores by a rule, and evaluate the result as a run's.
 
 Shapes: N stays, K labels, M members.
 """
 
-import dataclasses
 import itertools
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 
-from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, metrics, parallel, schema
-from medfuse_jax.report import terminal
-from medfuse_jax.runs import checkpoints, sources
+from medfuse_jax.ensemble import members as members_lib
+from medfuse_jax.ensemble.members import Member
 from medfuse_jax.runs import result as result_lib
+from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
-from medfuse_jax.runtime import command_line, compilation, files
+from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 RULES = {"average": "late_average", "weighted": "weighted_average", "by_cxr": "ensemble"}  # rule -> method
-_FIELDS = ("stay_id", "subject_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
-_GIVE_FINISHED = "give a finished run"
 _WEIGHT_STEPS = 20  # weights are multiples of 1/20
 _MAX_WEIGHTED = 5  # members: 10,626 weightings; 6 would have 53,130
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A finished run, or another head of its model, with its predictions on one split (arrays by name)."""
-
-    workdir: Path
-    head: str
-    result: dict
-    predictions: dict
-
-    @property
-    def name(self) -> str:
-        return f"{self.workdir}:{self.head}" if self.head else str(self.workdir)
-
-    @property
-    def title(self) -> str:
-        return f"{self.result['method']}:{self.head}" if self.head else self.result["method"]
 
 
 def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
@@ -63,15 +32,15 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     _check_runs(runs, rule)
     content = {"name": "ensemble", "method": RULES[rule], "rule": rule, "runs": runs}
     _check_free(workdir, content)
-    members = [_open(run, "test") for run in runs]
+    members = [members_lib.open_member(run, "test", evaluate.evaluate) for run in runs]
     _check_comparable(members)
     _check_splits(members)
     with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(workdir / "config.json", content)
-    joined = _join(members)
+    joined = members_lib.join(members)
     score_NK, weights, selected_by = _combine(joined, runs, rule)
-    scored = {name: joined[name] for name in _FIELDS} | {"scores": score_NK}
+    scored = {name: joined[name] for name in members_lib.FIELDS} | {"scores": score_NK}
     first = members[0].result
     resample = result_lib.resample_by(first.get("resample", ""), scored)
     bootstrap = (first["subsets"]["all"]["num_bootstrap"], first["seed"], resample)
@@ -117,14 +86,10 @@ def _check_runs(runs: list[str], rule: str) -> None:
     elif rule == "weighted" and len(runs) > _MAX_WEIGHTED:
         expected = f"tries all weights in steps of 1/{_WEIGHT_STEPS}, so give at most {_MAX_WEIGHTED}"
     if expected:
-        raise _error(f"--runs has {len(runs)} run(s); --rule={rule} {expected}", value=len(runs))
-    keys = [(folder.resolve(), head) for folder, head in map(_folder_and_head, runs)]
+        raise members_lib.error(f"--runs has {len(runs)} run(s); --rule={rule} {expected}", value=len(runs))
+    keys = [(folder.resolve(), head) for folder, head in map(members_lib.folder_and_head, runs)]
     if repeated := [run for run, key in zip(runs, keys) if keys.count(key) > 1]:
-        raise _error(f"--runs has {repeated[0]} twice: give each member once", value=repeated[0])
-
-
-def _error(message: str, path: Path | None = None, value: object = None) -> UserError:
-    return UserError(message, field="--runs", path=path, value=value)
+        raise members_lib.error(f"--runs has {repeated[0]} twice: give each member once", value=repeated[0])
 
 
 def _check_free(workdir: Path, content: dict) -> None:
@@ -142,21 +107,21 @@ def _check_comparable(members: list[Member]) -> None:
         if ours != theirs:
             details = f" ({ours} and {theirs})" if field == "task" else ""
             message = f"{member.name} and {first.name} cannot be combined: they differ in {field}{details}"
-            raise _error(message, member.workdir, field)
+            raise members_lib.error(message, member.workdir, field)
     if schema.TASKS[first.result["task"]].cxr_only:
-        raise _error(f"{first.name} scores X-rays, but an ensemble combines scores of stays", first.workdir)
+        raise members_lib.error(f"{first.name} scores X-rays, but an ensemble combines scores of stays", first.workdir)
 
 
 def _check_splits(members: list[Member]) -> None:
     """Raise UserError if a member was trained or selected on patients of another member's test split."""
     runs = {workdir: member.name for member in members for workdir in _trained(member.workdir)}
-    if len({files.read_json(workdir / "data.json", _GIVE_FINISHED).get("digest") for workdir in runs}) == 1:
+    if len({files.read_json(workdir / "data.json", members_lib.GIVE_FINISHED).get("digest") for workdir in runs}) == 1:
         return  # the same shards
     indices = {workdir: sources.reopen(workdir).dataset.index for workdir in runs}
     for trained, tested in itertools.permutations(runs, 2):
         seen_N = np.concatenate([indices[trained][split]["subject_id"] for split in ("train", "val")])
         if num_leaked := len(np.intersect1d(seen_N, indices[tested]["test"]["subject_id"])):
-            raise _error(
+            raise members_lib.error(
                 f"{runs[trained]} and {runs[tested]} cannot be combined: {num_leaked} test patients of the second are "
                 "train or val patients of the first; build both shards with the same --seed, --val_ids and --test_ids",
                 trained,
@@ -168,96 +133,8 @@ def _trained(workdir: Path) -> list[Path]:
     """Return the workdirs of the trained runs behind a member: its own, or those of an ensemble's members."""
     if not workdir_lib.is_ensemble(workdir):
         return [workdir]
-    runs = files.read_json(workdir / "config.json", _GIVE_FINISHED)["runs"]
-    return [trained for run in runs for trained in _trained(_folder_and_head(run)[0])]
-
-
-# Members
-
-
-def _folder_and_head(run: str) -> tuple[Path, str]:
-    if ":" in run and not Path(run).is_dir():
-        folder, _, head = run.rpartition(":")
-        return Path(folder), head
-    return Path(run), ""
-
-
-def _open(run: str, split: str) -> Member:
-    """Return a member with its predictions on a split; make them if missing or not from its best checkpoint."""
-    workdir, head = _folder_and_head(run)
-    what, step = result_lib.Scored(split, head), _best_step(workdir)
-    member = _read(workdir, what, step)
-    if member is None:
-        evaluate.evaluate(workdir, what)
-        member = _read(workdir, what, step)
-        assert member, "evaluate has just written the files of this step"
-    return member
-
-
-def _read(workdir: Path, what: result_lib.Scored, step: int | None) -> Member | None:
-    """Return a member from its files; None if one is missing or not from checkpoint `step`.
-
-    step: None accepts any step that is the same in both files.
-    """
-    path, result_path = what.predictions_path(workdir), what.result_path(workdir)
-    if not (path.exists() and result_path.exists()):
-        return None
-    hint = f"run medfuse_jax.evaluate --workdir={workdir} again"
-    result = files.read_json(result_path, hint)
-    predictions = result_lib.read_predictions(path, ("scores", *_FIELDS), hint)
-    steps = {result.get("step"), predictions.pop("step")}
-    is_current = len(steps) == 1 if step is None else steps == {step}
-    return Member(workdir, what.head, result, predictions) if is_current else None
-
-
-def _best_step(workdir: Path) -> int | None:
-    """Return the step of a member's best checkpoint, None if it has only predictions. Raise UserError if unfinished."""
-    if not (workdir / "checkpoints").is_dir():
-        _check_up_to_date(workdir)
-        return None
-    step, progress = checkpoints.reached(workdir)
-    config = config_lib.load(workdir / "config.json")
-    # A sweep may keep only the best checkpoint of a trial that it stopped.
-    if not progress.is_finished(config) and not (workdir / "trial.json").exists():
-        message = f"{workdir} is unfinished (epoch {progress.epoch} of {config.num_epochs}): resume the run first"
-        raise _error(message, workdir, progress.epoch)
-    return step
-
-
-def _check_up_to_date(workdir: Path) -> None:
-    """Raise UserError if members of the ensemble in `workdir` were trained further after it was made."""
-    for member in _test_result(workdir).get("members", []):
-        folder, _ = _folder_and_head(member["run"])
-        step = _best_step(folder) or _test_result(folder).get("step")
-        if step not in (None, member.get("step")):
-            raise _error(f"{workdir} combines older weights of {member['run']}: run the ensemble again", workdir, step)
-
-
-def _test_result(workdir: Path) -> dict:
-    """Return the result on the test split; {} if there is none."""
-    path = result_lib.TEST.result_path(workdir)
-    return files.read_json(path, _GIVE_FINISHED) if path.exists() else {}
-
-
-def _join(members: list[Member]) -> dict:
-    """Return the predictions on every stay that any member scores.
-
-    stay_id, subject_id, labels, has_ehr, has_cxr and age are as in a predictions file. scores_MNK is NaN where a member
-    does not score a stay.
-    """
-    stacked = {name: np.concatenate([member.predictions[name] for member in members]) for name in _FIELDS}
-    stay_id_N, first_N = np.unique(stacked["stay_id"], return_index=True)
-    joined = {name: values[first_N] for name, values in stacked.items()}
-    joined["scores_MNK"] = np.full((len(members), *joined["labels"].shape), np.nan)
-    for m, member in enumerate(members):
-        rows = np.searchsorted(stay_id_N, member.predictions["stay_id"])
-        differs_N = (joined["labels"][rows] != member.predictions["labels"]).any(-1)
-        if differs_N.any():
-            stay_id = int(member.predictions["stay_id"][differs_N][0])
-            message = f"{member.name} has other labels for stay {stay_id} than {members[0].name}"
-            raise _error(message, member.workdir, stay_id)
-        joined["scores_MNK"][m, rows] = member.predictions["scores"]
-    return joined
+    runs = files.read_json(workdir / "config.json", members_lib.GIVE_FINISHED)["runs"]
+    return [trained for run in runs for trained in _trained(members_lib.folder_and_head(run)[0])]
 
 
 # Rules
@@ -270,7 +147,8 @@ def _combine(joined: dict, runs: list[str], rule: str) -> tuple[np.ndarray, list
         return _by_cxr(joined), [None] * len(runs), selected_by
     weights, selected_by = [1 / len(runs)] * len(runs), "nothing: equal weights"
     if rule == "weighted":
-        weights, selected_by = _choose_weights(_join([_open(run, "val") for run in runs]))
+        validated = [members_lib.open_member(run, "val", evaluate.evaluate) for run in runs]
+        weights, selected_by = _choose_weights(members_lib.join(validated))
     return _weighted_mean(joined["scores_MNK"], np.array(weights)), weights, selected_by
 
 
@@ -286,7 +164,7 @@ def _by_cxr(joined: dict) -> np.ndarray:
     score_NK = np.where(joined["has_cxr"][:, None], *joined["scores_MNK"])
     if num_missing := int(np.isnan(score_NK).any(1).sum()):
         message = f"{num_missing} stays are not scored by their run: give the run for stays with an X-ray first"
-        raise _error(message, value=num_missing)
+        raise members_lib.error(message, value=num_missing)
     return score_NK
 
 
@@ -313,17 +191,3 @@ def _num_left_out(members: list[Member], num_scored: int) -> int:
     """Return the number of stays of the split that no member scores."""
     num_stays = max(len(m.predictions["stay_id"]) + m.result.get("num_left_out", 0) for m in members)
     return max(0, num_stays - num_scored)
-
-
-def main(argv: list[str]) -> None:
-    compilation.configure()
-    workdir = Path(flags.FLAGS.workdir)
-    print(terminal.table([ensemble(flags.FLAGS.runs, workdir, flags.FLAGS.rule)]))
-    print(f"\nwritten: {result_lib.TEST.result_path(workdir)}")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_list("runs", None, "Workdirs of finished runs, each DIR or DIR:HEAD.", required=True)
-    flags.DEFINE_string("workdir", None, "Folder for the ensemble's predictions and result.", required=True)
-    flags.DEFINE_string("rule", "average", "average, weighted or by_cxr.")
-    command_line.run(main)

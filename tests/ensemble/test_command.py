@@ -10,8 +10,9 @@ import pytest
 import sklearn.metrics
 from example_runs import simulate, write_config, write_evaluation
 
-from medfuse_jax import ensemble, evaluate, metrics
+from medfuse_jax import evaluate, metrics
 from medfuse_jax import run as run_lib
+from medfuse_jax.ensemble import command as ensemble
 from medfuse_jax.report import pages, read_runs, terminal
 from medfuse_jax.runs import checkpoints, sources, workdir
 from medfuse_jax.runs.progress import Progress
