@@ -15,6 +15,7 @@ from medfuse_jax.data import missing
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.report import terminal
 from medfuse_jax.runs import checkpoints, predictions, result, sources
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
 from medfuse_jax.runtime import command_line, compilation, hosts
 from medfuse_jax.runtime.errors import UserError, check_choice
@@ -39,20 +40,15 @@ def evaluate(
     check_choice("--resample", resample, ("", *result.RESAMPLES))
     run = sources.reopen(workdir, devices, data_dir)
     run = dataclasses.replace(run, dataset=missing.drop_modalities(run.dataset, what.drop_ehr, what.drop_cxr))
-    state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
+    state, progress = restore(run, workdir)
     note = checkpoints.imported(workdir)
-    if note and not set(state.params) <= set(note["modules"]):
-        raise UserError(
-            f"{workdir} holds imported weights of {' and '.join(note['modules'])} only, which cannot be scored: "
-            f"start a run from them with --config.init.cxr={workdir}",
-            field="--workdir",
-            path=workdir,
-            value=note["modules"],
-        )
     include_N = run.dataset.usable(what.split)
     if what.head:
         run, include_N = _with_head(run, what)
-    scored, weights, loss = _score(run, state, what.split, include_N)
+    scored, loss = score(run, state, what.split, include_N)
+    weights_fn = parallel.compile_eval(run.options, run.config.parallel, run.devices, step_lib.weights_step)
+    on_devices = parallel.replicate(state, run.devices)
+    weights = predictions.attention_weights(run, weights_fn, on_devices, what.split, include_N)
     config = run.config
     resample = result.resample_by(resample, scored)
     bootstrap = (config.eval.num_bootstrap, config.seed, resample)
@@ -75,20 +71,31 @@ def evaluate(
     return evaluated
 
 
-def _score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: np.ndarray) -> tuple[dict, dict, float]:
-    """Return (scores and facts of the included records, attention weights, mean loss)."""
-    state = parallel.replicate(state, run.devices)
-    eval_fn, weights_fn = (
-        parallel.compile_eval(run.options, run.config.parallel, run.devices, step)
-        for step in (step_lib.eval_step, step_lib.weights_step)
-    )
-    predicted = predictions.predict(run, eval_fn, state, split, include_N)
+def restore(run: run_lib.Run, workdir: Path) -> tuple[step_lib.TrainState, Progress]:
+    """Return the best checkpoint's state and progress; raise UserError if its weights are only part of a model."""
+    state, progress = checkpoints.restore_best_with_progress(workdir, run.abstract_state())
+    note = checkpoints.imported(workdir)
+    if note and not set(state.params) <= set(note["modules"]):
+        raise UserError(
+            f"{workdir} holds imported weights of {' and '.join(note['modules'])} only, which cannot be scored: "
+            f"start a run from them with --config.init.cxr={workdir}",
+            field="--workdir",
+            path=workdir,
+            value=note["modules"],
+        )
+    return state, progress
+
+
+def score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: np.ndarray) -> tuple[dict, float]:
+    """Return (scores and facts of the included records, mean loss)."""
+    eval_fn = parallel.compile_eval(run.options, run.config.parallel, run.devices)
+    predicted = predictions.predict(run, eval_fn, parallel.replicate(state, run.devices), split, include_N)
     part = {name: values[predicted.record_N] for name, values in run.dataset.index[split].items()}
     scored = {name: part[name] for name in ("stay_id", "subject_id")}
     scored |= {"scores": predicted.score_NK, "labels": predicted.label_NK}
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
     scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
-    return scored, predictions.attention_weights(run, weights_fn, state, split, include_N), predicted.loss
+    return scored, predicted.loss
 
 
 def _description(run: run_lib.Run, what: Scored) -> dict:

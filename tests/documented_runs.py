@@ -167,7 +167,7 @@ _WITHOUT_TORCH = "without_torch"
 def reads(command: Command) -> list[str]:
     """Return the paths among a command's flags that it reads."""
     names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
-    names += ["a", "b"] if command.module == "medfuse_jax.compare" else []
+    names += {"medfuse_jax.compare": ["a", "b"], "medfuse_jax.predict": ["workdir", "data"]}.get(command.module, [])
     names += ["config.data.dir", "config.init.ehr", "config.init.cxr", "config.init.model"]
     if command.module == "medfuse_jax.evaluate" or command.value("export").endswith(_WEIGHTS):
         names.append("workdir")
@@ -183,7 +183,8 @@ def writes(command: Command) -> list[str]:
     export = command.value("export")
     if export.endswith(_WEIGHTS):
         return [export]
-    names = ["out"] if command.module == "medfuse_jax.evaluate" else ["out", "workdir"]
+    only_reads = command.module in ("medfuse_jax.evaluate", "medfuse_jax.predict")
+    names = ["out"] if only_reads else ["out", "workdir"]
     return [command.value(name) for name in names if command.value(name)]
 
 

@@ -204,6 +204,14 @@ def _check_compare(command: Command, outcome: Outcome, root: Path) -> None:
     assert "b − a" in outcome.output
 
 
+def _check_predict(command: Command, outcome: Outcome, root: Path) -> None:
+    with (root / command.value("out")).open() as file:
+        rows = list(csv.DictReader(file))
+    index = records.index(root / command.value("data"), "pheno", "test")
+    assert [int(row["stay_id"]) for row in rows] == index["stay_id"].tolist()
+    assert all(0 <= float(row["Shock"]) <= 1 for row in rows)
+
+
 def _check_report(command: Command, outcome: Outcome, root: Path) -> None:
     text = (root / command.value("out") / "index.html").read_text()
     assert "<table" in text and "MedFuse" in text
@@ -270,6 +278,7 @@ _CHECKS = {
     "medfuse_jax.sweep": _check_sweep,
     "medfuse_jax.ensemble": _check_ensemble,
     "medfuse_jax.compare": _check_compare,
+    "medfuse_jax.predict": _check_predict,
     "medfuse_jax.report": _check_report,
     "medfuse_jax.torch_import": _check_weights,
     "medfuse_jax.bench": _check_bench,

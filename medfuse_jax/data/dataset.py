@@ -85,8 +85,11 @@ def open_dataset(
     statistics: str = "train",
     max_buckets: int = 4,
     modalities: tuple[loading.Modality, ...] = (),
+    to_train: bool = True,
 ) -> Dataset:
     """Open a task's shards; raise UserError if they are missing, damaged or of no use to the method.
+
+    to_train: whether there must be train records.
 
     statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
     {"mean": [76], "std": [76]}.
@@ -95,7 +98,7 @@ def open_dataset(
     # Check all files now, because the test split is read only after days of training.
     records.check_lengths(records.task_dir(data_dir, task), manifest)
     index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
-    if not len(index["train"]["stay_id"]):
+    if to_train and not len(index["train"]["stay_id"]):
         raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")
     use_ehr = use_ehr and not schema.TASKS[task].cxr_only
     if not use_ehr and not any(part["has_cxr"].any() for part in index.values()):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import schema
+from medfuse_jax.runs import inputs
 from medfuse_jax.runtime import files, hosts
 from medfuse_jax.runtime.errors import UserError
 
@@ -45,7 +46,7 @@ def claim(workdir: Path, run, by_sweep: bool = False) -> None:
 def _write_claim(workdir: Path, run) -> None:
     with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(workdir / "data.json", {"digest": run.dataset.digest})
+        files.write_json(workdir / inputs.FILE, inputs.describe(run.dataset))
         config_lib.save(run.config, workdir / "config.json")
 
 
@@ -66,19 +67,19 @@ def check_outside_shards(workdir: Path, data_dir: str) -> None:
 
 def check_data(workdir: Path, run) -> None:
     """Raise UserError if the run's shards are not those that the workdir was trained on."""
-    path = workdir / "data.json"
+    path = workdir / inputs.FILE
     if files.read_json(path, "start again in another --workdir").get("digest") == run.dataset.digest:
         return
-    config, inputs = run.config, [f"{run.config.data.dir}/{run.config.task}"]
+    config, sources = run.config, [f"{run.config.data.dir}/{run.config.task}"]
     if run.dataset.extra:
-        inputs.append(f"the tables of config.model.modalities={config.model.modalities}")
+        sources.append(f"the tables of config.model.modalities={config.model.modalities}")
     if config.data.statistics != "train":
-        inputs.append(f"config.data.statistics={config.data.statistics}")
+        sources.append(f"config.data.statistics={config.data.statistics}")
     raise UserError(
-        f"the data changed after {workdir} was trained ({' or '.join(inputs)}), so its test stays may have been "
+        f"the data changed after {workdir} was trained ({' or '.join(sources)}), so its test stays may have been "
         "trained on: restore the data, or start again in another --workdir",
         path=path,
-        value=inputs,
+        value=sources,
     )
 
 

@@ -1,0 +1,155 @@
+"""Score stays with a trained run: `python -m medfuse_jax.predict --workdir=DIR --data=SHARDS --out=FILE`.
+
+The run's own shards are not needed: its workdir holds its labels, channels and statistics (runs/inputs.py). The shards
+to score may be any build of the run's task with the same time step. A dataset without X-rays can be scored by every
+method that does not need them.
+
+Shapes: N scored records, K labels.
+"""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from medfuse_jax import config as config_lib
+from medfuse_jax import evaluate, parallel, records, schema
+from medfuse_jax import run as run_lib
+from medfuse_jax.data.dataset import open_dataset
+from medfuse_jax.data.modalities import loading
+from medfuse_jax.models import registry
+from medfuse_jax.runs import inputs
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runtime import command_line, compilation, files
+from medfuse_jax.runtime.errors import UserError, check_choice
+from medfuse_jax.sweep import results as sweep_results
+
+ALL = "all"
+_FACTS = ("split", "stay_id", "subject_id", "dicom_id", "has_ehr", "has_cxr")  # columns of a CSV before the labels
+
+
+def predict(
+    workdir: Path | str, data_dir: Path | str, split: str = "test", devices: list[jax.Device] | None = None
+) -> dict[str, np.ndarray]:
+    """Score the records of a dataset with a run's best checkpoint; return arrays in record order.
+
+    workdir: of a run, or of a sweep, which stands for its chosen trial. data_dir: the folder that holds the run's task.
+    split: train, val or test, or 'all' for the three after one another. devices: by default all of this process.
+
+    Returns a dict of arrays:
+        scores float32 [N, K]: probabilities; label_names str [K]
+        stay_id, subject_id int64 [N]; split str [N]; labels int8 [N, K] as in the shards; age float32 [N]
+        has_ehr, has_cxr bool [N]; dicom_id str [N], for a task on X-rays alone
+    Records that the method cannot score, such as stays without an X-ray for uni_cxr, are left out.
+    Raises UserError if the shards' labels, channels or time step are not the run's, or if no record can be scored.
+    """
+    check_choice("--split", split, (*schema.SPLITS, ALL))
+    folder = Path(workdir)
+    if workdir_lib.is_ensemble(folder):
+        raise UserError(f"{folder} holds an ensemble, which has no weights: give a run's workdir", path=folder)
+    folder = sweep_results.chosen_dir(folder) if workdir_lib.is_sweep(folder) else folder
+    run = _open_run(folder, Path(data_dir), devices or parallel.devices())
+    splits = [s for s in schema.SPLITS if run.dataset.usable(s).any()] if split == ALL else [split]
+    if not splits:
+        place = Path(data_dir) / run.config.task
+        message = f"{place} has no record that the method {run.config.method} can score"
+        raise UserError(message, field="--data", path=place)
+    state, _ = evaluate.restore(run, folder)
+    parts = [_score(run, state, s) for s in splits]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return found | {"label_names": np.array(run.dataset.labels)}
+
+
+def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device]) -> run_lib.Run:
+    """Return the run with other shards and its own statistics."""
+    config = config_lib.load(workdir / "config.json")
+    config_lib.check_devices(config, len(on))
+    expected = inputs.read(workdir)
+    modalities = _modalities(config.model.modalities)
+    method = registry.METHODS[config.method].model_class
+    dataset = open_dataset(
+        data_dir,
+        config.task,
+        use_ehr=method.uses_ehr,
+        use_cxr=method.uses_cxr,
+        needs=method.needs,
+        max_buckets=config.data.max_buckets,
+        to_train=False,
+    )
+    inputs.check(expected, dataset, data_dir / config.task)
+    # What stands for the train split's index: its categories.
+    train = {name: np.array(values) for name, values in expected["categories"].items()}
+    extra = {m.name: {s: m.table(part, train) for s, part in dataset.index.items()} for m in modalities}
+    dataset = dataclasses.replace(dataset, mean_F=expected["mean"], std_F=expected["std"], extra=extra)
+    config.data.dir = str(data_dir)
+    return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, modalities, on), on)
+
+
+def _modalities(names: str) -> tuple[loading.Modality, ...]:
+    if own := [name for name in loading.listed(names) if name != "static"]:
+        message = (
+            f"the run reads {own[0]} (config.model.modalities), whose values depend on the run's own shards: "
+            "use medfuse_jax.evaluate"
+        )
+        raise UserError(message, field="--workdir", value=own[0])
+    return loading.load(names)
+
+
+def _score(run: run_lib.Run, state, split: str) -> dict[str, np.ndarray]:
+    include_N = run.dataset.usable(split)
+    scored, _ = evaluate.score(run, state, split, include_N)
+    scored["split"] = np.full(len(scored["scores"]), split)
+    if run.dataset.task.cxr_only:
+        scored["dicom_id"] = _dicom_ids(run, split, np.flatnonzero(include_N))
+    return scored
+
+
+def _dicom_ids(run: run_lib.Run, split: str, record_N: np.ndarray) -> np.ndarray:
+    """Return the X-rays' names, which only the records have."""
+    opened = records.open_split(run.config.data.dir, run.config.task, split, ("dicom_id", "image"))
+    return np.array([opened[i]["dicom_id"] for i in record_N.tolist()])
+
+
+def check_out(path: Path) -> None:
+    """Raise UserError unless `write` can write the file, before hours of scoring."""
+    if path.suffix not in (".npz", ".csv") or path.is_dir():
+        raise UserError(f"--out={path}: give a file that ends in .npz or .csv", field="--out", path=path)
+
+
+def write(path: Path, predicted: dict[str, np.ndarray]) -> None:
+    """Write what `predict` returned as .npz, or as .csv with one row per record and one column per label's score."""
+    with files.must_write(f"--out={path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.written_whole(path) as unfinished:
+            if path.suffix == ".npz":
+                np.savez(unfinished, **predicted)
+                return
+            facts = [name for name in _FACTS if name in predicted]
+            with unfinished.open("w", encoding="utf-8", newline="") as file:
+                rows = csv.writer(file, lineterminator="\n")
+                rows.writerow([*facts, *predicted["label_names"].tolist()])
+                columns = [predicted[name].tolist() for name in facts]
+                for i, score_K in enumerate(predicted["scores"]):
+                    rows.writerow([*(column[i] for column in columns), *map(str, score_K)])
+
+
+def main(argv: list[str]) -> None:
+    options = flags.FLAGS
+    out = Path(options.out)
+    check_out(out)
+    compilation.configure()
+    predicted = predict(options.workdir, options.data, options.split)
+    write(out, predicted)
+    num_labels = len(predicted["label_names"])
+    print(f"written: {out}, {len(predicted['scores'])} records, {num_labels} label{'s'[: num_labels != 1]}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of a finished run, or of a sweep: its chosen trial.", required=True)
+    flags.DEFINE_string("data", None, "Folder of the shards to score, as data_prep.build wrote it.", required=True)
+    flags.DEFINE_string("out", None, "File to write: .npz or .csv.", required=True)
+    flags.DEFINE_string("split", ALL, "train, val, test, or all of them.")
+    command_line.run(main)
