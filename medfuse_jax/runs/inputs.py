@@ -64,8 +64,8 @@ def check(expected: dict, dataset, folder: Path) -> None:
     run_h, found_h = expected.get("timestep_h"), found["timestep_h"]
     if run_h != found_h:
         message = (
-            f"{folder} has time steps of {found_h:g} h, and the run was trained on {run_h:g} h: "
-            f"build the shards with --timestep_h={run_h:g}"
+            f"{folder} has time steps of {found_h} h, and the run was trained on {run_h} h: "
+            f"build the shards with --timestep_h={run_h}"
         )
         raise UserError(message, field="--data", path=folder, value=found_h)
 

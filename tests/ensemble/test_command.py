@@ -73,6 +73,19 @@ def test_the_late_average_is_over_the_members_that_score_a_stay(runs, tmp_path, 
     assert lines[at + 1].split()[:2] == ["with", "X-ray"]  # 'all' is not shown: uni_cxr scores only those
 
 
+def test_an_ensemble_resamples_as_its_first_run_did(runs, tmp_path):
+    names, *_ = runs
+    for name in ("ehr", "cxr"):  # two stays a patient
+        fields = _predictions(tmp_path / name)
+        fields["subject_id"] = fields["subject_id"] // 2
+        np.savez(tmp_path / name / "predictions_test.npz", **fields)
+    assert ensemble.ensemble(names, tmp_path / "by_patient")["resample"] == "patient"
+    _change_result(tmp_path, "ehr", resample="stay")
+    by_stay = ensemble.ensemble(names, tmp_path / "by_stay")
+    assert by_stay["resample"] == "stay" and "num_groups" not in by_stay["subsets"]["all"]
+    assert all("num_groups" not in difference for difference in by_stay["comparisons"])
+
+
 def test_by_cxr_takes_the_first_run_for_stays_with_an_x_ray(runs, tmp_path, data):
     names, ehr, cxr = runs
     ensemble.ensemble(names[::-1], tmp_path / "both", "by_cxr")
