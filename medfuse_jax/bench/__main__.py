@@ -1,27 +1,30 @@
-"""Measure speed: `python -m medfuse_jax.bench [--preset=NAME] [--json=FILE]`.
+"""Measure speed: `python -m medfuse_jax.bench [--preset=NAME] [--minutes=N] [--json=FILE]`.
 
-It needs only jax, flax, optax and numpy, and makes up its input. It also measures PyTorch and scikit-learn where they
-are installed; the 'feed' cases need grain. The presets are in `medfuse_jax/bench/cases.py`.
+It needs only jax, flax, optax, numpy and absl, and makes up its input. It also measures PyTorch and scikit-learn where
+they are installed. The presets are in `medfuse_jax/bench/cases.py`. Each case runs in a process of its own, in order of
+importance; its records are printed, and written to the file, as it ends.
 """
 
 import dataclasses
-import gc
-import importlib
-import importlib.util
 import json
 import os
 import re
 import shlex
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 from absl import flags
 
-from medfuse_jax.bench import cases
+from medfuse_jax.bench import cases, clock, isolated
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError
 
-# Set before jax starts: torch shares the GPU, so jax must not reserve all of its memory.
+_GRACE_S = 10.0  # that a running case gets beyond the budget
+_MAX_SHARE = 0.5  # of the budget, that one case may take: it may hang
+
+# Read when jax starts: torch shares the GPU, so jax must not reserve all of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
@@ -31,26 +34,71 @@ def main(argv: list[str]) -> None:
     if values.list:
         print("\n".join(case.name for case in chosen))
         return
+    if values.data_dir and not Path(values.data_dir).is_dir():
+        raise UserError(f"--data_dir={values.data_dir} is no folder", field="--data_dir", path=values.data_dir)
     out = files.open_to_append(values.json, "--json") if values.json else None
-    if values.preset == "tiny":
-        print("tiny only checks that everything runs; use --preset=cpu to measure", file=sys.stderr)
+    if values.preset == "tiny" or values.tiny:
+        print("tiny sizes only check that everything runs; their numbers mean nothing", file=sys.stderr)
     start = time.perf_counter()
+    if values.preset in cases.PLATFORMS and not values.tiny:
+        isolated.require(cases.PLATFORMS[values.preset])
+    with tempfile.TemporaryDirectory() as cache:
+        if values.preset in cases.PLATFORMS:  # cases share programs, and their time is short
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+        missing = _measure_all(chosen, budget_s, start, values, out)
+    print(f"{time.perf_counter() - start:.0f} s")
+    for outcome in (isolated.FAILED, isolated.LEFT_OUT, isolated.NOT_REACHED):
+        if names := [name for name, ended in missing if ended == outcome]:
+            print(f"{outcome}: {'; '.join(names)}")
+    if any(ended == isolated.FAILED for _, ended in missing):
+        sys.exit(1)
+
+
+def _measure_all(chosen: list[cases.Case], budget_s: float | None, start: float, values, out) -> list[tuple[str, str]]:
+    """Measure the cases in order; print and write each one's records. Return (name, outcome) of those without."""
+    missing, described = [], False
     for number, case in enumerate(chosen, start=1):
         elapsed_s = time.perf_counter() - start
-        say = _progress(f"[{number}/{len(chosen)}, {elapsed_s:.0f} s] {case.name}: ")
-        reason = _why_not(case)
-        if budget_s and elapsed_s > budget_s:
-            reason = f"the budget of {budget_s:.0f} s is used up"
-        if reason:
-            say(f"left out: {reason}", end="\n")
-            continue
-        _measure(case, values, say, out)
-    print(f"{time.perf_counter() - start:.0f} s")
+        prefix = f"[{number}/{len(chosen)}, {elapsed_s:.0f} s] {case.name}: "
+        first = {"case": case.name, "input": "shards" if values.data_dir else "made up", "command": _command()}
+        if budget_s is not None and elapsed_s >= budget_s:
+            rows = [{"outcome": isolated.NOT_REACHED, "reason": f"the budget of {budget_s:.0f} s is used up"}]
+        else:
+            limit_s = None if budget_s is None else _limit_s(budget_s, elapsed_s)
+            rows = isolated.measure(case, values.data_dir or "", prefix, limit_s)
+        for row in rows:
+            record = first | row
+            if "outcome" in row:
+                missing.append((case.name, row["outcome"]))
+                isolated.progress(prefix)(f"{row['outcome']}: {row['reason']}", end="\n")
+            else:
+                if not described:
+                    described = True
+                    print(_machine(row["environment"]), flush=True)
+                print(clock.line(record), flush=True)
+            if out:
+                print(json.dumps(record), file=out, flush=True)
+    return missing
+
+
+def _limit_s(budget_s: float, elapsed_s: float) -> float:
+    """Return the seconds that the next case may take."""
+    return min(_MAX_SHARE * budget_s, budget_s - elapsed_s) + _GRACE_S
+
+
+def _machine(environment: dict) -> str:
+    """Return a line on the device, its driver and the versions."""
+    names = ("driver", "python", "jax", "jaxlib", "flax", "torch")
+    versions = [f"{name} {environment[name]}" for name in names if environment.get(name)]
+    return ", ".join([f"{environment['num_local_devices']} x {environment['device']}", *versions])
 
 
 def _choose(values) -> tuple[list[cases.Case], float | None]:
     """Return the preset's cases that --only matches, changed by the other flags, and the budget in seconds."""
     preset, budget_s = cases.preset(values.preset)
+    if values.tiny:
+        preset = [cases.shrink(case) for case in preset]
+        preset = list({case.name: case for case in preset}.values())
     fields = {
         "repeats": values.repeats,
         "warm_up": values.warm_up,
@@ -70,62 +118,7 @@ def _choose(values) -> tuple[list[cases.Case], float | None]:
         names = "; ".join(case.name for case in changed)
         message = f"--only={values.only} matches no case of --preset={values.preset}: {names}"
         raise UserError(message, field="--only", value=values.only)
-    return chosen, budget_s
-
-
-def _measure(case: cases.Case, values, say, out) -> None:
-    """Measure a case, print its records and write them to `out`."""
-    from medfuse_jax.bench import clock, machine  # late, so that a wrong flag is refused before jax starts
-    from medfuse_jax.runtime import compilation
-
-    compilation.use_cuda_graphs()  # as the commands that train
-
-    data = None
-    if values.data_dir and case.kind in ("step", "feed", "parts", "trials"):
-        from medfuse_jax.data import dataset
-        from medfuse_jax.models import registry
-
-        model_class = registry.METHODS[case.method].model_class
-        uses = {"use_ehr": model_class.uses_ehr, "use_cxr": model_class.uses_cxr}
-        data = dataset.open_dataset(values.data_dir, "pheno", max_buckets=case.max_buckets, **uses)
-    before = machine.moment()
-    rows = importlib.import_module(f"medfuse_jax.bench.{case.kind}").measure(case, data, say)
-    gc.collect()  # the PyTorch graphs hold memory in reference cycles
-    say("", end="\r")
-    environment = machine.environment() | before
-    if "torch" in sys.modules:
-        from medfuse_jax.bench import torch_peer
-
-        environment |= torch_peer.environment()
-    first = {"case": case.name, "input": "shards" if data else "made up", "command": _command()}
-    last = {"settings": dataclasses.asdict(case) | {"sizes": dict(case.sizes)}, "environment": environment}
-    for row in rows:
-        record = first | row | last
-        print(clock.line(record))
-        if out:
-            print(json.dumps(record), file=out, flush=True)
-
-
-def _why_not(case: cases.Case) -> str:
-    """Return why this machine cannot run a case, or ''."""
-    import jax
-
-    if case.kind == "feed" and importlib.util.find_spec("grain") is None:
-        return "grain is not installed (pip install grain)"
-    if case.num_devices > len(jax.local_devices()):
-        return f"it needs {case.num_devices} devices, and this machine has {len(jax.local_devices())}"
-    return ""
-
-
-def _progress(prefix: str):
-    """Return a function that shows progress on one line of a terminal; a text whose `end` is a newline always shows."""
-
-    def say(text: str, end: str = "\r") -> None:
-        if end == "\n" or sys.stderr.isatty():
-            width = 118
-            print(f"{(prefix + text)[:width]:{width}}", end=end, file=sys.stderr, flush=True)
-
-    return say
+    return chosen, budget_s if values.minutes is None else 60 * values.minutes
 
 
 def _command() -> str:
@@ -139,6 +132,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "preset", "tiny", f"Which cases to measure: {', '.join(cases.PRESETS)}. tiny only checks that they run."
     )
+    flags.DEFINE_float("minutes", None, "Time budget, instead of the preset's.", lower_bound=0.0)
+    flags.DEFINE_bool("tiny", False, "Shrink the preset's cases, to check on any machine that they run.")
     flags.DEFINE_string("only", None, "Regular expression: measure only the cases whose name it matches.")
     flags.DEFINE_bool("list", False, "Print the names of the cases and exit.")
     flags.DEFINE_string("json", None, "File to append the records to, one JSON object a line.")

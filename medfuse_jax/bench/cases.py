@@ -4,6 +4,7 @@ A case's contenders take turns on the same batches, so that other load on the ma
 """
 
 import dataclasses
+import json
 
 from medfuse_jax.runtime.errors import check_choice
 
@@ -14,11 +15,12 @@ PEERS = ("torch_released", "torch_tuned")
 class Case:
     """One case of the benchmark.
 
-    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the number of
-    X-ray slots in a batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'shard_map'. num_batches:
-    batches per repeat, at equal quantiles of their longest stay. peers: PyTorch variants to compare with, if torch
-    is installed. sizes: model fields that differ from the released sizes. num_trials: for 'trials' and 'sweep'.
-    num_epochs: for 'sweep'.
+    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the number
+    of X-ray slots in a batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'shard_map'. num_batches: batches
+    per repeat, at equal quantiles of their longest stay. peers: PyTorch variants to compare with, if torch is
+    installed. sizes: model fields that differ from the released sizes. num_trials: for 'trials' and 'sweep'. lanes: for
+    'trials', trials computed in one call; 0: measured. num_epochs: for 'sweep'. kernels: for 'lstm', the only ones to
+    compare with the plain scan; (): all.
     """
 
     kind: str = "step"
@@ -41,6 +43,8 @@ class Case:
     sizes: tuple[tuple[str, object], ...] = ()
     num_trials: int = 10
     num_epochs: int = 3
+    lanes: int = 0
+    kernels: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,14 +53,18 @@ class Case:
             return f"bootstrap N={self.num_stays}"
         if self.kind == "sweep":
             return f"sweep {self.method} {self.num_trials} trials"
-        parts = [self.kind, self.method, f"B={self.batch_size}"]
+        if self.kind == "rates":
+            return "rates of the device"
+        if self.kind == "reading":
+            return f"reading B={self.batch_size} {self.cxr_share:.0%} paired"
+        parts = [self.kind, "+".join(self.kernels) or self.method, f"B={self.batch_size}"]
         if self.method != "uni_ehr" and self.kind != "lstm":
             parts.append(f"{self.cxr_share:.0%} paired")
         parts += [f"{self.timestep_h:g} h", self.precision]
         if self.kind == "feed":
             parts.append(self.placement)
         if self.kind == "trials":
-            parts.append(f"{self.num_trials} trials")
+            parts.append(f"{self.num_trials} trials" + (f" {self.lanes} at once" if self.lanes else ""))
         if self.num_devices > 1:
             parts.append(f"{self.num_devices} devices")
         if self.parallel != "pmap":
@@ -79,26 +87,65 @@ def _cpu() -> list[Case]:
     ]
 
 
-def _h200() -> list[Case]:
-    """Return the cases for one large GPU, the headline first: the time budget may drop the last ones."""
-    bf16: dict = {"precision": "bfloat16", "max_buckets": 1, "num_batches": 8, "repeats": 7, "warm_up": 2}
+_BF16: dict = {"precision": "bfloat16", "max_buckets": 1, "num_batches": 8}
+
+
+def _gpu() -> list[Case]:
+    """Return the cases for one large GPU, the most important first: the time budget may drop the last ones."""
+    lstm: dict = {"kind": "lstm", "precision": "bfloat16", "max_buckets": 4, "num_batches": 8}
+    check: dict = lstm | {"num_batches": 2, "repeats": 3, "peers": ()}
+    tuned: dict = _BF16 | {"peers": ("torch_tuned",)}
     return [
-        Case(batch_size=256, cxr_share=1.0, **bf16),
-        Case(batch_size=16, **bf16 | {"num_batches": 16}),
-        Case(method="uni_cxr", batch_size=256, cxr_share=1.0, **bf16, peers=("torch_tuned",)),
-        Case(kind="feed", batch_size=256, **bf16 | {"num_batches": 32}),
-        Case(kind="feed", batch_size=256, **bf16 | {"num_batches": 32}, placement="device"),
-        Case(kind="lstm", batch_size=256, **bf16 | {"precision": "float32", "max_buckets": 4}),
-        Case(kind="lstm", batch_size=16, **bf16 | {"precision": "float32", "max_buckets": 4}),
+        Case(kind="rates"),
+        Case(**check, kernels=("pallas",)),
+        Case(**check | {"precision": "float32"}, kernels=("pallas",)),
+        Case(**check | {"precision": "float32"}, kernels=("cudnn",)),
+        Case(**lstm),
+        Case(**lstm, batch_size=256),
+        Case(**_BF16),
+        Case(**_BF16, batch_size=256, cxr_share=1.0),
+        *_on_accelerators(),
+        Case(**tuned, method="uni_cxr", batch_size=256, cxr_share=1.0),
+        Case(**_BF16, batch_size=256),
+        Case(**_BF16, cxr_share=1.0),
+        Case(**lstm | {"precision": "float32"}),
+        Case(**lstm | {"precision": "float32"}, batch_size=256),
+        *(Case(**tuned, method=method, batch_size=256) for method in ("uni_ehr", "mmtm3", "daft3")),
         Case(kind="bootstrap", num_stays=11_914),
-        Case(kind="trials", **bf16, peers=()),
-        Case(batch_size=256, **bf16),
-        Case(batch_size=16, cxr_share=1.0, **bf16 | {"num_batches": 16}),
-        Case(kind="lstm", batch_size=256, **bf16 | {"max_buckets": 4}),
-        Case(method="uni_ehr", batch_size=256, **bf16, peers=("torch_tuned",)),
-        Case(method="mmtm3", batch_size=256, **bf16, peers=("torch_tuned",)),
-        Case(method="daft3", batch_size=256, **bf16, peers=("torch_tuned",)),
         Case(kind="first_step", precision="bfloat16"),
+    ]
+
+
+def _tpu() -> list[Case]:
+    """Return the cases for one TPU chip, the most important first. PyTorch and the GPU's kernels do not run there."""
+    lstm: dict = {"kind": "lstm", "precision": "bfloat16", "max_buckets": 4, "num_batches": 8}
+    cases = [
+        Case(kind="rates"),
+        Case(**lstm),
+        Case(**lstm, batch_size=256),
+        Case(**_BF16),
+        Case(**_BF16, batch_size=256, cxr_share=1.0),
+        *_on_accelerators(),
+        Case(**_BF16, method="uni_cxr", batch_size=256, cxr_share=1.0),
+        Case(kind="bootstrap", num_stays=11_914),
+        Case(kind="first_step", precision="bfloat16"),
+    ]
+    return [dataclasses.replace(case, peers=()) for case in cases]
+
+
+def _on_accelerators() -> list[Case]:
+    """Return the cases of a run's other costs: launches, the epoch loop, parts, trials of a sweep, reading."""
+    alone: dict = _BF16 | {"peers": ()}
+    return [
+        Case(kind="trace", **alone),
+        Case(kind="feed", **alone | {"num_batches": 32}, placement="device"),
+        Case(kind="feed", **alone | {"num_batches": 32}, placement="device", batch_size=256),
+        Case(kind="parts", **alone),
+        Case(kind="trials", **alone, lanes=1),
+        Case(kind="trials", **alone, lanes=10),
+        Case(kind="reading", peers=()),
+        Case(kind="reading", peers=(), batch_size=256),
+        Case(kind="feed", **alone | {"num_batches": 32}, batch_size=256),
     ]
 
 
@@ -118,6 +165,7 @@ _TINY: dict = {
 def _tiny() -> list[Case]:
     """Return every kind of case but 'sweep', tiny, to check in seconds that each runs. The numbers mean nothing."""
     kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts", "trials")]
+    kinds += [Case(kind=kind, **_TINY) for kind in ("rates", "trace", "reading")]
     kinds.append(Case(kind="feed", **_TINY, placement="device"))
     return [*kinds, Case(kind="bootstrap", num_stays=500, repeats=5)]
 
@@ -158,13 +206,16 @@ def _methods() -> list[Case]:
 # name -> (cases, seconds after which no further case starts, or None for no limit)
 PRESETS = {
     "cpu": (_cpu, 480.0),
-    "h200": (_h200, 400.0),
+    "gpu": (_gpu, 540.0),
+    "tpu": (_tpu, 540.0),
+    "h200": (_gpu, 540.0),  # the older name of 'gpu'
     "devices": (_devices, None),
     "growth": (_growth, None),
     "methods": (_methods, None),
     "sweeps": (_sweeps, None),
     "tiny": (_tiny, None),
 }
+PLATFORMS = {"gpu": "gpu", "h200": "gpu", "tpu": "tpu"}  # where these presets run; the others run anywhere
 
 
 def preset(name: str) -> tuple[list[Case], float | None]:
@@ -172,3 +223,28 @@ def preset(name: str) -> tuple[list[Case], float | None]:
     check_choice("--preset", name, PRESETS)
     make, budget_s = PRESETS[name]
     return make(), budget_s
+
+
+def shrink(case: Case) -> Case:
+    """Return the case at sizes that a CPU runs in seconds, to check that it runs. Its numbers mean nothing."""
+    if case.kind in ("rates", "sweep"):
+        return case
+    if case.kind == "bootstrap":
+        return dataclasses.replace(case, num_stays=500)
+    kept = {"cxr_share": case.cxr_share, "batch_size": min(case.batch_size, 8), "num_stays": 300}
+    stages = (("resnet_stage_sizes", (1, 1, 1, 1)),)  # mmtm3 and daft3 fuse after the third
+    return dataclasses.replace(case, **_TINY | kept | {"sizes": tuple((dict(_TINY["sizes"]) | dict(stages)).items())})
+
+
+def to_json(case: Case) -> str:
+    """Return the case as JSON, for a process of its own."""
+    return json.dumps(dataclasses.asdict(case))
+
+
+def from_json(text: str) -> Case:
+    """Return the case that `to_json` wrote."""
+    return Case(**{name: _tuples(value) for name, value in json.loads(text).items()})
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -61,16 +61,35 @@ def line(row: dict) -> str:
 
 
 def _remark(row: dict) -> str:
+    parts = []
     if "time_over_ours" in row:
-        error = row.get("difference_from_plain_scan")
-        return f"{row['time_over_ours']['median']:.2f} x ours' time" + (f", {error:.0e} off" if error else "")
+        parts.append(f"{row['time_over_ours']['median']:.2f} x ours' time")
+    if error := row.get("difference_from_plain_scan"):
+        parts.append(f"{error:.0e} off")
     if "cold_s" in row:
-        return f"warm; cold {row['cold_s']:.1f} s"
-    if "share_of_matrix_rate" in row:
-        return f"{row['share_of_matrix_rate']:.0%} of matrix rate"
-    if "padded_share_run" in row:
-        return f"{row['padded_share_run']:.1%} padded"
-    return ""
+        parts.append(f"warm; cold {row['cold_s']:.1f} s")
+    if row.get("images_per_s_device"):
+        parts.append(f"{row['images_per_s_device']:.1f} images/s")
+    parts += [f"{row[name]:.4g} {unit}" for name, unit in _UNITS.items() if row.get(name) is not None]
+    shares = {"share_of_matrix_rate": "matrix rate", "share_of_peak": "peak"}
+    parts += [f"{row[name]:.1%} of {what}" for name, what in shares.items() if row.get(name) is not None]
+    bounds = {"roofline_s": "roofline", "measured_roofline_s": "measured roofline"}
+    parts += [f"{what} {format_s(row[name])}" for name, what in bounds.items() if row.get(name) is not None]
+    if not parts and "padded_share_run" in row:
+        parts.append(f"{row['padded_share_run']:.1%} padded")
+    parts += [f"without {name} ({reason})" for name, reason in row.get("left_out", {}).items()]
+    return ", ".join(parts)
+
+
+_UNITS = {
+    "gb_per_s": "GB/s",
+    "tflop_per_s": "TFLOP/s",
+    "gb_per_repeat_device": "GB",
+    "rows_per_s": "rows/s",
+    "launches_a_step": "launches a step",
+    "device_events_a_step": "on the device a step",
+    "compiled_kernels_a_step": "compiled",
+}
 
 
 def format_s(seconds: float) -> str:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from medfuse_jax.bench import cases
 from medfuse_jax.bench.cases import Case
 
 _ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def _start(case: Case, cache: str) -> tuple[float, dict[str, float]]:
     # Do not preallocate: the parent process may hold most of the GPU's memory.
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "medfuse_jax.bench.first_step", json.dumps(dataclasses.asdict(case))]
+    command = [sys.executable, "-m", "medfuse_jax.bench.first_step", cases.to_json(case)]
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])
@@ -67,6 +68,4 @@ def _first_step(case: Case) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    fields = json.loads(sys.argv[1])
-    fields["sizes"] = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in fields["sizes"])
-    print(json.dumps(_first_step(Case(**fields))))
+    print(json.dumps(_first_step(cases.from_json(sys.argv[1]))))

@@ -75,14 +75,24 @@ def lstm_flops(num_steps: int, width: int = 256, trained: bool = True) -> float:
     return num_steps * (3 * forward - 2 * 4 * width * channels if trained else forward)
 
 
-def step_flops(options: step.StepOptions, state: step.TrainState, batch: dict) -> float:
+def step_flops(
+    options: step.StepOptions, state: step.TrainState, batch: dict, compiled: jax.stages.Compiled | None = None
+) -> float | None:
     """Return XLA's count of the training step, lowered for a GPU with plain operations; state and batch may be shapes.
 
-    XLA counts a loop's body once, no matter how often it runs.
+    XLA counts a loop's body once, no matter how often it runs. compiled: the step as compiled for this machine, which
+    is counted instead where jax cannot count a lowered program: on plug-in backends, such as GPUs and TPUs. None if
+    neither can be counted.
     """
-    options = dataclasses.replace(options, model=options.model.clone(ops="plain"))
+    options = dataclasses.replace(options, model=options.model.clone(ops="plain", recurrence="chunks"))
     traced = jax.jit(functools.partial(step.train_step, options)).trace(state, batch, jax.random.key(0))
-    return traced.lower(lowering_platforms=("cuda",)).cost_analysis()["flops"]
+    cost = traced.lower(lowering_platforms=("cuda",)).cost_analysis()
+    return (cost or compiled_cost(compiled)).get("flops")
+
+
+def compiled_cost(compiled: jax.stages.Compiled | None) -> dict:
+    """Return the compiler's figures of a program ('flops', 'bytes accessed'); {} if it gives none."""
+    return (compiled and compiled.cost_analysis()) or {}
 
 
 def _build(method: str):

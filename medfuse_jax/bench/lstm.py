@@ -4,7 +4,6 @@ Shapes: B rows, T time, F EHR channel, D LSTM width.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medfuse_jax import schema
-from medfuse_jax.bench import clock, cohort
+from medfuse_jax.bench import clock, cohort, flops, machine, roofline, step
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.models import ehr_encoder, resnet
 from medfuse_jax.models.recurrence import cell, scan
@@ -28,29 +27,37 @@ def measure(case: Case, data=None, say=lambda text, end="": None) -> list[dict]:
     """Return one record per contender, on batches sampled from the first epoch. data is ignored."""
     sample = cohort.sample(case)
     width: int = dict(case.sizes).get("ehr_hidden", 256)
-    runs, facts = _ours(case, width, sample, say)
-    runs |= _peers(case, width, sample)
+    runs, facts, left_out = _ours(case, width, sample, say)
+    runs |= _peers(case, width, sample, say)
     seconds = clock.interleave(runs, case.warm_up, case.repeats, say)
     rows, counts = clock.records(seconds), sample.counts()
     for name, row in rows.items():
         row["batches_per_repeat"] = counts["batches_per_repeat"]
         row["samples_per_s"] = round(counts["samples_per_repeat"] / row["seconds"], 2)
         row |= facts.get(name, {})
+    # Bytes: only the compiler's of our own programs, of which a loop's body counts once.
+    valid_time_steps = sum(int(batch["length"].sum()) for batch in sample.batches)
+    total = flops.lstm_flops(valid_time_steps, width)
+    for name in facts:
+        rows[name] |= roofline.shares(total, facts[name]["bytes"], rows[name]["seconds"], case.precision)
+    if left_out:
+        rows[clock.OURS]["left_out"] = left_out
     buckets = len(np.unique(sample.epoch.padded_length_S))  # in the whole epoch, not only in the sampled batches
     rows[clock.OURS] |= sample.padding() | {"buckets_in_epoch": buckets}
     return list(rows.values())
 
 
-def _ours(case: Case, width: int, sample: cohort.Sample, say) -> tuple[dict, dict]:
-    """Return (name -> a pass over the batches, name -> compilations and the difference from the plain scan)."""
+def _ours(case: Case, width: int, sample: cohort.Sample, say) -> tuple[dict, dict, dict]:
+    """Return name -> a pass over the batches, its facts (such as the difference from the plain scan), why left out."""
     weights = _weights(width)
     batches = [(jnp.asarray(batch["ehr"][0]), jnp.asarray(batch["length"][0])) for batch in sample.batches]
-    ours = functools.partial(ehr_encoder.lstm, ops=resnet.ops_for(jax.default_backend()))
+    default = step.recurrence(case)  # as in a run
+    ours = functools.partial(ehr_encoder.lstm, kernel=default, ops=resnet.ops_for(jax.default_backend()))
     recurrences: dict[str, Callable] = {clock.OURS: ours, _PLAIN: _plain}
     if jax.default_backend() == "gpu":
-        others = [kernel for kernel in ehr_encoder.LSTM_KERNELS if kernel != "chunks"]
+        others = case.kernels or [kernel for kernel in ehr_encoder.LSTM_KERNELS if kernel != default]
         recurrences |= {kernel: functools.partial(ehr_encoder.lstm, kernel=kernel) for kernel in others}
-    runs, facts, gradients = {}, {}, {}
+    runs, facts, gradients, left_out = {}, {}, {}, {}
     for name, recurrence in recurrences.items():
         say(f"{name}: compiling")
         gradient_fn = _gradient_fn(recurrence, jnp.dtype(case.precision))
@@ -61,10 +68,14 @@ def _ours(case: Case, width: int, sample: cohort.Sample, say) -> tuple[dict, dic
             if name in (clock.OURS, _PLAIN):
                 raise
             # This GPU or driver cannot run the kernel: measure the others.
-            say(f"{name}: left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", end="\n")
+            left_out[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            say(f"{name}: left out: {left_out[name]}", end="\n")
             continue
         runs[name] = functools.partial(_run, gradient_fn, weights, batches)
         facts[name] = {"compilations": compiled.number, "compile_s": round(compiled.seconds, 2)}
+        facts[name]["bytes"] = _bytes(gradient_fn, weights, batches)
+        if name == clock.OURS:
+            facts[name]["recurrence"] = default
     for name in gradients:
         difference = facts[name]["difference_from_plain_scan"] = _difference(gradients[name], gradients[_PLAIN])
         if difference <= _MAX_DIFFERENCE[case.precision]:  # False for NaN
@@ -73,8 +84,9 @@ def _ours(case: Case, width: int, sample: cohort.Sample, say) -> tuple[dict, dic
         if name in (clock.OURS, _PLAIN):
             raise AssertionError(f"{name}: {problem}")
         say(f"{name}: left out: {problem}", end="\n")
-        del runs[name]
-    return runs, facts
+        left_out[name] = problem
+        del runs[name], facts[name]
+    return runs, facts, left_out
 
 
 def _weights(width: int) -> list[dict]:
@@ -111,14 +123,28 @@ def _run(gradient_fn: Callable, weights, batches) -> None:
     jax.block_until_ready(gradients)
 
 
+def _bytes(gradient_fn: Callable, weights, batches) -> float | None:
+    """Return the bytes that a pass moves by the compiler's figures; None if it gives none."""
+    cost_of = {}
+    for batch in batches:
+        shape = batch[0].shape
+        if shape not in cost_of:
+            cost_of[shape] = flops.compiled_cost(gradient_fn.lower(weights, *batch).compile()).get("bytes accessed")
+    costs = [cost_of[batch[0].shape] for batch in batches]
+    return sum(costs) if all(costs) else None
+
+
 def _difference(gradients, expected) -> float:
     """Return the largest difference of any element, relative to its array's largest; NaN if any element is NaN."""
     differences = jax.tree.map(lambda x, y: jnp.abs(x - y).max() / jnp.abs(y).max(), gradients, expected)
     return float(f"{np.max(jax.tree.leaves(differences)):.2g}")
 
 
-def _peers(case: Case, width: int, sample: cohort.Sample) -> dict[str, Callable[[], None]]:
-    if not case.peers or importlib.util.find_spec("torch") is None:
+def _peers(case: Case, width: int, sample: cohort.Sample, say) -> dict[str, Callable[[], None]]:
+    if not case.peers:
+        return {}
+    if reason := machine.why_no_torch():
+        say(f"without PyTorch: {reason}", end="\n")
         return {}
     from medfuse_jax.bench import torch_peer
 

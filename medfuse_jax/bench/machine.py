@@ -3,6 +3,7 @@
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -28,6 +29,7 @@ def environment() -> dict:
         "platform": devices[0].platform,
         "device": devices[0].device_kind,
         "num_local_devices": len(devices),
+        "driver": _driver(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -44,18 +46,55 @@ def moment() -> dict:
 @functools.cache
 def matrix_flops_per_s(precision: str) -> float:
     """Measure the FLOP/s of a large square matrix product on the first device; return the best of five."""
+    flops, seconds = time_products(precision)
+    return flops / min(seconds)
+
+
+@functools.cache
+def copy_bytes_per_s() -> float:
+    """Measure the bytes/s, read and written, of copies in the first device's memory; return the best of five."""
+    num_bytes, seconds = time_copies()
+    return num_bytes / min(seconds)
+
+
+def time_products(precision: str, repeats: int = 5) -> tuple[float, list[float]]:
+    """Return the operations of a large square matrix product, and its seconds in each repeat."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32), jnp.dtype(precision))
-    multiply = jax.jit(lambda a, b: a @ b)
-    multiply(a, a).block_until_ready()
+    return 2 * size**3, _time(jax.jit(lambda a: a @ a), a, repeats)
+
+
+def time_copies(repeats: int = 5) -> tuple[float, list[float]]:
+    """Return the bytes that a large copy reads and writes, and its seconds in each repeat."""
+    x = jnp.ones((4 if jax.default_backend() == "cpu" else 512) * 2**20, jnp.float32)
+    return 2 * x.nbytes, _time(jax.jit(lambda x: x + 1), x, repeats)
+
+
+def _time(function, x, repeats: int) -> list[float]:
+    """Return the seconds of a call in each repeat of four."""
+    function(x).block_until_ready()
     seconds = []
-    for _ in range(5):
+    for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(4):
-            product = multiply(a, a)
-        product.block_until_ready()
+            out = function(x)
+        out.block_until_ready()
         seconds.append((time.perf_counter() - start) / 4)
-    return 2 * size**3 / min(seconds)
+    return seconds
+
+
+def why_no_torch() -> str:
+    """Return why PyTorch cannot be timed beside jax, or ''. On a GPU it must use that GPU too."""
+    backend = jax.default_backend()
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    if backend == "cpu":
+        return ""
+    if backend != "gpu":
+        return f"torch does not run on a {backend.upper()}"
+    import torch
+
+    return "" if torch.cuda.is_available() else "torch finds no GPU"
 
 
 def peak_device_bytes() -> int | None:
@@ -73,6 +112,16 @@ def _commit() -> str:
         return commit + "+" * bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver; '' without its tool."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
 
 
 def _cpu_model() -> str:

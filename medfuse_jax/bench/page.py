@@ -71,7 +71,7 @@ the traffic at the memory's bandwidth. How to read and repeat it: [docs/performa
 def render(results: Path) -> str:
     """Return the page; raise UserError if there is no record, or a damaged one."""
     paths = sorted(results.glob("*/*.json"))
-    records = {path: read(path) for path in paths if not _is_compiled(path)}
+    records = {path: rows for path in paths if not _is_compiled(path) and (rows := read(path))}
     if not records:
         message = f"{results} has no records (<date>_<name>/*.json): make one with python -m medfuse_jax.bench --json"
         raise UserError(message, path=results)
@@ -89,8 +89,11 @@ def _is_compiled(path: Path) -> bool:
 
 
 def read(path: Path) -> list[dict]:
-    """Return the records of one file; raise UserError (path, row) for a line that is not a record."""
-    return _read_lines(path, _check)
+    """Return the records of one file; raise UserError (path, row) for a line that is not a record.
+
+    Cases that failed, were left out or not reached are skipped.
+    """
+    return [row for row in _read_lines(path, _check) if "outcome" not in row]
 
 
 def _read_lines(path: Path, check: Callable[[dict], None]) -> list[dict]:
@@ -113,6 +116,8 @@ def _read_lines(path: Path, check: Callable[[dict], None]) -> list[dict]:
 
 def _check(row: dict) -> None:
     """Raise ValueError, KeyError or TypeError if a field that the pages read is missing or of the wrong type."""
+    if "outcome" in row:
+        return
     environment = row["environment"]
     texts = {name: row[name] for name in ("case", "contender", "command")}
     texts |= {name: environment[name] for name in ("commit", "time", "platform", "device")}

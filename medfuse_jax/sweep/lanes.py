@@ -15,7 +15,7 @@ import numpy as np
 
 from medfuse_jax.runtime import errors, files
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import results, stacked_step
+from medfuse_jax.sweep import stacked_step
 
 
 @dataclasses.dataclass
@@ -32,6 +32,8 @@ class Capacity:
     is_given: bool = False
 
     def write(self) -> None:
+        from medfuse_jax.sweep import results  # late: the benchmark measures lanes on machines without ml_collections
+
         results.write_json(self.path, {"lanes": self.lanes, "at_once": self.at_once})
 
     def next_wave(self, trials: list, num_devices: int) -> list:

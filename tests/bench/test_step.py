@@ -27,8 +27,22 @@ def test_record_of_the_step_is_consistent():
     assert row["samples_per_s"] == pytest.approx(row["samples_per_repeat"] / row["seconds"], rel=1e-3)
     assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"] and len(row["seconds_all"]) == 2
     assert row["compilations"] == len(set(plan.padded_length_S)) == 2
+    assert row["gb_per_repeat_device"] > 0 and row["recurrence"] == "chunks" and row["augmentation"] == "in all"
     assert row["tflop_per_s_device"] > 0 and 0 < row["share_of_matrix_rate"] < 1.5
     assert row["step_memory_gb"] > 0 and 0 < row["padded_share_run"] < row["padded_share_bucket"] < 1
+
+
+def test_operations_are_those_of_the_compiled_program_where_a_plug_in_counts_no_lowered_one(monkeypatch):
+    case = _case("step", num_batches=1)
+    (expected,) = step.measure(case)
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda lowered: None)
+    (row,) = step.measure(case)
+    # The compiled program has the CPU's forms of convolution, and its own count of elementwise operations.
+    assert row["tflop_per_repeat_device"] == pytest.approx(expected["tflop_per_repeat_device"], rel=0.3)
+    assert row["gb_per_repeat_device"] > 0 and row["measured_roofline_s"] > 0
+    monkeypatch.setattr(jax.stages.Compiled, "cost_analysis", lambda compiled: None)
+    (row,) = step.measure(case)
+    assert row["seconds"] > 0 and row["tflop_per_s_device"] is None and row["measured_roofline_s"] is None
 
 
 @pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
@@ -53,10 +67,30 @@ def test_trials_are_compared_with_single_runs(monkeypatch):
     monkeypatch.setattr(trials.Trials, "run", lambda trials: passes.append("together"))
     case = _case("trials", method="uni_ehr", repeats=2, num_batches=1, num_trials=3)
     ours, alone, one = trials.measure(case)
+    assert ours["samples_per_s"] == pytest.approx(3 * ours["samples_per_repeat"] / ours["seconds"], rel=0.01)
     assert [row["contender"] for row in (ours, alone, one)] == ["ours", "runs_alone", "one_run"]
     assert {"1"} < set(ours["lanes_step_s"]) <= {"1", "2", "3"} and str(ours["lanes"]) in ours["lanes_step_s"]
     # A warm-up and two repeats, each with three runs, one run, and one pass of all trials.
     assert case.warm_up == 1 and passes.count("single") == 3 * (3 + 1) and passes.count("together") == 3
+
+
+@pytest.mark.slow
+def test_lanes_may_be_given():
+    case = _case("trials", method="uni_ehr", num_batches=1, num_trials=3, lanes=2)
+    ours, one = trials.measure(case)
+    assert (ours["lanes"], ours["lanes_step_s"], one["contender"]) == (2, {}, "one_run")
+    assert "2 at once" in case.name
+
+
+def test_threads_read_what_grain_reads(monkeypatch):
+    case = _case("feed", num_batches=3)
+    sample = cohort.sample(case)
+    read = []
+    for has_grain in (True, False):
+        monkeypatch.setattr(feed, "_has_grain", lambda has_grain=has_grain: has_grain)
+        read.append(list(feed._batches(case, sample)))
+    assert len(read[0]) == 3
+    jax.tree.map(np.testing.assert_array_equal, *read)
 
 
 @pytest.mark.slow
