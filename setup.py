@@ -41,7 +41,9 @@ setup(
         "optuna": ["optuna>=4"],
         "beam": ["apache-beam>=2.70"],
         "torch": ["torch>=2.6", "safetensors"],
+        # CUDA comes with the packages. CUDA 12 runs on NVIDIA's drivers from 525 on, also new ones; 13 from 580 on.
         "gpu": ["jax[cuda12]>=0.10"],
+        "gpu13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
     },
     classifiers=[

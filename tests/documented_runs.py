@@ -54,7 +54,7 @@ _OUT = {"data_prep.build": "shards", "data_prep.images.beam": "images", "data_pr
 # The quickest case of each benchmark preset, as a pattern for --only.
 SMALLEST = {
     "cpu": "uni_ehr",
-    "h200": "lstm.*B=16",
+    "gpu": "lstm medfuse B=8.*bfloat16",
     "growth": "uni_ehr B=16 4 h",
     "devices": "2 devices$",
     "sweeps": "sweep early",
@@ -150,6 +150,7 @@ def _for_sweep(command: Command) -> list[str]:
 def _for_bench(command: Command) -> list[str]:
     preset = command.value("preset")
     sizes = ["--repeats=1", *(["--warm_up=0", "--trials=3"] if preset == "sweeps" else [])]
+    sizes += ["--tiny"] if preset == "gpu" else []
     return [f"--only={SMALLEST[preset]}", *sizes, f"--json=bench_{preset}.json"]
 
 

@@ -59,14 +59,14 @@ def copy_bytes_per_s() -> float:
 
 def time_products(precision: str, repeats: int = 5) -> tuple[float, list[float]]:
     """Return the operations of a large square matrix product, and its seconds in each repeat."""
-    size = 1024 if jax.default_backend() == "cpu" else 8192
+    size = 1024 if jax.local_devices()[0].platform == "cpu" else 8192
     a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32), jnp.dtype(precision))
     return 2 * size**3, _time(jax.jit(lambda a: a @ a), a, repeats)
 
 
 def time_copies(repeats: int = 5) -> tuple[float, list[float]]:
     """Return the bytes that a large copy reads and writes, and its seconds in each repeat."""
-    x = jnp.ones((4 if jax.default_backend() == "cpu" else 512) * 2**20, jnp.float32)
+    x = jnp.ones((4 if jax.local_devices()[0].platform == "cpu" else 512) * 2**20, jnp.float32)
     return 2 * x.nbytes, _time(jax.jit(lambda x: x + 1), x, repeats)
 
 

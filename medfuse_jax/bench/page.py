@@ -48,8 +48,10 @@ _TAIL = """## How to read it
 - `step`: one training step, on batches that are already on the device. B is the batch size; "19% paired" is the
   fraction of stays with an X-ray; "2 h" is one time step of the series, whose lengths are those of phenotyping.
 - `torch_released`: the model as the released code runs it: float32, NCHW, packed series, and a zero image through the
-  ResNet for every stay without an X-ray. `torch_tuned`: channels_last, padded series, fused Adam, no zero images, and
-  on a GPU TF32, cuDNN, `torch.compile` and autocast. Both are timed without augmentation, ours with it.
+  ResNet for every stay without an X-ray; on a GPU, convolutions in TF32, torch's default. `torch_tuned`: channels_last,
+  padded series, fused Adam, no zero images, and on a GPU TF32, cuDNN, autocast and the fastest of four forms: eager,
+  compiled ResNet, compiled model, compiled model in CUDA graphs. A record's `augmentation` says "in all" if all
+  contenders augment X-rays on the device; in records without it, only ours does.
 - `lstm`: the EHR encoder's recurrence alone, forward and backward. `bootstrap`: 1000 resamples of the test metrics;
   `sklearn_loop` is one resample of scikit-learn's functions, times 1000.
 - `trials`: the steps of ten trials of a sweep, against ten single runs (`runs_alone`) or one (`one_run`).

@@ -8,14 +8,15 @@ compare its scores with ours. The training step has two variants:
 - RELEASED runs as the released code does: float32, NCHW, packed series, and a zero image through the ResNet for every
   stay without an X-ray.
 - TUNED runs as a careful user would: channels_last, cuDNN's padded LSTM, TF32, cudnn.benchmark, fused Adam,
-  torch.compile for the ResNet on a GPU, bfloat16 autocast if requested, and no zero images.
+  bfloat16 autocast if requested, no zero images, and on a GPU the fastest of the ways to compile (`torch_forms`).
 
-Both get augmented float32 X-rays, since the released code augments in its data loader. Ours augments in the step, and
-its time includes that.
+All contenders augment X-rays on the device, within the step (`torch_augment`), ours included. Differs from the released
+code, which augments in its data loader.
 """
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +25,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import rnn
 
+from medfuse_jax.augment import ImageOptions
+from medfuse_jax.bench import torch_augment, torch_forms
 from medfuse_jax.models import registry
 
 
@@ -276,7 +279,7 @@ def device() -> torch.device:
 def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.ndarray | None, mean_F, std_F) -> dict:
     """Convert one of our one-device batches (`data.batches`) to the variant's inputs, on the peer's device.
 
-    image_PCHW: its X-rays as three standardised channels.
+    image_PCHW: its X-rays as three standardised channels; None: the step makes them from the stored ones, 'stored'.
     """
     num_rows = batch["valid"].shape[1]
     row_P, mask_P = (batch[n][0] if n in batch else np.zeros(0, np.int64) for n in ("image_row", "image_mask"))
@@ -295,6 +298,8 @@ def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.nda
         else:
             out["image"] = image_PCHW
         out["row"] = row_P.astype(np.int64)
+    elif "image" in batch:
+        out |= {"stored": batch["image"][0], "row": row_P.astype(np.int64)}
     on = {name: torch.as_tensor(np.ascontiguousarray(value)).to(device()) for name, value in out.items()}
     if variant.channels_last and "image" in on:
         on["image"] = on["image"].to(memory_format=torch.channels_last)
@@ -303,12 +308,12 @@ def batch_for(variant: Variant, batch: dict[str, np.ndarray], image_PCHW: np.nda
     return on
 
 
-def train_step(model: Peer, optimizer, batch: dict, precision: str):
-    """Update the model once; return the loss as a tensor on the device."""
+def train_step(forward: Callable, optimizer, batch: dict, precision: str):
+    """Update the model once; return the loss as a tensor on the device. forward: the model, or a compiled one."""
     optimizer.zero_grad(set_to_none=True)
     with _autocast(precision):
         inputs = (batch.get(name) for name in ("ehr", "length", "image", "row", "has_cxr"))
-        logits_BK = model(*inputs)
+        logits_BK = forward(*inputs)
     loss_BK = functional.binary_cross_entropy_with_logits(logits_BK.float(), batch["label"], reduction="none")
     loss = (loss_BK * batch["valid"][:, None]).sum() / (batch["valid"].sum() * loss_BK.shape[1])
     loss.backward()
@@ -317,30 +322,48 @@ def train_step(model: Peer, optimizer, batch: dict, precision: str):
 
 
 def runner(
-    variant: Variant, method: str, num_labels: int, batches: list[dict], precision: str, sizes: dict
-) -> Callable[[], None]:
-    """Return a function that trains once on `batches` (from `batch_for`) and waits until it is done.
+    variant: Variant,
+    method: str,
+    num_labels: int,
+    batches: list[dict],
+    precision: str,
+    sizes: dict,
+    image: ImageOptions,
+    say: Callable = lambda text: None,
+) -> tuple[Callable[[], None], dict]:
+    """Return a function that trains once on `batches` (from `batch_for`) and waits until it is done, and how it runs.
 
-    The released variant always runs in float32. sizes: fields of `Peer`.
+    The released variant always runs in float32. sizes: fields of `Peer`. On a GPU the tuned variant is timed in each
+    form of `torch_forms`, and the fastest is kept.
     """
-    torch.manual_seed(0)
-    model = Peer(method, num_labels, packed=variant.packed, **sizes).to(device()).train()
-    if variant.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    on_gpu = device().type == "cuda"
-    if variant.tuned_kernels and on_gpu and hasattr(model, "cxr_model"):
-        model.cxr_model.vision_backbone.compile(dynamic=False)
-    fused = True if variant.tuned_kernels else None
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=fused)
     precision = precision if variant.tuned_kernels else "float32"
 
-    def run() -> None:
-        _set_kernels(variant)
-        for batch in batches:
-            train_step(model, optimizer, batch, precision)
-        synchronise()
+    def make(form: torch_forms.Form) -> Callable[[], None]:
+        torch.manual_seed(0)
+        model = Peer(method, num_labels, packed=variant.packed, **sizes).to(device()).train()
+        if variant.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        fused = True if variant.tuned_kernels else None
+        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=fused)
+        forward, prepare = (
+            form(model),
+            form.images(
+                functools.partial(torch_augment.images_for, variant.zero_images, variant.channels_last, options=image)
+            ),
+        )
 
-    return run
+        def run() -> None:
+            _set_kernels(variant)
+            for batch in batches:
+                form.begin_step()
+                train_step(forward, optimizer, prepare(batch), precision)
+            synchronise()
+
+        return run
+
+    if not variant.tuned_kernels or device().type == "cpu":
+        return make(torch_forms.EAGER), {"torch_form": torch_forms.EAGER.name}
+    return torch_forms.fastest(make, say)
 
 
 def lstm_runner(

@@ -106,6 +106,19 @@ def test_file_without_records_is_named(tmp_path, line, row):
     assert (error.value.path, error.value.row) == (path, row)
 
 
+def test_cases_that_were_not_measured_are_skipped(tmp_path):
+    unreached = {
+        "case": "rates of the device",
+        "command": "c",
+        "outcome": "not reached",
+        "reason": "the budget is used up",
+    }
+    _write(tmp_path, _row(4.5), unreached)
+    _write(tmp_path, unreached, name="2026-01-02_none")
+    text = page.render(tmp_path)
+    assert "| 4.50 (" in text and "2026-01-01_cpu" in text and "2026-01-02_none" not in text
+
+
 def test_headline_record_without_a_ratio_is_refused(tmp_path):
     row = _row()
     del row["time_over_ours"]
@@ -132,7 +145,7 @@ def test_unreadable_file_and_empty_folder_are_named(tmp_path):
 
 
 def test_every_headline_row_is_a_case_of_a_preset():
-    presets = {"cpu": ("cpu", "sweeps"), "gpu": ("h200",)}
+    presets = {"cpu": ("cpu", "sweeps"), "gpu": ("gpu",)}
     names = {platform: [c.name for p in held for c in cases.preset(p)[0]] for platform, held in presets.items()}
     for platform, case, contender, _ in page.HEADLINE:
         assert any(name.startswith(case) for name in names[platform]), case

@@ -7,10 +7,11 @@ import model_cases
 import numpy as np
 import pytest
 
-from medfuse_jax import losses, torch_import
+from medfuse_jax import augment, losses, torch_import
 from medfuse_jax.models import registry
 
 torch = pytest.importorskip("torch", reason="the peers need torch: pip install '.[torch]'")
+torch_augment = pytest.importorskip("medfuse_jax.bench.torch_augment")
 torch_peer = pytest.importorskip("medfuse_jax.bench.torch_peer")
 
 _SIZES = {**model_cases.TINY, "resnet_stage_sizes": (1, 1, 1, 1), "dropout": 0.0}
@@ -113,3 +114,36 @@ def test_only_the_released_batch_has_zero_images():
     assert released["image"].shape[0] == _ROWS and tuned["image"].shape[0] == 3
     assert not released["image"][[1, 3]].any() and torch.equal(released["image"][2], tuned["image"][0])
     assert tuned["image"].is_contiguous(memory_format=torch.channels_last)
+
+
+def _stored_batch():
+    batch, _ = _batch()
+    return batch | {"image": np.random.default_rng(1).integers(0, 256, (1, 3, 48, 48), np.uint8)}
+
+
+def test_stored_images_are_augmented_on_the_device_and_reach_their_rows():
+    options = augment.ImageOptions(
+        resize_px=40, crop_px=32, crop="random", flip=True, rotation_deg=45.0, scale=(0.8, 1.2), translation=0.1
+    )
+    prepared = {}
+    for name, variant in torch_peer.VARIANTS.items():
+        torch.manual_seed(0)
+        prepared[name] = torch_augment.images_for(
+            variant.zero_images, variant.channels_last, _placed(variant, _stored_batch(), None), options
+        )
+    released, tuned = (prepared[name]["image"] for name in ("torch_released", "torch_tuned"))
+    assert released.shape == (_ROWS, 3, 32, 32) and tuned.shape == (3, 3, 32, 32)
+    assert torch.equal(released[2], tuned[0]) and torch.equal(released[0], tuned[1]) and not released[[1, 3]].any()
+    assert prepared["torch_released"]["row"].tolist() == [0, 1, 2, 3]
+    assert tuned.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_runner_trains_from_stored_images():
+    options = augment.ImageOptions(
+        resize_px=32, crop_px=32, crop="center", flip=True, rotation_deg=45.0, scale=(0.8, 1.2), translation=0.1
+    )
+    for variant in torch_peer.VARIANTS.values():
+        placed = [_placed(variant, _stored_batch(), None)]
+        run, facts = torch_peer.runner(variant, "medfuse", 3, placed, "float32", _SIZES, options)
+        run()
+        assert facts["torch_form"] == "eager" or torch_peer.device().type == "cuda"
