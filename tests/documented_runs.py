@@ -54,7 +54,7 @@ _OUT = {"data_prep.build": "shards", "data_prep.images.beam": "images", "data_pr
 # The quickest case of each benchmark preset, as a pattern for --only.
 SMALLEST = {
     "cpu": "uni_ehr",
-    "gpu": "lstm medfuse B=8.*bfloat16",
+    "gpu": "lstm cudnn",
     "growth": "uni_ehr B=16 4 h",
     "devices": "2 devices$",
     "sweeps": "sweep early",

@@ -62,7 +62,9 @@ def _measure_all(chosen: list[cases.Case], budget_s: float | None, start: float,
         prefix = f"[{number}/{len(chosen)}, {elapsed_s:.0f} s] {case.name}: "
         first = {"case": case.name, "input": "shards" if values.data_dir else "made up", "command": _command()}
         if budget_s is not None and elapsed_s >= budget_s:
-            rows = [{"outcome": isolated.NOT_REACHED, "reason": f"the budget of {budget_s:.0f} s is used up"}]
+            rows: list[dict] = [
+                {"outcome": isolated.NOT_REACHED, "reason": f"the budget of {budget_s:.0f} s is used up"}
+            ]
         else:
             limit_s = None if budget_s is None else _limit_s(budget_s, elapsed_s)
             rows = isolated.measure(case, values.data_dir or "", prefix, limit_s)

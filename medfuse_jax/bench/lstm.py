@@ -107,7 +107,7 @@ def _plain(weights: dict, x_BTF, length_B, dtype):
     return scan.masked_lstm(weights, x_BTF, cell.valid_time_steps(length_B, x_BTF.shape[1]), dtype)
 
 
-def _gradient_fn(recurrence: Callable, dtype) -> Callable:
+def _gradient_fn(recurrence: Callable, dtype) -> jax.stages.Wrapped:
     """Return a compiled function: (weights, series, lengths) -> gradients of both layers' weights."""
 
     def loss(weights, x_BTF, length_B):
@@ -123,7 +123,7 @@ def _run(gradient_fn: Callable, weights, batches) -> None:
     jax.block_until_ready(gradients)
 
 
-def _bytes(gradient_fn: Callable, weights, batches) -> float | None:
+def _bytes(gradient_fn: jax.stages.Wrapped, weights, batches) -> float | None:
     """Return the bytes that a pass moves by the compiler's figures; None if it gives none."""
     cost_of = {}
     for batch in batches:
