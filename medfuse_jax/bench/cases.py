@@ -15,12 +15,12 @@ PEERS = ("torch_released", "torch_tuned")
 class Case:
     """One case of the benchmark.
 
-    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the number
-    of X-ray slots in a batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'shard_map'. num_batches: batches
-    per repeat, at equal quantiles of their longest stay. peers: PyTorch variants to compare with, if torch is
-    installed. sizes: model fields that differ from the released sizes. num_trials: for 'trials' and 'sweep'. lanes: for
-    'trials', trials computed in one call; 0: measured. num_epochs: for 'sweep'. kernels: for 'lstm', the only ones to
-    compare with the plain scan; (): all.
+    kind: the module of this folder that measures it. cxr_share: fraction of paired stays; it sets the number of
+    X-ray slots in a batch. placement: config.placement, for 'feed'. parallel: 'pmap' or 'shard_map'. num_batches:
+    batches per repeat, at equal quantiles of their longest stay. peers: PyTorch variants to compare with, if torch
+    is installed. sizes: model fields that differ from the released sizes. num_trials: for 'trials' and 'sweep'.
+    lanes: for 'trials', trials computed in one call; 0: measured. num_epochs: for 'sweep'. kernels: for 'lstm', the
+    only ones to compare with the plain scan; (): all.
     """
 
     kind: str = "step"
