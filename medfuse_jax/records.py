@@ -18,8 +18,9 @@ of `ehr`, and those of the stay's P X-rays with cxr_time_h <= label_time_h[i]. T
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,19 +78,34 @@ def features(num_labels: int, hourly: bool = False):
     return tfds.features.FeaturesDict({name: feature(*of) for name, of in layout(num_labels, hourly).items()})
 
 
-def decode(example: bytes, fields: dict[str, tuple[type, tuple | None]]) -> dict:
-    """Return the fields (see `layout`) of a serialized `tf.train.Example`; raise ValueError if it has others.
+def parser() -> Callable[[bytes], Any]:
+    """Return the function that parses a serialized `tf.train.Example` into its fields; it raises ValueError.
 
-    Arrays are read-only views of the record's bytes.
+    Get it once, before threads use it: threads that import TFDS at the same time wait for each other for ever.
     """
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
 
+    from_string = tf_example_pb2.Example.FromString
+
+    def parse(example: bytes):
+        try:
+            return from_string(example).features.feature
+        except DecodeError as error:
+            raise ValueError(str(error) or "not an Example") from None
+
+    return parse
+
+
+def decode(stored: Any, fields: dict[str, tuple[type, tuple | None]]) -> dict:
+    """Return the fields (see `layout`) of a parsed record; raise ValueError if it lacks one.
+
+    Arrays are read-only views of the record's bytes.
+    """
     try:
-        stored = tf_example_pb2.Example.FromString(example).features.feature
         return {name: _value(stored[name], *of) for name, of in fields.items()}
-    except (DecodeError, IndexError) as error:
-        raise ValueError(str(error) or type(error).__name__) from None
+    except IndexError:
+        raise ValueError("it lacks a field") from None
 
 
 def _value(stored, dtype: type, shape: tuple | None):
@@ -200,6 +216,7 @@ class Split(Sequence):
 
     def __init__(self, source: Sequence[bytes], fields: dict[str, tuple[type, tuple | None]], name: str):
         self._source, self._fields, self._name = source, fields, name
+        self._parse = parser()
 
     def __len__(self) -> int:
         return len(self._source)
@@ -208,7 +225,7 @@ class Split(Sequence):
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self._name} has {len(self)} records; {i} is out of range")
         try:
-            record = decode(self._source[i % len(self)], self._fields)
+            record = decode(self._parse(self._source[i % len(self)]), self._fields)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"record {i} of {self._name} is damaged ({error}): {_REBUILD}", value=i) from None
         if "cxr_time_h" in self._fields:  # an hourly task: all X-rays of the stay, by time

@@ -1,5 +1,8 @@
 """Records as we decode them are those that TFDS reads."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from build_cases import assert_same_as_tfds
@@ -29,3 +32,15 @@ def test_a_damaged_record_is_refused_by_its_number(shards, spoil):
     assert damaged[0]["stay_id"] == split[0]["stay_id"]
     with refused(value=1):
         damaged[1]
+
+
+def test_threads_read_at_once_in_a_process_that_has_read_nothing(shards):
+    """Importing TFDS in two threads at once used to stop both for ever."""
+    code = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from medfuse_jax import records; "
+        "split = records.open_split(sys.argv[1], 'pheno', 'train'); "
+        "assert 'tensorflow_datasets.proto.tf_example_generated_pb2' in sys.modules; "
+        "print(len(list(ThreadPoolExecutor(8).map(split.__getitem__, range(40)))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(shards)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "40\n", done.stderr
