@@ -7,6 +7,7 @@ the LSTM on all of them and on the 144 with an X-ray.
 Seed 0: LSTM 0.647 [0.625, 0.666], MedFuse 0.723 [0.703, 0.742], +0.076 [+0.058, +0.097]; X-ray +0.128 [+0.094, +0.162].
 Seed 1: LSTM 0.638, MedFuse 0.721, +0.083 [+0.063, +0.102]; X-ray +0.124.
 Seed 2: LSTM 0.665, MedFuse 0.737, +0.072 [+0.051, +0.093]; X-ray +0.119.
+These intervals resample stays (docs/evaluation.md); the command now resamples patients.
 Other machines and versions of jax change these by a few hundredths. docs/notes.md says why the encoders are frozen.
 """
 
