@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
         missing = _measure_all(chosen, budget_s, start, values, out)
     print(f"{time.perf_counter() - start:.0f} s")
-    for outcome in (isolated.FAILED, isolated.LEFT_OUT, isolated.NOT_REACHED):
+    for outcome in (isolated.FAILED, isolated.OUT_OF_TIME, isolated.LEFT_OUT, isolated.NOT_REACHED):
         if names := [name for name, ended in missing if ended == outcome]:
             print(f"{outcome}: {'; '.join(names)}")
     if any(ended == isolated.FAILED for _, ended in missing):

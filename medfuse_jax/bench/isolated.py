@@ -23,7 +23,8 @@ from medfuse_jax.runtime.errors import UserError
 
 _ROOT = Path(__file__).parents[2]
 _START_S = 180  # within which jax must find the device
-LEFT_OUT, FAILED, NOT_REACHED = "left out", "failed", "not reached"
+LEFT_OUT, FAILED, OUT_OF_TIME, NOT_REACHED = "left out", "failed", "out of time", "not reached"
+_ENDED = "ended after"
 
 
 def measure(case: Case, data_dir: str, prefix: str, limit_s: float | None = None) -> list[dict]:
@@ -33,7 +34,7 @@ def measure(case: Case, data_dir: str, prefix: str, limit_s: float | None = None
     """
     rows, problem = _child({"case": cases.to_json(case), "data_dir": data_dir, "prefix": prefix}, limit_s)
     # Its records may be there although it did not end, or not well.
-    return rows or [{"outcome": FAILED, "reason": problem}]
+    return rows or [{"outcome": OUT_OF_TIME if problem.startswith(_ENDED) else FAILED, "reason": problem}]
 
 
 def require(platform: str) -> None:
@@ -63,7 +64,7 @@ def _child(request: dict, limit_s: float | None) -> tuple[list[dict], str]:
             code = child.wait(limit_s)
             problem = f"killed by signal {-code}" if code < 0 else f"exit status {code}" if code else ""
         except subprocess.TimeoutExpired:
-            problem = f"ended after {limit_s:.0f} s, its share of the time"
+            problem = f"{_ENDED} {limit_s:.0f} s, its share of the time"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
