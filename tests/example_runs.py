@@ -120,6 +120,7 @@ def write_evaluation(
         "num_left_out": 0,
         "data": {"dir": "simulated_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
         "labels": list(schema.TASKS[task].labels),
+        "resample": "stay",
         "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},
         "comparisons": comparisons,
         "environment": {

@@ -20,11 +20,13 @@ from medfuse_jax import run as run_lib
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.runs import sources, workdir
 
+_ONE_PROCESS = {"coordinator": None, "num_processes": None, "process": None, "distributed": False}
+
 
 @pytest.fixture
 def run_main(monkeypatch):
     def run(config, folder):
-        given = SimpleNamespace(config=config.copy_and_resolve_references(), workdir=str(folder))
+        given = SimpleNamespace(config=config.copy_and_resolve_references(), workdir=str(folder), **_ONE_PROCESS)
         monkeypatch.setattr(main, "flags", SimpleNamespace(FLAGS=given))
         main.main([])
 

@@ -13,10 +13,11 @@ def set_data_dir(config: ConfigDict) -> None:
     if not config.data.dir:
         stages = config_lib.stages(config).values()
         tasks = dict.fromkeys([config.task, *(stage.task for stage in stages), config.data.cxr_task])
-        config.data.dir = str(_build(config.data.synthetic_stays, config.data.synthetic_cxr_fraction, list(tasks)))
+        config.data.dir = str(build(config.data.synthetic_stays, config.data.synthetic_cxr_fraction, list(tasks)))
 
 
-def _build(num_stays: int, cxr_fraction: float, tasks: list[str]) -> Path:
+def build(num_stays: int, cxr_fraction: float, tasks: list[str]) -> Path:
+    """Build a synthetic cohort in the cache, unless it is there; return the folder of its shards."""
     from data_prep import build
     from data_prep.synthetic import tree
 

@@ -26,7 +26,7 @@ def test_ratios_are_taken_within_each_repeat():
         ({"time_over_ours": {"median": 12.34}}, "12.34 x ours' time"),
         ({"time_over_ours": {"median": 1.5}, "difference_from_plain_scan": 7e-7}, "1.50 x ours' time, 7e-07 off"),
         ({"cold_s": 30.0}, "warm; cold 30.0 s"),
-        ({"share_of_matrix_rate": 0.5}, "50% of matrix rate"),
+        ({"share_of_matrix_rate": 0.5}, "50.0% of matrix rate"),
         ({"padded_share_run": 0.05}, "5.0% padded"),
         ({}, ""),
     ],

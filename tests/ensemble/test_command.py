@@ -79,6 +79,7 @@ def test_an_ensemble_resamples_as_its_first_run_did(runs, tmp_path):
         fields = _predictions(tmp_path / name)
         fields["subject_id"] = fields["subject_id"] // 2
         np.savez(tmp_path / name / "predictions_test.npz", **fields)
+    _change_result(tmp_path, "ehr", resample="patient")
     assert ensemble.ensemble(names, tmp_path / "by_patient")["resample"] == "patient"
     _change_result(tmp_path, "ehr", resample="stay")
     by_stay = ensemble.ensemble(names, tmp_path / "by_stay")

@@ -115,7 +115,8 @@ def test_the_gke_file_starts_one_sweep_on_all_hosts():
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert rows * columns == spec["completions"] * container["resources"]["limits"]["google.com/tpu"]
     assert container["command"][:4] == ["python", "-m", "medfuse_jax.sweep", "--distributed"]
-    source = (ROOT / "medfuse_jax" / "sweep" / "__main__.py").read_text()
+    files = (ROOT / "medfuse_jax" / name for name in ("sweep/__main__.py", "runtime/command_line.py"))
+    source = "".join(path.read_text() for path in files)
     known = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
     used = {re.match(r"--([\w.]+)", flag)[1].split(".")[0] for flag in container["command"][3:]}
     assert used <= known and "workdir" in used
