@@ -11,10 +11,10 @@ import numpy as np
 from medfuse_jax.bench import clock, cohort, isolated
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.data import batches as batches_lib
-from medfuse_jax.data import dataset, synthetic
+from medfuse_jax.data import dataset
 from medfuse_jax.data.dataset import Dataset
 
-_NEEDS = ("grain", "array_record", "tensorflow_datasets", "google.protobuf", "polars")
+_NEEDS = ("grain", "array_record", "tensorflow_datasets", "google.protobuf", "polars", "ml_collections")
 _NUM_STAYS = 1500  # as the demo's
 
 
@@ -24,6 +24,8 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
         return [{"outcome": isolated.LEFT_OUT, "reason": f"{', '.join(missing)} is not installed"}]
     if data is not None:
         return _read(case, data, say)
+    from medfuse_jax.data import synthetic  # late: it needs packages that a benchmark's machine may lack
+
     say("building the synthetic cohort")
     folder = synthetic.build(_NUM_STAYS, case.cxr_share, ["pheno"])
     return _read(case, dataset.open_dataset(folder, "pheno", max_buckets=case.max_buckets), say)

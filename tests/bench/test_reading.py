@@ -4,12 +4,13 @@ import dataclasses
 
 from medfuse_jax import records
 from medfuse_jax.bench import cases, reading
+from medfuse_jax.data import synthetic
 
 _CASE = dataclasses.replace(cases.Case(kind="reading", num_stays=40, batch_size=4, cxr_share=0.5), repeats=1, warm_up=0)
 
 
 def test_rows_and_images_are_counted(shards, monkeypatch):
-    monkeypatch.setattr(reading.synthetic, "build", lambda num_stays, cxr_fraction, tasks: shards)
+    monkeypatch.setattr(synthetic, "build", lambda num_stays, cxr_fraction, tasks: shards)
     (row,) = reading.measure(_CASE)
     index = records.index(shards, "pheno", "train")
     counts = {"rows_per_s": len(index["stay_id"]), "images_read_per_s": index["has_cxr"].sum()}
