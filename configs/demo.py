@@ -1,13 +1,12 @@
 """The whole pipeline on a synthetic cohort, with small encoders: MedFuse compared with the LSTM.
 
 Command: python -m medfuse_jax.main --config=configs/demo.py
-Hardware and time: 2 CPU cores, 104 s for the whole command; 55 to 59 s once data and programs are cached.
+Hardware and time: 2 CPU cores, 82 and 94 s for the whole command, nothing cached (two runs).
 Result to expect (2026-11-29, jax 0.10.2): macro AUROC [95 % CI] on the 305 test stays, then the lead of MedFuse over
-the LSTM on all of them and on the 144 with an X-ray.
-Seed 0: LSTM 0.647 [0.625, 0.666], MedFuse 0.723 [0.703, 0.742], +0.076 [+0.058, +0.097]; X-ray +0.128 [+0.094, +0.162].
-Seed 1: LSTM 0.638, MedFuse 0.721, +0.083 [+0.063, +0.102]; X-ray +0.124.
-Seed 2: LSTM 0.665, MedFuse 0.737, +0.072 [+0.051, +0.093]; X-ray +0.119.
-These intervals resample stays (docs/evaluation.md); the command now resamples patients.
+the LSTM on all of them and on the 144 with an X-ray. The intervals resample patients.
+Seed 0: LSTM 0.654 [0.634, 0.675], MedFuse 0.734 [0.712, 0.754], +0.079 [+0.060, +0.099]; X-ray +0.126 [+0.091, +0.157].
+Seed 1: LSTM 0.593, MedFuse 0.659, +0.067 [+0.039, +0.092]; X-ray +0.119.
+Seed 2: LSTM 0.660, MedFuse 0.742, +0.082 [+0.060, +0.104]; X-ray +0.142.
 Other machines and versions of jax change these by a few hundredths. docs/notes.md says why the encoders are frozen.
 """
 
