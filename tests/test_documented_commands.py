@@ -234,7 +234,7 @@ def _check_bench(command: Command, outcome: Outcome, root: Path) -> None:
 
 def _check_compiled(command: Command, outcome: Outcome, root: Path) -> None:
     rows = [json.loads(line) for line in (root / command.value("json")).read_text().splitlines()]
-    assert all(row["fits"] and row["launches"] > 0 for row in rows) and "fits" in outcome.output
+    assert all(row["fits"] and row["kernels"] > 0 for row in rows) and "fits" in outcome.output
 
 
 def _check_page(name: str):
