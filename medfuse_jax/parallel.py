@@ -71,7 +71,8 @@ def over_devices(
     in_axes, out_axes: 0 for leaves that are divided over the devices by their leading axis, which `fn` does not see;
     None for leaves that every device has whole. A sum over `AXIS` in `fn` is over all devices.
     """
-    if mode == "pmap" and not hosts.spans():
+    on_one_host = len({device.process_index for device in on}) == 1
+    if mode == "pmap" and on_one_host:
         static = {"static_broadcasted_argnums": static_argnums, "donate_argnums": donate_argnums}
         return jax.pmap(fn, AXIS, in_axes=in_axes, out_axes=out_axes, devices=list(on), **static)
 
@@ -80,7 +81,7 @@ def over_devices(
 
         def part(*parts):
             given = dict(zip(dynamic, parts))
-            own = [_first(given[i]) if in_axes[i] == 0 else given.get(i, args[i]) for i in range(len(args))]
+            own = [one_device(given[i]) if in_axes[i] == 0 else given.get(i, args[i]) for i in range(len(args))]
             return jax.tree.map(lambda x: x if out_axes is None else x[None], fn(*own))
 
         specs = tuple(_spec(in_axes[i]) for i in dynamic)
@@ -95,13 +96,9 @@ def _spec(axis: int | None) -> PartitionSpec:
     return PartitionSpec(AXIS) if axis == 0 else PartitionSpec()
 
 
-def _first(tree):
+def one_device(tree):
+    """Return one device's part, such as a batch, without its device axis."""
     return jax.tree.map(lambda x: x[0], tree)
-
-
-def one_device(batch: dict) -> dict:
-    """Return a batch for one device without its device axis."""
-    return _first(batch)
 
 
 def replicate(tree, on: list[jax.Device]):

@@ -77,7 +77,7 @@ def step(on: list[jax.Device], sizes: Sizes) -> Program:
     """Return the training step over some devices."""
     run = _run(on, sizes, np.arange(sizes.rows) < sizes.images)
     batch = _batch(run)
-    step_fn = parallel.compile_train(run.options, _mode(run), on)
+    step_fn = parallel.compile_train(run.options, run.config.parallel, on)
     replicated, divided = _shardings(on)
     args = (*_placed((run.abstract_state(), batch), replicated, divided), _placed_on(_key(), replicated))
     jitted = Step(_with_trace(step_fn), tuple(on), lambda others: step(others, sizes))
@@ -106,10 +106,10 @@ def _part(name: str, on: list[jax.Device], sizes: Sizes) -> Program:
 def held(on: list[jax.Device], sizes: Sizes) -> Program:
     """Return radiology's pre-training with its X-rays held on the devices, an epoch in one call."""
     run = _run(on, sizes, np.ones(_NUM_RADIOLOGY_CXR, bool))
-    plan, mode = _plan(run), _mode(run)
+    plan = _plan(run)
     store = device_store.shapes(run.dataset, "train", run.selects("train"))
     rows = _shapes(device_store.deal(plan, range(len(plan)), len(on)))
-    epoch_fn = feed.compile_on_device(run.options, mode, on, in_loop=True)
+    epoch_fn = feed.compile_on_device(run.options, run.config.parallel, on, in_loop=True)
     replicated, divided = _shardings(on)
     state, rows = _placed((run.abstract_state(), rows), replicated, divided)
     number = _shape((), jnp.int32)
@@ -136,11 +136,6 @@ def _run(on: list[jax.Device], sizes: Sizes, has_cxr_N: np.ndarray) -> run_lib.R
     if not dataset.usable("train").any():
         raise UserError(f"--images=0 leaves {sizes.method} nothing to read", field="--images", value=0)
     return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, (), on), on)
-
-
-def _mode(run: run_lib.Run) -> str:
-    """Return how the run's steps are divided over its devices: pmap is for those of one host."""
-    return run.config.parallel if len({device.process_index for device in run.devices}) == 1 else "shard_map"
 
 
 def _plan(run: run_lib.Run) -> plan_lib.Plan:
