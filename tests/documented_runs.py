@@ -163,6 +163,12 @@ _WEIGHTS = (".safetensors", ".pth.tar")
 # A folder from which Python starts as if torch, an optional package, were not installed: tensorboardX imports it where
 # it is, which takes 3 s of each run.
 _WITHOUT_TORCH = "without_torch"
+# Hidden from the search. A None in sys.modules would do for imports, but scipy looks there for the module's classes.
+_HIDE_TORCH = """from importlib.machinery import PathFinder
+
+_find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *others: None if name == "torch" else _find(name, *others)
+"""
 
 
 def reads(command: Command) -> list[str]:
@@ -249,7 +255,7 @@ class Workspace:
             assert count == 1, name
             page.write_text(blanked)
         (target / _WITHOUT_TORCH).mkdir()
-        (target / _WITHOUT_TORCH / "sitecustomize.py").write_text('import sys\n\nsys.modules["torch"] = None\n')
+        (target / _WITHOUT_TORCH / "sitecustomize.py").write_text(_HIDE_TORCH)
 
     @property
     def root(self) -> Path:
