@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models.weight import weight
+
 EPSILON = 1e-5
 MOMENTUM = 0.9  # 0.1 in torch's convention
 
@@ -37,8 +39,8 @@ class BatchNorm(nn.Module):
         shortcut_PHWC: jax.Array | None = None,
     ) -> jax.Array:
         features = (x_PHWC.shape[-1],)
-        scale_C = self.param("scale", nn.initializers.ones_init(), features)
-        bias_C = self.param("bias", nn.initializers.zeros_init(), features)
+        scale_C = weight(self, "scale", nn.initializers.ones_init(), features)
+        bias_C = weight(self, "bias", nn.initializers.zeros_init(), features)
         mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         var = self.variable("batch_stats", "var", jnp.ones, features)
         running = (mean.value, var.value)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from medfuse_jax.models import max_pool
 from medfuse_jax.models.batch_norm import BatchNorm
 from medfuse_jax.models.cpu import conv as cpu_conv
+from medfuse_jax.models.weight import weight
 
 # torchvision's ImageNet statistics, for the three equal channels that the released code feeds.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -60,7 +61,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x_PHWC: jax.Array) -> jax.Array:
         shape = (self.size_px, self.size_px, x_PHWC.shape[-1], self.features)
-        return _conv(self.ops, x_PHWC, self.param("kernel", _conv_init, shape), self.stride, self.size_px // 2)
+        return _conv(self.ops, x_PHWC, weight(self, "kernel", _conv_init, shape), self.stride, self.size_px // 2)
 
 
 class StemConv(nn.Module):
@@ -77,7 +78,7 @@ class StemConv(nn.Module):
 
     @nn.compact
     def __call__(self, image_PHWC: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _conv_init, (7, 7, 3, self.features))
+        kernel = weight(self, "kernel", _conv_init, (7, 7, 3, self.features))
         channels = image_PHWC.shape[-1]
         assert channels in (1, 2, 3), f"an X-ray has 1, 2 or 3 channels, not {channels}"
         if channels == 1:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from medfuse_jax.models.recurrence.cell import NUM_GATES
+from medfuse_jax.models.weight import weight
 
 
 class LstmWeights(nn.Module):
@@ -29,10 +30,10 @@ class LstmWeights(nn.Module):
             bias_init = nn.initializers.zeros_init()
         num_gates = NUM_GATES * self.width
         return {
-            "input_kernel": self.param("input_kernel", input_init, (num_inputs, num_gates)),
-            "recurrent_kernel": self.param("recurrent_kernel", recurrent_init, (self.width, num_gates)),
+            "input_kernel": weight(self, "input_kernel", input_init, (num_inputs, num_gates)),
+            "recurrent_kernel": weight(self, "recurrent_kernel", recurrent_init, (self.width, num_gates)),
             # torch has two biases, but only their sum matters
-            "bias": self.param("bias", bias_init, (num_gates,)),
+            "bias": weight(self, "bias", bias_init, (num_gates,)),
         }
 
 
