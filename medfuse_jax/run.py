@@ -41,6 +41,12 @@ class Run:
             include_N = include_N & self.dataset.index[split]["has_cxr"] & has_stay_N
         return include_N
 
+    @property
+    def selected_by_loss(self) -> bool:
+        """Whether the validation loss selects the model, because no label of the validation stays has both classes."""
+        label_NK = self.dataset.index["val"]["label"][self.selects("val")]
+        return bool((label_NK == label_NK[:1]).all())
+
     def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Alternating:
         """Return the training batches of one epoch, alternating with batches of X-rays if there is a cxr_dataset."""
         seed = self.config.seed if self.config.data.order_seed < 0 else self.config.data.order_seed

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from refusals import refused
 
+from medfuse_jax import evaluate, train
 from medfuse_jax import run as run_lib
-from medfuse_jax import train
 
 
 @pytest.fixture
@@ -61,3 +61,17 @@ def test_an_ehr_only_ratio_that_leaves_no_record_is_refused(ehr_run):
     without = dataclasses.replace(ehr_run, dataset=dataclasses.replace(ehr_run.dataset, index=index))
     with refused(field="config.data.ehr_only_ratio", value=0.0):
         run_lib._check_batches(without)
+
+
+def test_without_a_validation_auroc_the_loss_selects_and_a_sweep_is_refused(ehr_run, capsys):
+    val = ehr_run.dataset.index["val"]
+    index = ehr_run.dataset.index | {"val": val | {"label": np.zeros_like(val["label"])}}
+    run = dataclasses.replace(ehr_run, dataset=dataclasses.replace(ehr_run.dataset, index=index))
+    assert not ehr_run.selected_by_loss and run.selected_by_loss
+    train.preflight(ehr_run, {})
+    assert capsys.readouterr().out == ""
+    train.preflight(run, {})
+    assert f"no label of the {len(val['label'])} validation stays" in capsys.readouterr().out
+    assert evaluate._selected_by(run, {}, best_epoch=2) == "loss (no label has both classes) on all validation stays"
+    with refused(field="config.data.dir"):
+        train.preflight(run, {}, by_sweep=True)

@@ -13,7 +13,8 @@ _PLATEAU_THRESHOLD = 1e-4
 class Progress:
     """State of a run at its last validation, saved with each checkpoint.
 
-    best_auroc: validation AUROC of the selected epoch, which is best_epoch (0: none yet).
+    best_auroc: validation AUROC of the selected epoch, which is best_epoch (0: none yet). selected_loss: the validation
+    loss that selected it, where no label has both classes and so there is no AUROC.
     """
 
     epoch: int = 0
@@ -22,12 +23,13 @@ class Progress:
     best_epoch: int = 0
     best_loss: float = math.inf
     epochs_since_best_loss: int = 0
+    selected_loss: float = math.inf
 
     def update(self, epoch: int, val_loss: float, val_auroc: float, plateau_epochs: int) -> bool:
-        """Record one validation; return whether its AUROC is the best so far.
+        """Record one validation; return whether its AUROC, or without one its loss, is the best so far.
 
         The learning rate is halved after more than `plateau_epochs` validations in a row without a lower loss, counted
-        as in torch's ReduceLROnPlateau. A NaN AUROC (no label with both classes) is the best only if it is the first.
+        as in torch's ReduceLROnPlateau. val_auroc: NaN in every epoch if no label has both classes.
         """
         self.epoch = epoch
         if val_loss < self.best_loss * (1 - _PLATEAU_THRESHOLD):
@@ -36,11 +38,14 @@ class Progress:
             self.epochs_since_best_loss += 1
         if self.epochs_since_best_loss > plateau_epochs:
             self.learning_rate, self.epochs_since_best_loss = self.learning_rate / 2, 0
-        auroc = -math.inf if math.isnan(val_auroc) else val_auroc
-        if auroc > self.best_auroc or self.best_epoch == 0:
-            self.best_auroc, self.best_epoch = auroc, epoch
-            return True
-        return False
+        if math.isnan(val_auroc):
+            is_best = val_loss < self.selected_loss or self.best_epoch == 0
+            self.selected_loss = min(val_loss, self.selected_loss)
+        else:
+            is_best = val_auroc > self.best_auroc or self.best_epoch == 0
+            self.best_auroc = max(val_auroc, self.best_auroc)
+        self.best_epoch = epoch if is_best else self.best_epoch
+        return is_best
 
     def should_stop(self, early_stop_epochs: int) -> bool:
         return self.epoch - self.best_epoch >= early_stop_epochs

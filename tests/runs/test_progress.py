@@ -2,8 +2,6 @@
 
 import math
 
-import pytest
-
 from medfuse_jax.runs.progress import Progress
 
 
@@ -32,9 +30,13 @@ def test_stops_after_epochs_without_a_higher_auroc():
     assert progress.should_stop(15) and progress.best_epoch == 1
 
 
-def test_nan_auroc_is_best_only_in_the_first_epoch():
+def test_without_an_auroc_the_lowest_validation_loss_selects():
     progress = Progress()
-    assert progress.update(1, 0.5, math.nan, 10)
-    assert progress.update(2, 0.5, 0.4, 10)
-    assert not progress.update(3, 0.5, math.nan, 10)
-    assert progress.best_auroc == pytest.approx(0.4)
+    assert [progress.update(e, loss, math.nan, 10) for e, loss in enumerate([0.6, 0.5, 0.5, 0.4, 0.7], 1)] == [
+        True,
+        True,
+        False,  # equal is not lower
+        True,
+        False,
+    ]
+    assert progress.best_epoch == 4 and progress.selected_loss == 0.4 and progress.best_auroc == -math.inf
