@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["medfuse_jax*", "data_prep*"]),
-    package_data={"medfuse_jax": ["py.typed", "bench/h200.txtpb"], "data_prep": ["py.typed"]},
+    package_data={"medfuse_jax": ["py.typed", "bench/h200.txtpb", "paper/published.csv"], "data_prep": ["py.typed"]},
     install_requires=[
         "absl-py",
         "array_record",

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,3 +211,6 @@ TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if not task.hourly)
 SPLITS = ("train", "val", "test")
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown
 IMAGE_SIZE_PX = 256  # X-rays are stored square, one grey uint8 channel
+
+# Age groups of Hayat et al. 2022, Table 5: years, low <= age < high.
+AGE_GROUPS = ((18, 40), (40, 60), (60, 80), (80, math.inf))

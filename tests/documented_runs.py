@@ -115,6 +115,7 @@ def as_run(command: Command) -> Command:
         "medfuse_jax.torch_import": lambda command: _SIZES if command.value("config") else (),
         "medfuse_jax.bench": _for_bench,
         "medfuse_jax.bench.compiled": _for_compiled,
+        "medfuse_jax.paper": _for_paper,
         "data_prep.bench": lambda command: ("--copies=8", "--repeats=1"),
     }.get(command.module, lambda command: ())
     return dataclasses.replace(command, flags=(*command.flags, *more(command)))
@@ -145,6 +146,11 @@ def _for_sweep(command: Command) -> list[str]:
         return list(_SIZES)  # the README's sweep runs all ten trials, and measures the lanes
     # One lane: measuring compiles a program for each number of lanes.
     return [*_SIZES, "--trials=3", "--lanes=1", *(["--round=2"] if command.value("round") else [])]
+
+
+def _for_paper(command: Command) -> list[str]:
+    methods = "medfuse" if command.value("preset") else "lstm"
+    return ["--tasks=mortality", f"--methods={methods}", "--trials=1", "--epochs=1"]
 
 
 def _for_bench(command: Command) -> list[str]:

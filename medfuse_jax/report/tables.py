@@ -19,7 +19,6 @@ _SUBSET_TITLES = {
     "cxr_only": "Test X-rays without time series",
     "had_both": "Test {unit} with time series and X-ray before one was dropped",
 }
-_AGE_GROUPS = ((18, 40), (40, 60), (60, 80), (80, np.inf))  # years, low <= age < high; paper, Table 5
 _NUM_BOOTSTRAP = 1000
 _MAX_OTHERS = 5  # other runs' dots in a label's bar
 _CHANCE = 0.5
@@ -146,7 +145,7 @@ def _age_groups(predictions: dict, include_N: np.ndarray) -> list[tuple[str, int
     """Return (group, deaths, stays, values) for every age group with an included stay."""
     rng = np.random.default_rng(0)
     groups = []
-    for low, high in _AGE_GROUPS:
+    for low, high in schema.AGE_GROUPS:
         rows = np.flatnonzero(include_N & (predictions["age"] >= low) & (predictions["age"] < high))
         if not len(rows):
             continue

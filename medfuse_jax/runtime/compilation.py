@@ -27,6 +27,13 @@ def configure() -> None:
     use_cuda_graphs()
 
 
+def optimise_little() -> None:
+    """Let XLA compile in a third of the time, before jax looks for devices: for models too small to run for long."""
+    add_xla_flag("--xla_backend_optimization_level=0")
+    if jax.__version__.startswith("0.10."):  # later versions do not know the flag
+        add_xla_flag("--xla_cpu_use_fusion_emitters=false")
+
+
 def use_cuda_graphs() -> None:
     """Let XLA put loops and convolutions into CUDA graphs too, where there may be a GPU, before jax looks for it.
 

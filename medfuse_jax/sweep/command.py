@@ -30,11 +30,12 @@ _DEFAULT_ROUND = 5  # trials per round; more if there are more devices
 class Request:
     """The flags of the command, named as there except `specs` (--search) and `per_round` (--round).
 
-    None stands for the default of num_trials, lanes and per_round.
+    None stands for the default of num_trials, lanes and per_round. listed: a `sweep(add)` that takes the place of the
+    one in the config's file.
     """
 
     config: ConfigDict
-    config_path: Path
+    config_path: Path | None
     workdir: Path
     specs: list[str]
     num_trials: int | None = None
@@ -43,6 +44,7 @@ class Request:
     algorithm: str = "random"
     per_round: int | None = None
     export: Sequence[int] = ()
+    listed: Callable | None = None
 
 
 def run(request: Request, process: hosts.Process, start_s: float) -> None:
@@ -161,7 +163,7 @@ def _plan_trials(request: Request, draws: bool) -> _Trials:
     is_random = request.algorithm == "random"
     if request.per_round and is_random:
         raise UserError("--round needs --algorithm=optuna: random trials have no rounds", field="--round")
-    listed = search.sweep_function(request.config_path)
+    listed = request.listed or (request.config_path and search.sweep_function(request.config_path))
     specs = request.specs or [search.PAPER_SEARCH]
     if listed and request.specs and draws:
         print(f"--search replaces the trials listed in {request.config_path}")

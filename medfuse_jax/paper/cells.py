@@ -1,0 +1,111 @@
+"""What tables are made of: numbers of ours beside the paper's, and how to make a row of them.
+
+A cell is text or a Value. Every format (HTML, Markdown, CSV, LaTeX, JSON) is written from these cells.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from medfuse_jax.paper import published
+from medfuse_jax.paper.results import TaskResults
+from medfuse_jax.paper.scores import Evaluation, Scores
+
+METRICS = ("auroc", "auprc")
+TASK_NAMES = {"pheno": "phenotyping", "mortality": "mortality"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One number of ours, with its 95 % interval and the paper's number, where there are any.
+
+    p: of a difference. digits: after the point; None for scientific notation. is_change: whether it is a difference.
+    """
+
+    ours: float
+    ci: Sequence[float] = (math.nan, math.nan)
+    paper: published.Number | None = None
+    p: float = math.nan
+    digits: int | None = 3
+    is_change: bool = False
+
+    @property
+    def low(self) -> float:
+        return float(self.ci[0])
+
+    @property
+    def high(self) -> float:
+        return float(self.ci[1])
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether our number lies outside the paper's interval."""
+        return self.paper is not None and self.paper.excludes(self.ours)
+
+
+@dataclasses.dataclass
+class Table:
+    """A table, or the data of a figure. rows: one cell per column."""
+
+    name: str
+    title: str
+    head: list[str]
+    rows: list[list]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+class Maker:
+    """Makes rows with AUROC and AUPRC for each task."""
+
+    def __init__(self, tasks: list[TaskResults], evaluation: Evaluation):
+        self.tasks = tasks
+        self.evaluation = evaluation
+
+    def of(self, task: str) -> TaskResults | None:
+        return next((r for r in self.tasks if r.task == task), None)
+
+    def heads(self) -> list[str]:
+        return [f"{TASK_NAMES[r.task]}, {m.upper()}" for r in self.tasks for m in METRICS]
+
+    def test(self, id: str, on: str) -> list[Scores | None]:
+        """Return a model's test scores for each task. on: 'all' stays, or those 'paired' with an X-ray."""
+        tested = [r.models[id].test if id in r.models else None for r in self.tasks]
+        return [test and test.paired if on == "paired" else test for test in tested]
+
+    def title(self, id: str) -> str:
+        return next(r.models[id].title for r in self.tasks if id in r.models)
+
+    def row(self, of_tasks: Sequence[Scores | None], table: str = "", row: str = "") -> list:
+        """Return the cells of one row; [] if no task has scores. table, row: where the paper's numbers are."""
+        cells = []
+        for r, part in zip(self.tasks, of_tasks):
+            has_any = part is not None and len(part.stay_id) > 0
+            cells += self.macro(part, (table, r.task, row)) if has_any else [""] * len(METRICS)
+        return cells if any(cells) else []
+
+    def macro(self, part: Scores, paper: tuple[str, str, str] = ("", "", ""), suffix: str = "") -> list[Value]:
+        """Return the means over labels. paper: table, task and row of its numbers; suffix: of the metric's name."""
+        return macro_values(self.evaluation.metrics(part), paper, suffix)
+
+    def differences(self, ours: Sequence[Scores | None], others: Sequence[Scores | None]) -> list:
+        """Return the cells of one row of paired differences, ours minus the other's; [] if no task has both."""
+        cells: list = []
+        for a, b in zip(ours, others):
+            if a is None or b is None:
+                cells += [""] * len(METRICS)
+                continue
+            d = self.evaluation.difference(a, b)
+            for m in METRICS:
+                cells.append(Value(d[f"{m}_macro"], d[f"{m}_macro_ci"], p=d[f"{m}_macro_p"], is_change=True))
+        return cells if any(cells) else []
+
+    def missing(self) -> list[str]:
+        """Return a note for every model that there is not."""
+        return [f"{TASK_NAMES[r.task]}: no {id} ({why})." for r in self.tasks for id, why in r.missing.items()]
+
+
+def macro_values(evaluated: dict, paper: tuple[str, str, str], suffix: str = "") -> list[Value]:
+    return [
+        Value(evaluated[f"{m}_macro"], evaluated[f"{m}_macro_ci"], published.number(*paper, f"{m}{suffix}"))
+        for m in METRICS
+    ]

@@ -1,0 +1,65 @@
+"""All tables and figures in the paper's order, and the numbers that must be equal between them."""
+
+import dataclasses
+import math
+
+from medfuse_jax.paper import figures, tables
+from medfuse_jax.paper.cells import Maker, Table, Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Two numbers of ours that describe the same thing."""
+
+    what: str
+    a: float
+    b: float
+
+    @property
+    def holds(self) -> bool:
+        return math.isclose(self.a, self.b, rel_tol=0, abs_tol=1e-9) or (math.isnan(self.a) and math.isnan(self.b))
+
+
+def make_all(make: Maker, counts: dict) -> tuple[list[Table], list[Check]]:
+    """Return the tables that have a row, and the self-checks. counts: see `figures.figure_1`."""
+    made = [
+        figures.figure_1(counts),
+        *(maker(make) for maker in (tables.table_1, tables.table_2, tables.table_3, tables.table_4, figures.figure_4)),
+        *(maker(make) for maker in (tables.table_5, tables.table_a1)),
+        *(maker(make) for maker in (figures.figure_a1, figures.figure_a2, figures.figure_a3)),
+        *(maker(make) for maker in (tables.table_a2, tables.table_a3)),
+    ]
+    made = [table for table in made if table.rows]
+    return made, _checks({table.name: table for table in made}, make.heads())
+
+
+def _checks(made: dict[str, Table], heads: list[str]) -> list[Check]:
+    opt = (tables.OPT_TITLE, "partial", "paired")
+    pairs = (
+        ("Figure A2 at 0 % and Table 2", _row(made, "figure_a2", "0 %"), _row(made, "table_2", tables.OPT_TITLE)),
+        (
+            "Figure A2 at 100 % and Table 1",
+            _row(made, "figure_a2", "100 %"),
+            _row(made, "table_1", f"{tables.OPT_TITLE}, no X-ray"),
+        ),
+        ("Figure A3 at 0 % and Table 2", _row(made, "figure_a3", "0 %"), _row(made, "table_2", tables.OPT_TITLE)),
+        ("Figure A3 at 100 % and Table 3", _row(made, "figure_a3", "100 %"), _row(made, "table_3", tables.OPT_TITLE)),
+    )
+    checks = [
+        Check(f"{what}, {head}", a.ours, b.ours)
+        for what, ours, others in pairs
+        for head, a, b in zip(heads, ours, others)
+    ]
+    means = _row(made, "table_4", "Average")
+    of_table_1 = _row(made, "table_1", "LSTM", "EHR, partial", "paired")[:2] + _row(made, "table_1", *opt)[:2]
+    return checks + [
+        Check(f"Table 4's mean and Table 1, {head}", mean.ours, value.ours)
+        for head, mean, value in zip(made["table_4"].head[4:8] if means else [], means, of_table_1)
+    ]
+
+
+def _row(made: dict[str, Table], name: str, *texts: str) -> list[Value]:
+    """Return the numbers of the row that starts with these texts; [] if there is none."""
+    rows = made[name].rows if name in made else []
+    found = next((row for row in rows if tuple(row[: len(texts)]) == texts), [])
+    return [cell for cell in found[1:] if isinstance(cell, Value)]

@@ -1,0 +1,122 @@
+"""The data of Figures 1, 4 and A1 to A3 of Hayat et al. 2022, as tables, and the curves drawn from them."""
+
+import matplotlib as mpl
+import numpy as np
+
+from medfuse_jax import schema
+from medfuse_jax.paper import published, scores
+from medfuse_jax.paper.cells import METRICS, TASK_NAMES, Maker, Table, Value
+from medfuse_jax.report.html import CHART_STYLE, new_figure, run_color, svg
+
+_SHARES = tuple(round(0.1 * n, 1) for n in range(11))
+_CURVES = ("figure_a1", "figure_a2", "figure_a3")
+_WIDTH_PX, _HEIGHT_PX = 420, 280
+
+
+def figure_1(counts: dict[str, dict[str, tuple[int, int]]]) -> Table:
+    """Return the sizes of the splits. counts: task -> split -> (stays or X-rays, those with an X-ray)."""
+    body = []
+    for task, by_split in counts.items():
+        unit = schema.TASKS[task].unit
+        for split, (count, paired) in by_split.items():
+            cells = [
+                Value(n, paper=published.number("figure1", task, split, what), digits=0)
+                for n, what in ((count, unit), (paired, "paired"))
+            ]
+            body.append([f"{schema.TASKS[task].title}, {split}", unit, cells[0], "" if unit == "X-rays" else cells[1]])
+    notes = ["The paper's counts are of MIMIC-IV 1.0; those of mortality are of X-rays up to the end of the stay."]
+    head = ["Dataset", "Unit", "Records", "With an X-ray"]
+    return Table("figure_1", "Figure 1. The splits", head, body, notes)
+
+
+def figure_4(make: Maker) -> Table:
+    title = "Figure 4. By type of phenotype, on the test stays with an X-ray"
+    head = ["Type", *(f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS)]
+    table, r = Table("figure_4", title, head, []), make.of("pheno")
+    if r is None or not {"E1", "OPT"} <= r.models.keys():
+        return table
+    kinds = {p.name: p.kind for p in schema.PHENOTYPES}
+    for kind in ("acute", "mixed", "chronic"):
+        columns = [k for k, label in enumerate(r.labels) if kinds.get(label) == kind]
+        if not columns:
+            continue
+        cells = []
+        for id, name in (("E1", "lstm"), ("OPT", "medfuse")):
+            paired = r.models[id].test.paired
+            part = paired.part(np.ones(len(paired.stay_id), bool), columns)
+            cells += make.macro(part, ("figure4", "pheno", kind), f"_{name}")
+        table.rows.append([kind, *cells])
+    return table
+
+
+def figure_a1(make: Maker) -> Table:
+    head = ["EHR-only stays in training"] + [f"{TASK_NAMES[r.task]}, {on}" for r in make.tasks for on in _ON]
+    body = []
+    for share in sorted({share for r in make.tasks for share in r.opt_by_share}):
+        cells = []
+        for r in make.tasks:
+            val = r.opt_by_share.get(share)
+            parts = (val, val.paired) if val else (None, None)
+            cells += [make.macro(part)[0] if part and len(part.stay_id) else "" for part in parts]
+        body.append([_percent(share), *cells])
+    notes = []
+    for r in make.tasks:
+        was = published.number("figure_a1", r.task, "OPT", "share")
+        if "OPT" in r.models and was:
+            notes.append(f"{TASK_NAMES[r.task]}: {r.models['OPT'].choice}; the paper chose {_percent(was.value)}.")
+    title = "Figure A1. MedFuse's AUROC on the validation stays, by the share of EHR-only stays in training"
+    return Table("figure_a1", title, head, body, notes)
+
+
+_ON = ("all stays", "stays with an X-ray")
+
+
+def figure_a2(make: Maker) -> Table:
+    def at(share: float) -> list:
+        parts = []
+        for r, with_cxr in zip(make.tasks, make.test("OPT", "paired")):
+            if with_cxr is None or r.without_cxr is None:
+                parts.append(None)
+            else:
+                dropped_N = scores.drawn(with_cxr.stay_id, share)
+                parts.append(scores.combine(with_cxr, r.without_cxr.paired, dropped_N))
+        return parts
+
+    title = "Figure A2. MedFuse (OPTIMAL) on the test stays with an X-ray, by the share of X-rays dropped"
+    return _curve(make, "figure_a2", title, "X-rays dropped", at)
+
+
+def figure_a3(make: Maker) -> Table:
+    def at(share: float) -> list:
+        return [of and of.part(of.has_cxr | scores.drawn(of.stay_id, share)) for of in make.test("OPT", "all")]
+
+    title = "Figure A3. MedFuse (OPTIMAL) on the test stays with an X-ray and a share of the others"
+    return _curve(make, "figure_a3", title, "EHR-only stays added", at)
+
+
+def _curve(make: Maker, name: str, title: str, what: str, at) -> Table:
+    rows = [[_percent(share), *cells] for share in _SHARES if (cells := make.row(at(share)))]
+    return Table(name, title, [what, *make.heads()], rows)
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)} %"
+
+
+def chart(table: Table) -> str:
+    """Return the AUROC curves of Figure A1, A2 or A3 with their intervals, as SVG; '' for another table."""
+    if table.name not in _CURVES:
+        return ""
+    with mpl.rc_context(CHART_STYLE | {"axes.grid": True}):
+        axes = new_figure(_WIDTH_PX, _HEIGHT_PX).add_axes((0.14, 0.19, 0.82, 0.62))
+        for color, head in enumerate(head for head in table.head[1:] if "AUPRC" not in head):
+            column = table.head.index(head)
+            points = [(float(row[0].removesuffix("%")), row[column]) for row in table.rows]
+            points = [(x, value) for x, value in points if isinstance(value, Value)]
+            x = [x for x, _ in points]
+            y, low, high = ([getattr(value, name) for _, value in points] for name in ("ours", "low", "high"))
+            axes.fill_between(x, low, high, color=run_color(color), alpha=0.15, linewidth=0)
+            axes.plot(x, y, "o-", color=run_color(color), markersize=4, label=head.removesuffix(", AUROC"))
+        axes.set(xlabel=f"{table.head[0]}, %", ylabel="AUROC")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9, columnspacing=1)
+        return svg(axes.figure, table.title)

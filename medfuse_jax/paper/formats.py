@@ -1,0 +1,146 @@
+"""A table as Markdown, CSV, LaTeX, JSON and HTML. Never imports jax."""
+
+import csv
+import io
+import math
+from html import escape
+
+from medfuse_jax.paper.cells import Table, Value
+from medfuse_jax.report import html
+
+OUTSIDE = "†"  # marks a number of ours outside the paper's interval
+_LATEX = str.maketrans(
+    {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "†": r"$^\dagger$", "−": "$-$", "→": r"$\to$", "–": "--"}
+)
+
+
+def text(value: Value) -> str:
+    """Return a number with its interval, marked if it lies outside the paper's."""
+    shown = _number(value.ours, value)
+    if not math.isnan(value.low):
+        shown += f" ({_number(value.low, value)}, {_number(value.high, value)})"
+    if not math.isnan(value.p):
+        shown += f", p {'< 0.001' if value.p < 0.001 else f'{value.p:.3f}'}"
+    return shown + (OUTSIDE if value.is_outside else "")
+
+
+def paper_text(value: Value) -> str:
+    """Return the paper's number with its interval; '' if it gives none."""
+    if value.paper is None:
+        return ""
+    low, high = value.paper.low, value.paper.high
+    shown = _number(value.paper.value, value)
+    return shown if low is None or high is None else f"{shown} ({_number(low, value)}, {_number(high, value)})"
+
+
+def _number(x: float, of: Value) -> str:
+    if math.isnan(x):
+        return "–"
+    if of.digits is None:
+        return f"{x:.3e}"
+    return f"{x:{'+' if of.is_change else ''}.{of.digits}f}".replace("-", "−")
+
+
+def _lines(cell, between: str) -> str:
+    if not isinstance(cell, Value):
+        return str(cell)
+    paper = paper_text(cell)
+    return text(cell) + (f"{between}paper {paper}" if paper else "")
+
+
+def markdown(table: Table) -> str:
+    lines = [f"**{table.title}**", "", _row(table.head), _row(["---"] * len(table.head))]
+    lines += [_row(_lines(cell, "<br>") for cell in row) for row in table.rows]
+    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes)]).rstrip() + "\n"
+
+
+def _row(cells) -> str:
+    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+
+
+def csv_text(table: Table) -> str:
+    """Return one column per text and up to eight per number: value, low, high, p, and the paper's three."""
+    fields = ("", "low", "high", "p", "paper", "paper low", "paper high")
+    columns = []  # (column of the table, index into the values, head)
+    for c, head in enumerate(table.head):
+        values = [_values(row[c]) for row in table.rows]
+        columns += [
+            (c, i, f"{head} {field}".strip()) for i, field in enumerate(fields) if i == 0 or any(v[i] for v in values)
+        ]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([head for *_, head in columns])
+    writer.writerows([[_values(row[c])[i] for c, i, _ in columns] for row in table.rows])
+    return out.getvalue()
+
+
+def _values(cell) -> list[str]:
+    if not isinstance(cell, Value):
+        return [str(cell)] + [""] * 6
+    paper = cell.paper or (math.nan,) * 3
+    numbers = (cell.ours, cell.low, cell.high, cell.p, *paper)
+    return ["" if x is None or math.isnan(x) else f"{x:.6g}" for x in numbers]
+
+
+def latex(table: Table) -> str:
+    """Return a tabular for booktabs, the paper's numbers in a smaller line below ours."""
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{_tex(table.title)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
+        r"\toprule",
+    ]
+    lines += [_tex_row(table.head), r"\midrule"]
+    for row in table.rows:
+        lines.append(_tex_row([text(cell) if isinstance(cell, Value) else cell for cell in row]))
+        papers = [paper_text(cell) if isinstance(cell, Value) else "" for cell in row]
+        if any(papers):
+            lines.append(" & ".join(rf"{{\small {_tex(p)}}}" if p else "" for p in papers) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", *(rf"\par\small {_tex(note)}" for note in table.notes), r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _tex_row(cells) -> str:
+    return " & ".join(_tex(str(cell)) for cell in cells) + r" \\"
+
+
+def _tex(words: str) -> str:
+    return words.translate(_LATEX)
+
+
+def json_object(table: Table) -> dict:
+    def cell(of):
+        if not isinstance(of, Value):
+            return of
+        known = {"value": of.ours, "low": of.low, "high": of.high, "p": of.p}
+        known = {name: x for name, x in known.items() if not math.isnan(x)}
+        if of.paper:
+            known |= {"paper": list(of.paper), "outside": of.is_outside}
+        return known
+
+    rows = [[cell(x) for x in row] for row in table.rows]
+    return {"name": table.name, "title": table.title, "head": table.head, "rows": rows, "notes": table.notes}
+
+
+def html_table(table: Table, chart: str = "") -> str:
+    """Return a heading, the chart (SVG) if there is one, the table and its notes."""
+    head = "".join(
+        f'<th scope="col"{"" if i == 0 else " class=num"}>{escape(h)}</th>' for i, h in enumerate(table.head)
+    )
+    body = "".join(f"<tr>{''.join(_html_cell(i, cell) for i, cell in enumerate(row))}</tr>" for row in table.rows)
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    drawn = f'<div class="charts">{html.figure(chart, "")}</div>' if chart else ""
+    return f"<h2>{escape(table.title)}</h2>{drawn}{html.table(head, body, table.title)}{notes}"
+
+
+def _html_cell(column: int, cell) -> str:
+    if column == 0:
+        return f'<th scope="row" class="wrap">{escape(str(cell))}</th>'
+    if not isinstance(cell, Value):
+        return f'<td class="soft">{escape(str(cell))}</td>'
+    ours, _, rest = text(cell).partition(" ")
+    paper = paper_text(cell)
+    below = f'<span class="paper">paper {paper}</span>' if paper else ""
+    css = "num outside" if cell.is_outside else "num"
+    interval = f' <span class="ci">{escape(rest)}</span>' if rest else ""
+    return f'<td class="{css}">{escape(ours)}{interval}{below}</td>'

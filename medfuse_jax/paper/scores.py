@@ -1,0 +1,86 @@
+"""The predictions that the tables are made of, aligned by stay, and their metrics.
+
+Shapes: N stays, K labels.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medfuse_jax import metrics
+from medfuse_jax.data import missing
+from medfuse_jax.runs import result as result_lib
+
+_FIELDS = ("stay_id", "subject_id", "labels", "scores", "has_cxr", "age")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """A model's scores of some stays, by ascending stay_id. has_cxr: whether the stay had an X-ray, scored or not."""
+
+    stay_id: np.ndarray  # [N]
+    subject_id: np.ndarray  # [N]
+    labels: np.ndarray  # [N, K]
+    scores: np.ndarray  # [N, K]
+    has_cxr: np.ndarray  # bool [N]
+    age: np.ndarray  # [N], years
+
+    def part(self, include_N: np.ndarray, columns: Sequence[int] | None = None) -> "Scores":
+        """Return the scores of some stays and, if given, some labels."""
+        values = {name: getattr(self, name)[include_N] for name in _FIELDS}
+        if columns is not None:
+            values |= {name: values[name][:, list(columns)] for name in ("labels", "scores")}
+        return Scores(**values)
+
+    @property
+    def paired(self) -> "Scores":
+        return self.part(self.has_cxr)
+
+
+def read(predictions: dict) -> Scores:
+    """Return the scores in the arrays of a predictions file."""
+    had_cxr = predictions.get("had_cxr", predictions["has_cxr"])
+    arrays = {name: predictions[name] for name in _FIELDS} | {"has_cxr": had_cxr.astype(bool)}
+    order = np.argsort(arrays["stay_id"], kind="stable")
+    return Scores(**{name: values[order] for name, values in arrays.items()})
+
+
+def read_dropped(workdir: Path) -> Scores:
+    """Return a run's scores of the test stays without any X-ray. Raise UserError if the file is missing or damaged."""
+    path = result_lib.Scored("test", drop_cxr=1.0).predictions_path(workdir)
+    return read(result_lib.read_predictions(path, (*_FIELDS, "had_cxr"), "run the command again"))
+
+
+def combine(first: Scores, second: Scores, from_second_N: np.ndarray) -> Scores:
+    """Return the first model's scores, with those of the second model for some of the same stays."""
+    return dataclasses.replace(first, scores=np.where(from_second_N[:, None], second.scores, first.scores))
+
+
+def drawn(stay_id_N: np.ndarray, share: float) -> np.ndarray:
+    """Return a mask of a share of the stays, the same for every model: a larger share includes a smaller one."""
+    return np.array([missing.hash_fraction(stay_id) < share for stay_id in stay_id_N.tolist()], bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How to make intervals. resample: see `result.RESAMPLES`; '' for its default."""
+
+    num_bootstrap: int = 1000
+    seed: int = 0
+    resample: str = ""
+
+    def metrics(self, scores: Scores) -> dict:
+        """Return AUROC and average precision as `metrics.evaluate` does."""
+        return metrics.evaluate(scores.labels, scores.scores, self.num_bootstrap, self.seed, self._groups(scores))
+
+    def difference(self, ours: Scores, other: Scores) -> dict:
+        """Return ours minus the other's on the stays that both score, as `metrics.compare` does."""
+        _, i, j = np.intersect1d(ours.stay_id, other.stay_id, assume_unique=True, return_indices=True)
+        labels, groups = ours.labels[i], self._groups(ours.part(i))
+        return metrics.compare(labels, other.scores[j], ours.scores[i], self.num_bootstrap, self.seed, groups)
+
+    def _groups(self, scores: Scores) -> np.ndarray | None:
+        drawn = result_lib.resample_by(self.resample, {"subject_id": scores.subject_id})
+        return scores.subject_id if drawn == "patient" else None

@@ -1,0 +1,173 @@
+"""Tables 1 to 5 and A1 to A3 of Hayat et al. 2022, from the results of its tasks."""
+
+import math
+
+from medfuse_jax import schema
+from medfuse_jax.paper import published, scores
+from medfuse_jax.paper.cells import METRICS, TASK_NAMES, Maker, Table, Value, macro_values
+from medfuse_jax.paper.results import TaskResults, auroc
+
+OPT_TITLE = "MedFuse (OPTIMAL)"
+_TABLE_2 = ("M1", "M2", "M3", "M4", "M5", "M6", "M7", "M8", "M9")
+_TABLE_3 = ("M2", "M4", "M9")
+_TABLE_A1 = ("E2", "E1", "M2", "M1", "M4", "M3", "M5", "M6", "M7", "M8", "M9")
+_TABLE_A2 = ("A2_joint_zeros", "A2_joint_learnt", "A2_early_zeros", "A2_early_learnt")
+_BOTH_HEADS = [f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS]
+_BOTH = ("lstm", "medfuse")  # how published.csv names them
+
+
+def table_1(make: Maker) -> Table:
+    dropped = [r.without_cxr and r.without_cxr.paired for r in make.tasks]
+    rows = (
+        ("lstm_paired", "LSTM", "EHR, paired", "paired", make.test("E2", "paired")),
+        ("lstm_partial", "LSTM", "EHR, partial", "paired", make.test("E1", "paired")),
+        ("medfuse_ehr", f"{OPT_TITLE}, no X-ray", "partial", "paired", dropped),
+        ("medfuse", OPT_TITLE, "partial", "paired", make.test("OPT", "paired")),
+        ("lstm_all", "LSTM", "EHR, partial", "all", make.test("E1", "all")),
+        ("medfuse_all", OPT_TITLE, "partial", "all", make.test("OPT", "all")),
+    )
+    body = []
+    for row, name, trained, on, of_tasks in rows:
+        if cells := make.row(of_tasks, "table1", row):
+            body.append([name, trained, on, *cells])
+    for on in ("paired", "all"):
+        if cells := make.differences(make.test("OPT", on), make.test("E1", on)):
+            body.append([f"{OPT_TITLE} − LSTM", "partial", on, *cells])
+    title = "Table 1. One modality and two, on the test stays with an X-ray (paired) and on all"
+    return Table("table_1", title, ["Model", "Training set", "Test set", *make.heads()], body, make.missing())
+
+
+def table_2(make: Maker) -> Table:
+    title = "Table 2. All methods on the test stays with an X-ray"
+    return _methods(make, "table_2", title, _TABLE_2, "paired")
+
+
+def table_3(make: Maker) -> Table:
+    title = "Table 3. Methods trained on all stays, on all test stays"
+    return _methods(make, "table_3", title, _TABLE_3, "all")
+
+
+def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) -> Table:
+    """Return one row per method, MedFuse (OPTIMAL) under both choices, and the differences from it."""
+    paper, body, differences = name.replace("_", ""), [], []
+    optimal = make.test("OPT", on)
+    for id in ids:
+        of_tasks = make.test(id, on)
+        if cells := make.row(of_tasks, paper, id):
+            body.append([make.title(id), *cells])
+        if cells := make.differences(optimal, of_tasks):
+            differences.append([f"{OPT_TITLE} − {make.title(id)}", *cells])
+    if cells := make.row(optimal, paper, "OPT"):
+        body.append([OPT_TITLE, *cells])
+    other = [s if _differs(r) else None for r, s in zip(make.tasks, make.test("OPT_paired", on))]
+    if cells := make.row(other, paper, "OPT"):
+        body.append([f"{OPT_TITLE}, chosen on paired validation stays", *cells])
+    notes = make.missing() + [
+        f"{OPT_TITLE}, {TASK_NAMES[r.task]}: trained with {r.models[id].choice}."
+        for r in make.tasks
+        for id in ("OPT", "OPT_paired")
+        if id in r.models
+    ]
+    return Table(name, title, ["Method", *make.heads()], body + differences, notes)
+
+
+def _differs(r: TaskResults) -> bool:
+    """Return whether the validation stays with an X-ray choose another share of EHR-only stays than all do."""
+    return "OPT_paired" in r.models and r.models["OPT_paired"].folder != r.models["OPT"].folder
+
+
+def table_4(make: Maker) -> Table:
+    title = "Table 4. Each phenotype on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
+    head = ["Phenotype", "Type", "Prevalence, train", "Prevalence, test", *_BOTH_HEADS, "MedFuse is better in"]
+    table, r = Table("table_4", title, head, []), make.of("pheno")
+    if r is None or not {"E1", "OPT"} <= r.models.keys():
+        return table
+    tested = [r.models[id].test.paired for id in ("E1", "OPT")]
+    both = [make.evaluation.metrics(part) for part in tested]
+    kinds = {p.name: p.kind for p in schema.PHENOTYPES}
+
+    def paper(row: str, metric: str) -> published.Number | None:
+        return published.number("table4", "pheno", row, metric)
+
+    for k, label in enumerate(r.labels):
+        prevalence = [
+            Value(float(r.train_prevalence[k]), paper=paper(label, "prevalence_train")),
+            Value(float(tested[0].labels[:, k].mean()), paper=paper(label, "prevalence_test")),
+        ]
+        values = [
+            Value(float(of[m][k]), of[f"{m}_ci"][k], paper(label, f"{m}_{name}"))
+            for of, name in zip(both, _BOTH)
+            for m in METRICS
+        ]
+        table.rows.append([label, kinds.get(label, ""), *prevalence, *values, _better(values)])
+    means = [v for of, name in zip(both, _BOTH) for v in macro_values(of, ("table4", "pheno", "Average"), f"_{name}")]
+    table.rows.append(["Average", "", "", "", *means, _better(means)])
+    return table
+
+
+def _better(values: list[Value]) -> str:
+    """Return the metrics in which the second model is better. values: the first model's, then the second's."""
+    return ", ".join(m.upper() for m, a, b in zip(METRICS, values[:2], values[2:]) if b.ours > a.ours)
+
+
+def table_5(make: Maker) -> Table:
+    title = "Table 5. Mortality by age, on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
+    table, r = Table("table_5", title, ["Age", "Deaths / stays", *_BOTH_HEADS], []), make.of("mortality")
+    if r is None or not {"E1", "OPT"} <= r.models.keys():
+        return table
+    tested = [r.models[id].test.paired for id in ("E1", "OPT")]
+    for low, high in schema.AGE_GROUPS:
+        name = f"{low}-{high}" if math.isfinite(high) else f"> {low}"
+        parts = [part.part((part.age >= low) & (part.age < high)) for part in tested]
+        deaths, stays = int(parts[0].labels.sum()), len(parts[0].labels)
+        if deaths in (0, stays):
+            table.notes.append(f"{name}: {deaths} deaths of {stays} stays, so there is no AUROC.")
+            continue
+        was = [published.number("table5", "mortality", name, what) for what in ("deaths", "stays")]
+        paper = f" (paper {was[0].value:.0f} / {was[1].value:.0f})" if was[0] and was[1] else ""
+        values = [
+            v for part, model in zip(parts, _BOTH) for v in make.macro(part, ("table5", "mortality", name), f"_{model}")
+        ]
+        table.rows.append([name, f"{deaths} / {stays}{paper}", *values])
+    return table
+
+
+def table_a1(make: Maker) -> Table:
+    title = "Table A1. Learning rates, and the validation AUROC that they reached"
+    head, body = ["Training"], []
+    for r in make.tasks:
+        columns = ("learning rate", "validation AUROC, all stays", "validation AUROC, paired stays")
+        head += [f"{TASK_NAMES[r.task]}, {column}" for column in columns]
+    for id in _TABLE_A1:
+        cells = []
+        for r in make.tasks:
+            if model := r.models.get(id):
+                rate = Value(model.rate, paper=published.number("table_a1", r.task, id, "rate"), digits=None)
+                cells += [rate, Value(auroc(model.val)), Value(auroc(model.val.paired))]
+            else:
+                cells += [""] * 3
+        if any(cells):
+            body.append([make.title(id), *cells])
+    notes = ["Each model is chosen on the kind of validation stays that it is trained on, paired or all (partial)."]
+    return Table("table_a1", title, head, body, notes)
+
+
+def table_a2(make: Maker) -> Table:
+    title = "Table A2. A missing X-ray as zeros or as a learnt vector, on all test stays; learning rate 1e-4"
+    body = []
+    for id in _TABLE_A2:
+        if cells := make.row(make.test(id, "all"), "table_a2", id):
+            body.append([make.title(id), *cells])
+    return Table("table_a2", title, ["Method", *make.heads()], body)
+
+
+def table_a3(make: Maker) -> Table:
+    optimal, lstm = make.test("OPT", "all"), make.test("E1", "all")
+    ensemble = [a and b and scores.combine(b, a, a.has_cxr) for a, b in zip(optimal, lstm)]
+    body = []
+    for row, name, of_tasks in (("ensemble", "Ensemble", ensemble), ("OPT", OPT_TITLE, optimal)):
+        if cells := make.row(of_tasks, "table_a3", row):
+            body.append([name, *cells])
+    notes = ["The ensemble takes MedFuse's score where there is an X-ray and the LSTM's where there is none."]
+    title = f"Table A3. {OPT_TITLE} and an ensemble, on all test stays"
+    return Table("table_a3", title, ["Model", *make.heads()], body, notes)

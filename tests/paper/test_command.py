@@ -1,0 +1,65 @@
+"""The command as a user runs it: what it trains, how it resumes, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[2]
+
+
+def _run(*given, status=0):
+    command = [sys.executable, "-m", "medfuse_jax.paper", *map(str, given)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(shards, tmp_path):
+    printed = _run(f"--data={shards}", f"--out={tmp_path / 'paper'}", "--dry_run", "--noestimate")
+    assert "293 trainings in" in printed and "starts from E1 and E0" in printed
+    assert not (tmp_path / "paper").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "--data is missing"),
+        (["--data=nowhere"], "nowhere"),
+        (["--preset=huge"], "--preset"),
+        (["--tasks=sepsis", "--data=x"], "--tasks"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(given, expected, tmp_path):
+    message = _run(f"--out={tmp_path}", *given, status=2)
+    assert expected in message and message.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_command_trains_resumes_and_refuses_another_plan(shards, tmp_path):
+    out = tmp_path / "paper"
+    given = (
+        "--preset=smoke",
+        f"--data={shards}",
+        f"--out={out}",
+        "--tasks=mortality",
+        "--methods=lstm",
+        "--noestimate",
+    )
+    _run(*given)
+    (checkpoint,) = (out / "runs" / "mortality" / "E2" / "trials").glob("*/result.json")
+    content = json.loads((out / "paper.json").read_text())
+    assert {"table_1", "table_a1"} <= {t["name"] for t in content["tables"]} and content["synthetic"]
+    rows = content["tables"][1]["rows"]
+    assert [row[0] for row in rows] == ["LSTM"] * 3 and 0 <= rows[0][3]["value"] <= 1
+
+    written = os.stat(checkpoint).st_mtime_ns
+    (out / "index.html").unlink()
+    assert "epoch" not in _run(*given) and (out / "index.html").exists()  # nothing is trained again
+    assert os.stat(checkpoint).st_mtime_ns == written
+
+    message = _run(*given, "--trials=1", status=2)
+    assert "holds another plan" in message and message.count("\n") == 1

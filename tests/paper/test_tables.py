@@ -1,0 +1,172 @@
+"""The tables: their numbers, the paper's beside them, the self-checks, and every format."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from example_runs import simulate
+
+from medfuse_jax import metrics, schema
+from medfuse_jax.paper import contents, figures, formats, page, published, scores, tables, trainings
+from medfuse_jax.paper.cells import Maker, Table, Value
+from medfuse_jax.paper.results import Model, TaskResults
+from medfuse_jax.paper.scores import Evaluation, Scores
+from medfuse_jax.paper.trainings import Settings
+
+_COUNTS = {"pheno": {"train": (42_628, 8_056)}, "mortality": {"test": (5_243, 1_373)}}
+
+
+def _scores(data, weight_cxr, rng) -> Scores:
+    num_stays = len(data["age"])
+    shown = np.where(data["has_cxr"][:, None], data["cxr"], 0)
+    values = data["ehr"] + weight_cxr * shown + 0.2 * rng.normal(size=shown.shape)
+    ids = np.arange(num_stays)
+    return Scores(ids, ids // 2, data["labels"].astype(int), values, data["has_cxr"], data["age"])
+
+
+def _task(task: str) -> TaskResults:
+    rng = np.random.default_rng(1)
+    data = simulate(task, 400, seed=3)
+    results = TaskResults(task, list(schema.TASKS[task].labels), data["labels"].mean(0))
+    for t in trainings.plan([task], trainings.METHODS, Settings()):
+        weight = 0.0 if t.id.startswith("E") else 0.5
+        test = _scores(data, weight, rng)
+        results.models[t.id] = Model(t.id, t.title, Path(t.id), 1e-4, test, test)
+    for id in ("M5", "M6"):
+        results.models[id] = results.models[f"{id}_3"]
+    opt = dataclasses.replace(results.models["OPT"], choice="20 % of the EHR-only stays")
+    results.models |= {"OPT": opt, "OPT_paired": dataclasses.replace(opt, folder=Path("other"))}
+    without = _scores(data | {"cxr": np.zeros_like(data["cxr"])}, 0.5, rng)
+    results.without_cxr = scores.combine(opt.test, without, opt.test.has_cxr)
+    results.opt_by_share = {share: opt.test for share in (0.0, 0.1, 1.0)}
+    return results
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return [_task("pheno"), _task("mortality")]
+
+
+@pytest.fixture(scope="module")
+def made(tasks):
+    return contents.make_all(Maker(tasks, Evaluation(num_bootstrap=20)), _COUNTS)
+
+
+def _row(table: Table, *texts: str) -> list:
+    return next(row for row in table.rows if tuple(row[: len(texts)]) == texts)
+
+
+def test_every_table_is_made_and_all_self_checks_hold(made):
+    all_tables, checks = made
+    names = "figure_1 table_1 table_2 table_3 table_4 figure_4 table_5 table_a1 figure_a1 figure_a2 figure_a3"
+    assert [t.name for t in all_tables] == [*names.split(), "table_a2", "table_a3"]
+    assert len(checks) == 4 * 4 + 4 and all(check.holds for check in checks)
+    assert all(len(row) == len(table.head) for table in all_tables for row in table.rows)
+
+
+def test_numbers_are_those_of_the_metrics_and_the_paper(made, tasks):
+    by_name = {t.name: t for t in made[0]}
+    paired = tasks[0].models["M3"].test.paired
+    expected = metrics.evaluate(paired.labels, paired.scores, 20, 0, paired.subject_id)
+    value = _row(by_name["table_2"], "Joint (paired)")[1]
+    assert value.ours == expected["auroc_macro"] and tuple(value.ci) == tuple(expected["auroc_macro_ci"])
+    assert value.paper == (0.747, 0.720, 0.773)
+    death = _row(by_name["table_5"], "18-40")
+    stays = tasks[1].models["E1"].test.paired
+    young = stays.part(stays.age < 40)
+    assert death[1] == f"{young.labels.sum()} / {len(young.labels)} (paper 11 / 141)"
+    assert _row(by_name["table_a1"], "Unified")[1].paper.value == 2.042e-4
+    assert _row(by_name["figure_1"], "Phenotyping, train")[2].paper.value == 42_628
+
+
+def test_differences_are_paired_and_favour_the_better_model(made):
+    table = next(t for t in made[0] if t.name == "table_1")
+    difference = _row(table, f"{tables.OPT_TITLE} − LSTM", "partial", "paired")[3]
+    ours, lstm = (_row(table, name, of, "paired")[3].ours for name, of in _OPT_AND_LSTM)
+    assert difference.ours == pytest.approx(ours - lstm) and difference.low > 0 and difference.p < 0.1
+
+
+_OPT_AND_LSTM = ((tables.OPT_TITLE, "partial"), ("LSTM", "EHR, partial"))
+
+
+def test_a_larger_share_of_dropped_x_rays_includes_a_smaller_one():
+    ids = np.arange(5000)
+    masks = [scores.drawn(ids, share) for share in (0.0, 0.3, 0.6, 1.0)]
+    assert [mask.mean() for mask in masks] == pytest.approx([0, 0.3, 0.6, 1], abs=0.02)
+    assert all((small <= large).all() for small, large in itertools.pairwise(masks))
+
+
+def test_numbers_that_should_be_equal_and_are_not_are_named(tasks, tmp_path):
+    """One number of Table 2 is changed."""
+    made, _ = contents.make_all(Maker(tasks, Evaluation(num_bootstrap=2)), _COUNTS)
+    row = _row(next(t for t in made if t.name == "table_2"), tables.OPT_TITLE)
+    row[1] = dataclasses.replace(row[1], ours=row[1].ours + 1e-6)
+    wrong = [c for c in contents._checks({t.name: t for t in made}, Maker(tasks, Evaluation()).heads()) if not c.holds]
+    assert {c.what.partition(",")[0] for c in wrong} == {"Figure A2 at 0 % and Table 2", "Figure A3 at 0 % and Table 2"}
+    text = page.write(tmp_path, made, wrong, {}, [], synthetic=True).read_text()
+    assert "These should be equal" in text and "Figure A3 at 0 %" in text
+
+
+def test_a_missing_model_leaves_out_its_row_and_is_named(tasks):
+    r = dataclasses.replace(tasks[1], models={k: v for k, v in tasks[1].models.items() if not k.startswith("M5")})
+    r.missing["M5_3"] = "the disk is full"
+    table = tables.table_2(Maker([r], Evaluation(num_bootstrap=2)))
+    assert not any(str(row[0]).startswith("MMTM") for row in table.rows)
+    assert "mortality: no M5_3 (the disk is full)." in table.notes
+    without = dataclasses.replace(r, models={"E1": r.models["E1"]}, without_cxr=None, opt_by_share={})
+    made, checks = contents.make_all(Maker([without], Evaluation(num_bootstrap=2)), {})
+    assert {t.name for t in made} == {"table_1", "table_a1"} and not checks
+
+
+def test_our_number_is_marked_outside_the_papers_interval_only():
+    paper = published.Number(0.75, 0.72, 0.78)
+    assert formats.text(Value(0.79, (0.7, 0.8), paper)) == "0.790 (0.700, 0.800)†"
+    assert formats.text(Value(0.78, (0.7, 0.8), paper)) == "0.780 (0.700, 0.800)"
+    assert formats.text(Value(0.9, paper=published.Number(0.75))) == "0.900"
+    assert formats.text(Value(-0.01, (-0.02, 0.0), p=0.0004, is_change=True)) == "−0.010 (−0.020, +0.000), p < 0.001"
+    assert formats.text(Value(math.nan)) == "–"
+
+
+def test_every_format_holds_the_numbers(made, tmp_path):
+    notice = "Trained in bfloat16."
+    path = page.write(tmp_path, made[0], made[1], {"trainings": "293"}, [notice], synthetic=False)
+    for table in made[0]:
+        rows = list(csv.DictReader(io.StringIO((tmp_path / "tables" / f"{table.name}.csv").read_text())))
+        assert len(rows) == len(table.rows)
+        for suffix in ("md", "tex"):
+            assert notice in (tmp_path / "tables" / f"{table.name}.{suffix}").read_text()
+        for head, cell in zip(table.head, table.rows[0]):
+            if isinstance(cell, Value) and not math.isnan(cell.ours):
+                assert float(rows[0][head]) == pytest.approx(cell.ours, rel=1e-5)
+            if isinstance(cell, Value) and cell.paper:
+                assert float(rows[0][f"{head} paper"]) == cell.paper.value
+    content = json.loads((tmp_path / "paper.json").read_text())
+    assert content["self_checks"] == {"made": len(made[1]), "failed": []}
+    assert [t["name"] for t in content["tables"]] == [t.name for t in made[0]]
+    text = path.read_text()
+    assert "<script" not in text and "http" not in text.replace("http://www.w3.org", "")
+    assert text.count("<svg") == 3 and text.count("<table") == len(made[0])
+
+
+def test_latex_and_markdown_escape_their_special_characters():
+    table = Table("t", "50 % & more_of #1", ["a|b", "c"], [["x_y", Value(0.5, paper=published.Number(0.1, 0.2, 0.3))]])
+    latex = formats.latex(table)
+    assert r"50 \% \& more\_of \#1" in latex and r"x\_y & 0.500$^\dagger$ \\" in latex
+    assert "| a/b | c |" in formats.markdown(table)
+
+
+def test_figure_4_is_the_mean_over_the_labels_of_a_type(made, tasks):
+    figure = next(t for t in made[0] if t.name == "figure_4")
+    kinds = [p.kind for p in schema.PHENOTYPES]
+    paired = tasks[0].models["E1"].test.paired
+    aurocs = metrics.auroc(paired.labels, paired.scores)
+    for kind in ("acute", "mixed", "chronic"):
+        expected = np.mean([a for a, k in zip(aurocs, kinds) if k == kind])
+        assert _row(figure, kind)[1].ours == pytest.approx(expected)
+    assert figures.chart(figure) == ""
