@@ -1,6 +1,7 @@
 """Score every stay of a split once and write the metrics: `python -m medfuse_jax.evaluate --workdir=DIR`."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -57,7 +58,7 @@ def evaluate(
         "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
         "step": int(state.step),
         "best_epoch": progress.best_epoch,
-        "selected_by": _selected_by(run, note, progress.best_epoch),
+        "selected_by": _selected_by(config, note, progress),
         "loss": loss,
         "num_left_out": int((~include_N).sum()),  # records that the method, or the head, cannot score
         "resample": resample,
@@ -148,14 +149,14 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict, bootst
     return comparisons
 
 
-def _selected_by(run: run_lib.Run, note: dict, best_epoch: int) -> str:
+def _selected_by(config, note: dict, progress: Progress) -> str:
     if note:
         return f"imported from {note['file']}"
-    if not best_epoch:
+    if not progress.best_epoch:
         return "not selected: no epoch was validated yet"
-    which = "all" if run.config.data.val_stays == "partial" else "the paired"
-    by = "loss (no label has both classes)" if run.selected_by_loss else "AUROC"
-    return f"{by} on {which} validation {run.dataset.task.unit}"
+    which = "all" if config.data.val_stays == "partial" else "the paired"
+    by = "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else "AUROC"
+    return f"{by} on {which} validation {schema.TASKS[config.task].unit}"
 
 
 def main(argv: list[str]) -> None:

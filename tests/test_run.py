@@ -1,6 +1,7 @@
 """A run: which records it uses, and what it refuses."""
 
 import dataclasses
+import math
 import types
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from refusals import refused
 
 from medfuse_jax import evaluate, train
 from medfuse_jax import run as run_lib
+from medfuse_jax.runs.progress import Progress
 
 
 @pytest.fixture
@@ -72,6 +74,9 @@ def test_without_a_validation_auroc_the_loss_selects_and_a_sweep_is_refused(ehr_
     assert capsys.readouterr().out == ""
     train.preflight(run, {})
     assert f"no label of the {len(val['label'])} validation stays" in capsys.readouterr().out
-    assert evaluate._selected_by(run, {}, best_epoch=2) == "loss (no label has both classes) on all validation stays"
+    progress = Progress()
+    progress.update(1, val_loss=0.5, val_auroc=math.nan, plateau_epochs=10)
+    by = evaluate._selected_by(run.config, {}, progress)
+    assert by == "loss (no label has both classes) on all validation stays"
     with refused(field="config.data.dir"):
         train.preflight(run, {}, by_sweep=True)

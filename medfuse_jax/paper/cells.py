@@ -8,8 +8,7 @@ import math
 from collections.abc import Sequence
 
 from medfuse_jax.paper import published
-from medfuse_jax.paper.results import TaskResults
-from medfuse_jax.paper.scores import Evaluation, Scores
+from medfuse_jax.paper.scores import Evaluation, Scores, TaskResults
 
 METRICS = ("auroc", "auprc")
 TASK_NAMES = {"pheno": "phenotyping", "mortality": "mortality"}

@@ -1,50 +1,18 @@
 """What the trainings reached: the chosen run of each, its learning rate and its predictions."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, metrics, records
+from medfuse_jax import evaluate, records
 from medfuse_jax.ensemble import members
 from medfuse_jax.paper import scores
-from medfuse_jax.paper.scores import Scores
+from medfuse_jax.paper.scores import Model, TaskResults, auroc
 from medfuse_jax.paper.trainings import Training
 from medfuse_jax.runs import result as result_lib
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.sweep import results as sweep_results
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A chosen run of one task: its test and validation scores. choice: how it was chosen, if in an unusual way."""
-
-    id: str
-    title: str
-    folder: Path
-    rate: float
-    test: Scores
-    val: Scores
-    choice: str = ""
-
-
-@dataclasses.dataclass
-class TaskResults:
-    """The models of one task. opt_by_share: validation scores by the share of EHR-only stays, 1.0 included.
-
-    without_cxr: OPT's scores of the test stays without any X-ray. missing: id -> why there is no such model.
-    """
-
-    task: str
-    labels: list[str]
-    train_prevalence: np.ndarray  # [K], of the training stays
-    models: dict[str, Model] = dataclasses.field(default_factory=dict)
-    opt_by_share: dict[float, Scores] = dataclasses.field(default_factory=dict)
-    without_cxr: Scores | None = None
-    missing: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def chosen_folder(folder: Path) -> Path:
@@ -95,12 +63,6 @@ def _model(training: Training, folder: Path) -> Model:
     test, val = (members.open_member(str(folder), split, evaluate.evaluate) for split in ("test", "val"))
     read = [scores.read(member.predictions) for member in (test, val)]
     return Model(training.id, training.title, folder, rate_of(folder), read[0], read[1])
-
-
-def auroc(val: Scores) -> float:
-    """Return the macro AUROC on validation stays, by which models are chosen; -1 if no label has both classes."""
-    value = metrics.macro(metrics.auroc(val.labels, val.scores)) if len(val.stay_id) else math.nan
-    return -1.0 if math.isnan(value) else value
 
 
 def _choose_depth(results: TaskResults, id: str) -> None:

@@ -4,6 +4,7 @@ Shapes: N stays, K labels.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,35 @@ class Scores:
         return self.part(self.has_cxr)
 
 
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A chosen run of one task: its test and validation scores. choice: how it was chosen, if in an unusual way."""
+
+    id: str
+    title: str
+    folder: Path
+    rate: float
+    test: Scores
+    val: Scores
+    choice: str = ""
+
+
+@dataclasses.dataclass
+class TaskResults:
+    """The models of one task. opt_by_share: validation scores by the share of EHR-only stays, 1.0 included.
+
+    without_cxr: OPT's scores of the test stays without any X-ray. missing: id -> why there is no such model.
+    """
+
+    task: str
+    labels: list[str]
+    train_prevalence: np.ndarray  # [K], of the training stays
+    models: dict[str, Model] = dataclasses.field(default_factory=dict)
+    opt_by_share: dict[float, Scores] = dataclasses.field(default_factory=dict)
+    without_cxr: Scores | None = None
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
 def read(predictions: dict) -> Scores:
     """Return the scores in the arrays of a predictions file."""
     had_cxr = predictions.get("had_cxr", predictions["has_cxr"])
@@ -61,6 +91,12 @@ def combine(first: Scores, second: Scores, from_second_N: np.ndarray) -> Scores:
 def drawn(stay_id_N: np.ndarray, share: float) -> np.ndarray:
     """Return a mask of a share of the stays, the same for every model: a larger share includes a smaller one."""
     return np.array([missing.hash_fraction(stay_id) < share for stay_id in stay_id_N.tolist()], bool)
+
+
+def auroc(val: Scores) -> float:
+    """Return the macro AUROC on validation stays, by which models are chosen; -1 if no label has both classes."""
+    value = metrics.macro(metrics.auroc(val.labels, val.scores)) if len(val.stay_id) else math.nan
+    return -1.0 if math.isnan(value) else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
 from medfuse_jax.paper.cells import METRICS, TASK_NAMES, Maker, Table, Value, macro_values
-from medfuse_jax.paper.results import TaskResults, auroc
+from medfuse_jax.paper.scores import TaskResults, auroc
 
 OPT_TITLE = "MedFuse (OPTIMAL)"
 _TABLE_2 = ("M1", "M2", "M3", "M4", "M5", "M6", "M7", "M8", "M9")

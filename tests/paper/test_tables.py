@@ -15,8 +15,7 @@ from example_runs import simulate
 from medfuse_jax import metrics, schema
 from medfuse_jax.paper import contents, figures, formats, page, published, scores, tables, trainings
 from medfuse_jax.paper.cells import Maker, Table, Value
-from medfuse_jax.paper.results import Model, TaskResults
-from medfuse_jax.paper.scores import Evaluation, Scores
+from medfuse_jax.paper.scores import Evaluation, Model, Scores, TaskResults
 from medfuse_jax.paper.trainings import Settings
 
 _COUNTS = {"pheno": {"train": (42_628, 8_056)}, "mortality": {"test": (5_243, 1_373)}}
