@@ -15,10 +15,10 @@ from medfuse_jax import step as step_lib
 from medfuse_jax.data import missing
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.report import terminal
-from medfuse_jax.runs import checkpoints, predictions, result, sources
+from medfuse_jax.runs import calibration, checkpoints, predictions, result, sources
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
-from medfuse_jax.runtime import command_line, compilation, hosts
+from medfuse_jax.runtime import command_line, compilation, files, hosts
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 
@@ -32,8 +32,8 @@ def evaluate(
     """Evaluate a run's best checkpoint on one split; return the result.
 
     Writes two files, named by `what`, both with the checkpoint's step: the result, and the predictions (stay_id,
-    subject_id, scores, labels, has_ehr, has_cxr, age; had_ehr and had_cxr if a modality was dropped; attention weights
-    if the model has any).
+    subject_id, scores, labels, has_ehr, has_cxr, age, gender, admission_type, first_careunit; had_ehr and had_cxr if a
+    modality was dropped; attention weights if the model has any).
     devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
     resample: what the bootstrap draws, 'patient' or 'stay'; by default see `result.resample_by`.
     """
@@ -63,6 +63,8 @@ def evaluate(
         "num_left_out": int((~include_N).sum()),  # records that the method, or the head, cannot score
         "resample": resample,
         "subsets": result.subsets(scored, *bootstrap),
+        "subgroups": result.by_subgroup(scored, *bootstrap),
+        "calibration": _calibration(workdir, what, scored, int(state.step)),
         "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored, bootstrap),
         "environment": result.environment(run.devices),
     }
@@ -95,6 +97,7 @@ def score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: n
     scored = {name: part[name] for name in ("stay_id", "subject_id")}
     scored |= {"scores": predicted.score_NK, "labels": predicted.label_NK}
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
+    scored |= {name: part[name] for name in schema.STATIC_TEXTS}
     scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
     return scored, predicted.loss
 
@@ -135,6 +138,27 @@ def _with_head(run: run_lib.Run, what: Scored) -> tuple[run_lib.Run, np.ndarray]
     options = dataclasses.replace(run.options, head=heads[what.head].logits)
     dataset = dataclasses.replace(run.dataset, needs=heads[what.head].needs)
     return dataclasses.replace(run, options=options, dataset=dataset), dataset.usable(what.split)
+
+
+def _calibration(workdir: Path, what: Scored, scored: dict, step: int) -> dict:
+    """Return the scores' calibration, and with the temperature that was fitted on the validation records, if it was.
+
+    Scoring the validation split as it is fits it and stores it with the run.
+    """
+    labels_NK, scores_NK = scored["labels"], scored["scores"]
+    described = calibration.describe(labels_NK, scores_NK)
+    path = workdir / "temperature.json"
+    if what == Scored("val") and hosts.is_first():
+        files.write_json(path, {"step": step, "temperature": calibration.fit_temperature(labels_NK, scores_NK)})
+    fitted = files.read_json(path, "delete it") if path.exists() and not what.head else {}
+    if fitted.get("step") == step:  # of these weights
+        scaled = calibration.describe(labels_NK, calibration.scale(scores_NK, fitted["temperature"]))
+        kept = {name: scaled[name] for name in ("brier_macro", "ece_macro", "curve")}
+        described["scaled"] = {"temperature": fitted["temperature"]} | kept
+    if labels_NK.shape[1] == 1:
+        described["operating_points"] = calibration.operating_points(labels_NK[:, 0], scores_NK[:, 0])
+        described["net_benefit"] = calibration.net_benefit(labels_NK[:, 0], scores_NK[:, 0])
+    return described
 
 
 def _against_pretraining(config, workdir: Path, split: str, scored: dict, bootstrap: tuple) -> list[dict]:

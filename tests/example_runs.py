@@ -11,6 +11,7 @@ import numpy as np
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import metrics, schema
+from medfuse_jax.runs import calibration, subgroups
 
 PROVENANCE = "simulated by tests/example_runs.py"
 
@@ -81,6 +82,12 @@ def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
     return int(epoch[val_auroc.argmax()])
 
 
+def _with_groups(data: dict, labels: np.ndarray, scores: np.ndarray) -> dict:
+    sexes = np.where(np.arange(len(labels)) % 2, "F", "M")
+    units = np.where(np.arange(len(labels)) % 80, "Medical", "Rare")
+    return {"labels": labels, "scores": scores, "age": data["age"], "gender": sexes, "first_careunit": units}
+
+
 def write_evaluation(
     workdir: Path, task: str, method: str, data: dict, best_epoch: int, against: tuple[str, ...] = (), num_bootstrap=40
 ) -> None:
@@ -122,6 +129,8 @@ def write_evaluation(
         "labels": list(schema.TASKS[task].labels),
         "resample": "stay",
         "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},
+        "subgroups": subgroups.describe(_with_groups(data, labels, scores), num_bootstrap, 0, None),
+        "calibration": calibration.describe(labels, scores),
         "comparisons": comparisons,
         "environment": {
             "devices": PROVENANCE,

@@ -157,7 +157,8 @@ def _run_section(run: Run, runs: list[Run], is_open: bool) -> str:
         f'<details class="run"{" open" if is_open else ""}><summary>{tables.dot(run)}'
         f'<strong>{escape(run.name)}</strong><span class="soft">{escape(what)}</span>'
         f'<span class="soft">{escape(value)}</span></summary>'
-        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.ages(run)}{attention(run)}{_provenance(run)}</details>"
+        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.subgroups(run)}"
+        f"{attention(run)}{_provenance(run)}</details>"
     )
 
 
@@ -174,7 +175,9 @@ def _run_charts(run: Run) -> str:
         args = (run.predictions["labels"], run.predictions["scores"], run.color)
         charts.append(html.figure(plots.curves("ROC", *args), "ROC on the test set"))
         charts.append(html.figure(plots.curves("PR", *args), "Precision\u2013recall on the test set"))
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+    if reliability := plots.reliability(section(run.result or {}, "calibration").get("curve"), run.color):
+        charts.append(html.figure(reliability, "Reliability on the test set, all labels together"))
+    return f'<div class="charts">{"".join(charts)}</div>{tables.calibration(run)}' if charts else ""
 
 
 def _provenance(run: Run) -> str:

@@ -3,6 +3,7 @@
 Shape suffixes: N samples, K labels, G grid points, T time steps, M modalities.
 """
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -16,6 +17,7 @@ from medfuse_jax.report.html import CHART_STYLE, MUTED, NUM_COLORS, PAPER, new_f
 _STYLE = CHART_STYLE | {"axes.grid": True}
 _WIDTH_PX, _LOW_PX, _HIGH_PX = 380, 250, 340  # close to the displayed size, so that text keeps its size
 _DASHED = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (3, 3))}
+_FEWEST = 10  # samples of a bin
 _GRID_G = np.linspace(0, 1, 201)
 
 
@@ -124,11 +126,31 @@ def overlay(kind: str, runs: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) 
         return svg(axes.figure, f"{kind} curves, mean over labels, of {', '.join(name for name, *_ in runs)}")
 
 
+def reliability(curve, color: int) -> str:
+    """Draw the fraction of positives by mean score, a dot per bin, its area by the bin's samples; '' without any.
+
+    curve: as in a result's calibration. Bins of fewer than 10 samples, which could point to patients, are left out.
+    """
+    bins = [b for b in curve if isinstance(b, dict)] if isinstance(curve, list) else []
+    points = [(b.get("score"), b.get("positive"), b.get("num_samples")) for b in bins]
+    points = [p for p in points if all(isinstance(x, int | float) and math.isfinite(x) for x in p)]
+    points = [p for p in points if p[2] >= _FEWEST]
+    if not points:
+        return ""
+    score, positive, count = np.array(points, float).T
+    with mpl.rc_context(_STYLE):
+        axes = _unit_axes("reliability")
+        axes.plot(score, positive, color=run_color(color))
+        axes.scatter(score, positive, s=15 + 120 * count / max(count.max(), 1), color=run_color(color), zorder=3)
+        return svg(axes.figure, "Fraction of positives by mean score")
+
+
 def _unit_axes(kind: str) -> Axes:
     axes = new_figure(_WIDTH_PX, _HIGH_PX).add_axes((0.13, 0.13, 0.83, 0.83))
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
-    if kind == "ROC":
-        axes.set(xlabel="1 − specificity", ylabel="sensitivity")
+    if kind != "PR":
+        names = {"ROC": ("1 − specificity", "sensitivity"), "reliability": ("mean score", "fraction of positives")}
+        axes.set(**dict(zip(("xlabel", "ylabel"), names[kind])))
         axes.plot([0, 1], [0, 1], **_DASHED)
     else:
         axes.set(xlabel="recall (sensitivity)", ylabel="precision")

@@ -257,6 +257,14 @@ def comparisons(result: dict) -> list[dict]:
     ]
 
 
+def subgroups(result: dict | None) -> list[dict]:
+    """Return a result's entries by group of patients, without damaged ones."""
+    entries = (result or {}).get("subgroups")
+    known = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+    known = [e for e in known if isinstance(e.get("groups"), list)]
+    return [e for e in known if all(isinstance(group, dict) for group in e["groups"])]
+
+
 def resampled(results: list[dict], unit: str, split: str = "test") -> str:
     """Return what the results' intervals resample, in words: patients, records, or 'the test set' if not recorded."""
     words = {"patient": f"{split} patients, each with all of their {unit}", "stay": f"{split} {unit}"}

@@ -8,9 +8,9 @@ from html import escape
 
 import numpy as np
 
-from medfuse_jax import ranks, schema
+from medfuse_jax import schema
 from medfuse_jax.report import html, plots, read_runs
-from medfuse_jax.report.read_runs import SUBSETS, Run, method_name, number, pair
+from medfuse_jax.report.read_runs import SUBSETS, Run, method_name, number, pair, section
 
 _SUBSET_TITLES = {
     "all": "All test {unit}",
@@ -120,43 +120,66 @@ def labels(run: Run, runs: list[Run]) -> str:
     return f"<h4>Each label{coverage}</h4>{html.table(head, body, f'Labels of {run.name}')}{note}"
 
 
-def ages(run: Run) -> str:
-    """Return mortality by age group, for all scored stays and for the paired ones; '' for other tasks."""
-    if run.task != "mortality" or not run.predictions:
+def subgroups(run: Run) -> str:
+    """Return the metrics by group of patients, and the largest gap of each attribute; '' without any."""
+    entries = read_runs.subgroups(run.result)
+    shown = [group for entry in entries for group in entry["groups"] if not group.get("withheld")]
+    if not shown:
         return ""
-    paired_N = run.predictions["paired"]
-    parts = [
-        ("All scored stays", np.ones_like(paired_N)),
-        ("Stays with an X-ray (the paper\u2019s Table 5)", paired_N),
-    ]
-    rows = [(title, *group) for title, include_N in parts for group in _age_groups(run.predictions, include_N)]
-    axis = _axis([x for *_, values in rows for x in (values[0], *values[1])])
+    axis = _axis([x for group in shown for x in (group.get("auroc_macro"), *pair(group.get("auroc_macro_ci")))])
+    rows, gaps = [], ""
+    for entry in entries:
+        # Where one group's numbers are withheld, the others' counts would give its own away.
+        has_counts = not any(group.get("withheld") for group in entry["groups"])
+        rows += [(escape(str(entry["by"])), group, has_counts) for group in entry["groups"]]
+        gaps += _gap(entry)
 
-    def row(name: str, num_deaths: int, num_stays: int, values: list) -> str:
-        counts = f'<td class="num soft">{number(num_deaths, 0)} / {number(num_stays, 0)}</td>'
-        return f'<tr><th scope="row">{name}</th>{counts}{_score_cells(values, axis, run.color)}</tr>'
+    def row(group: dict, has_counts: bool) -> str:
+        name = f'<th scope="row" class="wrap">{escape(str(group.get("name")))}</th>'
+        if group.get("withheld"):
+            return f'<tr>{name}<td class="soft" colspan="6">withheld: too few</td></tr>'
+        counts = [number(group.get(key), 0) if has_counts else "" for key in ("num_samples", "num_positive")]
+        cells = "".join(f'<td class="num soft">{text}</td>' for text in counts)
+        errors = "".join(f'<td class="num wide">{number(group.get(key))}</td>' for key in ("brier", "ece"))
+        return f"<tr>{name}{cells}{_score_cells(_macro(group), axis, run.color)}{errors}</tr>"
 
-    head = _th("Age in years", "text") + _th("Deaths / test stays") + _score_heads(axis)
-    note = '<p class="note">These intervals resample stays.</p>'
-    return f"<h4>By age</h4>{html.table(head, _grouped(rows, 5, row), 'Results by age group')}{note}"
+    unit = read_runs.unit(run.task)
+    head = _th("Group", "text") + _th(unit[0].upper() + unit[1:]) + _th("Positives") + _score_heads(axis)
+    head += _th("Brier", "num wide") + _th("ECE", "num wide")
+    note = (
+        '<p class="note">Positives are of all labels together. Groups with fewer than 10 stays, positives or negatives '
+        "are withheld, and with them the counts of the others. Brier: mean squared error of the probabilities; ECE: "
+        "expected calibration error; both are better if lower.</p>"
+    )
+    table = html.table(head, _grouped(rows, 7, row), f"Groups of patients, {run.name}")
+    return f"<h4>By group of patients</h4>{table}{f'<ul class=note>{gaps}</ul>' if gaps else ''}{note}"
 
 
-def _age_groups(predictions: dict, include_N: np.ndarray) -> list[tuple[str, int, int, list]]:
-    """Return (group, deaths, stays, values) for every age group with an included stay."""
-    rng = np.random.default_rng(0)
-    groups = []
-    for low, high in schema.AGE_GROUPS:
-        rows = np.flatnonzero(include_N & (predictions["age"] >= low) & (predictions["age"] < high))
-        if not len(rows):
-            continue
-        label_N, score_N = (predictions[key][rows, 0] for key in ("labels", "scores"))
-        resample_NR = rng.integers(len(rows), size=(len(rows), _NUM_BOOTSTRAP))
-        point = ranks.point(label_N[:, None], score_N[:, None])
-        boot = ranks.point(label_N[resample_NR], score_N[resample_NR])  # one column per resample
-        values = [x for key in ("auroc", "auprc") for x in (float(point[key][0]), ranks.bounds(boot[key]).tolist())]
-        name = f"{low} to {high - 1}" if np.isfinite(high) else f"{low} and over"
-        groups.append((name, int(label_N.sum()), len(rows), values))
-    return groups
+def _gap(entry: dict) -> str:
+    """Return the largest difference between two groups as a list item."""
+    gap = entry.get("gap")
+    if not isinstance(gap, dict):
+        return ""
+    low, high = (number(end) for end in pair(gap.get("worst_ci")))
+    return (
+        f"<li>{escape(str(entry['by']))}: AUROC differs by up to {number(gap.get('auroc_macro'))}; lowest for "
+        f"{escape(str(gap.get('worst')))} (95 % CI {low}–{high}), highest for {escape(str(gap.get('best')))}.</li>"
+    )
+
+
+def calibration(run: Run) -> str:
+    """Return the calibration in a sentence; '' without any."""
+    of = section(run.result or {}, "calibration")
+    if "brier_macro" not in of:
+        return ""
+    text = f"Brier score {number(of['brier_macro'])}, expected calibration error {number(of.get('ece_macro'))}"
+    scaled = section(of, "scaled")
+    if scaled:
+        text += (
+            f"; with temperature {number(scaled.get('temperature'), 2)}, fitted on the validation set: "
+            f"{number(scaled.get('brier_macro'))} and {number(scaled.get('ece_macro'))}"
+        )
+    return f'<p class="note">{text}.</p>'
 
 
 def facts(content: dict) -> str:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from medfuse_jax import metrics
+from medfuse_jax.runs import subgroups
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
@@ -93,6 +94,11 @@ def subsets(scored: dict, num_bootstrap: int, seed: int, resample: str) -> dict:
         groups = _groups(part, resample)
         evaluated[name] = metrics.evaluate(part["labels"], part["scores"], num_bootstrap, seed, groups)
     return evaluated
+
+
+def by_subgroup(scored: dict, num_bootstrap: int, seed: int, resample: str) -> list[dict]:
+    """Return the metrics by group of patients; see `subgroups.describe`."""
+    return subgroups.describe(scored, num_bootstrap, seed, _groups(scored, resample))
 
 
 def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: int, resample: str) -> list[dict]:

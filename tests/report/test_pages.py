@@ -11,7 +11,7 @@ from pathlib import Path
 import example_runs
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from medfuse_jax import metrics, schema
 from medfuse_jax.report import pages, read_runs, tables, terminal
@@ -132,30 +132,27 @@ def test_every_run_has_its_charts(pheno_page):
     assert "ROC curves, mean over labels, of MedFuse, EHR only (LSTM)" in labels
 
 
-def test_mortality_has_age_groups_with_intervals(mortality):
+def test_groups_of_patients_show_their_metrics_and_no_small_counts(mortality):
     run = read_runs.read_run(mortality)
+    rows = {row[0]: row for row in Page(tables.subgroups(run)).rows}
     stored = np.load(mortality / "predictions_test.npz")
-    rows = Page(tables.ages(run)).rows
-    paired_at = next(i for i, row in enumerate(rows) if row[0].startswith("Stays with an X-ray"))
-    groups = ("18 to 39", "40 to 59", "60 to 79", "80 and over")
-    for start, scored in ((2, np.ones(240, bool)), (paired_at + 1, stored["has_cxr"])):
-        part = rows[start : start + 4]
-        assert [row[0] for row in part] == list(groups)
-        assert sum(int(row[1].split(" / ")[1]) for row in part) == scored.sum()
-        include = scored & (stored["age"] >= 40) & (stored["age"] < 60)
-        label, score = stored["labels"][include, 0], stored["scores"][include, 0]
-        auroc, auroc_ci = part[1][2].split()
-        assert [part[1][1], auroc] == [f"{label.sum()} / {include.sum()}", f"{roc_auc_score(label, score):.3f}"]
-        assert part[1][4].split()[0] == f"{average_precision_score(label, score):.3f}"
-        if scored.all():
-            rng = np.random.default_rng(5)
-            draws = (rng.integers(len(label), size=len(label)) for _ in range(300))
-            expected = np.percentile([roc_auc_score(label[d], score[d]) for d in draws], [2.5, 97.5])
-            # other resamples than the table's
-            np.testing.assert_allclose([float(x) for x in auroc_ci.split("–")], expected, atol=0.03)
-    assert "released code" not in tables.results("mortality", [run])  # it has a single label
-    run.predictions["age"][:] = 50
-    assert {row[0] for row in Page(tables.ages(run)).rows if len(row) > 1} == {"Age in years", "40 to 59"}
+    label, score = stored["labels"][1::2, 0], stored["scores"][1::2, 0]
+    assert rows["F"][1:3] == [str(len(label)), str(label.sum())]
+    assert rows["F"][3].split()[0] == f"{roc_auc_score(label, score):.3f}"
+    assert rows["Rare"][1] == "withheld: too few" and rows["Medical"][1:3] == ["", ""]  # else Rare's count is known
+    assert "lowest for" in tables.subgroups(run)
+    run.result["subgroups"] = [{"by": "Age", "groups": "damaged"}, 3]
+    assert tables.subgroups(run) == ""
+
+
+def test_calibration_is_drawn_and_said(mortality):
+    run = read_runs.read_run(mortality)
+    assert "Fraction of positives by mean score" in Page(pages.page([run])).labels()
+    assert "Brier score 0." in tables.calibration(run) and "temperature" not in tables.calibration(run)
+    run.result["calibration"]["scaled"] = {"temperature": 1.5, "brier_macro": 0.1, "ece_macro": 0.02}
+    assert "with temperature 1.50, fitted on the validation set: 0.100 and 0.020" in tables.calibration(run)
+    run.result["calibration"] = {"curve": [{"score": 0.5, "positive": 1.0, "num_samples": 9}, "damaged"]}
+    assert "Fraction of positives" not in pages.page([run])  # too few to show
 
 
 def test_real_patients_are_not_called_synthetic(mortality):

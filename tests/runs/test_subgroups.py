@@ -1,0 +1,71 @@
+"""Metrics by group of patients: the right stays in each, small groups withheld, the largest gap."""
+
+import numpy as np
+import pytest
+
+from medfuse_jax import metrics
+from medfuse_jax.runs import subgroups
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """The scores of women are noise; 5 stays are of a rare unit."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((400, 3)) < 0.3).astype(int)
+    gender = np.where(np.arange(400) % 2, "F", "M")
+    scores = labels * (gender == "M")[:, None] + rng.normal(size=labels.shape)
+    unit = np.where(np.arange(400) < 5, "Rare", np.where(np.arange(400) < 50, "", "Medical"))
+    age = np.linspace(18, 95, 400)
+    return {
+        "labels": labels,
+        "scores": 1 / (1 + np.exp(-scores)),
+        "gender": gender,
+        "first_careunit": unit,
+        "age": age,
+        "subject_id": np.arange(400) // 8,
+    }
+
+
+def _by(scored, title, groups=None):
+    return next(e for e in subgroups.describe(scored, 50, 0, groups) if e["by"] == title)
+
+
+def test_a_group_has_the_metrics_of_its_stays(scored):
+    women = next(g for g in _by(scored, "Sex")["groups"] if g["name"] == "F")
+    include = scored["gender"] == "F"
+    expected = metrics.evaluate(scored["labels"][include], scored["scores"][include], 50, 0)
+    assert women["auroc_macro"] == expected["auroc_macro"]
+    np.testing.assert_array_equal(women["auprc_macro_ci"], expected["auprc_macro_ci"])
+    assert women["num_samples"] == 200 and women["num_positive"] == scored["labels"][include].sum()
+
+
+def test_the_largest_gap_names_the_worst_group(scored):
+    entry = _by(scored, "Sex")
+    women, men = entry["groups"]
+    gap = entry["gap"]
+    assert (gap["worst"], gap["best"]) == ("F", "M")
+    assert gap["auroc_macro"] == pytest.approx(men["auroc_macro"] - women["auroc_macro"]) and gap["auroc_macro"] > 0.1
+    np.testing.assert_array_equal(gap["worst_ci"], women["auroc_macro_ci"])
+
+
+def test_small_groups_are_withheld_and_unknown_values_are_in_none(scored):
+    entry = _by(scored, "First care unit")
+    assert entry["groups"][1] == {"name": "Rare", "withheld": True}
+    assert entry["groups"][0]["num_samples"] == 350 and entry["gap"] is None
+    alone = scored | {"first_careunit": np.full(400, "")}
+    assert not any(e["by"] == "First care unit" for e in subgroups.describe(alone, 5, 0, None))
+    few = scored | {"labels": np.zeros_like(scored["labels"])}
+    assert subgroups.describe(few, 5, 0, None) == []  # no positive anywhere
+
+
+def test_age_groups_are_those_of_the_paper(scored):
+    groups = _by(scored, "Age")["groups"]
+    assert [g["name"] for g in groups] == ["18 to 39 years", "40 to 59 years", "60 to 79 years", "80 years and over"]
+    assert sum(g["num_samples"] for g in groups) == 400
+    assert groups[0]["num_samples"] == (scored["age"] < 40).sum()
+
+
+def test_resamples_draw_patients_where_told(scored):
+    stays, patients = (_by(scored, "Sex", groups)["groups"][0] for groups in (None, scored["subject_id"]))
+    assert stays["auroc_macro"] == patients["auroc_macro"]
+    assert not np.array_equal(stays["auroc_macro_ci"], patients["auroc_macro_ci"])
