@@ -3,6 +3,7 @@
     python -m data_prep.build --mimic_iv=DIR [--mimic_cxr=DIR] --out=DIR [--profile=paper|released|strict]
         [--timestep_h=2] [--tasks=pheno,mortality,radiology,decompensation,length_of_stay]
         [--val_ids=CSV --test_ids=CSV] [--phenotypes=YAML] [--workers=N] [--seed=0] [--explain]
+        [--pairing=in_window|until_outtime]
 
 Rerun the command to resume a stopped build; it also rebuilds datasets that are damaged or whose input has changed.
 `<out>/<task>/` appears when its dataset is complete, `<out>/audit.html` and `audit.json` at the end. `<out>/.cache` may
@@ -49,13 +50,14 @@ def build(
     phenotypes: str | Path | None = None,
     workers: int | None = None,
     seed: int = 0,
+    pairing: str = profiles.IN_WINDOW,
 ) -> None:
     """Build `<out>/<task>/` (format: medfuse_jax/records.py) for every task, and the audit.
 
     mimic_iv, mimic_cxr: the folders as downloaded; without mimic_cxr no stay has an X-ray, and the task 'radiology' is
         left out. profile: see profiles.py. timestep_h: hours per time step. val_ids, test_ids: lists of patients
         (cohort.read_id_list), or None to split by a hash of `subject_id` and `seed`. phenotypes: a phenotype table.
-        workers: threads that decode X-rays; the output does not depend on it.
+        workers: threads that decode X-rays; the output does not depend on it. pairing: see profiles.PAIRING.
     Raises UserError for bad options or input. A dataset built with other options or input is rebuilt.
     """
     rules, out = profiles.rules(profile), Path(out)
@@ -64,7 +66,8 @@ def build(
     if mimic_cxr is None:
         rebuild.check_cxr_kept(out, names)
     _check_numbers(timestep_h, workers)
-    options = {"profile": profile, "timestep_h": float(timestep_h), "seed": seed}
+    _check_pairing(pairing, profile)
+    options = {"profile": profile, "timestep_h": float(timestep_h), "seed": seed, "pairing": pairing}
     lists: dict = {"val_ids": val_ids, "test_ids": test_ids, "phenotypes": phenotypes}
     source = Source(
         mimic_iv=tables.mimic_iv(mimic_iv),
@@ -137,6 +140,15 @@ def _check_numbers(timestep_h: float, workers: int | None) -> None:
         raise UserError(f"--workers is {workers}; it must be at least 1", field="--workers", value=workers)
 
 
+def _check_pairing(pairing: str, profile: str) -> None:
+    check_choice("--pairing", pairing, profiles.PAIRING)
+    if pairing == profiles.UNTIL_OUTTIME:
+        if profile == "strict":
+            message = f"--pairing={pairing} admits X-rays after the window, --profile=strict does not; drop one of them"
+            raise UserError(message, field="--pairing", value=pairing)
+        progress.say(f"warning: --pairing={pairing} is for comparison with the published mortality results alone")
+
+
 def _file_hash(name: str, path: str | Path | None) -> str | None:
     if path is None:
         return None
@@ -204,18 +216,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("phenotypes", None, "Phenotype table (YAML).", flag_values=values)
     flags.DEFINE_integer("workers", None, "Threads that decode X-rays; default: one per core.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the split if no lists are given.", flag_values=values)
+    flags.DEFINE_string("pairing", profiles.IN_WINDOW, "in_window or until_outtime; see --explain.", flag_values=values)
     flags.DEFINE_bool("explain", False, "Print the profile's rules and exit.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.explain:
-        print(profiles.explain(values.profile))
+        print(profiles.explain(values.profile, values.pairing))
         return
     for name in ("mimic_iv", "out"):
         if not getattr(values, name):
             raise UserError(f"--{name}=DIR is missing", field=f"--{name}")
-    names = ("profile", "timestep_h", "tasks", "val_ids", "test_ids", "phenotypes", "workers", "seed")
+    names = ("profile", "timestep_h", "tasks", "val_ids", "test_ids", "phenotypes", "workers", "seed", "pairing")
     build(values.mimic_iv, values.mimic_cxr, values.out, **{name: getattr(values, name) for name in names})
 
 

@@ -44,6 +44,15 @@ class Source:
     def timestep_h(self) -> float:
         return self.options["timestep_h"]
 
+    def pairing(self, task: Task) -> str:
+        """Return the task's value of profiles.PAIRING: tasks that use the whole stay are not affected."""
+        affected = task.window_h is not None and self.options["pairing"] == profiles.UNTIL_OUTTIME
+        return profiles.UNTIL_OUTTIME if affected else profiles.IN_WINDOW
+
+    def image_window_h(self, task: Task) -> float | None:
+        """Return the hours from `intime` that a task's X-rays may come from; None for the whole stay."""
+        return None if self.pairing(task) == profiles.UNTIL_OUTTIME else self.rules.window_h(task)
+
     def is_synthetic(self) -> bool:
         """Return whether data_prep.synthetic wrote the tables, judging by its report in the same tree."""
         table = next(iter(self.mimic_iv.values())).path
@@ -157,6 +166,7 @@ def _stay_task(
     flow.append({"filter": "with an event in the task's window", "stays": len(arrays.row)})
     counts = {
         "cohort": flow,
+        "stays_without_a_diagnosis": int((~people.stays["has_diagnosis"]).sum()),
         "unreadable_times": people.unreadable_times,
         "events_stored_too_late": arrays.num_stored_late,
         "duplicate_events": arrays.num_duplicates,
@@ -173,7 +183,8 @@ def _stay_task(
     index, records_of = datasets.stay_dataset(people.stays, splits, arrays, labels, pairs, store)
     counts["variables"] = describe.variables(arrays)
     counts["length_h"] = describe.histogram(arrays.length * source.timestep_h, describe.LENGTH_EDGES_H)
-    inputs = time_check.Inputs(people.stays, arrays, pairs, source.rules.window_h(task), source.timestep_h)
+    windows = {"window_h": source.rules.window_h(task), "image_window_h": source.image_window_h(task)}
+    inputs = time_check.Inputs(people.stays, arrays, pairs, timestep_h=source.timestep_h, **windows)
     counts["time_check"] = time_check.check(inputs, events_dir, predicted)
     if task.name == "pheno":
         counts["diagnosis_codes"] = people.icd_counts
@@ -182,7 +193,7 @@ def _stay_task(
 
 def _read_cohort(source: Source) -> Cohort:
     unreadable = tables.count_unreadable_times(source.mimic_iv)
-    stays, flow = cohort.read_stays(source.mimic_iv)
+    stays, flow = cohort.read_stays(source.mimic_iv, source.rules)
     split_of = cohort.assign_splits(stays["subject_id"], source.val_ids, source.test_ids, source.options["seed"])
     label_NK, icd_counts = phenotypes.labels(source.mimic_iv, stays, source.phenotypes)
     dropped = [
@@ -239,7 +250,7 @@ def _pair_readable(
         readable = images.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
         pairs = {
             name: (pairing.within if TASKS[name].hourly else pairing.pair)(
-                people.stays[task_arrays.row], readable, source.rules.window_h(TASKS[name])
+                people.stays[task_arrays.row], readable, source.image_window_h(TASKS[name])
             )
             for name, task_arrays in arrays.items()
         }
@@ -266,6 +277,7 @@ def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, counts
         "facts_version": describe.VERSION,
         "task": task.name,
         "profile": source.options["profile"],
+        "pairing": source.pairing(task),
         "timestep_h": source.timestep_h,
         "options": source.options,
         "rules": profiles.describe(source.options["profile"]),

@@ -1,6 +1,7 @@
 """The profiles `paper`, `released` and `strict`: every difference in how they prepare the data.
 
 Each difference is one field of `Rules`, with its reason. Other modules ask for the rule, never for the profile's name.
+`PAIRING` explains the values of --pairing, which may be combined with `paper` and `released`.
 """
 
 import dataclasses
@@ -54,6 +55,11 @@ class Rules:
         "`icd_version`. table: as gem, with a warning, because the released table is expected in --phenotypes; it "
         "ignores the version.",
     )
+    undiagnosed: bool = _rule(
+        True,
+        "Stays of an admission without a row in diagnoses_icd are kept, with no phenotype; the audit counts them. Off: "
+        "dropped from every task (the released extraction joins stays with their diagnoses).",
+    )
     image_shape: str = _rule(
         "squash",
         "How an X-ray becomes 256 x 256. squash: both sides resized to 256 (paper, appendix A.1). crop: the shorter "
@@ -88,6 +94,7 @@ RELEASED = Rules(
     ranges=False,
     zero_size=True,
     phenotypes="table",
+    undiagnosed=False,
     image_shape="crop",
 )
 PROFILES = {
@@ -95,6 +102,15 @@ PROFILES = {
     "released": RELEASED,
     # In every profile X-rays count from `intime` on, so no rule is needed for that.
     "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True),
+}
+
+
+IN_WINDOW, UNTIL_OUTTIME = "in_window", "until_outtime"
+PAIRING = {
+    IN_WINDOW: "A stay is paired with its last AP X-ray from the task's window (mortality: the first 48 h).",
+    UNTIL_OUTTIME: "For comparison with the published mortality results alone: mortality stays are paired with X-rays "
+    "up to the end of the stay, as in the authors' code before 2023-03-02. Such an X-ray may be later than the window, "
+    "so manifest, audit and results are marked.",
 }
 
 
@@ -113,10 +129,12 @@ def describe(profile: str) -> dict[str, dict]:
     }
 
 
-def explain(profile: str) -> str:
-    """Return a profile's rules as text; * marks those that differ from `paper`."""
+def explain(profile: str, pairing: str = IN_WINDOW) -> str:
+    """Return a profile's rules and the pairing as text; * marks what differs from the default."""
+    check_choice("--pairing", pairing, PAIRING)
     lines = [f"profile {profile} (* differs from paper)"]
     for name, rule in describe(profile).items():
         mark = "*" if rule["value"] != getattr(PAPER, name) else " "
         lines.append(f"{mark} {name} = {rule['value']}\n      {rule['why']}")
+    lines.append(f"{' ' if pairing == IN_WINDOW else '*'} pairing = {pairing}\n      {PAIRING[pairing]}")
     return "\n".join(lines)

@@ -91,6 +91,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
     counts, rules, options = manifest["counts"], manifest["rules"], manifest["options"]
     audit = {
         "profile": manifest["profile"],
+        "pairing": manifest["pairing"],
         "timestep_h": manifest["timestep_h"],
         "split_by": "given lists" if options["val_ids"] else f"hash of subject_id, seed {options['seed']}",
         "phenotype_table_given": manifest["phenotype_table_given"],
@@ -107,6 +108,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["images"] = _images(counts["images"], len(manifest["skipped_images"]))
         return audit
     audit["cohort"] = privacy.flow(counts["cohort"])
+    audit["stays_without_a_diagnosis"] = shown(counts["stays_without_a_diagnosis"])
     audit["unreadable_times"] = {column: shown(n) for column, n in counts["unreadable_times"].items()}
     audit["time_check"] = _time_check(counts["time_check"])
     audit["length_h"] = cells(counts["length_h"])

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from data_prep import profiles
 from data_prep.audit import plots, privacy
 from data_prep.ehr import events
 from medfuse_jax import schema
@@ -112,10 +113,15 @@ def _header(audit: dict) -> str:
             "Profile": _by_task(audit, "profile"),
             "Time step": _by_task(audit, "timestep_h") + " h",
             "Split by": _by_task(audit, "split_by"),
+            "X-rays paired": _by_task(audit, "pairing"),
         }
         facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in values.items())
     reasons = "".join(f"<li>{_title(name)}: {escape(why)}</li>" for name, why in audit["not_audited"].items())
     notice = f'<div class="notice"><strong>Not in this audit:</strong><ul>{reasons}</ul></div>' if reasons else ""
+    marked = [name for name, content in audit["tasks"].items() if content["pairing"] == profiles.UNTIL_OUTTIME]
+    if marked:
+        why = escape(profiles.PAIRING[profiles.UNTIL_OUTTIME])
+        notice += f'<div class="notice"><strong>{_titles(marked)}, for comparison alone:</strong> {why}</div>'
     notice += "".join(_crossing(crossing) for crossing in audit["patients"]["crossings"])
     return f'<header><h1>Data audit</h1>{lead}{notice}<dl class="facts">{facts}</dl></header>'
 
@@ -159,6 +165,7 @@ def _checks(audit: dict) -> str:
 def _task(name: str, content: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
+        _counts("Stays without a diagnosis", content),
         _splits(content["splits"], schema.TASKS[name].cxr_only),
         _warning("Records with an unknown word, read as OTHER", content["other_words"]),
         _warning("Unreadable times, read as no death or no admission", content.get("unreadable_times", {})),
@@ -198,6 +205,12 @@ def _splits(splits: dict, cxr_only: bool) -> str:
         share = percent(splits["published_paired_test_share"])
         rows.append(['<span class="papers">Share with an X-ray, paper</span>', number(None), number(None), share])
     return f"<h3>Splits</h3>{table(['', *ours], rows)}"
+
+
+def _counts(what: str, content: dict) -> str:
+    """Return a note of one count, '' for a task without it."""
+    n = content.get(what.lower().replace(" ", "_"))
+    return "" if n is None else f'<p class="note">{what}: {number(n)}.</p>'
 
 
 def _warning(what: str, counts: dict) -> str:

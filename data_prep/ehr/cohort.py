@@ -8,25 +8,27 @@ import polars as pl
 
 from data_prep import progress
 from data_prep.labels import mortality
+from data_prep.profiles import PAPER, Rules
 from data_prep.raw import known_words, parse, tables
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 1  # increment when the same tables give other stays, deaths or splits
+VERSION = 2  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
 SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
 _COLUMNS = (
     *("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_h"),
-    *("age", "gender", "admission_type", "first_careunit", "died", "death_h"),
+    *("age", "gender", "admission_type", "first_careunit", "died", "death_h", "has_diagnosis"),
 )
 
 
-def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
+def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.DataFrame, list[dict]]:
     """Return the cohort's stays, sorted by `stay_id`, and how many stays each filter kept.
 
     Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender, admission_type,
-    first_careunit (known_words.py), died and death_h (mortality.py). Raises UserError if no stay is left.
+    first_careunit (known_words.py), died and death_h (mortality.py), has_diagnosis (a row in diagnoses_icd). Raises
+    UserError if no stay is left.
     """
     flow = []
 
@@ -61,6 +63,13 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     stays = count("with a patient and an admission", stays)
     stays = count("with the patient's own admission", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
     stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
+    diagnosed = raw["diagnoses_icd"].read("subject_id", "hadm_id")
+    diagnosed = diagnosed.select(parse.integer("subject_id"), parse.integer("hadm_id"), has_diagnosis=True).unique()
+    stays = stays.join(diagnosed, on=["subject_id", "hadm_id"], how="left").with_columns(
+        pl.col("has_diagnosis").fill_null(False)
+    )
+    if not rules.undiagnosed:
+        stays = count("with a diagnosis", stays.filter("has_diagnosis"))
     if stays.is_empty():
         emptied_by = next(step["filter"] for step in flow if not step["stays"])
         path = raw["icustays"].path

@@ -146,6 +146,22 @@ def test_strict_uses_nothing_after_the_window(raw_tree, id_lists, built, tmp_pat
     assert strict[6]["dicom_id"] == "image-0006-00" and paper[6]["dicom_id"] == "image-0006-01"
 
 
+def test_pairing_until_outtime_is_marked_and_concerns_mortality_alone(raw_tree, id_lists, built, tmp_path, capsys):
+    build.build(*raw_tree, tmp_path, timestep_h=1, pairing="until_outtime", **id_lists)
+    assert by_stay(tmp_path, "mortality")[6]["dicom_id"] == "image-0006-01"  # taken at 70 h
+    ours, usual = file_contents(tmp_path), file_contents(built)
+    changed = {name.split("/")[0] for name in usual if ours[name] != usual[name] and "manifest" not in name}
+    assert changed == {"mortality", "audit.html", "audit.json"}
+    assert "for comparison" in capsys.readouterr().err
+    audit = json.loads(ours["audit.json"])["tasks"]
+    for task in build.DEFAULT_TASKS:
+        pairing = "until_outtime" if task == "mortality" else "in_window"
+        assert records.manifest(tmp_path, task)["pairing"] == audit[task]["pairing"] == pairing
+        assert records.manifest(built, task)["pairing"] == "in_window"
+    assert b"for comparison alone" in ours["audit.html"] and b"for comparison alone" not in usual["audit.html"]
+    assert "of X-rays: the end of the stay" in audit["mortality"]["time_check"]["cut_off"]
+
+
 def test_without_images_no_stay_is_paired_and_radiology_is_left_out(raw_tree, tmp_path, capsys):
     build.build(raw_tree[0], None, tmp_path, tasks=["mortality", "radiology"])
     assert not (tmp_path / "radiology").exists()

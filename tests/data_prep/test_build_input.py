@@ -63,6 +63,7 @@ def test_suspicious_input_gives_a_warning(tmp_path, capsys):
         tmp_path / "iv",
         [stay(0), stay(1, los="0.5", outtime=at(12), last_careunit="CCU")],
         [chart(0, h, HEART_RATE, "61") for h in range(1, 60)],
+        codes=[(0, "4019", 9)],
     )
     build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="released")
     printed = capsys.readouterr().err
@@ -105,6 +106,8 @@ def test_output_cannot_be_written_into_the_raw_data(tmp_path):
     [
         ({"profile": "papre"}, "--profile", "paper"),
         ({"tasks": ["phenotyping"]}, "--tasks", "pheno"),
+        ({"pairing": "outtime"}, "--pairing", "until_outtime"),
+        ({"pairing": "until_outtime", "profile": "strict"}, "--pairing", ""),
         ({"timestep_h": 0}, "--timestep_h", ""),
         ({"timestep_h": float("nan")}, "--timestep_h", ""),
         ({"timestep_h": 1e9}, "--timestep_h", ""),
@@ -181,6 +184,9 @@ def test_the_command_parses_its_flags_and_explains_profiles():
     for name, rule in profiles.describe("released").items():
         assert f"{name} = {rule['value']}" in text and rule["why"] in text
     assert "* fio2_percent" in text and "* " not in profiles.explain("paper").split("\n", 1)[1]
+    assert f"* pairing = until_outtime\n      {profiles.PAIRING['until_outtime']}" in profiles.explain(
+        "paper", "until_outtime"
+    )
     with pytest.raises(UserError) as caught:
         profiles.explain("stict")
     assert caught.value.nearest == "strict"

@@ -57,6 +57,7 @@ def audit(built):
 def test_the_flow_counts_what_each_filter_removed(audit):
     flow = {step["filter"]: (step["stays"], step["removed"]) for step in audit["tasks"]["mortality"]["cohort"]}
     assert flow["rows of icustays"] == (71, None)
+    assert audit["tasks"]["mortality"]["stays_without_a_diagnosis"] == 27
     assert flow["no transfer between units"] == (60, 11)
     assert flow["48 h or longer"] == (42, 18)
 

@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 from raw_tables import START, at, stay, write_mimic_iv
 
+from data_prep import profiles
 from data_prep.ehr import cohort
 from data_prep.labels import mortality
 from data_prep.raw import tables
@@ -267,6 +268,17 @@ def test_a_bad_table_is_named(tmp_path):
         gz.write_bytes(content)
         assert "is empty" in str(_table_error(root)) and _table_error(root).path == gz
     assert _table_error(root / "nowhere").path == root / "nowhere"
+
+
+def test_only_released_drops_stays_without_a_diagnosis(tmp_path):
+    # The code of stay 2 belongs to another patient.
+    raw = tables.mimic_iv(write_mimic_iv(tmp_path, [stay(0), stay(1), stay(2)], codes=[(0, "4019", 9), (2, "4019", 9)]))
+    path = raw["diagnoses_icd"].path
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"10000002", b"10000009")))
+    stays, flow = cohort.read_stays(raw, profiles.RELEASED)
+    assert stays["stay_id"].to_list() == [30_000_000] and flow[-1] == {"filter": "with a diagnosis", "stays": 1}
+    for profile in (profiles.PAPER, profiles.rules("strict")):
+        assert cohort.read_stays(raw, profile)[0]["has_diagnosis"].to_list() == [True, False, False]
 
 
 def test_an_empty_cohort_names_the_filter(tmp_path):
