@@ -167,7 +167,7 @@ def _stay_task(
     counts = {
         "cohort": flow,
         "stays_without_a_diagnosis": int((~people.stays["has_diagnosis"]).sum()),
-        "unreadable_times": people.unreadable_times,
+        "unreadable_times": people.unreadable_times | events.read_unreadable_times(events_dir),
         "events_stored_too_late": arrays.num_stored_late,
         "duplicate_events": arrays.num_duplicates,
         "event_rows": events.read_counts(events_dir),

@@ -168,7 +168,7 @@ def _task(name: str, content: dict) -> str:
         _counts("Stays without a diagnosis", content),
         _splits(content["splits"], schema.TASKS[name].cxr_only),
         _warning("Records with an unknown word, read as OTHER", content["other_words"]),
-        _warning("Unreadable times, read as no death or no admission", content.get("unreadable_times", {})),
+        _warning("Unreadable times, read as missing", content.get("unreadable_times", {})),
         _labels(name, content["labels"]),
         _variables(content) if "variables" in content else "",
         _codes(content["diagnosis_codes"]) if "diagnosis_codes" in content else "",

@@ -9,10 +9,10 @@ import polars as pl
 from data_prep import progress
 from data_prep.labels import mortality
 from data_prep.profiles import PAPER, Rules
-from data_prep.raw import known_words, parse, tables
+from data_prep.raw import known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 2  # increment when the same tables give other stays, deaths or splits
+VERSION = 3  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
@@ -41,8 +41,8 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
         parse.integer("subject_id"),
         parse.integer("hadm_id"),
         parse.integer("stay_id"),
-        parse.time("intime"),
-        parse.time("outtime"),
+        times.time("intime"),
+        times.time("outtime"),
         los_h=parse.number("los") * 24.0,
     )
     stays = count("with ids", stays.drop_nulls(["subject_id", "hadm_id", "stay_id"]))
@@ -96,7 +96,7 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
             parse.integer("subject_id"),
             age=parse.number("anchor_age").cast(pl.Float32),
             gender=known_words.word("gender"),
-            dod=parse.date("dod"),
+            dod=times.date("dod"),
         )
         .drop_nulls("subject_id")
         .unique("subject_id", keep="first", maintain_order=True)
@@ -108,9 +108,9 @@ def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
     return admissions.select(
         parse.integer("hadm_id"),
         parse.integer("subject_id").alias("admitted_id"),
-        parse.time("admittime"),
-        parse.time("dischtime"),
-        parse.time("deathtime"),
+        times.time("admittime"),
+        times.time("dischtime"),
+        times.time("deathtime"),
         known_words.word("admission_type"),
     ).unique("hadm_id", keep="first", maintain_order=True)
 

@@ -3,7 +3,7 @@
 import polars as pl
 
 from data_prep import progress
-from data_prep.raw import parse, tables
+from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -14,20 +14,26 @@ def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
     Columns: dicom_id, subject_id, study_id, view, time, path (below the MIMIC-CXR folder).
     """
     metadata = raw["metadata"].read(*tables.MIMIC_CXR["metadata"])
-    # StudyTime is HHMMSS.fff written as a float: 3042.1 is 00:30:42.
-    clock = pl.col("StudyTime").str.strip_chars().str.split(".").list.first().str.zfill(6)
     images = metadata.select(
         pl.col("dicom_id").str.strip_chars(),
         parse.integer("subject_id"),
         parse.integer("study_id"),
         view=pl.col("ViewPosition").fill_null(""),
-        time=(pl.col("StudyDate").str.strip_chars() + clock).str.to_datetime("%Y%m%d%H%M%S", strict=False),
+        time=times.study_times(metadata),
     )
+    date, clock = (pl.col(name).str.strip_chars().replace("", None) for name in ("StudyDate", "StudyTime"))
+    tally = times.Tally()
+    tally.add(metadata.select(pl.format("{} {}", date, clock)).to_series(), images["time"])
+    tally.check(raw["metadata"].path, "StudyDate, StudyTime")
     counts = {"rows of metadata": len(images)}
     images = images.drop_nulls(["dicom_id", "subject_id", "study_id"])
     images = images.unique("dicom_id", keep="first", maintain_order=True)
     counts["X-rays with ids"] = len(images)
-    counts["X-rays without a valid time (never paired)"] = images["time"].null_count()
+    counts["X-rays without a valid time (never paired)"] = untimed = images["time"].null_count()
+    if untimed:
+        progress.say(
+            f"warning: {untimed:,} of {len(images):,} X-rays have no valid time and are never paired with a stay"
+        )
     if images.is_empty():
         path = raw["metadata"].path
         raise UserError(f"{path} has no valid row; download it again if it is incomplete", path=path)

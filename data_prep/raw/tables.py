@@ -12,11 +12,10 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep.raw import parse
+from data_prep.raw import times
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-_MAX_UNREADABLE_TIMES = 0.01
 # Table -> the folders it may be in, its required columns.
 MIMIC_IV = {
     "patients": (("hosp", "core"), ("subject_id", "gender", "anchor_age", "dod")),
@@ -36,6 +35,11 @@ MIMIC_CXR = {
     "metadata": ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime"),
     "chexpert": ("study_id",),
     "split": ("dicom_id",),
+}
+_TIMES = {
+    "icustays": ("intime", "outtime"),
+    "admissions": ("admittime", "dischtime", "deathtime"),
+    "patients": ("dod",),
 }
 # Rows of diagnoses_icd in the whole of 3.1, which has 3.0's layout but lacks two patients' rows (release notes; count
 # from mimic-code's buildmimic/mysql/validate.sql).
@@ -215,18 +219,15 @@ def mimic_cxr_version(tables: dict[str, Table]) -> str:
 
 
 def count_unreadable_times(raw: dict[str, Table]) -> dict[str, int]:
-    """Count the unreadable times of admissions and deaths, by 'table.column'; raise UserError above 1 %."""
+    """Count the unreadable times of stays, admissions and deaths by 'table.column', warn of them, and refuse above 1 %.
+
+    Raises UserError. Times of events are counted where events are read (ehr/events.py).
+    """
     counts = {}
-    for name, columns in {"admissions": ("admittime", "dischtime", "deathtime"), "patients": ("dod",)}.items():
+    for name, columns in _TIMES.items():
         table = raw[name].read(*columns)
         for column in columns:
-            given = table.filter(pl.col(column).str.strip_chars().fill_null("") != "").select(column)
-            parsed = given.select(parse.date(column) if column == "dod" else parse.time(column))
-            counts[f"{name}.{column}"] = unreadable = parsed[column].null_count()
-            if unreadable > _MAX_UNREADABLE_TIMES * len(given):
-                message = (
-                    f"{raw[name].path}: {unreadable:,} of {len(given):,} times in column {column!r} cannot be read, "
-                    "more than 1 %; write them as MIMIC does: YYYY-MM-DD HH:MM:SS (dod: YYYY-MM-DD)"
-                )
-                raise UserError(message, path=raw[name].path, field=column, value=unreadable)
+            tally = times.Tally()
+            tally.add(table[column], table.select(times.time(column)).to_series())
+            counts[f"{name}.{column}"] = tally.check(raw[name].path, column)
     return counts

@@ -84,7 +84,8 @@ def test_prevalence_is_beside_table_4(audit):
 
 def test_unreadable_times_are_counted(audit, built):
     counts = records.manifest(built, "pheno")["counts"]["unreadable_times"]
-    columns = ("admissions.admittime", "admissions.dischtime", "admissions.deathtime", "patients.dod")
+    columns = ("icustays.intime", "icustays.outtime", "admissions.admittime", "admissions.dischtime")
+    columns += ("admissions.deathtime", "patients.dod", "chartevents.charttime", "labevents.charttime")
     assert counts == dict.fromkeys(columns, 0)
     assert audit["tasks"]["mortality"]["unreadable_times"] == dict.fromkeys(columns, "<10")
 

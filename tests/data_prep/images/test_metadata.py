@@ -5,7 +5,7 @@ import pytest
 from raw_tables import image, image_path, write_mimic_cxr, write_table
 
 from data_prep.images import metadata
-from data_prep.raw import tables
+from data_prep.raw import tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -15,7 +15,7 @@ def _raw(root, images, **options):
 
 
 def test_study_times_may_lack_leading_zeros(tmp_path):
-    images = [image(1, 0.5 + 42 / 3600), image(2, 15), image(3, 1, StudyTime="246060.0"), image(4, 1, StudyDate="")]
+    images = [image(1, 0.5 + 42 / 3600), image(2, 15), image(3, 1, StudyTime=""), image(4, 1, StudyDate="")]
     table, counts = metadata.read_metadata(_raw(tmp_path, images))
     assert table["time"].cast(pl.String).to_list()[:2] == ["2150-01-01 00:30:42.000000", "2150-01-01 15:00:00.000000"]
     assert table["time"].to_list()[2:] == [None, None]
@@ -35,7 +35,8 @@ def test_study_times_may_lack_leading_zeros(tmp_path):
         ({"StudyDate": "21501345"}, 2, 1),
     ],
 )
-def test_invalid_rows_are_counted(tmp_path, changes, with_ids, without_time):
+def test_invalid_rows_are_counted(tmp_path, monkeypatch, changes, with_ids, without_time):
+    monkeypatch.setattr(times, "MAX_UNREADABLE", 0.5)
     write_table(
         tmp_path / "mimic-cxr-2.0.0-chexpert.csv", "subject_id,study_id," + ",".join(schema.RADIOLOGY_LABELS), []
     )
