@@ -23,7 +23,7 @@ from medfuse_jax.schema import CHANNELS, SPLITS, TASKS, Task
 
 _MAX_UNDATED = 0.01  # the build warns if more than this share of the kept events has no storetime
 _NO_PAIRS = pl.DataFrame(schema={"stay_id": pl.Int64, "dicom_id": pl.String, "cxr_time": pl.Datetime("us")})
-ARRAYS_VERSION = 3  # increment when the same events give other arrays
+ARRAYS_VERSION = 4  # increment when the same events give other arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +163,15 @@ def _stay_task(
     flow = [*people.flow]
     if task.window_h:
         flow.append({"filter": f"{task.window_h:g} h or longer", "stays": arrays.num_long_enough})
+    if not source.rules.deaths_in_window:
+        living = arrays.num_long_enough - arrays.num_died
+        flow.append({"filter": "alive at the end of the window", "stays": living})
     flow.append({"filter": "with an event in the task's window", "stays": len(arrays.row)})
     counts = {
         "cohort": flow,
         "stays_without_a_diagnosis": int((~people.stays["has_diagnosis"]).sum()),
+        "deaths_in_the_window": arrays.num_died,
+        "deaths_unlike_hospital_expire_flag": int((people.stays["expire_flag"] != people.stays["died"]).sum()),
         "unreadable_times": people.unreadable_times | events.read_unreadable_times(events_dir),
         "events_stored_too_late": arrays.num_stored_late,
         "duplicate_events": arrays.num_duplicates,
@@ -246,11 +251,12 @@ def _pair_readable(
 ) -> dict[str, pl.DataFrame]:
     """Pair each task's stays with X-rays; an unreadable X-ray is treated as absent, so an earlier one may be paired."""
     path_of = dict(images.select("dicom_id", "path").iter_rows())
+    stays = people.stays.with_columns(outtime=pl.min_horizontal("outtime", "alive_until"))  # no X-ray from after death
     while True:
         readable = images.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
         pairs = {
             name: (pairing.within if TASKS[name].hourly else pairing.pair)(
-                people.stays[task_arrays.row], readable, source.image_window_h(TASKS[name])
+                stays[task_arrays.row], readable, source.image_window_h(TASKS[name])
             )
             for name, task_arrays in arrays.items()
         }

@@ -55,6 +55,16 @@ class Rules:
         "`icd_version`. table: as gem, with a warning, because the released table is expected in --phenotypes; it "
         "ignores the version.",
     )
+    after_death: bool = _rule(
+        False,
+        "Stays that begin after the patient's death (organ donors), and events and X-rays from after it, count "
+        "(released extraction). Off: dropped. Death is the first `deathtime`, or else the end of the day `dod`.",
+    )
+    deaths_in_window: bool = _rule(
+        True,
+        "Stays whose patient dies before the end of the task's window are kept, although their outcome is known by "
+        "then; the audit counts them (paper and released). Off: left out (strict).",
+    )
     undiagnosed: bool = _rule(
         True,
         "Stays of an admission without a row in diagnoses_icd are kept, with no phenotype; the audit counts them. Off: "
@@ -94,6 +104,7 @@ RELEASED = Rules(
     ranges=False,
     zero_size=True,
     phenotypes="table",
+    after_death=True,
     undiagnosed=False,
     image_shape="crop",
 )
@@ -101,7 +112,7 @@ PROFILES = {
     "paper": PAPER,
     "released": RELEASED,
     # In every profile X-rays count from `intime` on, so no rule is needed for that.
-    "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True),
+    "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True, deaths_in_window=False),
 }
 
 

@@ -108,7 +108,8 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["images"] = _images(counts["images"], len(manifest["skipped_images"]))
         return audit
     audit["cohort"] = privacy.flow(counts["cohort"])
-    audit["stays_without_a_diagnosis"] = shown(counts["stays_without_a_diagnosis"])
+    for what in ("stays_without_a_diagnosis", "deaths_in_the_window", "deaths_unlike_hospital_expire_flag"):
+        audit[what] = shown(counts[what])
     audit["unreadable_times"] = {column: shown(n) for column, n in counts["unreadable_times"].items()}
     audit["time_check"] = _time_check(counts["time_check"])
     audit["length_h"] = cells(counts["length_h"])

@@ -166,6 +166,8 @@ def _task(name: str, content: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
         _counts("Stays without a diagnosis", content),
+        _counts("Deaths in the window", content),
+        _counts("Deaths unlike hospital_expire_flag", content),
         _splits(content["splits"], schema.TASKS[name].cxr_only),
         _warning("Records with an unknown word, read as OTHER", content["other_words"]),
         _warning("Unreadable times, read as missing", content.get("unreadable_times", {})),

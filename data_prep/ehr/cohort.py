@@ -12,14 +12,15 @@ from data_prep.profiles import PAPER, Rules
 from data_prep.raw import known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 3  # increment when the same tables give other stays, deaths or splits
+VERSION = 4  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
 SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
 _COLUMNS = (
     *("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_h"),
-    *("age", "gender", "admission_type", "first_careunit", "died", "death_h", "has_diagnosis"),
+    *("age", "gender", "admission_type", "first_careunit", "died", "death_h", "expire_flag"),
+    *("alive_until", "has_diagnosis"),
 )
 
 
@@ -27,8 +28,9 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     """Return the cohort's stays, sorted by `stay_id`, and how many stays each filter kept.
 
     Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender, admission_type,
-    first_careunit (known_words.py), died and death_h (mortality.py), has_diagnosis (a row in diagnoses_icd). Raises
-    UserError if no stay is left.
+    first_careunit (known_words.py), died and death_h (mortality.py), expire_flag (the table's own label of death, 0, 1
+    or null), alive_until (time of death, null if none is known or the rules ignore it), has_diagnosis (a row in
+    diagnoses_icd). Raises UserError if no stay is left.
     """
     flow = []
 
@@ -59,10 +61,17 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     agrees = (pl.col("los_h") - lasts_h).abs() <= LOS_SLACK_H
     stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
     stays = count("of at most a year", stays.filter(pl.col("los_h") <= MAX_LOS_H))
-    stays = stays.join(_read_admissions(raw), on="hadm_id").join(read_patients(raw), on="subject_id")
+    admissions, patients = _read_admissions(raw), read_patients(raw)
+    stays = stays.join(admissions, on="hadm_id").join(patients, on="subject_id")
     stays = count("with a patient and an admission", stays)
     stays = count("with the patient's own admission", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
     stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
+    stays = stays.join(mortality.alive_until(admissions, patients), on="subject_id", how="left")
+    if rules.after_death:
+        stays = stays.with_columns(alive_until=pl.lit(None, pl.Datetime("us")))
+    else:
+        living = (pl.col("intime") < pl.col("alive_until")).fill_null(True)
+        stays = count("begins before the patient's death", stays.filter(living))
     diagnosed = raw["diagnoses_icd"].read("subject_id", "hadm_id")
     diagnosed = diagnosed.select(parse.integer("subject_id"), parse.integer("hadm_id"), has_diagnosis=True).unique()
     stays = stays.join(diagnosed, on=["subject_id", "hadm_id"], how="left").with_columns(
@@ -83,7 +92,7 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
 def digest(stays: pl.DataFrame) -> str:
     """Hash the columns that decide which stay an event belongs to, and at which time in the stay."""
     hashed = hashlib.sha256()
-    for column in ("stay_id", "subject_id", "hadm_id", "intime", "los_h"):
+    for column in ("stay_id", "subject_id", "hadm_id", "intime", "los_h", "alive_until"):
         hashed.update(stays[column].to_numpy().tobytes())
     return hashed.hexdigest()
 
@@ -104,7 +113,8 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
 
 
 def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
-    admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1])
+    flag = [name for name in ("hospital_expire_flag",) if name in raw["admissions"].columns]
+    admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1], *flag)
     return admissions.select(
         parse.integer("hadm_id"),
         parse.integer("subject_id").alias("admitted_id"),
@@ -112,6 +122,7 @@ def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
         times.time("dischtime"),
         times.time("deathtime"),
         known_words.word("admission_type"),
+        expire_flag=parse.integer("hospital_expire_flag") if flag else pl.lit(None, pl.Int64),
     ).unique("hadm_id", keep="first", maintain_order=True)
 
 

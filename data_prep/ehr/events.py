@@ -68,7 +68,13 @@ def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, fol
     Raises UserError if more than 1 % of a table's times cannot be read.
     """
     lookup = stays.with_row_index("stay").select(
-        "stay", "hadm_id", "intime", "los_h", own_subject_id=pl.col("subject_id"), own_stay_id=pl.col("stay_id")
+        "stay",
+        "hadm_id",
+        "intime",
+        "los_h",
+        "alive_until",
+        own_subject_id=pl.col("subject_id"),
+        own_stay_id=pl.col("stay_id"),
     )
     counts: dict[str, Counter] = {}
     unreadable: dict[str, int] = {}
@@ -207,6 +213,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         (seconds.is_null(), "no valid time"),
         # time_s is an int32: a time outside its range would be null.
         (outside | ~seconds.is_between(_INT32.min, _INT32.max), "before or after the stay"),
+        (pl.col("charttime") > pl.col("alive_until"), "after death"),
     )
     return frame.select(
         "stay",

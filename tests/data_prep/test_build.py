@@ -5,8 +5,8 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from build_cases import SECRET, SURNAME, by_stay, file_contents, read_all
-from raw_tables import image, image_path
+from build_cases import HEART_RATE, SECRET, SURNAME, by_stay, file_contents, read_all
+from raw_tables import at, chart, image, image_path, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
 from data_prep.ehr import discretize
@@ -160,6 +160,34 @@ def test_pairing_until_outtime_is_marked_and_concerns_mortality_alone(raw_tree, 
         assert records.manifest(built, task)["pairing"] == "in_window"
     assert b"for comparison alone" in ours["audit.html"] and b"for comparison alone" not in usual["audit.html"]
     assert "of X-rays: the end of the stay" in audit["mortality"]["time_check"]["cut_off"]
+
+
+def test_nothing_from_after_death_enters_a_record_except_in_released(tmp_path):
+    """Stay 0 dies at 30 h of 60; it has a heart rate and an X-ray at 20 h and 40 h. The flag of stay 1 is wrong."""
+    stays = [
+        stay(0, outtime=at(60), los="2.5", deathtime=at(30), dod="2150-01-02", hospital_expire_flag=1),
+        stay(1, hospital_expire_flag=1),
+    ]
+    charts = [chart(n, h, HEART_RATE, "70") for n in range(2) for h in (20, 40)]
+    iv = write_mimic_iv(tmp_path / "iv", stays, charts, codes=[(0, "4019", 9), (1, "4019", 9)])
+    cxr = write_mimic_cxr(tmp_path / "cxr", [image(0, 20), image(0, 40, k=1)])
+    tasks = ["pheno", "mortality", "decompensation", "length_of_stay"]
+    for profile, steps, dicom_id in (("paper", [19], "00"), ("strict", [19], "00"), ("released", [19, 39], "01")):
+        out = tmp_path / profile
+        build.build(iv, cxr, out, profile=profile, timestep_h=1, tasks=tasks)
+        for task in tasks:
+            found = by_stay(out, task)
+            counts = records.manifest(out, task)["counts"]
+            assert counts["deaths_unlike_hospital_expire_flag"] == 1
+            if profile == "strict" and not schema.TASKS[task].hourly:  # its outcome is known before 48 h
+                assert sorted(found) == [1]
+                assert {s["filter"]: s["stays"] for s in counts["cohort"]}["alive at the end of the window"] == 1
+                continue
+            assert counts["deaths_in_the_window"] == (profile == "paper" and task == "mortality")
+            observed = found[0]["ehr"][:, schema.CHANNELS.index("mask->Heart Rate")]
+            assert observed.nonzero()[0].tolist() == steps and found[0]["dicom_id"].endswith(dicom_id)
+            if schema.TASKS[task].hourly and profile != "released":
+                assert found[0]["label_time_h"].max() == 30
 
 
 def test_without_images_no_stay_is_paired_and_radiology_is_left_out(raw_tree, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The cohort's stays, deaths and splits, and errors for bad tables and lists."""
 
+import dataclasses
 import gzip
 
 import polars as pl
@@ -37,7 +38,7 @@ def _read(root, rows=None):
 def test_filters_keep_and_count_stays(tmp_path):
     _, stays, flow = _read(tmp_path)
     assert stays["stay_id"].to_list() == [30_000_001, 30_000_006, 30_000_009]
-    assert [step["stays"] for step in flow] == [10, 10, 10, 8, 6, 4, 4, 4, 4, 4, 3]
+    assert [step["stays"] for step in flow] == [10, 10, 10, 8, 6, 4, 4, 4, 4, 4, 3, 3]
     first = stays.row(0, named=True)
     assert (first["los_h"], first["age"], first["gender"], first["first_careunit"]) == (72.0, 60.0, "F", MICU)
     assert str(first["intime"]) == START
@@ -87,12 +88,42 @@ def test_stays_of_more_than_a_year_are_dropped(tmp_path, days, kept):
         ({"deathtime": "2150-01-06 00:00:00"}, 0),
         ({"dod": "2150-01-04"}, 1),
         ({"dod": "2150-02-04"}, 0),
-        ({"dod": "2149-12-30"}, 0),
+        ({"dod": "2150-01-01"}, 1),
+        ({"deathtime": "2150-01-08 10:00:00", "dischtime": "once"}, 1),
+        ({"dod": "2150-01-04", "dischtime": "once"}, 0),
+        ({"deathtime": "2149-12-30 00:00:00", "dischtime": "once"}, 0),  # before the admission
+        ({"deathtime": "2150-01-03 10:00:00", "admittime": "once"}, 1),
+        ({"dischtime": "2150-01-05", "deathtime": "2150-01-05 14:20:00", "dod": "2150-01-05"}, 1),
     ],
 )
 def test_mortality_is_death_in_the_admission(tmp_path, changes, died):
     _, stays, _ = _read(tmp_path, [stay(1, **changes)])
     assert mortality.labels(stays).tolist() == [[died]]
+
+
+def test_a_stay_that_begins_after_death_is_left_out_except_in_released(tmp_path):
+    """Patient 0 gives organs after dying; the second admission of patient 1 lies within the first, before death."""
+    death, later = (
+        "2150-01-05 14:20:00",
+        {"intime": "2150-01-05 14:30:00", "outtime": "2150-01-06 14:30:00", "los": "1"},
+    )
+    inside = later | {"admittime": "2150-01-05 00:00:00", "dischtime": "2150-01-08 00:00:00"}
+    rows = [
+        stay(0, deathtime=death, dischtime=death, dod="2150-01-05"),
+        stay(1, deathtime="2150-01-09 10:00:00", dischtime="2150-01-10 00:00:00", dod="2150-01-09"),
+        stay(2, subject_id=10_000_000, **later | {"admittime": death, "dischtime": "2150-01-06 15:00:00"}),
+        stay(3, subject_id=10_000_001, **inside),
+        stay(4, dod="2149-12-30"),
+        stay(5, dod="2150-01-01"),
+    ]
+    raw, stays, flow = _read(tmp_path, rows)
+    assert stays["stay_id"].to_list() == [30_000_000, 30_000_001, 30_000_003, 30_000_005]
+    assert {step["filter"]: step["stays"] for step in flow}["begins before the patient's death"] == 4
+    assert stays["died"].to_list() == [True, True, False, True]
+    ends = ["2150-01-05 14:20:00", "2150-01-09 10:00:00", "2150-01-09 10:00:00", "2150-01-02 00:00:00"]
+    assert stays["alive_until"].dt.to_string("%Y-%m-%d %H:%M:%S").to_list() == ends
+    released, _ = cohort.read_stays(raw, dataclasses.replace(profiles.RELEASED, undiagnosed=True))
+    assert len(released) == 6 and released["alive_until"].null_count() == 6
 
 
 @pytest.mark.parametrize(
