@@ -1,5 +1,6 @@
 """Select the ICU stays of the cohort, and assign each patient to a split."""
 
+import csv
 import hashlib
 import re
 from pathlib import Path
@@ -138,7 +139,7 @@ def assign_splits(
         return {subject: _hashed_split(subject, seed) for subject in subjects}
     val, test = read_id_list(val_ids), read_id_list(test_ids)
     if both := val & test:
-        message = f"subject {min(both)} is in both {val_ids} and {test_ids}; a patient belongs to one split"
+        message = f"{len(both)} patients are in both {val_ids} and {test_ids}; a patient belongs to one split"
         raise UserError(message, path=val_ids, value=min(both))
     for path, members in ((val_ids, val), (test_ids, test)):
         if not members & set(subjects):
@@ -159,21 +160,30 @@ def _hashed_split(subject_id: int, seed: int) -> str:
 
 
 def read_id_list(path: str | Path) -> set[int]:
-    """Read a list of patients: rows `subject_id` or `subject_id,0/1` (1: in the split), with or without a header."""
+    """Read a list of patients: rows `subject_id` or `subject_id,0/1` (1: in the split), with or without a header.
+
+    With a header, the index column of pandas or R may precede them. Raises UserError, which quotes no row.
+    """
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the list {path} cannot be read ({error})", path=path) from None
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        problem = getattr(error, "strerror", None) or "it is not a CSV file in UTF-8"
+        raise UserError(f"the list {path} cannot be read ({problem})", path=path) from None
+    first = next((i for i, row in enumerate(rows) if any(row)), 0)
+    header = [cell.lower() for cell in rows[first]] if rows else []
+    start = header.index("subject_id") if "subject_id" in header else 0
     members = set()
-    for row, line in enumerate(lines, start=1):
-        cells = [cell.strip() for cell in line.split(",")]
-        if not any(cells) or (row == 1 and cells[0] == "subject_id"):
+    for i, row in enumerate(rows):
+        if not any(row) or (i == first and "subject_id" in header):
             continue
-        match = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(cells))  # pandas may write 1.0
+        # pandas may write 1.0
+        match = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(row[start:]))
         if not match:
-            raise UserError(
-                f"{path} row {row} is {line!r}; a row is subject_id or subject_id,0/1", path=path, row=row, value=line
+            message = (
+                f"{path} row {i + 1} is not subject_id or subject_id,0/1; other columns need a header to skip them"
             )
+            raise UserError(message, path=path, row=i + 1, value=",".join(row))
         if match[2] != "0":
             members.add(int(match[1]))
     return members

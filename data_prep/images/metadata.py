@@ -51,7 +51,7 @@ def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) 
     if missing:
         progress.say(
             f"warning: dropping {len(missing)} X-ray(s) of {raw['split'].path} without a row in "
-            f"{raw['metadata'].path} (first: {missing[0]}); download that table again if it is incomplete"
+            f"{raw['metadata'].path}, listed in the manifests; download that table again if it is incomplete"
         )
     return {"X-rays without a metadata row": len(missing), "dicom_ids without a metadata row": missing[:100]}
 

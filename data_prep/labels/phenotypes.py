@@ -94,10 +94,10 @@ def read_table(path: str | Path) -> dict[str, dict]:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise error("is not a YAML file") from None
     entries = content if isinstance(content, dict) else {}
-    for name, entry in entries.items():
+    for i, (name, entry) in enumerate(entries.items(), start=1):
         valid = isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("codes"), list)
         if not valid:
-            raise error(f"is incomplete: entry {name!r} needs an id (CCS number) and a list of codes", name)
+            raise error(f"is incomplete: its entry {i} needs an id (CCS number) and a list of codes", name)
     present = {entry["id"] for entry in entries.values()}
     for phenotype in schema.PHENOTYPES:
         if phenotype.ccs not in present:

@@ -240,6 +240,9 @@ def test_hashed_splits_are_stable_seeded_and_70_10_20():
         "\ufeff1,1\n2,0\n3,1",  # this and the next two: from a spreadsheet or pandas
         "\ufeffsubject_id,in\n1,1.0\n2,0.0\n3.0,1\n",
         "1.0\n3.\n",
+        '"1","1"\n"3","1"\n',
+        ",subject_id,in\n0,1,1\n1,2,0\n2,3,1\n",  # pandas with its index
+        '"","SUBJECT_ID"\n"1",1\n"2",3\n',  # R with its row names
     ],
 )
 def test_id_lists_may_have_any_published_form(tmp_path, text):
@@ -287,13 +290,9 @@ def _table_error(root):
 def test_a_bad_table_is_named(tmp_path):
     root = write_mimic_iv(tmp_path, [stay(1)], gz=False)
     plain, gz = root / "icu/icustays.csv", root / "icu/icustays.csv.gz"
-    header, *rows = plain.read_text().splitlines()
-    plain.write_text("\n".join([header.upper(), *rows]))
-    error = _table_error(root)
-    assert (error.path, error.field, error.nearest) == (plain, "subject_id", "SUBJECT_ID")
     plain.write_text("subject_id,hadm_id\n1,2\n")
     error = _table_error(root)
-    assert (error.path, error.field, error.nearest) == (plain, "stay_id", "")
+    assert (error.path, error.field) == (plain, "stay_id") and "it has: subject_id, hadm_id" in str(error)
     plain.unlink()
     assert _table_error(root).path == gz  # missing
     for content in (b"", gzip.compress(b"")):

@@ -88,4 +88,4 @@ def test_an_image_without_a_metadata_row_is_reported_and_counted(tmp_path, capsy
     assert counts["X-rays without a metadata row"] == 1
     assert counts["dicom_ids without a metadata row"] == ["image-0002-00"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert "image-0002-00" in line and "metadata.csv" in line
+    assert "dropping 1 X-ray(s)" in line and "metadata.csv" in line and "image-0002-00" not in line
