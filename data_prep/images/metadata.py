@@ -7,6 +7,8 @@ from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
+_DICOM_ID = r"^[A-Za-z0-9_-]{1,64}$"  # part of a path, so without '.', '/' or control characters
+
 
 def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
     """Return every X-ray with a usable metadata row, sorted by dicom_id, and counts of the rows read and dropped.
@@ -26,7 +28,9 @@ def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
     tally.add(metadata.select(pl.format("{} {}", date, clock)).to_series(), images["time"])
     tally.check(raw["metadata"].path, "StudyDate, StudyTime")
     counts = {"rows of metadata": len(images)}
-    images = images.drop_nulls(["dicom_id", "subject_id", "study_id"])
+    images = images.drop_nulls(["dicom_id", "subject_id", "study_id"]).filter(
+        pl.col("dicom_id").str.contains(_DICOM_ID), pl.col("subject_id") > 0, pl.col("study_id") > 0
+    )
     images = images.unique("dicom_id", keep="first", maintain_order=True)
     counts["X-rays with ids"] = len(images)
     counts["X-rays without a valid time (never paired)"] = untimed = images["time"].null_count()
@@ -47,6 +51,7 @@ def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
 def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) -> dict:
     """Count the X-rays that only the split table lists, and warn about them."""
     listed = raw["split"].read("dicom_id").select(pl.col("dicom_id").str.strip_chars()).drop_nulls().unique()
+    listed = listed.filter(pl.col("dicom_id").str.contains(_DICOM_ID))
     missing = listed.join(images, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
     if missing:
         progress.say(

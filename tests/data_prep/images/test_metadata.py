@@ -29,6 +29,8 @@ def test_study_times_may_lack_leading_zeros(tmp_path):
     [
         ({"subject_id": "1000000x"}, 1, 0),
         ({"dicom_id": ""}, 1, 0),
+        *(({"dicom_id": text}, 1, 0) for text in ("../../secret", "/etc/passwd", "a\0b", "a.b", "a" * 65)),
+        ({"subject_id": "-10000002"}, 1, 0),
         ({"study_id": ""}, 1, 0),
         ({"study_id": "99999999999999999999"}, 1, 0),
         ({"StudyTime": "noon"}, 2, 1),
