@@ -39,6 +39,7 @@ class Source:
     test_ids: Path | None
     phenotypes: Path | None
     workers: int
+    allow_missing_images: float | None  # the largest share of the X-rays that may be missing or unreadable
 
     @property
     def timestep_h(self) -> float:
@@ -121,7 +122,13 @@ def make(
         arrays = {task.name: _discretize(cache_dir, source, people, task, events_dir) for task in stay_tasks}
     store, labelled, pairs = None, None, dict.fromkeys(arrays, _NO_PAIRS)
     if images:
-        store = image_store.ImageStore(cache_dir / "images", source.cxr_root, source.rules.image_shape, source.workers)
+        store = image_store.ImageStore(
+            cache_dir / "images",
+            source.cxr_root,
+            source.rules.image_shape,
+            source.workers,
+            source.allow_missing_images,
+        )
         if any(TASKS[name].cxr_only for name in inputs):
             labelled = metadata.labelled(source.mimic_cxr, images[0])
             store.add(labelled.select("dicom_id", "path").iter_rows())

@@ -166,6 +166,7 @@ def _task(name: str, content: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
         _counts("Stays without a diagnosis", content),
+        _counts("X-rays missing or unreadable", content),
         _counts("Deaths in the window", content),
         _counts("Deaths unlike hospital_expire_flag", content),
         _splits(content["splits"], schema.TASKS[name].cxr_only),

@@ -1,5 +1,8 @@
 """Read each X-ray's patient, study, view, time and 14 labels from the tables of MIMIC-CXR-JPG."""
 
+import os
+from pathlib import Path
+
 import polars as pl
 
 from data_prep import progress
@@ -7,13 +10,18 @@ from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
+LAYOUTS = {
+    "auto": "tree if files/ contains folders p10 to p19, otherwise flat",
+    "tree": "files/p10/p10000032/s50414267/<dicom_id>.jpg, as published",
+    "flat": "<dicom_id>.jpg or .png, all in files/ or, if there is none, in the folder itself",
+}
 _DICOM_ID = r"^[A-Za-z0-9_-]{1,64}$"  # part of a path, so without '.', '/' or control characters
 
 
-def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
+def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[pl.DataFrame, dict]:
     """Return every X-ray with a usable metadata row, sorted by dicom_id, and counts of the rows read and dropped.
 
-    Columns: dicom_id, subject_id, study_id, view, time, path (below the MIMIC-CXR folder).
+    Columns: dicom_id, subject_id, study_id, view, time, path (below the MIMIC-CXR folder). layout: see LAYOUTS.
     """
     metadata = raw["metadata"].read(*tables.MIMIC_CXR["metadata"])
     images = metadata.select(
@@ -43,9 +51,24 @@ def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
         raise UserError(f"{path} has no valid row; download it again if it is incomplete", path=path)
     if "split" in raw:
         counts |= _count_without_metadata(raw, images)
-    subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
-    path = pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
-    return images.with_columns(path=path).sort("dicom_id"), counts
+    return images.with_columns(path=_path(raw["metadata"].path.parent, layout)).sort("dicom_id"), counts
+
+
+def _path(root: Path, layout: str) -> pl.Expr:
+    """Return the path of each X-ray below `root`, whether there is a file or not."""
+    files = root / "files"
+    if layout == "auto":
+        layout = "tree" if next(files.glob("p*/"), None) else "flat"
+    if layout == "tree":
+        subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
+        return pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
+    folder, below = (files, "files/") if files.is_dir() else (root, "")
+    present = set(os.listdir(folder))
+    pngs = [
+        name.removesuffix(".png") for name in present if name.endswith(".png") and f"{name[:-4]}.jpg" not in present
+    ]
+    ending = pl.when(pl.col("dicom_id").is_in(pngs)).then(pl.lit("png")).otherwise(pl.lit("jpg"))
+    return pl.format("{}{}.{}", pl.lit(below), "dicom_id", ending)
 
 
 def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) -> dict:

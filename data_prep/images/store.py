@@ -87,13 +87,15 @@ class ImageStore:
 
     A cached X-ray is valid while its file keeps the signature it was decoded with, whichever chunk holds it.
     `unreadable`: dicom_id -> signature. Neither `unreadable` nor the pixels depend on the number of workers.
+    max_unreadable: the largest share of the requested X-rays that may be missing or unreadable; None for 1 %.
     """
 
-    def __init__(self, folder: Path, root: Path, image_shape: str, workers: int):
+    def __init__(self, folder: Path, root: Path, image_shape: str, workers: int, max_unreadable: float | None = None):
         self.unreadable: dict[str, Signature] = {}
         self._folder, self._root, self._image_shape, self._workers = folder, root, image_shape, workers
         self._place: dict[str, tuple[Path, int]] = {}  # dicom_id -> chunk and row of its valid pixels
-        self._requested: set[str] = set()
+        self._max_unreadable = MAX_UNREADABLE if max_unreadable is None else max_unreadable
+        self._requested: dict[str, str] = {}  # dicom_id -> path
         self._cached: dict[str, list[tuple[Path, int | None, Signature]]] = {}  # row None: unreadable
         self._open: dict[Path, np.ndarray] = {}  # only the chunk read last, to limit the memory that is mapped
         folder.mkdir(exist_ok=True)
@@ -110,9 +112,9 @@ class ImageStore:
         return dicom_id in self._place
 
     def add(self, images: Iterable[tuple[str, str]]) -> None:
-        """Decode X-rays (dicom_id, path); raise UserError if more than 1 % of all requested ones are unreadable."""
+        """Decode X-rays (dicom_id, path); raise UserError if too many of all requested ones are unreadable."""
         images = sorted(images)
-        self._requested.update(dicom_id for dicom_id, _ in images)
+        self._requested.update(images)
         signed = signatures(self._root, images, self._workers)
         missing = [image for image in images if not self._look_up(image[0], signed[image[0]])]
         with ThreadPoolExecutor(self._workers) as pool:
@@ -162,13 +164,16 @@ class ImageStore:
 
     def _check_unreadable(self) -> None:
         bad = sorted(self.unreadable)
-        if len(bad) > MAX_UNREADABLE * len(self._requested):
-            folder = self._root / "files"
+        if len(bad) > self._max_unreadable * len(self._requested):
+            missing = [dicom_id for dicom_id in bad if self.unreadable[dicom_id] is None]
+            first = (missing or bad)[0]
+            path = self._root / self._requested[first]
             message = (
-                f"{len(bad)} of {len(self._requested)} X-rays under {folder} are missing or unreadable, more than 1 % "
-                f"(first: {bad[0]}.jpg); download them again and rerun the command"
+                f"{len(missing):,} of {len(self._requested):,} X-rays are missing and {len(bad) - len(missing):,} are "
+                f"unreadable, more than {100 * self._max_unreadable:g} % (first tried: {path}); download them again "
+                "and rerun the command, or accept them with --allow_missing_images=PART"
             )
-            raise UserError(message, path=folder, value=bad[0])
+            raise UserError(message, field="--allow_missing_images", path=path, value=first)
 
 
 def signature(path: str | Path) -> Signature:

@@ -1,6 +1,7 @@
 """A build's options, and its errors and warnings for bad input."""
 
 import gzip
+import json
 import shutil
 import tempfile
 
@@ -113,6 +114,8 @@ def test_output_cannot_be_written_into_the_raw_data(tmp_path):
         ({"timestep_h": 1e9}, "--timestep_h", ""),
         ({"timestep_h": 1e-8}, "--timestep_h", ""),
         ({"workers": 0}, "--workers", ""),
+        ({"cxr_layout": "flt"}, "--cxr_layout", "flat"),
+        ({"allow_missing_images": 20}, "--allow_missing_images", ""),
         ({"val_ids": "nowhere.csv"}, "--val_ids", ""),
         ({"phenotypes": "nowhere.yaml"}, "--phenotypes", ""),
         ({"mimic_cxr": None, "tasks": ["radiology"]}, "--tasks", ""),
@@ -167,12 +170,43 @@ def test_an_error_names_the_bad_table_in_one_line(tmp_path, table, how, field):
     assert not any((tmp_path / "out" / task).exists() for task in schema.TASKS)
 
 
-def test_more_than_1_percent_unreadable_images_stop_the_build(tmp_path):
+def test_more_than_1_percent_unreadable_images_stop_the_build_unless_allowed(tmp_path):
     tree = write_tree(tmp_path)
-    next((tree[1] / "files").rglob("*.jpg")).write_bytes(b"broken")
-    with pytest.raises(UserError, match="more than 1 %"):
+    missing, broken = sorted((tree[1] / "files").rglob("*.jpg"))[:2]
+    missing.unlink()
+    broken.write_bytes(b"broken")
+    with pytest.raises(UserError, match=f"1 of 11 X-rays are missing and 1 are unreadable.*first tried: {missing}"):
         build.build(*tree, tmp_path / "out", timestep_h=1)
     assert not any((tmp_path / "out" / task).exists() for task in schema.TASKS)
+    build.build(*tree, tmp_path / "out", timestep_h=1, allow_missing_images=0.2)
+    assert len(records.manifest(tmp_path / "out", "radiology")["skipped_images"]) == 2
+    audit = json.loads((tmp_path / "out/audit.json").read_text())["tasks"]
+    assert audit["mortality"]["x-rays_missing_or_unreadable"] == "<10"
+
+
+@pytest.mark.parametrize("folder", ["files", "."])
+def test_x_rays_may_lie_in_one_folder(tmp_path, folder):
+    images = [image(n, 5) for n in range(3)]
+    iv, cxr = write_one_stay(tmp_path, images)
+    build.build(iv, cxr, tmp_path / "tree", tasks=["radiology"])
+    paths = [cxr / image_path(row) for row in images]
+    (tmp_path / "flat").mkdir()
+    for path in paths:
+        path.rename(tmp_path / "flat" / path.name)
+    shutil.rmtree(cxr / "files")
+    for path in (tmp_path / "flat").iterdir():
+        (cxr / folder).mkdir(exist_ok=True)
+        # The content decides, not the name.
+        path.rename(cxr / folder / path.name.replace("image-0001-00.jpg", "image-0001-00.png"))
+    for layout in ("auto", "flat"):
+        build.build(iv, cxr, tmp_path / layout, tasks=["radiology"], cxr_layout=layout)
+        assert by_dicom(tmp_path / layout) == by_dicom(tmp_path / "tree")
+    with pytest.raises(UserError, match=f"first tried: {paths[0]}"):
+        build.build(iv, cxr, tmp_path / "again", tasks=["radiology"], cxr_layout="tree")
+
+
+def by_dicom(out):
+    return {row["dicom_id"]: row["image"].tobytes() for rows in read_all(out, "radiology").values() for row in rows}
 
 
 def test_the_command_parses_its_flags_and_explains_profiles():
