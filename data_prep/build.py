@@ -12,7 +12,6 @@ be deleted; it saves time in a later build with other options.
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from data_prep.pipeline import Source
 from data_prep.raw import tables
 from data_prep.write import describe
 from medfuse_jax import records
-from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime import command_line, cores, files
 from medfuse_jax.runtime.errors import UserError, check_choice
 from medfuse_jax.schema import CHANNELS, TASKS
 
@@ -64,6 +63,8 @@ def build(
         None for 1 %.
     Raises UserError for bad options or input. A dataset built with other options or input is rebuilt.
     """
+    for flag, folder in (("--mimic_iv", mimic_iv), ("--mimic_cxr", mimic_cxr or ""), ("--out", out)):
+        files.check_local(flag, folder)
     rules, out = profiles.rules(profile), Path(out)
     names = _check_tasks(tasks, mimic_cxr)
     _check_out(out, names, [Path(folder) for folder in (mimic_iv, mimic_cxr) if folder])
@@ -80,7 +81,7 @@ def build(
         cxr_root=Path(mimic_cxr) if mimic_cxr else None,
         rules=rules,
         options=options | {name: _file_hash(name, path) for name, path in lists.items()},
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=workers or cores.usable(),
         allow_missing_images=allow_missing_images,
         **lists,
     )

@@ -24,7 +24,7 @@ from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
-VERSION = 7  # increment when the same input gives other events
+VERSION = 8  # increment when the same input gives other events
 # Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
@@ -194,6 +194,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         parse.integer("subject_id"),
         parse.integer("hadm_id"),
         parse.integer("stay_id"),
+        no_hadm_id=pl.col("hadm_id").str.strip_chars().fill_null("") == "",
         invalid_stay_id=parse.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
         variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
         itemid=parse.integer("itemid").cast(pl.Int32),
@@ -206,6 +207,8 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
     hours = seconds / 3600.0
     outside = (hours <= -EPSILON_H) | (hours >= pl.col("los_h") + EPSILON_H)
     reasons = (
+        # Laboratory rows of MIMIC-IV often lack it; as in the released extraction, nothing assigns them by time.
+        (pl.col("no_hadm_id"), "no hadm_id"),
         (pl.col("stay").is_null(), "no stay of the cohort"),
         (pl.col("subject_id").ne_missing(pl.col("own_subject_id")), "another patient"),
         (pl.col("invalid_stay_id"), "no valid stay_id"),

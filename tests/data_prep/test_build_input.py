@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -114,6 +115,8 @@ def test_output_cannot_be_written_into_the_raw_data(tmp_path):
         ({"timestep_h": 1e9}, "--timestep_h", ""),
         ({"timestep_h": 1e-8}, "--timestep_h", ""),
         ({"workers": 0}, "--workers", ""),
+        ({"out": "s3://bucket/shards"}, "--out", ""),
+        ({"mimic_iv": "gs://mimiciv-3.1.physionet.org"}, "--mimic_iv", ""),
         ({"cxr_layout": "flt"}, "--cxr_layout", "flat"),
         ({"allow_missing_images": 20}, "--allow_missing_images", ""),
         ({"val_ids": "nowhere.csv"}, "--val_ids", ""),
@@ -127,7 +130,7 @@ def test_wrong_options_are_refused_by_name(raw_tree, tmp_path, changes, field, n
     with pytest.raises(UserError) as caught:
         build.build(**arguments)
     assert (caught.value.field, caught.value.nearest) == (field, nearest)
-    assert not any((tmp_path / task).exists() for task in schema.TASKS)
+    assert not any((tmp_path / task).exists() for task in schema.TASKS) and not Path("s3:").exists()
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(raw_tree):

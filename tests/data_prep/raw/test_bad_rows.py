@@ -61,7 +61,7 @@ BAD_EVENTS = [
     ({"value": "-5", "valuenum": "-5"}, "impossible value"),
     ({"value": "99999", "valuenum": "99999"}, "impossible value"),
     ({"hadm_id": "12x"}, "no stay of the cohort"),
-    ({"hadm_id": ""}, "no stay of the cohort"),
+    ({"hadm_id": ""}, "no hadm_id"),
     ({"hadm_id": "99999999999999999999"}, "no stay of the cohort"),
     ({"stay_id": "30000001"}, "another stay"),
     ({"subject_id": "10000001"}, "another patient"),
