@@ -46,6 +46,12 @@ footer { max-width: 46rem; }
   td .soft { display: block; font-size: 0.6875rem; }
 }
 """
+_COUNTS = {
+    "stays_without_a_diagnosis": "Stays without a diagnosis",
+    "deaths_in_the_window": "stays whose patient dies before the end of the window",
+    "deaths_unlike_hospital_expire_flag": "labels of death that hospital_expire_flag contradicts",
+    "images_missing_or_unreadable": "X-rays missing or unreadable",
+}
 _ROUTES = {  # docs/phenotypes.md has more
     "gem": "gem (ICD-10-CM to ICD-9-CM by the General Equivalence Mappings, then CCS)",
     "table": "table (the file given as --phenotypes)",
@@ -165,10 +171,7 @@ def _checks(audit: dict) -> str:
 def _task(name: str, content: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
-        _counts("Stays without a diagnosis", content),
-        _counts("X-rays missing or unreadable", content),
-        _counts("Deaths in the window", content),
-        _counts("Deaths unlike hospital_expire_flag", content),
+        _counts(content),
         _splits(content["splits"], schema.TASKS[name].cxr_only),
         _warning("Records with an unknown word, read as OTHER", content["other_words"]),
         _warning("Unreadable times, read as missing", content.get("unreadable_times", {})),
@@ -210,10 +213,10 @@ def _splits(splits: dict, cxr_only: bool) -> str:
     return f"<h3>Splits</h3>{table(['', *ours], rows)}"
 
 
-def _counts(what: str, content: dict) -> str:
-    """Return a note of one count, '' for a task without it."""
-    n = content.get(what.lower().replace(" ", "_"))
-    return "" if n is None else f'<p class="note">{what}: {number(n)}.</p>'
+def _counts(content: dict) -> str:
+    """Return a note of the counts in _COUNTS that the task has."""
+    notes = [f"{what}: {number(content[name])}" for name, what in _COUNTS.items() if name in content]
+    return f'<p class="note">{"; ".join(notes)}.</p>' if notes else ""
 
 
 def _warning(what: str, counts: dict) -> str:

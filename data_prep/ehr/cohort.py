@@ -78,7 +78,7 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     stays = stays.join(diagnosed, on=["subject_id", "hadm_id"], how="left").with_columns(
         pl.col("has_diagnosis").fill_null(False)
     )
-    if not rules.undiagnosed:
+    if not rules.undiagnosed and len(diagnosed):  # an empty table, of which the build warns, would leave no stay
         stays = count("with a diagnosis", stays.filter("has_diagnosis"))
     if stays.is_empty():
         emptied_by = next(step["filter"] for step in flow if not step["stays"])

@@ -216,6 +216,7 @@ def mimic_cxr(root: str | Path) -> dict[str, Table]:
     found = {}
     for name, required in MIMIC_CXR.items():
         paths = [p for end in _ENDINGS for p in sorted(root.glob(f"mimic-cxr-*-{name}{end}"), reverse=True)]
+        paths = [p for p in paths if p.is_file()]
         if paths:
             found[name] = _open(paths[0], root, required)
         elif name != "split":

@@ -115,11 +115,11 @@ class Tally:
     form: str = ""
 
     def add(self, text: pl.Series, parsed: pl.Series) -> None:
-        is_given = text.str.strip_chars().fill_null("") != ""
-        wrong = text.filter(is_given & parsed.is_null())
+        other = text.filter(parsed.is_null())
+        wrong = other.filter(other.str.strip_chars().fill_null("") != "")
         if len(wrong) and not self.unreadable:
             self.form = form(wrong[0])
-        self.given += int(is_given.sum())
+        self.given += len(text) - len(other) + len(wrong)
         self.unreadable += len(wrong)
 
     def check(self, path: Path, column: str) -> int:

@@ -184,7 +184,7 @@ def test_more_than_1_percent_unreadable_images_stop_the_build_unless_allowed(tmp
     build.build(*tree, tmp_path / "out", timestep_h=1, allow_missing_images=0.2)
     assert len(records.manifest(tmp_path / "out", "radiology")["skipped_images"]) == 2
     audit = json.loads((tmp_path / "out/audit.json").read_text())["tasks"]
-    assert audit["mortality"]["x-rays_missing_or_unreadable"] == "<10"
+    assert audit["mortality"]["images_missing_or_unreadable"] == "<10"
 
 
 @pytest.mark.parametrize("folder", ["files", "."])
