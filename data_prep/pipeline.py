@@ -133,6 +133,8 @@ def make(
             labelled = metadata.labelled(source.mimic_cxr, images[0])
             store.add(labelled.select("dicom_id", "path").iter_rows())
         pairs = _pair_readable(source, people, arrays, images[0], store)
+        if blank := store.num_blank():
+            progress.say(f"warning: {blank:,} X-ray(s) have one grey everywhere, such as black, and are kept")
         if store.unreadable:
             progress.say(
                 f"warning: {len(store.unreadable)} X-ray(s) cannot be read and are left out; the manifests list them"
@@ -300,6 +302,7 @@ def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, counts
         "channels": list(CHANNELS),
         "labels": list(task.labels),
         "counts": {"splits": datasets.split_counts(index, task.labels), **counts},
+        "blank_images": store.num_blank() if store else 0,
         "skipped_images": dict(sorted(store.unreadable.items())) if store else {},
     }
 

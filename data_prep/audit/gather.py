@@ -108,6 +108,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["images"] = _images(counts["images"], len(manifest["skipped_images"]))
         return audit
     if "images" in counts:
+        audit["blank_images"] = shown(manifest["blank_images"])
         audit["images_missing_or_unreadable"] = shown(len(manifest["skipped_images"]))
     audit["cohort"] = privacy.flow(counts["cohort"])
     for what in ("stays_without_a_diagnosis", "deaths_in_the_window", "deaths_unlike_hospital_expire_flag"):

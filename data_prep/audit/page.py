@@ -50,6 +50,7 @@ _COUNTS = {
     "stays_without_a_diagnosis": "Stays without a diagnosis",
     "deaths_in_the_window": "stays whose patient dies before the end of the window",
     "deaths_unlike_hospital_expire_flag": "labels of death that hospital_expire_flag contradicts",
+    "blank_images": "X-rays of one grey everywhere",
     "images_missing_or_unreadable": "X-rays missing or unreadable",
 }
 _ROUTES = {  # docs/phenotypes.md has more
