@@ -37,6 +37,11 @@ class Rules:
         "item",
         "Fahrenheit to Celsius. item: values of item 223761. over_79: values of 79 or more (released extraction).",
     )
+    none_is_class: bool = _rule(
+        True,
+        "'None' of the eye score (the eyes stay closed) is a class, not a missing value, in every profile, as in the "
+        "released extraction: pandas before 2.0 reads it as text.",
+    )
     capillary_refill: bool = _rule(
         True, "Items 223951 and 224308 are read. Off: the channel is constant (released extraction)."
     )
