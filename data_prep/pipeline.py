@@ -179,13 +179,14 @@ def _stay_task(
     counts = {
         "cohort": flow,
         "stays_without_a_diagnosis": int((~people.stays["has_diagnosis"]).sum()),
-        "deaths_in_the_window": arrays.num_died,
         "deaths_unlike_hospital_expire_flag": int((people.stays["expire_flag"] != people.stays["died"]).sum()),
         "unreadable_times": people.unreadable_times | events.read_unreadable_times(events_dir),
         "events_stored_too_late": arrays.num_stored_late,
         "duplicate_events": arrays.num_duplicates,
         "event_rows": events.read_counts(events_dir),
     }
+    if source.rules.window_h(task) and not source.rules.after_death:
+        counts["deaths_in_the_window"] = arrays.num_died
     predicted = None
     if task.hourly:
         predicted, hourly_flow = hourly.predictions(task, people.stays, arrays, source.timestep_h)

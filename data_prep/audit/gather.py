@@ -112,7 +112,8 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
         audit["images_missing_or_unreadable"] = shown(len(manifest["skipped_images"]))
     audit["cohort"] = privacy.flow(counts["cohort"])
     for what in ("stays_without_a_diagnosis", "deaths_in_the_window", "deaths_unlike_hospital_expire_flag"):
-        audit[what] = shown(counts[what])
+        if what in counts:
+            audit[what] = shown(counts[what])
     audit["unreadable_times"] = {column: shown(n) for column, n in counts["unreadable_times"].items()}
     audit["time_check"] = _time_check(counts["time_check"])
     audit["length_h"] = cells(counts["length_h"])
