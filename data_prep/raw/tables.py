@@ -111,6 +111,8 @@ def fingerprints(tables: Iterable[Table], cache: Path) -> list[dict]:
 def _as_text(column: str, dtype: pl.DataType | None) -> pl.Expr:
     if isinstance(dtype, pl.Datetime):
         return pl.col(column).dt.to_string("%Y-%m-%d %H:%M:%S" + ("%z" if dtype.time_zone else ""))
+    if isinstance(dtype, pl.Duration):  # a clock time, as pandas may hold StudyTime
+        return pl.col(column).dt.total_nanoseconds().cast(pl.Time).cast(pl.String)
     return pl.col(column).cast(pl.String)
 
 

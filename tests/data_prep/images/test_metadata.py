@@ -1,5 +1,7 @@
 """X-rays' times and labels, from the tables of MIMIC-CXR-JPG."""
 
+import datetime
+
 import polars as pl
 import pytest
 from raw_tables import image, image_path, write_mimic_cxr, write_table
@@ -22,6 +24,25 @@ def test_study_times_may_lack_leading_zeros(tmp_path):
     assert counts["X-rays without a valid time (never paired)"] == 2
     assert table["path"].to_list() == [image_path(row) for row in images]
     assert all((tmp_path / path).is_file() for path in table["path"])
+
+
+@pytest.mark.parametrize(
+    ("date", "clock"),
+    [
+        (datetime.date(2150, 1, 1), datetime.time(15)),
+        (datetime.datetime(2150, 1, 1), datetime.timedelta(hours=15)),
+        (21500101, 150000.5),
+        (21500101.0, "15:00:00"),
+    ],
+)
+def test_study_times_may_have_any_type_in_parquet(tmp_path, date, clock):
+    raw = _raw(tmp_path, [image(1, 1)])
+    path = raw["metadata"].path
+    table = pl.read_csv(path).with_columns(StudyDate=pl.lit(date), StudyTime=pl.lit(clock))
+    path.unlink()
+    table.write_parquet(tmp_path / "mimic-cxr-2.0.0-metadata.parquet")
+    found, _ = metadata.read_metadata(tables.mimic_cxr(tmp_path))
+    assert found["time"].to_list() == [datetime.datetime(2150, 1, 1, 15)]
 
 
 @pytest.mark.parametrize(
