@@ -71,8 +71,7 @@ def build(
     if mimic_cxr is None:
         rebuild.check_cxr_kept(out, names)
     _check_numbers(timestep_h, workers, allow_missing_images)
-    check_choice("--cxr_layout", cxr_layout, metadata.LAYOUTS)
-    _check_pairing(pairing, profile)
+    _check_images(cxr_layout, pairing, profile)
     options = {"profile": profile, "timestep_h": float(timestep_h), "seed": seed, "pairing": pairing}
     lists: dict = {"val_ids": val_ids, "test_ids": test_ids, "phenotypes": phenotypes}
     source = Source(
@@ -150,7 +149,8 @@ def _check_numbers(timestep_h: float, workers: int | None, allow_missing_images:
         raise UserError(message, field="--allow_missing_images", value=allow_missing_images)
 
 
-def _check_pairing(pairing: str, profile: str) -> None:
+def _check_images(cxr_layout: str, pairing: str, profile: str) -> None:
+    check_choice("--cxr_layout", cxr_layout, metadata.LAYOUTS)
     check_choice("--pairing", pairing, profiles.PAIRING)
     if pairing == profiles.UNTIL_OUTTIME:
         if profile == "strict":

@@ -73,11 +73,9 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     else:
         living = (pl.col("intime") < pl.col("alive_until")).fill_null(True)
         stays = count("begins before the patient's death", stays.filter(living))
-    diagnosed = raw["diagnoses_icd"].read("subject_id", "hadm_id")
-    diagnosed = diagnosed.select(parse.integer("subject_id"), parse.integer("hadm_id"), has_diagnosis=True).unique()
-    stays = stays.join(diagnosed, on=["subject_id", "hadm_id"], how="left").with_columns(
-        pl.col("has_diagnosis").fill_null(False)
-    )
+    diagnosed = _read_diagnosed(raw)
+    stays = stays.join(diagnosed, on=["subject_id", "hadm_id"], how="left")
+    stays = stays.with_columns(pl.col("has_diagnosis").fill_null(False))
     if not rules.undiagnosed and len(diagnosed):  # an empty table, of which the build warns, would leave no stay
         stays = count("with a diagnosis", stays.filter("has_diagnosis"))
     if stays.is_empty():
@@ -125,6 +123,12 @@ def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
         known_words.word("admission_type"),
         expire_flag=parse.integer("hospital_expire_flag") if flag else pl.lit(None, pl.Int64),
     ).unique("hadm_id", keep="first", maintain_order=True)
+
+
+def _read_diagnosed(raw: dict[str, tables.Table]) -> pl.DataFrame:
+    """Return subject_id, hadm_id and has_diagnosis=True of the admissions in diagnoses_icd."""
+    rows = raw["diagnoses_icd"].read("subject_id", "hadm_id")
+    return rows.select(parse.integer("subject_id"), parse.integer("hadm_id"), has_diagnosis=True).unique()
 
 
 def assign_splits(
