@@ -25,7 +25,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def check_local(flag: str, path: str | Path) -> None:
     """Raise UserError for an address such as gs://bucket/folder, which would become a local folder named 'gs:'."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        message = f"{flag}={path} is an address; mount it (gcsfuse, s3fs) and give that folder"
+        message = f"{flag} is {path}, an address; mount it (gcsfuse, s3fs) and give that folder"
         raise UserError(message, field=flag, value=str(path))
 
 
