@@ -34,7 +34,7 @@ from data_prep.ehr.arrays import Arrays
 from data_prep.images import decode, metadata
 from data_prep.raw import tables
 from medfuse_jax import records, schema
-from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime import command_line, cores
 from medfuse_jax.runtime.errors import UserError
 
 IDS = ("subject_id", "hadm_id", "stay_id")
@@ -44,6 +44,7 @@ SMALLER = 8
 MEMBER_BYTES = 64 << 20
 IMAGE_PX = (2544, 3056)
 IMAGE_ROUNDS = 5
+_MAXRSS_PER_GB = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
 LARGE_TABLES = ("chartevents", "labevents")
 
 
@@ -117,8 +118,8 @@ def _costs(num_rows: int, start_s: float, start_cpu_s: float) -> dict:
         "seconds": round(seconds, 2),
         "cpu_seconds": round(time.process_time() - start_cpu_s, 2),
         "rows_per_s": round(num_rows / seconds),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "cores": len(os.sched_getaffinity(0)),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_GB, 2),
+        "cores": cores.usable(),
         "load": round(os.getloadavg()[0], 1),
     }
 

@@ -3,6 +3,7 @@
     python -m data_prep.build --mimic_iv=DIR [--mimic_cxr=DIR] --out=DIR [--profile=paper|released|strict]
         [--timestep_h=2] [--tasks=pheno,mortality,radiology,decompensation,length_of_stay]
         [--val_ids=CSV --test_ids=CSV] [--phenotypes=YAML] [--workers=N] [--seed=0] [--explain]
+        [--pairing=in_window|until_outtime] [--cxr_layout=auto|tree|flat] [--allow_missing_images=0.01]
 
 Rerun the command to resume a stopped build; it also rebuilds datasets that are damaged or whose input has changed.
 `<out>/<task>/` appears when its dataset is complete, `<out>/audit.html` and `audit.json` at the end. `<out>/.cache` may
@@ -11,7 +12,6 @@ be deleted; it saves time in a later build with other options.
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from data_prep.pipeline import Source
 from data_prep.raw import tables
 from data_prep.write import describe
 from medfuse_jax import records
-from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime import command_line, cores, files
 from medfuse_jax.runtime.errors import UserError, check_choice
 from medfuse_jax.schema import CHANNELS, TASKS
 
@@ -49,22 +49,30 @@ def build(
     phenotypes: str | Path | None = None,
     workers: int | None = None,
     seed: int = 0,
+    pairing: str = profiles.IN_WINDOW,
+    cxr_layout: str = "auto",
+    allow_missing_images: float | None = None,
 ) -> None:
     """Build `<out>/<task>/` (format: medfuse_jax/records.py) for every task, and the audit.
 
     mimic_iv, mimic_cxr: the folders as downloaded; without mimic_cxr no stay has an X-ray, and the task 'radiology' is
         left out. profile: see profiles.py. timestep_h: hours per time step. val_ids, test_ids: lists of patients
         (cohort.read_id_list), or None to split by a hash of `subject_id` and `seed`. phenotypes: a phenotype table.
-        workers: threads that decode X-rays; the output does not depend on it.
+        workers: threads that decode X-rays; the output does not depend on it. pairing: see profiles.PAIRING.
+        cxr_layout: see metadata.LAYOUTS. allow_missing_images: share of the X-rays that may be missing or unreadable;
+        None for 1 %.
     Raises UserError for bad options or input. A dataset built with other options or input is rebuilt.
     """
+    for flag, folder in (("--mimic_iv", mimic_iv), ("--mimic_cxr", mimic_cxr or ""), ("--out", out)):
+        files.check_local(flag, folder)
     rules, out = profiles.rules(profile), Path(out)
     names = _check_tasks(tasks, mimic_cxr)
     _check_out(out, names, [Path(folder) for folder in (mimic_iv, mimic_cxr) if folder])
     if mimic_cxr is None:
         rebuild.check_cxr_kept(out, names)
-    _check_numbers(timestep_h, workers)
-    options = {"profile": profile, "timestep_h": float(timestep_h), "seed": seed}
+    _check_numbers(timestep_h, workers, allow_missing_images)
+    _check_images(cxr_layout, pairing, profile)
+    options = {"profile": profile, "timestep_h": float(timestep_h), "seed": seed, "pairing": pairing}
     lists: dict = {"val_ids": val_ids, "test_ids": test_ids, "phenotypes": phenotypes}
     source = Source(
         mimic_iv=tables.mimic_iv(mimic_iv),
@@ -72,7 +80,8 @@ def build(
         cxr_root=Path(mimic_cxr) if mimic_cxr else None,
         rules=rules,
         options=options | {name: _file_hash(name, path) for name, path in lists.items()},
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=workers or cores.usable(),
+        allow_missing_images=allow_missing_images,
         **lists,
     )
     _check_storetime(source)
@@ -83,7 +92,7 @@ def build(
         if mimic_cxr:
             progress.say(f"MIMIC-CXR-JPG {fingerprint['mimic_cxr']} in {mimic_cxr}")
         rebuild.warn_of_others(out, names, source.options, fingerprint)
-        images = metadata.read_metadata(source.mimic_cxr) if mimic_cxr else None
+        images = metadata.read_metadata(source.mimic_cxr, cxr_layout) if mimic_cxr else None
         hashes = pipeline.image_hashes(source, images[0] if images else None, names)
         if inputs := _outdated(out, source, fingerprint, hashes):
             pipeline.make(out, cache_dir, source, fingerprint, images, inputs)
@@ -129,12 +138,25 @@ def _check_out(out: Path, names: list[str], sources: list[Path]) -> None:
             )
 
 
-def _check_numbers(timestep_h: float, workers: int | None) -> None:
+def _check_numbers(timestep_h: float, workers: int | None, allow_missing_images: float | None) -> None:
     if not SHORTEST_STEP_H <= timestep_h <= LONGEST_STEP_H:  # also rejects NaN
         message = f"--timestep_h is {timestep_h}; it must be from 1/60 (a minute) to {LONGEST_STEP_H:g} hours"
         raise UserError(message, field="--timestep_h", value=timestep_h)
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1", field="--workers", value=workers)
+    if allow_missing_images is not None and not 0 <= allow_missing_images <= 1:
+        message = f"--allow_missing_images is {allow_missing_images}; it must be a share from 0 to 1"
+        raise UserError(message, field="--allow_missing_images", value=allow_missing_images)
+
+
+def _check_images(cxr_layout: str, pairing: str, profile: str) -> None:
+    check_choice("--cxr_layout", cxr_layout, metadata.LAYOUTS)
+    check_choice("--pairing", pairing, profiles.PAIRING)
+    if pairing == profiles.UNTIL_OUTTIME:
+        if profile == "strict":
+            message = f"--pairing={pairing} admits X-rays after the window, --profile=strict does not; drop one of them"
+            raise UserError(message, field="--pairing", value=pairing)
+        progress.say(f"warning: --pairing={pairing} is for comparison with the published mortality results alone")
 
 
 def _file_hash(name: str, path: str | Path | None) -> str | None:
@@ -204,18 +226,24 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("phenotypes", None, "Phenotype table (YAML).", flag_values=values)
     flags.DEFINE_integer("workers", None, "Threads that decode X-rays; default: one per core.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the split if no lists are given.", flag_values=values)
+    flags.DEFINE_string("pairing", profiles.IN_WINDOW, "in_window or until_outtime; see --explain.", flag_values=values)
+    layouts = "; ".join(f"{name}: {what}" for name, what in metadata.LAYOUTS.items())
+    flags.DEFINE_string("cxr_layout", "auto", f"Where the X-rays are. {layouts}.", flag_values=values)
+    share = "Share of the X-rays that may be missing or unreadable (default: 0.01); they are counted."
+    flags.DEFINE_float("allow_missing_images", None, share, flag_values=values)
     flags.DEFINE_bool("explain", False, "Print the profile's rules and exit.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.explain:
-        print(profiles.explain(values.profile))
+        print(profiles.explain(values.profile, values.pairing))
         return
     for name in ("mimic_iv", "out"):
         if not getattr(values, name):
             raise UserError(f"--{name}=DIR is missing", field=f"--{name}")
-    names = ("profile", "timestep_h", "tasks", "val_ids", "test_ids", "phenotypes", "workers", "seed")
+    names = ("profile", "timestep_h", "tasks", "val_ids", "test_ids", "phenotypes", "workers", "seed", "pairing")
+    names += ("cxr_layout", "allow_missing_images")
     build(values.mimic_iv, values.mimic_cxr, values.out, **{name: getattr(values, name) for name in names})
 
 

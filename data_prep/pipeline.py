@@ -23,7 +23,7 @@ from medfuse_jax.schema import CHANNELS, SPLITS, TASKS, Task
 
 _MAX_UNDATED = 0.01  # the build warns if more than this share of the kept events has no storetime
 _NO_PAIRS = pl.DataFrame(schema={"stay_id": pl.Int64, "dicom_id": pl.String, "cxr_time": pl.Datetime("us")})
-ARRAYS_VERSION = 3  # increment when the same events give other arrays
+ARRAYS_VERSION = 4  # increment when the same events give other arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,20 @@ class Source:
     test_ids: Path | None
     phenotypes: Path | None
     workers: int
+    allow_missing_images: float | None  # the largest share of the X-rays that may be missing or unreadable
 
     @property
     def timestep_h(self) -> float:
         return self.options["timestep_h"]
+
+    def pairing(self, task: Task) -> str:
+        """Return the task's value of profiles.PAIRING: tasks that use the whole stay are not affected."""
+        affected = task.window_h is not None and self.options["pairing"] == profiles.UNTIL_OUTTIME
+        return profiles.UNTIL_OUTTIME if affected else profiles.IN_WINDOW
+
+    def image_window_h(self, task: Task) -> float | None:
+        """Return the hours from `intime` that a task's X-rays may come from; None for the whole stay."""
+        return None if self.pairing(task) == profiles.UNTIL_OUTTIME else self.rules.window_h(task)
 
     def is_synthetic(self) -> bool:
         """Return whether data_prep.synthetic wrote the tables, judging by its report in the same tree."""
@@ -112,11 +122,19 @@ def make(
         arrays = {task.name: _discretize(cache_dir, source, people, task, events_dir) for task in stay_tasks}
     store, labelled, pairs = None, None, dict.fromkeys(arrays, _NO_PAIRS)
     if images:
-        store = image_store.ImageStore(cache_dir / "images", source.cxr_root, source.rules.image_shape, source.workers)
+        store = image_store.ImageStore(
+            cache_dir / "images",
+            source.cxr_root,
+            source.rules.image_shape,
+            source.workers,
+            source.allow_missing_images,
+        )
         if any(TASKS[name].cxr_only for name in inputs):
             labelled = metadata.labelled(source.mimic_cxr, images[0])
             store.add(labelled.select("dicom_id", "path").iter_rows())
         pairs = _pair_readable(source, people, arrays, images[0], store)
+        if blank := store.num_blank():
+            progress.say(f"warning: {blank:,} X-ray(s) have one grey everywhere, such as black, and are kept")
         if store.unreadable:
             progress.say(
                 f"warning: {len(store.unreadable)} X-ray(s) cannot be read and are left out; the manifests list them"
@@ -154,14 +172,21 @@ def _stay_task(
     flow = [*people.flow]
     if task.window_h:
         flow.append({"filter": f"{task.window_h:g} h or longer", "stays": arrays.num_long_enough})
+    if not source.rules.deaths_in_window:
+        living = arrays.num_long_enough - arrays.num_died
+        flow.append({"filter": "alive at the end of the window", "stays": living})
     flow.append({"filter": "with an event in the task's window", "stays": len(arrays.row)})
     counts = {
         "cohort": flow,
-        "unreadable_times": people.unreadable_times,
+        "stays_without_a_diagnosis": int((~people.stays["has_diagnosis"]).sum()),
+        "deaths_unlike_hospital_expire_flag": int((people.stays["expire_flag"] != people.stays["died"]).sum()),
+        "unreadable_times": people.unreadable_times | events.read_unreadable_times(events_dir),
         "events_stored_too_late": arrays.num_stored_late,
         "duplicate_events": arrays.num_duplicates,
         "event_rows": events.read_counts(events_dir),
     }
+    if source.rules.window_h(task) and not source.rules.after_death:
+        counts["deaths_in_the_window"] = arrays.num_died
     predicted = None
     if task.hourly:
         predicted, hourly_flow = hourly.predictions(task, people.stays, arrays, source.timestep_h)
@@ -173,7 +198,8 @@ def _stay_task(
     index, records_of = datasets.stay_dataset(people.stays, splits, arrays, labels, pairs, store)
     counts["variables"] = describe.variables(arrays)
     counts["length_h"] = describe.histogram(arrays.length * source.timestep_h, describe.LENGTH_EDGES_H)
-    inputs = time_check.Inputs(people.stays, arrays, pairs, source.rules.window_h(task), source.timestep_h)
+    windows = {"window_h": source.rules.window_h(task), "image_window_h": source.image_window_h(task)}
+    inputs = time_check.Inputs(people.stays, arrays, pairs, timestep_h=source.timestep_h, **windows)
     counts["time_check"] = time_check.check(inputs, events_dir, predicted)
     if task.name == "pheno":
         counts["diagnosis_codes"] = people.icd_counts
@@ -182,7 +208,7 @@ def _stay_task(
 
 def _read_cohort(source: Source) -> Cohort:
     unreadable = tables.count_unreadable_times(source.mimic_iv)
-    stays, flow = cohort.read_stays(source.mimic_iv)
+    stays, flow = cohort.read_stays(source.mimic_iv, source.rules)
     split_of = cohort.assign_splits(stays["subject_id"], source.val_ids, source.test_ids, source.options["seed"])
     label_NK, icd_counts = phenotypes.labels(source.mimic_iv, stays, source.phenotypes)
     dropped = [
@@ -235,11 +261,12 @@ def _pair_readable(
 ) -> dict[str, pl.DataFrame]:
     """Pair each task's stays with X-rays; an unreadable X-ray is treated as absent, so an earlier one may be paired."""
     path_of = dict(images.select("dicom_id", "path").iter_rows())
+    stays = people.stays.with_columns(outtime=pl.min_horizontal("outtime", "alive_until"))  # no X-ray from after death
     while True:
         readable = images.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
         pairs = {
             name: (pairing.within if TASKS[name].hourly else pairing.pair)(
-                people.stays[task_arrays.row], readable, source.rules.window_h(TASKS[name])
+                stays[task_arrays.row], readable, source.image_window_h(TASKS[name])
             )
             for name, task_arrays in arrays.items()
         }
@@ -266,6 +293,7 @@ def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, counts
         "facts_version": describe.VERSION,
         "task": task.name,
         "profile": source.options["profile"],
+        "pairing": source.pairing(task),
         "timestep_h": source.timestep_h,
         "options": source.options,
         "rules": profiles.describe(source.options["profile"]),
@@ -275,6 +303,7 @@ def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, counts
         "channels": list(CHANNELS),
         "labels": list(task.labels),
         "counts": {"splits": datasets.split_counts(index, task.labels), **counts},
+        "blank_images": store.num_blank() if store else 0,
         "skipped_images": dict(sorted(store.unreadable.items())) if store else {},
     }
 

@@ -1,6 +1,7 @@
 """The profiles `paper`, `released` and `strict`: every difference in how they prepare the data.
 
 Each difference is one field of `Rules`, with its reason. Other modules ask for the rule, never for the profile's name.
+`PAIRING` explains the values of --pairing, which may be combined with `paper` and `released`.
 """
 
 import dataclasses
@@ -36,6 +37,11 @@ class Rules:
         "item",
         "Fahrenheit to Celsius. item: values of item 223761. over_79: values of 79 or more (released extraction).",
     )
+    none_is_class: bool = _rule(
+        True,
+        "'None' of the eye score (the eyes stay closed) is a class, not a missing value, in every profile, as in the "
+        "released extraction: pandas before 2.0 reads it as text.",
+    )
     capillary_refill: bool = _rule(
         True, "Items 223951 and 224308 are read. Off: the channel is constant (released extraction)."
     )
@@ -53,6 +59,21 @@ class Rules:
         "How codes become labels without --phenotypes. gem: ICD-9 -> CCS, and ICD-10 -> ICD-9 -> CCS by the GEMs, by "
         "`icd_version`. table: as gem, with a warning, because the released table is expected in --phenotypes; it "
         "ignores the version.",
+    )
+    after_death: bool = _rule(
+        False,
+        "Stays that begin after the patient's death (organ donors), and events and X-rays from after it, count "
+        "(released extraction). Off: dropped. Death is the first `deathtime`, or else the end of the day `dod`.",
+    )
+    deaths_in_window: bool = _rule(
+        True,
+        "Stays whose patient dies before the end of the task's window are kept, although their outcome is known by "
+        "then; the audit counts them (paper and released). Off: left out (strict).",
+    )
+    undiagnosed: bool = _rule(
+        True,
+        "Stays of an admission without a row in diagnoses_icd are kept, with no phenotype; the audit counts them. Off: "
+        "dropped from every task (the released extraction joins stays with their diagnoses).",
     )
     image_shape: str = _rule(
         "squash",
@@ -88,13 +109,24 @@ RELEASED = Rules(
     ranges=False,
     zero_size=True,
     phenotypes="table",
+    after_death=True,
+    undiagnosed=False,
     image_shape="crop",
 )
 PROFILES = {
     "paper": PAPER,
     "released": RELEASED,
     # In every profile X-rays count from `intime` on, so no rule is needed for that.
-    "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True),
+    "strict": dataclasses.replace(PAPER, pheno_window_h=48.0, stored_in_time=True, deaths_in_window=False),
+}
+
+
+IN_WINDOW, UNTIL_OUTTIME = "in_window", "until_outtime"
+PAIRING = {
+    IN_WINDOW: "A stay is paired with its last AP X-ray from the task's window (mortality: the first 48 h).",
+    UNTIL_OUTTIME: "For comparison with the published mortality results alone: mortality stays are paired with X-rays "
+    "up to the end of the stay, as in the authors' code before 2023-03-02. Such an X-ray may be later than the window, "
+    "so manifest, audit and results are marked.",
 }
 
 
@@ -113,10 +145,12 @@ def describe(profile: str) -> dict[str, dict]:
     }
 
 
-def explain(profile: str) -> str:
-    """Return a profile's rules as text; * marks those that differ from `paper`."""
+def explain(profile: str, pairing: str = IN_WINDOW) -> str:
+    """Return a profile's rules and the pairing as text; * marks what differs from the default."""
+    check_choice("--pairing", pairing, PAIRING)
     lines = [f"profile {profile} (* differs from paper)"]
     for name, rule in describe(profile).items():
         mark = "*" if rule["value"] != getattr(PAPER, name) else " "
         lines.append(f"{mark} {name} = {rule['value']}\n      {rule['why']}")
+    lines.append(f"{' ' if pairing == IN_WINDOW else '*'} pairing = {pairing}\n      {PAIRING[pairing]}")
     return "\n".join(lines)

@@ -14,7 +14,8 @@ START = "2150-01-01 00:00:00"
 
 HEADERS = {
     "patients": "subject_id,gender,anchor_age,anchor_year,anchor_year_group,dod",
-    "admissions": "subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,admit_provider_id,race",
+    "admissions": "subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,admit_provider_id,race,"
+    "hospital_expire_flag",
     "icustays": "subject_id,hadm_id,stay_id,first_careunit,last_careunit,intime,outtime,los",
     "chartevents": "subject_id,hadm_id,stay_id,caregiver_id,charttime,storetime,itemid,value,valuenum,valueuom,warning",
     "labevents": "labevent_id,subject_id,hadm_id,itemid,charttime,storetime,value,valuenum,valueuom,comments",

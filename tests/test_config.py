@@ -123,6 +123,7 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("profile_steps", "5", ""),
         ("profile_steps", "0:3", ""),
         ("profile_steps", "6:3", ""),
+        ("data.dir", "gs://bucket/shards", ""),
         ("batch_size", 0, ""),
         ("batch_size", 1.5, ""),
         ("learning_rate", -1.0, ""),

@@ -91,6 +91,7 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
     counts, rules, options = manifest["counts"], manifest["rules"], manifest["options"]
     audit = {
         "profile": manifest["profile"],
+        "pairing": manifest["pairing"],
         "timestep_h": manifest["timestep_h"],
         "split_by": "given lists" if options["val_ids"] else f"hash of subject_id, seed {options['seed']}",
         "phenotype_table_given": manifest["phenotype_table_given"],
@@ -106,7 +107,13 @@ def _task(name: str, manifest: dict, index: dict) -> dict:
     if schema.TASKS[name].cxr_only:
         audit["images"] = _images(counts["images"], len(manifest["skipped_images"]))
         return audit
+    if "images" in counts:
+        audit["blank_images"] = shown(manifest["blank_images"])
+        audit["images_missing_or_unreadable"] = shown(len(manifest["skipped_images"]))
     audit["cohort"] = privacy.flow(counts["cohort"])
+    for what in ("stays_without_a_diagnosis", "deaths_in_the_window", "deaths_unlike_hospital_expire_flag"):
+        if what in counts:
+            audit[what] = shown(counts[what])
     audit["unreadable_times"] = {column: shown(n) for column, n in counts["unreadable_times"].items()}
     audit["time_check"] = _time_check(counts["time_check"])
     audit["length_h"] = cells(counts["length_h"])

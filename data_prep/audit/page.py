@@ -2,6 +2,7 @@
 
 from html import escape
 
+from data_prep import profiles
 from data_prep.audit import plots, privacy
 from data_prep.ehr import events
 from medfuse_jax import schema
@@ -45,6 +46,13 @@ footer { max-width: 46rem; }
   td .soft { display: block; font-size: 0.6875rem; }
 }
 """
+_COUNTS = {
+    "stays_without_a_diagnosis": "Stays without a diagnosis",
+    "deaths_in_the_window": "stays whose patient dies before the end of the window",
+    "deaths_unlike_hospital_expire_flag": "labels of death that hospital_expire_flag contradicts",
+    "blank_images": "X-rays of one grey everywhere",
+    "images_missing_or_unreadable": "X-rays missing or unreadable",
+}
 _ROUTES = {  # docs/phenotypes.md has more
     "gem": "gem (ICD-10-CM to ICD-9-CM by the General Equivalence Mappings, then CCS)",
     "table": "table (the file given as --phenotypes)",
@@ -112,10 +120,15 @@ def _header(audit: dict) -> str:
             "Profile": _by_task(audit, "profile"),
             "Time step": _by_task(audit, "timestep_h") + " h",
             "Split by": _by_task(audit, "split_by"),
+            "X-rays paired": _by_task(audit, "pairing"),
         }
         facts = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in values.items())
     reasons = "".join(f"<li>{_title(name)}: {escape(why)}</li>" for name, why in audit["not_audited"].items())
     notice = f'<div class="notice"><strong>Not in this audit:</strong><ul>{reasons}</ul></div>' if reasons else ""
+    marked = [name for name, content in audit["tasks"].items() if content["pairing"] == profiles.UNTIL_OUTTIME]
+    if marked:
+        why = escape(profiles.PAIRING[profiles.UNTIL_OUTTIME])
+        notice += f'<div class="notice"><strong>{_titles(marked)}, for comparison alone:</strong> {why}</div>'
     notice += "".join(_crossing(crossing) for crossing in audit["patients"]["crossings"])
     return f'<header><h1>Data audit</h1>{lead}{notice}<dl class="facts">{facts}</dl></header>'
 
@@ -159,9 +172,10 @@ def _checks(audit: dict) -> str:
 def _task(name: str, content: dict) -> str:
     parts = [
         _flow(content["cohort"]) if "cohort" in content else "",
+        _counts(content),
         _splits(content["splits"], schema.TASKS[name].cxr_only),
         _warning("Records with an unknown word, read as OTHER", content["other_words"]),
-        _warning("Unreadable times, read as no death or no admission", content.get("unreadable_times", {})),
+        _warning("Unreadable times, read as missing", content.get("unreadable_times", {})),
         _labels(name, content["labels"]),
         _variables(content) if "variables" in content else "",
         _codes(content["diagnosis_codes"]) if "diagnosis_codes" in content else "",
@@ -198,6 +212,12 @@ def _splits(splits: dict, cxr_only: bool) -> str:
         share = percent(splits["published_paired_test_share"])
         rows.append(['<span class="papers">Share with an X-ray, paper</span>', number(None), number(None), share])
     return f"<h3>Splits</h3>{table(['', *ours], rows)}"
+
+
+def _counts(content: dict) -> str:
+    """Return a note of the counts in _COUNTS that the task has."""
+    notes = [f"{what}: {number(content[name])}" for name, what in _COUNTS.items() if name in content]
+    return f'<p class="note">{"; ".join(notes)}.</p>' if notes else ""
 
 
 def _warning(what: str, counts: dict) -> str:

@@ -23,6 +23,7 @@ class Arrays:
     length: np.ndarray
     first_step: np.ndarray
     num_long_enough: int
+    num_died: int  # of these, stays whose patient dies before the end of the window
     num_stored_late: int  # events of a stay's period that were stored after its end
     num_duplicates: int  # events dropped because another has the same time, item and value
     # Only the bucket read last, so that memory does not fill with pages that were read before.

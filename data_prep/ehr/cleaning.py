@@ -39,7 +39,10 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     frame: variable, itemid, text, valuenum. Rows of variables with classes keep their order; other rows may not.
     """
     is_class = pl.col("variable").is_in(CLASS_VARIABLES)
-    classes = frame.filter(is_class).join(_class_values(), on=["variable", "text"], how="left", maintain_order="left")
+    class_values = _class_values()
+    if not rules.none_is_class:
+        class_values = class_values.filter(pl.col("text") != "None")
+    classes = frame.filter(is_class).join(class_values, on=["variable", "text"], how="left", maintain_order="left")
     numbers = frame.filter(~is_class).with_columns(value=parse.number("text"))
     # Few rows are not plain numbers; apply the slow patterns to those alone.
     other = numbers.filter(pl.col("value").is_null()).with_columns(value=_parse_other_text(rules))
@@ -53,10 +56,7 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
 
 
 def _class_values() -> pl.DataFrame:
-    """Return a table that maps (variable, text) to `value`, the class's index.
-
-    'None' of eye opening is a class, as in the released code: pandas before 2.0 reads it as text.
-    """
+    """Return a table that maps (variable, text) to `value`, the class's index."""
     rows = []
     for variable in CLASS_VARIABLES:
         values = {name: i for i, name in enumerate(schema.VARIABLES[variable].classes)}

@@ -1,5 +1,6 @@
 """Select the ICU stays of the cohort, and assign each patient to a split."""
 
+import csv
 import hashlib
 import re
 from pathlib import Path
@@ -8,25 +9,29 @@ import polars as pl
 
 from data_prep import progress
 from data_prep.labels import mortality
-from data_prep.raw import known_words, parse, tables
+from data_prep.profiles import PAPER, Rules
+from data_prep.raw import known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 1  # increment when the same tables give other stays, deaths or splits
+VERSION = 4  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
 SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
 _COLUMNS = (
     *("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_h"),
-    *("age", "gender", "admission_type", "first_careunit", "died", "death_h"),
+    *("age", "gender", "admission_type", "first_careunit", "died", "death_h", "expire_flag"),
+    *("alive_until", "has_diagnosis"),
 )
 
 
-def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
+def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.DataFrame, list[dict]]:
     """Return the cohort's stays, sorted by `stay_id`, and how many stays each filter kept.
 
     Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender, admission_type,
-    first_careunit (known_words.py), died and death_h (mortality.py). Raises UserError if no stay is left.
+    first_careunit (known_words.py), died and death_h (mortality.py), expire_flag (the table's own label of death, 0, 1
+    or null), alive_until (time of death, null if none is known or the rules ignore it), has_diagnosis (a row in
+    diagnoses_icd). Raises UserError if no stay is left.
     """
     flow = []
 
@@ -39,8 +44,8 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
         parse.integer("subject_id"),
         parse.integer("hadm_id"),
         parse.integer("stay_id"),
-        parse.time("intime"),
-        parse.time("outtime"),
+        times.time("intime"),
+        times.time("outtime"),
         los_h=parse.number("los") * 24.0,
     )
     stays = count("with ids", stays.drop_nulls(["subject_id", "hadm_id", "stay_id"]))
@@ -57,10 +62,22 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
     agrees = (pl.col("los_h") - lasts_h).abs() <= LOS_SLACK_H
     stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
     stays = count("of at most a year", stays.filter(pl.col("los_h") <= MAX_LOS_H))
-    stays = stays.join(_read_admissions(raw), on="hadm_id").join(read_patients(raw), on="subject_id")
+    admissions, patients = _read_admissions(raw), read_patients(raw)
+    stays = stays.join(admissions, on="hadm_id").join(patients, on="subject_id")
     stays = count("with a patient and an admission", stays)
     stays = count("with the patient's own admission", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
     stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
+    stays = stays.join(mortality.alive_until(admissions, patients), on="subject_id", how="left")
+    if rules.after_death:
+        stays = stays.with_columns(alive_until=pl.lit(None, pl.Datetime("us")))
+    else:
+        living = (pl.col("intime") < pl.col("alive_until")).fill_null(True)
+        stays = count("begins before the patient's death", stays.filter(living))
+    diagnosed = _read_diagnosed(raw)
+    stays = stays.join(diagnosed, on=["subject_id", "hadm_id"], how="left")
+    stays = stays.with_columns(pl.col("has_diagnosis").fill_null(False))
+    if not rules.undiagnosed and len(diagnosed):  # an empty table, of which the build warns, would leave no stay
+        stays = count("with a diagnosis", stays.filter("has_diagnosis"))
     if stays.is_empty():
         emptied_by = next(step["filter"] for step in flow if not step["stays"])
         path = raw["icustays"].path
@@ -74,7 +91,7 @@ def read_stays(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, list[dict]]:
 def digest(stays: pl.DataFrame) -> str:
     """Hash the columns that decide which stay an event belongs to, and at which time in the stay."""
     hashed = hashlib.sha256()
-    for column in ("stay_id", "subject_id", "hadm_id", "intime", "los_h"):
+    for column in ("stay_id", "subject_id", "hadm_id", "intime", "los_h", "alive_until"):
         hashed.update(stays[column].to_numpy().tobytes())
     return hashed.hexdigest()
 
@@ -87,7 +104,7 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
             parse.integer("subject_id"),
             age=parse.number("anchor_age").cast(pl.Float32),
             gender=known_words.word("gender"),
-            dod=parse.date("dod"),
+            dod=times.date("dod"),
         )
         .drop_nulls("subject_id")
         .unique("subject_id", keep="first", maintain_order=True)
@@ -95,15 +112,23 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
 
 
 def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
-    admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1])
+    flag = [name for name in ("hospital_expire_flag",) if name in raw["admissions"].columns]
+    admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1], *flag)
     return admissions.select(
         parse.integer("hadm_id"),
         parse.integer("subject_id").alias("admitted_id"),
-        parse.time("admittime"),
-        parse.time("dischtime"),
-        parse.time("deathtime"),
+        times.time("admittime"),
+        times.time("dischtime"),
+        times.time("deathtime"),
         known_words.word("admission_type"),
+        expire_flag=parse.integer("hospital_expire_flag") if flag else pl.lit(None, pl.Int64),
     ).unique("hadm_id", keep="first", maintain_order=True)
+
+
+def _read_diagnosed(raw: dict[str, tables.Table]) -> pl.DataFrame:
+    """Return subject_id, hadm_id and has_diagnosis=True of the admissions in diagnoses_icd."""
+    rows = raw["diagnoses_icd"].read("subject_id", "hadm_id")
+    return rows.select(parse.integer("subject_id"), parse.integer("hadm_id"), has_diagnosis=True).unique()
 
 
 def assign_splits(
@@ -118,7 +143,7 @@ def assign_splits(
         return {subject: _hashed_split(subject, seed) for subject in subjects}
     val, test = read_id_list(val_ids), read_id_list(test_ids)
     if both := val & test:
-        message = f"subject {min(both)} is in both {val_ids} and {test_ids}; a patient belongs to one split"
+        message = f"{len(both)} patients are in both {val_ids} and {test_ids}; a patient belongs to one split"
         raise UserError(message, path=val_ids, value=min(both))
     for path, members in ((val_ids, val), (test_ids, test)):
         if not members & set(subjects):
@@ -139,21 +164,30 @@ def _hashed_split(subject_id: int, seed: int) -> str:
 
 
 def read_id_list(path: str | Path) -> set[int]:
-    """Read a list of patients: rows `subject_id` or `subject_id,0/1` (1: in the split), with or without a header."""
+    """Read a list of patients: rows `subject_id` or `subject_id,0/1` (1: in the split), with or without a header.
+
+    With a header, the index column of pandas or R may precede them. Raises UserError, which quotes no row.
+    """
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the list {path} cannot be read ({error})", path=path) from None
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        problem = getattr(error, "strerror", None) or "it is not a CSV file in UTF-8"
+        raise UserError(f"the list {path} cannot be read ({problem})", path=path) from None
+    first = next((i for i, row in enumerate(rows) if any(row)), 0)
+    header = [cell.lower() for cell in rows[first]] if rows else []
+    start = header.index("subject_id") if "subject_id" in header else 0
     members = set()
-    for row, line in enumerate(lines, start=1):
-        cells = [cell.strip() for cell in line.split(",")]
-        if not any(cells) or (row == 1 and cells[0] == "subject_id"):
+    for i, row in enumerate(rows):
+        if not any(row) or (i == first and "subject_id" in header):
             continue
-        match = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(cells))  # pandas may write 1.0
+        # pandas may write 1.0
+        match = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(row[start:]))
         if not match:
-            raise UserError(
-                f"{path} row {row} is {line!r}; a row is subject_id or subject_id,0/1", path=path, row=row, value=line
+            message = (
+                f"{path} row {i + 1} is not subject_id or subject_id,0/1; other columns need a header to skip them"
             )
+            raise UserError(message, path=path, row=i + 1, value=",".join(row))
         if match[2] != "0":
             members.add(int(match[1]))
     return members

@@ -128,7 +128,7 @@ def write_arrays(
     """Write a task's arrays: a file `ehr_<bucket>.npy` [R, 76] per bucket, and `index.npz`.
 
     index.npz holds, for each stay that is long enough and has an event: row (in the cohort), bucket, start (first row
-    in the bucket's file), length, first_step (the first with an observation). It also holds three totals (see
+    in the bucket's file), length, first_step (the first with an observation). It also holds four totals (see
     `Arrays`).
     """
     los_h = stays["los_h"].to_numpy()
@@ -136,6 +136,10 @@ def write_arrays(
     period_h = los_h if window_h is None else np.minimum(los_h, window_h)
     # If the task sets the window, a stay must be at least that long; if only the profile does, it may be shorter.
     long_enough = los_h > (task.window_h or 0.0) - EPSILON_H
+    num_long_enough = int(long_enough.sum())
+    died = died_in_window(stays, window_h) & long_enough
+    if not rules.deaths_in_window:
+        long_enough &= ~died
     index = {name: [] for name in ("row", "bucket", "start", "length", "first_step")}
     num_stored_late = num_duplicates = 0
     for bucket in progress.bar(range(events.num_buckets(len(stays))), f"arrays of {task.name}", "buckets"):
@@ -162,7 +166,14 @@ def write_arrays(
         index["first_step"].append(_first_observed(ehr_RF, kept_length))
     joined = {name: np.concatenate(parts or [np.zeros(0)]).astype(np.int64) for name, parts in index.items()}
     totals = {"num_stored_late": num_stored_late, "num_duplicates": num_duplicates}
-    np.savez(folder / "index.npz", **joined, num_long_enough=int(long_enough.sum()), **totals)
+    totals |= {"num_long_enough": num_long_enough, "num_died": int(died.sum())}
+    np.savez(folder / "index.npz", **joined, **totals)
+
+
+def died_in_window(stays: pl.DataFrame, window_h: float | None) -> np.ndarray:
+    """Return bool [N]: whether the patient died before the end of the window; all False without one."""
+    died_h = (stays["alive_until"] - stays["intime"]).dt.total_seconds().fill_null(np.iinfo(np.int64).max) / 3600.0
+    return died_h.to_numpy() < (window_h or 0.0)
 
 
 def _stored_in_time(bucket: pl.DataFrame, first_stay: int, period_h: np.ndarray, counted_S: np.ndarray):

@@ -20,11 +20,11 @@ from data_prep.ehr import cleaning
 from data_prep.ehr.arrays import EPSILON_H
 from data_prep.ehr.cleaning import VARIABLE
 from data_prep.profiles import Rules
-from data_prep.raw import parse, tables
+from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
-VERSION = 6  # increment when the same input gives other events
+VERSION = 8  # increment when the same input gives other events
 # Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
@@ -63,19 +63,35 @@ def num_buckets(num_stays: int) -> int:
 
 
 def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, folder: Path) -> None:
-    """Write every bucket's events and `counts.json` (rows by fate and variable) to `folder`."""
+    """Write every bucket's events, `counts.json` (rows by fate and variable) and `unreadable_times.json` to `folder`.
+
+    Raises UserError if more than 1 % of a table's times cannot be read.
+    """
     lookup = stays.with_row_index("stay").select(
-        "stay", "hadm_id", "intime", "los_h", own_subject_id=pl.col("subject_id"), own_stay_id=pl.col("stay_id")
+        "stay",
+        "hadm_id",
+        "intime",
+        "los_h",
+        "alive_until",
+        own_subject_id=pl.col("subject_id"),
+        own_stay_id=pl.col("stay_id"),
     )
     counts: dict[str, Counter] = {}
-    for part, frame in enumerate(_joined(_batches(raw, rules, lookup, counts), ROWS_PER_WRITE)):
+    unreadable: dict[str, int] = {}
+    for part, frame in enumerate(_joined(_batches(raw, rules, lookup, counts, unreadable), ROWS_PER_WRITE)):
         _write(frame, folder, part)
     files.write_json(folder / "counts.json", counts)
+    files.write_json(folder / "unreadable_times.json", unreadable)
 
 
 def read_counts(folder: Path) -> dict[str, dict[str, int]]:
     """Return fate -> variable -> rows."""
     return files.read_json(folder / "counts.json", "delete the folder and build again")
+
+
+def read_unreadable_times(folder: Path) -> dict[str, int]:
+    """Return 'table.column' -> times that cannot be read."""
+    return files.read_json(folder / "unreadable_times.json", "delete the folder and build again")
 
 
 def read_bucket(folder: Path, bucket: int) -> pl.DataFrame | None:
@@ -93,9 +109,13 @@ def _write(frame: pl.DataFrame, folder: Path, part: int) -> None:
 
 
 def _batches(
-    raw: dict[str, tables.Table], rules: Rules, lookup: pl.DataFrame, counts: dict[str, Counter]
+    raw: dict[str, tables.Table],
+    rules: Rules,
+    lookup: pl.DataFrame,
+    counts: dict[str, Counter],
+    unreadable: dict[str, int],
 ) -> Iterator[pl.DataFrame]:
-    """Yield cleaned events of both tables in batches, adding to `counts`."""
+    """Yield cleaned events of both tables in batches, adding to `counts` and `unreadable`."""
     for name, items in (("chartevents", CHART_ITEMS), ("labevents", LAB_ITEMS)):
         if not rules.capillary_refill:
             items = {variable: ids for variable, ids in items.items() if variable != "Capillary refill rate"}
@@ -109,9 +129,15 @@ def _batches(
             columns.append("storetime")
         wanted = table.scan(*columns).filter(pl.col("itemid").is_in(list(item_variable)))
         num_rows = 0
+        tallies = {column: times.Tally() for column in ("charttime", "storetime") if column in columns}
         for batch in progress.bar(_raw_batches(table, wanted), f"events of {table.name}", "batches"):
             num_rows += len(batch)
+            text, batch = batch, batch.with_columns(times.time(column) for column in tallies)
+            for column, tally in tallies.items():
+                tally.add(text[column], batch[column])
             yield _events(batch, item_variable, rules, lookup, counts)
+        for column, tally in tallies.items():
+            unreadable[f"{name}.{column}"] = tally.check(table.path, column)
         if not num_rows:
             progress.say(f"warning: {table.path} has no row of any variable; is the table complete?")
 
@@ -168,7 +194,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         parse.integer("subject_id"),
         parse.integer("hadm_id"),
         parse.integer("stay_id"),
-        parse.time("charttime"),
+        no_hadm_id=pl.col("hadm_id").str.strip_chars().fill_null("") == "",
         invalid_stay_id=parse.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
         variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
         itemid=parse.integer("itemid").cast(pl.Int32),
@@ -177,10 +203,12 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
     seconds = (pl.col("charttime") - pl.col("intime")).dt.total_seconds()
     stored = pl.lit(None, pl.Int64)
     if "storetime" in batch.columns:
-        stored = (parse.time("storetime") - pl.col("intime")).dt.total_seconds()
+        stored = (pl.col("storetime") - pl.col("intime")).dt.total_seconds()
     hours = seconds / 3600.0
     outside = (hours <= -EPSILON_H) | (hours >= pl.col("los_h") + EPSILON_H)
     reasons = (
+        # Laboratory rows of MIMIC-IV often lack it; as in the released extraction, nothing assigns them by time.
+        (pl.col("no_hadm_id"), "no hadm_id"),
         (pl.col("stay").is_null(), "no stay of the cohort"),
         (pl.col("subject_id").ne_missing(pl.col("own_subject_id")), "another patient"),
         (pl.col("invalid_stay_id"), "no valid stay_id"),
@@ -188,6 +216,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         (seconds.is_null(), "no valid time"),
         # time_s is an int32: a time outside its range would be null.
         (outside | ~seconds.is_between(_INT32.min, _INT32.max), "before or after the stay"),
+        (pl.col("charttime") > pl.col("alive_until"), "after death"),
     )
     return frame.select(
         "stay",

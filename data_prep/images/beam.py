@@ -21,7 +21,7 @@ from absl import flags
 from data_prep import cache, profiles, progress
 from data_prep.images import metadata, store
 from data_prep.raw import tables
-from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime import command_line, cores, files
 from medfuse_jax.runtime.errors import UserError
 
 _OUR_FLAGS = ("mimic_cxr", "out", "profile", "workers", "runner")
@@ -93,12 +93,10 @@ def main(argv: list[str]) -> None:
         folder = getattr(values, name)
         if not folder:
             raise UserError(f"--{name}=DIR is missing", field=f"--{name}")
-        if "://" in folder:
-            message = f"--{name}={folder} is an address; give a folder that every worker mounts"
-            raise UserError(message, field=f"--{name}", value=folder)
+        files.check_local(f"--{name}", folder)
     options = [f"--runner={values.runner}", *argv[1:]]
     if values.runner == "DirectRunner":
-        workers = values.workers or len(os.sched_getaffinity(0))
+        workers = values.workers or cores.usable()
         options += ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
     run(Path(values.mimic_cxr), Path(values.out), values.profile, options)
 

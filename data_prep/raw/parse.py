@@ -1,4 +1,4 @@
-"""Parse text columns of raw tables: numbers, times and dates, null where a cell cannot be read."""
+"""Parse text columns of raw tables: numbers, null where a cell cannot be read. Times are read by times.py."""
 
 import polars as pl
 
@@ -20,26 +20,3 @@ def number(column: str) -> pl.Expr:
     """Parse a text column as a finite float64, else null."""
     value = pl.col(column).str.strip_chars().cast(pl.Float64, strict=False)
     return pl.when(value.is_finite()).then(value)
-
-
-def time(column: str) -> pl.Expr:
-    """Parse a text column of 'YYYY-MM-DD HH:MM:SS', else null; accept a 'T' before the time, and missing seconds."""
-    return pl.col(column).map_batches(_times, return_dtype=pl.Datetime("us"))
-
-
-def _times(text: pl.Series) -> pl.Series:
-    def parse(text: pl.Series, form: str) -> pl.Series:
-        return text.str.slice(0, 19).str.to_datetime(form, time_unit="us", strict=False)
-
-    parsed = parse(text, "%Y-%m-%d %H:%M:%S")
-    if parsed.null_count() == text.null_count():  # the fast path: tables as downloaded
-        return parsed
-    spaced = text.str.strip_chars().str.replace("T", " ", literal=True)
-    for form in ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M"):
-        parsed = parsed.zip_with(parsed.is_not_null(), parse(spaced, form))
-    return parsed
-
-
-def date(column: str) -> pl.Expr:
-    """Parse a text column that begins 'YYYY-MM-DD' as a datetime at 00:00, else null."""
-    return pl.col(column).str.strip_chars().str.slice(0, 10).str.to_datetime("%Y-%m-%d", time_unit="us", strict=False)

@@ -1,7 +1,8 @@
 """Find and read the raw tables, in any published layout.
 
-MIMIC-IV 1.0 keeps `patients` and `admissions` in `core/`, later versions in `hosp/`; any table may be `.csv` or
-`.csv.gz`. Columns are read as text; the code that uses a value parses it.
+MIMIC-IV 1.0 keeps `patients` and `admissions` in `core/`, later versions in `hosp/`. Any table may be `.csv.gz`,
+`.csv`, `.csv.zst` or `.parquet`, with column names in any case. Columns are read as text; the code that uses a value
+parses it. Only known column names are kept and printed: those of a table without a header line are a patient's data.
 """
 
 import contextlib
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep.raw import parse
+from data_prep.raw import times
+from medfuse_jax import schema
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-_MAX_UNREADABLE_TIMES = 0.01
 # Table -> the folders it may be in, its required columns.
 MIMIC_IV = {
     "patients": (("hosp", "core"), ("subject_id", "gender", "anchor_age", "dod")),
@@ -37,6 +38,18 @@ MIMIC_CXR = {
     "chexpert": ("study_id",),
     "split": ("dicom_id",),
 }
+# Columns that some versions lack.
+_OPTIONAL = ("admit_provider_id", "anchor_year_group", "hospital_expire_flag", "storetime", *schema.RADIOLOGY_LABELS)
+_KNOWN = {
+    name.lower(): name
+    for name in (*_OPTIONAL, *(n for _, names in MIMIC_IV.values() for n in names), *sum(MIMIC_CXR.values(), ()))
+}
+_ENDINGS = (".csv.gz", ".csv", ".csv.zst", ".parquet")  # the first that exists is read
+_TIMES = {
+    "icustays": ("intime", "outtime"),
+    "admissions": ("admittime", "dischtime", "deathtime"),
+    "patients": ("dod",),
+}
 # Rows of diagnoses_icd in the whole of 3.1, which has 3.0's layout but lacks two patients' rows (release notes; count
 # from mimic-code's buildmimic/mysql/validate.sql).
 DIAGNOSES_OF_3_1 = 6_364_488
@@ -44,15 +57,25 @@ DIAGNOSES_OF_3_1 = 6_364_488
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One raw table; `name` is its path below the root, for messages and the manifest."""
+    """One raw table; `name` is its path below the root, for messages and the manifest.
+
+    names: known column -> its name in the file.
+    """
 
     path: Path
     name: str
-    columns: tuple[str, ...]
+    names: dict[str, str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The known columns that the table has."""
+        return tuple(self.names)
 
     def scan(self, *columns: str) -> pl.LazyFrame:
         """Scan `columns` lazily, as text. Collect inside `reading(path)`."""
-        return _scan(self.path).select(columns)
+        frame = _scan(self.path)
+        types = frame.collect_schema() if self.path.suffix == ".parquet" else {}
+        return frame.select(_as_text(self.names[name], types.get(self.names[name])).alias(name) for name in columns)
 
     def read(self, *columns: str) -> pl.DataFrame:
         """Read `columns` as text; raise UserError if the file is damaged."""
@@ -85,7 +108,17 @@ def fingerprints(tables: Iterable[Table], cache: Path) -> list[dict]:
     return result
 
 
+def _as_text(column: str, dtype: pl.DataType | None) -> pl.Expr:
+    if isinstance(dtype, pl.Datetime):
+        return pl.col(column).dt.to_string("%Y-%m-%d %H:%M:%S" + ("%z" if dtype.time_zone else ""))
+    if isinstance(dtype, pl.Duration):  # a clock time, as pandas may hold StudyTime
+        return pl.col(column).dt.total_nanoseconds().cast(pl.Time).cast(pl.String)
+    return pl.col(column).cast(pl.String)
+
+
 def _scan(path: Path) -> pl.LazyFrame:
+    if path.suffix == ".parquet":
+        return pl.scan_parquet(path)
     # Lossy: one byte that is not UTF-8, for example in a comment, must not make the table unreadable.
     return pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True, encoding="utf8-lossy")
 
@@ -99,8 +132,10 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is empty; download it again", path=path) from None
     except PermissionError:
         raise UserError(f"{path} may not be read; change its permissions", path=path) from None
-    except (OSError, pl.exceptions.ComputeError, pl.exceptions.SchemaError) as error:
-        what = "it is truncated" if "unexpected end" in str(error) else "it is not a complete CSV file"
+    except (OSError, pl.exceptions.PolarsError) as error:
+        kind = "Parquet" if path.suffix == ".parquet" else "CSV"
+        is_cut = "unexpected end" in str(error)
+        what = "it is truncated" if is_cut else f"it is not a complete {kind} file, or a quote in it is not closed"
         raise UserError(
             f"{path} cannot be read: {what}; download it again and compare its SHA-256", path=path
         ) from None
@@ -108,16 +143,20 @@ def reading(path: Path) -> Iterator[None]:
 
 def _open(path: Path, root: Path, required: tuple[str, ...]) -> Table:
     with reading(path):
-        present = tuple(_scan(path).collect_schema().names())
-    for column in required:
-        if column in present:
-            continue
-        similar = next((name for name in present if name.lower() == column), "")
-        message = f"{path} has no column {column!r}; it has {', '.join(present[:20])}. " + (
-            f"Rename {similar!r}." if similar else "Is it the right table, downloaded completely?"
+        present = _scan(path).collect_schema().names()
+    names: dict[str, str] = {}
+    for name in present:
+        if known := _KNOWN.get(name.strip().lower()):
+            names.setdefault(known, name)
+    missing = [column for column in required if column not in names]
+    if missing:
+        has = ", ".join(column for column in required if column in names) or "none"
+        message = (
+            f"{path} has no column {missing[0]!r} (of those needed it has: {has}); is its first line the header, with "
+            "all quotes closed, and is it the right table, downloaded completely?"
         )
-        raise UserError(message, path=path, field=column, nearest=similar)
-    return Table(path, str(path.relative_to(root)), present)
+        raise UserError(message, path=path, field=missing[0])
+    return Table(path, str(path.relative_to(root)), names)
 
 
 def _folder(root: str | Path, flag: str) -> Path:
@@ -131,12 +170,12 @@ def mimic_iv(root: str | Path) -> dict[str, Table]:
     root = _folder(root, "mimic_iv")
     found = {}
     for name, (folders, required) in MIMIC_IV.items():
-        candidates = [root / folder / f"{name}{end}" for folder in folders for end in (".csv.gz", ".csv")]
+        candidates = [root / folder / f"{name}{end}" for folder in folders for end in _ENDINGS]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             message = (
-                f"{root} has no {folders[0]}/{name}.csv.gz (or .csv); --mimic_iv must be the folder that contains icu/ "
-                "and hosp/, with all tables of MIMIC-IV"
+                f"{root} has no {folders[0]}/{name}.csv.gz (or .csv, .csv.zst, .parquet); --mimic_iv must be the "
+                "folder that contains icu/ and hosp/, with all tables of MIMIC-IV"
             )
             raise UserError(message, field="--mimic_iv", path=candidates[0])
         found[name] = _open(path, root, required)
@@ -178,14 +217,15 @@ def mimic_cxr(root: str | Path) -> dict[str, Table]:
     root = _folder(root, "mimic_cxr")
     found = {}
     for name, required in MIMIC_CXR.items():
-        paths = sorted(p for p in root.glob(f"mimic-cxr-*-{name}.csv*") if p.name.endswith((".csv", ".csv.gz")))
+        paths = [p for end in _ENDINGS for p in sorted(root.glob(f"mimic-cxr-*-{name}{end}"), reverse=True)]
+        paths = [p for p in paths if p.is_file()]
         if paths:
-            found[name] = _open(paths[-1], root, required)
+            found[name] = _open(paths[0], root, required)
         elif name != "split":
             path = root / f"mimic-cxr-2.0.0-{name}.csv.gz"
             message = (
-                f"{root} has no {path.name} (or .csv); --mimic_cxr must be the MIMIC-CXR-JPG folder, with its tables "
-                "and files/"
+                f"{root} has no {path.name} (or .csv, .csv.zst, .parquet); --mimic_cxr must be the MIMIC-CXR-JPG "
+                "folder, with its tables and files/"
             )
             raise UserError(message, field="--mimic_cxr", path=path)
     return found
@@ -215,18 +255,15 @@ def mimic_cxr_version(tables: dict[str, Table]) -> str:
 
 
 def count_unreadable_times(raw: dict[str, Table]) -> dict[str, int]:
-    """Count the unreadable times of admissions and deaths, by 'table.column'; raise UserError above 1 %."""
+    """Count the unreadable times of stays, admissions and deaths by 'table.column', warn of them, and refuse above 1 %.
+
+    Raises UserError. Times of events are counted where events are read (ehr/events.py).
+    """
     counts = {}
-    for name, columns in {"admissions": ("admittime", "dischtime", "deathtime"), "patients": ("dod",)}.items():
+    for name, columns in _TIMES.items():
         table = raw[name].read(*columns)
         for column in columns:
-            given = table.filter(pl.col(column).str.strip_chars().fill_null("") != "").select(column)
-            parsed = given.select(parse.date(column) if column == "dod" else parse.time(column))
-            counts[f"{name}.{column}"] = unreadable = parsed[column].null_count()
-            if unreadable > _MAX_UNREADABLE_TIMES * len(given):
-                message = (
-                    f"{raw[name].path}: {unreadable:,} of {len(given):,} times in column {column!r} cannot be read, "
-                    "more than 1 %; write them as MIMIC does: YYYY-MM-DD HH:MM:SS (dod: YYYY-MM-DD)"
-                )
-                raise UserError(message, path=raw[name].path, field=column, value=unreadable)
+            tally = times.Tally()
+            tally.add(table[column], table.select(times.time(column)).to_series())
+            counts[f"{name}.{column}"] = tally.check(raw[name].path, column)
     return counts

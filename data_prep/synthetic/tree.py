@@ -23,7 +23,7 @@ import polars as pl
 
 from data_prep.synthetic import cohort, cxr, signal
 from medfuse_jax import schema
-from medfuse_jax.runtime import files
+from medfuse_jax.runtime import cores, files
 from medfuse_jax.runtime.errors import UserError
 
 MIN_STAYS = 10
@@ -110,7 +110,7 @@ def _write_all(folder: Path, settings: dict, workers: int | None) -> dict:
     image_rng = np.random.default_rng((seed, 2))
     num_images = round(settings["images_per_stay"] * num_stays)
     planned = cxr.plan(image_rng, stays, planted["cxr"], settings["cxr_fraction"], num_images)
-    workers = workers or min(len(os.sched_getaffinity(0)), 1 + len(planned) // IMAGES_PER_PROCESS)
+    workers = workers or min(cores.usable(), 1 + len(planned) // IMAGES_PER_PROCESS)
     with cxr.drawing(folder / "mimic-cxr", planned, seed, workers):
         for name, frame in cohort.tables(rng, stays, planted).items():
             _write_table(frame, folder / "mimic-iv" / f"{name}.csv.gz")

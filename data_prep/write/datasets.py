@@ -147,4 +147,4 @@ def check_splits_disjoint(index: dict[str, dict]) -> None:
     split_of: dict[int, str] = {}
     for split, fields in index.items():
         for subject in np.unique(fields["subject_id"]).tolist():
-            assert split_of.setdefault(subject, split) == split, f"{subject} is in {split_of[subject]} and {split}"
+            assert split_of.setdefault(subject, split) == split, f"a patient is in {split_of[subject]} and {split}"

@@ -14,7 +14,7 @@ from data_prep.ehr import cleaning
 from data_prep.ehr.arrays import Arrays
 from medfuse_jax import schema
 
-VERSION = 5  # increment when the manifest of the same arrays changes
+VERSION = 7  # increment when the manifest of the same arrays changes
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LENGTH_EDGES_H = (0, 12, 24, 36, 48, 72, 96, 120, 168, 240, 336, 504)
 _GRID = 8192  # cells from 0 to the largest possible value; one is 0.3 mg/dL of glucose

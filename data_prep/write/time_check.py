@@ -30,14 +30,15 @@ _FIRST_CHANNEL_V = np.cumsum([0, *(len(v.classes) or 1 for v in schema.VARIABLES
 class Inputs:
     """The inputs of a task's records.
 
-    stays: the cohort. pairs: stay_id, dicom_id, cxr_time of every X-ray. window_h: hours from `intime` that may be
-    used, None for the whole stay. timestep_h: hours per time step.
+    stays: the cohort. pairs: stay_id, dicom_id, cxr_time of every X-ray. window_h, image_window_h: hours from `intime`
+    from which events and X-rays may come, None for the whole stay. timestep_h: hours per time step.
     """
 
     stays: pl.DataFrame
     arrays: Arrays
     pairs: pl.DataFrame
     window_h: float | None
+    image_window_h: float | None
     timestep_h: float
 
 
@@ -48,16 +49,19 @@ def check(inputs: Inputs, events_dir: Path, predictions: Predictions | None) -> 
     """
     los_h_N = inputs.stays["los_h"].to_numpy()[inputs.arrays.row]
     end_h_N = los_h_N if inputs.window_h is None else np.minimum(los_h_N, inputs.window_h)  # the cut-offs
+    stays = inputs.stays[inputs.arrays.row]
+    alive_h = ((stays["alive_until"] - stays["intime"]).dt.total_seconds() / 3600.0).fill_null(np.inf)
+    alive_h_N = np.minimum(end_h_N, alive_h.to_numpy())
     margin_h_N = np.zeros(len(end_h_N))
     wrong_cells = 0
     for bucket in np.unique(inputs.arrays.bucket).tolist():
         positions_S = np.flatnonzero(inputs.arrays.bucket == bucket)
         bucket_events = events.read_bucket(events_dir, bucket)
-        latest_s_R, wrong = _check_bucket(inputs, bucket_events, bucket, positions_S, end_h_N[positions_S])
+        latest_s_R, wrong = _check_bucket(inputs, bucket_events, bucket, positions_S, alive_h_N[positions_S])
         wrong_cells += wrong
         latest_s_S = np.maximum.reduceat(latest_s_R, inputs.arrays.start[positions_S])
         margin_h_N[positions_S] = end_h_N[positions_S] - latest_s_S / 3600.0
-    labels_outside = 0 if predictions is None else _labels_outside(inputs, end_h_N, predictions)
+    labels_outside = 0 if predictions is None else _labels_outside(inputs, alive_h_N, predictions)
     image_margin_h, late_images = _check_images(inputs, predictions)
     if wrong_cells or labels_outside or late_images:
         raise AssertionError(
@@ -66,6 +70,8 @@ def check(inputs: Inputs, events_dir: Path, predictions: Predictions | None) -> 
     cut_off = "the end of the stay"
     if inputs.window_h is not None:
         cut_off = f"{inputs.window_h:g} h, or the end of a shorter stay"
+    if inputs.image_window_h != inputs.window_h:
+        cut_off += "; of X-rays: the end of the stay"
     return {
         "records": len(inputs.arrays.row),
         "images": len(inputs.pairs),
@@ -158,9 +164,9 @@ def _labels_outside(inputs: Inputs, end_h_N: np.ndarray, predictions: Prediction
 
 def _check_images(inputs: Inputs, predictions: Predictions | None) -> tuple[np.ndarray, int]:
     """Return hours from each X-ray to its stay's cut-off, and how many X-rays violate it or are recorded too early."""
-    end = pl.col("outtime")
-    if inputs.window_h is not None:
-        end = pl.min_horizontal(end, pl.col("intime") + datetime.timedelta(hours=inputs.window_h))
+    end = pl.min_horizontal("outtime", "alive_until")
+    if inputs.image_window_h is not None:
+        end = pl.min_horizontal(end, pl.col("intime") + datetime.timedelta(hours=inputs.image_window_h))
     images = inputs.pairs.join(inputs.stays, on="stay_id", maintain_order="left").with_columns(
         image_h=(pl.col("cxr_time") - pl.col("intime")).dt.total_milliseconds() / 3.6e6,
         margin_h=(end - pl.col("cxr_time")).dt.total_milliseconds() / 3.6e6,

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medfuse_jax.runtime import cores
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _VARIABLES = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "NPROC", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -31,7 +33,7 @@ def environment() -> dict:
         "num_local_devices": len(devices),
         "driver": _driver(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores.usable(),
         "system": f"{platform.system()} {platform.machine()}",
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }

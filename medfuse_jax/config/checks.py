@@ -16,6 +16,7 @@ from medfuse_jax.config.fields import (
     stage_fields,
 )
 from medfuse_jax.models import registry
+from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
 
@@ -29,6 +30,7 @@ def validate(config: ConfigDict) -> None:
     given = dict(flatten(content))
     if missing := [name for name in FIELDS if name not in given]:
         raise UserError(f"config.{missing[0]} is missing", field=f"config.{missing[0]}")
+    files.check_local("config.data.dir", config.data.dir)
     profile_steps(config)
     _check_sizes(config)
     _check_method(config)

@@ -15,8 +15,11 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full, is_out_of_memory, of_file
 
+# Flags of any command that name a local folder.
+_FOLDERS = ("config.data.dir", "data", "data_dir", "mimic_cxr", "mimic_iv", "out", "runs", "workdir")
 _USER_ERROR = 2  # as in argparse and shells; jobs/gke_tpu.yaml relies on it
 
 
@@ -84,11 +87,19 @@ def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
     try:
         _check_config_flags(argv)
         rest = flags.FLAGS(argv, known_only=pass_on_unknown)
+        _check_folders(flags.FLAGS)
     except (flags.Error, TypeError, ValueError) as error:  # ml_collections raises the last two
         _end(f"error: {error}")
     if len(rest) > 1 and not pass_on_unknown:
         _end(f"error: unknown argument {rest[1]!r}: every option starts with --; see --help")
     return rest
+
+
+def _check_folders(values: flags.FlagValues) -> None:
+    """Raise UserError for an address in place of a folder, before anything is written."""
+    for name in _FOLDERS:
+        if name in values and values[name].value:
+            files.check_local(f"--{name}", values[name].value)
 
 
 def _check_config_flags(argv: list[str]) -> None:

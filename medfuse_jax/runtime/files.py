@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 import threading
 import zipfile
@@ -19,6 +20,13 @@ from medfuse_jax.runtime.errors import TryLater, UserError
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 # Error numbers of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def check_local(flag: str, path: str | Path) -> None:
+    """Raise UserError for an address such as gs://bucket/folder, which would become a local folder named 'gs:'."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        message = f"{flag} is {path}, an address; mount it (gcsfuse, s3fs) and give that folder"
+        raise UserError(message, field=flag, value=str(path))
 
 
 def cache_dir() -> Path:

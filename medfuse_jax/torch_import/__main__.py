@@ -44,7 +44,8 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     if not config.data.dir:
         raise UserError("config.data.dir is empty: give the folder of the run's shards", field="config.data.dir")
     run = run_lib.open_run(config)
-    state_dict = torch_import.read(checkpoint)
+    notes: list[str] = []
+    state_dict = torch_import.read(checkpoint, notes)
     try:
         variables, unused = _fill(run.options.model, config.method, state_dict)
     except UserError as error:
@@ -66,7 +67,9 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     is_whole = set(modules) == set(state.params)
     return [
         f"imported {checkpoint} into {workdir}: {', '.join(modules)}",
+        *notes,
         f"not used by {config.method}: {_by_module(unused)}",
+        *([_label_order(run.dataset.manifest["labels"])] if is_whole else []),
         *(_differences_from_released(config, run.dataset.manifest) if "ehr_encoder" in modules else ()),
         f"to score it: python -m medfuse_jax.evaluate --workdir={workdir}"
         if is_whole
@@ -112,6 +115,12 @@ def _claim(workdir: Path, run, note: dict) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(workdir / checkpoints.IMPORT_NOTE, note)
     workdir_lib.claim(workdir, run)
+
+
+def _label_order(labels: list[str]) -> str:
+    """Return a line on the outputs: a state dict has no names of labels, so their order cannot be checked."""
+    order = labels[0] if len(labels) == 1 else f"{labels[0]!r} first, {labels[-1]!r} last"
+    return f"note: its {len(labels)} outputs are taken in the order of the manifest's labels ({order}); check that"
 
 
 def _by_module(names: list[str]) -> str:

@@ -12,13 +12,29 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 RESNET34_STAGES = (3, 4, 6, 3)
 _BACKBONE = "cxr_model.vision_backbone."
 WRAPPER = "module."  # torch's DataParallel puts this before every name
+# Before the names of a whole model, in any nesting: DataParallel, torch.compile, and users' own trainers.
+_PREFIXES = (WRAPPER, "_orig_mod.", "model.", "net.")
+_INNER = (".module.", "._orig_mod.")  # within a name, where only a part of the model was wrapped
+
+
+def prefix(names: Iterable[str]) -> str:
+    """Return what wrappers put before every name, such as 'module._orig_mod.'; '' if one name lacks it."""
+    names, found = list(names), ""
+    while names and (more := next((p for p in _PREFIXES if all(n.startswith(found + p) for n in names)), "")):
+        found += more
+    return found
 
 
 def unwrapped(state_dict: Mapping) -> dict:
-    """Return the state dict without DataParallel's prefix if every name has it, otherwise unchanged."""
-    if all(name.startswith(WRAPPER) for name in state_dict):
-        return {name.removeprefix(WRAPPER): value for name, value in state_dict.items()}
-    return dict(state_dict)
+    """Return the state dict without the wrappers' prefix, if every name has it, and without wrappers inside names."""
+    start, inner = len(prefix(state_dict)), {}
+    for name, value in state_dict.items():
+        name = name[start:]
+        for wrapper in _INNER:
+            name = name.replace(wrapper, ".")
+        inner[name] = value
+    # Two names that differ by a wrapper alone are not one model's.
+    return inner if len(inner) == len(state_dict) else {name[start:]: value for name, value in state_dict.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Read and write state dicts in torch and safetensors files. Reading a file never runs code from it."""
 
+import argparse
 import io
 import pickle
 import struct
@@ -11,8 +12,10 @@ import numpy as np
 
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.torch_import.names import unwrapped
+from medfuse_jax.torch_import.names import prefix, unwrapped
 
+_ENTRIES = ("state_dict", "model_state_dict", "model")  # names of a training checkpoint's weights; the first is read
+_SAVE = "save it with torch.save({'state_dict': model.state_dict()}, FILE)"
 # What torch.load and zipfile raise for a checkpoint that is truncated or has changed bytes.
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -29,12 +32,12 @@ _DAMAGED = (
 )
 
 
-def read(path: str | Path) -> dict[str, np.ndarray]:
+def read(path: str | Path, notes: list[str] | None = None) -> dict[str, np.ndarray]:
     """Read the state dict of a checkpoint file: `.safetensors`, or any torch file (`.pth.tar`, `.pth`, `.pt`).
 
-    From a training checkpoint, only the entry 'state_dict' is read. The prefix `module.` of data-parallel models is
-    removed. Raises UserError if the file is missing, is damaged or holds more than numbers, or if the package that
-    reads it is not installed.
+    From a training checkpoint, only the entry 'state_dict', 'model_state_dict' or 'model' is read. Prefixes of wrappers
+    (names.unwrapped) are removed; notes gets a line that says so. Raises UserError if the file is missing, is damaged
+    or holds more than numbers, or if the package that reads it is not installed.
     """
     path = Path(path)
     if path.is_dir():
@@ -46,6 +49,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not tensors:
         raise UserError(f"{path} holds no weights", path=path)
+    if notes is not None and (removed := prefix(tensors)):
+        notes.append(f"names: removed {removed!r}, which a wrapper put before each")
     return unwrapped(tensors)
 
 
@@ -109,16 +114,20 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     functions = [getattr(np._core.multiarray, name) for name in ("scalar", "_reconstruct")]
     allowed = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in functions for core in ("core", "_core")]
     codes = np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"
-    allowed += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes}]
+    # Trainers store their arguments: a Namespace holds values by name.
+    allowed += [argparse.Namespace, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes}]
     try:
         _check_checksums(path)
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         raise UserError(f"{path} cannot be read safely: {_reason(error)}", path=path) from None
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
+    tensors = content
+    if isinstance(content, dict):
+        entry = next((name for name in _ENTRIES if isinstance(content.get(name), dict)), None)
+        tensors = content[entry] if entry else content
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise UserError(f"{path} holds no state dict: expected tensors by name, or an entry 'state_dict'", path=path)
+        raise UserError(f"{path} holds no state dict: expected tensors by name; {_SAVE}", path=path)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UserError(f"{path}: {name} is a sparse, quantised or meta tensor, not a plain one", path=path)
@@ -140,7 +149,7 @@ def _reason(error: Exception) -> str:
     message = " ".join(str(error).split())
     if any(words in message for words in ("GLOBAL ", "Unsupported", "Can only build")):  # refused by weights_only
         name = message.partition("GLOBAL ")[2].split(" ")[0]
-        return f"it holds more than numbers ({name or 'objects'}), which could run code when opened"
+        return f"it holds more than numbers ({name or 'objects'}), which could run code when opened; {_SAVE}"
     if isinstance(error, pickle.UnpicklingError) or not message:
         return "it is damaged, truncated or not a torch file"
     # A KeyError's message is only a key, which would not help.

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from build_cases import SECRET, SURNAME, by_stay, file_contents, read_all
-from raw_tables import image, image_path
+from build_cases import HEART_RATE, SECRET, SURNAME, by_stay, file_contents, read_all
+from raw_tables import at, chart, image, image_path, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
 from data_prep.ehr import discretize
@@ -144,6 +144,50 @@ def test_strict_uses_nothing_after_the_window(raw_tree, id_lists, built, tmp_pat
     for n, record in strict.items():
         np.testing.assert_array_equal(record["ehr"], paper[n]["ehr"][:48])
     assert strict[6]["dicom_id"] == "image-0006-00" and paper[6]["dicom_id"] == "image-0006-01"
+
+
+def test_pairing_until_outtime_is_marked_and_concerns_mortality_alone(raw_tree, id_lists, built, tmp_path, capsys):
+    build.build(*raw_tree, tmp_path, timestep_h=1, pairing="until_outtime", **id_lists)
+    assert by_stay(tmp_path, "mortality")[6]["dicom_id"] == "image-0006-01"  # taken at 70 h
+    ours, usual = file_contents(tmp_path), file_contents(built)
+    changed = {name.split("/")[0] for name in usual if ours[name] != usual[name] and "manifest" not in name}
+    assert changed == {"mortality", "audit.html", "audit.json"}
+    assert "for comparison" in capsys.readouterr().err
+    audit = json.loads(ours["audit.json"])["tasks"]
+    for task in build.DEFAULT_TASKS:
+        pairing = "until_outtime" if task == "mortality" else "in_window"
+        assert records.manifest(tmp_path, task)["pairing"] == audit[task]["pairing"] == pairing
+        assert records.manifest(built, task)["pairing"] == "in_window"
+    assert b"for comparison alone" in ours["audit.html"] and b"for comparison alone" not in usual["audit.html"]
+    assert "of X-rays: the end of the stay" in audit["mortality"]["time_check"]["cut_off"]
+
+
+def test_nothing_from_after_death_enters_a_record_except_in_released(tmp_path):
+    """Stay 0 dies at 30 h of 60; it has a heart rate and an X-ray at 20 h and 40 h. The flag of stay 1 is wrong."""
+    stays = [
+        stay(0, outtime=at(60), los="2.5", deathtime=at(30), dod="2150-01-02", hospital_expire_flag=1),
+        stay(1, hospital_expire_flag=1),
+    ]
+    charts = [chart(n, h, HEART_RATE, "70") for n in range(2) for h in (20, 40)]
+    iv = write_mimic_iv(tmp_path / "iv", stays, charts, codes=[(0, "4019", 9), (1, "4019", 9)])
+    cxr = write_mimic_cxr(tmp_path / "cxr", [image(0, 20), image(0, 40, k=1)])
+    tasks = ["pheno", "mortality", "decompensation", "length_of_stay"]
+    for profile, steps, dicom_id in (("paper", [19], "00"), ("strict", [19], "00"), ("released", [19, 39], "01")):
+        out = tmp_path / profile
+        build.build(iv, cxr, out, profile=profile, timestep_h=1, tasks=tasks)
+        for task in tasks:
+            found = by_stay(out, task)
+            counts = records.manifest(out, task)["counts"]
+            assert counts["deaths_unlike_hospital_expire_flag"] == 1
+            if profile == "strict" and not schema.TASKS[task].hourly:  # its outcome is known before 48 h
+                assert sorted(found) == [1]
+                assert {s["filter"]: s["stays"] for s in counts["cohort"]}["alive at the end of the window"] == 1
+                continue
+            assert counts.get("deaths_in_the_window") == (1 if profile == "paper" and task == "mortality" else None)
+            observed = found[0]["ehr"][:, schema.CHANNELS.index("mask->Heart Rate")]
+            assert observed.nonzero()[0].tolist() == steps and found[0]["dicom_id"].endswith(dicom_id)
+            if schema.TASKS[task].hourly and profile != "released":
+                assert found[0]["label_time_h"].max() == 30
 
 
 def test_without_images_no_stay_is_paired_and_radiology_is_left_out(raw_tree, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """A build's options, and its errors and warnings for bad input."""
 
 import gzip
+import json
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -63,6 +65,7 @@ def test_suspicious_input_gives_a_warning(tmp_path, capsys):
         tmp_path / "iv",
         [stay(0), stay(1, los="0.5", outtime=at(12), last_careunit="CCU")],
         [chart(0, h, HEART_RATE, "61") for h in range(1, 60)],
+        codes=[(0, "4019", 9)],
     )
     build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="released")
     printed = capsys.readouterr().err
@@ -105,11 +108,17 @@ def test_output_cannot_be_written_into_the_raw_data(tmp_path):
     [
         ({"profile": "papre"}, "--profile", "paper"),
         ({"tasks": ["phenotyping"]}, "--tasks", "pheno"),
+        ({"pairing": "outtime"}, "--pairing", "until_outtime"),
+        ({"pairing": "until_outtime", "profile": "strict"}, "--pairing", ""),
         ({"timestep_h": 0}, "--timestep_h", ""),
         ({"timestep_h": float("nan")}, "--timestep_h", ""),
         ({"timestep_h": 1e9}, "--timestep_h", ""),
         ({"timestep_h": 1e-8}, "--timestep_h", ""),
         ({"workers": 0}, "--workers", ""),
+        ({"out": "s3://bucket/shards"}, "--out", ""),
+        ({"mimic_iv": "gs://mimiciv-3.1.physionet.org"}, "--mimic_iv", ""),
+        ({"cxr_layout": "flt"}, "--cxr_layout", "flat"),
+        ({"allow_missing_images": 20}, "--allow_missing_images", ""),
         ({"val_ids": "nowhere.csv"}, "--val_ids", ""),
         ({"phenotypes": "nowhere.yaml"}, "--phenotypes", ""),
         ({"mimic_cxr": None, "tasks": ["radiology"]}, "--tasks", ""),
@@ -121,7 +130,7 @@ def test_wrong_options_are_refused_by_name(raw_tree, tmp_path, changes, field, n
     with pytest.raises(UserError) as caught:
         build.build(**arguments)
     assert (caught.value.field, caught.value.nearest) == (field, nearest)
-    assert not any((tmp_path / task).exists() for task in schema.TASKS)
+    assert not any((tmp_path / task).exists() for task in schema.TASKS) and not Path("s3:").exists()
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(raw_tree):
@@ -164,12 +173,43 @@ def test_an_error_names_the_bad_table_in_one_line(tmp_path, table, how, field):
     assert not any((tmp_path / "out" / task).exists() for task in schema.TASKS)
 
 
-def test_more_than_1_percent_unreadable_images_stop_the_build(tmp_path):
+def test_more_than_1_percent_unreadable_images_stop_the_build_unless_allowed(tmp_path):
     tree = write_tree(tmp_path)
-    next((tree[1] / "files").rglob("*.jpg")).write_bytes(b"broken")
-    with pytest.raises(UserError, match="more than 1 %"):
+    missing, broken = sorted((tree[1] / "files").rglob("*.jpg"))[:2]
+    missing.unlink()
+    broken.write_bytes(b"broken")
+    with pytest.raises(UserError, match=f"1 of 11 X-rays are missing and 1 are unreadable.*first tried: {missing}"):
         build.build(*tree, tmp_path / "out", timestep_h=1)
     assert not any((tmp_path / "out" / task).exists() for task in schema.TASKS)
+    build.build(*tree, tmp_path / "out", timestep_h=1, allow_missing_images=0.2)
+    assert len(records.manifest(tmp_path / "out", "radiology")["skipped_images"]) == 2
+    audit = json.loads((tmp_path / "out/audit.json").read_text())["tasks"]
+    assert audit["mortality"]["images_missing_or_unreadable"] == "<10"
+
+
+@pytest.mark.parametrize("folder", ["files", "."])
+def test_x_rays_may_lie_in_one_folder(tmp_path, folder):
+    images = [image(n, 5) for n in range(3)]
+    iv, cxr = write_one_stay(tmp_path, images)
+    build.build(iv, cxr, tmp_path / "tree", tasks=["radiology"])
+    paths = [cxr / image_path(row) for row in images]
+    (tmp_path / "flat").mkdir()
+    for path in paths:
+        path.rename(tmp_path / "flat" / path.name)
+    shutil.rmtree(cxr / "files")
+    for path in (tmp_path / "flat").iterdir():
+        (cxr / folder).mkdir(exist_ok=True)
+        # The content decides, not the name.
+        path.rename(cxr / folder / path.name.replace("image-0001-00.jpg", "image-0001-00.png"))
+    for layout in ("auto", "flat"):
+        build.build(iv, cxr, tmp_path / layout, tasks=["radiology"], cxr_layout=layout)
+        assert by_dicom(tmp_path / layout) == by_dicom(tmp_path / "tree")
+    with pytest.raises(UserError, match=f"first tried: {paths[0]}"):
+        build.build(iv, cxr, tmp_path / "again", tasks=["radiology"], cxr_layout="tree")
+
+
+def by_dicom(out):
+    return {row["dicom_id"]: row["image"].tobytes() for rows in read_all(out, "radiology").values() for row in rows}
 
 
 def test_the_command_parses_its_flags_and_explains_profiles():
@@ -181,6 +221,9 @@ def test_the_command_parses_its_flags_and_explains_profiles():
     for name, rule in profiles.describe("released").items():
         assert f"{name} = {rule['value']}" in text and rule["why"] in text
     assert "* fio2_percent" in text and "* " not in profiles.explain("paper").split("\n", 1)[1]
+    assert f"* pairing = until_outtime\n      {profiles.PAIRING['until_outtime']}" in profiles.explain(
+        "paper", "until_outtime"
+    )
     with pytest.raises(UserError) as caught:
         profiles.explain("stict")
     assert caught.value.nearest == "strict"

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from absl import flags
+from refusals import refused
 
 from medfuse_jax.runtime import command_line
 from medfuse_jax.runtime.errors import TryLater, UserError
@@ -33,6 +35,19 @@ def test_error_in_a_config_file_names_its_line(tmp_path):
     with pytest.raises(UserError, match="line 2: ZeroDivisionError") as caught:
         command_line._check_config_flags(["main", f"--config={path}"])
     assert caught.value.path == path
+
+
+@pytest.mark.parametrize("name", command_line._FOLDERS)
+def test_an_address_is_no_folder(name):
+    values = flags.FlagValues()
+    flags.DEFINE_string(name, None, "A folder.", flag_values=values)
+    for folder, is_address in (("gs://bucket/x", True), ("s3:/bucket/x", True), ("a:b/c", False), ("./s3", False)):
+        values([name, f"--{name}={folder}"])
+        if is_address:
+            with refused(field=f"--{name}", value=folder):
+                command_line._check_folders(values)
+        else:
+            command_line._check_folders(values)
 
 
 def test_known_flags_pass():

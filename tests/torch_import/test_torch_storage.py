@@ -1,5 +1,6 @@
 """Checkpoint files: exact round trips, and one line for each file that cannot be read."""
 
+import argparse
 import builtins
 import random
 
@@ -76,6 +77,32 @@ def test_bare_state_dict_of_parameters_is_read(torch, tmp_path):
 def test_module_prefix_is_removed_only_if_all_names_have_it(torch, tmp_path):
     torch.save({"module.a": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "both.pth")
     assert sorted(storage.read(tmp_path / "both.pth")) == ["a", "module.a"]
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "net.", "module._orig_mod.", "model.module.module."])
+def test_prefixes_of_wrappers_are_removed_in_any_nesting_and_said(torch, tmp_path, prefix):
+    torch.save(_tensors(torch, prefix), tmp_path / "x.pth")
+    notes = []
+    _assert_same(storage.read(tmp_path / "x.pth", notes))
+    assert len(notes) == 1 and repr(prefix) in notes[0]
+
+
+def test_wrappers_of_a_part_of_the_model_are_removed(torch, tmp_path):
+    torch.save({"a.module.b": torch.ones(1), "c._orig_mod.d": torch.ones(1), "e": torch.ones(1)}, tmp_path / "x.pth")
+    assert sorted(storage.read(tmp_path / "x.pth")) == ["a.b", "c.d", "e"]
+    torch.save({"a.module.b": torch.ones(1), "a.b": torch.ones(1)}, tmp_path / "x.pth")
+    assert sorted(storage.read(tmp_path / "x.pth")) == ["a.b", "a.module.b"]
+
+
+@pytest.mark.parametrize("entry", ["model", "model_state_dict"])
+def test_weights_beside_the_arguments_of_a_trainer_are_read(torch, tmp_path, capsys, entry):
+    path, arguments = tmp_path / "x.pth", argparse.Namespace(lr=1e-4, name="x", layers=[1, 2])
+    torch.save({entry: _tensors(torch), "args": arguments, "epoch": 3}, path)
+    _assert_same(storage.read(path))
+    arguments.hook = _Mischief()
+    torch.save({entry: _tensors(torch), "args": arguments}, path)
+    assert "torch.save({'state_dict': model.state_dict()}, FILE)" in _refused(path)
+    assert "executed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])

@@ -40,7 +40,7 @@ class LstmWeights(nn.Module):
 def orthogonal_per_gate(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
     """Return a recurrent kernel [D, 4 D] made of four random orthogonal matrices.
 
-    Differs from MedFuse (models/lstm.py), where the four matrices together have orthonormal columns, so that each
+    Differs from MedFuse (models/ehr_models.py), where the four matrices together have orthonormal columns, so that each
     gate's matrix has half the gain.
     """
     width = shape[0]

@@ -57,6 +57,7 @@ def audit(built):
 def test_the_flow_counts_what_each_filter_removed(audit):
     flow = {step["filter"]: (step["stays"], step["removed"]) for step in audit["tasks"]["mortality"]["cohort"]}
     assert flow["rows of icustays"] == (71, None)
+    assert audit["tasks"]["mortality"]["stays_without_a_diagnosis"] == 27
     assert flow["no transfer between units"] == (60, 11)
     assert flow["48 h or longer"] == (42, 18)
 
@@ -83,7 +84,8 @@ def test_prevalence_is_beside_table_4(audit):
 
 def test_unreadable_times_are_counted(audit, built):
     counts = records.manifest(built, "pheno")["counts"]["unreadable_times"]
-    columns = ("admissions.admittime", "admissions.dischtime", "admissions.deathtime", "patients.dod")
+    columns = ("icustays.intime", "icustays.outtime", "admissions.admittime", "admissions.dischtime")
+    columns += ("admissions.deathtime", "patients.dod", "chartevents.charttime", "labevents.charttime")
     assert counts == dict.fromkeys(columns, 0)
     assert audit["tasks"]["mortality"]["unreadable_times"] == dict.fromkeys(columns, "<10")
 

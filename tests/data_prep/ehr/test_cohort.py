@@ -1,11 +1,13 @@
 """The cohort's stays, deaths and splits, and errors for bad tables and lists."""
 
+import dataclasses
 import gzip
 
 import polars as pl
 import pytest
 from raw_tables import START, at, stay, write_mimic_iv
 
+from data_prep import profiles
 from data_prep.ehr import cohort
 from data_prep.labels import mortality
 from data_prep.raw import tables
@@ -36,7 +38,7 @@ def _read(root, rows=None):
 def test_filters_keep_and_count_stays(tmp_path):
     _, stays, flow = _read(tmp_path)
     assert stays["stay_id"].to_list() == [30_000_001, 30_000_006, 30_000_009]
-    assert [step["stays"] for step in flow] == [10, 10, 10, 8, 6, 4, 4, 4, 4, 4, 3]
+    assert [step["stays"] for step in flow] == [10, 10, 10, 8, 6, 4, 4, 4, 4, 4, 3, 3]
     first = stays.row(0, named=True)
     assert (first["los_h"], first["age"], first["gender"], first["first_careunit"]) == (72.0, 60.0, "F", MICU)
     assert str(first["intime"]) == START
@@ -86,12 +88,42 @@ def test_stays_of_more_than_a_year_are_dropped(tmp_path, days, kept):
         ({"deathtime": "2150-01-06 00:00:00"}, 0),
         ({"dod": "2150-01-04"}, 1),
         ({"dod": "2150-02-04"}, 0),
-        ({"dod": "2149-12-30"}, 0),
+        ({"dod": "2150-01-01"}, 1),
+        ({"deathtime": "2150-01-08 10:00:00", "dischtime": "once"}, 1),
+        ({"dod": "2150-01-04", "dischtime": "once"}, 0),
+        ({"deathtime": "2149-12-30 00:00:00", "dischtime": "once"}, 0),  # before the admission
+        ({"deathtime": "2150-01-03 10:00:00", "admittime": "once"}, 1),
+        ({"dischtime": "2150-01-05", "deathtime": "2150-01-05 14:20:00", "dod": "2150-01-05"}, 1),
     ],
 )
 def test_mortality_is_death_in_the_admission(tmp_path, changes, died):
     _, stays, _ = _read(tmp_path, [stay(1, **changes)])
     assert mortality.labels(stays).tolist() == [[died]]
+
+
+def test_a_stay_that_begins_after_death_is_left_out_except_in_released(tmp_path):
+    """Patient 0 gives organs after dying; the second admission of patient 1 lies within the first, before death."""
+    death, later = (
+        "2150-01-05 14:20:00",
+        {"intime": "2150-01-05 14:30:00", "outtime": "2150-01-06 14:30:00", "los": "1"},
+    )
+    inside = later | {"admittime": "2150-01-05 00:00:00", "dischtime": "2150-01-08 00:00:00"}
+    rows = [
+        stay(0, deathtime=death, dischtime=death, dod="2150-01-05"),
+        stay(1, deathtime="2150-01-09 10:00:00", dischtime="2150-01-10 00:00:00", dod="2150-01-09"),
+        stay(2, subject_id=10_000_000, **later | {"admittime": death, "dischtime": "2150-01-06 15:00:00"}),
+        stay(3, subject_id=10_000_001, **inside),
+        stay(4, dod="2149-12-30"),
+        stay(5, dod="2150-01-01"),
+    ]
+    raw, stays, flow = _read(tmp_path, rows)
+    assert stays["stay_id"].to_list() == [30_000_000, 30_000_001, 30_000_003, 30_000_005]
+    assert {step["filter"]: step["stays"] for step in flow}["begins before the patient's death"] == 4
+    assert stays["died"].to_list() == [True, True, False, True]
+    ends = ["2150-01-05 14:20:00", "2150-01-09 10:00:00", "2150-01-09 10:00:00", "2150-01-02 00:00:00"]
+    assert stays["alive_until"].dt.to_string("%Y-%m-%d %H:%M:%S").to_list() == ends
+    released, _ = cohort.read_stays(raw, dataclasses.replace(profiles.RELEASED, undiagnosed=True))
+    assert len(released) == 6 and released["alive_until"].null_count() == 6
 
 
 @pytest.mark.parametrize(
@@ -112,7 +144,8 @@ def test_unreadable_times_are_counted_and_refused_above_1_percent(tmp_path):
     stays[3]["deathtime"] = stays[4]["deathtime"] = "03/01/2150"
     stays[5]["dod"] = "3 Jan"
     raw, read, _ = _read(tmp_path / "few", stays)
-    expected = {"admissions.admittime": 0, "admissions.dischtime": 0, "admissions.deathtime": 2, "patients.dod": 1}
+    expected = dict.fromkeys(("icustays.intime", "icustays.outtime", "admissions.admittime", "admissions.dischtime"), 0)
+    expected |= {"admissions.deathtime": 2, "patients.dod": 1}
     assert tables.count_unreadable_times(raw) == expected
     assert read["died"].sum() == 200  # each has one readable time of death
     stays[6]["deathtime"] = "2150-01-03 10h"
@@ -207,6 +240,9 @@ def test_hashed_splits_are_stable_seeded_and_70_10_20():
         "\ufeff1,1\n2,0\n3,1",  # this and the next two: from a spreadsheet or pandas
         "\ufeffsubject_id,in\n1,1.0\n2,0.0\n3.0,1\n",
         "1.0\n3.\n",
+        '"1","1"\n"3","1"\n',
+        ",subject_id,in\n0,1,1\n1,2,0\n2,3,1\n",  # pandas with its index
+        '"","SUBJECT_ID"\n"1",1\n"2",3\n',  # R with its row names
     ],
 )
 def test_id_lists_may_have_any_published_form(tmp_path, text):
@@ -254,19 +290,26 @@ def _table_error(root):
 def test_a_bad_table_is_named(tmp_path):
     root = write_mimic_iv(tmp_path, [stay(1)], gz=False)
     plain, gz = root / "icu/icustays.csv", root / "icu/icustays.csv.gz"
-    header, *rows = plain.read_text().splitlines()
-    plain.write_text("\n".join([header.upper(), *rows]))
-    error = _table_error(root)
-    assert (error.path, error.field, error.nearest) == (plain, "subject_id", "SUBJECT_ID")
     plain.write_text("subject_id,hadm_id\n1,2\n")
     error = _table_error(root)
-    assert (error.path, error.field, error.nearest) == (plain, "stay_id", "")
+    assert (error.path, error.field) == (plain, "stay_id") and "it has: subject_id, hadm_id" in str(error)
     plain.unlink()
     assert _table_error(root).path == gz  # missing
     for content in (b"", gzip.compress(b"")):
         gz.write_bytes(content)
         assert "is empty" in str(_table_error(root)) and _table_error(root).path == gz
     assert _table_error(root / "nowhere").path == root / "nowhere"
+
+
+def test_only_released_drops_stays_without_a_diagnosis(tmp_path):
+    # The code of stay 2 belongs to another patient.
+    raw = tables.mimic_iv(write_mimic_iv(tmp_path, [stay(0), stay(1), stay(2)], codes=[(0, "4019", 9), (2, "4019", 9)]))
+    path = raw["diagnoses_icd"].path
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"10000002", b"10000009")))
+    stays, flow = cohort.read_stays(raw, profiles.RELEASED)
+    assert stays["stay_id"].to_list() == [30_000_000] and flow[-1] == {"filter": "with a diagnosis", "stays": 1}
+    for profile in (profiles.PAPER, profiles.rules("strict")):
+        assert cohort.read_stays(raw, profile)[0]["has_diagnosis"].to_list() == [True, False, False]
 
 
 def test_an_empty_cohort_names_the_filter(tmp_path):

@@ -1,5 +1,7 @@
 """X-rays' pixels, and files that cannot be decoded."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,3 +70,76 @@ def test_an_oversized_image_raises_oserror(tmp_path, monkeypatch):
 def test_a_missing_image_raises_oserror(tmp_path):
     with pytest.raises(OSError):
         decoding.decode(tmp_path / "missing.jpg", "crop")
+
+
+RAMP = np.tile(np.linspace(10, 245, 256).round().astype(np.uint8), (256, 1))  # dark at the left
+
+
+def _save(path, pixels, **options):
+    Image.fromarray(pixels).save(path, **options)
+
+
+def _sideways(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    _save(path, np.rot90(RAMP).copy(), format="JPEG", quality=95, exif=exif)
+
+
+KINDS = {
+    "JPEG": lambda path: _save(path, RAMP, format="JPEG", quality=95),
+    "colour JPEG": lambda path: Image.fromarray(RAMP).convert("RGB").save(path, format="JPEG", quality=95),
+    "CMYK JPEG": lambda path: Image.fromarray(RAMP).convert("RGB").convert("CMYK").save(path, "JPEG", quality=95),
+    "JPEG on its side": _sideways,
+    "PNG": lambda path: _save(path, RAMP, format="PNG"),
+    "opaque PNG": lambda path: Image.fromarray(RAMP).convert("LA").save(path, format="PNG"),
+    "palette PNG": lambda path: Image.fromarray(RAMP).convert("P").save(path, format="PNG"),
+    "16-bit PNG": lambda path: _save(path, RAMP.astype(np.uint16) * 257, format="PNG"),
+    "12-bit PNG": lambda path: _save(path, RAMP.astype(np.uint16) * 16, format="PNG"),
+    "16-bit TIFF": lambda path: _save(path, RAMP.astype(np.uint16) * 257, format="TIFF"),
+    "32-bit TIFF of 16 bits": lambda path: _save(path, RAMP.astype(np.int32) * 257, format="TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_of_any_kind_is_the_ramp_upright(tmp_path, kind):
+    KINDS[kind](tmp_path / "a.jpg")
+    difference = np.abs(decoding.decode(tmp_path / "a.jpg", "squash").astype(int) - RAMP)
+    assert difference.max() <= 4
+    assert np.abs(decoding.decode(tmp_path / "a.jpg", "squash").astype(int) - RAMP.T).max() > 200
+
+
+def _transparent(path):
+    pixels = np.stack([RAMP] * 3 + [np.where(np.arange(256) < 64, 0, 255)[None].repeat(256, 0)], axis=-1)
+    _save(path, pixels.astype(np.uint8), format="PNG")
+
+
+NOT_X_RAYS = {
+    "float TIFF": lambda path: _save(path, RAMP.astype(np.float32) / 255, format="TIFF"),
+    "negative TIFF": lambda path: _save(path, RAMP.astype(np.int32) - 100, format="TIFF"),
+    "32-bit TIFF": lambda path: _save(path, RAMP.astype(np.int32) * 70_000, format="TIFF"),
+    "1-bit PNG": lambda path: Image.fromarray(RAMP).convert("1").save(path, format="PNG"),
+    "transparent PNG": _transparent,
+    "a picture in the transparency": lambda path: Image.merge(
+        "LA", [Image.new("L", (256, 256), 255), Image.fromarray(RAMP)]
+    ).save(path, format="PNG"),
+    "GIF": lambda path: _save(path, RAMP, format="GIF"),
+    "EPS": lambda path: _save(path, RAMP, format="EPS"),
+    "named pipe": lambda path: os.mkfifo(path),
+    "folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_X_RAYS)
+def test_what_shows_no_x_ray_is_unreadable(tmp_path, kind):
+    NOT_X_RAYS[kind](tmp_path / "a.jpg")
+    with pytest.raises(OSError):
+        decoding.decode(tmp_path / "a.jpg", "squash")
+
+
+@pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_PIXELS"])
+def test_files_and_pictures_have_a_largest_size(tmp_path, monkeypatch, limit):
+    KINDS["JPEG"](tmp_path / "a.jpg")
+    decoding.decode(tmp_path / "a.jpg", "squash")
+    monkeypatch.setattr(decoding, limit, 1000)
+    with pytest.raises(OSError):
+        decoding.decode(tmp_path / "a.jpg", "squash")

@@ -1,11 +1,13 @@
 """X-rays' times and labels, from the tables of MIMIC-CXR-JPG."""
 
+import datetime
+
 import polars as pl
 import pytest
 from raw_tables import image, image_path, write_mimic_cxr, write_table
 
 from data_prep.images import metadata
-from data_prep.raw import tables
+from data_prep.raw import tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -15,7 +17,7 @@ def _raw(root, images, **options):
 
 
 def test_study_times_may_lack_leading_zeros(tmp_path):
-    images = [image(1, 0.5 + 42 / 3600), image(2, 15), image(3, 1, StudyTime="246060.0"), image(4, 1, StudyDate="")]
+    images = [image(1, 0.5 + 42 / 3600), image(2, 15), image(3, 1, StudyTime=""), image(4, 1, StudyDate="")]
     table, counts = metadata.read_metadata(_raw(tmp_path, images))
     assert table["time"].cast(pl.String).to_list()[:2] == ["2150-01-01 00:30:42.000000", "2150-01-01 15:00:00.000000"]
     assert table["time"].to_list()[2:] == [None, None]
@@ -25,17 +27,39 @@ def test_study_times_may_lack_leading_zeros(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("date", "clock"),
+    [
+        (datetime.date(2150, 1, 1), datetime.time(15)),
+        (datetime.datetime(2150, 1, 1), datetime.timedelta(hours=15)),
+        (21500101, 150000.5),
+        (21500101.0, "15:00:00"),
+    ],
+)
+def test_study_times_may_have_any_type_in_parquet(tmp_path, date, clock):
+    raw = _raw(tmp_path, [image(1, 1)])
+    path = raw["metadata"].path
+    table = pl.read_csv(path).with_columns(StudyDate=pl.lit(date), StudyTime=pl.lit(clock))
+    path.unlink()
+    table.write_parquet(tmp_path / "mimic-cxr-2.0.0-metadata.parquet")
+    found, _ = metadata.read_metadata(tables.mimic_cxr(tmp_path))
+    assert found["time"].to_list() == [datetime.datetime(2150, 1, 1, 15)]
+
+
+@pytest.mark.parametrize(
     ("changes", "with_ids", "without_time"),
     [
         ({"subject_id": "1000000x"}, 1, 0),
         ({"dicom_id": ""}, 1, 0),
+        *(({"dicom_id": text}, 1, 0) for text in ("../../secret", "/etc/passwd", "a\0b", "a.b", "a" * 65)),
+        ({"subject_id": "-10000002"}, 1, 0),
         ({"study_id": ""}, 1, 0),
         ({"study_id": "99999999999999999999"}, 1, 0),
         ({"StudyTime": "noon"}, 2, 1),
         ({"StudyDate": "21501345"}, 2, 1),
     ],
 )
-def test_invalid_rows_are_counted(tmp_path, changes, with_ids, without_time):
+def test_invalid_rows_are_counted(tmp_path, monkeypatch, changes, with_ids, without_time):
+    monkeypatch.setattr(times, "MAX_UNREADABLE", 0.5)
     write_table(
         tmp_path / "mimic-cxr-2.0.0-chexpert.csv", "subject_id,study_id," + ",".join(schema.RADIOLOGY_LABELS), []
     )
@@ -87,4 +111,4 @@ def test_an_image_without_a_metadata_row_is_reported_and_counted(tmp_path, capsy
     assert counts["X-rays without a metadata row"] == 1
     assert counts["dicom_ids without a metadata row"] == ["image-0002-00"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert "image-0002-00" in line and "metadata.csv" in line
+    assert "dropping 1 X-ray(s)" in line and "metadata.csv" in line and "image-0002-00" not in line

@@ -129,6 +129,16 @@ def test_unusable_chunks_are_removed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "images").glob("*.npy"))) == 2
 
 
+def test_blank_images_are_counted(tmp_path):
+    images = [image(n, 1) for n in range(3)]
+    root = write_mimic_cxr(tmp_path / "cxr", images)
+    _replace(root / image_path(images[1]))  # black
+    for _ in range(2):  # decoded, then from the cache
+        store = _store(root, tmp_path / "images")
+        store.add(_jobs(images))
+        assert store.num_blank() == 1 and "image-0001-00" in store
+
+
 def test_signatures_detect_replaced_and_missing_images(tmp_path):
     images = [image(n, 1) for n in range(3)]
     root = write_mimic_cxr(tmp_path / "cxr", images)
@@ -153,4 +163,5 @@ def test_at_most_one_percent_may_be_unreadable(tmp_path):
     (root / image_path(images[4])).write_bytes(b"broken")
     with pytest.raises(UserError) as raised:
         _store(root, tmp_path / "images").add(_jobs(images))
-    assert (raised.value.path, raised.value.value) == (root / "files", "image-0003-00")
+    first = root / image_path(images[150])  # the missing one
+    assert (raised.value.path, raised.value.value) == (first, "image-0150-00") and str(first) in str(raised.value)

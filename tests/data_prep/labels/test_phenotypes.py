@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 import yaml
 from raw_tables import stay, write_mimic_iv
+from refusals import refused
 
 from data_prep.labels import phenotypes
 from data_prep.raw import parse, tables
@@ -86,3 +87,30 @@ def test_on_the_demo_icd9_labels_equal_the_released_ones_and_icd10_adds_labels(r
     np.testing.assert_array_equal(ours[is_icd9], released[is_icd9])
     more, fewer, equal = (ours > released).sum(), (ours < released).sum(), (ours == released).all(1).sum()
     assert (more, fewer, equal) == (42, 0, 87)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_codes_without_their_leading_zeros_are_refused(tmp_path, capsys, lost):
+    """E. coli (041.49) without its zero is the code of a heart disease (414.9)."""
+    codes = ["04149", "04111", "0412", "0389", "4019"]
+    codes = [(0, code.lstrip("0") if lost else code, 9) for code in codes] + [(1, "389", 10)]
+    if lost:
+        with refused(field="icd_code", value=1):
+            _labels(tmp_path, codes)
+    else:
+        labels, _, _ = _labels(tmp_path, codes)
+        assert labels[0] == {2, 98} and "gives no stay" not in capsys.readouterr().err
+
+
+def test_a_real_sized_table_without_any_leading_zero_is_refused(real_data, tmp_path):
+    """Only codes that exist in both forms, so that no single one shows the loss."""
+    diagnoses = pl.read_csv(real_data / "mimic-iv-demo-2.2/hosp/diagnoses_icd.csv.gz", infer_schema=False)
+    codes = diagnoses.filter(icd_version="9")["icd_code"]
+    phenotypes._check_leading_zeros(codes, tmp_path)
+    with refused(field="icd_code", value=0):
+        phenotypes._check_leading_zeros(codes.filter(~codes.str.starts_with("0")), tmp_path)
+
+
+def test_a_table_that_gives_no_label_gives_a_warning(tmp_path, capsys):
+    _labels(tmp_path, [(0, "V3000", 9)])
+    assert "diagnoses_icd.csv.gz gives no stay a phenotype" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from raw_tables import at, chart, image, lab, stay, write_mimic_cxr, write_mimic
 from data_prep import build
 from data_prep.ehr import cohort
 from data_prep.labels import phenotypes
-from data_prep.raw import tables
+from data_prep.raw import tables, times
 from medfuse_jax import records
 from medfuse_jax.runtime.errors import UserError
 
@@ -61,7 +61,7 @@ BAD_EVENTS = [
     ({"value": "-5", "valuenum": "-5"}, "impossible value"),
     ({"value": "99999", "valuenum": "99999"}, "impossible value"),
     ({"hadm_id": "12x"}, "no stay of the cohort"),
-    ({"hadm_id": ""}, "no stay of the cohort"),
+    ({"hadm_id": ""}, "no hadm_id"),
     ({"hadm_id": "99999999999999999999"}, "no stay of the cohort"),
     ({"stay_id": "30000001"}, "another stay"),
     ({"subject_id": "10000001"}, "another patient"),
@@ -70,7 +70,8 @@ BAD_EVENTS = [
 ]
 
 
-def test_invalid_event_rows_are_counted_and_dropped(tmp_path, expected):
+def test_invalid_event_rows_are_counted_and_dropped(tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(times, "MAX_UNREADABLE", 0.1)
     # Each has its own hour and value, so that none can hide another.
     bad = [chart(0, 5 + i, HEART_RATE, str(100 + i)) | changes for i, (changes, _) in enumerate(BAD_EVENTS)]
     actual, counts = _build(tmp_path, [stay(0), stay(1)], [*_charts(), *bad])
@@ -91,7 +92,8 @@ BAD_STAYS = [
 ]
 
 
-def test_invalid_stays_are_counted_and_dropped(tmp_path, expected):
+def test_invalid_stays_are_counted_and_dropped(tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(times, "MAX_UNREADABLE", 0.1)
     bad = [stay(2 + i, **changes) for i, (changes, _) in enumerate(BAD_STAYS)]
     actual, counts = _build(tmp_path, [stay(0), stay(1), *bad], _charts(range(2 + len(bad))))
     _assert_equal(actual, expected)

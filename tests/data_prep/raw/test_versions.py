@@ -122,3 +122,34 @@ def test_folder_name_gives_the_cxr_version_unless_the_files_disagree(tmp_path, n
     assert tables.mimic_cxr_version(tables.mimic_cxr(root)) == "2.0.0"
     newer = write_mimic_cxr(tmp_path / "other", [image(1, 1)], version="2.1.0", gz=False)
     assert tables.mimic_cxr_version(tables.mimic_cxr(newer)) == "2.1.0"
+
+
+def _written_as(root, ending, tree):
+    """Copy a tree's tables in another format, with the types that pandas would give them, and names in capitals."""
+    for path in tree.rglob("*.csv.gz"):
+        table = pl.read_csv(path, try_parse_dates=True, schema_overrides={"icd_code": pl.String})
+        table = table.rename(str.upper)
+        target = root / path.relative_to(tree).with_name(path.name.replace(".csv.gz", ending))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if ending == ".parquet":
+            table.write_parquet(target)
+        else:
+            table.write_csv(target, compression="zstd", datetime_format="%Y-%m-%dT%H:%M:%S")
+    return root
+
+
+@pytest.mark.parametrize("ending", [".csv.zst", ".parquet"])
+def test_other_formats_and_column_names_in_capitals_give_the_same_records(tmp_path, ending):
+    iv = _iv(tmp_path / "iv", "2.2", gz=True)
+    cxr = write_mimic_cxr(tmp_path / "cxr", [image(n, 5, Edema="1.0") for n in range(6)], size=(16, 16))
+    other_iv, other_cxr = (_written_as(tmp_path / ending / tree.name, ending, tree) for tree in (iv, cxr))
+    (other_cxr / "files").symlink_to(cxr / "files")
+    build.build(iv, cxr, tmp_path / "a")
+    build.build(other_iv, other_cxr, tmp_path / "b")
+    for task in build.DEFAULT_TASKS:
+        for split in schema.SPLITS:
+            (a, b) = (list(records.open_split(tmp_path / out, task, split)) for out in "ab")
+            assert len(a) == len(b)
+            for ours, others in zip(a, b):
+                for name, value in ours.items():
+                    np.testing.assert_array_equal(others[name], value)

@@ -29,7 +29,8 @@ def tree(tmp_path_factory):
         charts.append(chart(n, 31, EYE, "To Pain"))
         charts.append(chart(n, 0, HEART_RATE, "99"))
     images = [image(n, 30.5) for n in range(3)]
-    return write_mimic_iv(root / "iv", stays, charts), write_mimic_cxr(root / "cxr", images, size=(16, 16))
+    codes = [(n, "4019", 9) for n in range(3)]
+    return write_mimic_iv(root / "iv", stays, charts, codes=codes), write_mimic_cxr(root / "cxr", images, size=(16, 16))
 
 
 def _leaking(monkeypatch, change):

@@ -1,0 +1,137 @@
+"""Read times in the forms that databases, pandas, R and spreadsheets write them in.
+
+A time is read whole or not at all: am, pm and a zone of zero hours count, and any other text after it makes it null. A
+date alone is midnight. `1/31/2150` is read if the other values of the column show whether the month comes first.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import polars as pl
+
+from data_prep import progress
+from medfuse_jax.runtime.errors import UserError
+
+MAX_UNREADABLE = 0.01
+_FORMAT = "%Y-%m-%d %H:%M:%S"  # as in MIMIC-IV
+_DATE = (
+    r"(?:(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})"
+    r"|(?P<year2>\d{4})(?P<month2>\d\d)(?P<day2>\d\d)(?:\.0*)?"
+    r"|(?P<first>\d{1,2})/(?P<second>\d{1,2})/(?P<year3>\d{4}))"
+)
+_CLOCK = (
+    r"(?P<hour>\d{1,2}):(?P<minute>[0-5]\d)(?::(?P<second_of_minute>[0-5]\d)(?P<fraction>\.\d{1,9})?)?"
+    r"\s*(?P<half>[AaPp]\.?[Mm]\.?)?\s*(?:Z|UTC|GMT|[+-]00(?::?00)?)?"
+)
+_TIME = rf"^\s*{_DATE}(?:(?:T|\s+){_CLOCK})?\s*$"
+
+
+def time(column: str) -> pl.Expr:
+    """Parse a text column of times, else null."""
+    return pl.col(column).map_batches(read, return_dtype=pl.Datetime("us"))
+
+
+def date(column: str) -> pl.Expr:
+    """Parse a text column of dates as datetimes at 00:00, else null; ignore a time after the date."""
+    return time(column).dt.truncate("1d")
+
+
+def read(text: pl.Series) -> pl.Series:
+    """Return the times (datetime, us) that `text` (string) gives, null where it gives none."""
+    parsed = text.str.to_datetime(_FORMAT, time_unit="us", strict=False)
+    if parsed.null_count() == text.null_count():  # the fast path: tables as downloaded
+        return parsed
+    other = text.filter(parsed.is_null()).drop_nulls().unique()
+    return parsed.fill_null(text.replace_strict(other, _read_other(other), default=None, return_dtype=parsed.dtype))
+
+
+def _read_other(text: pl.Series) -> pl.Series:
+    found = text.str.extract_groups(_TIME).struct.unnest()
+    number = pl.col("first", "second").cast(pl.Int64)
+    day_first, month_first = found.select(number.max() > 12).fill_null(False).row(0)
+    known = pl.lit(day_first != month_first)  # else nothing tells which comes first, or the column has both
+    month, day = ("second", "first") if day_first else ("first", "second")
+    hour, half = pl.col("hour").cast(pl.Int64), pl.col("half").str.slice(0, 1).str.to_lowercase()
+    hour = (
+        pl.when(half.is_null())
+        .then(hour.fill_null(0))
+        .when(hour.is_between(1, 12))  # 13 PM is no time
+        .then(hour % 12 + pl.when(half == "p").then(12).otherwise(0))
+    )
+    parts = found.select(
+        pl.format(
+            "{}-{}-{} {}:{}:{}{}",
+            pl.coalesce("year", "year2", pl.when(known).then("year3")),
+            *(pl.coalesce(*names).str.zfill(2) for names in (("month", "month2", month), ("day", "day2", day))),
+            hour.cast(pl.String).str.zfill(2),
+            pl.col("minute").fill_null("00"),
+            pl.col("second_of_minute").fill_null("00"),
+            pl.col("fraction").fill_null(".0"),
+        ).alias("time")
+    )
+    return parts["time"].str.to_datetime(f"{_FORMAT}%.f", time_unit="us", strict=False)
+
+
+def study_times(frame: pl.DataFrame) -> pl.Series:
+    """Return the times of `StudyDate` and `StudyTime` (text) to the second, null where one is missing or unreadable.
+
+    StudyTime is HHMMSS.fff written as a number, so without leading zeros (3042.1 is 00:30:42), or a clock time, also
+    behind the '0 days' or the date that pandas and spreadsheets put before it. If all of many are below 1, they are
+    fractions of a day, as spreadsheets store times.
+    """
+    date, clock = (_without_exponent(frame[column].str.strip_chars()) for column in ("StudyDate", "StudyTime"))
+    number = clock.cast(pl.Float64, strict=False)
+    if number.n_unique() > 10 and (number.max() or 0.0) < 1:
+        clock = ((number * 86_400).round().cast(pl.Int64) * 10**9).cast(pl.Time).dt.to_string("%H:%M:%S")
+    digits = clock.str.extract(r"^(\d{1,6})(?:[.,]\d*)?$", 1).str.zfill(6)
+    digits = digits.str.replace(r"^(..)(..)(..)$", "${1}:${2}:${3}")
+    clock = digits.fill_null(clock.replace("", None).str.replace(r"^(?:0 days|1[89]\d\d-\d\d-\d\d)[ T]+", ""))
+    day = read(date)
+    day = day.zip_with(day == day.dt.truncate("1d"), pl.Series([None], dtype=day.dtype))  # no second clock time
+    return read(day.dt.to_string("%Y-%m-%d") + " " + clock).dt.truncate("1s")
+
+
+def _without_exponent(text: pl.Series) -> pl.Series:
+    """Write numbers such as 1e+05 (R for 100000) in digits."""
+    has_exponent = text.str.contains(r"^[\d.]+[eE][+]?\d+$").fill_null(False)
+    digits = (
+        text.zip_with(has_exponent, pl.Series([None], dtype=pl.String)).cast(pl.Float64).cast(pl.Int64, strict=False)
+    )
+    return digits.cast(pl.String).fill_null(text)
+
+
+def form(text: str) -> str:
+    """Return what a value looks like without its content: 'a' for each letter, '9' for each digit."""
+    return " ".join(re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", text)).split())[:40]
+
+
+@dataclasses.dataclass
+class Tally:
+    """How many times of a column are given, how many of them cannot be read, and the form of the first of those."""
+
+    given: int = 0
+    unreadable: int = 0
+    form: str = ""
+
+    def add(self, text: pl.Series, parsed: pl.Series) -> None:
+        other = text.filter(parsed.is_null())
+        wrong = other.filter(other.str.strip_chars().fill_null("") != "")
+        if len(wrong) and not self.unreadable:
+            self.form = form(wrong[0])
+        self.given += len(text) - len(other) + len(wrong)
+        self.unreadable += len(wrong)
+
+    def check(self, path: Path, column: str) -> int:
+        """Return how many times cannot be read, with a warning; raise UserError above 1 %."""
+        if not self.unreadable:
+            return 0
+        message = (
+            f"{path}: {self.unreadable:,} of {self.given:,} times in column {column!r} cannot be read (the first looks "
+            f"like '{self.form}')"
+        )
+        if self.unreadable > MAX_UNREADABLE * self.given:
+            message += "; that is more than 1 %: write them as MIMIC does, YYYY-MM-DD HH:MM:SS"
+            raise UserError(message, path=path, field=column, value=self.unreadable)
+        progress.say(f"warning: {message}; they count as missing")
+        return self.unreadable

@@ -1,0 +1,132 @@
+"""Times in the forms that databases, pandas, R and spreadsheets write; what cannot be read whole is refused."""
+
+import datetime
+
+import polars as pl
+import pytest
+from build_cases import HEART_RATE, by_stay
+from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
+
+from data_prep import build
+from data_prep.raw import times
+from medfuse_jax import records, schema
+from medfuse_jax.runtime.errors import UserError
+
+MORNING, AFTERNOON = datetime.datetime(2150, 1, 31, 1, 30), datetime.datetime(2150, 1, 31, 13, 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2150-01-31", datetime.datetime(2150, 1, 31)),
+        ("21500131", datetime.datetime(2150, 1, 31)),
+        ("2150-01-31 13:30:00", AFTERNOON),
+        (" 2150-01-31T13:30 ", AFTERNOON),
+        ("2150-01-31 13:30:00.250", AFTERNOON + datetime.timedelta(milliseconds=250)),
+        ("2150-01-31T13:30:00Z", AFTERNOON),
+        ("2150-01-31 13:30:00 UTC", AFTERNOON),
+        ("2150-01-31 13:30:00+00:00", AFTERNOON),
+        ("2150-01-31 13:30:00-05:00", None),
+        ("2150-01-31 13:30:00 EST", None),
+        ("2150-01-31 01:30:00 PM", AFTERNOON),
+        ("2150-01-31 1:30 p.m.", AFTERNOON),
+        ("2150-01-31 01:30 am", MORNING),
+        ("2150-01-31 12:00 AM", datetime.datetime(2150, 1, 31)),
+        ("2150-01-31 13:30 PM", None),
+        ("1/31/2150 13:30", AFTERNOON),
+        ("31/1/2150 1:30 PM", AFTERNOON),
+        ("1/12/2150 13:30", None),  # December or January
+        ("2150-02-31", None),
+        ("2150-01-31 24:00:00", None),
+        ("2150-01-31 13:30:00 or so", None),
+        ("31-JAN-50", None),
+        ("", None),
+    ],
+)
+def test_a_time_is_read_whole_or_not_at_all(text, expected):
+    assert times.read(pl.Series([text, None])).to_list() == [expected, None]
+
+
+def test_a_column_shows_whether_the_month_comes_first():
+    dates = times.read(pl.Series(["1/2/2150", "1/31/2150"]))
+    assert dates.to_list() == [datetime.datetime(2150, 1, 2), datetime.datetime(2150, 1, 31)]
+    assert times.read(pl.Series(["1/2/2150", "31/1/2150"]))[0] == datetime.datetime(2150, 2, 1)
+    assert times.read(pl.Series(["1/31/2150", "31/1/2150"])).to_list() == [None, None]
+
+
+def _study_time(date, clock):
+    return times.study_times(pl.DataFrame({"StudyDate": [date, None], "StudyTime": [clock, clock]}))[0]
+
+
+@pytest.mark.parametrize(
+    "date", ["21500131", "21500131.0", "2.1500131e7", "2150-01-31", "2150-01-31 00:00:00 UTC", "1/31/2150"]
+)
+def test_study_dates(date):
+    assert _study_time(date, "133000.123") == AFTERNOON
+
+
+@pytest.mark.parametrize(
+    ("clock", "expected"),
+    [
+        *((text, AFTERNOON) for text in ("133000", "133000.9", "133000,9", "1.33e+05", "13:30:00", "13:30", "1:30 PM")),
+        *((text, AFTERNOON) for text in ("13:30:00.123", "0 days 13:30:00", "1900-01-01 13:30:00")),
+        *((text, MORNING) for text in ("13000.0", "1:30:00")),
+        *((text, None) for text in ("", "noon", "246060.0", "-5", "1333000", "1 days 13:30:00")),
+    ],
+)
+def test_study_times(clock, expected):
+    assert _study_time("2150-01-31", clock) == expected
+    assert _study_time("2150-01-31 10:00:00", clock) is None  # two clock times
+
+
+def test_many_study_times_below_1_are_fractions_of_a_day():
+    clocks = [str(hour / 24) for hour in range(24)]
+    found = times.study_times(pl.DataFrame({"StudyDate": ["21500131"] * 24, "StudyTime": clocks}))
+    assert found.dt.hour().to_list() == list(range(24))
+
+
+def test_the_form_of_a_value_has_none_of_its_content():
+    assert times.form("2150-13-45 Müller\n 9h") == "9999-99-99 aaaaaa 9a"
+
+
+def test_x_rays_are_paired_whatever_wrote_their_dates(tmp_path, capsys):
+    images = [image(n, 10, StudyDate="2150-01-01", StudyTime="10:00:00") for n in range(3)]
+    iv = write_mimic_iv(tmp_path / "iv", [stay(n) for n in range(3)], [chart(n, 3, HEART_RATE, "70") for n in range(3)])
+    build.build(iv, write_mimic_cxr(tmp_path / "cxr", images), tmp_path / "out", tasks=["pheno"])
+    assert all(record["has_cxr"] for record in by_stay(tmp_path / "out", "pheno").values())
+    assert "valid time" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("unreadable", "stops"), [(2, False), (3, True)])
+def test_unreadable_times_of_events_and_x_rays_warn_and_stop_above_1_percent(tmp_path, capsys, unreadable, stops):
+    charts = [chart(0, h / 4, HEART_RATE, "70") for h in range(200)]
+    images = [image(n, 10) for n in range(200)]
+    for row, picture in zip(charts[:unreadable], images):
+        row["charttime"] = "2150-01-01 noon"
+        picture["StudyTime"] = "SMITH"
+    iv, cxr = write_mimic_iv(tmp_path / "iv", [stay(0)], charts), write_mimic_cxr(tmp_path / "cxr", images, (8, 8))
+    for folder, column in ((None, "charttime"), (cxr, "StudyDate, StudyTime")):
+        if stops:
+            with pytest.raises(UserError, match=r"more than 1 %") as caught:
+                build.build(iv, folder, tmp_path / "out", tasks=["pheno"])
+            assert (caught.value.field, caught.value.value) == (column, 3) and "SMITH" not in str(caught.value)
+        else:
+            build.build(iv, folder, tmp_path / f"out {column}", tasks=["pheno"])
+            assert f"2 of 200 times in column '{column}'" in capsys.readouterr().err
+            counts = records.manifest(tmp_path / f"out {column}", "pheno")["counts"]
+            assert counts["unreadable_times"]["chartevents.charttime"] == 2
+
+
+def test_an_afternoon_is_not_read_as_morning(tmp_path):
+    charts = [chart(0, 1, HEART_RATE, "90", charttime="2150-01-01 01:30:00 PM"), chart(0, 40, HEART_RATE, "70")]
+    iv = write_mimic_iv(tmp_path / "iv", [stay(0, dischtime="2150-01-05", deathtime=at(80))], charts)
+    build.build(iv, None, tmp_path / "out", tasks=["pheno", "mortality"], timestep_h=1)
+    observed = by_stay(tmp_path / "out", "pheno")[0]["ehr"][:, schema.CHANNELS.index("mask->Heart Rate")]
+    assert observed.nonzero()[0].tolist() == [13, 39]
+    assert by_stay(tmp_path / "out", "mortality")[0]["label"].tolist() == [1]
+
+
+def test_the_demo_without_its_midnights_is_the_same(real_data):
+    text = pl.read_csv(real_data / "mimic-iv-demo-2.2/icu/chartevents.csv.gz", columns=["charttime"])["charttime"]
+    short = text.str.replace(" 00:00:00", "", literal=True)
+    assert (short != text).sum() > 3223 and times.read(short).equals(times.read(text))
