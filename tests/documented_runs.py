@@ -156,7 +156,7 @@ def _for_paper(command: Command) -> list[str]:
 def _for_bench(command: Command) -> list[str]:
     preset = command.value("preset")
     sizes = ["--repeats=1", *(["--warm_up=0", "--trials=3"] if preset == "sweeps" else [])]
-    sizes += ["--tiny"] if preset == "gpu" else []
+    sizes += ["--tiny"] if preset in ("gpu", "sweeps") else []
     return [f"--only={SMALLEST[preset]}", *sizes, f"--json=bench_{preset}.json"]
 
 

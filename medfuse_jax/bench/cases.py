@@ -188,12 +188,15 @@ def _growth() -> list[Case]:
     return [*lengths, stays, Case(kind="parts", **shared), *shares]
 
 
+_DEMO_STAYS = 1500  # of configs/demo.py
+
+
 def _sweeps() -> list[Case]:
     """Return the cases that compare many trials with one: by their steps alone, and by whole commands."""
     return [
         Case(kind="trials", max_buckets=1, num_batches=2, peers=()),
-        Case(kind="sweep", method="early", num_trials=64),
-        Case(kind="sweep", num_epochs=2),
+        Case(kind="sweep", method="early", num_trials=64, num_stays=_DEMO_STAYS),
+        Case(kind="sweep", num_epochs=2, num_stays=_DEMO_STAYS),
     ]
 
 
@@ -227,10 +230,10 @@ def preset(name: str) -> tuple[list[Case], float | None]:
 
 def shrink(case: Case) -> Case:
     """Return the case at sizes that a CPU runs in seconds, to check that it runs. Its numbers mean nothing."""
-    if case.kind in ("rates", "sweep"):
+    if case.kind == "rates":
         return case
-    if case.kind == "bootstrap":
-        return dataclasses.replace(case, num_stays=500)
+    if case.kind in ("bootstrap", "sweep"):
+        return dataclasses.replace(case, num_stays=500 if case.kind == "bootstrap" else 200)
     kept = {"cxr_share": case.cxr_share, "batch_size": min(case.batch_size, 8), "num_stays": 300}
     stages = (("resnet_stage_sizes", (1, 1, 1, 1)),)  # mmtm3 and daft3 fuse after the third
     return dataclasses.replace(case, **_TINY | kept | {"sizes": tuple((dict(_TINY["sizes"]) | dict(stages)).items())})

@@ -1,4 +1,4 @@
-"""A sweep's whole command compared with one run's, on the demo's cohort and sizes.
+"""A sweep's whole command compared with one run's, at the demo's sizes.
 
 The encoders are trained once, before the timing. Every repeat starts in an empty folder and loads from the cache the
 programs that the warm-up compiled.
@@ -25,9 +25,10 @@ def measure(case: Case, data=None, say=lambda text: None) -> list[dict]:
     with tempfile.TemporaryDirectory() as name:
         folder, count, costs = Path(name), itertools.count(), []
         say("training the encoders")
-        _run("medfuse_jax.main", folder / "encoders", "--config.num_epochs=1")
+        cohort = f"--config.data.synthetic_stays={case.num_stays}"
+        _run("medfuse_jax.main", folder / "encoders", "--config.num_epochs=1", cohort)
         trained = [f"--config.init.{e}={folder / 'encoders' / f'pretrain_{e}'}" for e in ("ehr", "cxr")]
-        shared = [f"--config.method={case.method}", f"--config.num_epochs={case.num_epochs}", *trained]
+        shared = [cohort, f"--config.method={case.method}", f"--config.num_epochs={case.num_epochs}", *trained]
         search = [
             "--search=lr:loguniform(1e-4,1e-2)",
             "--search=dropout:uniform(0.0,0.5)",
