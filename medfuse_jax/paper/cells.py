@@ -11,7 +11,7 @@ from medfuse_jax.paper import published
 from medfuse_jax.paper.scores import Evaluation, Scores, TaskResults
 
 METRICS = ("auroc", "auprc")
-TASK_NAMES = {"pheno": "phenotyping", "mortality": "mortality"}
+TASK_NAMES = {"pheno": "Phenotyping", "mortality": "Mortality"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _number(x: float, of: Value) -> str:
         return "–"
     if of.digits is None:
         return f"{x:.3e}"
-    return f"{x:{'+' if of.is_change else ''}.{of.digits}f}".replace("-", "−")
+    return f"{x:{'+' if of.is_change else ''},.{of.digits}f}".replace("-", "−")
 
 
 def _lines(cell, between: str) -> str:
@@ -124,8 +124,10 @@ def json_object(table: Table) -> dict:
 
 def html_table(table: Table, chart: str = "") -> str:
     """Return a heading, the chart (SVG) if there is one, the table and its notes."""
+    numeric = [any(isinstance(row[c], Value) for row in table.rows) for c in range(len(table.head))]
     head = "".join(
-        f'<th scope="col"{"" if i == 0 else " class=num"}>{escape(h)}</th>' for i, h in enumerate(table.head)
+        f'<th scope="col"{" class=num" if is_number else ""}>{escape(name)}</th>'
+        for name, is_number in zip(table.head, numeric)
     )
     body = "".join(f"<tr>{''.join(_html_cell(i, cell) for i, cell in enumerate(row))}</tr>" for row in table.rows)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)

@@ -19,7 +19,8 @@ td.num { white-space: nowrap; }
 .outside { font-weight: 650; }
 .outside .ci, .outside .paper { font-weight: 400; }
 nav { font-size: 0.875rem; margin: 0 0 1.5rem; }
-nav a { margin-right: 0.9rem; color: inherit; }
+nav a { margin-right: 0.9rem; color: inherit; white-space: nowrap; }
+@media (max-width: 40rem) { .paper { white-space: normal; max-width: 7rem; margin-left: auto; font-size: 0.6875rem; } }
 """
 )
 

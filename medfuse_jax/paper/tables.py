@@ -63,7 +63,7 @@ def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) 
     if cells := make.row(other, paper, "OPT"):
         body.append([f"{OPT_TITLE}, chosen on paired validation stays", *cells])
     notes = make.missing() + [
-        f"{OPT_TITLE}, {TASK_NAMES[r.task]}: trained with {r.models[id].choice}."
+        f"{TASK_NAMES[r.task]}: {OPT_TITLE} trained with {r.models[id].choice}."
         for r in make.tasks
         for id in ("OPT", "OPT_paired")
         if id in r.models

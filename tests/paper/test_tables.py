@@ -117,7 +117,7 @@ def test_a_missing_model_leaves_out_its_row_and_is_named(tasks):
     r.missing["M5_3"] = "the disk is full"
     table = tables.table_2(Maker([r], Evaluation(num_bootstrap=2)))
     assert not any(str(row[0]).startswith("MMTM") for row in table.rows)
-    assert "mortality: no M5_3 (the disk is full)." in table.notes
+    assert "Mortality: no M5_3 (the disk is full)." in table.notes
     without = dataclasses.replace(r, models={"E1": r.models["E1"]}, without_cxr=None, opt_by_share={})
     made, checks = contents.make_all(Maker([without], Evaluation(num_bootstrap=2)), {})
     assert {t.name for t in made} == {"table_1", "table_a1"} and not checks
