@@ -55,7 +55,7 @@ def write(
 
 def _page(tables: list[Table], failed: list[Check], facts: dict, notices: list[str], synthetic: bool) -> str:
     title = "MedFuse: the paper's tables"
-    links = "".join(f'<a href="#{t.name}">{escape(t.title.partition(".")[0])}</a>' for t in tables)
+    links = " ".join(f'<a href="#{t.name}">{escape(t.title.partition(".")[0])}</a>' for t in tables)
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     wrong = "".join(f"<li>{escape(c.what)}: {c.a:.6f} and {c.b:.6f}</li>" for c in failed)
     parts = [
