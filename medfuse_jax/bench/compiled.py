@@ -74,7 +74,7 @@ def train_step(
 def measure(case: Case, target: Target) -> dict:
     """Compile a case for a target and return its figures; of a program that its memory cannot hold, what it needs."""
     on = target.devices[:1] if case.on == "one" else target.devices
-    program = case.make(on, case.sizes)
+    program = case.make(on, dataclasses.replace(case.sizes, device_bytes=target.chip.memory_bytes))
     row = {"devices": len(on), "device_bytes": target.chip.memory_bytes}
     start = time.perf_counter()
     try:
