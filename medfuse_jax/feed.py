@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from medfuse_jax import parallel
 from medfuse_jax import step as step_lib
@@ -66,8 +67,8 @@ def place(run, splits: tuple[str, ...] = _SPLITS):
 def choose_parts(run, splits: tuple[str, ...] = _SPLITS, device_bytes: float | None = None) -> int:
     """Return how many devices hold the images together, as few as their memory allows; 0 if batches are streamed.
 
-    Reads no record. device_bytes: the memory of a device, if it cannot be asked. Raise UserError if config.placement is
-    'device' and the splits do not fit.
+    Reads no record. With config.placement=auto, what a host reads must fit in its memory too. device_bytes: the memory
+    of a device that cannot be asked, on another host. Raise UserError if it is 'device' and the splits do not fit.
     """
     placement = run.config.placement
     if placement == "stream" or (placement == "auto" and run.dataset.cxr_dataset):
@@ -75,11 +76,13 @@ def choose_parts(run, splits: tuple[str, ...] = _SPLITS, device_bytes: float | N
     if run.dataset.cxr_dataset:
         what = "config.placement is 'device', and this method alternates between two datasets: use 'stream'"
         raise UserError(what, field="config.placement")
-    device_bytes = device_bytes or device_store.memory(run.devices[parallel.own_part(run.devices)], placement)
+    own = run.devices[parallel.own_part(run.devices)]
+    host_bytes = np.inf if device_bytes or placement == "device" else hosts.memory_bytes()
+    device_bytes = device_bytes or device_store.memory(own, placement)
     fraction = device_store.MAX_FRACTION[placement]
     for num_parts in (n for n in range(1, len(run.devices) + 1) if len(run.devices) % n == 0):
         needed = sum(device_store.num_bytes(run.dataset, s, run.selects(s), num_parts) for s in splits)
-        if needed <= fraction * device_bytes:
+        if needed <= fraction * device_bytes and needed * min(num_parts, len(own)) <= fraction * host_bytes:
             return num_parts
     if placement == "auto":
         return 0

@@ -58,6 +58,8 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
     config = run.config
     state = parallel.replicate(state, run.devices)
     run = feed_lib.place(run)
+    if config.placement == "auto" and not run.held:
+        print(f"{config.name}: batches are streamed, as config.placement=auto decides (docs/performance.md)")
     feed = feed_lib.open_feed(run)
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
     key = parallel.replicate(jax.random.key(config.seed), run.devices)

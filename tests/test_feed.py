@@ -12,6 +12,7 @@ from refusals import refused
 from medfuse_jax import feed, parallel
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import batches, device_store
+from medfuse_jax.runtime import hosts
 
 _TOLERANCE = 1e-5
 
@@ -176,7 +177,7 @@ def _devices(*sizes):
     return [SimpleNamespace(memory_stats=lambda n=n: {"bytes_limit": n}) for n in sizes]
 
 
-def test_the_fewest_devices_that_have_the_memory_hold_the_images(config):
+def test_the_fewest_devices_that_have_the_memory_hold_the_images(config, monkeypatch):
     run = _open(config)
     needed = [
         sum(device_store.num_bytes(run.dataset, split, run.selects(split), n) for split in ("train", "val"))
@@ -186,8 +187,11 @@ def test_the_fewest_devices_that_have_the_memory_hold_the_images(config):
     for placement, fraction in device_store.MAX_FRACTION.items():
         config.placement = placement
         for num_parts, size in ((1, needed[0]), (2, needed[1])):
-            enough = _devices(10 * size, size / fraction)
-            assert feed.choose_parts(dataclasses.replace(run, devices=enough)) == num_parts
+            enough = dataclasses.replace(run, devices=_devices(10 * size, size / fraction))
+            assert feed.choose_parts(enough) == num_parts
+        with monkeypatch.context() as patch:  # a host that cannot hold what it reads for both
+            patch.setattr(hosts, "memory_bytes", lambda: 3 * needed[1])
+            assert feed.choose_parts(enough) == (0 if placement == "auto" else 2)
         too_small = dataclasses.replace(run, devices=_devices(1e12, needed[1] / fraction - 8))
         if placement == "auto":
             assert feed.choose_parts(too_small) == 0
