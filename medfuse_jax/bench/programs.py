@@ -27,7 +27,10 @@ _NUM_RADIOLOGY_CXR = 325_188  # the released split's training X-rays (docs/perfo
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a step is compiled for. rows, images: of a batch, over all devices. device_bytes: a device's memory."""
+    """What a step is compiled for. rows, images: of a batch, over all devices.
+
+    device_bytes: the memory of a device that cannot be asked.
+    """
 
     method: str = "medfuse"
     rows: int = 16
@@ -35,7 +38,7 @@ class Sizes:
     time_steps: int = 64
     dtype: str = "bfloat16"
     resnet_stage_sizes: tuple[int, ...] = RESNET_34
-    device_bytes: float = math.inf
+    device_bytes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,11 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
     from medfuse_jax.data import synthetic  # late: it needs packages that a benchmark's machine may lack
 
     say("building the synthetic cohort")
-    folder = synthetic.build(_NUM_STAYS, case.cxr_share, ["pheno"])
     model_class = registry.METHODS[case.method].model_class
+    task = "pheno" if model_class.uses_ehr else "radiology"
+    folder = synthetic.build(_NUM_STAYS, case.cxr_share, [task])
     reads = {"use_ehr": model_class.uses_ehr, "use_cxr": model_class.uses_cxr}
-    return _read(case, dataset.open_dataset(folder, "pheno", max_buckets=case.max_buckets, **reads), say)
+    return _read(case, dataset.open_dataset(folder, task, max_buckets=case.max_buckets, **reads), say)
 
 
 def _read(case: Case, data: Dataset, say) -> list[dict]:
