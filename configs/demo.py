@@ -33,7 +33,6 @@ def get_config() -> ConfigDict:
     config.model.resnet_width = 16
     config.model.freeze_encoders = True  # 535 stays with an X-ray are too few to fine-tune both encoders
     config.batch_size = 16
-    config.placement = "device"  # small enough to be held in memory rather than read again each epoch
     config.num_epochs = 7
     config.learning_rate = 3e-3
 

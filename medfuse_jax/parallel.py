@@ -125,6 +125,13 @@ def _place(tree, sharding: NamedSharding, num_parts: int):
     return jax.tree.map(place, tree)
 
 
+def place_parts(parts: dict[int, np.ndarray], num_parts: int, on: list[jax.Device]) -> jax.Array:
+    """Put part i % num_parts on the i-th device. Of several processes, each has its own devices' parts."""
+    shape = (len(on), *next(iter(parts.values())).shape)
+    sharding = NamedSharding(mesh(on), PartitionSpec(AXIS))
+    return jax.make_array_from_callback(shape, sharding, lambda index: parts[(index[0].start or 0) % num_parts][None])
+
+
 def prefetch(batches: Iterable[dict], on: list[jax.Device], depth: int = 2) -> Iterator[dict]:
     """Send `depth` batches to the devices ahead of use, each device its own part."""
     waiting = deque()

@@ -26,12 +26,13 @@ from medfuse_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run, as training and evaluation need it."""
+    """One run, as training and evaluation need it. held: the splits in the devices' memory (feed.Held), by name."""
 
     config: ConfigDict
     dataset: Dataset
     options: step_lib.StepOptions
     devices: list[jax.Device]
+    held: dict = dataclasses.field(default_factory=dict)
 
     def selects(self, split: str) -> np.ndarray:
         """Return bool [N]: the records of train or val that the run uses, by config.data.<split>_stays."""
@@ -91,11 +92,12 @@ class Run:
             )
 
     def batches(self, split: str, plan: plan_lib.Plan | plan_lib.Alternating, start: int = 0) -> Iterator[dict]:
-        """Return the plan's batches from step `start` on, sent to the devices ahead of use."""
-        read = batches.batches(
-            self.dataset, split, plan, num_devices=len(self.devices), start=start, part=parallel.own_part(self.devices)
-        )
-        return parallel.prefetch(read, self.devices)
+        """Return the plan's batches from step `start` on: gathered on the devices, or sent to them ahead of use."""
+        if split in self.held:
+            return self.held[split].batches(plan, start)
+        part, readers = parallel.own_part(self.devices), self.config.data.readers
+        layout = {"num_devices": len(self.devices), "part": part, "readers": readers}
+        return parallel.prefetch(batches.batches(self.dataset, split, plan, start=start, **layout), self.devices)
 
     def fresh_state(self) -> step_lib.TrainState:
         """Return a newly initialised state, by the config's seed."""

@@ -57,14 +57,10 @@ def pretrain(stages: dict[str, tuple[Path, run_lib.Run]], by_sweep: bool = False
 def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -> None:
     config = run.config
     state = parallel.replicate(state, run.devices)
-    feed = feed_lib.open_feed(
-        run.dataset,
-        run.selects("train"),
-        run.options,
-        run.devices,
-        mode=config.parallel,
-        placement=config.placement,
-    )
+    run = feed_lib.place(run)
+    if config.placement == "auto" and not run.held:
+        print(f"{config.name}: batches are streamed, as config.placement=auto decides (docs/performance.md)")
+    feed = feed_lib.open_feed(run)
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
     key = parallel.replicate(jax.random.key(config.seed), run.devices)
     # Every epoch has the same number of steps: it draws other stays, but equally many.
@@ -153,11 +149,8 @@ def _stop(manager, state, progress: Progress, step: int, config: ConfigDict, los
     raise TryLater(f"{config.name}: stopped by SIGTERM after step {step}, which is saved; rerun the command to resume")
 
 
-def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]], by_sweep: bool = False) -> None:
-    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training.
-
-    by_sweep: whether the run is a trial of a sweep, which streams its batches whatever config.placement is.
-    """
+def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> None:
+    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training."""
     run.check_any("test", run.dataset.usable("test"))
     run.check_any("val", run.selects("val"))
     profiled_steps(run)
@@ -166,8 +159,8 @@ def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]], by_
             _say_no_auroc(trained, by_sweep and trained is run)
     if run.dataset.use_ehr:
         supported.check(run.config, run.devices)
-    for trained in (*(staged for _, staged in stages.values()), *([] if by_sweep else [run])):
-        feed_lib.check_placement(trained.dataset, trained.selects("train"), trained.devices, trained.config.placement)
+    for trained in (*(staged for _, staged in stages.values()), run):
+        feed_lib.choose_parts(trained)
 
 
 def _say_no_auroc(run: run_lib.Run, by_sweep: bool) -> None:

@@ -53,7 +53,7 @@ _PLACEHOLDERS = {
 _OUT = {"data_prep.build": "shards", "data_prep.images.beam": "images", "data_prep.bench": "benchmark"}
 # The quickest case of each benchmark preset, as a pattern for --only.
 SMALLEST = {
-    "cpu": "uni_ehr",
+    "cpu": "step uni_ehr",
     "gpu": "lstm cudnn",
     "growth": "uni_ehr B=16 4 h",
     "devices": "2 devices$",

@@ -1,12 +1,14 @@
 """Configs: every file in configs/ is valid; a wrong field, type or value is one line with the nearest right name."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
+from refusals import refused
 
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime.errors import UserError
@@ -53,6 +55,21 @@ def test_a_run_may_resume_with_other_execution_only_fields():
     other.placement, other.profile_steps, other.recurrence, other.parallel = "device", "2:3", "pallas", "shard_map"
     assert config_lib.difference(config, other) == ""
     assert config_lib.profile_steps(config) == (0, 0) and config_lib.profile_steps(other) == (2, 3)
+
+
+def test_the_config_of_an_older_run_is_read(tmp_path):
+    config = config_lib.default()
+    config.placement = "stream"
+    config_lib.save(config, tmp_path / "config.json")
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["data"]["readers"], stored["recurrence"]  # fields that a version may add, since they change no result
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    loaded = config_lib.load(tmp_path / "config.json")
+    assert (loaded.data.readers, loaded.recurrence, loaded.placement) == (0, "auto", "stream")
+    del stored["learning_rate"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with refused(field="config.learning_rate"):
+        config_lib.load(tmp_path / "config.json")
 
 
 def test_num_epochs_reaches_the_pretraining_stages():

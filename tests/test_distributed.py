@@ -17,15 +17,20 @@ from sweep_commands import ROOT, free_port, write_config
 _DEVICES = 4
 
 
-def _start(config, workdir, num_processes, flags=()):
-    """Start the processes of one training; flags: of each process, or of all."""
+# A machine whose devices must hold the X-rays together: each process reads and holds its part of them.
+_DIVIDED = "from medfuse_jax import feed; feed.choose_parts = lambda run, splits=(): len(run.devices)"
+
+
+def _start(config, workdir, num_processes, flags=(), before="pass"):
+    """Start the processes of one training; flags: of each process, or of all. before: code that they run first."""
     devices = _DEVICES // num_processes
     kept = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     xla_flags = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
     environment = os.environ | {"XLA_FLAGS": xla_flags, "NPROC": "16"}
     port, running = free_port(), []
     for i in range(num_processes):
-        command = [sys.executable, "-m", "medfuse_jax.main", f"--config={config}", f"--workdir={workdir}"]
+        code = f"import runpy; {before}; runpy.run_module('medfuse_jax.main', run_name='__main__', alter_sys=True)"
+        command = [sys.executable, "-c", code, f"--config={config}", f"--workdir={workdir}"]
         if num_processes > 1:
             command += [f"--coordinator=localhost:{port}", f"--num_processes={num_processes}", f"--process={i}"]
         command += flags[i] if flags else []
@@ -44,8 +49,8 @@ def _end(running, timeout_s=300):
     return [process.returncode for process in running], [out for out, _ in texts], [err for _, err in texts]
 
 
-def _train(config, workdir, num_processes):
-    statuses, printed, errors = _end(_start(config, workdir, num_processes))
+def _train(config, workdir, num_processes, before="pass"):
+    statuses, printed, errors = _end(_start(config, workdir, num_processes, before=before))
     assert statuses == [0] * num_processes, errors
     return printed
 
@@ -79,9 +84,9 @@ def alone(config, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_several_processes_train_what_one_does(config, alone, tmp_path, num_processes):
-    printed = _train(config, tmp_path / "run", num_processes)
+@pytest.mark.parametrize(("num_processes", "before"), [(2, "pass"), (4, "pass"), (2, _DIVIDED)])
+def test_several_processes_train_what_one_does(config, alone, tmp_path, num_processes, before):
+    printed = _train(config, tmp_path / "run", num_processes, before)
     _assert_same(tmp_path / "run", alone)
     said = [[line for line in text.splitlines() if not line.startswith("[Gloo]")] for text in printed]
     assert "report/index.html" in said[0][-1] and not any(said[1:]), "the first alone prints"

@@ -4,7 +4,6 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,6 +12,7 @@ from refusals import refused
 from medfuse_jax import feed, parallel
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import batches, device_store
+from medfuse_jax.runtime import hosts
 
 _TOLERANCE = 1e-5
 
@@ -32,8 +32,7 @@ def _open(config, num_devices=2):
 def _epoch(run, start=0, stops=None, state=None, one_call=None):
     """Return (state, losses) of the first epoch from step `start` on."""
     plan = run.train_plan(epoch=1)
-    how = {"mode": run.config.parallel, "placement": run.config.placement, "one_call": one_call}
-    open_feed = feed.open_feed(run.dataset, run.selects("train"), run.options, run.devices, **how)
+    open_feed = feed.open_feed(feed.place(run), one_call)
     state = parallel.replicate(run.fresh_state() if state is None else state, run.devices)
     losses = []
     for moved, loss in open_feed(state, plan, start, stops or [len(plan)], jax.random.key(3)):
@@ -44,7 +43,9 @@ def _epoch(run, start=0, stops=None, state=None, one_call=None):
 
 @pytest.fixture(scope="module")
 def streamed(shared_tiny_config):
-    return _epoch(_open(shared_tiny_config))
+    config = shared_tiny_config.copy_and_resolve_references()
+    config.placement = "stream"
+    return _epoch(_open(config))
 
 
 def _assert_equal(a, b):
@@ -54,8 +55,12 @@ def _assert_equal(a, b):
 
 @pytest.mark.parametrize("one_call", [False, True])
 @pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
-def test_placement_on_the_device_trains_to_the_same_numbers_as_the_stream(config, streamed, mode, one_call):
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_placement_on_the_device_trains_to_the_same_numbers_as_the_stream(
+    config, streamed, mode, one_call, num_parts, monkeypatch
+):
     config.placement, config.parallel = "device", mode
+    monkeypatch.setattr(feed, "choose_parts", lambda run, splits: num_parts)
     placed = _epoch(_open(config), one_call=one_call)
     assert len(placed[1]) == (1 if one_call else len(streamed[1])) and len(streamed[1]) > 2
     _assert_equal(placed, streamed)
@@ -86,46 +91,67 @@ def test_an_epoch_resumes_where_it_stopped(config, streamed):
 
 
 def test_one_program_serves_any_part_of_an_epoch(config):
-    config.method, config.placement = "uni_ehr", "device"
-    run = _open(config)
-    fn = feed.compile_on_device(run.options, "shard_map", run.devices, in_loop=True)
-    held = parallel.replicate(device_store.load(run.dataset, "train", run.selects("train")), run.devices)
-    plan = run.train_plan(epoch=1)
+    config.method, config.placement, config.parallel = "uni_ehr", "device", "shard_map"
+    run = feed.place(_open(config))
+    held, plan = run.held["train"], run.train_plan(epoch=1)
+    fn = feed.compile_epoch(run.options, "shard_map", run.devices, num_parts=1)
     rows = parallel.divide(device_store.deal(plan, range(len(plan)), 2), run.devices)
     state = parallel.replicate(run.fresh_state(), run.devices)
     for start, stop in ((0, 1), (1, 3)):
-        state, loss_S = fn(state, held, rows, jax.random.key(0), start, stop, int(plan.padded_length_S.max()))
+        arguments = (held.shared, held.divided, rows, jax.random.key(0), start, stop, int(plan.padded_length_S.max()))
+        state, loss_S = fn(state, *arguments)
         assert np.flatnonzero(np.asarray(loss_S)).tolist() == list(range(start, stop))
     assert fn._cache_size() == 1 and int(state.step) == 3
 
 
 @pytest.mark.parametrize(
-    ("task", "method", "num_devices"),
+    ("task", "method", "num_devices", "num_parts"),
     [
-        ("pheno", "medfuse", 1),
-        ("pheno", "medfuse", 2),
-        ("pheno", "medfuse_attention", 2),
-        ("pheno", "uni_ehr", 2),
-        ("radiology", "uni_cxr", 2),
+        ("pheno", "medfuse", 1, 1),
+        ("pheno", "medfuse", 2, 1),
+        ("pheno", "medfuse", 2, 2),
+        ("pheno", "medfuse_attention", 2, 1),
+        ("pheno", "uni_ehr", 2, 1),
+        ("radiology", "uni_cxr", 2, 2),
     ],
 )
-def test_gathered_batches_equal_those_read(config, task, method, num_devices):
+def test_gathered_batches_equal_those_read(config, task, method, num_devices, num_parts, monkeypatch):
     config.task, config.method = task, method
     if method == "medfuse_attention":
         config.model.modalities = "static"
-    run = _open(config, num_devices)
-    plan, include_N = run.train_plan(epoch=1), run.selects("train")
-    held = device_store.load(run.dataset, "train", include_N)
-    assert sum(x.nbytes for x in held.values()) == device_store.num_bytes(run.dataset, "train", include_N)
-    rows = device_store.deal(plan, range(len(plan)), num_devices)
-    gather = jax.jit(device_store.gather, static_argnums=2)
-    for step, batch in enumerate(batches.batches(run.dataset, "train", plan, num_devices=num_devices)):
-        for d in range(num_devices):
-            gathered = gather(held, {name: x[d, step] for name, x in rows.items()}, int(plan.padded_length_S[step]))
-            assert gathered.keys() == batch.keys()
-            for name in batch:
-                np.testing.assert_array_equal(gathered[name], batch[name][d], err_msg=name)
-                assert gathered[name].dtype == batch[name].dtype, name
+    monkeypatch.setattr(feed, "choose_parts", lambda run, splits: num_parts)
+    run = feed.place(_open(config, num_devices))
+    for split, plans in (("train", [run.train_plan(epoch=1)]), ("val", run.eval_plans("val", run.selects("val")))):
+        held = run.held[split]
+        assert held.divided.get("image", np.zeros(0)).shape[:1] in ((num_devices,), (0,))
+        size = sum(x.nbytes for x in held.shared.values()) + sum(x.nbytes // num_devices for x in held.divided.values())
+        assert size == device_store.num_bytes(run.dataset, split, run.selects(split), num_parts)
+        for plan in plans:
+            read = batches.batches(run.dataset, split, plan, num_devices=num_devices)
+            for gathered, batch in zip(run.batches(split, plan), read, strict=True):
+                assert gathered.keys() == batch.keys()
+                for name in batch:
+                    np.testing.assert_array_equal(gathered[name], batch[name], err_msg=name)
+                    assert gathered[name].dtype == batch[name].dtype, name
+
+
+def test_a_device_holds_its_own_images_alone(config):
+    """As in one of two processes: the other one's images are not read."""
+    config.task, config.method = "radiology", "uni_cxr"
+    run = _open(config)
+    include_N = run.selects("train")
+    numbers, reads = np.flatnonzero(include_N), []
+
+    class Records:
+        def __getitem__(self, i):
+            reads.append(i)
+            return run.dataset.splits["train"][i]
+
+    dataset = dataclasses.replace(run.dataset, splits={"train": Records()})
+    _, images = device_store.load(dataset, "train", include_N, num_parts=2, parts=[1])
+    assert reads == numbers[1::2].tolist() and images.keys() == {1}
+    for place, i in enumerate(reads):
+        np.testing.assert_array_equal(images[1][place], run.dataset.splits["train"][i]["image"])
 
 
 def test_unused_data_is_not_held(config):
@@ -134,7 +160,7 @@ def test_unused_data_is_not_held(config):
     )
     size = {name: _bytes(run) for name, run in (("whole", whole), ("paired", paired), ("ehr_only", ehr_only))}
     assert size["paired"] < size["whole"] and size["ehr_only"] < size["whole"]
-    assert "image" not in device_store.load(ehr_only.dataset, "train", ehr_only.selects("train"))
+    assert device_store.load(ehr_only.dataset, "train", ehr_only.selects("train"))[1] == {}
 
 
 def _with(config, train_stays="partial", method="medfuse"):
@@ -147,31 +173,60 @@ def _bytes(run):
     return device_store.num_bytes(run.dataset, "train", run.selects("train"))
 
 
-def test_a_split_larger_than_device_memory_is_refused(config):
+def _devices(*sizes):
+    return [SimpleNamespace(memory_stats=lambda n=n: {"bytes_limit": n}) for n in sizes]
+
+
+def test_the_fewest_devices_that_have_the_memory_hold_the_images(config, monkeypatch):
     run = _open(config)
-    include_N = run.selects("train")
-    needed = device_store.num_bytes(run.dataset, "train", include_N)
-    small, large = (SimpleNamespace(memory_stats=lambda n=n: {"bytes_limit": n}) for n in (needed, 2 * needed))
-    device_store.check_fits(run.dataset, "train", include_N, [large, large])
-    with refused(field="config.placement", value="device"):
-        device_store.check_fits(run.dataset, "train", include_N, [large, small])
+    needed = [
+        sum(device_store.num_bytes(run.dataset, split, run.selects(split), n) for split in ("train", "val"))
+        for n in (1, 2)
+    ]
+    assert needed[1] < needed[0]
+    for placement, fraction in device_store.MAX_FRACTION.items():
+        config.placement = placement
+        for num_parts, size in ((1, needed[0]), (2, needed[1])):
+            enough = dataclasses.replace(run, devices=_devices(10 * size, size / fraction))
+            assert feed.choose_parts(enough) == num_parts
+        with monkeypatch.context() as patch:  # a host that cannot hold what it reads for both
+            patch.setattr(hosts, "memory_bytes", lambda: 3 * needed[1])
+            assert feed.choose_parts(enough) == (0 if placement == "auto" else 2)
+        too_small = dataclasses.replace(run, devices=_devices(1e12, needed[1] / fraction - 8))
+        if placement == "auto":
+            assert feed.choose_parts(too_small) == 0
+        else:
+            with refused(field="config.placement", value="device"):
+                feed.choose_parts(too_small)
+    config.placement = "stream"
+    assert feed.choose_parts(run) == 0
+
+
+def test_a_cpu_holds_what_is_small_or_what_it_is_told_to(config, monkeypatch):
+    run = _open(config)
+    assert feed.choose_parts(run) == 1
+    monkeypatch.setattr(device_store, "_CPU_BYTES", 1e6)
+    assert feed.choose_parts(run) == 0 and feed.place(run) is run
+    config.placement = "device"
+    assert feed.choose_parts(run) == 1
 
 
 def test_two_alternating_datasets_must_be_streamed(config):
     run = _open(config)
-    beside = dataclasses.replace(run.dataset, cxr_dataset=run.dataset)
+    beside = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, cxr_dataset=run.dataset))
+    assert feed.choose_parts(beside) == 0
+    config.placement = "device"
     with refused(field="config.placement"):
-        feed.check_placement(beside, run.selects("train"), run.devices, "device")
+        feed.choose_parts(beside)
 
 
 def test_the_loop_lowers_for_a_gpu(config):
     config.placement, config.precision = "device", "bfloat16"
     run = _open(config, 1)
-    plan = run.train_plan(epoch=1)
-    held = jax.eval_shape(
-        lambda: jax.tree.map(jnp.asarray, device_store.load(run.dataset, "train", run.selects("train")))
-    )
+    plan, include_N = run.train_plan(epoch=1), run.selects("train")
+    shared, divided = device_store.shapes(run.dataset, "train", include_N, num_parts=1, num_devices=1)
     rows = device_store.deal(plan, range(len(plan)), 1)
-    fn = feed.compile_on_device(run.options, "shard_map", run.devices, in_loop=True)
-    arguments = (run.abstract_state(), held, rows, jax.random.key(0), 0, 2, int(plan.padded_length_S.max()))
-    assert "stablehlo.while" in fn.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    fn = feed.compile_epoch(run.options, "shard_map", run.devices, num_parts=1)
+    state, longest = run.abstract_state(), int(plan.padded_length_S.max())
+    traced = fn.trace(state, shared, divided, rows, jax.random.key(0), 0, 2, longest)
+    assert "stablehlo.while" in traced.lower(lowering_platforms=("cuda",)).as_text()

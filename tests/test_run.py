@@ -21,7 +21,8 @@ def ehr_run(tiny_config):
 
 
 def _gpus(compute_capability: str, number: int = 1) -> list:
-    return [types.SimpleNamespace(platform="gpu", compute_capability=compute_capability)] * number
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability=compute_capability, memory_stats=lambda: None)
+    return [gpu] * number
 
 
 @pytest.mark.parametrize("kernel", ["chunks", "pallas", "cudnn"])

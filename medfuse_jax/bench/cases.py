@@ -56,7 +56,8 @@ class Case:
         if self.kind == "rates":
             return "rates of the device"
         if self.kind == "reading":
-            return f"reading B={self.batch_size} {self.cxr_share:.0%} paired"
+            paired = "" if self.method.startswith("uni_") else f" {self.cxr_share:.0%} paired"
+            return f"reading {self.method} B={self.batch_size}{paired}"
         parts = [self.kind, "+".join(self.kernels) or self.method, f"B={self.batch_size}"]
         if self.method != "uni_ehr" and self.kind != "lstm":
             parts.append(f"{self.cxr_share:.0%} paired")
@@ -72,6 +73,9 @@ class Case:
         return " ".join(parts)
 
 
+_READERS = ("medfuse", "uni_ehr", "uni_cxr")  # series and X-rays, series, X-rays of radiology
+
+
 def _cpu() -> list[Case]:
     """Return the cases with targets on a CPU, the headline first."""
     return [
@@ -84,6 +88,7 @@ def _cpu() -> list[Case]:
         Case(kind="feed", max_buckets=1, num_batches=4, placement="device"),
         Case(kind="lstm", timestep_h=1.0, num_batches=6),
         Case(method="uni_ehr", max_buckets=2),
+        *(Case(kind="reading", method=m, batch_size=b, peers=()) for m in _READERS for b in (16, 256)),
     ]
 
 

@@ -86,6 +86,7 @@ _UNITS = {
     "tflop_per_s": "TFLOP/s",
     "gb_per_repeat_device": "GB",
     "rows_per_s": "rows/s",
+    "rows_per_cpu_s": "rows a CPU second",
     "launches_a_step": "launches a step",
     "device_events_a_step": "on the device a step",
     "compiled_kernels_a_step": "compiled",

@@ -134,6 +134,9 @@ def figures(
         row["cycles"], row["cycles_loops_once"] = hlo.cycles(parsed, trips), hlo.cycles(parsed)
         times_s = (row["cycles"] / target.chip.clock_hz, row["bytes"] / target.chip.bytes_per_s)
         row["ms"] = 1000 * max(*times_s, cost.get("optimal_seconds", 0.0))
+    if program.flops and target.chip.bytes_per_s:
+        taken_s = row["ms"] / 1000 if "ms" in row else row["bytes"] / target.chip.bytes_per_s
+        row["rows_per_s_device"] = sizes.rows / program.batch["valid"].shape[0] / taken_s
     return row
 
 
@@ -168,6 +171,7 @@ _COLUMNS = (
     ("peak GB", 7, lambda row: _number(row, "peak_bytes", 2**30, ".3f")),
     ("Mcycles", 7, lambda row: _number(row, "cycles", 1e6, ".2f")),
     ("ms", 6, lambda row: _number(row, "ms", form=".2f")),
+    ("rows/s", 7, lambda row: _number(row, "rows_per_s_device")),
     ("GFLOP", 7, lambda row: _number(row, "flops", 1e9, ",.1f")),
     ("fits", 4, lambda row: "yes" if row["fits"] else f"no: {row.get('refused', '')}"),
 )
@@ -200,7 +204,7 @@ def _chosen(target: Target, values) -> dict[str, Case]:
     else:
         cases = {name: case for name, case in CASES.items() if values.case in ("", name)}
     stage_sizes = _QUICK if values.quick else programs.RESNET_34
-    changes = {"dtype": values.dtype, "resnet_stage_sizes": stage_sizes}
+    changes: dict = {"dtype": values.dtype, "resnet_stage_sizes": stage_sizes, "device_bytes": target.chip.memory_bytes}
     suited = {name: case for name, case in cases.items() if _suits(case, target, bool(values.case))}
     if not suited:
         wanted = "several hosts, as in v5e:16x16" if cases[values.case].on == "hosts" else "several devices on one host"

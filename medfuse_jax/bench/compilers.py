@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from medfuse_jax.runtime import compilation, files
+from medfuse_jax.runtime import compilation, files, hosts
 from medfuse_jax.runtime.errors import UserError
 
 VARIABLE = "MEDFUSE_COMPILERS"  # the folder, if it is not the default one
@@ -66,7 +66,7 @@ def open_target(name: str) -> Target:
     Raise UserError if there is no such target, or if its compiler is not installed.
     """
     if name == "cpu":
-        return Target(name, jax.local_devices(backend="cpu"), Chip(_host_memory(), 0.0))
+        return Target(name, jax.local_devices(backend="cpu"), Chip(hosts.memory_bytes(), 0.0))
     generation, _, shape = name.partition(":")
     shapes = r"([1-8])?" if generation == "h200" else r"[1-9]\d*(x[1-9]\d*){1,2}"
     if generation not in CHIPS or not re.fullmatch(shapes, shape) or name.endswith(":"):
@@ -142,7 +142,3 @@ def _no_such_target(name: str, why: str) -> UserError:
 def _missing(whose: str, name: str) -> UserError:
     message = f"--target={name} needs {whose} compiler, which is not in {folder()} ({VARIABLE} sets another folder)"
     return UserError(f"{message}; install it: {how_to_install()}", field="--target", path=folder(), value=name)
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -27,7 +27,10 @@ _NUM_RADIOLOGY_CXR = 325_188  # the released split's training X-rays (docs/perfo
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a step is compiled for. rows, images: of a batch, over all devices."""
+    """What a step is compiled for. rows, images: of a batch, over all devices.
+
+    device_bytes: the memory of a device that cannot be asked.
+    """
 
     method: str = "medfuse"
     rows: int = 16
@@ -35,6 +38,7 @@ class Sizes:
     time_steps: int = 64
     dtype: str = "bfloat16"
     resnet_stage_sizes: tuple[int, ...] = RESNET_34
+    device_bytes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +108,24 @@ def _part(name: str, on: list[jax.Device], sizes: Sizes) -> Program:
 
 
 def held(on: list[jax.Device], sizes: Sizes) -> Program:
-    """Return radiology's pre-training with its X-rays held on the devices, an epoch in one call."""
+    """Return radiology's pre-training with its X-rays held on the devices, an epoch in one call.
+
+    The X-rays are divided over as few devices as config.placement=auto would choose.
+    """
     run = _run(on, sizes, np.ones(_NUM_RADIOLOGY_CXR, bool))
     plan = _plan(run)
-    store = device_store.shapes(run.dataset, "train", run.selects("train"))
+    num_parts = feed.choose_parts(run, ("train",), sizes.device_bytes)
+    if not num_parts:
+        raise UserError("the X-rays of radiology do not fit in the memory of these devices: use more", field="--target")
+    shared, images = device_store.shapes(run.dataset, "train", run.selects("train"), num_parts, len(on))
     rows = _shapes(device_store.deal(plan, range(len(plan)), len(on)))
-    epoch_fn = feed.compile_on_device(run.options, run.config.parallel, on, in_loop=True)
+    epoch_fn = feed.compile_epoch(run.options, run.config.parallel, on, num_parts)
     replicated, divided = _shardings(on)
-    state, rows = _placed((run.abstract_state(), rows), replicated, divided)
-    number = _shape((), jnp.int32)
-    args = (state, *_placed_on((store,), replicated), rows, *_placed_on((_key(), number, number), replicated), 0)
+    held = (run.abstract_state(), shared, images, rows)
+    numbers = (_key(), _shape((), jnp.int32), _shape((), jnp.int32))
+    args = (*_placed(held, replicated, replicated, divided, divided), *_placed_on(numbers, replicated), 0)
     batch = _batch(_run(on, sizes, np.ones(sizes.rows, bool)))
-    jitted = _with_trace(epoch_fn, static_argnums=6)
+    jitted = _with_trace(epoch_fn, static_argnums=7)
     return Program(jitted, args, run, batch, lambda: _step_flops(run, batch))
 
 

@@ -41,6 +41,11 @@ def load(path: Path) -> ConfigDict:
     """Read what `save` wrote; raise UserError if it is missing or not a valid config."""
     content = files.read_json(path, f"{path.parent} is not the workdir of a run, or was damaged: use another --workdir")
     config = ConfigDict(_lists_to_tuples(content))
+    for name in names(execution_only=True):  # a run of an older version may lack some; they change no result
+        section, _, key = name.rpartition(".")
+        part = config.get(section, {}) if section else config
+        if isinstance(part, ConfigDict) and key not in part:
+            part[key] = FIELDS[name].default
     try:
         validate(config)
     except UserError as error:

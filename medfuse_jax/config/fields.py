@@ -88,6 +88,7 @@ FIELDS = {
     "data.statistics": Field("train", "EHR mean and std: 'train' split's, or a JSON file with 'mean' and 'std'"),
     "data.max_buckets": Field(4, "padded lengths; each costs a compilation", low=1, high=32),
     "data.order_seed": _shared(-1, "of the data order alone; -1: seed", low=-1),
+    "data.readers": _execution(0, "threads that read shards; 0: one a core, at most 8", low=0, high=256),
     "image.resize_px": Field(256, "side after resizing", low=32, high=1024),
     "image.crop_px": Field(224, "side of the network's input, at most resize_px", low=32, high=1024),
     "image.crop": Field(
@@ -136,7 +137,9 @@ FIELDS = {
         "pmap", "how a step is divided over devices; several processes use shard_map", choices=("pmap", "shard_map")
     ),
     "placement": _execution(
-        "stream", "'device': the training split is held in device memory", choices=("stream", "device")
+        "auto",
+        "train and val splits: in the devices' memory, streamed, or 'auto': the former where they fit in half of it",
+        choices=("auto", "device", "stream"),
     ),
     "profile_steps": _execution("", "'a:b': trace steps a to b (from 1) into <workdir>/profile", fusion_only=True),
     "eval.batch_size": _shared(64, "rows of an evaluation batch", low=1),

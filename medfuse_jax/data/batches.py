@@ -16,7 +16,10 @@ A batch is a dict of arrays, each with a leading device axis D:
 `ehr` and `length` are left out if the method or task has no EHR, the image fields if the plan has no image slots.
 """
 
+import collections
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -25,8 +28,14 @@ from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.runtime.errors import UserError
 
-# On two cores, two threads and a buffer of 16 are faster than grain's defaults and than worker processes.
-READ_OPTIONS = {"num_threads": 2, "prefetch_buffer_size": 16}
+_AHEAD = 16  # batches; a longer queue is not faster
+_MOST_READERS = 8  # unless config.data.readers says otherwise: threads of one process share Python's lock
+
+
+def num_readers(wanted: int) -> int:
+    """Return the number of threads that read: config.data.readers or, if it is 0, a core each, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or min(cores, _MOST_READERS)
 
 
 def batches(
@@ -37,14 +46,32 @@ def batches(
     num_devices: int = 1,
     start: int = 0,
     part: slice = slice(None),
+    readers: int = 0,
 ) -> Iterator:
-    """Return the plan's batches from step `start` on, read ahead by threads. part: of the devices; of these alone."""
-    import grain.python as grain  # late: the benchmark lays out batches on machines without grain
+    """Return the plan's batches from step `start` on, read ahead by threads.
 
+    part: of the devices; of these alone. readers: config.data.readers.
+    """
     if start >= len(plan):
         return iter(())
-    source = _Source(dataset, split, plan, num_devices, part)
-    return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(grain.ReadOptions(**READ_OPTIONS)))
+    source, num_threads = _Source(dataset, split, plan, num_devices, part), num_readers(readers)
+    try:
+        import grain.python as grain
+    except ModuleNotFoundError:  # on the machine of a benchmark
+        return _by_threads(source, start, num_threads)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_AHEAD)
+    return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(options))
+
+
+def _by_threads(source: "_Source", start: int, num_threads: int) -> Iterator[dict]:
+    ahead: collections.deque = collections.deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for step in range(start, len(source)):
+            ahead.append(pool.submit(source.__getitem__, step))
+            if len(ahead) > _AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 class _Source:

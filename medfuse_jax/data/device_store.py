@@ -1,18 +1,25 @@
-"""Hold a whole split in the accelerator's memory, and gather batches there.
+"""Hold a split in the accelerators' memory, and gather batches there.
 
-Shapes: N records, S time steps of all series together, M images held, D devices; a batch's as in `batches`.
+Shapes: N records, S time steps of all series together, J images, D devices, I images on a device; a batch's as in
+`batches`.
 
-    ehr         float32 [S, 76]        the series one after another, without padding
-    first       int32   [N]            where a record's series begins
-    length      int32   [N]
-    label       int8    [N, K]
-    image_place int32   [N]            where a record's image is, 0 if it has none
-    image       uint8   [M, 256, 256]
-    extra_NAME  float32 [N, ...]       a further modality's values
+Every device holds `shared`:
 
-What the method or the run does not use is left out. Every device holds all records, because each epoch deals them anew.
+    ehr          float32 [S, 76]        the series one after another, without padding
+    first        int32   [N]            where a record's series begins
+    length       int32   [N]
+    label        int8    [N, K]
+    image_number int32   [N]            the number of a record's image, 0 if it has none
+    extra_NAME   float32 [N, ...]       a further modality's values
+
+The images are divided over each `num_parts` neighbouring devices, which send each other what their batches need:
+
+    image        uint8   [D, I, 256, 256]   image j is number j // num_parts of device j % num_parts among them
+
+What the method or the run does not use is left out.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -23,68 +30,74 @@ from medfuse_jax import schema
 from medfuse_jax.data import batches
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
-from medfuse_jax.runtime.errors import UserError
 
 # The fraction of a device's memory that records may take; the rest is for the model, gradients and activations.
-_MAX_FRACTION = 0.75
+MAX_FRACTION = {"auto": 0.5, "device": 0.75}
+_CPU_BYTES = 2e9  # of memory for 'auto' where no device says what it has, shared by the devices of a process
 
 
-def num_bytes(dataset: Dataset, split: str, include_N: np.ndarray) -> int:
+def num_bytes(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int = 1) -> int:
     """Return the memory that the included records take on each device, without reading any."""
-    spec = _layout(dataset, split, include_N)
+    spec = _layout(dataset, split, include_N, num_parts)
     return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
 
 
-def check_fits(dataset: Dataset, split: str, include_N: np.ndarray, on: list[jax.Device]) -> None:
-    """Raise UserError if the split exceeds device memory; skipped where no limit is reported (a CPU)."""
-    needed = num_bytes(dataset, split, include_N)
-    available = min((device.memory_stats() or {}).get("bytes_limit", 2 * needed) for device in on)
-    if needed > _MAX_FRACTION * available:
-        raise UserError(
-            f"config.placement is 'device', and the {split} split of {dataset.task.name} takes {needed / 1e9:.1f} GB "
-            f"on each device, which has {available / 1e9:.1f} GB ({_MAX_FRACTION:.0%} may be used): "
-            "use config.placement=stream, or config.data.train_stays=paired",
-            field="config.placement",
-            value="device",
-        )
+def memory(on: list[jax.Device], placement: str) -> float:
+    """Return the least bytes that one of this process's devices has. placement: 'auto' or 'device'."""
+    unknown = _CPU_BYTES / jax.local_device_count() if placement == "auto" else np.inf
+    return min((d.memory_stats() or {}).get("bytes_limit", unknown) for d in on)
 
 
-def load(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, np.ndarray]:
-    """Read the included records of a split, by threads, into the arrays described at the top of the module."""
-    held = {name: np.zeros(shape, dtype) for name, (shape, dtype) in _layout(dataset, split, include_N).items()}
-    part = dataset.index[split]
+def load(
+    dataset: Dataset,
+    split: str,
+    include_N: np.ndarray,
+    num_parts: int = 1,
+    parts: Sequence[int] = (0,),
+    readers: int = 1,
+) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
+    """Read the included records by threads; return `shared`, and part -> images [I, 256, 256] of the wanted parts."""
+    layout = _layout(dataset, split, include_N, num_parts)
+    image_shape = layout.pop("image", ((), None))[0]
+    shared = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
+    images = {part: np.zeros(image_shape, np.uint8) for part in parts if image_shape}
     has_cxr_N = include_N & dataset.paired(split)
     for name, values in dataset.columns(split).items():
-        held[name][:] = values
-    if "ehr" in held:
-        held["length"][~include_N] = 0
-        held["first"][1:] = np.cumsum(held["length"])[:-1]
-    if "image" in held:
-        held["image_place"][has_cxr_N] = np.arange(has_cxr_N.sum())
+        shared[name][:] = values
+    if "ehr" in shared:
+        shared["length"][~include_N] = 0
+        shared["first"][1:] = np.cumsum(shared["length"])[:-1]
+    wanted_N = include_N if "ehr" in shared else np.zeros_like(include_N)
+    if images:
+        shared["image_number"][has_cxr_N] = np.arange(has_cxr_N.sum())
+        has_cxr_N = has_cxr_N & np.isin(shared["image_number"] % num_parts, parts)
+        wanted_N = wanted_N | has_cxr_N
 
     def read(numbers: np.ndarray) -> None:
         for i in numbers.tolist():
             record = dataset.splits[split][i]
-            batches.check_against_index(record, part, i, split)
-            if "ehr" in held:
-                first = held["first"][i]
-                held["ehr"][first : first + len(record["ehr"])] = record["ehr"]
+            batches.check_against_index(record, dataset.index[split], i, split)
+            if "ehr" in shared:
+                first = shared["first"][i]
+                shared["ehr"][first : first + len(record["ehr"])] = record["ehr"]
             if has_cxr_N[i]:
-                held["image"][held["image_place"][i]] = record["image"]
+                place, part = divmod(int(shared["image_number"][i]), num_parts)
+                images[part][place] = record["image"]
 
-    num_threads = batches.READ_OPTIONS["num_threads"]
-    with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(read, np.array_split(np.flatnonzero(include_N), num_threads)))
-    return held
-
-
-def shapes(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and types of what `load` returns, without reading any record."""
-    return {n: jax.ShapeDtypeStruct(*spec) for n, spec in _layout(dataset, split, include_N).items()}
+    with ThreadPoolExecutor(readers) as pool:
+        list(pool.map(read, np.array_split(np.flatnonzero(wanted_N), readers)))
+    return shared, images
 
 
-def _layout(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, tuple[tuple, type]]:
-    """Return the shape and type of each array; an empty one has one element, so that it can be indexed."""
+def shapes(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int, num_devices: int) -> tuple[dict, dict]:
+    """Return the shapes and types of what all devices hold, `shared` and {'image'}, without reading any record."""
+    shared = {n: jax.ShapeDtypeStruct(*spec) for n, spec in _layout(dataset, split, include_N, num_parts).items()}
+    image = shared.pop("image", None)
+    return shared, {"image": jax.ShapeDtypeStruct((num_devices, *image.shape), image.dtype)} if image else {}
+
+
+def _layout(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int) -> dict[str, tuple[tuple, type]]:
+    """Return the shape and type of each array of a device; an empty one has one element, so that it can be indexed."""
     types = {"label": np.int8, "length": np.int32}
     layout = {name: (x.shape, types.get(name, np.float32)) for name, x in dataset.columns(split).items()}
     if dataset.use_ehr:
@@ -93,8 +106,8 @@ def _layout(dataset: Dataset, split: str, include_N: np.ndarray) -> dict[str, tu
         layout["ehr"] = ((max(num_time_steps, 1), len(schema.CHANNELS)), np.float32)
     if num_images := int((include_N & dataset.paired(split)).sum()):
         size = schema.IMAGE_SIZE_PX
-        layout["image_place"] = ((len(include_N),), np.int32)
-        layout["image"] = ((num_images, size, size), np.uint8)
+        layout["image_number"] = ((len(include_N),), np.int32)
+        layout["image"] = ((-(-num_images // num_parts), size, size), np.uint8)
     return layout
 
 
@@ -104,17 +117,33 @@ def deal(plan: plan_lib.Plan, steps: range, num_devices: int) -> dict[str, np.nd
     return {name: np.stack([rows[name] for rows in dealt], axis=1) for name in dealt[0]}
 
 
-def gather(held: dict, rows: dict, padded_length: int) -> dict:
-    """Gather the batch of one step's rows (without leading axes), as `batches.read` does, in a jitted step."""
-    columns = {n: x for n, x in held.items() if n in ("label", "length") or n.startswith("extra_")}
+def gather(shared: dict, divided: dict, rows: dict, padded_length: int, num_parts: int = 1, axis: str = "") -> dict:
+    """Gather the batch of one step's rows, as `batches.read` does, in a jitted step of one device.
+
+    divided: {'image': this device's} or {}. axis: of the devices, which exchange images if num_parts > 1.
+    """
+    columns = {n: x for n, x in shared.items() if n in ("label", "length") or n.startswith("extra_")}
     batch = batches.assemble(columns, rows, jnp)
     record_B = jnp.maximum(rows["record"], 0)
-    if "ehr" in held:
-        place_BT = held["first"][record_B][:, None] + jnp.arange(padded_length)
+    if "ehr" in shared:
+        place_BT = shared["first"][record_B][:, None] + jnp.arange(padded_length)
         inside_BT1 = (jnp.arange(padded_length) < batch["length"][:, None])[..., None]
-        ehr_BTF = held["ehr"][jnp.minimum(place_BT, len(held["ehr"]) - 1)]
+        ehr_BTF = shared["ehr"][jnp.minimum(place_BT, len(shared["ehr"]) - 1)]
         batch["ehr"] = jnp.where(inside_BT1, ehr_BTF, 0)
     if "image_row" in rows:
-        place_P = held["image_place"][record_B[rows["image_row"]]]
-        batch["image"] = jnp.where(rows["image_mask"][:, None, None], held["image"][place_P], 0)
+        number_P = shared["image_number"][record_B[rows["image_row"]]]
+        image_PHW = _look_up(divided["image"], number_P, num_parts, axis)
+        batch["image"] = jnp.where(rows["image_mask"][:, None, None], image_PHW, 0)
     return batch
+
+
+def _look_up(image_IHW: jax.Array, number_P: jax.Array, num_parts: int, axis: str) -> jax.Array:
+    """Return the images [P, 256, 256] of these numbers, which `num_parts` neighbouring devices hold together."""
+    if num_parts == 1:
+        return image_IHW[number_P]
+    groups = np.arange(jax.lax.axis_size(axis)).reshape(-1, num_parts).tolist()
+    wanted_DP = jax.lax.all_gather(number_P, axis, axis_index_groups=groups)
+    # For an image that another device holds, any of ours is sent, and not read.
+    sent_DPHW = image_IHW[wanted_DP // num_parts]
+    got_DPHW = jax.lax.all_to_all(sent_DPHW, axis, split_axis=0, concat_axis=0, axis_index_groups=groups)
+    return got_DPHW[number_P % num_parts, jnp.arange(len(number_P))]

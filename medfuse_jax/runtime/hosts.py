@@ -60,6 +60,11 @@ def _connect() -> None:
     jax.block_until_ready(jax.jit(lambda x: x.sum())(jax.make_array_from_process_local_data(sharding, ones)))
 
 
+def memory_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def spans() -> bool:
     """Return whether this process trains one run together with others."""
     return _one_training

@@ -69,7 +69,7 @@ def run(request: Request, process: hosts.Process, start_s: float) -> None:
         base = run_lib.open_run(config, parallel.devices()[:1])
         pretrained = list(dict.fromkeys(name for trial in trials.initial for name in _pretrained(trial, config)))
         given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
-        train.preflight(base, stages, by_sweep=True)
+        train.preflight(base, stages)
         sweep = groups.Sweep(config, workdir, given | stages, request.lanes)
         check = functools.partial(_check, sweep=sweep, checked_models=set())
         for trial in trials.initial:
@@ -204,7 +204,7 @@ def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> Non
         config = sweep.config_of(trial)
         encoders = sweep.encoders_of(config)
         run = run_lib.open_run(config, parallel.devices()[:1])
-        train.preflight(run, {}, by_sweep=True)  # any trial may be chosen and scored on the test split
+        train.preflight(run, {})  # any trial may be chosen and scored on the test split
         frozen_encoders.check_values(trial.values, config, encoders)
         if (run.options.model, *encoders) not in checked_models:
             for name, (folder, source) in encoders.items():

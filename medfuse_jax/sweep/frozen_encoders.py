@@ -126,7 +126,7 @@ def features_key(config: ConfigDict) -> str:
 
 
 def with_features(run: run_lib.Run, features: dict[str, Features]) -> FrozenEncoderRun:
-    return FrozenEncoderRun(run.config, run.dataset, run.options, run.devices, features)
+    return FrozenEncoderRun(run.config, run.dataset, run.options, run.devices, features=features)
 
 
 def encode(run: run_lib.Run, encoders: dict) -> dict[str, Features]:

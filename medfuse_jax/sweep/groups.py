@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import metrics, parallel, train
+from medfuse_jax import feed, metrics, parallel, train
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.runs import predictions as predictions_lib
@@ -158,6 +158,8 @@ def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
             with costs.timed("encode_s"):
                 sweep.features[key] = frozen_encoders.encode(run, encoders)
         run = frozen_encoders.with_features(run, sweep.features[key])
+    else:
+        run = feed.place(run)
     # The step takes dropout as an argument, so reset it in the options: groups with equal models share a program.
     options = dataclasses.replace(run.options, model=run.options.model.clone(dropout=0.0))
     capacity = lanes_lib.read(sweep.workdir, sweep.group_key(trial), sweep.lanes)

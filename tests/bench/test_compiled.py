@@ -93,7 +93,8 @@ def test_figures_of_a_program_that_fits_and_of_one_that_does_not():
     assert row["argument_bytes"] > 3 * 4 * sum(x.size for x in jax.tree.leaves(state.params))  # weights and two moments
     assert row["collectives_written"] > 10 and row["flops"] > 1e9
     small = compilers.Target("cpu", target.devices, compilers.Chip(1e6, 1e9, 1e9))
-    assert not compiled.measure(case, small)["fits"]
+    row = compiled.measure(case, small)
+    assert not row["fits"] and row["rows_per_s_device"] == pytest.approx(4 / len(target.devices) / row["ms"] * 1000)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ def test_rows_and_images_are_counted(shards, monkeypatch):
     index = records.index(shards, "pheno", "train")
     counts = {"rows_per_s": len(index["stay_id"]), "images_read_per_s": index["has_cxr"].sum()}
     assert all(row[name] == round(number / row["seconds"], 1) > 0 for name, number in counts.items())
+    assert row["rows_per_cpu_s"] > 0 and row["readers"] >= 1
 
 
 def test_without_the_packages_it_is_left_out(monkeypatch):

@@ -208,7 +208,8 @@ def test_an_invalid_trial_is_refused_before_any_is_trained(tiny_config, tmp_path
 
 def test_a_stage_that_the_devices_cannot_hold_is_refused_before_any_is_trained(tiny_config, tmp_path, monkeypatch):
     tiny_config.pretrain.update(PRETRAIN | {"ehr": PRETRAIN["ehr"] | {"placement": "device"}})
-    monkeypatch.setattr(device_store, "_MAX_FRACTION", 0)
+    monkeypatch.setattr(device_store, "MAX_FRACTION", {"auto": 1, "device": 0})
+    monkeypatch.setattr(device_store, "memory", lambda on, placement: 1e9)
     with refused(field="config.placement", value="device"):
         sweep(tiny_config, tmp_path / "sweep", RATES)
     assert not (tmp_path / "sweep").exists()
