@@ -1,7 +1,8 @@
 """Trials that Optuna (extra `optuna`) proposes, a round at a time, from the results of earlier rounds.
 
 A round depends on the sweep's seed, the round's number and the records of earlier rounds. It is written to a file
-before any of its trials starts, so that every process and every rerun has the same trials.
+before any of its trials starts, so that every host and every rerun has the same trials. Any host may draw a round: all
+would draw the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import numpy as np
 
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import processes, results
+from medfuse_jax.sweep import results
 from medfuse_jax.sweep.search import Parameter, Trial
 
 _MAX_PROPOSALS = 100
@@ -30,24 +31,21 @@ def rounds(
     random_trials: list[Trial],
     per_round: int,
     seed: int,
-    draws: bool,
     check: Callable[[Trial], None],
 ) -> Iterator[list[Trial]]:
     """Yield rounds of `per_round` trials, in total as many trials as `random_trials`.
 
     Each round needs the records of all earlier rounds. random_trials: used when Optuna proposes no new trial.
-    draws: whether this process draws the rounds; the others wait for the rounds' files. check: raises UserError for a
-    trial that cannot run, which is then drawn again.
+    check: raises UserError for a trial that cannot run, which is then drawn again.
     """
     trials = []
     for start in range(0, len(random_trials), per_round):
         number, path = start // per_round, workdir / "rounds" / f"{start // per_round:03d}.json"
         count = min(per_round, len(random_trials) - start)
-        if draws and not path.exists():
+        if not path.exists():
             known = [(trial, results.record(workdir, trial)) for trial in trials]
             proposed = _propose(parameters, known, random_trials, count, [seed, number], check)
             results.write_json(path, [trial.values for trial in proposed])
-        processes.wait_for(path.exists, f"the first process to draw round {number}")
         drawn = [Trial(start + i, values) for i, values in enumerate(_read(path, parameters, count))]
         for trial in drawn:
             check(trial)

@@ -7,6 +7,7 @@ compiled program and one stream of batches.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from medfuse_jax.runtime import errors
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import frozen_encoders, results, stacked_step, trial_store
 from medfuse_jax.sweep import lanes as lanes_lib
+from medfuse_jax.sweep import leases as leases_lib
 from medfuse_jax.sweep.costs import Costs
 from medfuse_jax.sweep.search import Trial
 
@@ -39,13 +41,15 @@ _WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
 class Sweep:
     """The parts of a sweep that all trials share.
 
-    config: as given. encoders: name -> (workdir, run), all encoders that a trial may start from. lanes: None to measure
-    them. features: those of frozen encoders, by `frozen_encoders.features_key`.
+    config: as given. encoders: name -> (workdir, run), all encoders that a trial may start from. leases: those of this
+    process; None if it has the sweep to itself. lanes: None to measure them. features: those of frozen encoders, by
+    `frozen_encoders.features_key`.
     """
 
     config: ConfigDict
     workdir: Path
     encoders: dict
+    leases: leases_lib.Leases | None = None
     lanes: int | None = None
     features: dict = dataclasses.field(default_factory=dict)
 
@@ -102,15 +106,42 @@ def split_into_groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
     return list(groups.values())
 
 
+def claim(sweep: Sweep, of_groups: list[list[Trial]]) -> list[Trial]:
+    """Claim trials of the first group that has free ones: this process's share of them, or one for each device."""
+    for group in of_groups:
+        free = [trial for trial in without_record(sweep, group) if sweep.leases.is_free(_lease(trial))]
+        if free:
+            share = max(len(parallel.devices()), -(-len(free) // max(1, sweep.leases.num_idle())))
+            claimed = (trial for trial in free if sweep.leases.claim(_lease(trial)))
+            return list(itertools.islice(claimed, share))
+    return []
+
+
+def _lease(trial: Trial) -> str:
+    return f"trial_{trial.number:03d}"
+
+
+def _is_held(sweep: Sweep, trial: Trial) -> bool:
+    return sweep.leases is None or sweep.leases.holds(_lease(trial))
+
+
+def _release(sweep: Sweep, trials: list[Trial]) -> None:
+    if sweep.leases:
+        for trial in trials:
+            sweep.leases.release(_lease(trial))
+
+
 def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     """Train the trials that have no record yet, from their last checkpoints, and write their records.
+
+    Trials whose leases this process gives up or loses are left to other processes.
 
     If a trial's loss is not finite, only that trial fails. If the group runs out of memory, fewer lanes run together,
     then fewer trials at once. A trial that does not fit even alone fails.
     """
     program = None
-    costs.trials += len(_without_record(sweep, trials))
-    while remaining := _without_record(sweep, trials):
+    costs.trials += len(without_record(sweep, trials))
+    while remaining := [trial for trial in without_record(sweep, trials) if _is_held(sweep, trial)]:
         wave = remaining
         try:
             program = program or open_program(sweep, remaining[0], costs)
@@ -120,7 +151,8 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
             if not errors.is_out_of_memory(error):
                 raise
             if program is None or not program.capacity.halve(len(wave), len(program.devices)):
-                _record_out_of_memory(sweep, _without_record(sweep, wave))
+                _record_out_of_memory(sweep, without_record(sweep, wave))
+    _release(sweep, trials)
 
 
 def _record_out_of_memory(sweep: Sweep, trials: list[Trial]) -> None:
@@ -131,7 +163,8 @@ def _record_out_of_memory(sweep: Sweep, trials: list[Trial]) -> None:
         results.write_record(sweep.workdir, trial, results.FAILED, f"out of memory: {hint}")
 
 
-def _without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
+def without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
+    """Return the trials that have not ended."""
     return [trial for trial in trials if not results.record(sweep.workdir, trial)]
 
 
@@ -187,6 +220,8 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
             stays_per_s = _train_until(last, program, current, stacks, costs)
             for t, state in zip(current, stacked_step.unstack(stacks)):
                 t.state = state
+                if not _is_held(sweep, t.trial):
+                    t.failure = "another process has taken it over"
             if last % steps_per_epoch == 0:
                 _validate(program, current, stacks, last // steps_per_epoch, stays_per_s)
                 rates = [t.progress.learning_rate for t in current]
@@ -196,7 +231,20 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
             for t in current:
                 if not t.failure:
                     t.store.save(t.state, t.progress, is_best=t.progress.best_epoch * steps_per_epoch == t.step)
-            running = _record_ended(sweep, running)
+            running = _share(sweep, _record_ended(sweep, running), len(devices))
+
+
+def _share(sweep: Sweep, trials: list[RunningTrial], num_devices: int) -> list[RunningTrial]:
+    """Give up trials if other processes are idle, but keep one for each device; return those kept.
+
+    The others resume them from their last save.
+    """
+    num_idle = sweep.leases.num_idle() if sweep.leases else 0
+    kept = max(num_devices, -(-len(trials) // (num_idle + 1)))
+    for t in trials[kept:]:
+        t.store.wait()
+    _release(sweep, [t.trial for t in trials[kept:]])
+    return trials[:kept]
 
 
 def _open_trials(sweep: Sweep, run, trials: list[Trial], closing: contextlib.ExitStack) -> list[RunningTrial]:
@@ -318,10 +366,12 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
 
 
 def _record_ended(sweep: Sweep, trials: list[RunningTrial]) -> list[RunningTrial]:
-    """Write the records of the trials that failed or finished; return the others."""
+    """Write the records of the trials that failed or finished; return those that go on, in this process."""
     running = []
     for t in trials:
         reached = t.progress
+        if not _is_held(sweep, t.trial):
+            continue
         if t.failure:
             results.write_record(sweep.workdir, t.trial, results.FAILED, t.failure, epochs=reached.epoch)
         elif reached.is_finished(t.config):
