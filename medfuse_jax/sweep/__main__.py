@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
         lanes=given.lanes,
         algorithm=given.algorithm,
         per_round=given.round,
+        pruning=given.pruning,
         export=_parse_numbers(given.export),
     )
     command.run(request, _START_S)
@@ -63,6 +64,7 @@ if __name__ == "__main__":
         "Trials per round of --algorithm=optuna; by default the larger of 5 and the number of devices.",
         lower_bound=1,
     )
+    flags.DEFINE_string("pruning", "none", "Which trials to end early: 'none', 'median' or 'asha' (docs/sweeps.md).")
     flags.DEFINE_integer(
         "seed", 0, "Seed of the search. The trials train with config.seed, unless it is searched.", lower_bound=0
     )

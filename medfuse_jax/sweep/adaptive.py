@@ -16,6 +16,7 @@ from medfuse_jax.sweep import results
 from medfuse_jax.sweep.search import Parameter, Trial
 
 _MAX_PROPOSALS = 100
+_WORST_AUROC = 0.0  # of a trial that failed, so that the search leaves its region
 
 
 def check_installed() -> None:
@@ -83,21 +84,16 @@ def _propose(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # constant_liar: the trials of this round, proposed but not trained, count as bad, which spreads them.
     sampler = optuna.samplers.TPESampler(
-        n_startup_trials=1, seed=int(np.random.SeedSequence(seed).generate_state(1)[0])
+        n_startup_trials=1, seed=int(np.random.SeedSequence(seed).generate_state(1)[0]), constant_liar=True
     )
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {parameter.field: _distribution(parameter) for parameter in parameters}
-    for trial, record in known:
-        finished = record["status"] == results.FINISHED and record["val_auroc"] is not None
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.COMPLETE if finished else optuna.trial.TrialState.FAIL,
-                value=record["val_auroc"] if finished else None,
-                params=trial.values,
-                distributions=distributions,
-            )
-        )
+    aurocs = [_WORST_AUROC if record.get("val_auroc") is None else record["val_auroc"] for _, record in known]
+    if max(aurocs, default=_WORST_AUROC) > _WORST_AUROC:  # from failures alone, it would take some for good
+        for (trial, _), auroc in zip(known, aurocs):
+            study.add_trial(optuna.trial.create_trial(value=auroc, params=trial.values, distributions=distributions))
     seen, proposed = [trial.values for trial, _ in known], []
     for number in range(len(known), len(known) + count):
         candidates = (Trial(number, values) for values in _candidates(study, distributions, parameters, random_trials))

@@ -18,7 +18,7 @@ from medfuse_jax.runs import sources, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import compilation
 from medfuse_jax.runtime.errors import UserError, check_choice
-from medfuse_jax.sweep import adaptive, frozen_encoders, groups, page, results, search
+from medfuse_jax.sweep import adaptive, frozen_encoders, groups, page, pruning, results, search
 from medfuse_jax.sweep import leases as leases_lib
 from medfuse_jax.sweep.costs import Costs
 
@@ -43,6 +43,7 @@ class Request:
     lanes: int | None = None
     algorithm: str = "random"
     per_round: int | None = None
+    pruning: str = pruning.NONE
     export: Sequence[int] = ()
 
 
@@ -72,7 +73,7 @@ def run(request: Request, start_s: float) -> None:
         given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
         train.preflight(base, stages, by_sweep=True)
         leases = leases_lib.Leases(workdir / "leases")
-        sweep = groups.Sweep(config, workdir, given | stages, leases, request.lanes)
+        sweep = groups.Sweep(config, workdir, given | stages, leases, request.lanes, request.pruning)
         check = functools.partial(_check, sweep=sweep, checked_models=set())
         for trial in trials.initial:
             check(trial)
@@ -160,7 +161,7 @@ def _plan_trials(request: Request) -> _Trials:
         parameters = search.parse(specs, request.config)
         num_trials = _DEFAULT_TRIALS if request.num_trials is None else request.num_trials
         trials = search.draw(parameters, num_trials, request.seed)
-    identity = {"algorithm": request.algorithm}
+    identity = {"algorithm": request.algorithm} | _pruning_identity(request)
     if is_random:
         return _Trials(identity | {"trials": [trial.values for trial in trials]}, trials, lambda check: [trials])
     adaptive.check_installed()
@@ -168,6 +169,19 @@ def _plan_trials(request: Request) -> _Trials:
     identity |= {"search": specs, "trials": len(trials), "round": per_round, "seed": request.seed}
     rounds = functools.partial(adaptive.rounds, request.workdir, parameters, trials, per_round, request.seed)
     return _Trials(identity, trials, rounds)
+
+
+def _pruning_identity(request: Request) -> dict:
+    """Return {'pruning': rule}, or {} without pruning; raise UserError if the rule can end no trial."""
+    check_choice("--pruning", request.pruning, pruning.RULES)
+    if request.pruning == pruning.NONE:
+        return {}
+    if request.pruning == pruning.ASHA and request.config.num_epochs <= pruning.ETA:
+        message = f"--pruning=asha compares trials from epoch {pruning.ETA} on: config.num_epochs is too small"
+        raise UserError(message, field="--pruning", value=request.config.num_epochs)
+    if request.pruning == pruning.MEDIAN and request.algorithm == "random":
+        print("--pruning=median compares with finished trials: of random trials that start together, it ends none")
+    return {"pruning": request.pruning}
 
 
 def _stored_round(workdir: Path) -> int:

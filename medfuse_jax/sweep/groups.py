@@ -28,7 +28,7 @@ from medfuse_jax.runs.log import RunLog
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import errors
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import frozen_encoders, results, stacked_step, trial_store
+from medfuse_jax.sweep import frozen_encoders, pruning, results, stacked_step, trial_store
 from medfuse_jax.sweep import lanes as lanes_lib
 from medfuse_jax.sweep import leases as leases_lib
 from medfuse_jax.sweep.costs import Costs
@@ -42,8 +42,8 @@ class Sweep:
     """The parts of a sweep that all trials share.
 
     config: as given. encoders: name -> (workdir, run), all encoders that a trial may start from. leases: those of this
-    process; None if it has the sweep to itself. lanes: None to measure them. features: those of frozen encoders, by
-    `frozen_encoders.features_key`.
+    process; None if it has the sweep to itself. lanes: None to measure them. pruning: one of `pruning.RULES`.
+    features: those of frozen encoders, by `frozen_encoders.features_key`.
     """
 
     config: ConfigDict
@@ -51,6 +51,7 @@ class Sweep:
     encoders: dict
     leases: leases_lib.Leases | None = None
     lanes: int | None = None
+    pruning: str = pruning.NONE
     features: dict = dataclasses.field(default_factory=dict)
 
     def config_of(self, trial: Trial) -> ConfigDict:
@@ -366,18 +367,21 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
 
 
 def _record_ended(sweep: Sweep, trials: list[RunningTrial]) -> list[RunningTrial]:
-    """Write the records of the trials that failed or finished; return those that go on, in this process."""
-    running = []
+    """Write the records of the trials that have ended; return those that go on, in this process."""
+    running, compared = [], pruning.read(sweep.workdir) if sweep.pruning != pruning.NONE else {}
     for t in trials:
         reached = t.progress
+        numbers: dict = {"val_auroc": reached.best_auroc, "best_epoch": reached.best_epoch, "epochs": reached.epoch}
         if not _is_held(sweep, t.trial):
             continue
         if t.failure:
             results.write_record(sweep.workdir, t.trial, results.FAILED, t.failure, epochs=reached.epoch)
         elif reached.is_finished(t.config):
             t.store.wait()
-            numbers: dict = {"val_auroc": reached.best_auroc, "best_epoch": reached.best_epoch, "epochs": reached.epoch}
             results.write_record(sweep.workdir, t.trial, results.FINISHED, **numbers)
+        elif pruning.is_hopeless(sweep.pruning, sweep.workdir, compared, t.trial.number, reached.epoch):
+            t.store.wait()
+            results.write_record(sweep.workdir, t.trial, results.PRUNED, f"by {sweep.pruning}", **numbers)
         else:
             running.append(t)
     return running

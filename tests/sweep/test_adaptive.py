@@ -51,6 +51,23 @@ def test_later_rounds_are_closer_to_the_best_than_random_search(tmp_path):
     assert distance(rounds[4] + rounds[5]) < 0.5 * distance(random_trials)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_leaves_a_region_where_trials_fail(tmp_path, seed):
+    """Three quarters of random trials fail, those above 1e-3: of six rounds of five, hardly any in the last two."""
+    parameters = search.parse(["lr:loguniform(1e-4,1)"], config_lib.default())
+    num_failed = []
+    for trials in adaptive.rounds(tmp_path, parameters, search.draw(parameters, 30, seed), 5, seed, _accept):
+        rates = [trial.values["learning_rate"] for trial in trials]
+        for trial, rate in zip(trials, rates):
+            if rate > 1e-3:
+                results.write_record(tmp_path, trial, results.FAILED, "the loss is nan", epochs=0)
+            else:
+                auroc = 0.8 - abs(math.log10(rate / 3e-4)) / 10
+                results.write_record(tmp_path, trial, results.FINISHED, val_auroc=auroc, best_epoch=1, epochs=1)
+        num_failed.append(sum(rate > 1e-3 for rate in rates))
+    assert sum(num_failed[4:]) <= 4 < 6 <= sum(num_failed[:2]), num_failed
+
+
 def test_a_resumed_search_has_the_same_trials(tmp_path):
     parameters, random_trials = _search("lr:loguniform(1e-5,1e-3)", "dropout:uniform(0,0.5)", num_trials=8)
     whole = _run(tmp_path / "whole", parameters, random_trials, per_round=3)
