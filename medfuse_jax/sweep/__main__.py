@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
         algorithm=given.algorithm,
         per_round=given.round,
         pruning=given.pruning,
+        divide_trials=given.divide_trials,
         export=_parse_numbers(given.export),
     )
     command.run(request, _START_S)
@@ -74,6 +75,7 @@ if __name__ == "__main__":
         "Trials per device in one call; by default the fastest, as measured.",
         lower_bound=1,
     )
+    flags.DEFINE_bool("divide_trials", False, "Divide a trial's batches over several devices where there are enough.")
     flags.DEFINE_list("export", [], "Numbers of the trials whose checkpoints to write, to evaluate or combine them.")
     flags.mark_flags_as_required(["config", "workdir"])
     command_line.run(main, resumes=True)

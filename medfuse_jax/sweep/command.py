@@ -44,6 +44,7 @@ class Request:
     algorithm: str = "random"
     per_round: int | None = None
     pruning: str = pruning.NONE
+    divide_trials: bool = False
     export: Sequence[int] = ()
 
 
@@ -73,7 +74,9 @@ def run(request: Request, start_s: float) -> None:
         given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
         train.preflight(base, stages, by_sweep=True)
         leases = leases_lib.Leases(workdir / "leases")
-        sweep = groups.Sweep(config, workdir, given | stages, leases, request.lanes, request.pruning)
+        sweep = groups.Sweep(
+            config, workdir, given | stages, leases, request.lanes, request.pruning, request.divide_trials
+        )
         check = functools.partial(_check, sweep=sweep, checked_models=set())
         for trial in trials.initial:
             check(trial)

@@ -42,8 +42,8 @@ class Sweep:
     """The parts of a sweep that all trials share.
 
     config: as given. encoders: name -> (workdir, run), all encoders that a trial may start from. leases: those of this
-    process; None if it has the sweep to itself. lanes: None to measure them. pruning: one of `pruning.RULES`.
-    features: those of frozen encoders, by `frozen_encoders.features_key`.
+    process; None if it has the sweep to itself. lanes: None to measure them. pruning: one of `pruning.RULES`. divides:
+    whether a trial may use several devices. features: those of frozen encoders, by `frozen_encoders.features_key`.
     """
 
     config: ConfigDict
@@ -52,6 +52,7 @@ class Sweep:
     leases: leases_lib.Leases | None = None
     lanes: int | None = None
     pruning: str = pruning.NONE
+    divides: bool = False
     features: dict = dataclasses.field(default_factory=dict)
 
     def config_of(self, trial: Trial) -> ConfigDict:
@@ -108,44 +109,39 @@ def split_into_groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
 
 
 def claim(sweep: Sweep, of_groups: list[list[Trial]]) -> list[Trial]:
-    """Claim trials of the first group that has free ones: this process's share of them, or one for each device."""
+    """Claim trials of the first group that has free ones: this process's share of them, or as many as it needs."""
     for group in of_groups:
-        free = [trial for trial in without_record(sweep, group) if sweep.leases.is_free(_lease(trial))]
+        free = [trial for trial in without_record(sweep, group) if sweep.leases.is_free(trial.lease)]
         if free:
-            share = max(len(parallel.devices()), -(-len(free) // max(1, sweep.leases.num_idle())))
-            claimed = (trial for trial in free if sweep.leases.claim(_lease(trial)))
+            share = max(_needed(sweep), -(-len(free) // max(1, sweep.leases.num_idle())))
+            claimed = (trial for trial in free if sweep.leases.claim(trial.lease))
             return list(itertools.islice(claimed, share))
     return []
 
 
-def _lease(trial: Trial) -> str:
-    return f"trial_{trial.number:03d}"
+def _needed(sweep: Sweep) -> int:
+    """Return how many trials keep this process's devices busy."""
+    return 1 if sweep.divides else len(parallel.devices())
 
 
 def _is_held(sweep: Sweep, trial: Trial) -> bool:
-    return sweep.leases is None or sweep.leases.holds(_lease(trial))
-
-
-def _release(sweep: Sweep, trials: list[Trial]) -> None:
-    if sweep.leases:
-        for trial in trials:
-            sweep.leases.release(_lease(trial))
+    return sweep.leases is None or sweep.leases.holds(trial.lease)
 
 
 def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     """Train the trials that have no record yet, from their last checkpoints, and write their records.
 
-    Trials whose leases this process gives up or loses are left to other processes.
-
     If a trial's loss is not finite, only that trial fails. If the group runs out of memory, fewer lanes run together,
-    then fewer trials at once. A trial that does not fit even alone fails.
+    then fewer trials at once. A trial that does not fit even alone fails. Trials that this process gives up, or whose
+    leases it loses, are left to other processes.
     """
     program = None
     costs.trials += len(without_record(sweep, trials))
     while remaining := [trial for trial in without_record(sweep, trials) if _is_held(sweep, trial)]:
-        wave = remaining
+        wave, on = remaining, _devices(sweep, remaining)
         try:
-            program = program or open_program(sweep, remaining[0], costs)
+            if program is None or program.devices != on:
+                program = open_program(sweep, remaining[0], costs, on)
             wave = program.capacity.next_wave(remaining, len(program.devices))
             _train_wave(sweep, program, wave, costs)
         except stacked_step.OUT_OF_MEMORY as error:
@@ -153,7 +149,8 @@ def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
                 raise
             if program is None or not program.capacity.halve(len(wave), len(program.devices)):
                 _record_out_of_memory(sweep, without_record(sweep, wave))
-    _release(sweep, trials)
+    for trial in trials if sweep.leases else ():
+        sweep.leases.release(trial.lease)
 
 
 def _record_out_of_memory(sweep: Sweep, trials: list[Trial]) -> None:
@@ -171,20 +168,27 @@ def without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A group's data and compiled steps, its devices, and how many trials these can take."""
+    """A group's data and compiled steps, its sets of devices, and how many trials these can take."""
 
     run: run_lib.Run
-    devices: list[jax.Device]
+    devices: stacked_step.Devices
     capacity: lanes_lib.Capacity
     train_fn: Callable
     eval_fn: Callable
     steps_per_epoch: int
 
 
-def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
+def _devices(sweep: Sweep, trials: list[Trial]) -> stacked_step.Devices:
+    """Return a set of devices for each trial if trials may be divided and there are enough, else each device alone."""
+    config, devices = sweep.config_of(trials[0]), parallel.devices()
+    is_divided = sweep.divides and not frozen_encoders.can_cache(config, sweep.encoders_of(config))
+    num_sets = len(trials) if is_divided else len(devices)
+    return stacked_step.sets(devices, num_sets, (config.batch_size, config.eval.batch_size))
+
+
+def open_program(sweep: Sweep, trial: Trial, costs: Costs, devices: stacked_step.Devices) -> Program:
     """Open the program of a trial's group. Encode the data if the group's frozen encoders have not run yet."""
-    devices = parallel.devices()
-    run = run_lib.open_run(sweep.config_of(trial), devices[:1])
+    run = run_lib.open_run(sweep.config_of(trial), devices[0])
     encoders = sweep.encoders_of(run.config)
     if frozen_encoders.can_cache(run.config, encoders):
         key = frozen_encoders.features_key(run.config)
@@ -195,16 +199,18 @@ def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
     # The step takes dropout as an argument, so reset it in the options: groups with equal models share a program.
     options = dataclasses.replace(run.options, model=run.options.model.clone(dropout=0.0))
     capacity = lanes_lib.read(sweep.workdir, sweep.group_key(trial), sweep.lanes)
-    return Program(run, devices, capacity, *_compiled(options, tuple(devices)), len(run.train_plan(epoch=1)))
+    compiled = _compiled(options, tuple(map(tuple, devices)))
+    return Program(run, devices, capacity, *compiled, len(run.train_plan(epoch=1)))
 
 
 @functools.lru_cache(maxsize=8)  # keep only the programs of the latest groups
-def _compiled(options: step_lib.StepOptions, devices: tuple[jax.Device, ...]) -> tuple[Callable, Callable]:
-    return stacked_step.compile_train(options, list(devices)), stacked_step.compile_eval(options, list(devices))
+def _compiled(options: step_lib.StepOptions, devices: tuple[tuple[jax.Device, ...], ...]) -> tuple[Callable, Callable]:
+    on = list(map(list, devices))
+    return stacked_step.compile_train(options, on), stacked_step.compile_eval(options, on)
 
 
 def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Costs) -> None:
-    """Train trials side by side, each until its last epoch, early stopping or a failure."""
+    """Train trials side by side until each has ended, or the rest may use several devices each."""
     steps_per_epoch, devices = program.steps_per_epoch, program.devices
     with contextlib.ExitStack() as closing:
         running = _record_ended(sweep, _open_trials(sweep, program.run, trials, closing))
@@ -232,19 +238,23 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
             for t in current:
                 if not t.failure:
                     t.store.save(t.state, t.progress, is_best=t.progress.best_epoch * steps_per_epoch == t.step)
-            running = _share(sweep, _record_ended(sweep, running), len(devices))
+            running = _share(sweep, _record_ended(sweep, running))
+            if running and _devices(sweep, [t.trial for t in running]) != devices:
+                return  # to resume with several devices for each
 
 
-def _share(sweep: Sweep, trials: list[RunningTrial], num_devices: int) -> list[RunningTrial]:
-    """Give up trials if other processes are idle, but keep one for each device; return those kept.
+def _share(sweep: Sweep, trials: list[RunningTrial]) -> list[RunningTrial]:
+    """Give up trials if other processes are idle, but keep as many as are needed here; return those kept.
 
     The others resume them from their last save.
     """
-    num_idle = sweep.leases.num_idle() if sweep.leases else 0
-    kept = max(num_devices, -(-len(trials) // (num_idle + 1)))
+    if sweep.leases is None:
+        return trials
+    num_idle = sweep.leases.num_idle()
+    kept = max(_needed(sweep), -(-len(trials) // (num_idle + 1)))
     for t in trials[kept:]:
         t.store.wait()
-    _release(sweep, [t.trial for t in trials[kept:]])
+        sweep.leases.release(t.trial.lease)
     return trials[:kept]
 
 
@@ -278,7 +288,7 @@ def _initial_states(run, seeds: list[int], encoders: dict) -> list[step_lib.Trai
     return [by_seed[seed] for seed in seeds]
 
 
-def _stack(trials: list[RunningTrial], lanes: int, devices: list[jax.Device]) -> list[stacked_step.Stack]:
+def _stack(trials: list[RunningTrial], lanes: int, devices: stacked_step.Devices) -> list[stacked_step.Stack]:
     seeds, dropouts = [t.config.seed for t in trials], [t.config.model.dropout for t in trials]
     return stacked_step.stack([t.state for t in trials], seeds, dropouts, lanes, devices)
 

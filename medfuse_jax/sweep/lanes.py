@@ -104,7 +104,7 @@ def measure(
     stack_with: Callable[[int], list[stacked_step.Stack]],
     max_lanes: int,
     batch: dict,
-    on: list[jax.Device],
+    on: stacked_step.Devices,
 ) -> dict[int, float]:
     """Return the seconds per step of all trials (median of five), by lanes: 1, then about double, up to `max_lanes`.
 
@@ -125,7 +125,7 @@ def measure(
     return times_s
 
 
-def _time_step(train_fn: Callable, stacks: list[stacked_step.Stack], batch: dict, on: list[jax.Device]) -> float:
+def _time_step(train_fn: Callable, stacks: list[stacked_step.Stack], batch: dict, on: stacked_step.Devices) -> float:
     jax.block_until_ready(stacked_step.train_all(train_fn, stacks, batch, on))  # compile first
     taken_s = []
     for _ in range(5):
