@@ -1,30 +1,26 @@
 #!/usr/bin/env bash
-# Runs a sweep on a Slurm cluster: one process a GPU, trials spread over them. Adapt the lines marked with <-.
+# Runs a sweep on a Slurm cluster as independent tasks of one GPU each, which share the trials. Adapt the lines with <-.
 #   sbatch jobs/slurm.sh --config=configs/pheno.py --config.data.dir=DIR --trials=10 --workdir=DIR
-# After preemption, a node failure or the time limit, Slurm requeues the job and it resumes. The workdir must be on a
-# filesystem shared by all nodes.
+# Tasks may start at different times. After preemption, a node failure or the time limit, Slurm requeues a task, and
+# meanwhile the others take over its trials. The workdir must be on a filesystem shared by all nodes.
 #SBATCH --job-name=medfuse_sweep
-#SBATCH --nodes=2
-#SBATCH --ntasks-per-node=4
-#SBATCH --gpus-per-node=4
-# Each task sees all GPUs of its node; jax picks the one with the task's local number.
-#SBATCH --gpu-bind=none
+#SBATCH --array=0-7
+#SBATCH --gpus=1
 #SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-# --requeue covers preemption and failed nodes. Before the time limit, Slurm signals this script, which requeues the job.
+# --requeue covers preemption and failed nodes. Before the time limit, Slurm signals this script, which requeues its task.
 #SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
-#SBATCH --output=sweep_%j.log
+#SBATCH --output=sweep_%A_%a.log
 ##SBATCH --partition=gpu        <- your cluster's partition
 
 set -euo pipefail
 source "${MEDFUSE_VENV:-$HOME/medfuse_venv}/bin/activate" # <- the environment with '.[gpu]' installed
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+trap 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' USR1
 
-# jax reads the coordinator and the process numbers from Slurm. Since Slurm 22.05, srun ignores the --cpus-per-task
-# above; without repeating it, each task would have one core.
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 python -m medfuse_jax.sweep --distributed "$@" &
+# Since Slurm 22.05, srun ignores the --cpus-per-task above; without repeating it, the task would have one core.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m medfuse_jax.sweep "$@" &
 step=$!
 # The signal interrupts the first wait while the step is still running, hence a second one. If the step has already
 # ended, the second wait returns its status at once.

@@ -154,24 +154,14 @@ def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> 
     run.check_any("test", run.dataset.usable("test"))
     run.check_any("val", run.selects("val"))
     profiled_steps(run)
-    for trained in (*(staged for _, staged in stages.values()), run):
-        if trained.selected_by_loss:
-            _say_no_auroc(trained, by_sweep and trained is run)
     if run.dataset.use_ehr:
         supported.check(run.config, run.devices)
     for trained in (*(staged for _, staged in stages.values()), run):
         feed_lib.choose_parts(trained)
-
-
-def _say_no_auroc(run: run_lib.Run, by_sweep: bool) -> None:
-    """Say that the validation loss selects the model; raise UserError for a sweep, which chooses a trial by AUROC."""
-    what = (
-        f"no label of the {int(run.selects('val').sum())} validation {run.dataset.task.unit} of {run.config.name} has"
-    )
-    if by_sweep:
-        message = f"{what} both classes, so there is no AUROC to choose a trial by: build shards with more patients"
-        raise UserError(message, field="config.data.dir", path=run.config.data.dir)
-    print(f"{what} both classes, so there is no AUROC: the validation loss selects the model", flush=True)
+        if trained.selected_by_loss:
+            unit = trained.dataset.task.unit
+            print(f"{trained.config.name}: no label has both classes in the validation {unit} ", end="")
+            print("that select the model, so there is no AUROC: their loss selects it", flush=True)
 
 
 def profiled_steps(run: run_lib.Run) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from medfuse_jax import parallel, train
 from medfuse_jax import run as run_lib
 from medfuse_jax.runs import checkpoints, sources
 from medfuse_jax.runs import workdir as workdir_lib
-from medfuse_jax.runtime import hosts
 from medfuse_jax.sweep import command, results, trial_store
 
 CONFIG_FILE = Path(__file__).parent.parent / "configs" / "pheno.py"  # lists no trials
@@ -23,11 +22,11 @@ RATES = ["lr:loguniform(1e-3,1e-2)"]
 PRETRAIN = {"ehr": {"method": "uni_ehr"}, "cxr": {"method": "uni_cxr", "task": "radiology"}}
 
 
-def sweep(config, workdir, specs, num_trials=3, lanes=None, process=None, **more):
+def sweep(config, workdir, specs, num_trials=3, lanes=None, **more):
     """Run a sweep; return the rows of its table."""
     config = config.copy_and_resolve_references()
     request = command.Request(config, CONFIG_FILE, workdir, specs, num_trials, lanes=lanes, **more)
-    command.run(request, process or hosts.Process(), time.perf_counter())
+    command.run(request, time.perf_counter())
     with (workdir / "sweep.csv").open() as file:
         return list(csv.DictReader(file))
 

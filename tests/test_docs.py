@@ -80,7 +80,7 @@ def test_readme_and_job_commands_are_found():
     jobs = {command.where: command for command in documented.commands() if command.where.startswith("jobs/")}
     assert set(jobs) == {f"jobs/{path.name}" for path in (ROOT / "jobs").iterdir()}
     for command in jobs.values():
-        assert "--distributed" in command.flags
+        assert command.module == "medfuse_jax.sweep"
         assert all(command.value(name) for name in ("config", "config.data.dir", "workdir"))
 
 

@@ -46,9 +46,9 @@ class Trials:
     """The trials of a case. Each repeat continues from the states of the last."""
 
     def __init__(self, case: Case, sample: cohort.Sample, say):
-        self._on = jax.local_devices()[:1]
+        self._on = [jax.local_devices()[:1]]
         options = step.step_options(case, sample.data)
-        self._batches = jax.device_put(sample.batches, self._on[0])
+        self._batches = jax.device_put(sample.batches, self._on[0][0])
         self._train_fn = stacked_step.compile_train(options, self._on)
         say("trials: initialising")
         state = jax.device_get(step.fresh_state(options))

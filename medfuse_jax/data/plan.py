@@ -197,18 +197,20 @@ def deal(plan: Plan, step: int, num_devices: int) -> dict[str, np.ndarray]:
     num_rows = plan.batch_size // num_devices
     num_slots = math.ceil(plan.images_per_batch / num_devices)
     record_DB = np.full((num_devices, num_rows), PADDING, np.int32)
+    row_id_DB = np.zeros_like(record_DB)  # in the plan, so that augmentation and dropout do not depend on D
     image_row_DP = np.zeros((num_devices, num_slots), np.int32)
     image_mask_DP = np.zeros((num_devices, num_slots), bool)
     used_D = np.zeros(num_devices, int)
     for i, record in enumerate(plan.paired_SP[step]):
         device, slot = i % num_devices, i // num_devices
-        record_DB[device, used_D[device]] = record
+        record_DB[device, used_D[device]], row_id_DB[device, used_D[device]] = record, i
         if record != PADDING:
             image_row_DP[device, slot], image_mask_DP[device, slot] = used_D[device], True
         used_D[device] += 1
     free_DB = np.arange(num_rows)[None] >= used_D[:, None]
     record_DB[free_DB] = plan.unpaired_SU[step]
-    rows = {"record": record_DB, "row_id": np.arange(plan.batch_size, dtype=np.int32).reshape(record_DB.shape)}
+    row_id_DB[free_DB] = np.arange(plan.images_per_batch, plan.batch_size)
+    rows = {"record": record_DB, "row_id": row_id_DB}
     if num_slots:
         rows |= {"image_row": image_row_DP, "image_mask": image_mask_DP}
     return rows

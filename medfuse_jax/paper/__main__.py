@@ -1,10 +1,9 @@
 """Train what the paper's tables need and make them: `python -m medfuse_jax.paper --data=SHARDS --out=DIR`.
 
-Rerunning the command resumes it: what is trained already is kept. See docs/paper.md.
+Rerunning the command resumes it, and running it on further hosts shares the trainings. See docs/paper.md.
 """
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from medfuse_jax.paper.trainings import Settings, Training
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
-_START_S = time.perf_counter()
 PRESETS = ("", "smoke")
 _PAPER = {"image.crop": "random"}  # beside config.default()
 # Everything on the synthetic cohort, with models and images that are too small to learn much.
@@ -49,13 +47,16 @@ class Plan:
     def folder_of(self, training: Training) -> Path:
         return self.out / "runs" / training.task / training.id
 
+    def is_done(self, training: Training) -> bool:
+        return (self.folder_of(training) / "done.json").exists()
+
     def find(self, id: str, task: str) -> Training:
         return next(t for t in self.trainings if t.id == id and t.task in (task, "radiology"))
 
 
 def main(argv: list[str]) -> None:
     # Import late, here and below, so that a wrong flag is refused before jax starts.
-    from medfuse_jax.runtime import compilation, hosts
+    from medfuse_jax.runtime import compilation
 
     plan = open_plan()
     compilation.configure()
@@ -64,12 +65,8 @@ def main(argv: list[str]) -> None:
     print(describe(plan), flush=True)
     if flags.FLAGS.estimate:
         print(_estimate(plan), flush=True)
-    if flags.FLAGS.dry_run:
-        return
-    process = hosts.start(
-        flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process, flags.FLAGS.distributed
-    )
-    hosts.run(functools.partial(run, plan, process))
+    if not flags.FLAGS.dry_run:
+        run(plan)
 
 
 def open_plan() -> Plan:
@@ -152,30 +149,53 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def run(plan: Plan, process) -> None:
-    """Run every training that is not done, then make the tables. process: one of those that share the folder.
+def run(plan: Plan) -> None:
+    """Run every training that is not done, then make the tables.
 
-    A training that cannot run is named in the tables; those that do not need it go on.
+    Processes that share the folder, on any number of hosts, divide the work by leases. A training that cannot run is
+    named in the tables; those that do not need it go on.
     """
-    _claim(plan, writes=process.is_first)
+    from medfuse_jax.sweep import leases as leases_lib
+
+    _claim(plan)
     failed: dict[tuple[str, str], str] = {}
-    for training in plan.trainings:
-        key = (training.task, training.id)
-        needed = [plan.find(id, training.task) for id in training.needs]
-        if broken := [t.id for t in needed if (t.task, t.id) in failed]:
-            failed[key] = f"it needs {broken[0]}"
-            continue
-        print(f"\n{training.task} {training.id}: {training.title}", flush=True)
-        try:
-            _train(plan, training, process)
-        except UserError as error:
-            failed[key] = str(error)
-            print(f"{training.task} {training.id} failed, the rest goes on: {error}", flush=True)
-    if process.is_first:
-        _make_tables(plan, failed)
+    waiting = list(plan.trainings)
+    with leases_lib.Leases(plan.out / "leases") as leases:
+        while waiting:
+            ended = [training for training in waiting if _end(plan, training, leases, failed)]
+            waiting = [training for training in waiting if training not in ended]
+            if waiting and not ended:
+                time.sleep(leases_lib.POLL_S)
+        with leases.held("tables"):
+            _make_tables(plan, failed)
 
 
-def _claim(plan: Plan, writes: bool) -> None:
+def _end(plan: Plan, training: Training, leases, failed: dict[tuple[str, str], str]) -> bool:
+    """Train a training if it can be trained now; return whether it has ended. failed: (task, id) -> why, added to."""
+    key = (training.task, training.id)
+    needed = [plan.find(id, training.task) for id in training.needs]
+    if broken := [t.id for t in needed if (t.task, t.id) in failed]:
+        failed[key] = f"it needs {broken[0]}"
+        return True
+    if not all(plan.is_done(t) for t in needed):
+        return False
+    lease = "_".join(key)
+    try:
+        # Processes join a sweep, but a single training is one process's.
+        if not plan.is_done(training) and (training.is_sweep or leases.claim(lease)):
+            print(f"\n{training.task} {training.id}: {training.title}", flush=True)
+            _train(plan, training)
+            with leases.held(f"{lease}_scores"):
+                _score(plan, training)
+    except UserError as error:
+        failed[key] = str(error)
+        print(f"{training.task} {training.id} failed, the rest goes on: {error}", flush=True)
+    finally:
+        leases.release(lease)
+    return key in failed or plan.is_done(training)
+
+
+def _claim(plan: Plan) -> None:
     """Claim the folder for this plan. Raise UserError if it holds another."""
     from medfuse_jax import records
 
@@ -193,7 +213,7 @@ def _claim(plan: Plan, writes: bool) -> None:
         if different := [name for name in content if stored.get(name) != content[name]]:
             message = f"{plan.out} holds another plan (its {different[0]} differ): give another --out"
             raise UserError(message, field="--out", path=path, value=different)
-    elif writes:
+    else:
         if (plan.out / "config.json").exists() or (plan.out / "sweep.json").exists():
             raise UserError(f"{plan.out} holds a run or a sweep: give another --out", field="--out", path=plan.out)
         with files.must_write(f"--out={plan.out}"):
@@ -201,16 +221,12 @@ def _claim(plan: Plan, writes: bool) -> None:
             files.write_json(path, content)
 
 
-def _train(plan: Plan, training: Training, process) -> None:
+def _train(plan: Plan, training: Training) -> None:
     """Train one training: a sweep over learning rates or listed values, or a single run on all devices."""
     from medfuse_jax import main as main_lib
     from medfuse_jax.paper import results
-    from medfuse_jax.sweep import command, processes
+    from medfuse_jax.sweep import command
 
-    folder = plan.folder_of(training)
-    done = folder / "done.json"
-    if done.exists():
-        return
     starts = {
         name: str(results.chosen_folder(plan.folder_of(plan.find(id, training.task))))
         for name, id in training.starts.items()
@@ -219,26 +235,30 @@ def _train(plan: Plan, training: Training, process) -> None:
     if training.rate_of:
         rate = results.rate_of(plan.folder_of(plan.find(training.rate_of, training.task)))
     config = trainings_lib.config_of(training, plan.settings, starts, rate)
-    if training.values or (training.rate is None and not training.rate_of):
-        request = command.Request(
-            config,
-            config_path=None,
-            workdir=folder,
-            specs=[],
-            num_trials=None if training.values else plan.settings.trials,
-            seed=plan.settings.seed,
-            lanes=flags.FLAGS.lanes or (1 if flags.FLAGS.preset else None),
-            listed=_listed(training) if training.values else None,
-            export=range(len(training.values)),
-        )
-        command.run(request, process, time.perf_counter())
-    elif process.is_first:
+    folder = plan.folder_of(training)
+    if not training.is_sweep:
         main_lib.run_all(config, str(folder))
-    else:
-        processes.wait_for(done.exists, f"the first process to train {training.id}")
-    if process.is_first:
-        results.score(training, folder)
-        files.write_json(done, {"trained": training.id})
+        return
+    request = command.Request(
+        config,
+        config_path=None,
+        workdir=folder,
+        specs=[],
+        num_trials=None if training.values else plan.settings.trials,
+        seed=plan.settings.seed,
+        lanes=flags.FLAGS.lanes or (1 if flags.FLAGS.preset else None),
+        listed=_listed(training) if training.values else None,
+        export=range(len(training.values)),
+    )
+    command.run(request, time.perf_counter())
+
+
+def _score(plan: Plan, training: Training) -> None:
+    from medfuse_jax.paper import results
+
+    if not plan.is_done(training):
+        results.score(training, plan.folder_of(training))
+        files.write_json(plan.folder_of(training) / "done.json", {"trained": training.id})
 
 
 def _listed(training: Training) -> Callable:
@@ -334,5 +354,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("preset", "", "smoke: everything on a synthetic cohort with tiny models.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and the estimate, and train nothing.")
     flags.DEFINE_bool("estimate", True, "Time a few steps first, for the estimate.")
-    command_line.define_process_flags()
     command_line.run(main, resumes=True)

@@ -53,6 +53,10 @@ class Training:
     def is_paired(self) -> bool:
         return self.fields.get("data.train_stays") == "paired"
 
+    @property
+    def is_sweep(self) -> bool:
+        return bool(self.values) or self.rate is None
+
     def num_runs(self, trials: int) -> int:
         if self.values:
             return len(self.values)

@@ -36,7 +36,7 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_order, best_mode="max")
     folder = (workdir / "checkpoints").absolute()
     logging.get_absl_logger().addFilter(_is_useful)  # adding the same function again does nothing
-    if jax.process_count() > 1:  # each process trains its own runs, so a save must not wait for the others
+    if jax.process_count() > 1:  # the first saves what all have, so a save must not wait for the others
         folder.mkdir(parents=True, exist_ok=True)
         own_process = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),

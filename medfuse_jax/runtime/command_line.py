@@ -51,7 +51,7 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
 
 
 def define_process_flags() -> None:
-    """Define the flags of a command that several processes may share (runtime/hosts.py)."""
+    """Define the flags of a command that several processes may run together (runtime/hosts.py)."""
     flags.DEFINE_bool("distributed", False, "Run as several processes that jax detects: Cloud TPU, Slurm, Open MPI.")
     flags.DEFINE_string("coordinator", None, "Run as several processes, started by hand: HOST:PORT of the first.")
     flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")

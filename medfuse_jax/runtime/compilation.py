@@ -22,9 +22,11 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 def configure() -> None:
     """Set XLA up for a command, before jax looks for devices.
 
-    Turns on the persistent cache (later runs of the same model skip the compiler) and, on GPUs, CUDA graphs.
+    Turns on the persistent cache (later runs of the same model skip the compiler), in a folder of the user's own unless
+    JAX_COMPILATION_CACHE_DIR names another, such as one that several hosts share; and, on GPUs, CUDA graphs.
     """
-    jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "xla"))
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "xla"))
     use_cuda_graphs()
 
 

@@ -1,10 +1,9 @@
-"""Several processes, on one machine or many: how they start, and what they agree on when they train one run together.
+"""Several processes, on one machine or many, that train one run together (`main --distributed`).
 
-A sweep's processes share only files (sweep/). Those of one training (`main --distributed`) form one mesh of devices:
-each reads and holds its own part of a batch, and the first alone writes and prints.
+They form one mesh of devices: each reads and holds its own part of a batch, and the first alone writes and prints. The
+processes of a sweep do not: they share only files (sweep/leases.py).
 """
 
-import dataclasses
 import hashlib
 import os
 import socket
@@ -19,33 +18,19 @@ from jax.experimental import multihost_utils
 from medfuse_jax.runtime import command_line
 from medfuse_jax.runtime.errors import TryLater, UserError
 
-_SHUTDOWN_TIMEOUT_S = 3600  # how long the other processes wait at the end, while the first scores the chosen trial
+_SHUTDOWN_TIMEOUT_S = 3600  # how long the other processes wait at the end, while the first scores and reports
 _one_training = False  # whether this process's devices are part of one mesh over all processes
 
 
-@dataclasses.dataclass(frozen=True)
-class Process:
-    """One of the `count` processes that share a sweep; the first is number 0."""
-
-    number: int = 0
-    count: int = 1
-
-    @property
-    def is_first(self) -> bool:
-        return self.number == 0
-
-    def share(self, items: list, num_dealt: int = 0) -> list:
-        """Return this process's share of items, which are dealt in turn after `num_dealt` earlier ones."""
-        return items[(self.number - num_dealt) % self.count :: self.count]
-
-
 def start_training(coordinator: str | None, num_processes: int | None, process: int | None, detect: bool) -> None:
-    """Start jax.distributed, if asked to, for one training over the devices of all processes (see `start`).
+    """Start jax.distributed, if asked to, for one training over the devices of all processes.
 
+    coordinator: 'host:port'. detect: use the cluster that jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes) instead.
     SIGTERM to any of them then stops all at the same step (`must_stop`).
     """
     global _one_training
-    _one_training = start(coordinator, num_processes, process, detect, stops_together=True).count > 1
+    _initialize(coordinator, num_processes, process, detect)
+    _one_training = jax.process_count() > 1
     if _one_training:
         _connect()
     if not is_first():
@@ -99,20 +84,7 @@ def to_host(tree):
     return multihost_utils.process_allgather(tree, tiled=True) if _one_training else tree
 
 
-def start(
-    coordinator: str | None,
-    num_processes: int | None,
-    process: int | None,
-    detect: bool,
-    stops_together: bool = False,
-) -> Process:
-    """Start jax.distributed if asked to; return this process.
-
-    coordinator: 'host:port'. detect: use the cluster that jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes) instead.
-    stops_together: leave SIGTERM to jax, for `must_stop`.
-    """
-    if not stops_together:
-        jax.config.update("jax_enable_preemption_service", False)  # the service would swallow SIGTERM
+def _initialize(coordinator: str | None, num_processes: int | None, process: int | None, detect: bool) -> None:
     given = [value is not None for value in (coordinator, num_processes, process)]
     if any(given) and not all(given):
         message = "give --coordinator=HOST:PORT, --num_processes and --process together, or none of them"
@@ -130,7 +102,6 @@ def start(
                 raise TryLater(f"{message}processes with the same coordinator", field="--coordinator") from None
             message = f"--distributed: jax found no cluster ({reason}); give --coordinator=HOST:PORT, --num_processes "
             raise TryLater(f"{message}and --process", field="--distributed") from None
-    return Process(jax.process_index(), jax.process_count())
 
 
 def _check(coordinator: str, num_processes: int, process: int) -> None:
@@ -153,7 +124,7 @@ def _check(coordinator: str, num_processes: int, process: int) -> None:
 def run(work: Callable[[], None]) -> None:
     """Run this process's work. If it fails or is interrupted, exit at once.
 
-    jax's own shutdown would wait for the other processes, which in turn wait for this process's trials.
+    jax's own shutdown would wait for the other processes, which in turn wait for this one.
     """
     try:
         work()

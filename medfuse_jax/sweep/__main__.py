@@ -1,9 +1,8 @@
 """Train a config with many settings: `python -m medfuse_jax.sweep --config=FILE --trials=10 --workdir=DIR`.
 
-Rerunning the command resumes a stopped sweep. See docs/sweeps.md.
+Rerunning the command resumes a stopped sweep; running it on further hosts shares the trials. See docs/sweeps.md.
 """
 
-import functools
 import time
 from pathlib import Path
 
@@ -16,11 +15,9 @@ from medfuse_jax.runtime.errors import UserError
 
 def main(argv: list[str]) -> None:
     # Imported here, so that absl checks the flags before jax is imported.
-    from medfuse_jax.runtime import hosts
     from medfuse_jax.sweep import command
 
     given = flags.FLAGS
-    process = hosts.start(given.coordinator, given.num_processes, given.process, given.distributed)
     request = command.Request(
         given.config,
         Path(config_flags.get_config_filename(given["config"])),
@@ -31,9 +28,11 @@ def main(argv: list[str]) -> None:
         lanes=given.lanes,
         algorithm=given.algorithm,
         per_round=given.round,
+        pruning=given.pruning,
+        divide_trials=given.divide_trials,
         export=_parse_numbers(given.export),
     )
-    hosts.run(functools.partial(command.run, request, process, _START_S))
+    command.run(request, _START_S)
 
 
 def _parse_numbers(texts: list[str]) -> list[int]:
@@ -48,7 +47,7 @@ _START_S = time.perf_counter()
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A config file, such as configs/pheno.py.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder for the sweep, on a filesystem that all its processes share.")
+    flags.DEFINE_string("workdir", None, "Folder for the sweep, on a filesystem that all its hosts share.")
     flags.DEFINE_integer(
         "trials", None, "Number of trials; by default 10, or all that the config's sweep(add) lists.", lower_bound=1
     )
@@ -66,6 +65,7 @@ if __name__ == "__main__":
         "Trials per round of --algorithm=optuna; by default the larger of 5 and the number of devices.",
         lower_bound=1,
     )
+    flags.DEFINE_string("pruning", "none", "Which trials to end early: 'none', 'median' or 'asha' (docs/sweeps.md).")
     flags.DEFINE_integer(
         "seed", 0, "Seed of the search. The trials train with config.seed, unless it is searched.", lower_bound=0
     )
@@ -75,7 +75,7 @@ if __name__ == "__main__":
         "Trials per device in one call; by default the fastest, as measured.",
         lower_bound=1,
     )
+    flags.DEFINE_bool("divide_trials", False, "Divide a trial's batches over several devices where there are enough.")
     flags.DEFINE_list("export", [], "Numbers of the trials whose checkpoints to write, to evaluate or combine them.")
-    command_line.define_process_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     command_line.run(main, resumes=True)

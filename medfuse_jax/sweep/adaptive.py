@@ -1,7 +1,8 @@
 """Trials that Optuna (extra `optuna`) proposes, a round at a time, from the results of earlier rounds.
 
 A round depends on the sweep's seed, the round's number and the records of earlier rounds. It is written to a file
-before any of its trials starts, so that every process and every rerun has the same trials.
+before any of its trials starts, so that every host and every rerun has the same trials. Any host may draw a round: all
+would draw the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ import numpy as np
 
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import processes, results
+from medfuse_jax.sweep import results
 from medfuse_jax.sweep.search import Parameter, Trial
 
 _MAX_PROPOSALS = 100
+_WORST_AUROC = 0.0  # of a trial that failed, so that the search leaves its region
 
 
 def check_installed() -> None:
@@ -30,24 +32,21 @@ def rounds(
     random_trials: list[Trial],
     per_round: int,
     seed: int,
-    draws: bool,
     check: Callable[[Trial], None],
 ) -> Iterator[list[Trial]]:
     """Yield rounds of `per_round` trials, in total as many trials as `random_trials`.
 
     Each round needs the records of all earlier rounds. random_trials: used when Optuna proposes no new trial.
-    draws: whether this process draws the rounds; the others wait for the rounds' files. check: raises UserError for a
-    trial that cannot run, which is then drawn again.
+    check: raises UserError for a trial that cannot run, which is then drawn again.
     """
     trials = []
     for start in range(0, len(random_trials), per_round):
         number, path = start // per_round, workdir / "rounds" / f"{start // per_round:03d}.json"
         count = min(per_round, len(random_trials) - start)
-        if draws and not path.exists():
+        if not path.exists():
             known = [(trial, results.record(workdir, trial)) for trial in trials]
             proposed = _propose(parameters, known, random_trials, count, [seed, number], check)
             results.write_json(path, [trial.values for trial in proposed])
-        processes.wait_for(path.exists, f"the first process to draw round {number}")
         drawn = [Trial(start + i, values) for i, values in enumerate(_read(path, parameters, count))]
         for trial in drawn:
             check(trial)
@@ -85,21 +84,16 @@ def _propose(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # constant_liar: the trials of this round, proposed but not trained, count as bad, which spreads them.
     sampler = optuna.samplers.TPESampler(
-        n_startup_trials=1, seed=int(np.random.SeedSequence(seed).generate_state(1)[0])
+        n_startup_trials=1, seed=int(np.random.SeedSequence(seed).generate_state(1)[0]), constant_liar=True
     )
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {parameter.field: _distribution(parameter) for parameter in parameters}
-    for trial, record in known:
-        finished = record["status"] == results.FINISHED and record["val_auroc"] is not None
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.COMPLETE if finished else optuna.trial.TrialState.FAIL,
-                value=record["val_auroc"] if finished else None,
-                params=trial.values,
-                distributions=distributions,
-            )
-        )
+    aurocs = [_WORST_AUROC if record.get("val_auroc") is None else record["val_auroc"] for _, record in known]
+    if max(aurocs, default=_WORST_AUROC) > _WORST_AUROC:  # from failures alone, it would take some for good
+        for (trial, _), auroc in zip(known, aurocs):
+            study.add_trial(optuna.trial.create_trial(value=auroc, params=trial.values, distributions=distributions))
     seen, proposed = [trial.values for trial, _ in known], []
     for number in range(len(known), len(known) + count):
         candidates = (Trial(number, values) for values in _candidates(study, distributions, parameters, random_trials))

@@ -16,9 +16,10 @@ from medfuse_jax.data import synthetic
 from medfuse_jax.report import read_runs, terminal
 from medfuse_jax.runs import sources, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
-from medfuse_jax.runtime import compilation, hosts
+from medfuse_jax.runtime import compilation
 from medfuse_jax.runtime.errors import UserError, check_choice
-from medfuse_jax.sweep import adaptive, frozen_encoders, groups, page, processes, results, search
+from medfuse_jax.sweep import adaptive, frozen_encoders, groups, page, pruning, results, search
+from medfuse_jax.sweep import leases as leases_lib
 from medfuse_jax.sweep.costs import Costs
 
 ALGORITHMS = ("random", "optuna")
@@ -43,46 +44,57 @@ class Request:
     lanes: int | None = None
     algorithm: str = "random"
     per_round: int | None = None
+    pruning: str = pruning.NONE
+    divide_trials: bool = False
     export: Sequence[int] = ()
     listed: Callable | None = None
 
 
-def run(request: Request, process: hosts.Process, start_s: float) -> None:
-    """Run or resume a sweep; write sweep.csv, sweep.html, best_config.py and costs.json to the workdir.
+def run(request: Request, start_s: float) -> None:
+    """Run, resume or join a sweep; write sweep.csv, sweep.html, best_config.py and costs.json to the workdir.
 
-    process: this process, one of those that share the workdir. Each trains its share of the trials; the first also
-    pre-trains the encoders and writes the results. start_s: when the command started.
+    Processes that share the workdir, on any number of hosts, divide the encoders and trials among them by leases. Each
+    ends when all trials have ended, and writes the same results. start_s: when the command started.
     """
     config, workdir = request.config, request.workdir
     config_lib.validate(config)
     _check_single_run_fields(config)
     compilation.configure()
-    trials = _plan_trials(request, process.is_first)
+    trials = _plan_trials(request)
     if unknown := set(request.export) - {trial.number for trial in trials.initial}:
         message = f"--export={min(unknown)}: the trials are 0 to {len(trials.initial) - 1}"
         raise UserError(message, field="--export", value=min(unknown))
-    _set_data(config, process.is_first)
+    synthetic.set_data_dir(config)
+    if config.data.order_seed < 0:  # a trial's own seed must not change the order of the data
+        config.data.order_seed = config.seed
     workdir_lib.check_outside_sweeps(workdir)
     workdir_lib.check_outside_shards(workdir, config.data.dir)
     with contextlib.ExitStack() as closing:
         costs = Costs(compiled=closing.enter_context(compilation.counted()))
         base = run_lib.open_run(config, parallel.devices()[:1])
+        if base.selected_by_loss:
+            message = f"no label of the validation {base.dataset.task.unit} has both classes, so there is no AUROC to "
+            raise UserError(f"{message}choose a trial by: build shards of more patients", field="config.data.dir")
         pretrained = list(dict.fromkeys(name for trial in trials.initial for name in _pretrained(trial, config)))
         given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
         train.preflight(base, stages)
-        sweep = groups.Sweep(config, workdir, given | stages, request.lanes)
+        leases = leases_lib.Leases(workdir / "leases")
+        sweep = groups.Sweep(
+            config, workdir, given | stages, leases, request.lanes, request.pruning, request.divide_trials
+        )
         check = functools.partial(_check, sweep=sweep, checked_models=set())
         for trial in trials.initial:
             check(trial)
         identity = (config, base.dataset.digest, trials.identity)
-        claim = functools.partial(results.claim, workdir, *identity, writes=process.is_first)
-        if process.is_first:
-            closing.enter_context(workdir_lib.locked(workdir))
-        _pretrain(workdir, claim, stages, process.is_first, costs)
+        results.claim(workdir, *identity, writes=False)  # leave a folder that is not this sweep's as it is
+        closing.enter_context(leases)
+        with leases.held("sweep"):
+            results.claim(workdir, *identity)
+        _pretrain(stages, leases, costs)
         costs.end_startup(start_s)
-        trained = _train(sweep, trials.rounds(check), process, costs)
+        trained = _train(sweep, trials.rounds(check), costs)
         print(costs.summary())
-        if process.is_first:
+        with leases.held("results"):
             costs.write(workdir)
             _conclude(sweep, trained, request.export)
 
@@ -96,49 +108,33 @@ def _check_single_run_fields(config: ConfigDict) -> None:
         raise UserError(message, field="config.recurrence", value="cudnn")
 
 
-def _set_data(config: ConfigDict, is_first: bool) -> None:
-    """Set the data folder, if not given, and the data's order. All trials share both."""
-    if is_first:
-        synthetic.set_data_dir(config)
-    elif not config.data.dir:
-        message = "several processes need --config.data.dir: a folder that all of them see"
-        raise UserError(message, field="config.data.dir")
-    if config.data.order_seed < 0:  # a trial's own seed must not change the order
-        config.data.order_seed = config.seed
+def _pretrain(stages: dict, leases: leases_lib.Leases, costs: Costs) -> None:
+    """Pre-train the encoders that no other process pre-trains, and wait for the rest."""
+
+    def missing() -> list[str]:
+        return [name for name, (folder, _) in stages.items() if not (folder / "trained.json").exists()]
+
+    def claim() -> str:
+        return next((name for name in missing() if leases.claim(f"pretrain_{name}")), "")
+
+    with costs.timed("pretrain_s"):
+        for name in leases.claimed(claim, missing, "encoders"):
+            train.pretrain({name: stages[name]}, by_sweep=True)
+            results.write_json(stages[name][0] / "trained.json", {})
+            leases.release(f"pretrain_{name}")
 
 
-def _pretrain(workdir: Path, claim: Callable[[], None], stages: dict, is_first: bool, costs: Costs) -> None:
-    """Claim the folder and pre-train the encoders, or wait until the first process has done so."""
-    ready = [workdir / "started.json", *(folder / "trained.json" for folder, _ in stages.values())]
-    if is_first:
-        claim()
-        with costs.timed("pretrain_s"):
-            train.pretrain(stages, by_sweep=True)
-        for path in ready:
-            results.write_json(path, {})
-    else:
-        with costs.timed("pretrain_s"):
-            processes.wait_for(lambda: all(map(Path.exists, ready)), "the first process to pre-train the encoders")
-        claim()
-
-
-def _train(
-    sweep: groups.Sweep, rounds: Iterable[list[search.Trial]], process: hosts.Process, costs: Costs
-) -> list[search.Trial]:
-    """Train this process's share of each round and wait for the others; return all trials."""
+def _train(sweep: groups.Sweep, rounds: Iterable[list[search.Trial]], costs: Costs) -> list[search.Trial]:
+    """Train the trials of each round that no other process trains, and wait for the rest; return all trials."""
     trials = []
     for of_round in rounds:
-        num_dealt = len(trials)
-        for group in groups.split_into_groups(sweep, of_round):
-            groups.train_group(sweep, process.share(group, num_dealt), costs)
-            num_dealt += len(group)
+        claim = functools.partial(groups.claim, sweep, groups.split_into_groups(sweep, of_round))
+        missing = functools.partial(groups.without_record, sweep, of_round)
+        for share in sweep.leases.claimed(claim, missing, "trials"):
+            with sweep.leases.busy():
+                groups.train_group(sweep, share, costs)
         trials += of_round
-        processes.wait_for(functools.partial(_are_recorded, sweep.workdir, of_round), "the other processes")
     return trials
-
-
-def _are_recorded(workdir: Path, trials: list[search.Trial]) -> bool:
-    return all(results.record(workdir, trial) for trial in trials)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,18 +150,15 @@ class _Trials:
     rounds: Callable[[Callable[[search.Trial], None]], Iterable[list[search.Trial]]]
 
 
-def _plan_trials(request: Request, draws: bool) -> _Trials:
-    """Plan the trials: those of --search, else of the config's sweep(add), else the paper's learning rates.
-
-    draws: whether this process draws the rounds.
-    """
+def _plan_trials(request: Request) -> _Trials:
+    """Plan the trials: those of --search, else of the config's sweep(add), else the paper's learning rates."""
     check_choice("--algorithm", request.algorithm, ALGORITHMS)
     is_random = request.algorithm == "random"
     if request.per_round and is_random:
         raise UserError("--round needs --algorithm=optuna: random trials have no rounds", field="--round")
     listed = request.listed or (request.config_path and search.sweep_function(request.config_path))
     specs = request.specs or [search.PAPER_SEARCH]
-    if listed and request.specs and draws:
+    if listed and request.specs:
         print(f"--search replaces the trials listed in {request.config_path}")
     if listed and not request.specs:
         if not is_random:
@@ -176,14 +169,27 @@ def _plan_trials(request: Request, draws: bool) -> _Trials:
         parameters = search.parse(specs, request.config)
         num_trials = _DEFAULT_TRIALS if request.num_trials is None else request.num_trials
         trials = search.draw(parameters, num_trials, request.seed)
-    identity = {"algorithm": request.algorithm}
+    identity = {"algorithm": request.algorithm} | _pruning_identity(request)
     if is_random:
         return _Trials(identity | {"trials": [trial.values for trial in trials]}, trials, lambda check: [trials])
     adaptive.check_installed()
     per_round = request.per_round or _stored_round(request.workdir)
     identity |= {"search": specs, "trials": len(trials), "round": per_round, "seed": request.seed}
-    rounds = functools.partial(adaptive.rounds, request.workdir, parameters, trials, per_round, request.seed, draws)
+    rounds = functools.partial(adaptive.rounds, request.workdir, parameters, trials, per_round, request.seed)
     return _Trials(identity, trials, rounds)
+
+
+def _pruning_identity(request: Request) -> dict:
+    """Return {'pruning': rule}, or {} without pruning; raise UserError if the rule can end no trial."""
+    check_choice("--pruning", request.pruning, pruning.RULES)
+    if request.pruning == pruning.NONE:
+        return {}
+    if request.pruning == pruning.ASHA and request.config.num_epochs <= pruning.ETA:
+        message = f"--pruning=asha compares trials from epoch {pruning.ETA} on: config.num_epochs is too small"
+        raise UserError(message, field="--pruning", value=request.config.num_epochs)
+    if request.pruning == pruning.MEDIAN and request.algorithm == "random":
+        print("--pruning=median compares with finished trials: of random trials that start together, it ends none")
+    return {"pruning": request.pruning}
 
 
 def _stored_round(workdir: Path) -> int:

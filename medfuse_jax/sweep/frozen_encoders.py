@@ -180,7 +180,7 @@ def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
         state = _with_encoders(state, warm_start.begin(run.fresh_state(), encoders))
     else:
         state, progress = store.best(run.abstract_state())
-    # Existing checkpoints come from an earlier start as one process; state.npz is newer.
+    # Existing checkpoints come from an earlier export; state.npz may be newer.
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         checkpoints.save(manager, state, progress, is_best=True)

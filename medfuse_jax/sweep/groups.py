@@ -7,6 +7,7 @@ compiled program and one stream of batches.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -27,8 +28,9 @@ from medfuse_jax.runs.log import RunLog
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import errors
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import frozen_encoders, results, stacked_step, trial_store
+from medfuse_jax.sweep import frozen_encoders, pruning, results, stacked_step, trial_store
 from medfuse_jax.sweep import lanes as lanes_lib
+from medfuse_jax.sweep import leases as leases_lib
 from medfuse_jax.sweep.costs import Costs
 from medfuse_jax.sweep.search import Trial
 
@@ -39,14 +41,18 @@ _WITHIN_A_GROUP = ("learning_rate", "model.dropout", "seed")
 class Sweep:
     """The parts of a sweep that all trials share.
 
-    config: as given. encoders: name -> (workdir, run), all encoders that a trial may start from. lanes: None to measure
-    them. features: those of frozen encoders, by `frozen_encoders.features_key`.
+    config: as given. encoders: name -> (workdir, run), all encoders that a trial may start from. leases: those of this
+    process; None if it has the sweep to itself. lanes: None to measure them. pruning: one of `pruning.RULES`. divides:
+    whether a trial may use several devices. features: those of frozen encoders, by `frozen_encoders.features_key`.
     """
 
     config: ConfigDict
     workdir: Path
     encoders: dict
+    leases: leases_lib.Leases | None = None
     lanes: int | None = None
+    pruning: str = pruning.NONE
+    divides: bool = False
     features: dict = dataclasses.field(default_factory=dict)
 
     def config_of(self, trial: Trial) -> ConfigDict:
@@ -102,25 +108,49 @@ def split_into_groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
     return list(groups.values())
 
 
+def claim(sweep: Sweep, of_groups: list[list[Trial]]) -> list[Trial]:
+    """Claim trials of the first group that has free ones: this process's share of them, or as many as it needs."""
+    for group in of_groups:
+        free = [trial for trial in without_record(sweep, group) if sweep.leases.is_free(trial.lease)]
+        if free:
+            share = max(_needed(sweep), -(-len(free) // max(1, sweep.leases.num_idle())))
+            claimed = (trial for trial in free if sweep.leases.claim(trial.lease))
+            return list(itertools.islice(claimed, share))
+    return []
+
+
+def _needed(sweep: Sweep) -> int:
+    """Return how many trials keep this process's devices busy."""
+    return 1 if sweep.divides else len(parallel.devices())
+
+
+def _is_held(sweep: Sweep, trial: Trial) -> bool:
+    return sweep.leases is None or sweep.leases.holds(trial.lease)
+
+
 def train_group(sweep: Sweep, trials: list[Trial], costs: Costs) -> None:
     """Train the trials that have no record yet, from their last checkpoints, and write their records.
 
     If a trial's loss is not finite, only that trial fails. If the group runs out of memory, fewer lanes run together,
-    then fewer trials at once. A trial that does not fit even alone fails.
+    then fewer trials at once. A trial that does not fit even alone fails. Trials that this process gives up, or whose
+    leases it loses, are left to other processes.
     """
     program = None
-    costs.trials += len(_without_record(sweep, trials))
-    while remaining := _without_record(sweep, trials):
-        wave = remaining
+    costs.trials += len(without_record(sweep, trials))
+    while remaining := [trial for trial in without_record(sweep, trials) if _is_held(sweep, trial)]:
+        wave, on = remaining, _devices(sweep, remaining)
         try:
-            program = program or open_program(sweep, remaining[0], costs)
+            if program is None or program.devices != on:
+                program = open_program(sweep, remaining[0], costs, on)
             wave = program.capacity.next_wave(remaining, len(program.devices))
             _train_wave(sweep, program, wave, costs)
         except stacked_step.OUT_OF_MEMORY as error:
             if not errors.is_out_of_memory(error):
                 raise
             if program is None or not program.capacity.halve(len(wave), len(program.devices)):
-                _record_out_of_memory(sweep, _without_record(sweep, wave))
+                _record_out_of_memory(sweep, without_record(sweep, wave))
+    for trial in trials if sweep.leases else ():
+        sweep.leases.release(trial.lease)
 
 
 def _record_out_of_memory(sweep: Sweep, trials: list[Trial]) -> None:
@@ -131,26 +161,34 @@ def _record_out_of_memory(sweep: Sweep, trials: list[Trial]) -> None:
         results.write_record(sweep.workdir, trial, results.FAILED, f"out of memory: {hint}")
 
 
-def _without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
+def without_record(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
+    """Return the trials that have not ended."""
     return [trial for trial in trials if not results.record(sweep.workdir, trial)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A group's data and compiled steps, its devices, and how many trials these can take."""
+    """A group's data and compiled steps, its sets of devices, and how many trials these can take."""
 
     run: run_lib.Run
-    devices: list[jax.Device]
+    devices: stacked_step.Devices
     capacity: lanes_lib.Capacity
     train_fn: Callable
     eval_fn: Callable
     steps_per_epoch: int
 
 
-def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
+def _devices(sweep: Sweep, trials: list[Trial]) -> stacked_step.Devices:
+    """Return a set of devices for each trial if trials may be divided and there are enough, else each device alone."""
+    config, devices = sweep.config_of(trials[0]), parallel.devices()
+    is_divided = sweep.divides and not frozen_encoders.can_cache(config, sweep.encoders_of(config))
+    num_sets = len(trials) if is_divided else len(devices)
+    return stacked_step.sets(devices, num_sets, (config.batch_size, config.eval.batch_size))
+
+
+def open_program(sweep: Sweep, trial: Trial, costs: Costs, devices: stacked_step.Devices) -> Program:
     """Open the program of a trial's group. Encode the data if the group's frozen encoders have not run yet."""
-    devices = parallel.devices()
-    run = run_lib.open_run(sweep.config_of(trial), devices[:1])
+    run = run_lib.open_run(sweep.config_of(trial), devices[0])
     encoders = sweep.encoders_of(run.config)
     if frozen_encoders.can_cache(run.config, encoders):
         key = frozen_encoders.features_key(run.config)
@@ -163,16 +201,18 @@ def open_program(sweep: Sweep, trial: Trial, costs: Costs) -> Program:
     # The step takes dropout as an argument, so reset it in the options: groups with equal models share a program.
     options = dataclasses.replace(run.options, model=run.options.model.clone(dropout=0.0))
     capacity = lanes_lib.read(sweep.workdir, sweep.group_key(trial), sweep.lanes)
-    return Program(run, devices, capacity, *_compiled(options, tuple(devices)), len(run.train_plan(epoch=1)))
+    compiled = _compiled(options, tuple(map(tuple, devices)))
+    return Program(run, devices, capacity, *compiled, len(run.train_plan(epoch=1)))
 
 
 @functools.lru_cache(maxsize=8)  # keep only the programs of the latest groups
-def _compiled(options: step_lib.StepOptions, devices: tuple[jax.Device, ...]) -> tuple[Callable, Callable]:
-    return stacked_step.compile_train(options, list(devices)), stacked_step.compile_eval(options, list(devices))
+def _compiled(options: step_lib.StepOptions, devices: tuple[tuple[jax.Device, ...], ...]) -> tuple[Callable, Callable]:
+    on = list(map(list, devices))
+    return stacked_step.compile_train(options, on), stacked_step.compile_eval(options, on)
 
 
 def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Costs) -> None:
-    """Train trials side by side, each until its last epoch, early stopping or a failure."""
+    """Train trials side by side until each has ended, or the rest may use several devices each."""
     steps_per_epoch, devices = program.steps_per_epoch, program.devices
     with contextlib.ExitStack() as closing:
         running = _record_ended(sweep, _open_trials(sweep, program.run, trials, closing))
@@ -189,6 +229,8 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
             stays_per_s = _train_until(last, program, current, stacks, costs)
             for t, state in zip(current, stacked_step.unstack(stacks)):
                 t.state = state
+                if not _is_held(sweep, t.trial):
+                    t.failure = "another process has taken it over"
             if last % steps_per_epoch == 0:
                 _validate(program, current, stacks, last // steps_per_epoch, stays_per_s)
                 rates = [t.progress.learning_rate for t in current]
@@ -198,7 +240,24 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
             for t in current:
                 if not t.failure:
                     t.store.save(t.state, t.progress, is_best=t.progress.best_epoch * steps_per_epoch == t.step)
-            running = _record_ended(sweep, running)
+            running = _share(sweep, _record_ended(sweep, running))
+            if running and _devices(sweep, [t.trial for t in running]) != devices:
+                return  # to resume with several devices for each
+
+
+def _share(sweep: Sweep, trials: list[RunningTrial]) -> list[RunningTrial]:
+    """Give up trials if other processes are idle, but keep as many as are needed here; return those kept.
+
+    The others resume them from their last save.
+    """
+    if sweep.leases is None:
+        return trials
+    num_idle = sweep.leases.num_idle()
+    kept = max(_needed(sweep), -(-len(trials) // (num_idle + 1)))
+    for t in trials[kept:]:
+        t.store.wait()
+        sweep.leases.release(t.trial.lease)
+    return trials[:kept]
 
 
 def _open_trials(sweep: Sweep, run, trials: list[Trial], closing: contextlib.ExitStack) -> list[RunningTrial]:
@@ -231,7 +290,7 @@ def _initial_states(run, seeds: list[int], encoders: dict) -> list[step_lib.Trai
     return [by_seed[seed] for seed in seeds]
 
 
-def _stack(trials: list[RunningTrial], lanes: int, devices: list[jax.Device]) -> list[stacked_step.Stack]:
+def _stack(trials: list[RunningTrial], lanes: int, devices: stacked_step.Devices) -> list[stacked_step.Stack]:
     seeds, dropouts = [t.config.seed for t in trials], [t.config.model.dropout for t in trials]
     return stacked_step.stack([t.state for t in trials], seeds, dropouts, lanes, devices)
 
@@ -320,16 +379,21 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
 
 
 def _record_ended(sweep: Sweep, trials: list[RunningTrial]) -> list[RunningTrial]:
-    """Write the records of the trials that failed or finished; return the others."""
-    running = []
+    """Write the records of the trials that have ended; return those that go on, in this process."""
+    running, compared = [], pruning.read(sweep.workdir) if sweep.pruning != pruning.NONE else {}
     for t in trials:
         reached = t.progress
+        numbers: dict = {"val_auroc": reached.best_auroc, "best_epoch": reached.best_epoch, "epochs": reached.epoch}
+        if not _is_held(sweep, t.trial):
+            continue
         if t.failure:
             results.write_record(sweep.workdir, t.trial, results.FAILED, t.failure, epochs=reached.epoch)
         elif reached.is_finished(t.config):
             t.store.wait()
-            numbers: dict = {"val_auroc": reached.best_auroc, "best_epoch": reached.best_epoch, "epochs": reached.epoch}
             results.write_record(sweep.workdir, t.trial, results.FINISHED, **numbers)
+        elif pruning.is_hopeless(sweep.pruning, sweep.workdir, compared, t.trial.number, reached.epoch):
+            t.store.wait()
+            results.write_record(sweep.workdir, t.trial, results.PRUNED, f"by {sweep.pruning}", **numbers)
         else:
             running.append(t)
     return running

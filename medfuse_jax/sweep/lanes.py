@@ -17,6 +17,8 @@ from medfuse_jax.runtime import errors, files
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import stacked_step
 
+_HINT = "delete it to measure the lanes again"
+
 
 @dataclasses.dataclass
 class Capacity:
@@ -58,17 +60,16 @@ class Capacity:
 
 
 def read(workdir: Path, group_key: str, given: int | None = None) -> Capacity:
-    """Read a group's stored capacity for this process's devices. given: --lanes, which replaces the stored lanes."""
+    """Read a group's stored capacity. given: --lanes, which replaces the stored lanes."""
     digest = hashlib.sha256(group_key.encode()).hexdigest()[:12]
-    path = workdir / "lanes" / f"{digest}_{jax.process_index()}.json"
+    path = workdir / "lanes" / f"{digest}.json"
     if not path.exists():
         return Capacity(path, given, is_given=bool(given))
-    hint = "delete it to measure the lanes again"
-    stored = files.read_json(path, hint)
+    stored = files.read_json(path, _HINT)
     lanes, at_once = stored.get("lanes", ""), stored.get("at_once")
     for number in (lanes, at_once):
         if number is not None and (type(number) is not int or number < 1):
-            raise UserError(f"{path} is damaged ({number!r} is not a number of trials): {hint}", path=path)
+            raise UserError(f"{path} is damaged ({number!r} is not a number of trials): {_HINT}", path=path)
     return Capacity(path, given or lanes, at_once, bool(given))
 
 
@@ -81,7 +82,10 @@ def choose(capacity: Capacity, max_lanes: int, measure: Callable[[], dict[int, f
         shown = ", ".join(f"{lanes}: {step_s:.3f}" for lanes, step_s in times_s.items())
         print(f"seconds per step of all trials, by lanes: {shown}", flush=True)
         capacity.lanes = min(times_s, key=times_s.get, default=1)
-        capacity.write()
+        if capacity.path.exists():  # another host was faster: with equal lanes, all round alike
+            capacity.lanes = files.read_json(capacity.path, _HINT)["lanes"]
+        else:
+            capacity.write()
     # A resumed sweep keeps the measured lanes even if fewer trials are left: its results must not change.
     return min(capacity.lanes, max_lanes) if capacity.at_once or capacity.is_given else capacity.lanes
 
@@ -100,7 +104,7 @@ def measure(
     stack_with: Callable[[int], list[stacked_step.Stack]],
     max_lanes: int,
     batch: dict,
-    on: list[jax.Device],
+    on: stacked_step.Devices,
 ) -> dict[int, float]:
     """Return the seconds per step of all trials (median of five), by lanes: 1, then about double, up to `max_lanes`.
 
@@ -121,7 +125,7 @@ def measure(
     return times_s
 
 
-def _time_step(train_fn: Callable, stacks: list[stacked_step.Stack], batch: dict, on: list[jax.Device]) -> float:
+def _time_step(train_fn: Callable, stacks: list[stacked_step.Stack], batch: dict, on: stacked_step.Devices) -> float:
     jax.block_until_ready(stacked_step.train_all(train_fn, stacks, batch, on))  # compile first
     taken_s = []
     for _ in range(5):

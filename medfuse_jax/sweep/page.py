@@ -56,8 +56,9 @@ def _name(field: str) -> str:
 
 
 def _lead(runs: dict[int, read_runs.Run], records: list[dict], chosen: dict | None) -> str:
-    failed = sum(r["status"] == results.FAILED for r in records)
-    text = f"{len(records)} trials" + (f" ({failed} failed)" if failed else "") + ". "
+    counts = [(sum(r["status"] == status for r in records), status) for status in (results.FAILED, results.PRUNED)]
+    ended = ", ".join(f"{count} {status}" for count, status in counts if count)
+    text = f"{len(records)} trials" + (f" ({ended})" if ended else "") + ". "
     if not chosen:
         return f'<p class="lead">{escape(text)}None has a validation AUROC.</p>'
     values = ", ".join(f"{_name(field)} {_format(field, value)}" for field, value in chosen["values"].items())

@@ -17,7 +17,7 @@ from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep.search import Trial, short_name
 
-FINISHED, FAILED = "finished", "failed"
+FINISHED, FAILED, PRUNED = "finished", "failed", "pruned"
 _CHOOSE = "choose another --workdir"
 
 
@@ -53,13 +53,19 @@ def record(workdir: Path, trial: Trial) -> dict | None:
     return content | {"values": values}  # values in the order of the trial's fields
 
 
+def has_finished(workdir: Path, number: int) -> bool:
+    """Return whether a trial, of whatever values, has finished."""
+    path = trial_dir(workdir, number) / "trial.json"
+    return path.exists() and files.read_json(path, "delete it and rerun").get("status") == FINISHED
+
+
 def _find_problem(content: dict, expected: dict) -> str:
     """Return why a file's content is not the trial's record; '' if it is."""
     for field, value in expected.items():
         if content.get(field) != value:
             return f"{field} is {content.get(field)}, not {value}"
     reached = {name: content[name] for name in ("val_auroc", "best_epoch", "epochs") if name in content}
-    is_complete = content.get("status") == FAILED or (content.get("status") == FINISHED and len(reached) == 3)
+    is_complete = content.get("status") == FAILED or (content.get("status") in (FINISHED, PRUNED) and len(reached) == 3)
     if not is_complete or not isinstance(content.get("reason"), str):
         return "the result is missing"
     invalid = [name for name, value in reached.items() if type(value) not in (int, float, type(None))]

@@ -82,6 +82,10 @@ class Trial:
                 raise UserError(message, field=f"config.{field}", value=value) from None
         return config
 
+    @property
+    def lease(self) -> str:
+        return f"trial_{self.number:03d}"
+
     def describe(self) -> str:
         return ", ".join(f"{short_name(field)} {value}" for field, value in self.values.items())
 

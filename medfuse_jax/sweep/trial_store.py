@@ -1,10 +1,8 @@
 """Where a trial's states are stored: in checkpoints like those of a single run, or in one file.
 
-One file is used for trials on frozen encoders, whose states are small, and with several processes, because orbax does
-not save arrays that only one process holds.
+One file is used for trials on frozen encoders, whose states are small.
 """
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -39,18 +37,14 @@ class CheckpointStore:
 
 
 class FileStore:
-    """state.npz: the latest and the best state with the progress at each, written atomically.
+    """state.npz: the latest and the best state with the progress at each, written atomically."""
 
-    Without a file, it resumes from checkpoints if there are any. is_frozen: whether the trial is on frozen encoders.
-    Checkpoints of such a trial are exports of the file, with the encoders added, and are not read.
-    """
-
-    def __init__(self, workdir: Path, is_frozen: bool = False):
-        self._workdir, self._path, self._is_frozen = workdir, workdir / "state.npz", is_frozen
+    def __init__(self, workdir: Path):
+        self._path = workdir / "state.npz"
         self._best = {}
 
     def latest(self, abstract) -> tuple | None:
-        return self._read("latest", abstract) or self._from_checkpoints(abstract)
+        return self._read("latest", abstract)
 
     def best(self, abstract) -> tuple | None:
         return self._read("best", abstract)
@@ -82,21 +76,11 @@ class FileStore:
             raise UserError(message, path=self._path) from None
         return state, progress
 
-    def _from_checkpoints(self, abstract) -> tuple | None:
-        if self._is_frozen or not (self._workdir / "checkpoints").is_dir():
-            return None
-        with contextlib.closing(checkpoints.open_manager(self._workdir)) as manager:
-            best = checkpoints.best(manager, abstract)
-            if best is not None:
-                self._best = _to_arrays("best", *best)
-            return jax.device_get(checkpoints.restore_latest(manager, abstract))
-
 
 def open_store(workdir: Path, is_frozen: bool) -> CheckpointStore | FileStore:
     """Open a trial's store in the process that trains it. A trial that already has a file keeps using it."""
     files.remove_unfinished(workdir / "state.npz")
-    in_file = is_frozen or jax.process_count() > 1 or (workdir / "state.npz").exists()
-    return FileStore(workdir, is_frozen) if in_file else CheckpointStore(workdir)
+    return FileStore(workdir) if is_frozen or (workdir / "state.npz").exists() else CheckpointStore(workdir)
 
 
 def _leaf(leaves: dict[str, np.ndarray], path, expected) -> np.ndarray:

@@ -130,6 +130,8 @@ def test_dealing_keeps_every_row_and_image_on_its_device(devices):
         with_cxr = [rows_DB[d, image_row_DP[d, slot]] for d, slot in np.argwhere(image_mask_DP)]
         assert sorted(with_cxr) == sorted(r for r in plan.paired_SP[step] if r != plan_lib.PADDING)
         assert image_row_DP.shape[1] == -(-plan.images_per_batch // devices)
+        # A record has the same row_id, and so the same augmentation and dropout, on any number of devices.
+        np.testing.assert_array_equal(rows_DB.reshape(-1)[np.argsort(rows["row_id"].reshape(-1))], expected)
 
 
 def test_all_paired_and_none_paired_need_no_mixed_batches():

@@ -20,9 +20,8 @@ from medfuse_jax import run as run_lib
 from medfuse_jax.data import device_store
 from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
-from medfuse_jax.runtime import hosts
-from medfuse_jax.runtime.errors import TryLater, UserError
-from medfuse_jax.sweep import command, groups, processes, results
+from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.sweep import command, groups, leases, results
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +151,6 @@ def test_fields_of_single_runs_are_refused(ehr_config, tmp_path, field, value):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_two_sweeps_cannot_use_one_folder(ehr_config, tmp_path):
-    with workdir_lib.locked(tmp_path), pytest.raises(TryLater, match="another process is using"):
-        sweep(ehr_config, tmp_path, RATES)
-
-
 @pytest.mark.slow
 def test_rounds_of_optuna_are_trained_and_resumed(ehr_config, tmp_path):
     pytest.importorskip("optuna")
@@ -219,21 +213,27 @@ def test_a_list_in_the_config_gives_the_trials_unless_there_is_a_search(tmp_path
     path = tmp_path / "listed.py"
     path.write_text("def sweep(add):\n    add(lr=1e-3)\n    add(lr=1e-2)\n")
     request = command.Request(config_lib.default(), path, tmp_path / "sweep", [])
-    trials = command._plan_trials(request, draws=True).initial
+    trials = command._plan_trials(request).initial
     assert [trial.values for trial in trials] == [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]
     with pytest.raises(UserError) as error:
-        command._plan_trials(dataclasses.replace(request, algorithm="optuna"), draws=True)
+        command._plan_trials(dataclasses.replace(request, algorithm="optuna"))
     assert error.value.field == "--search"
     searched = dataclasses.replace(request, specs=["seed:int(0,9)"], num_trials=1)
-    assert [list(trial.values) for trial in command._plan_trials(searched, draws=True).initial] == [["seed"]]
+    assert [list(trial.values) for trial in command._plan_trials(searched).initial] == [["seed"]]
     assert f"--search replaces the trials listed in {path}" in capsys.readouterr().out
 
 
-def _skip_training(monkeypatch, train_group):
-    """Replace the training of groups, and leave out pre-training and results."""
-    monkeypatch.setattr(command.train, "pretrain", lambda stages, by_sweep: None)
+def _skip_training(monkeypatch, pretrained, configs=None):
+    """Leave out all training and the results; collect the stages and the trials' configs."""
+
+    def train_group(sweep, trials, costs):
+        for trial in trials:
+            results.write_record(sweep.workdir, trial, results.FAILED, "not trained")
+            if configs is not None:
+                configs.append(sweep.config_of(trial))
+
+    monkeypatch.setattr(command.train, "pretrain", lambda stages, by_sweep: pretrained.extend(stages))
     monkeypatch.setattr(groups, "train_group", train_group)
-    monkeypatch.setattr(command, "_are_recorded", lambda workdir, trials: True)
     monkeypatch.setattr(command, "_conclude", lambda sweep, trials, exported: (sweep.workdir / "sweep.csv").touch())
 
 
@@ -242,28 +242,24 @@ def test_trials_start_from_the_encoders_that_their_single_runs_would_train(tiny_
     """Whatever the config's own method: for uni_ehr, the stage would be the run itself."""
     tiny_config.method = method
     tiny_config.pretrain.update(PRETRAIN)
-    stages, encoders = {}, {}
-
-    def train_group(sweep, trials, costs):
-        for config in map(sweep.config_of, trials):
-            encoders[config.method] = {name: Path(path).name for name, path in config.init.items() if path}
-
-    _skip_training(monkeypatch, train_group)
-    monkeypatch.setattr(command.train, "pretrain", lambda opened, by_sweep: stages.update(opened))
+    stages, configs = [], []
+    _skip_training(monkeypatch, stages, configs)
     sweep(tiny_config, tmp_path, ["method:choice(uni_ehr,medfuse)"], num_trials=2)
-    assert sorted(stages) == ["cxr", "ehr"] and stages["cxr"][1].config.method == "uni_cxr"
+    assert sorted(stages) == ["cxr", "ehr"]
+    encoders = {c.method: {name: Path(path).name for name, path in c.init.items() if path} for c in configs}
     assert encoders == {"uni_ehr": {}, "medfuse": {"ehr": "pretrain_ehr", "cxr": "pretrain_cxr"}}
 
 
-def test_processes_wait_for_encoders_that_added_trials_need(tiny_config, tmp_path, monkeypatch):
+def test_encoders_that_added_trials_need_are_trained(tiny_config, tmp_path, monkeypatch):
     tiny_config.pretrain.update(PRETRAIN)
-    _skip_training(monkeypatch, lambda sweep, trials, costs: None)
-    specs, waited = ["method:choice(uni_ehr,medfuse)"], []
+    trained = []
+    _skip_training(monkeypatch, trained)
+    specs = ["method:choice(uni_ehr,medfuse)"]
     sweep(tiny_config, tmp_path, specs, num_trials=2)
-    monkeypatch.setattr(processes, "wait_for", lambda is_ready, what: waited.append(is_ready()))
+    assert sorted(trained) == ["cxr", "ehr"]
     (tmp_path / "pretrain_cxr" / "trained.json").unlink()
-    sweep(tiny_config, tmp_path, specs, num_trials=2, process=hosts.Process(1, 2))
-    assert waited == [False, True], "for the encoder, and not for the trials"
+    sweep(tiny_config, tmp_path, specs, num_trials=2)
+    assert sorted(trained) == ["cxr", "cxr", "ehr"]
 
 
 @pytest.mark.parametrize(
@@ -283,32 +279,17 @@ def test_a_trial_that_freezes_random_encoders_is_refused(tiny_config, tmp_path, 
     assert not any(tmp_path.iterdir())
 
 
-def test_groups_of_one_trial_are_dealt_to_all_processes(ehr_config, tmp_path, monkeypatch):
-    trained = []
-    _skip_training(monkeypatch, lambda sweep, trials, costs: trained.extend(t.number for t in trials))
-    for number in range(2):
-        process = hosts.Process(number, 2)
-        sweep(ehr_config, tmp_path, ["ehr_only_ratio:uniform(0,1)"], num_trials=4, process=process)
-    assert trained == [0, 2, 1, 3]
-
-
-def test_a_process_other_than_the_first_needs_a_data_folder(ehr_config, tmp_path):
-    ehr_config.data.dir = ""
-    with pytest.raises(UserError) as error:
-        sweep(ehr_config, tmp_path, RATES, process=hosts.Process(1, 2))
-    assert error.value.field == "config.data.dir"
-
-
 @pytest.mark.slow
 def test_costs_are_those_of_the_current_start(ehr_config, tmp_path, monkeypatch):
     """Pre-training is not part of start-up, and trials trained by an earlier start are not counted."""
-    ahead_s, clock = [0.0], time.perf_counter
+    ahead_s, clock, claimed = [0.0], time.perf_counter, leases.Leases.claimed
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead_s[0])
 
-    def pretrain(stages, by_sweep):
-        ahead_s[0] += 1000.0
+    def pretrained_first(self, claim, missing, what):
+        ahead_s[0] += 1000.0 * (what == "encoders")
+        return claimed(self, claim, missing, what)
 
-    monkeypatch.setattr(command.train, "pretrain", pretrain)
+    monkeypatch.setattr(leases.Leases, "claimed", pretrained_first)
     ehr_config.num_epochs = 1
     for trained in (2, 0):
         sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1)

@@ -85,7 +85,7 @@ def test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model(
         if not frozen_encoders.can_cache(trial.config(frozen_config), encoders):
             continue
         cached.append(trial.values["method"])
-        run = groups.open_program(together, trial, costs).run
+        run = groups.open_program(together, trial, costs, groups._devices(together, [trial])).run
         score_BK = _scorer(run)(run.fresh_state())
         assert np.isfinite(score_BK).all()
     assert cached == ["early", "joint", "joint_zeros", "joint_learnable", "medfuse", "medfuse"]
@@ -137,7 +137,7 @@ def test_features_are_computed_once_for_all_groups_that_share_them(frozen_config
     together, costs = groups.Sweep(frozen_config, tmp_path, encoders), Costs()
     trials = [search.Trial(i, changed) for i, changed in enumerate(values)]
     for trial in trials:
-        groups.open_program(together, trial, costs)
+        groups.open_program(together, trial, costs, groups._devices(together, [trial]))
     assert [config.image.resize_px for config in encoded] == [32, 48, 32]
     assert len({together.group_key(trial) for trial in trials}) == len(trials)
 

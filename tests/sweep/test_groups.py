@@ -207,12 +207,80 @@ def test_a_group_keeps_its_key_if_the_sweep_and_the_shards_are_moved(tiny_config
     assert groups.Sweep(tiny_config, tmp_path / "after", encoders).group_key(trial) != keys[1]
 
 
+def _open(sweep, trial):
+    return groups.open_program(sweep, trial, Costs(), groups._devices(sweep, [trial]))
+
+
 def test_groups_with_equal_steps_share_their_programs(ehr_config, tmp_path):
     sweep = groups.Sweep(ehr_config, tmp_path, {})
     values = [{}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16, "model.dropout": 0.1}, {"beta2": 0.9}]
-    programs = [groups.open_program(sweep, search.Trial(i, changed), Costs()) for i, changed in enumerate(values)]
+    programs = [_open(sweep, search.Trial(i, changed)) for i, changed in enumerate(values)]
     assert [program.train_fn is programs[0].train_fn for program in programs] == [True, True, True, False]
     assert [program.eval_fn is programs[0].eval_fn for program in programs] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_trials", "sizes", "expected"),
+    [
+        (8, 1, (16, 32), [8]),
+        (8, 2, (16, 32), [4, 4]),
+        (8, 3, (16, 32), [2, 2, 2, 2]),
+        (8, 5, (16, 32), [1] * 8),
+        (8, 20, (16, 32), [1] * 8),
+        (8, 1, (16, 30), [2, 2, 2, 2]),
+        (8, 1, (15, 30), [1] * 8),
+        (6, 2, (12, 24), [3, 3]),
+    ],
+)
+def test_devices_are_divided_evenly_over_few_trials(num_devices, num_trials, sizes, expected):
+    divided = stacked_step.sets(list(range(num_devices)), num_trials, sizes)
+    assert [len(one) for one in divided] == expected
+    assert [device for one in divided for device in one] == list(range(num_devices))
+
+
+@pytest.mark.parametrize("method", ["uni_ehr", pytest.param("medfuse", marks=pytest.mark.slow)])
+def test_a_divided_trial_has_the_results_of_one_device(tiny_config, tmp_path, monkeypatch, method):
+    """Up to rounding, by plain gradient descent; with augmentation and dropout."""
+    monkeypatch.setattr(optim, "adam", lambda beta2: optax.identity())
+    tiny_config.method, tiny_config.image.crop, tiny_config.num_epochs = method, "random", 2
+    opened, open_program = [], groups.open_program
+
+    def recorded(*args):
+        opened.append([len(one) for one in args[-1]])
+        return open_program(*args)
+
+    monkeypatch.setattr(groups, "open_program", recorded)
+    specs, states = ["lr:loguniform(0.03,0.3)"], []
+    for name, divides in (("whole", False), ("divided", True)):
+        (row,) = sweep(tiny_config, tmp_path / name, specs, num_trials=1, lanes=1, divide_trials=divides)
+        states.append(best_state(results.trial_dir(tmp_path / name, 0)))
+        assert row["status"] == "finished"
+    assert opened == [[1, 1], [2]]
+    assert difference(*states) < 5e-6
+    fresh = run_lib.open_run(tiny_config).fresh_state()
+    assert difference(states[0], fresh) > 1e-3, "training moves the weights by more than the tolerance"
+
+
+@pytest.mark.slow
+def test_the_last_trial_takes_the_devices_of_those_that_ended(ehr_config, tmp_path, monkeypatch):
+    """Three of four trials stop after an epoch; the last goes on with both devices, from its last save."""
+
+    def should_stop(progress, early_stop_epochs):
+        return progress.epoch > 0 and progress.learning_rate > 5e-3
+
+    monkeypatch.setattr(Progress, "should_stop", should_stop)
+    ehr_config.num_epochs = 3
+    tables = [
+        sweep(ehr_config, tmp_path / str(divides), RATES, num_trials=4, lanes=1, divide_trials=divides)
+        for divides in (False, True)
+    ]
+    assert len({row["epochs"] for row in tables[0]}) == 2, "some trials stop and some do not"
+    for whole, divided in zip(*(sorted(rows, key=lambda row: row["trial"]) for rows in tables)):
+        assert (whole["epochs"], whole["lr"]) == (divided["epochs"], divided["lr"])
+        assert float(divided["val_auroc"]) == pytest.approx(float(whole["val_auroc"]), abs=0.01)
+    for row in tables[1]:
+        lines = (results.trial_dir(tmp_path / "True", int(row["trial"])) / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 2 * int(row["epochs"]), "no epoch is trained twice"
 
 
 @pytest.mark.slow
@@ -221,3 +289,65 @@ def test_the_batch_need_not_divide_over_the_devices(ehr_config, tmp_path):
     ehr_config.batch_size = ehr_config.eval.batch_size = 31
     ehr_config.num_epochs = 1
     assert [row["status"] for row in sweep(ehr_config, tmp_path, RATES, num_trials=2, lanes=1)] == ["finished"] * 2
+
+
+class _Others:
+    """Leases of a process beside others, of which `idle` are idle."""
+
+    def __init__(self, idle=1, taken=()):
+        self.idle, self.taken, self.held, self.released = idle, set(taken), [], []
+
+    def is_free(self, name):
+        return name not in self.taken
+
+    def claim(self, name):
+        self.held.append(name)
+        return True
+
+    def holds(self, name):
+        return name in self.held
+
+    def release(self, name):
+        if name in self.held:
+            self.held.remove(name)
+            self.released.append(name)
+
+    def num_idle(self):
+        return self.idle
+
+
+@pytest.mark.parametrize(
+    ("idle", "divides", "taken", "claimed"),
+    [
+        (1, False, (), range(8)),  # alone
+        (2, False, (), range(4)),
+        (2, False, (0, 2), (1, 3, 4)),
+        (8, False, (), range(2)),  # one for each of the two devices
+        (8, True, (), range(1)),
+        (3, False, range(8), range(8, 12)),  # the first group is taken
+    ],
+)
+def test_a_process_claims_its_share(ehr_config, tmp_path, idle, divides, taken, claimed):
+    trials = [search.Trial(i, {"beta2": 0.9 if i < 8 else 0.99}) for i in range(20)]
+    leases = _Others(idle, [search.Trial(i, {}).lease for i in taken])
+    sweep = groups.Sweep(ehr_config, tmp_path, {}, leases, divides=divides)
+    assert [trial.number for trial in groups.claim(sweep, [trials[:8], trials[8:]])] == list(claimed)
+    assert leases.held == [trials[i].lease for i in claimed]
+
+
+@pytest.mark.slow
+def test_trials_are_given_up_to_idle_processes_and_can_be_resumed(ehr_config, tmp_path):
+    """After the first save. A trial that this process does not hold is not trained."""
+    trials = [search.Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(6)]
+    leases = _Others(idle=1)
+    sweep = groups.Sweep(ehr_config, tmp_path, {}, leases, lanes=1)
+    for trial in trials[:5]:
+        leases.claim(trial.lease)
+    ehr_config.num_epochs = 2
+    groups.train_group(sweep, trials, Costs())
+    assert [results.record(tmp_path, trial) is not None for trial in trials] == [True, True, True, False, False, False]
+    assert leases.released[:2] == [trials[3].lease, trials[4].lease], "half of five, at the first save"
+    epochs = [json.loads(line)["epoch"] for line in (results.trial_dir(tmp_path, 4) / "metrics.jsonl").open()]
+    assert epochs == [1, 1] and not results.trial_dir(tmp_path, 5).exists()
+    groups.train_group(groups.Sweep(ehr_config, tmp_path, {}), trials[4:5], Costs())
+    assert len((results.trial_dir(tmp_path, 4) / "metrics.jsonl").read_text().splitlines()) == 4

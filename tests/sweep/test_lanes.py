@@ -51,7 +51,8 @@ def test_more_lanes_are_measured_while_they_are_faster(monkeypatch, step_s, meas
 
 
 def test_measuring_leaves_the_states_unchanged(ehr_config, tmp_path, monkeypatch):
-    program = groups.open_program(groups.Sweep(ehr_config, tmp_path, {}), search.Trial(0, {}), Costs())
+    alone = [[device] for device in jax.local_devices()]
+    program = groups.open_program(groups.Sweep(ehr_config, tmp_path, {}), search.Trial(0, {}), Costs(), alone)
     states = [jax.device_get(program.run.fresh_state())] * 4
     before = jax.tree.map(np.copy, states)
     batch = next(program.run.batches("train", program.run.train_plan(epoch=1)))
