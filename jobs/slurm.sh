@@ -9,7 +9,7 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-# --requeue covers preemption and failed nodes. Before the time limit, Slurm signals this script, which requeues its task.
+# --requeue covers preemption and failed nodes. Before the time limit, Slurm signals this script, which requeues itself.
 #SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
 #SBATCH --output=sweep_%A_%a.log

@@ -117,6 +117,8 @@ def _pretrain(stages: dict, leases: leases_lib.Leases, costs: Costs) -> None:
     def claim() -> str:
         return next((name for name in missing() if leases.claim(f"pretrain_{name}")), "")
 
+    for folder, staged in stages.values():  # also of a trained one, whose config names the shards, which may have moved
+        workdir_lib.claim(folder, staged, by_sweep=True)
     with costs.timed("pretrain_s"):
         for name in leases.claimed(claim, missing, "encoders"):
             train.pretrain({name: stages[name]}, by_sweep=True)

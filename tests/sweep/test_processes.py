@@ -1,5 +1,6 @@
 """The sweep's command in processes of its own: several at once, killed at any moment, and with wrong flags."""
 
+import contextlib
 import json
 import re
 import signal
@@ -34,23 +35,34 @@ def test_killed_processes_are_replaced(tmp_path, shards, is_same_host):
     """Two of four, each with a trial that it has saved and not ended; on hosts of their own, their leases go stale."""
     swept = command(tmp_path, shards, "killed", num_epochs=8)
     running = [start(swept if is_same_host else as_other_host(swept)) for _ in range(4)]
-    leases, end_s = tmp_path / "killed" / "leases", time.monotonic() + 240
-    killed = {}
-    while len(killed) < 2 and time.monotonic() < end_s:
-        time.sleep(0.01)
-        for number in range(4):
-            folder = tmp_path / "killed" / "trials" / f"{number:03d}"
-            if any(folder.glob("checkpoints/*[0-9]")) and not (folder / "trial.json").exists():
-                owner = json.loads(max(leases.glob(f"trial_{number:03d}.*")).read_text()).get("process")
+    killed, end_s = {}, time.monotonic() + 240
+    try:
+        while len(killed) < 2 and time.monotonic() < end_s:
+            time.sleep(0.01)
+            for number, owner in _owners_of_saved(tmp_path / "killed"):
                 victim = next((process for process in running if process.pid == owner), None)
                 if victim and len(killed) < 2 and owner not in killed:
                     victim.send_signal(signal.SIGKILL)
                     killed[owner] = number
-    texts = [process.communicate(timeout=240)[0] for process in running]
+        texts = [process.communicate(timeout=240)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert sorted(process.returncode for process in running) == [-signal.SIGKILL] * 2 + [0] * 2, texts
     assert all(f"taking over trial_{number:03d}" in "".join(texts) for number in killed.values()), texts
     run(command(tmp_path, shards, "alone", num_epochs=8))
     assert table(tmp_path / "alone") == table(tmp_path / "killed")
+
+
+def _owners_of_saved(workdir):
+    """Return (trial, process) of the trials that have a checkpoint and have not ended."""
+    owners = []
+    for folder in workdir.glob("trials/*"):
+        if any(folder.glob("checkpoints/*[0-9]")) and not (folder / "trial.json").exists():
+            latest = max((workdir / "leases").glob(f"trial_{folder.name}.*"))
+            with contextlib.suppress(ValueError):  # it is just being claimed
+                owners.append((int(folder.name), json.loads(latest.read_text()).get("process")))
+    return owners
 
 
 @pytest.mark.slow
