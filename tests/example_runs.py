@@ -104,6 +104,7 @@ def write_evaluation(
         has_ehr=np.full(len(labels), not schema.TASKS[task].cxr_only),
         has_cxr=has_cxr,
         age=data["age"].astype(np.float32),
+        **dict.fromkeys(schema.STATIC_TEXTS, np.full(len(labels), "unknown")),
         step=100 * best_epoch,
     )
     masks = {"all": np.ones_like(has_cxr)} | ({} if has_cxr.all() else {"paired": has_cxr, "unpaired": ~has_cxr})

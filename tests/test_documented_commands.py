@@ -63,7 +63,7 @@ def test_commands_run_after_those_they_need():
 
 
 def test_documented_benchmark_cases_exist():
-    shown = [command for command in commands() if command.value("preset")]
+    shown = [command for command in commands() if command.value("preset") and "bench" in command.module]
     assert {command.value("preset") for command in shown if command.where.endswith(".md")} == set(SMALLEST)
     for command in shown:
         names = [case.name for case in cases.preset(command.value("preset"))[0]]
@@ -267,6 +267,12 @@ def _check_measured(command: Command, outcome: Outcome, root: Path) -> None:
     assert sum(row.get("images_per_s_core", 0) > 0 for row in rows) == 4, outcome.output
 
 
+def _check_paper(command, outcome, root):
+    content = json.loads((root / command.value("out") / "paper.json").read_text())
+    assert content["self_checks"]["failed"] == [] and content["tables"]
+    assert (root / command.value("out") / "index.html").exists()
+
+
 _CHECKS = {
     "data_prep.synthetic": _check_synthetic,
     "data_prep.build": _check_build,
@@ -279,6 +285,7 @@ _CHECKS = {
     "medfuse_jax.ensemble": _check_ensemble,
     "medfuse_jax.compare": _check_compare,
     "medfuse_jax.predict": _check_predict,
+    "medfuse_jax.paper": _check_paper,
     "medfuse_jax.report": _check_report,
     "medfuse_jax.torch_import": _check_weights,
     "medfuse_jax.bench": _check_bench,

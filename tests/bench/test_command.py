@@ -95,7 +95,7 @@ def test_needs_only_jax_flax_optax_numpy_and_absl(tmp_path, only):
     assert all(row["environment"]["jax"] == jax.__version__ and row["input"] == "made up" for row in measured)
     assert all(row["reader"] == "threads" for row in measured if row["settings"]["kind"] == "feed")
     assert str(tmp_path) not in json_file.read_text(), "a record names no folder"
-    assert "left out: reading B=4 50% paired" in done.stdout or not without
+    assert "left out: reading medfuse B=4 50% paired" in done.stdout or not without
 
 
 def test_hidden_packages_cannot_be_imported(tmp_path):
