@@ -1,12 +1,10 @@
 """The whole pipeline on a synthetic cohort, with small encoders: MedFuse compared with the LSTM.
 
 Command: python -m medfuse_jax.main --config=configs/demo.py
-Hardware and time: 2 CPU cores, 82 and 94 s for the whole command, nothing cached (two runs).
+Hardware and time: 2 CPU cores, 208 s with the installation, nothing cached (one run).
 Result to expect (2026-11-29, jax 0.10.2): macro AUROC [95 % CI] on the 305 test stays, then the lead of MedFuse over
 the LSTM on all of them and on the 144 with an X-ray. The intervals resample patients.
-Seed 0: LSTM 0.654 [0.634, 0.675], MedFuse 0.734 [0.712, 0.754], +0.079 [+0.060, +0.099]; X-ray +0.126 [+0.091, +0.157].
-Seed 1: LSTM 0.593, MedFuse 0.659, +0.067 [+0.039, +0.092]; X-ray +0.119.
-Seed 2: LSTM 0.660, MedFuse 0.742, +0.082 [+0.060, +0.104]; X-ray +0.142.
+Seed 0: LSTM 0.604 [0.585, 0.626], MedFuse 0.663 [0.642, 0.683], +0.059 [+0.034, +0.082]; X-ray +0.110 [+0.078, +0.145].
 Other machines and versions of jax change these by a few hundredths. docs/notes.md says why the encoders are frozen.
 """
 
