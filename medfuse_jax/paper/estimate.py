@@ -23,7 +23,7 @@ def seconds(trainings: list[Training], config_of: Callable[[Training], ConfigDic
     config_of: the config of a training, with any learning rate. Early stopping, trials side by side and several devices
     make it shorter; evaluation is not in it.
     """
-    ehr_s, image_s = _measure(config_of)
+    ehr_s, image_s = _measure(config_of, next(t.task for t in trainings if t.task != "radiology"))
     total_s = 0.0
     for training in trainings:
         config = config_of(training)
@@ -49,10 +49,10 @@ def _sizes(config: ConfigDict, share: float) -> tuple[int, float]:
     return (2 * steps, (slots + size) / 2) if config.method == "unified" else (steps, slots)
 
 
-def _measure(config_of: Callable[[Training], ConfigDict]) -> tuple[float, float]:
+def _measure(config_of: Callable[[Training], ConfigDict], task: str) -> tuple[float, float]:
     """Return the seconds of a step on a batch's series, and those that each X-ray slot adds."""
-    series = Training("", "pheno", "", {"method": "uni_ehr"}, rate=1e-4)
-    fused = Training("", "pheno", "", {"method": "joint", "encoders": "random"}, rate=1e-4)
+    series = Training("", task, "", {"method": "uni_ehr"}, rate=1e-4)
+    fused = Training("", task, "", {"method": "joint", "encoders": "random"}, rate=1e-4)
     ehr_s, _ = _step_s(config_of(series))
     fused_s, slots = _step_s(config_of(fused))
     return ehr_s, max(fused_s - ehr_s, 0.0) / max(slots, 1)
