@@ -45,12 +45,12 @@ def test_the_command_trains_resumes_and_refuses_another_plan(shards, tmp_path):
         "--preset=smoke",
         f"--data={shards}",
         f"--out={out}",
-        "--tasks=mortality",
+        "--tasks=pheno",
         "--methods=lstm",
         "--noestimate",
     )
     _run(*given)
-    (checkpoint,) = (out / "runs" / "mortality" / "E2" / "trials").glob("*/result.json")
+    (checkpoint,) = (out / "runs" / "pheno" / "E2" / "trials").glob("*/result.json")
     content = json.loads((out / "paper.json").read_text())
     assert {"table_1", "table_a1"} <= {t["name"] for t in content["tables"]} and content["synthetic"]
     rows = content["tables"][1]["rows"]

@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from sweep_cases import RATES, sweep
+from sweep_cases import sweep
 
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import command, pruning, results, search
+
+_APART = ["lr:choice(0.00001,0.001,0.01)"]  # no two trials reach the same AUROC
 
 
 def _write(workdir, number, aurocs, status=None):
@@ -64,8 +66,8 @@ def test_no_trial_is_compared_without_pruning_or_before_its_first_epoch(tmp_path
 def test_a_sweep_ends_trials_singly_in_their_lanes(ehr_config, tmp_path):
     """Two of three trials end at epoch 3, in one stack; the others keep the numbers that they have without pruning."""
     ehr_config.num_epochs, ehr_config.early_stop_epochs = 4, 100
-    whole = sweep(ehr_config, tmp_path / "whole", RATES, num_trials=3, lanes=3)
-    rows = sweep(ehr_config, tmp_path / "pruned", RATES, num_trials=3, lanes=3, pruning="asha")
+    whole = sweep(ehr_config, tmp_path / "whole", _APART, num_trials=3, lanes=3)
+    rows = sweep(ehr_config, tmp_path / "pruned", _APART, num_trials=3, lanes=3, pruning="asha")
     assert sorted(row["status"] for row in rows) == ["finished", "pruned: by asha", "pruned: by asha"]
     assert [row["epochs"] for row in rows if row["status"] != "finished"] == ["3", "3"]
     (kept,) = [row for row in rows if row["status"] == "finished"]
@@ -73,7 +75,7 @@ def test_a_sweep_ends_trials_singly_in_their_lanes(ehr_config, tmp_path):
     same = next(row for row in whole if row["trial"] == kept["trial"])
     assert float(kept["val_auroc"]) == pytest.approx(float(same["val_auroc"]), abs=1e-3)
     with pytest.raises(UserError) as error:
-        sweep(ehr_config, tmp_path / "pruned", RATES, num_trials=3, lanes=3)
+        sweep(ehr_config, tmp_path / "pruned", _APART, num_trials=3, lanes=3)
     assert error.value.path == tmp_path / "pruned" and "--pruning was asha" in str(error.value)
 
 
