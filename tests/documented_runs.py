@@ -180,7 +180,11 @@ PathFinder.find_spec = lambda name, *others: None if name == "torch" else _find(
 def reads(command: Command) -> list[str]:
     """Return the paths among a command's flags that it reads."""
     names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
-    names += {"medfuse_jax.compare": ["a", "b"], "medfuse_jax.predict": ["workdir", "data"]}.get(command.module, [])
+    names += {
+        "medfuse_jax.compare": ["a", "b"],
+        "medfuse_jax.paper": ["data"],
+        "medfuse_jax.predict": ["workdir", "data"],
+    }.get(command.module, [])
     names += ["config.data.dir", "config.init.ehr", "config.init.cxr", "config.init.model"]
     if command.module == "medfuse_jax.evaluate" or command.value("export").endswith(_WEIGHTS):
         names.append("workdir")
