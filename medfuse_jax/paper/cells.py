@@ -7,10 +7,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from medfuse_jax import schema
 from medfuse_jax.paper import published
 from medfuse_jax.paper.scores import Evaluation, Scores, TaskResults
 
 METRICS = ("auroc", "auprc")
+BOTH = ("lstm", "medfuse")  # the two models of Tables 4 and 5 and Figure 4, as published.csv names them
+BOTH_HEADS = [f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS]
+KINDS = {p.name: p.kind for p in schema.PHENOTYPES}
 TASK_NAMES = {"pheno": "Phenotyping", "mortality": "Mortality"}
 
 
@@ -60,8 +64,12 @@ class Maker:
         self.tasks = tasks
         self.evaluation = evaluation
 
-    def of(self, task: str) -> TaskResults | None:
-        return next((r for r in self.tasks if r.task == task), None)
+    def both(self, task: str) -> tuple[TaskResults, list[Scores]] | None:
+        """Return a task with the scores of E1 and OPT on its paired test stays; None without one of the two."""
+        r = next((r for r in self.tasks if r.task == task), None)
+        if r is None or not {"E1", "OPT"} <= r.models.keys():
+            return None
+        return r, [r.models[id].test.paired for id in ("E1", "OPT")]
 
     def heads(self) -> list[str]:
         return [f"{TASK_NAMES[r.task]}, {m.upper()}" for r in self.tasks for m in METRICS]

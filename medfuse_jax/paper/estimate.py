@@ -1,5 +1,6 @@
 """How long a plan takes on this machine, from the time of its own first steps."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -29,24 +30,32 @@ def seconds(trainings: list[Training], config_of: Callable[[Training], ConfigDic
         config = config_of(training)
         reads_ehr = config.method != "uni_cxr"
         trained = _FROZEN if config.method == "early" else 1.0
-        for share in training.values or (1.0,) * training.num_runs(trials):
+        shares = training.values or (1.0,)
+        epochs = config.num_epochs * training.num_runs(trials) // len(shares)  # of each share
+        for share in shares:
             steps, images = _sizes(config, share)
-            total_s += config.num_epochs * steps * trained * (reads_ehr * ehr_s + images * image_s)
+            total_s += epochs * steps * trained * (reads_ehr * ehr_s + images * image_s)
     what = f"{1000 * ehr_s:.0f} ms for the series of a batch and {1000 * image_s:.0f} ms for an X-ray, measured here"
     return total_s, what
 
 
 def _sizes(config: ConfigDict, share: float) -> tuple[int, float]:
     """Return the steps of an epoch, and the slots for X-rays of a mean step. share: of the EHR-only stays."""
-    has_cxr_N = records.index(config.data.dir, config.task, "train")["has_cxr"]
-    num_paired, size = int(has_cxr_N.sum()), config.batch_size
+    (num_all, num_paired), size = _num_records(config.data.dir, config.task), config.batch_size
     if config.method == "uni_cxr" or config.data.train_stays == "paired":
         return math.ceil(num_paired / size), size
-    num_stays = num_paired + round(share * (len(has_cxr_N) - num_paired))
+    num_stays = num_paired + round(share * (num_all - num_paired))
     steps = math.ceil(num_stays / size)
     slots = 0 if config.method == "uni_ehr" else plan_lib.images_per_batch(num_paired, num_stays, size)
     # Batches of X-rays alternate with unified's batches of stays.
     return (2 * steps, (slots + size) / 2) if config.method == "unified" else (steps, slots)
+
+
+@functools.cache
+def _num_records(data_dir: str, task: str) -> tuple[int, int]:
+    """Return how many training records there are, and how many have an X-ray."""
+    has_cxr_N = records.index(data_dir, task, "train")["has_cxr"]
+    return len(has_cxr_N), int(has_cxr_N.sum())
 
 
 def _measure(config_of: Callable[[Training], ConfigDict], task: str) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import numpy as np
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
-from medfuse_jax.paper.cells import METRICS, TASK_NAMES, Maker, Table, Value
+from medfuse_jax.paper.cells import BOTH, BOTH_HEADS, KINDS, TASK_NAMES, Maker, Table, Value
 from medfuse_jax.report.html import CHART_STYLE, new_figure, run_color, svg
 
 _SHARES = tuple(round(0.1 * n, 1) for n in range(11))
@@ -31,18 +31,16 @@ def figure_1(counts: dict[str, dict[str, tuple[int, int]]]) -> Table:
 
 def figure_4(make: Maker) -> Table:
     title = "Figure 4. By type of phenotype, on the test stays with an X-ray"
-    head = ["Type", *(f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS)]
-    table, r = Table("figure_4", title, head, []), make.of("pheno")
-    if r is None or not {"E1", "OPT"} <= r.models.keys():
+    table, found = Table("figure_4", title, ["Type", *BOTH_HEADS], []), make.both("pheno")
+    if found is None:
         return table
-    kinds = {p.name: p.kind for p in schema.PHENOTYPES}
+    r, tested = found
     for kind in ("acute", "mixed", "chronic"):
-        columns = [k for k, label in enumerate(r.labels) if kinds.get(label) == kind]
+        columns = [k for k, label in enumerate(r.labels) if KINDS.get(label) == kind]
         if not columns:
             continue
         cells = []
-        for id, name in (("E1", "lstm"), ("OPT", "medfuse")):
-            paired = r.models[id].test.paired
+        for paired, name in zip(tested, BOTH):
             part = paired.part(np.ones(len(paired.stay_id), bool), columns)
             cells += make.macro(part, ("figure4", "pheno", kind), f"_{name}")
         table.rows.append([kind, *cells])

@@ -1,4 +1,4 @@
-"""A table as Markdown, CSV, LaTeX, JSON and HTML. Never imports jax."""
+"""A table as Markdown, CSV, LaTeX, JSON and HTML."""
 
 import csv
 import io
@@ -59,7 +59,7 @@ def _row(cells) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Return one column per text and up to eight per number: value, low, high, p, and the paper's three."""
+    """Return one column per text and up to seven per number: value, low, high, p, and the paper's three."""
     fields = ("", "low", "high", "p", "paper", "paper low", "paper high")
     columns = []  # (column of the table, index into the values, head)
     for c, head in enumerate(table.head):

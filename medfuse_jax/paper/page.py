@@ -1,4 +1,4 @@
-"""The results as files: one page with every table and figure, and each table in four formats. Never imports jax."""
+"""The results as files: one page with every table and figure, and each table in four formats."""
 
 import datetime
 from html import escape

@@ -91,6 +91,7 @@ def _choose_share(results: TaskResults, training: Training, folder: Path) -> Non
         results.models[id] = dataclasses.replace(_model(named, folders[share]), choice=choice)
     opt = results.models["OPT"].folder
     dropped = result_lib.Scored("test", drop_cxr=1.0)
-    if not dropped.predictions_path(opt).exists():
+    path = dropped.predictions_path(opt)
+    if not path.exists():
         evaluate.evaluate(opt, dropped)
-    results.without_cxr = scores.read_dropped(opt)
+    results.without_cxr = scores.read_dropped(path)

@@ -77,9 +77,8 @@ def read(predictions: dict) -> Scores:
     return Scores(**{name: values[order] for name, values in arrays.items()})
 
 
-def read_dropped(workdir: Path) -> Scores:
-    """Return a run's scores of the test stays without any X-ray. Raise UserError if the file is missing or damaged."""
-    path = result_lib.Scored("test", drop_cxr=1.0).predictions_path(workdir)
+def read_dropped(path: Path) -> Scores:
+    """Return the scores without any X-ray in a predictions file. Raise UserError if it is missing or damaged."""
     return read(result_lib.read_predictions(path, (*_FIELDS, "had_cxr"), "run the command again"))
 
 

@@ -4,7 +4,7 @@ import math
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
-from medfuse_jax.paper.cells import METRICS, TASK_NAMES, Maker, Table, Value, macro_values
+from medfuse_jax.paper.cells import BOTH, BOTH_HEADS, KINDS, METRICS, TASK_NAMES, Maker, Table, Value, macro_values
 from medfuse_jax.paper.scores import TaskResults, auroc
 
 OPT_TITLE = "MedFuse (OPTIMAL)"
@@ -12,8 +12,6 @@ _TABLE_2 = ("M1", "M2", "M3", "M4", "M5", "M6", "M7", "M8", "M9")
 _TABLE_3 = ("M2", "M4", "M9")
 _TABLE_A1 = ("E2", "E1", "M2", "M1", "M4", "M3", "M5", "M6", "M7", "M8", "M9")
 _TABLE_A2 = ("A2_joint_zeros", "A2_joint_learnt", "A2_early_zeros", "A2_early_learnt")
-_BOTH_HEADS = [f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS]
-_BOTH = ("lstm", "medfuse")  # how published.csv names them
 
 
 def table_1(make: Maker) -> Table:
@@ -78,13 +76,12 @@ def _differs(r: TaskResults) -> bool:
 
 def table_4(make: Maker) -> Table:
     title = "Table 4. Each phenotype on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
-    head = ["Phenotype", "Type", "Prevalence, train", "Prevalence, test", *_BOTH_HEADS, "MedFuse is better in"]
-    table, r = Table("table_4", title, head, []), make.of("pheno")
-    if r is None or not {"E1", "OPT"} <= r.models.keys():
+    head = ["Phenotype", "Type", "Prevalence, train", "Prevalence, test", *BOTH_HEADS, "MedFuse is better in"]
+    table, found = Table("table_4", title, head, []), make.both("pheno")
+    if found is None:
         return table
-    tested = [r.models[id].test.paired for id in ("E1", "OPT")]
+    r, tested = found
     both = [make.evaluation.metrics(part) for part in tested]
-    kinds = {p.name: p.kind for p in schema.PHENOTYPES}
 
     def paper(row: str, metric: str) -> published.Number | None:
         return published.number("table4", "pheno", row, metric)
@@ -96,11 +93,11 @@ def table_4(make: Maker) -> Table:
         ]
         values = [
             Value(float(of[m][k]), of[f"{m}_ci"][k], paper(label, f"{m}_{name}"))
-            for of, name in zip(both, _BOTH)
+            for of, name in zip(both, BOTH)
             for m in METRICS
         ]
-        table.rows.append([label, kinds.get(label, ""), *prevalence, *values, _better(values)])
-    means = [v for of, name in zip(both, _BOTH) for v in macro_values(of, ("table4", "pheno", "Average"), f"_{name}")]
+        table.rows.append([label, KINDS.get(label, ""), *prevalence, *values, _better(values)])
+    means = [v for of, name in zip(both, BOTH) for v in macro_values(of, ("table4", "pheno", "Average"), f"_{name}")]
     table.rows.append(["Average", "", "", "", *means, _better(means)])
     return table
 
@@ -112,10 +109,10 @@ def _better(values: list[Value]) -> str:
 
 def table_5(make: Maker) -> Table:
     title = "Table 5. Mortality by age, on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
-    table, r = Table("table_5", title, ["Age", "Deaths / stays", *_BOTH_HEADS], []), make.of("mortality")
-    if r is None or not {"E1", "OPT"} <= r.models.keys():
+    table, found = Table("table_5", title, ["Age", "Deaths / stays", *BOTH_HEADS], []), make.both("mortality")
+    if found is None:
         return table
-    tested = [r.models[id].test.paired for id in ("E1", "OPT")]
+    _, tested = found
     for low, high in schema.AGE_GROUPS:
         name = f"{low}-{high}" if math.isfinite(high) else f"> {low}"
         parts = [part.part((part.age >= low) & (part.age < high)) for part in tested]
@@ -126,7 +123,7 @@ def table_5(make: Maker) -> Table:
         was = [published.number("table5", "mortality", name, what) for what in ("deaths", "stays")]
         paper = f" (paper {was[0].value:.0f} / {was[1].value:.0f})" if was[0] and was[1] else ""
         values = [
-            v for part, model in zip(parts, _BOTH) for v in make.macro(part, ("table5", "mortality", name), f"_{model}")
+            v for part, model in zip(parts, BOTH) for v in make.macro(part, ("table5", "mortality", name), f"_{model}")
         ]
         table.rows.append([name, f"{deaths} / {stays}{paper}", *values])
     return table

@@ -19,7 +19,6 @@ _SUBSET_TITLES = {
     "cxr_only": "Test X-rays without time series",
     "had_both": "Test {unit} with time series and X-ray before one was dropped",
 }
-_NUM_BOOTSTRAP = 1000
 _MAX_OTHERS = 5  # other runs' dots in a label's bar
 _CHANCE = 0.5
 
