@@ -27,6 +27,7 @@ import yaml
 from documented import Command
 
 from medfuse_jax import records, schema
+from medfuse_jax.models import registry
 
 _STAYS = 200
 _TIMEOUT_S = 600
@@ -136,9 +137,19 @@ def _for_main(command: Command) -> list[str]:
         values = [flag.partition("=")[2] for flag in command.flags if not flag.startswith(unnamed)]
         named = [value for value in values if value not in ("true", "false")] or [Path(config).stem]
         flags.append(f"--workdir=runs/{'_'.join(named)}")
+        flags += _given_encoders(command)
     if command.value("config.profile_steps"):
         flags.append("--config.num_epochs=3")  # enough steps for the documented ones
     return flags
+
+
+def _given_encoders(command: Command) -> list[str]:
+    """Let the rows that differ in method alone start from the README's pre-training, which other rows repeat."""
+    method = command.value("config.method")
+    own = ("--config.pretrain.", "--config.encoders=", "--config.init.")
+    if not method or len(registry.METHODS[method].encoders) < 2 or any(flag.startswith(own) for flag in command.flags):
+        return []
+    return [f"--config.init.{name}=runs/pheno/pretrain_{name}" for name in ("ehr", "cxr")]
 
 
 def _for_sweep(command: Command) -> list[str]:
@@ -156,7 +167,7 @@ def _for_paper(command: Command) -> list[str]:
 def _for_bench(command: Command) -> list[str]:
     preset = command.value("preset")
     sizes = ["--repeats=1", *(["--warm_up=0", "--trials=3"] if preset == "sweeps" else [])]
-    sizes += ["--tiny"] if preset in ("gpu", "sweeps") else []
+    sizes += ["--tiny"] if preset in ("devices", "gpu", "sweeps") else []
     return [f"--only={SMALLEST[preset]}", *sizes, f"--json=bench_{preset}.json"]
 
 

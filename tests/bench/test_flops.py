@@ -19,13 +19,6 @@ _ROWS = documented.made_table(_PAGE)
 _COMMANDS = re.findall(r"`(python -m medfuse_jax\.\w+ --[^`]+)`", _PAGE)
 
 
-@pytest.mark.slow
-def test_table_has_every_method_with_its_parameters():
-    assert {method: row[2] for method, row in _ROWS.items()} == {
-        method: f"{flops.num_params(method):,}" for method in registry.METHODS
-    }
-
-
 def test_lstm_flops_are_those_of_xla():
     """A gradient of the weights at one time step, two layers; XLA also counts the gates' arithmetic."""
     rows, channels, width = 3, len(schema.CHANNELS), 32
