@@ -16,7 +16,7 @@ from absl import flags
 from medfuse_jax import augment, losses, schema, step
 from medfuse_jax import config as config_lib
 from medfuse_jax.models import registry
-from medfuse_jax.models.model import init_variables
+from medfuse_jax.models.model import variable_shapes
 from medfuse_jax.optim import adam
 from medfuse_jax.runtime import command_line
 
@@ -46,8 +46,7 @@ def table() -> str:
 def num_params(method: str) -> int:
     """Count the parameters at the released sizes."""
     model = _build(method)
-    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(model)["params"]))
 
 
 def training_flops(method: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from medfuse_jax.models import registry
-from medfuse_jax.models.model import Model, init_variables
+from medfuse_jax.models.model import Model, variable_shapes
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.torch_import.names import (
     LAYOUTS,
@@ -112,8 +112,7 @@ def export(variables: Mapping, method: str) -> dict[str, np.ndarray]:
 
 def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Return {path: shape} of a model's variables."""
-    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variable_shapes(model)).items()}
 
 
 def _check_names(state_dict, rows: list[Row], reader: str, known: set[str], hint: str = "") -> None:

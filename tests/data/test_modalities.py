@@ -19,7 +19,7 @@ from medfuse_jax.data import batches
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.data.modalities import loading, static
 from medfuse_jax.models import registry
-from medfuse_jax.models.model import init_variables
+from medfuse_jax.models.model import init_variables, variable_shapes
 from medfuse_jax.runs import sources, workdir
 from medfuse_jax.runtime.errors import UserError
 
@@ -76,7 +76,7 @@ def test_batches_hold_the_values_of_their_records(shards):
 def _model(method: str):
     model = tiny_model(method, modalities=loading.load("static"))
     extra = {"static": np.zeros((1, 10), np.float32)}
-    made = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), extra))
+    made = variable_shapes(model, extra)
     rng = np.random.default_rng(0)
     plain = random_variables(tiny_model(method))
     drawn = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), made["params"])
@@ -170,7 +170,7 @@ def test_a_slot_unused_in_training_contributes_nothing():
 @pytest.mark.parametrize("method", _METHODS)
 def test_the_static_encoder_is_one_linear_layer(method):
     model = registry.build(method, 25, modalities=loading.load("static"))
-    made = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), {"static": np.zeros((1, 10), np.float32)}))
+    made = variable_shapes(model, {"static": np.zeros((1, 10), np.float32)})
     assert sum(leaf.size for leaf in jax.tree.leaves(made["params"]["static_encoder"])) == 10 * 256 + 256
     without = shapes(registry.build(method, 25))["params"]
     assert set(made["params"]) - set(without) == {"static_encoder"}
