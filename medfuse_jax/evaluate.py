@@ -9,13 +9,13 @@ import numpy as np
 from absl import flags
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import parallel, records, schema
+from medfuse_jax import metrics, parallel, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import missing
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.report import terminal
-from medfuse_jax.runs import calibration, checkpoints, predictions, result, sources
+from medfuse_jax.runs import calibration, checkpoints, predictions, result, robustness, sources
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
 from medfuse_jax.runtime import command_line, compilation, files, hosts
@@ -72,6 +72,40 @@ def evaluate(
         result.save(workdir, what, scored | weights, evaluated)
     hosts.wait(f"evaluated {workdir}")
     return evaluated
+
+
+def write_robustness(workdir: Path, data_dir: str = "", resample: str = "") -> list[dict]:
+    """Score a run's test stays with fewer X-rays and fewer hours of EHR; write robustness.json and return its curves.
+
+    Each curve has a 'name' ('cxr_dropped', 'ehr_only', 'ehr_hours') and 'points'; see `robustness`. Raise UserError for
+    X-rays without stays. data_dir, resample: as for `evaluate`.
+    """
+    check_choice("--resample", resample, ("", *result.RESAMPLES))
+    run = sources.reopen(workdir, None, data_dir)
+    if run.dataset.task.cxr_only:
+        raise UserError(f"--robustness needs a task on stays; {workdir} was trained on X-rays", field="--robustness")
+    state, _ = restore(run, workdir)
+    scored, _ = score(run, state, "test", run.dataset.usable("test"))
+    options = (run.config.eval.num_bootstrap, run.config.seed, result.resample_by(resample, scored))
+
+    def score_with(dataset) -> dict:
+        return score(dataclasses.replace(run, dataset=dataset), state, "test", dataset.usable("test"))[0]
+
+    less = missing.drop_modalities(run.dataset, 0.0, 1.0)
+    can_drop = run.dataset.use_cxr and less.usable("test").sum() == len(scored["stay_id"])
+    curves = robustness.by_share(scored, score_with(less) if can_drop else None, options)
+    if run.dataset.use_ehr:
+        timestep_h = records.manifest(run.config.data.dir, run.config.task)["timestep_h"]
+        longest_h = float(run.dataset.index["test"]["length"].max() * timestep_h)
+        points = []
+        for hours in [*(h for h in robustness.HOURS if timestep_h <= h < longest_h), longest_h]:
+            cut = scored if hours == longest_h else score_with(missing.cut_ehr(run.dataset, int(hours / timestep_h)))
+            points += robustness.point(hours, cut, np.ones(len(cut["stay_id"]), bool), options)
+        curves.append({"name": "ehr_hours", "points": points})
+    if hosts.is_first():
+        content = {"step": int(state.step), "resample": options[-1], "curves": curves}
+        files.write_json(workdir / robustness.FILE, metrics.to_json(content))
+    return curves
 
 
 def restore(run: run_lib.Run, workdir: Path) -> tuple[step_lib.TrainState, Progress]:
@@ -187,9 +221,19 @@ def main(argv: list[str]) -> None:
     options = flags.FLAGS
     workdir = Path(options.workdir)
     compilation.configure()
+    if options.robustness:
+        _print_robustness(workdir, write_robustness(workdir, options.data_dir, options.resample))
+        return
     what = Scored(options.split, options.head, options.drop_ehr, options.drop_cxr)
     print(terminal.table([evaluate(workdir, what, data_dir=options.data_dir, resample=options.resample)]))
     print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")
+
+
+def _print_robustness(workdir: Path, curves: list[dict]) -> None:
+    for curve in curves:
+        values = "  ".join(f"{p['at']:g}: {p['auroc_macro']:.3f}" for p in curve["points"])
+        print(f"{robustness.TITLES[curve['name']]}, AUROC at  {values or '(too few stays to show)'}")
+    print(f"\nwritten: {workdir / robustness.FILE}; medfuse_jax.report draws it")
 
 
 if __name__ == "__main__":
@@ -199,5 +243,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "New folder of the run's shards, if they were moved; saved in its config.")
     flags.DEFINE_float("drop_ehr", 0.0, "Fraction of paired stays scored without their EHR.")
     flags.DEFINE_float("drop_cxr", 0.0, "Fraction of paired stays scored without their X-ray.")
+    flags.DEFINE_bool("robustness", False, "Score the test stays with fewer X-rays and fewer hours of EHR instead.")
     flags.DEFINE_string("resample", "", "What intervals resample: patient or stay; default: see docs/evaluation.md.")
     command_line.run(main)

@@ -162,6 +162,10 @@ def _check_run(command: Command, outcome: Outcome, root: Path) -> None:
 
 
 def _check_evaluation(command: Command, outcome: Outcome, root: Path) -> None:
+    if "--robustness" in command.flags:
+        stored = json.loads((root / command.value("workdir") / "robustness.json").read_text())
+        assert [curve["name"] for curve in stored["curves"]] == ["cxr_dropped", "ehr_only", "ehr_hours"]
+        return
     written = outcome.output.strip().splitlines()[-1].removeprefix("written: ").split(", ")
     result, predictions = (root / path for path in written)
     assert result.parent == predictions.parent == root / command.value("workdir")

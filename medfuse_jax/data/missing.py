@@ -1,4 +1,4 @@
-"""Drop a modality from paired stays, to train or score without it (Hayat et al. 2022, Figure A2).
+"""Drop a modality from paired stays (Hayat et al. 2022, Figure A2), or end every stay's EHR early.
 
 Shapes: N records.
 """
@@ -35,27 +35,35 @@ def drop_modalities(dataset: Dataset, drop_ehr: float, drop_cxr: float) -> Datas
         without_cxr_N = has_both_N & (hash_N < drop_cxr)
         without_ehr_N = has_both_N & (hash_N >= 1 - drop_ehr)
         had = {"had_ehr": part["length"] > 0, "had_cxr": part["has_cxr"]}
-        index[split] = (had | part) | {  # keeps the had_* of a dataset thinned before
-            "has_cxr": part["has_cxr"] & ~without_cxr_N,
-            "length": np.where(without_ehr_N, 0, part["length"]).astype(part["length"].dtype),
-        }
-        splits[split] = _Thinned(dataset.splits[split], without_ehr_N, without_cxr_N)
+        length_N = np.where(without_ehr_N, 0, part["length"]).astype(part["length"].dtype)
+        kept = {"has_cxr": part["has_cxr"] & ~without_cxr_N, "length": length_N}
+        index[split] = (had | part) | kept  # keeps the had_* of a dataset thinned before
+        splits[split] = _Thinned(dataset.splits[split], length_N, without_cxr_N)
+    return dataclasses.replace(dataset, index=index, splits=splits)
+
+
+def cut_ehr(dataset: Dataset, num_steps: int) -> Dataset:
+    """End the EHR of every stay after its first `num_steps` time steps."""
+    index, splits = {}, {}
+    for split, part in dataset.index.items():
+        length_N = np.minimum(part["length"], num_steps).astype(part["length"].dtype)
+        index[split] = part | {"length": length_N}
+        splits[split] = _Thinned(dataset.splits[split], length_N, np.zeros(len(length_N), bool))
     return dataclasses.replace(dataset, index=index, splits=splits)
 
 
 class _Thinned(Sequence):
-    """The records of `Dataset.splits`, some without their series or their image."""
+    """The records of `Dataset.splits`, with series of the given lengths, some without their image."""
 
-    def __init__(self, records: Sequence, without_ehr_N: np.ndarray, without_cxr_N: np.ndarray):
-        self._records, self._without_ehr_N, self._without_cxr_N = records, without_ehr_N, without_cxr_N
+    def __init__(self, records: Sequence, length_N: np.ndarray, without_cxr_N: np.ndarray):
+        self._records, self._length_N, self._without_cxr_N = records, length_N, without_cxr_N
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, i: int) -> dict:
         record = self._records[i]
-        if self._without_ehr_N[i]:
-            record = record | {"ehr": record["ehr"][:0]}
+        record = record | {"ehr": record["ehr"][: self._length_N[i]]}
         if self._without_cxr_N[i]:
             record = record | {"image": None}
         return record

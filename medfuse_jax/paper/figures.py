@@ -7,6 +7,7 @@ from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
 from medfuse_jax.paper.cells import BOTH, BOTH_HEADS, KINDS, TASK_NAMES, Maker, Table, Value
 from medfuse_jax.report.html import CHART_STYLE, new_figure, run_color, svg
+from medfuse_jax.report.plots import draw_bounded
 
 _SHARES = tuple(round(0.1 * n, 1) for n in range(11))
 _CURVES = ("figure_a1", "figure_a2", "figure_a3")
@@ -110,11 +111,9 @@ def chart(table: Table) -> str:
         for color, head in enumerate(head for head in table.head[1:] if "AUPRC" not in head):
             column = table.head.index(head)
             points = [(float(row[0].removesuffix("%")), row[column]) for row in table.rows]
-            points = [(x, value) for x, value in points if isinstance(value, Value)]
-            x = [x for x, _ in points]
-            y, low, high = ([getattr(value, name) for _, value in points] for name in ("ours", "low", "high"))
-            axes.fill_between(x, low, high, color=run_color(color), alpha=0.15, linewidth=0)
-            axes.plot(x, y, "o-", color=run_color(color), markersize=4, label=head.removesuffix(", AUROC"))
+            drawn = [(x, value.ours, value.low, value.high) for x, value in points if isinstance(value, Value)]
+            if drawn:
+                draw_bounded(axes, drawn, run_color(color), head.removesuffix(", AUROC"))
         axes.set(xlabel=f"{table.head[0]}, %", ylabel="AUROC")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9, columnspacing=1)
         return svg(axes.figure, table.title)

@@ -11,6 +11,7 @@ from pathlib import Path
 from medfuse_jax.report import html, plots, read_runs, style, tables, terminal
 from medfuse_jax.report.attention import attention
 from medfuse_jax.report.read_runs import Run, method_name, number, pair, section, series, task_name
+from medfuse_jax.report.robustness import robustness
 from medfuse_jax.runtime import files
 
 _MAX_OVERLAID = 5  # runs in one chart
@@ -158,7 +159,7 @@ def _run_section(run: Run, runs: list[Run], is_open: bool) -> str:
         f'<strong>{escape(run.name)}</strong><span class="soft">{escape(what)}</span>'
         f'<span class="soft">{escape(value)}</span></summary>'
         f"{_run_charts(run)}{tables.labels(run, runs)}{tables.subgroups(run)}"
-        f"{attention(run)}{_provenance(run)}</details>"
+        f"{robustness(run)}{attention(run)}{_provenance(run)}</details>"
     )
 
 

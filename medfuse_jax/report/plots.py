@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from medfuse_jax import ranks
 from medfuse_jax.report.html import CHART_STYLE, MUTED, NUM_COLORS, PAPER, new_figure, run_color, svg
 
-_STYLE = CHART_STYLE | {"axes.grid": True}
-_WIDTH_PX, _LOW_PX, _HIGH_PX = 380, 250, 340  # close to the displayed size, so that text keeps its size
+STYLE = CHART_STYLE | {"axes.grid": True}
+WIDTH_PX, LOW_PX, _HIGH_PX = 380, 250, 340  # close to the displayed size, so that text keeps its size
 _DASHED = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (3, 3))}
 _FEWEST = 10  # samples of a bin
 _GRID_G = np.linspace(0, 1, 201)
@@ -28,7 +28,7 @@ def loss_curves(
     train: dict[int, float], val: dict[int, float], best_epoch: int | None, color: int, best_label: str = "chosen"
 ) -> str:
     """Draw training and validation loss by epoch, with the best epoch marked."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         axes = _epoch_axes(best_epoch, right=0.83)
         ends = []
         for values, name, line_color in ((train, "training", MUTED), (val, "validation", run_color(color))):
@@ -42,7 +42,7 @@ def loss_curves(
 
 def auroc_curve(val: dict[int, float], best_epoch: int | None, color: int, best_label: str = "chosen") -> str:
     """Draw validation AUROC by epoch, with the best epoch and its value marked."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         axes = _epoch_axes(best_epoch, right=0.96)
         _plot_by_epoch(axes, val, run_color(color))
         if best_epoch in val:
@@ -63,7 +63,7 @@ def auroc_curve(val: dict[int, float], best_epoch: int | None, color: int, best_
 
 
 def _epoch_axes(best_epoch: int | None, right: float) -> Axes:
-    axes = new_figure(_WIDTH_PX, _LOW_PX).add_axes((0.13, 0.16, right - 0.13, 0.75))
+    axes = new_figure(WIDTH_PX, LOW_PX).add_axes((0.13, 0.16, right - 0.13, 0.75))
     axes.grid(axis="x", visible=False)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=7, min_n_ticks=1)
     axes.yaxis.get_major_locator().set_params(nbins=5)
@@ -102,7 +102,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 def curves(kind: str, labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) -> str:
     """Draw one thin grey curve per label, and their mean; for a single label, only its curve."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         axes = _unit_axes(kind)
         curves_KG = _label_curves(kind, labels_NK, scores_NK)
         several = labels_NK.shape[1] > 1
@@ -117,13 +117,20 @@ def curves(kind: str, labels_NK: np.ndarray, scores_NK: np.ndarray, color: int) 
 
 def overlay(kind: str, runs: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) -> str:
     """Draw the mean curves of several runs. runs: (name, color, labels [N, K], scores [N, K]) of each."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         axes = _unit_axes(kind)
         for _, color, labels_NK, scores_NK in runs:
             if curves_KG := _label_curves(kind, labels_NK, scores_NK):
                 axes.plot(*_points(kind, np.mean(curves_KG, axis=0)), color=run_color(color))
         _legend(axes, kind, [(name, run_color(color)) for name, color, _, _ in runs])
         return svg(axes.figure, f"{kind} curves, mean over labels, of {', '.join(name for name, *_ in runs)}")
+
+
+def draw_bounded(axes: Axes, points: Sequence[tuple], color: str, label: str = "") -> None:
+    """Draw a line through the points (x, y, low, high), with a band from low to high."""
+    x, y, low, high = zip(*points)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.plot(x, y, "o-", color=color, markersize=4, label=label)
 
 
 def reliability(curve, color: int) -> str:
@@ -138,7 +145,7 @@ def reliability(curve, color: int) -> str:
     if not points:
         return ""
     score, positive, count = np.array(points, float).T
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         axes = _unit_axes("reliability")
         axes.plot(score, positive, color=run_color(color))
         axes.scatter(score, positive, s=15 + 120 * count / max(count.max(), 1), color=run_color(color), zorder=3)
@@ -146,7 +153,7 @@ def reliability(curve, color: int) -> str:
 
 
 def _unit_axes(kind: str) -> Axes:
-    axes = new_figure(_WIDTH_PX, _HIGH_PX).add_axes((0.13, 0.13, 0.83, 0.83))
+    axes = new_figure(WIDTH_PX, _HIGH_PX).add_axes((0.13, 0.13, 0.83, 0.83))
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
     if kind != "PR":
         names = {"ROC": ("1 − specificity", "sensitivity"), "reliability": ("mean score", "fraction of positives")}
@@ -242,8 +249,8 @@ def weight_by_hour(weight_NT: np.ndarray, length_N: np.ndarray, timestep_h: floa
     Weights are multiples of the uniform weight, 1 / length, so that short and long stays can be averaged. The chart
     covers the hours that at least a tenth of the stays reach.
     """
-    with mpl.rc_context(_STYLE):
-        axes = new_figure(_WIDTH_PX, _LOW_PX).add_axes((0.13, 0.18, 0.83, 0.72))
+    with mpl.rc_context(STYLE):
+        axes = new_figure(WIDTH_PX, LOW_PX).add_axes((0.13, 0.18, 0.83, 0.72))
         axes.grid(axis="x", visible=False)
         relative_NT = _relative_weights(weight_NT, length_N, to_end)
         hour_T = (np.arange(relative_NT.shape[1]) + 0.5) * timestep_h
@@ -281,8 +288,8 @@ def weight_by_modality(weight_NM: np.ndarray, names: Sequence[str], color: int) 
     names = [name for name, _ in shown]
     height_px = 70 + 38 * len(names)
     bottom = 50 / height_px
-    with mpl.rc_context(_STYLE):
-        axes = new_figure(_WIDTH_PX, height_px).add_axes((0.25, bottom, 0.71, 0.96 - bottom))
+    with mpl.rc_context(STYLE):
+        axes = new_figure(WIDTH_PX, height_px).add_axes((0.25, bottom, 0.71, 0.96 - bottom))
         axes.grid(axis="y", visible=False)
         for row, (_, weight_N) in enumerate(shown):
             low, high = np.percentile(weight_N, (10, 90))

@@ -40,7 +40,8 @@ class Run:
 
     name: unique among the runs shown. train, val: the lines of metrics.jsonl by epoch.
     predictions: scores [N, K], labels bool [N, K], age [N], paired bool [N], attention: {} or time_weights [N, T],
-    length [N], modality_weights [N, M], modalities [M]. problems: messages on files that could not be read.
+    length [N], modality_weights [N, M], modalities [M]. problems: messages on files that could not be read. robustness:
+    the content of robustness.json (evaluate.write_robustness).
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Run:
     predictions: dict | None
     problems: list[str]
     is_pretraining: bool
+    robustness: dict = dataclasses.field(default_factory=dict)
     color: int = 0
 
     @property
@@ -150,7 +152,9 @@ def read_run(folder: Path) -> Run:
         result = None
     train, val = _read_metrics(folder / "metrics.jsonl", problems)
     predictions = _read_predictions(folder / "predictions_test.npz", problems)
-    return Run(folder, "", config, result, train, val, predictions, problems, folder.name.startswith("pretrain_"))
+    robustness = _read_json(folder / "robustness.json", problems)
+    is_pretraining = folder.name.startswith("pretrain_")
+    return Run(folder, "", config, result, train, val, predictions, problems, is_pretraining, robustness)
 
 
 # Files

@@ -30,20 +30,24 @@ def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray |
         groups = []
         for name, include_N in _groups(field, scored[field]):
             labels_NK, scores_NK = scored["labels"][include_N], scored["scores"][include_N]
-            if _is_small(labels_NK):
+            if is_small(labels_NK):
                 groups.append({"name": name, "withheld": True})
                 continue
             of = metrics.evaluate(
                 labels_NK, scores_NK, num_bootstrap, seed, None if groups_N is None else groups_N[include_N]
             )
-            kept = {key: of[key] for key in of if "_macro" in key and "released" not in key}
             calibrated = calibration.describe(labels_NK, scores_NK)
-            kept |= {name: calibrated[f"{name}_macro"] for name in ("brier", "ece")}
+            kept = macro(of) | {name: calibrated[f"{name}_macro"] for name in ("brier", "ece")}
             counts = {"num_samples": of["num_samples"], "num_positive": int(np.sum(of["num_positive"]))}
             groups.append({"name": name} | counts | kept)
         if any(not group.get("withheld") for group in groups):
             entries.append({"by": title, "groups": groups, "gap": _gap(groups)})
     return entries
+
+
+def macro(evaluated: dict) -> dict:
+    """Return the means over labels, with bounds, of a result of `metrics.evaluate`."""
+    return {key: value for key, value in evaluated.items() if "_macro" in key and "released" not in key}
 
 
 def _groups(field: str, values_N: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -57,8 +61,8 @@ def _groups(field: str, values_N: np.ndarray) -> Iterator[tuple[str, np.ndarray]
         yield name, values_N == name
 
 
-def _is_small(labels_NK: np.ndarray) -> bool:
-    """Return whether a group's numbers could point to single patients."""
+def is_small(labels_NK: np.ndarray) -> bool:
+    """Return whether the numbers of records with labels [N, K] could point to single patients."""
     if len(labels_NK) < FEWEST:
         return True
     num_positive = int(labels_NK.sum())
