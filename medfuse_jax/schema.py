@@ -210,6 +210,7 @@ TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if not task.hourly)
 
 SPLITS = ("train", "val", "test")
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown
+FEWEST_SHOWN = 10  # stays or X-rays, below which results withhold a group's numbers: they could point to patients
 IMAGE_SIZE_PX = 256  # X-rays are stored square, one grey uint8 channel
 
 # Age groups of Hayat et al. 2022, Table 5: years, low <= age < high.

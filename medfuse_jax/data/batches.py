@@ -17,7 +17,6 @@ A batch is a dict of arrays, each with a leading device axis D:
 """
 
 import collections
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +25,7 @@ import numpy as np
 from medfuse_jax import schema
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
+from medfuse_jax.runtime import cores
 from medfuse_jax.runtime.errors import UserError
 
 _AHEAD = 16  # batches; a longer queue is not faster
@@ -34,8 +34,7 @@ _MOST_READERS = 8  # unless config.data.readers says otherwise: threads of one p
 
 def num_readers(wanted: int) -> int:
     """Return the number of threads that read: config.data.readers or, if it is 0, a core each, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted or min(cores, _MOST_READERS)
+    return wanted or min(cores.usable(), _MOST_READERS)
 
 
 def batches(

@@ -11,13 +11,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from medfuse_jax import ranks
+from medfuse_jax import ranks, schema
 from medfuse_jax.report.html import CHART_STYLE, MUTED, NUM_COLORS, PAPER, new_figure, run_color, svg
 
 STYLE = CHART_STYLE | {"axes.grid": True}
 WIDTH_PX, LOW_PX, _HIGH_PX = 380, 250, 340  # close to the displayed size, so that text keeps its size
 _DASHED = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (3, 3))}
-_FEWEST = 10  # samples of a bin
 _GRID_G = np.linspace(0, 1, 201)
 
 
@@ -136,12 +135,12 @@ def draw_bounded(axes: Axes, points: Sequence[tuple], color: str, label: str = "
 def reliability(curve, color: int) -> str:
     """Draw the fraction of positives by mean score, a dot per bin, its area by the bin's samples; '' without any.
 
-    curve: as in a result's calibration. Bins of fewer than 10 samples, which could point to patients, are left out.
+    curve: as in a result's calibration. Bins of fewer than schema.FEWEST_SHOWN samples are left out.
     """
     bins = [b for b in curve if isinstance(b, dict)] if isinstance(curve, list) else []
     points = [(b.get("score"), b.get("positive"), b.get("num_samples")) for b in bins]
     points = [p for p in points if all(isinstance(x, int | float) and math.isfinite(x) for x in p)]
-    points = [p for p in points if p[2] >= _FEWEST]
+    points = [p for p in points if p[2] >= schema.FEWEST_SHOWN]
     if not points:
         return ""
     score, positive, count = np.array(points, float).T

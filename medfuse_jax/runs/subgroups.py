@@ -11,7 +11,6 @@ import numpy as np
 from medfuse_jax import metrics, schema
 from medfuse_jax.runs import calibration
 
-FEWEST = 10  # records, and positives and negatives of a single label, below which a group's numbers are withheld
 _NAMES = {"age": "Age", "gender": "Sex", "admission_type": "Admission type", "first_careunit": "First care unit"}
 
 
@@ -63,10 +62,10 @@ def _groups(field: str, values_N: np.ndarray) -> Iterator[tuple[str, np.ndarray]
 
 def is_small(labels_NK: np.ndarray) -> bool:
     """Return whether the numbers of records with labels [N, K] could point to single patients."""
-    if len(labels_NK) < FEWEST:
+    if len(labels_NK) < schema.FEWEST_SHOWN:
         return True
     num_positive = int(labels_NK.sum())
-    return num_positive < FEWEST or labels_NK.size - num_positive < FEWEST
+    return num_positive < schema.FEWEST_SHOWN or labels_NK.size - num_positive < schema.FEWEST_SHOWN
 
 
 def _gap(groups: list[dict]) -> dict | None:
