@@ -45,6 +45,7 @@ def run_all(config: ConfigDict, given_folder: str | None) -> None:
 
     run = run_lib.open_run(config)
     hosts.check_same("data", run.dataset.digest)
+    workdir.check(folder, run)
     given, stages = sources.find(run, folder)
     train.preflight(run, stages)
 

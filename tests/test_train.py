@@ -34,7 +34,7 @@ def _lines(workdir):
 
 def _latest(config, workdir):
     abstract = run_lib.open_run(config).abstract_state()
-    return checkpoints.restore_latest(checkpoints.open_manager(workdir), abstract)
+    return checkpoints.resume(checkpoints.open_manager(workdir), abstract)
 
 
 @pytest.mark.parametrize(("method", "placement"), [("medfuse", "stream"), ("uni_ehr", "device")])
@@ -65,7 +65,7 @@ def test_a_stopped_run_resumes_exactly(tiny_config, tmp_path, monkeypatch, metho
     assert int(state_a.step) == int(state_b.step) > 4
     jax.tree.map(np.testing.assert_array_equal, state_a.params, state_b.params)
     assert progress_a == progress_b
-    keep = ("phase", "epoch", "step", "val_loss", "val_auroc", "lr")
+    keep = ("phase", "epoch", "step", "train_loss", "num_steps", "val_loss", "val_auroc", "lr")
     rows_a, rows_b = ([{k: line.get(k) for k in keep} for line in _lines(d)] for d in (whole, stopped))
     assert rows_a == rows_b and len(rows_a) == 4
 

@@ -31,6 +31,7 @@ OUTSIDE_ITS_CI = (
 )
 _PER_LABEL = ("auroc", "auprc", "auroc_ci", "auprc_ci", "num_positive")
 _ATTENTION_NDIM = {"time_weights": 2, "length": 1, "modality_weights": 2, "modalities": 1}
+_OF_RUNS = {"result.json", "metrics.jsonl", "data.json"}  # the last is all that a run has that failed in epoch 1
 _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
 
@@ -114,11 +115,11 @@ def _run_folders(root: Path) -> list[Path]:
     folders = []
     for name, _, file_names in os.walk(root):
         folder = Path(name)
-        if {"result.json", "metrics.jsonl"} & set(file_names) and _NOT_RUNS.isdisjoint(folder.relative_to(root).parts):
+        if _OF_RUNS & set(file_names) and _NOT_RUNS.isdisjoint(folder.relative_to(root).parts):
             folders.append(folder)
     if not folders:
         raise UserError(
-            f"no run in {root}: no folder at or below it holds a result.json or a metrics.jsonl; "
+            f"no run in {root}: no folder at or below it holds a result.json, metrics.jsonl or data.json; "
             "start one with `python -m medfuse_jax.main --config=configs/demo.py --workdir=DIR`",
             field="--runs",
             path=root,

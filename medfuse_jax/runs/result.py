@@ -61,7 +61,7 @@ def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
     stamp = {"step": result["step"]} if "step" in result else {}
     with files.written_whole(what.predictions_path(workdir)) as unfinished:
         np.savez(unfinished, **scored, **stamp)
-    files.write_json(what.result_path(workdir), metrics.to_json(result))
+    files.write_json(what.result_path(workdir), files.sealed(metrics.to_json(result)))
 
 
 def read_predictions(path: Path, names: tuple[str, ...], what_to_do: str) -> dict:

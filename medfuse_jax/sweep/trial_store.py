@@ -24,7 +24,7 @@ class CheckpointStore:
 
     def latest(self, abstract) -> tuple | None:
         """Return (state, progress) on the host, since the first device could not hold the states of all trials."""
-        return jax.device_get(checkpoints.restore_latest(self._manager, abstract))
+        return jax.device_get(checkpoints.resume(self._manager, abstract))
 
     def save(self, state, progress: Progress, is_best: bool) -> None:
         checkpoints.save(self._manager, state, progress, is_best)

@@ -109,11 +109,12 @@ def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
 
 def _claim(workdir: Path, run, note: dict) -> None:
     workdir_lib.check_outside_sweeps(workdir)
+    workdir_lib.check(workdir, run)
     with files.must_write(f"--workdir={workdir}"):
         if workdir.exists() and any(workdir.iterdir()):
             raise UserError(f"{workdir} is not empty: choose another --workdir", field="--workdir", path=workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(workdir / checkpoints.IMPORT_NOTE, note)
+        files.write_json(workdir / checkpoints.IMPORT_NOTE, files.sealed(note))
     workdir_lib.claim(workdir, run)
 
 
