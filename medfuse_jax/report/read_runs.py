@@ -202,7 +202,7 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[int, dict], dic
 
 def _read_predictions(path: Path, problems: list[str]) -> dict | None:
     try:
-        with np.load(path) as stored:
+        with files.open_npz(path) as stored:
             arrays = {name: stored[name] for name in ("scores", "labels", "age", "has_ehr", "has_cxr")}
             attention = {name: stored[name] for name in _ATTENTION_NDIM if name in stored}
         labels_NK, scores_NK = ranks.check(arrays["labels"], arrays["scores"])

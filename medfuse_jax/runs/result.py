@@ -67,7 +67,7 @@ def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
 def read_predictions(path: Path, names: tuple[str, ...], what_to_do: str) -> dict:
     """Return the named arrays of a predictions file, and its 'step' or None; raise UserError if it is damaged."""
     try:
-        with np.load(path) as stored:
+        with files.open_npz(path) as stored:
             arrays = {name: stored[name] for name in names}
             return arrays | {"step": int(stored["step"]) if "step" in stored else None}
     except files.DAMAGED_NPZ as error:

@@ -50,6 +50,16 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
     app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
 
 
+def DEFINE_config_file(name: str, text: str) -> None:
+    """Define the flag of a config file, as ml_collections does; end with one line if a --flagfile cannot be read."""
+    from ml_collections import config_flags  # late: not on the machines of benchmarks, which import this module
+
+    try:
+        config_flags.DEFINE_config_file(name, None, text, lock_config=True)
+    except flags.Error as error:  # it reads the command line at once
+        _end(f"error: {' '.join(str(error).removeprefix('ERROR:: ').split())}")
+
+
 def define_process_flags() -> None:
     """Define the flags of a command that several processes may run together (runtime/hosts.py)."""
     flags.DEFINE_bool("distributed", False, "Run as several processes that jax detects: Cloud TPU, Slurm, Open MPI.")

@@ -12,15 +12,18 @@ import sys
 import threading
 import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
 from medfuse_jax.runtime.errors import TryLater, UserError
 
-# What np.load raises for .npz files that are truncated, have changed bytes or lack an array.
-DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+# What reading raises for .npz files that are truncated, have changed bytes or lack an array.
+DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
 # Error numbers of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
+_TRUSTED = (0,)  # users whose code needs no warning: root
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -41,7 +44,7 @@ def say_code_of_another(path: Path, chosen_by: Path | None = None) -> None:
     """
     for place in (path, chosen_by):
         with contextlib.suppress(OSError):
-            if place is not None and place.stat().st_uid not in (0, os.getuid()):
+            if place is not None and place.stat().st_uid not in (*_TRUSTED, os.getuid()):
                 _warn_of_code(path, place)
 
 
@@ -180,6 +183,16 @@ def remembered_sha256(path: Path, known: dict[str, dict]) -> dict:
     seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     entry = known.get(str(path.resolve()))
     return entry if entry and entry.get("seen") == seen else {"seen": seen, "sha256": sha256(path)}
+
+
+@contextlib.contextmanager
+def open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Open an .npz file; raise one of DAMAGED_NPZ unless every array in it, and its name, are as they were written."""
+    with zipfile.ZipFile(path) as whole:
+        if damaged := whole.testzip():
+            raise zipfile.BadZipFile(f"{damaged} was changed")
+    with np.load(path) as stored:
+        yield stored
 
 
 def sha256(path: Path) -> str:

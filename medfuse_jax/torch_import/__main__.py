@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import run as run_lib
@@ -147,7 +147,7 @@ def _differences_from_released(config: ConfigDict, manifest: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "To import: the config of the run.", lock_config=True)
+    command_line.DEFINE_config_file("config", "To import: the config of the run.")
     flags.DEFINE_string("checkpoint", None, "To import: a .pth.tar, .pth, .pt or .safetensors file.")
     flags.DEFINE_string("export", None, "To export: the .safetensors or .pth.tar file to write.")
     flags.DEFINE_string("workdir", None, "Folder of the run: new to import into, trained to export from.")
