@@ -1,13 +1,12 @@
 """Damage checkpoints, shards, manifests, workdirs and predictions, by the thousand.
 
-    python tests/reliability/damage_fuzz.py --cases=1000
+    PYTHONPATH=.:tests python -m reliability.damage_fuzz --cases=1000
 
 Each case damages one file or folder of a small run, and uses it as the commands do. The use must be refused in one line
 that names the place, give what the undamaged one gives, or go on from the previous checkpoint, which it says. Anything
 else is a failure, and is printed with its number; --only=NUMBER repeats one case.
 """
 
-# ruff: noqa: E402
 import argparse
 import collections
 import contextlib
@@ -24,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import jax
 import numpy as np
@@ -134,6 +132,7 @@ class Whole:
     folder: Path
     data_dir: Path
     run: run_lib.Run
+    abstract: object
     states: dict
     uses: dict
 
@@ -151,12 +150,13 @@ def make(folder: Path, data_dir: Path, config) -> Whole:
     train.train(run, workdir)
     evaluate.evaluate(workdir)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
-        states = {step: checkpoints._restore(manager, step, run.abstract_state()) for step in manager.all_steps()}
+        abstract = run.abstract_state()
+        states = {step: checkpoints._restore(manager, step, abstract) for step in manager.all_steps()}
     store = trial_store.FileStore(folder / "trial")
     (folder / "trial").mkdir()
     for step in sorted(states):
         store.save(jax.device_get(states[step][0]), states[step][1], is_best=step == min(states))
-    whole = Whole(folder, folder / "shards", run, jax.device_get(states), {})
+    whole = Whole(folder, folder / "shards", run, abstract, jax.device_get(states), {})
     whole.uses.update({kind: _USES[kind](whole, folder) for kind in KINDS})
     return whole
 
@@ -167,14 +167,13 @@ def _numbers(state) -> list:
 
 def _use_checkpoint(whole: Whole, folder: Path):
     """Score with the best checkpoint, then resume."""
-    abstract = whole.run.abstract_state()
     refusal = None
     try:
-        best = _numbers(checkpoints.restore_best(folder / "run", abstract))
+        best = _numbers(checkpoints.restore_best(folder / "run", whole.abstract))
     except UserError as error:  # training may repair it
         best, refusal = None, error
     with contextlib.closing(checkpoints.open_manager(folder / "run")) as manager:
-        state, progress = checkpoints.resume(manager, abstract) or (None, None)
+        state, progress = checkpoints.resume(manager, whole.abstract) or (None, None)
     if state is None:
         raise refusal
     step = int(state.step)
@@ -183,7 +182,7 @@ def _use_checkpoint(whole: Whole, folder: Path):
 
 
 def _use_trial(whole: Whole, folder: Path):
-    state, progress = trial_store.FileStore(folder / "trial").latest(whole.run.abstract_state()) or (None, None)
+    state, progress = trial_store.FileStore(folder / "trial").latest(whole.abstract) or (None, None)
     if state is None:
         raise UserError("nothing is saved, and the trial starts again", path=folder / "trial")
     step = int(state.step)
