@@ -17,7 +17,7 @@ from medfuse_jax import run as run_lib
 from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
-from medfuse_jax.runtime import compilation
+from medfuse_jax.runtime import compilation, hosts
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -89,6 +89,14 @@ def test_tracing_steps_beyond_the_last_is_refused(tiny_config, tmp_path):
     tiny_config.method, tiny_config.num_epochs, tiny_config.profile_steps = "uni_ehr", 1, "2:300"
     with refused(field="config.profile_steps", value="2:300"):
         _train(tiny_config, tmp_path)
+
+
+def test_weights_beyond_the_machines_memory_are_refused(ehr_config, monkeypatch):
+    run = run_lib.open_run(ehr_config)
+    train.preflight(run, {})
+    monkeypatch.setattr(hosts, "memory_bytes", lambda: 10_000)
+    with refused(field="config.model"):
+        train.preflight(run, {})
 
 
 def test_a_finished_run_is_not_trained_again(tiny_config, tmp_path, capsys):
