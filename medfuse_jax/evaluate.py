@@ -183,7 +183,8 @@ def _calibration(workdir: Path, what: Scored, scored: dict, step: int) -> dict:
     described = calibration.describe(labels_NK, scores_NK)
     path = workdir / "temperature.json"
     if what == Scored("val") and hosts.is_first():
-        files.write_json(path, {"step": step, "temperature": calibration.fit_temperature(labels_NK, scores_NK)})
+        fitted = {"step": step, "temperature": calibration.fit_temperature(labels_NK, scores_NK)}
+        files.write_json(path, files.sealed(fitted))
     fitted = files.read_json(path, "delete it") if path.exists() and not what.head else {}
     if fitted.get("step") == step:  # of these weights
         scaled = calibration.describe(labels_NK, calibration.scale(scores_NK, fitted["temperature"]))

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime import command_line
@@ -45,6 +45,7 @@ def run_all(config: ConfigDict, given_folder: str | None) -> None:
 
     run = run_lib.open_run(config)
     hosts.check_same("data", run.dataset.digest)
+    workdir.check(folder, run)
     given, stages = sources.find(run, folder)
     train.preflight(run, stages)
 
@@ -70,7 +71,7 @@ def _default_workdir(config: ConfigDict) -> str:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A config file, such as configs/pheno.py.", lock_config=True)
+    command_line.DEFINE_config_file("config", "A config file, such as configs/pheno.py.")
     flags.DEFINE_string("workdir", None, "Folder for the run; default: one below runs/ per config.")
     flags.mark_flag_as_required("config")
     command_line.define_process_flags()

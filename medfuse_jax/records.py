@@ -16,6 +16,7 @@ of `ehr`, and those of the stay's P X-rays with cxr_time_h <= label_time_h[i]. T
 1 at any prediction time.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -153,7 +154,7 @@ def manifest(data_dir: str | Path, task: str) -> dict:
         problem = f"describes the task {content.get('task')!r}, not {task!r}, so the folder was renamed"
     elif missing := [field for field in MANIFEST_FIELDS if field not in content]:
         problem = f"lacks {', '.join(missing)}"
-    elif content.get("sha256") not in (None, seal(content)):
+    elif content.get("sha256") != seal(content):
         problem = "was changed after the build"
     if problem:
         raise UserError(f"{path} {problem}: {_REBUILD}", path=path)
@@ -162,8 +163,7 @@ def manifest(data_dir: str | Path, task: str) -> dict:
 
 def seal(content: dict) -> str:
     """Return the SHA-256 of a manifest's other fields. The manifest stores it, so that a changed mean is noticed."""
-    rest = {name: value for name, value in content.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return files.seal(content, "sha256")
 
 
 def wrong_lengths(folder: Path, content: dict) -> Iterator[tuple[str, str]]:
@@ -176,11 +176,32 @@ def wrong_lengths(folder: Path, content: dict) -> Iterator[tuple[str, str]]:
             yield name, f"has {path.stat().st_size:,} bytes, not {num_bytes:,}"
 
 
-def check_lengths(folder: Path, content: dict) -> None:
-    """Raise UserError if a file of the dataset is missing or its length differs from the manifest."""
+def check_files(folder: Path, content: dict) -> None:
+    """Raise UserError if a file of the dataset is missing or is not the one that the manifest lists.
+
+    A shard may hold gigabytes, so the user's cache folder keeps its hash: it is hashed again only if it changed.
+    """
     if wrong := next(wrong_lengths(folder, content), None):
         name, problem = wrong
         raise UserError(f"{folder / name} {problem}: {_REBUILD}", path=folder / name)
+    cache = files.cache_dir() / "hashes.json"
+    try:
+        known = files.read_json(cache, "")
+    except UserError:
+        known = {}
+    current = {}
+    for name, sha256 in content["files"].items():
+        path = folder / name
+        try:
+            entry = files.remembered_sha256(path, known)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}): {_REBUILD}", path=path) from None
+        if entry["sha256"] != sha256:
+            raise UserError(f"{path} does not match its manifest: {_REBUILD}", path=path)
+        current[str(path.resolve())] = entry
+    if any(known.get(path) != entry for path, entry in current.items()):
+        with contextlib.suppress(OSError):  # then they are hashed again next time
+            files.write_json(cache, files.sealed(known | current))
 
 
 def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ def train(
     Raise UserError if a checkpoint cannot be read or the loss is not finite.
     """
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
-        resumed = checkpoints.restore_latest(manager, run.abstract_state())
+        resumed = checkpoints.resume(manager, run.abstract_state())
         if resumed:
             state, progress = resumed
         else:
@@ -102,15 +102,15 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
                 if hosts.must_stop(step):
-                    _stop(manager, state, progress, step, config, losses[-1])
+                    _stop(manager, state, progress, step, config, losses)
                 if step < epoch_end and _saves_at(step, config):
                     check_finite(losses[-1], step, config)  # never save weights that are not finite
+                    progress.add(losses)
                     checkpoints.save(manager, state, progress, is_best=False)
             check_finite(losses[-1], step, config)
-            losses = np.concatenate([np.atleast_1d(loss) for loss in jax.device_get(losses)])
-            train_loss = float(np.mean(losses))
+            progress.add(losses)
+            train_loss, num_steps = progress.train_loss, progress.num_steps  # of the whole epoch, if resumed within it
             rate = round(samples / (training_s() - start_s), 2)
-            # num_steps: fewer than an epoch has if the run was resumed within it.
             log.write(
                 "train",
                 epoch,
@@ -118,7 +118,7 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                 train_loss=train_loss,
                 lr=progress.learning_rate,
                 samples_per_s=rate,
-                num_steps=len(losses),
+                num_steps=num_steps,
             )
 
             predictions = predictions_lib.predict(run, eval_fn, state, "val", run.selects("val"))
@@ -140,9 +140,10 @@ def _open_log(workdir: Path, config: ConfigDict, num_steps: int, step: int) -> R
     return RunLog(workdir, config.name, num_steps, step) if hosts.is_first() else NoLog()
 
 
-def _stop(manager, state, progress: Progress, step: int, config: ConfigDict, loss: jax.Array) -> None:
+def _stop(manager, state, progress: Progress, step: int, config: ConfigDict, losses: list) -> None:
     """Save, and end all processes of this training, of which one has got SIGTERM."""
-    check_finite(loss, step, config)
+    check_finite(losses[-1], step, config)
+    progress.add(losses)
     checkpoints.save(manager, state, progress, is_best=False)
     manager.wait_until_finished()
     hosts.wait("stopped")
@@ -157,11 +158,20 @@ def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> 
     if run.dataset.use_ehr:
         supported.check(run.config, run.devices)
     for trained in (*(staged for _, staged in stages.values()), run):
+        _check_memory(trained)
         feed_lib.choose_parts(trained)
         if trained.selected_by_loss:
             unit = trained.dataset.task.unit
             print(f"{trained.config.name}: no label has both classes in the validation {unit} ", end="")
             print("that select the model, so there is no AUROC: their loss selects it", flush=True)
+
+
+def _check_memory(run: run_lib.Run) -> None:
+    """Raise UserError if the weights alone, with Adam's moments, exceed this machine's memory: XLA would abort."""
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.abstract_state()))
+    if num_bytes > (memory := hosts.memory_bytes()):
+        what = f"{run.config.name}: the weights and Adam's moments take {num_bytes / 1e9:.0f} GB, and this machine has "
+        raise UserError(f"{what}{memory / 1e9:.0f} GB: reduce the sizes in config.model", field="config.model")
 
 
 def profiled_steps(run: run_lib.Run) -> tuple[int, int]:

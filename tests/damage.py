@@ -1,5 +1,6 @@
 """Ways to damage a file."""
 
+import json
 from pathlib import Path
 
 
@@ -13,3 +14,8 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def unsealed(path: Path) -> dict:
+    """Return a JSON object without its seal, to be edited as if it had been written so."""
+    return {name: value for name, value in json.loads(path.read_text()).items() if name != "seal"}

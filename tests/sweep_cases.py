@@ -57,7 +57,9 @@ def assert_resumes(config, tmp_path, monkeypatch, specs, lanes, num_trials, stor
     assert not (tmp_path / "stopped" / "sweep.csv").exists()
     assert sweep(config, tmp_path / "stopped", specs, num_trials, lanes) == whole
     for number in range(num_trials):
-        assert len(read_lines(results.trial_dir(tmp_path / "stopped", number))) == 6
+        lines = [read_lines(results.trial_dir(tmp_path / name, number)) for name in ("whole", "stopped")]
+        losses = [[line.get("train_loss") or line["val_loss"] for line in of_run] for of_run in lines]
+        assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def read_lines(workdir):

@@ -62,7 +62,7 @@ def test_the_config_of_an_older_run_is_read(tmp_path):
     config.placement = "stream"
     config_lib.save(config, tmp_path / "config.json")
     stored = json.loads((tmp_path / "config.json").read_text())
-    del stored["data"]["readers"], stored["recurrence"]  # fields that a version may add, since they change no result
+    del stored["seal"], stored["data"]["readers"], stored["recurrence"]  # fields that a version may add
     (tmp_path / "config.json").write_text(json.dumps(stored))
     loaded = config_lib.load(tmp_path / "config.json")
     assert (loaded.data.readers, loaded.recurrence, loaded.placement) == (0, "auto", "stream")
@@ -148,6 +148,11 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("data.ehr_only_ratio", 1.5, ""),
         ("image.crop_px", 300, ""),
         ("model.resnet_stage_sizes", (1, 2), ""),
+        ("model.resnet_stage_sizes", (1, 1, 1.5, 1), ""),
+        ("model.resnet_stage_sizes", ("a", 1, 1, 1), ""),
+        ("image.scale", ("a", 1), ""),
+        ("model.ehr_hidden", 10**9, ""),
+        ("batch_size", 10**12, ""),
         ("seed", -1, ""),
         ("image.scale", (1.0,), ""),
         ("image.scale", (0.0, 0.0), ""),

@@ -164,3 +164,19 @@ def test_impossible_runs_are_refused_before_anything_is_written(fusion_config, r
         run_main(fusion_config, tmp_path / "run")
     assert caught.value.field == f"config.{field}" if field else "nowhere" in str(caught.value.path)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["shards", "sweep", "ensemble", "other run"])
+def test_a_refused_workdir_is_left_as_it_was(ehr_config, run_main, tmp_path, kind):
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    content = {"sweep": {"sweep.json": {}}, "ensemble": {"config.json": {"rule": "average"}}}
+    content |= {"other run": {"config.json": {"name": "other"}, "checkpoints": {}}, "shards": {}}
+    for name, part in content[kind].items():
+        (folder / name).write_text(json.dumps(part))
+    if kind == "shards":
+        folder = Path(ehr_config.data.dir) / "pheno"
+    before = sorted(folder.rglob("*"))
+    with refused():
+        run_main(ehr_config, folder)
+    assert sorted(folder.rglob("*")) == before

@@ -5,6 +5,7 @@ import csv
 import json
 import shutil
 
+import damage
 import jax
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_shards_of_another_split_without_x_rays_are_scored_with_the_runs_statist
     path = tmp_path / "data.json"
     manifest = records.manifest(others, "pheno")
     changes = {"mean": manifest["train_mean"], "std": manifest["train_std"]}
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(damage.unsealed(path) | changes))
     wrong = predict.predict(tmp_path, others, "all")["scores"][theirs]
     assert np.abs(wrong - scores[0])[no_cxr_N].max() > 1e-4
 
@@ -206,8 +207,7 @@ def test_a_run_of_an_older_version_says_what_to_do(finished, shards, ehr_config)
 
 def test_damaged_statistics_are_refused(finished, shards):
     path = finished / "data.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"std": [0.0] * 76}))
+    path.write_text(json.dumps(damage.unsealed(path) | {"std": [0.0] * 76}))
     assert _refused(finished, shards).value == "mean"
 
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_scored_is_refused(finished, tiny_config, tmp_path, shard
 
 def test_a_modality_of_the_users_own_is_refused(finished, tmp_path, shards):
     path = finished / "config.json"
-    config = json.loads(path.read_text())
+    config = damage.unsealed(path)
     notes = tmp_path / "notes.py"
     notes.write_text("from medfuse_jax.data.modalities.static import Encoder, table\n")
     config["method"], config["model"]["modalities"] = "medfuse_attention", f"static,{notes}"

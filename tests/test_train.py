@@ -17,7 +17,7 @@ from medfuse_jax import run as run_lib
 from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
-from medfuse_jax.runtime import compilation
+from medfuse_jax.runtime import compilation, hosts
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -34,7 +34,7 @@ def _lines(workdir):
 
 def _latest(config, workdir):
     abstract = run_lib.open_run(config).abstract_state()
-    return checkpoints.restore_latest(checkpoints.open_manager(workdir), abstract)
+    return checkpoints.resume(checkpoints.open_manager(workdir), abstract)
 
 
 @pytest.mark.parametrize(("method", "placement"), [("medfuse", "stream"), ("uni_ehr", "device")])
@@ -65,7 +65,7 @@ def test_a_stopped_run_resumes_exactly(tiny_config, tmp_path, monkeypatch, metho
     assert int(state_a.step) == int(state_b.step) > 4
     jax.tree.map(np.testing.assert_array_equal, state_a.params, state_b.params)
     assert progress_a == progress_b
-    keep = ("phase", "epoch", "step", "val_loss", "val_auroc", "lr")
+    keep = ("phase", "epoch", "step", "train_loss", "num_steps", "val_loss", "val_auroc", "lr")
     rows_a, rows_b = ([{k: line.get(k) for k in keep} for line in _lines(d)] for d in (whole, stopped))
     assert rows_a == rows_b and len(rows_a) == 4
 
@@ -89,6 +89,14 @@ def test_tracing_steps_beyond_the_last_is_refused(tiny_config, tmp_path):
     tiny_config.method, tiny_config.num_epochs, tiny_config.profile_steps = "uni_ehr", 1, "2:300"
     with refused(field="config.profile_steps", value="2:300"):
         _train(tiny_config, tmp_path)
+
+
+def test_weights_beyond_the_machines_memory_are_refused(ehr_config, monkeypatch):
+    run = run_lib.open_run(ehr_config)
+    train.preflight(run, {})
+    monkeypatch.setattr(hosts, "memory_bytes", lambda: 10_000)
+    with refused(field="config.model"):
+        train.preflight(run, {})
 
 
 def test_a_finished_run_is_not_trained_again(tiny_config, tmp_path, capsys):

@@ -112,11 +112,11 @@ def read_table(path: str | Path) -> dict[str, dict]:
         content = yaml.load(Path(path).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as failure:
         raise error(f"cannot be read ({failure.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: bytes that are no text, 2001-02-30
         raise error("is not a YAML file") from None
     entries = content if isinstance(content, dict) else {}
     for i, (name, entry) in enumerate(entries.items(), start=1):
-        valid = isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("codes"), list)
+        valid = isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("codes"), list)
         if not valid:
             raise error(f"is incomplete: its entry {i} needs an id (CCS number) and a list of codes", name)
     present = {entry["id"] for entry in entries.values()}

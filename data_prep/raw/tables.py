@@ -97,12 +97,9 @@ def fingerprints(tables: Iterable[Table], cache: Path) -> list[dict]:
     current, result = {}, []
     for table in tables:
         with reading(table.path):
-            path, stat = str(table.path.resolve()), table.path.stat()
-            seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-            cached = known.get(path, {})
-            sha256 = cached["sha256"] if cached.get("seen") == seen else files.sha256(table.path)
-        current[path] = {"seen": seen, "sha256": sha256}
-        result.append({"file": table.name, "size_bytes": stat.st_size, "sha256": sha256})
+            entry = files.remembered_sha256(table.path, known)
+        current[str(table.path.resolve())] = entry
+        result.append({"file": table.name, "size_bytes": entry["seen"][0], "sha256": entry["sha256"]})
     if any(known.get(path) != entry for path, entry in current.items()):
         files.write_json(cache, known | current)
     return result

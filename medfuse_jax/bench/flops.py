@@ -18,7 +18,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax.models import registry
 from medfuse_jax.models.model import variable_shapes
 from medfuse_jax.optim import adam
-from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime import command_line, files
 
 STAY_STEPS = 24  # time steps of the table's stay: 48 h at 2 h a step
 BEGIN, END = "<!-- made by python -m medfuse_jax.bench.flops --write=docs/methods.md -->", "<!-- end -->"
@@ -132,8 +132,9 @@ def _batch(num_labels: int, rows: int, has_cxr: bool, num_steps: int) -> dict:
 
 def write(path: Path) -> None:
     """Write the table into a page, between its marks."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+    with files.must_write(f"--write={path}"):
+        before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        files.write_text(path, f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
 
 
 def main(argv: list[str]) -> None:

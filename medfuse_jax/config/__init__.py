@@ -34,7 +34,7 @@ __all__ = [
 
 def save(config: ConfigDict, path: Path) -> None:
     """Write the resolved config as JSON, without the fields of a stage that are not set."""
-    files.write_json(path, set_fields(config.copy_and_resolve_references()))
+    files.write_json(path, files.sealed(set_fields(config.copy_and_resolve_references())))
 
 
 def load(path: Path) -> ConfigDict:

@@ -19,6 +19,8 @@ from medfuse_jax.models import registry
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError, check_choice
 
+MAX_BLOCKS = 100  # of a ResNet stage
+
 
 def validate(config: ConfigDict) -> None:
     """Raise UserError for the first field that is unknown, missing, of the wrong type or out of range."""
@@ -108,11 +110,11 @@ def _check_sizes(config: ConfigDict) -> None:
     _check_range("config.images_per_batch", config.images_per_batch, 0, config.batch_size)
     _check_range("config.image.crop_px", config.image.crop_px, 32, config.image.resize_px)
     scale, sizes = config.image.scale, config.model.resnet_stage_sizes
-    if len(scale) != 2 or not 0.1 <= scale[0] <= scale[1] <= 10:
+    if len(scale) != 2 or {*map(type, scale)} - {int, float} or not 0.1 <= scale[0] <= scale[1] <= 10:
         what = f"config.image.scale is {scale}; give the smallest and the largest, between 0.1 and 10"
         raise UserError(what, field="config.image.scale", value=scale)
-    if len(sizes) != 4 or min(sizes) < 1:
-        what = f"config.model.resnet_stage_sizes is {sizes}; give four numbers of at least 1"
+    if len(sizes) != 4 or {*map(type, sizes)} != {int} or not 1 <= min(sizes) <= max(sizes) <= MAX_BLOCKS:
+        what = f"config.model.resnet_stage_sizes is {sizes}; give four whole numbers from 1 to {MAX_BLOCKS}"
         raise UserError(what, field="config.model.resnet_stage_sizes", value=sizes)
 
 

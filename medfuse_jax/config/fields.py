@@ -63,7 +63,7 @@ FIELDS = {
     "method": _training("medfuse", "the model", choices=tuple(registry.METHODS)),
     "seed": _training(0, "of initial weights, dropout, augmentation and data order", low=0, high=2**32 - 1),
     "data.dir": _shared("", "folder of the shards; '': a synthetic cohort, built once and cached"),
-    "data.synthetic_stays": _shared(1000, "stays of the synthetic cohort", low=50),
+    "data.synthetic_stays": _shared(1000, "stays of the synthetic cohort", low=50, high=10**6),
     "data.synthetic_cxr_fraction": _shared(0.19, "its fraction of stays with an X-ray; MIMIC's", low=0.05, high=1.0),
     "data.train_stays": _fusion(
         "partial", "training stays: 'partial': all; 'paired': those with EHR and X-ray", choices=("partial", "paired")
@@ -98,11 +98,11 @@ FIELDS = {
     "image.rotation_deg": Field(45.0, "largest rotation either way in training", low=0, high=180),
     "image.scale": Field((0.85, 1.15), "smallest and largest scale in training, between 0.1 and 10"),
     "image.translation": Field(0.15, "largest translation in training, as a fraction of the side", low=0, high=1),
-    "model.ehr_hidden": Field(256, "units of each LSTM layer of the EHR encoder", low=1),
-    "model.fusion_hidden": _training(512, "units of the fusion LSTM", low=1),
+    "model.ehr_hidden": Field(256, "units of each LSTM layer of the EHR encoder", low=1, high=2**13),
+    "model.fusion_hidden": _training(512, "units of the fusion LSTM", low=1, high=2**13),
     "model.dropout": _training(0.3, "dropout rate of the EHR features", low=0, high=0.99),
     "model.resnet_stage_sizes": Field((3, 4, 6, 3), "blocks of each ResNet stage; (3, 4, 6, 3) is ResNet-34"),
-    "model.resnet_width": Field(64, "channels of the first ResNet stage", low=1),
+    "model.resnet_width": Field(64, "channels of the first ResNet stage", low=1, high=2**10),
     "model.batch_norm": _fusion(
         "batch", "statistics in training: of the 'batch', or 'frozen' pre-trained ones", choices=("batch", "frozen")
     ),
@@ -117,7 +117,7 @@ FIELDS = {
     "loss.ehr_only": _fusion(1.0, "weight of the EHR classifier's loss (mmtm, unified)", low=0, high=1e6),
     "loss.cxr_only": _fusion(1.0, "weight of the X-ray classifier's loss (mmtm, unified)", low=0, high=1e6),
     "loss.align": _fusion(0.0, "weight of the alignment loss (mmtm); 0 as released", low=0, high=1e6),
-    "batch_size": _training(16, "rows of a training batch, over all devices", low=1),
+    "batch_size": _training(16, "rows of a training batch, over all devices", low=1, high=2**16),
     "images_per_batch": _training(0, "image slots of a batch, at most batch_size; 0: share of paired stays", low=0),
     "num_epochs": _training(50, "epochs at most", low=1),
     "learning_rate": _training(1e-4, "Adam's", low=0, high=1),
@@ -142,8 +142,8 @@ FIELDS = {
         choices=("auto", "device", "stream"),
     ),
     "profile_steps": _execution("", "'a:b': trace steps a to b (from 1) into <workdir>/profile", fusion_only=True),
-    "eval.batch_size": _shared(64, "rows of an evaluation batch", low=1),
-    "eval.num_bootstrap": _shared(1000, "resamples of the confidence intervals", low=1),
+    "eval.batch_size": _shared(64, "rows of an evaluation batch", low=1, high=2**16),
+    "eval.num_bootstrap": _shared(1000, "resamples of the confidence intervals", low=1, high=10**6),
     "encoders": _shared(
         "pretrained",
         "'random': skip the stages of config.pretrain (the paper's RI)",

@@ -126,7 +126,7 @@ def read(dataset: Dataset, split: str, rows: dict, padded_length: int) -> dict[s
             wanted_DB[place] = True
     for device, row in np.argwhere(wanted_DB).tolist():
         record = dataset.splits[split][record_DB[device, row]]
-        check_against_index(record, part, record_DB[device, row], split)
+        check(record, part, record_DB[device, row], split)
         if dataset.use_ehr:
             batch["ehr"][device, row, : len(record["ehr"])] = record["ehr"]
         if (device, row) in slot_of:
@@ -134,12 +134,20 @@ def read(dataset: Dataset, split: str, rows: dict, padded_length: int) -> dict[s
     return batch
 
 
-def check_against_index(record: dict, part: dict[str, np.ndarray], i: int, split: str) -> None:
-    """Raise UserError if a record is not the one that its split's index (`part`) lists."""
+def check(record: dict, part: dict[str, np.ndarray], i: int, split: str) -> None:
+    """Raise UserError if a record is not the one that its split's index (`part`) lists, or has values not finite."""
     if record["stay_id"] != part["stay_id"][i] or len(record["ehr"]) != part["length"][i]:
         raise UserError(
-            f"record {i} of the {split} split is stay {record['stay_id']} with {len(record['ehr'])} time steps, its "
-            f"index says stay {part['stay_id'][i]} with {part['length'][i]}: the folder was rebuilt while it was read, "
-            "or mixes two builds",
+            f"record {i} of the {split} split is of another stay or length than its index says: the folder was rebuilt "
+            "while it was read, or mixes two builds",
+            row=int(i) + 1,
+        )
+    finite_TF = np.isfinite(record["ehr"])
+    if not finite_TF.all():
+        t, channel = np.argwhere(~finite_TF)[0].tolist()
+        raise UserError(
+            f"record {i} of the {split} split has the value {record['ehr'][t, channel]} in channel "
+            f"{schema.CHANNELS[channel]!r}, time step {t}: build the data again",
+            field=schema.CHANNELS[channel],
             row=int(i) + 1,
         )

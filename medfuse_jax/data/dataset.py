@@ -96,7 +96,7 @@ def open_dataset(
     """
     manifest = records.manifest(data_dir, task)
     # Check all files now, because the test split is read only after days of training.
-    records.check_lengths(records.task_dir(data_dir, task), manifest)
+    records.check_files(records.task_dir(data_dir, task), manifest)
     index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
     if to_train and not len(index["train"]["stay_id"]):
         raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")

@@ -76,7 +76,7 @@ def load(
     def read(numbers: np.ndarray) -> None:
         for i in numbers.tolist():
             record = dataset.splits[split][i]
-            batches.check_against_index(record, dataset.index[split], i, split)
+            batches.check(record, dataset.index[split], i, split)
             if "ehr" in shared:
                 first = shared["first"][i]
                 shared["ehr"][first : first + len(record["ehr"])] = record["ehr"]

@@ -37,7 +37,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     _check_splits(members)
     with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(workdir / "config.json", content)
+        files.write_json(workdir / "config.json", files.sealed(content))
     joined = members_lib.join(members)
     score_NK, weights, selected_by = _combine(joined, runs, rule)
     scored = {name: joined[name] for name in members_lib.FIELDS} | {"scores": score_NK}

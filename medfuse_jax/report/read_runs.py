@@ -31,6 +31,7 @@ OUTSIDE_ITS_CI = (
 )
 _PER_LABEL = ("auroc", "auprc", "auroc_ci", "auprc_ci", "num_positive")
 _ATTENTION_NDIM = {"time_weights": 2, "length": 1, "modality_weights": 2, "modalities": 1}
+_OF_RUNS = {"result.json", "metrics.jsonl", "data.json"}  # the last is all that a run has that failed in epoch 1
 _NOT_RUNS = {"checkpoints", "tensorboard", "report"}
 
 
@@ -116,11 +117,11 @@ def _run_folders(root: Path) -> list[Path]:
     folders = []
     for name, _, file_names in os.walk(root):
         folder = Path(name)
-        if {"result.json", "metrics.jsonl"} & set(file_names) and _NOT_RUNS.isdisjoint(folder.relative_to(root).parts):
+        if _OF_RUNS & set(file_names) and _NOT_RUNS.isdisjoint(folder.relative_to(root).parts):
             folders.append(folder)
     if not folders:
         raise UserError(
-            f"no run in {root}: no folder at or below it holds a result.json or a metrics.jsonl; "
+            f"no run in {root}: no folder at or below it holds a result.json, metrics.jsonl or data.json; "
             "start one with `python -m medfuse_jax.main --config=configs/demo.py --workdir=DIR`",
             field="--runs",
             path=root,
@@ -205,7 +206,7 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[int, dict], dic
 
 def _read_predictions(path: Path, problems: list[str]) -> dict | None:
     try:
-        with np.load(path) as stored:
+        with files.open_npz(path) as stored:
             arrays = {name: stored[name] for name in ("scores", "labels", "age", "has_ehr", "has_cxr")}
             attention = {name: stored[name] for name in _ATTENTION_NDIM if name in stored}
         labels_NK, scores_NK = ranks.check(arrays["labels"], arrays["scores"])

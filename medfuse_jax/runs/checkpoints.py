@@ -1,17 +1,21 @@
-"""The best and the latest checkpoint of a run, stored with orbax.
+"""The best and the latest two checkpoints of a run, stored with orbax.
 
-A checkpoint is a TrainState and its Progress, numbered by step. A process killed during a save leaves only a
-temporary folder, which orbax ignores and removes.
+A checkpoint, numbered by step, is a TrainState and a note: its Progress and the hash of the state, under a seal. So
+damage is noticed: training goes on from the previous checkpoint, and a damaged best one is refused. A process killed
+during a save leaves only a temporary folder, which orbax ignores and removes.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
 from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -19,6 +23,7 @@ from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import errors, files, hosts
 from medfuse_jax.runtime.errors import UserError
 
+_HOW = "restore a copy, or rerun the command that trained it, which goes on from the previous checkpoint"
 IMPORT_NOTE = "import.json"  # says where imported weights came from; absent for a trained run
 
 
@@ -27,14 +32,22 @@ def _is_useful(record: LogRecord) -> bool:
     return "Attempted to create temporary directory" not in record.getMessage()
 
 
+class _BestAndLatest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keep the best checkpoint, the latest, and the one before, in case the latest is damaged."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        saved = _steps(self._folder)  # without the one that is being saved
+        best = _best_step(self._folder, saved) if saved else None
+        return [i >= len(checkpoints) - 2 or found.step == best for i, found in enumerate(checkpoints)]
+
+
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
-    """Open the run's checkpoints. Only the latest is kept, and the best according to `Progress`."""
-    # Give best_fn as well as the policy: without it, best_step() of orbax 0.12 returns the latest step.
-    policies = ocp.checkpoint_managers
-    best_policy = policies.BestN(get_metric_fn=_best_order, reverse=False, n=1)
-    policy = policies.AnyPreservationPolicy([policies.LatestN(1), best_policy])
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_order, best_mode="max")
+    """Open the run's checkpoints. Only the latest two are kept, and the best according to `Progress`."""
     folder = (workdir / "checkpoints").absolute()
+    options = ocp.CheckpointManagerOptions(preservation_policy=_BestAndLatest(folder))
     logging.get_absl_logger().addFilter(_is_useful)  # adding the same function again does nothing
     if jax.process_count() > 1:  # the first saves what all have, so a save must not wait for the others
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +58,7 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
         )
         options = dataclasses.replace(options, create=False, multiprocessing_options=own_process)
     with _as_user_error(folder):
-        return ocp.CheckpointManager(folder, options=options, item_names=("state", "progress"))
+        return ocp.CheckpointManager(folder, options=options, item_names=("state", "note"))
 
 
 def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: bool) -> None:
@@ -55,24 +68,51 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
     """
     if not hosts.is_first():
         return
+    step = int(state.step)
+    note = {"step": step, "is_best": is_best, "state_sha256": _digest(state), "progress": dataclasses.asdict(progress)}
     if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
     manager.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
-        ),
-        # Progress alone decides what is best: orbax treats ties and NaN differently.
-        metrics={"best_order": progress.epoch if is_best else -1},
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(files.sealed(note))),
         force=True,
     )
 
 
-def restore_latest(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
-    """Return the latest (state, progress), shaped like `state`; None if nothing is saved."""
-    with _as_user_error(manager.directory):
-        step = manager.latest_step()
-    return None if step is None else _restore(manager, step, state)
+def resume(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
+    """Return the latest intact (state, progress), shaped like `state`; None if nothing is saved.
+
+    Damaged newer checkpoints are moved aside, with a line that says so; what an interrupted deletion left is removed.
+    Raises UserError if none is intact, or if the best is not: the run would end without it.
+    """
+    folder, resumed, damaged = Path(manager.directory), None, {}
+    steps = _steps(folder)
+    for step in reversed(steps):
+        try:
+            found = _restore(manager, step, state)
+        except UserError as error:
+            damaged[step] = error
+        else:
+            resumed = resumed or found
+    if not resumed:
+        if damaged:
+            raise damaged[max(damaged)]
+        return None
+    last = int(resumed[0].step)
+    best_step = _check_best(folder, [step for step in steps if step <= last], resumed[1])
+    if best_step in damaged:
+        raise damaged[best_step]
+    for step in damaged if hosts.is_first() else ():
+        if step < last:
+            shutil.rmtree(folder / str(step))
+            continue
+        aside = folder.with_name(f"damaged_checkpoint_{step}")
+        print(f"warning: {folder / str(step)} is damaged, and now {aside}: training goes on from step {last}")
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / str(step)).rename(aside)
+    if damaged:
+        manager.reload()
+    return resumed
 
 
 def restore_best(workdir: Path, state):
@@ -81,35 +121,29 @@ def restore_best(workdir: Path, state):
 
 
 def restore_best_with_progress(workdir: Path, state) -> tuple[Any, Progress]:
-    with _open_trained(workdir) as manager:
-        return best(manager, state)
-
-
-def best(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
-    """Return the (state, progress) with the best validation AUROC, shaped like `state`; None if nothing is saved."""
-    step = _best_step(manager)
-    if step is None:
-        return None
-    epoch = _latest_progress(manager).best_epoch
-    restored, progress = _restore(manager, step, state)
-    if epoch and progress.epoch != epoch:
-        message = f"{manager.directory} lacks the best checkpoint (epoch {epoch}): restore it, or train again"
-        raise UserError(message, path=manager.directory, value=epoch)
-    return restored, progress
+    step, _ = reached(workdir)
+    with contextlib.closing(open_manager(workdir)) as manager:
+        return _restore(manager, step, state)
 
 
 def reached(workdir: Path) -> tuple[int, Progress]:
     """Return the best checkpoint's step and the latest progress, without reading a state; raise UserError if none."""
-    with _open_trained(workdir) as manager:
-        return _best_step(manager), _latest_progress(manager)
+    folder = workdir / "checkpoints"
+    if not folder.is_dir() and (workdir / "state.npz").exists():
+        export = f"--export={int(workdir.name) if workdir.name.isdecimal() else 'TRIAL'}"
+        message = f"{workdir} is a trial without a checkpoint: repeat the sweep's command with {export} to write it"
+        raise UserError(message, field="--export", path=workdir)
+    if not folder.is_dir():
+        raise UserError(f"{workdir} holds no trained model: run medfuse_jax.main first", path=folder)
+    if not (steps := _steps(folder)):
+        raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main --workdir={workdir}", path=folder)
+    progress = _progress(_note(folder, steps[-1]))
+    return _check_best(folder, steps, progress), progress
 
 
 def any_saved(workdir: Path) -> bool:
     """Return whether there is a checkpoint to resume from, without creating a folder."""
-    if not (workdir / "checkpoints").is_dir():
-        return False
-    with contextlib.closing(open_manager(workdir)) as manager, _as_user_error(manager.directory):
-        return manager.latest_step() is not None
+    return bool(_steps(workdir / "checkpoints"))
 
 
 def imported(workdir: Path) -> dict:
@@ -122,43 +156,63 @@ def imported(workdir: Path) -> dict:
     return files.read_json(path, "import the weights again into another --workdir") if path.exists() else {}
 
 
-@contextlib.contextmanager
-def _open_trained(workdir: Path) -> Iterator[ocp.CheckpointManager]:
-    """Open the checkpoints of a run that has at least one; otherwise raise UserError, without creating a folder."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir() and (workdir / "state.npz").exists():
-        export = f"--export={int(workdir.name) if workdir.name.isdecimal() else 'TRIAL'}"
-        message = f"{workdir} is a trial without a checkpoint: repeat the sweep's command with {export} to write it"
-        raise UserError(message, field="--export", path=workdir)
-    if not folder.is_dir():
-        raise UserError(f"{workdir} holds no trained model: run medfuse_jax.main first", path=folder)
-    with contextlib.closing(open_manager(workdir)) as manager:
-        if _best_step(manager) is None:
-            raise UserError(f"{folder} holds no checkpoint: run medfuse_jax.main --workdir={workdir}", path=folder)
-        yield manager
+def _steps(folder: Path) -> list[int]:
+    """Return the numbers of the saved steps, ascending."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
-def _best_step(manager: ocp.CheckpointManager) -> int | None:
-    with _as_user_error(manager.directory):
-        return manager.best_step()
+def _note(folder: Path, step: int) -> dict:
+    """Return what `save` noted of a step; raise UserError if it is damaged, or is another step's."""
+    note = files.read_json(folder / str(step) / "note" / "metadata", _HOW, must_be_sealed=True)
+    if note["step"] != step:
+        raise UserError(f"{folder / str(step)} is the checkpoint of step {note['step']}: {_HOW}", path=folder)
+    return note
 
 
-def _latest_progress(manager: ocp.CheckpointManager) -> Progress:
-    with _as_user_error(manager.directory):
-        latest = manager.restore(manager.latest_step(), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        return Progress(**latest["progress"])
+def _progress(note: dict) -> Progress:
+    return Progress(**note["progress"])
+
+
+def _best_step(folder: Path, steps: list[int]) -> int:
+    """Return the best of the steps whose notes are intact; the latest step if none of these is a best one."""
+    best = steps[-1]
+    for step in steps:
+        with contextlib.suppress(UserError):
+            best = step if _note(folder, step)["is_best"] else best
+    return best
+
+
+def _check_best(folder: Path, steps: list[int], latest: Progress) -> int:
+    """Return the best of the steps; raise UserError unless it is of the epoch that `latest` says."""
+    step = _best_step(folder, steps)
+    note = _note(folder, step)
+    if latest.best_epoch and not (note["is_best"] and _progress(note).epoch == latest.best_epoch):
+        message = f"{folder} lacks the best checkpoint (epoch {latest.best_epoch}): restore it, or train again"
+        raise UserError(message, path=folder, value=latest.best_epoch)
+    return step
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[Any, Progress]:
+    folder = Path(manager.directory)
+    note = _note(folder, step)
     # Restore onto one local device, so that a checkpoint opens on any number of devices.
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), state)
-    with _as_user_error(manager.directory / str(step)):
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()),
-        )
-        return restored["state"], Progress(**restored["progress"])
+    with _as_user_error(folder / str(step)):
+        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        if _digest(restored) != note["state_sha256"]:
+            raise ValueError("its content is not what was saved")
+    return restored, _progress(note)
+
+
+def _digest(state) -> str:
+    """Return the SHA-256 of a state's arrays with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -174,7 +228,3 @@ def _as_user_error(path: Path) -> Iterator[None]:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"{path} does not match this run's model or is damaged ({first_line[:200]})"
         raise UserError(f"{message}: restore a copy, or start again in another --workdir", path=path) from None
-
-
-def _best_order(metrics: dict) -> float:
-    return metrics["best_order"]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 from ml_collections import ConfigDict
 
 # The smallest relative improvement that counts, as in torch's ReduceLROnPlateau, which the released code uses.
@@ -11,10 +12,11 @@ _PLATEAU_THRESHOLD = 1e-4
 
 @dataclasses.dataclass
 class Progress:
-    """State of a run at its last validation, saved with each checkpoint.
+    """State of a run at its last validation, and the losses since then, saved with each checkpoint.
 
     best_auroc: validation AUROC of the selected epoch, which is best_epoch (0: none yet). selected_loss: the validation
-    loss that selected it, where no label has both classes and so there is no AUROC.
+    loss that selected it, where no label has both classes and so there is no AUROC. loss_sum, num_steps: of the epoch
+    in progress.
     """
 
     epoch: int = 0
@@ -24,6 +26,20 @@ class Progress:
     best_loss: float = math.inf
     epochs_since_best_loss: int = 0
     selected_loss: float = math.inf
+    loss_sum: float = 0.0
+    num_steps: int = 0
+
+    def add(self, losses: list) -> None:
+        """Add the losses of some steps, numbers or arrays, and empty the list."""
+        loss_S = np.concatenate([[self.loss_sum], *map(np.atleast_1d, losses)])
+        self.loss_sum = float(np.cumsum(loss_S)[-1])  # one after another: the same number if the epoch is resumed
+        self.num_steps += len(loss_S) - 1
+        losses.clear()
+
+    @property
+    def train_loss(self) -> float:
+        """The mean loss of the epoch in progress."""
+        return self.loss_sum / self.num_steps
 
     def update(self, epoch: int, val_loss: float, val_auroc: float, plateau_epochs: int) -> bool:
         """Record one validation; return whether its AUROC, or without one its loss, is the best so far.
@@ -31,7 +47,7 @@ class Progress:
         The learning rate is halved after more than `plateau_epochs` validations in a row without a lower loss, counted
         as in torch's ReduceLROnPlateau. val_auroc: NaN in every epoch if no label has both classes.
         """
-        self.epoch = epoch
+        self.epoch, self.loss_sum, self.num_steps = epoch, 0.0, 0
         if val_loss < self.best_loss * (1 - _PLATEAU_THRESHOLD):
             self.best_loss, self.epochs_since_best_loss = val_loss, 0
         else:

@@ -61,13 +61,13 @@ def save(workdir: Path, what: Scored, scored: dict, result: dict) -> None:
     stamp = {"step": result["step"]} if "step" in result else {}
     with files.written_whole(what.predictions_path(workdir)) as unfinished:
         np.savez(unfinished, **scored, **stamp)
-    files.write_json(what.result_path(workdir), metrics.to_json(result))
+    files.write_json(what.result_path(workdir), files.sealed(metrics.to_json(result)))
 
 
 def read_predictions(path: Path, names: tuple[str, ...], what_to_do: str) -> dict:
     """Return the named arrays of a predictions file, and its 'step' or None; raise UserError if it is damaged."""
     try:
-        with np.load(path) as stored:
+        with files.open_npz(path) as stored:
             arrays = {name: stored[name] for name in names}
             return arrays | {"step": int(stored["step"]) if "step" in stored else None}
     except files.DAMAGED_NPZ as error:

@@ -9,10 +9,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
+from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
 from medfuse_jax.run import Run, check_unseen, open_run
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -33,6 +35,9 @@ def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
         message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new folder once: {how}"
         raise UserError(message, field="--data_dir", path=config.data.dir)
+    for name in loading.listed(config.model.modalities):
+        if name.endswith(".py"):
+            files.say_code_of_another(Path(name), workdir)
     run = open_run(config, devices)
     workdir_lib.check_data(workdir, run)
     if data_dir:

@@ -24,9 +24,16 @@ def locked(workdir: Path) -> contextlib.AbstractContextManager:
 
 
 def claim(workdir: Path, run, by_sweep: bool = False) -> None:
-    """Claim the workdir for this run.
+    """Claim the workdir for this run, or raise UserError, as `check` does."""
+    check(workdir, run, by_sweep)
+    if hosts.is_first():
+        _write_claim(workdir, run)
+    hosts.wait(f"claimed {workdir}")
 
-    Raises UserError if the workdir holds a run with another config or other data, or something other than a run.
+
+def check(workdir: Path, run, by_sweep: bool = False) -> None:
+    """Raise UserError if the workdir holds a run with another config or other data, or something other than a run.
+
     by_sweep: whether a sweep claims one of its own folders, for a trial or a pre-training stage.
     """
     _check_no_other_kind(workdir)
@@ -38,15 +45,12 @@ def claim(workdir: Path, run, by_sweep: bool = False) -> None:
         if difference := config_lib.difference(config_lib.load(workdir / "config.json"), run.config, ignored):
             raise UserError(f"{workdir} holds another run ({difference}): choose another --workdir", path=workdir)
         check_data(workdir, run)
-    if hosts.is_first():
-        _write_claim(workdir, run)
-    hosts.wait(f"claimed {workdir}")
 
 
 def _write_claim(workdir: Path, run) -> None:
     with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(workdir / inputs.FILE, inputs.describe(run.dataset))
+        files.write_json(workdir / inputs.FILE, files.sealed(inputs.describe(run.dataset)))
         config_lib.save(run.config, workdir / "config.json")
 
 

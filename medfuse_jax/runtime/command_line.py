@@ -16,7 +16,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from medfuse_jax.runtime import files
-from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full, is_out_of_memory, of_file
+from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full, is_out_of_memory, of_a_path, of_file
 
 # Flags of any command that name a local folder.
 _FOLDERS = ("config.data.dir", "data", "data_dir", "mimic_cxr", "mimic_iv", "out", "runs", "workdir")
@@ -50,6 +50,16 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
     app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
 
 
+def DEFINE_config_file(name: str, text: str) -> None:
+    """Define the flag of a config file, as ml_collections does; end with one line if a --flagfile cannot be read."""
+    from ml_collections import config_flags  # late: not on the machines of benchmarks, which import this module
+
+    try:
+        config_flags.DEFINE_config_file(name, None, text, lock_config=True)
+    except flags.Error as error:  # it reads the command line at once
+        _end(f"error: {' '.join(str(error).removeprefix('ERROR:: ').split())}")
+
+
 def define_process_flags() -> None:
     """Define the flags of a command that several processes may run together (runtime/hosts.py)."""
     flags.DEFINE_bool("distributed", False, "Run as several processes that jax detects: Cloud TPU, Slurm, Open MPI.")
@@ -69,13 +79,13 @@ def in_one_line(error: BaseException, resumes: bool = False) -> str:
         return f"error: out of memory{hint} ({' '.join(str(error).split())[:200]})"
     if is_disk_full(error):
         return "error: the disk is full: free some space" + (" and rerun the command to resume" if resumes else "")
-    return ""
+    return f"error: {problem}" if (problem := of_a_path(error)) else ""
 
 
 def status(error: BaseException) -> int:
     """Return a command's exit status: 2 if it would fail again until the user changes something, otherwise 1."""
     fails_again = isinstance(error, UserError) and not isinstance(error, TryLater)
-    return _USER_ERROR if fails_again or is_out_of_memory(error) else 1
+    return _USER_ERROR if fails_again or is_out_of_memory(error) or of_a_path(error) else 1
 
 
 def _end(line: str, status: int = _USER_ERROR) -> NoReturn:
@@ -89,17 +99,22 @@ def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
         rest = flags.FLAGS(argv, known_only=pass_on_unknown)
         _check_folders(flags.FLAGS)
     except (flags.Error, TypeError, ValueError) as error:  # ml_collections raises the last two
-        _end(f"error: {error}")
+        _end(f"error: {' '.join(str(error).split())}")
+    except OSError as error:
+        _end(in_one_line(error) or f"error: {error}")
     if len(rest) > 1 and not pass_on_unknown:
         _end(f"error: unknown argument {rest[1]!r}: every option starts with --; see --help")
     return rest
 
 
 def _check_folders(values: flags.FlagValues) -> None:
-    """Raise UserError for an address in place of a folder, before anything is written."""
+    """Raise UserError for what cannot be a folder, before anything is written."""
     for name in _FOLDERS:
         if name in values and values[name].value:
             files.check_local(f"--{name}", values[name].value)
+            if name in ("out", "workdir") and Path(values[name].value).resolve() == Path("/"):
+                message = f"--{name}={values[name].value} is the root of all folders: give one below it"
+                raise UserError(message, field=f"--{name}", value=values[name].value)
 
 
 def _check_config_flags(argv: list[str]) -> None:
@@ -108,9 +123,13 @@ def _check_config_flags(argv: list[str]) -> None:
     ml_collections reports the first too late and the second as a bare KeyError.
     """
     options = [a.removeprefix("--").partition("=") for a in argv[1:] if a.startswith("--config")]
-    path = next((value for name, _, value in options if name == "config"), "")
+    given = [value for name, _, value in options if name == "config"]
+    path = given[0] if given else ""
     if not path:
+        if "--config=" in argv:
+            raise UserError("--config is empty: give a Python file, such as configs/pheno.py", field="--config")
         return
+    files.say_code_of_another(Path(path))
     if not Path(path).is_file() or Path(path).suffix != ".py":
         near = difflib.get_close_matches(Path(path).name, [p.name for p in Path(path).parent.glob("*.py")], n=1)
         near = [str(Path(path).with_name(name)) for name in near]
@@ -121,6 +140,9 @@ def _check_config_flags(argv: list[str]) -> None:
         raise UserError(
             f"--config={path} cannot be used ({of_file(path, error)})", field="--config", path=path
         ) from None
+    if not hasattr(config, "to_dict"):
+        message = f"--config={path}: its get_config() returns no config but a {type(config).__name__}"
+        raise UserError(message, field="--config", path=path)
     fields = _names("config", config)
     for name, _, _ in options:
         if name.startswith("config.") and name not in fields:

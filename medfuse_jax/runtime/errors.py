@@ -1,9 +1,13 @@
 """Errors that a user can cause. Each message is one line: what is wrong, where, what to do."""
 
 import difflib
+import errno
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+
+_OF_A_PATH = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM)
+_OF_A_PATH += (errno.EROFS,)
 
 
 class UserError(ValueError):
@@ -56,6 +60,13 @@ def of_file(path: str | Path, error: Exception) -> str:
     lines = [line for file, line in places if Path(file).resolve() == Path(path).resolve()]
     where = f"line {lines[-1]}: " if lines else ""
     return f"{where}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def of_a_path(error: BaseException) -> str:
+    """Describe an error of a path that cannot be what it must be (a file, a folder, ours); '' for any other error."""
+    if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None:
+        return f"{str(error.filename)[:300]} cannot be used: {error.strerror}"
+    return ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,30 +3,54 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
 import sys
 import threading
+import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
 from medfuse_jax.runtime.errors import TryLater, UserError
 
-# What np.load raises for .npz files that are truncated, have changed bytes or lack an array.
-DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+# What reading raises for .npz files that are truncated, have changed bytes or lack an array.
+DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
 # Error numbers of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
+_TRUSTED = (0,)  # users whose code needs no warning: root
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def check_local(flag: str, path: str | Path) -> None:
-    """Raise UserError for an address such as gs://bucket/folder, which would become a local folder named 'gs:'."""
+    """Raise UserError for an address such as gs://bucket/folder, and for a name with control characters."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         message = f"{flag} is {path}, an address; mount it (gcsfuse, s3fs) and give that folder"
         raise UserError(message, field=flag, value=str(path))
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(path)):
+        message = f"{flag} is {str(path)!r}, a name with control characters: give another"
+        raise UserError(message, field=flag, value=str(path))
+
+
+def say_code_of_another(path: Path, chosen_by: Path | None = None) -> None:
+    """Print a warning, once in a process, if the Python file to run next is of another user, or chosen by one.
+
+    chosen_by: the folder of the config that names the file.
+    """
+    for place in (path, chosen_by):
+        with contextlib.suppress(OSError):
+            if place is not None and place.stat().st_uid not in (*_TRUSTED, os.getuid()):
+                _warn_of_code(path, place)
+
+
+@functools.cache
+def _warn_of_code(path: Path, place: Path) -> None:
+    print(f"warning: {path} is code and runs now; {place} belongs to another user", file=sys.stderr, flush=True)
 
 
 def cache_dir() -> Path:
@@ -79,21 +103,37 @@ def write_json(path: Path, content: dict | list, sort_keys: bool = True) -> None
     write_text(path, json_text(content, sort_keys))
 
 
-def read_json(path: Path, what_to_do: str, kind: type = dict):
+def sealed(content: dict) -> dict:
+    """Return a JSON object with the hash of its content as 'seal', which `read_json` checks and removes."""
+    return content | {"seal": seal(content)}
+
+
+def seal(content: dict, name: str = "seal") -> str:
+    """Return the SHA-256 of an object's fields, as JSON has them, except `name`, which stores it."""
+    rest = {key: value for key, value in content.items() if key != name}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path, what_to_do: str, kind: type = dict, must_be_sealed: bool = False):
     """Return the content of a JSON file.
 
-    kind: dict or list, the type that the file must hold. Raises UserError, with the path and a message that ends in
-    `what_to_do`, if the file is missing, damaged or of another type.
+    kind: dict or list, the type that the file must hold. must_be_sealed: refuse one without a seal (see `sealed`).
+    Raises UserError, with the path and a message that ends in `what_to_do`, if the file is missing, damaged, of another
+    type, or does not match its seal.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {what_to_do}", path=path) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {what_to_do}", path=path) from None
     if not isinstance(content, kind):
         raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'array'}: {what_to_do}", path=path)
-    return content
+    if not isinstance(content, dict):
+        return content
+    if (must_be_sealed or "seal" in content) and content.get("seal") != seal(content):
+        raise UserError(f"{path} was changed after it was written: {what_to_do}", path=path)
+    return {name: value for name, value in content.items() if name != "seal"}
 
 
 @contextlib.contextmanager
@@ -132,6 +172,27 @@ def locked(path: Path, what: str, busy: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def remembered_sha256(path: Path, known: dict[str, dict]) -> dict:
+    """Return {'seen', 'sha256'} of a file, which is hashed only if it differs from its entry in `known`, by path.
+
+    seen: size, mtime, ctime (which cannot be set back) and inode.
+    """
+    stat = path.stat()
+    seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    entry = known.get(str(path.resolve()))
+    return entry if entry and entry.get("seen") == seen else {"seen": seen, "sha256": sha256(path)}
+
+
+@contextlib.contextmanager
+def open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Open an .npz file; raise one of DAMAGED_NPZ unless every array in it, and its name, are as they were written."""
+    with zipfile.ZipFile(path) as whole:
+        if damaged := whole.testzip():
+            raise zipfile.BadZipFile(f"{damaged} was changed")
+    with np.load(path) as stored:
+        yield stored
 
 
 def sha256(path: Path) -> str:

@@ -110,8 +110,8 @@ def _check(coordinator: str, num_processes: int, process: int) -> None:
         message = f"--process={process}: with --num_processes={num_processes} give 0 to {num_processes - 1}"
         raise UserError(message, field="--process", value=process)
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        message = f"--coordinator={coordinator} is not HOST:PORT, such as node1:8476"
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        message = f"--coordinator={coordinator} is not HOST:PORT, such as node1:8476 (a port is 1 to 65535)"
         raise UserError(message, field="--coordinator", value=coordinator)
     if process == 0:
         try:

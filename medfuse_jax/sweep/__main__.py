@@ -46,7 +46,7 @@ def _parse_numbers(texts: list[str]) -> list[int]:
 _START_S = time.perf_counter()
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A config file, such as configs/pheno.py.", lock_config=True)
+    command_line.DEFINE_config_file("config", "A config file, such as configs/pheno.py.")
     flags.DEFINE_string("workdir", None, "Folder for the sweep, on a filesystem that all its hosts share.")
     flags.DEFINE_integer(
         "trials", None, "Number of trials; by default 10, or all that the config's sweep(add) lists.", lower_bound=1

@@ -239,6 +239,7 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
                     t.state = t.state.replace(learning_rate=np.float32(rate))
             for t in current:
                 if not t.failure:
+                    t.progress.add(t.losses)
                     t.store.save(t.state, t.progress, is_best=t.progress.best_epoch * steps_per_epoch == t.step)
             running = _share(sweep, _record_ended(sweep, running))
             if running and _devices(sweep, [t.trial for t in running]) != devices:
@@ -364,11 +365,11 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
         except UserError as error:
             t.failure = str(error)
             continue
-        rate, num_steps, train_loss = t.progress.learning_rate, len(t.losses), float(np.mean(t.losses))
-        speed = round(stays_per_s, 2)
-        t.log.write("train", epoch, t.step, train_loss=train_loss, lr=rate, samples_per_s=speed, num_steps=num_steps)
+        t.progress.add(t.losses)
+        logged = {"train_loss": t.progress.train_loss, "num_steps": t.progress.num_steps}
+        logged |= {"lr": t.progress.learning_rate, "samples_per_s": round(stays_per_s, 2)}
+        t.log.write("train", epoch, t.step, **logged)
         t.log.write("val", epoch, t.step, val_loss=predictions.loss, val_auroc=auroc)
-        t.losses = []
         t.progress.update(epoch, predictions.loss, auroc, run.config.plateau_epochs)
     best = max(trials, key=lambda t: t.progress.best_auroc)
     print(

@@ -86,7 +86,7 @@ def write_record(workdir: Path, trial: Trial, status: str, reason: str = "", **r
 def write_json(path: Path, content: dict | list) -> None:
     with files.must_write(path, f": {_CHOOSE}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, content)
+        files.write_json(path, files.sealed(content) if isinstance(content, dict) else content)
 
 
 def write_text(path: Path, text: str) -> None:

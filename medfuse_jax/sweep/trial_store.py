@@ -15,6 +15,8 @@ from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
+PREVIOUS = "state.previous.npz"
+
 
 class CheckpointStore:
     """Orbax checkpoints of the best and the latest state, saved in the background."""
@@ -24,7 +26,7 @@ class CheckpointStore:
 
     def latest(self, abstract) -> tuple | None:
         """Return (state, progress) on the host, since the first device could not hold the states of all trials."""
-        return jax.device_get(checkpoints.restore_latest(self._manager, abstract))
+        return jax.device_get(checkpoints.resume(self._manager, abstract))
 
     def save(self, state, progress: Progress, is_best: bool) -> None:
         checkpoints.save(self._manager, state, progress, is_best)
@@ -37,17 +39,37 @@ class CheckpointStore:
 
 
 class FileStore:
-    """state.npz: the latest and the best state with the progress at each, written atomically."""
+    """state.npz: the latest and the best state with the progress at each. The one before it is kept, in case of damage.
+
+    Every array has a checksum in the file.
+    """
 
     def __init__(self, workdir: Path):
-        self._path = workdir / "state.npz"
+        self._path, self._previous = workdir / "state.npz", workdir / PREVIOUS
         self._best = {}
 
     def latest(self, abstract) -> tuple | None:
-        return self._read("latest", abstract)
+        """Return (state, progress), of the file before, with a line that says so, if state.npz is damaged or gone."""
+        intact, damage = {}, None
+        for path in (self._path, self._previous):
+            try:
+                intact |= {path: found} if (found := self._read(path, "latest", abstract)) else {}
+            except UserError as error:
+                damage = damage or error
+        if damage and (not intact or self._path.is_dir()):
+            raise damage
+        if not intact:
+            return None
+        path = max(intact, key=lambda path: (intact[path][1].epoch, intact[path][1].num_steps))
+        state, progress, self._best = intact[path]
+        if path == self._previous:
+            print(f"warning: {self._path} is damaged or gone: the trial goes on from {path}", flush=True)
+            path.replace(self._path)
+        return state, progress
 
     def best(self, abstract) -> tuple | None:
-        return self._read("best", abstract)
+        found = self._read(self._path, "best", abstract)
+        return found and found[:2]
 
     def save(self, state, progress: Progress, is_best: bool) -> None:
         latest = _to_arrays("latest", state, progress)
@@ -55,6 +77,8 @@ class FileStore:
             self._best = _to_arrays("best", state, progress)
         with files.written_whole(self._path) as unfinished:
             np.savez(unfinished, **latest, **self._best)
+            if self._path.exists():
+                self._path.replace(self._previous)
 
     def wait(self) -> None:
         pass
@@ -62,25 +86,27 @@ class FileStore:
     def close(self) -> None:
         pass
 
-    def _read(self, which: str, abstract) -> tuple | None:
+    def _read(self, path: Path, which: str, abstract) -> tuple | None:
+        """Return (state, progress, the entries of the best); None if there is no file."""
         try:
-            with np.load(self._path) as stored:
-                self._best = {name: stored[name] for name in stored.files if name.startswith("best/")}
-                leaves = {name.removeprefix(which): stored[name] for name in stored.files if name.startswith(which)}
+            with files.open_npz(path) as stored:
+                best = {name: stored[name] for name in stored if name.startswith("best/")}
+                leaves = {name.removeprefix(which): stored[name] for name in stored if name.startswith(which)}
             progress = Progress(**json.loads(str(leaves.pop("/progress"))))
             state = jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf(leaves, path, leaf), abstract)
         except FileNotFoundError:
             return None
         except (*files.DAMAGED_NPZ, TypeError) as error:
-            message = f"{self._path} cannot be read ({error}): delete it and trial.json beside it to restart the trial"
-            raise UserError(message, path=self._path) from None
-        return state, progress
+            message = f"{path} cannot be read ({error}): delete it and trial.json beside it to restart the trial"
+            raise UserError(message, path=path) from None
+        return state, progress, best
 
 
 def open_store(workdir: Path, is_frozen: bool) -> CheckpointStore | FileStore:
     """Open a trial's store in the process that trains it. A trial that already has a file keeps using it."""
     files.remove_unfinished(workdir / "state.npz")
-    return FileStore(workdir) if is_frozen or (workdir / "state.npz").exists() else CheckpointStore(workdir)
+    has_file = any((workdir / name).exists() for name in ("state.npz", PREVIOUS))
+    return FileStore(workdir) if is_frozen or has_file else CheckpointStore(workdir)
 
 
 def _leaf(leaves: dict[str, np.ndarray], path, expected) -> np.ndarray:

@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import run as run_lib
@@ -109,11 +109,12 @@ def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
 
 def _claim(workdir: Path, run, note: dict) -> None:
     workdir_lib.check_outside_sweeps(workdir)
+    workdir_lib.check(workdir, run)
     with files.must_write(f"--workdir={workdir}"):
         if workdir.exists() and any(workdir.iterdir()):
             raise UserError(f"{workdir} is not empty: choose another --workdir", field="--workdir", path=workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(workdir / checkpoints.IMPORT_NOTE, note)
+        files.write_json(workdir / checkpoints.IMPORT_NOTE, files.sealed(note))
     workdir_lib.claim(workdir, run)
 
 
@@ -146,7 +147,7 @@ def _differences_from_released(config: ConfigDict, manifest: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "To import: the config of the run.", lock_config=True)
+    command_line.DEFINE_config_file("config", "To import: the config of the run.")
     flags.DEFINE_string("checkpoint", None, "To import: a .pth.tar, .pth, .pt or .safetensors file.")
     flags.DEFINE_string("export", None, "To export: the .safetensors or .pth.tar file to write.")
     flags.DEFINE_string("workdir", None, "Folder of the run: new to import into, trained to export from.")

@@ -210,6 +210,38 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
             assert record["ehr"].shape[1] == 76
 
 
+def test_a_value_that_is_not_finite_is_named_by_record_and_channel(shards):
+    dataset = open_dataset(shards, "pheno")
+    record, part = dataset.splits["val"][3], dataset.index["val"]
+    batches.check(record, part, 3, "val")
+    ehr_TF = record["ehr"].copy()
+    ehr_TF[2, 5] = np.nan
+    with refused(field=dataset.manifest["channels"][5], row=4):
+        batches.check(record | {"ehr": ehr_TF}, part, 3, "val")
+
+
+def test_a_changed_shard_of_any_split_is_noticed_when_the_dataset_is_opened(shards, tmp_path):
+    folder = _copy(shards, tmp_path)
+    for split in ("train", "val", "test"):
+        path = next((folder / "pheno").glob(f"*-{split}.array_record*"))
+        whole = path.read_bytes()
+        damage.flip(path)
+        with refused(path=path):
+            open_dataset(folder, "pheno")
+        path.write_bytes(whole)
+    open_dataset(folder, "pheno")
+
+
+def test_a_manifest_cannot_lose_its_seal(shards, tmp_path):
+    folder = _copy(shards, tmp_path)
+    path = folder / "pheno" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    with refused(path=path):
+        open_dataset(folder, "pheno")
+
+
 def test_mixed_shards_of_two_builds_are_detected(shards, tmp_path):
     folder = _copy(shards, tmp_path)
     _rewrite_index(folder, "train", lambda fields: fields | {"stay_id": np.roll(fields["stay_id"], 1)})

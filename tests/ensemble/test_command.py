@@ -4,6 +4,7 @@ import contextlib
 import json
 from types import SimpleNamespace
 
+import damage
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def _change_labels(root):
 
 def _change_result(root, run="cxr", **changes):
     path = root / run / "result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(damage.unsealed(path) | changes))
 
 
 def _write_out(root, content):
@@ -265,7 +266,7 @@ def test_an_ensemble_is_a_member_until_its_own_members_change(runs, tmp_path):
     nested = [str(tmp_path / "late"), runs[0][1]]
     ensemble.ensemble(nested, tmp_path / "nested")
     path = tmp_path / "ehr" / "result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 900}))
+    path.write_text(json.dumps(damage.unsealed(path) | {"step": 900}))
     with pytest.raises(UserError) as caught:
         ensemble.ensemble(nested, tmp_path / "again")
     assert (caught.value.path, caught.value.value) == (tmp_path / "late", 900)

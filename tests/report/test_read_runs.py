@@ -6,7 +6,7 @@ import example_runs
 import numpy as np
 import pytest
 
-from medfuse_jax.report import read_runs
+from medfuse_jax.report import pages, read_runs
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -24,6 +24,14 @@ def test_an_unfinished_run_is_read(tmp_path):
     assert list(run.train) == list(run.val) == [1, 2, 3] and not run.problems
     assert run.result is None and run.predictions is None and run.finished_at is None
     assert run.best_epoch == 3 and run.task == "pheno" and len(run.label_names) == 25 and not run.is_synthetic
+
+
+def test_a_run_that_failed_in_its_first_epoch_is_in_the_report(tmp_path):
+    example_runs.write_config(tmp_path / "failed", "pheno", "medfuse")
+    (tmp_path / "failed" / "data.json").write_text("{}")
+    unfinished(tmp_path / "other")
+    assert [run.folder.name for run in read_runs.find_runs([tmp_path])] == ["failed", "other"]
+    assert "epoch 0 of at most 20" in pages.page(read_runs.find_runs([tmp_path / "failed"]))
 
 
 def test_damaged_files_are_reported_and_ignored(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from refusals import refused
 
 from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs.progress import Progress
@@ -47,7 +49,7 @@ def test_best_and_latest_are_kept(tmp_path, aurocs, best):
     restored = checkpoints.restore_best(tmp_path, _state(0))
     assert int(restored.step) == best and float(restored.w[0, 0]) == best
     with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
-        state, progress = checkpoints.restore_latest(manager, _state(0))
+        state, progress = checkpoints.resume(manager, _state(0))
     assert int(state.step) == progress.epoch == len(aurocs) and progress.best_epoch == best
 
 
@@ -65,7 +67,7 @@ def test_checkpoint_within_an_epoch_is_the_latest_and_never_the_best(tmp_path):
         checkpoints.save(manager, _state(1), progress, progress.update(1, 1.0, 0.6, plateau_epochs=10))
         checkpoints.save(manager, _state(2), progress, is_best=False)
         manager.wait_until_finished()
-        assert int(checkpoints.restore_latest(manager, _state(0))[0].step) == 2
+        assert int(checkpoints.resume(manager, _state(0))[0].step) == 2
     assert int(checkpoints.restore_best(tmp_path, _state(0)).step) == 1
 
 
@@ -74,6 +76,11 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     _save_run(folder, (0.6,))
     return folder
+
+
+def _resume(workdir):
+    with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
+        return checkpoints.resume(manager, _state(0))
 
 
 @pytest.mark.parametrize("spoil", [damage.cut, damage.flip, lambda path: path.write_bytes(b""), Path.unlink])
@@ -93,6 +100,80 @@ def test_damage_to_any_file_is_one_line_or_changes_nothing(saved, tmp_path, spoi
             assert "\n" not in str(error) and error.path.is_relative_to(tmp_path / "run" / "checkpoints")
             refused += 1
     assert refused >= 2
+
+
+def _spoil_state(folder):
+    damage.flip(max((folder / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0))
+
+
+def _exchange_state(folder):
+    """Put another state there, as bits do that flip where the storage does not notice it."""
+    shutil.rmtree(folder / "state")
+    shutil.copytree(folder.with_name("3") / "state", folder / "state")
+
+
+def _unseal(folder):
+    path = folder / "note" / "metadata"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "seal"}))
+
+
+def _interrupt_deletion(folder):
+    shutil.rmtree(folder / "note")
+
+
+@pytest.mark.parametrize("spoil", [_spoil_state, _exchange_state, _unseal, _interrupt_deletion])
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys, spoil):
+    _save_run(tmp_path / "run", (0.6, 0.7, 0.65, 0.64))
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(int(path.name) for path in folder.iterdir()) == [2, 3, 4]
+    spoil(folder / "4")
+    if spoil in (_spoil_state, _exchange_state):  # of a finished run the best is scored, and the latest not read
+        assert int(checkpoints.restore_best(tmp_path / "run", _state(0)).step) == 2
+    else:
+        with refused():
+            checkpoints.restore_best(tmp_path / "run", _state(0))
+    capsys.readouterr()
+    with contextlib.closing(checkpoints.open_manager(tmp_path / "run")) as manager:
+        state, progress = checkpoints.resume(manager, _state(0))
+        assert (int(state.step), progress.epoch, progress.best_epoch) == (3, 3, 2)
+        checkpoints.save(manager, _state(4), progress, progress.update(4, 1.0, 0.8, plateau_epochs=10))
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and str(folder / "4") in printed and "step 3" in printed
+    assert int(checkpoints.restore_best(tmp_path / "run", _state(0)).step) == 4
+    assert (tmp_path / "run" / "damaged_checkpoint_4").is_dir()
+
+
+def test_remains_of_an_interrupted_deletion_are_removed(tmp_path, capsys):
+    _save_run(tmp_path, (0.6, 0.7, 0.65, 0.64))
+    shutil.copytree(tmp_path / "checkpoints" / "3" / "state", tmp_path / "checkpoints" / "1" / "state")
+    assert _resume(tmp_path)[1].epoch == 4 and capsys.readouterr().out == ""
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "4"]
+
+
+def test_a_damaged_best_checkpoint_is_refused_before_more_is_trained(tmp_path):
+    _save_run(tmp_path, (0.6, 0.7, 0.65, 0.64))
+    _spoil_state(tmp_path / "checkpoints" / "2")
+    for use in (_resume, lambda workdir: checkpoints.restore_best(workdir, _state(0))):
+        with refused(path=tmp_path / "checkpoints" / "2"):
+            use(tmp_path)
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_swapped_best_and_latest_are_noticed(tmp_path):
+    _save_run(tmp_path, (0.6, 0.7, 0.65, 0.64))
+    folder = tmp_path / "checkpoints"
+    for old, new in (("2", "swap"), ("4", "2"), ("swap", "4")):
+        (folder / old).rename(folder / new)
+    for use in (_resume, lambda workdir: checkpoints.restore_best(workdir, _state(0))):
+        with refused():
+            use(tmp_path)
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_is_refused(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    _spoil_state(tmp_path / "run" / "checkpoints" / "1")
+    with refused(path=tmp_path / "run" / "checkpoints" / "1"):
+        _resume(tmp_path / "run")
 
 
 def test_folder_without_checkpoint_is_named(tmp_path):

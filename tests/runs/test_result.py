@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import damage
 import numpy as np
 import pytest
 
@@ -75,7 +76,7 @@ def test_an_evaluation_stores_and_says_what_it_draws(tiny_config, tmp_path):
     assert num_patients < len(subject_id_N)  # several X-rays of a patient
     for given, kind in (("stay", "stay"), ("", "patient")):
         evaluate.evaluate(tmp_path, result.Scored("train"), resample=given)
-        stored = json.loads((tmp_path / "result_train.json").read_text())
+        stored = damage.unsealed(tmp_path / "result_train.json")
         assert stored["resample"] == kind
         assert stored["subsets"]["all"].get("num_groups") == (num_patients if kind == "patient" else None)
         words = {"stay": "train X-rays", "patient": "train patients, each with all of their X-rays"}[kind]

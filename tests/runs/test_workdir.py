@@ -108,6 +108,9 @@ def test_new_place_of_the_shards_is_given_once(run, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     moved, config["data"]["dir"] = config["data"]["dir"], str(tmp_path / "gone")
     (tmp_path / "config.json").write_text(json.dumps(config))
+    _refused(sources.reopen, tmp_path)  # it was changed under its seal
+    del config["seal"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     error = _refused(sources.reopen, tmp_path)
     assert (error.field, error.path) == ("--data_dir", tmp_path / "gone")
     _refused(sources.reopen, tmp_path, None, str(tmp_path))

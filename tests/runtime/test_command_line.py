@@ -20,6 +20,7 @@ _PHENO = str(Path(__file__).parents[2] / "configs" / "pheno.py")
         ([f"--config={_PHENO}", "--config.learning_rat=1"], "--config.learning_rat", "--config.learning_rate"),
         ([f"--config={_PHENO}", "--config.model.ehr_hiden=1"], "--config.model.ehr_hiden", "--config.model.ehr_hidden"),
         ([f"--config={_PHENO}", "--config.batch_size.x=1"], "--config.batch_size.x", "--config.batch_size"),
+        (["--config="], "--config", ""),
     ],
 )
 def test_unknown_config_file_or_field_names_the_nearest(arguments, field, nearest):
@@ -35,6 +36,44 @@ def test_error_in_a_config_file_names_its_line(tmp_path):
     with pytest.raises(UserError, match="line 2: ZeroDivisionError") as caught:
         command_line._check_config_flags(["main", f"--config={path}"])
     assert caught.value.path == path
+
+
+def test_a_config_file_that_returns_nothing_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config():\n    pass\n")
+    with refused(field="--config", path=path):
+        command_line._check_config_flags(["main", f"--config={path}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("workdir", "/"), ("out", "/tmp/.."), ("workdir", "a\nb"), ("runs", "\x1b")]
+)
+def test_the_root_and_control_characters_are_no_folder(name, folder):
+    values = flags.FlagValues()
+    flags.DEFINE_string(name, None, "A folder.", flag_values=values)
+    values([name, f"--{name}={folder}"])
+    with refused(field=f"--{name}", value=folder):
+        command_line._check_folders(values)
+
+
+def test_a_path_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / ("x" * 300), tmp_path / "file" / "run", tmp_path):
+        with pytest.raises(OSError) as caught:
+            path.open("w")
+        line = command_line.in_one_line(caught.value)
+        assert line.startswith(f"error: {path}"[:200]) and "\n" not in line and command_line.status(caught.value) == 2
+    with pytest.raises(FileNotFoundError) as caught:  # a fault of ours: it keeps its traceback
+        (tmp_path / "gone").read_text()
+    assert command_line.in_one_line(caught.value) == ""
+
+
+def test_a_missing_flag_file_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["main", "--flagfile=/nowhere/flags"])
+    with pytest.raises(SystemExit) as caught:
+        command_line.DEFINE_config_file("config_of_this_test", "A config file.")
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and "/nowhere/flags" in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", command_line._FOLDERS)

@@ -62,6 +62,41 @@ def test_unreadable_json_names_its_file_and_what_to_do(tmp_path, content):
     assert caught.value.path == path
 
 
+def test_a_sealed_object_that_was_changed_is_refused(tmp_path):
+    path, content = tmp_path / "a.json", {"b": [1.5, float("inf")], "a": ("x", None)}
+    files.write_json(path, files.sealed(content))
+    assert files.read_json(path, "", must_be_sealed=True) == content | {"a": ["x", None]}
+    path.write_text(path.read_text().replace("1.5", "1.25"))
+    with pytest.raises(UserError, match="was changed"):
+        files.read_json(path, "build it again")
+    files.write_json(path, content)
+    assert files.read_json(path, "")["b"] == content["b"]
+    with pytest.raises(UserError, match="was changed"):
+        files.read_json(path, "build it again", must_be_sealed=True)
+
+
+def test_a_file_is_hashed_again_only_if_it_changed(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    entry = files.remembered_sha256(tmp_path / "a", {})
+    known = {str(tmp_path / "a"): entry | {"sha256": "remembered"}}
+    assert files.remembered_sha256(tmp_path / "a", known)["sha256"] == "remembered"
+    (tmp_path / "a").write_bytes(b"abd")
+    assert files.remembered_sha256(tmp_path / "a", known)["sha256"] == hashlib.sha256(b"abd").hexdigest()
+
+
+def test_code_of_another_user_is_said_once(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "notes.py"
+    path.touch()
+    files.say_code_of_another(path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(files.os, "getuid", lambda: 4711)
+    monkeypatch.setattr(files, "_TRUSTED", ())
+    for _ in range(2):
+        files.say_code_of_another(path, tmp_path)
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2 and all(str(path) in line for line in printed)  # of the file, and of the folder
+
+
 def test_sha256_is_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()

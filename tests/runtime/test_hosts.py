@@ -61,6 +61,8 @@ def test_a_process_that_fails_exits_at_once(statement, sent, status, printed):
     [
         ("host:1", 2, 2, "--process"),
         ("host", 2, 0, "--coordinator"),
+        ("host:65536", 2, 0, "--coordinator"),
+        ("host:0", 2, 1, "--coordinator"),
         ("host:1", None, 0, "--coordinator"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import damage
 import jax
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_trials_can_be_added_and_another_may_be_chosen(finished):
     folder, config, rows = finished
     first = results.trial_dir(folder, int(rows[0]["trial"]))
     before = _written_at(folder, "trials/*/metrics.jsonl")
-    record = json.loads((first / "trial.json").read_text())
+    record = damage.unsealed(first / "trial.json")
     (first / "trial.json").write_text(json.dumps(record | {"val_auroc": 0.01}))
     more = sweep(config, folder, RATES, num_trials=4)
     assert more[0]["chosen"] == "yes" and more[-1]["trial"] == rows[0]["trial"] and len(more) == 4

@@ -3,6 +3,7 @@
 import json
 import runpy
 
+import damage
 import pytest
 
 from medfuse_jax import config as config_lib
@@ -146,7 +147,7 @@ def test_a_record_is_read_back(tmp_path):
 def test_a_record_that_was_edited_or_belongs_to_another_trial_is_refused(tmp_path, change):
     results.write_record(tmp_path, _TRIAL, results.FINISHED, val_auroc=0.5, best_epoch=1, epochs=2)
     path = results.trial_dir(tmp_path, 1) / "trial.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    path.write_text(json.dumps(change(damage.unsealed(path))))
     with pytest.raises(UserError) as error:
         results.record(tmp_path, _TRIAL)
     assert error.value.path == path and "\n" not in str(error.value)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 
+import damage
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +128,27 @@ def test_a_file_without_an_entry_is_refused(tmp_path, change, problem):
     with pytest.raises(UserError, match=problem) as error:
         trial_store.FileStore(tmp_path).latest(state)
     assert error.value.path == tmp_path / "state.npz" and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spoil", [damage.cut, damage.flip, lambda path: path.unlink()])
+def test_a_damaged_file_costs_one_save(tmp_path, capsys, spoil):
+    def state(value):
+        return step.TrainState(np.int32(value), {"w": np.full(9, value, np.float32)}, {}, {}, np.float32(0.1))
+
+    def save(store, epoch, is_best):
+        progress = Progress(epoch=epoch, learning_rate=0.1, best_auroc=0.6, best_epoch=1)
+        store.save(state(epoch), progress, is_best)
+
+    store = trial_store.FileStore(tmp_path)
+    for epoch in (1, 2, 3):
+        save(store, epoch, epoch == 1)
+    spoil(tmp_path / "state.npz")
+    resumed = trial_store.FileStore(tmp_path)
+    found, progress = resumed.latest(state(0))
+    assert int(found.step) == progress.epoch == 2 and capsys.readouterr().out.count("\n") == 1
+    save(resumed, 3, False)
+    assert int(resumed.latest(state(0))[0].step) == 3 and int(resumed.best(state(0))[0].step) == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_a_file_stores_the_latest_and_the_best_state(tmp_path):

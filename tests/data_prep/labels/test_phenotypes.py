@@ -60,6 +60,7 @@ def test_a_table_replaces_the_route(tmp_path):
         ("- 1", 157),
         (yaml.safe_dump({k: v for k, v in _table().items() if k != "Shock"}), 249),
         (yaml.safe_dump(_table(Shock={"id": 249})), "Shock"),
+        ("since: 2001-02-30", None),
         (None, None),
     ],
 )

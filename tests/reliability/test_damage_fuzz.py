@@ -1,0 +1,13 @@
+"""A small part of the fuzzer: no damage gives another result, a traceback or a refusal without a place."""
+
+import pytest
+from reliability import damage_fuzz
+
+
+@pytest.mark.slow
+def test_damage_is_refused_or_changes_nothing_or_costs_one_checkpoint(ehr_config, shards, tmp_path):
+    ehr_config.num_epochs = 2
+    whole = damage_fuzz.make(tmp_path / "whole", shards, ehr_config)
+    counts, failures = damage_fuzz.fuzz(whole, range(36), 1, tmp_path / "scratch")
+    assert failures == []
+    assert {kind for kind, outcome in counts if outcome == damage_fuzz.REFUSED} >= set(damage_fuzz.KINDS) - {"trial"}
