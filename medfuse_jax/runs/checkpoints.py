@@ -55,6 +55,8 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
     """
     if not hosts.is_first():
         return
+    if int(state.step) in manager.all_steps():  # saved before a signal kept it from being validated
+        manager.delete(int(state.step))
     if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
     manager.save(

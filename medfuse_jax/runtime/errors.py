@@ -1,9 +1,13 @@
 """Errors that a user can cause. Each message is one line: what is wrong, where, what to do."""
 
 import difflib
+import errno
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+
+# The last is numpy's, for a write that wrote less than was asked for.
+_DISK_FULL = ("No space left", "quota exceeded", "File too large", " requested and ")
 
 
 class UserError(ValueError):
@@ -64,5 +68,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether a disk was full; orbax, numpy and others each raise a different type."""
-    return "No space left on device" in str(error)
+    """Return whether a disk or quota was full, or this error is due to one that says so.
+
+    orbax, numpy, polars and others each raise a different type, some without an errno.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    if any(text in str(error) for text in _DISK_FULL):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and is_disk_full(cause)
