@@ -17,7 +17,7 @@ import polars as pl
 
 from data_prep import progress
 from medfuse_jax.runtime import files
-from medfuse_jax.runtime.errors import UserError, is_disk_full
+from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full
 
 FOLDER = ".cache"
 FILE_LIST = "entry.json"
@@ -40,7 +40,7 @@ def private(out: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, pl.exceptions.PolarsError) as error:
         if isinstance(error, UserError) or not is_disk_full(error):
             raise
-        raise UserError(
+        raise TryLater(
             f"no space left under --out={out}; free some and rerun the command to resume", field="--out", path=out
         ) from None
     finally:

@@ -17,14 +17,15 @@ from absl import logging
 
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import errors, files, hosts
-from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.runtime.errors import TryLater, UserError
 
 IMPORT_NOTE = "import.json"  # says where imported weights came from; absent for a trained run
 
 
 def _is_useful(record: LogRecord) -> bool:
-    """Return False for orbax's warning about a leftover temporary folder, which the next save replaces."""
-    return "Attempted to create temporary directory" not in record.getMessage()
+    """Return False for what orbax says of a leftover temporary folder, which the next save replaces, or a full disk."""
+    is_full = bool(record.exc_info) and errors.is_disk_full(record.exc_info[1])  # orbax raises it too
+    return not is_full and "Attempted to create temporary directory" not in record.getMessage()
 
 
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
@@ -172,7 +173,7 @@ def _as_user_error(path: Path) -> Iterator[None]:
         if errors.is_out_of_memory(error):  # not damage: a sweep retries with fewer trials at once
             raise
         if errors.is_disk_full(error):
-            raise UserError(f"the disk of {path} is full: free some space and try again", path=path) from None
+            raise TryLater(f"the disk of {path} is full: free some space and try again", path=path) from None
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"{path} does not match this run's model or is damaged ({first_line[:200]})"
         raise UserError(f"{message}: restore a copy, or start again in another --workdir", path=path) from None

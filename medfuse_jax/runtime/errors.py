@@ -6,8 +6,8 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-# The last is numpy's, for a write that wrote less than was asked for.
-_DISK_FULL = ("No space left", "quota exceeded", "File too large", " requested and ")
+# The last two are numpy's, which reserves the space of an array first, or writes less than was asked for.
+_DISK_FULL = ("No space left", "quota exceeded", "File too large", "Not enough free space", " requested and ")
 
 
 class UserError(ValueError):

@@ -1,6 +1,6 @@
 """Send signals to commands at random times, resume them, and compare what they make with undisturbed runs.
 
-    PYTHONPATH=. python tests/reliability/signals.py --signals=200 --seed=0 --dir=DIR [--commands=build,main,sweep]
+    PYTHONPATH=.:tests python -m reliability.signals --signals=200 --seed=0 --dir=DIR [--commands=build,main,sweep]
 
 Prints one line a signal and, as JSON, what came of them: docs/reliability.md.
 """
@@ -9,7 +9,6 @@ import argparse
 import collections
 import dataclasses
 import json
-import os
 import random
 import re
 import shutil
@@ -21,8 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as in pytest
 from sweep_commands import ROOT, write_config
 
 LIMIT_S = 30.0
@@ -36,7 +33,6 @@ class Attacked:
     name: str
     arguments: Callable[[Path], list[str]]
     content: Callable[[Path], dict]
-    environment: dict = dataclasses.field(default_factory=dict)
 
 
 def of_build(raw: Path) -> Attacked:
@@ -84,15 +80,17 @@ def attack(attacked: Attacked, folder: Path, num_signals: int, seed: int, say: C
     the undisturbed run's, or a step that is said to be saved and is not) are failures.
     """
     draw = random.Random(seed)
-    start_s = time.monotonic()
-    assert _run(attacked, folder / "undisturbed").wait() == 0, (folder / "log").read_text()[-3000:]
+    for name in ("first", "undisturbed"):  # the first run compiles
+        start_s = time.monotonic()
+        assert run(attacked, folder / name).wait() == 0, (folder / "log").read_text()[-3000:]
     longest_s = time.monotonic() - start_s
     expected = attacked.content(folder / "undisturbed")
+    assert attacked.content(folder / "first") == expected
     counts = collections.Counter(dict.fromkeys(("obeyed", "finished", "hangs", "tracebacks", "losses"), 0))
     times_s, out, left = [], folder / "disturbed", num_signals
     while left or out.exists():
         number, delay_s = draw.choice(_SIGNALS), draw.uniform(0, longest_s)
-        process = _run(attacked, out)
+        process = run(attacked, out)
         if not left:
             delay_s = 10 * longest_s + 600  # to its end
         try:
@@ -130,12 +128,12 @@ def attack(attacked: Attacked, folder: Path, num_signals: int, seed: int, say: C
     return dict(counts) | {"longest_s": round(max(times_s, default=0.0), 1)}
 
 
-def _run(attacked: Attacked, out: Path) -> subprocess.Popen:
+def run(attacked: Attacked, out: Path, log: Path | None = None) -> subprocess.Popen:
+    """Start the command. log: where its output goes, by default beside `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / "log").open("w") as log:
+    with (log or out.parent / "log").open("w") as file:
         command = [sys.executable, "-m", *attacked.arguments(out)]
-        environment = os.environ | attacked.environment
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
 
 
 def _send(process: subprocess.Popen, number: signal.Signals) -> tuple[int | None, float]:
@@ -163,28 +161,34 @@ def _phase(attacked: Attacked, out: Path) -> str:
     return "training" if any(out.rglob("metrics.jsonl")) else "opening"
 
 
+def commands(folder: Path, num_epochs: int, method: str) -> dict[str, Callable[[], Attacked]]:
+    """Return the commands by name, to be made when they are needed; build what they read in the folder."""
+    raw, shards = folder / "raw", folder / "shards"
+    (folder / "swept").mkdir(parents=True, exist_ok=True)
+    if not shards.exists():
+        cohort = ["data_prep.synthetic", f"--out={raw}", "--stays=400"]
+        for command in (cohort, of_build(raw).arguments(shards)):
+            subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
+    # Streamed, so that the reader's threads are attacked too.
+    fields: dict = {"method": method, "placement": "stream", "early_stop_epochs": 100}
+    if method != "uni_ehr":
+        fields["pretrain"] = {"cxr": {"method": "uni_cxr", "task": "radiology", "num_epochs": 2}}
+    return {
+        "build": lambda: of_build(raw),
+        "main": lambda: of_main(write_config(folder, shards, num_epochs, fields)),
+        "sweep": lambda: of_sweep(write_config(folder / "swept", shards, num_epochs, {"early_stop_epochs": 100})),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--commands", default="build,main,sweep")
+    parser.add_argument("--method", default="medfuse", help="of the run: uni_ehr is the fastest")
     given = parser.parse_args()
-    raw, shards = given.dir / "raw", given.dir / "shards"
-    given.dir.mkdir(parents=True, exist_ok=True)
-    if not shards.exists():
-        cohort = ["data_prep.synthetic", f"--out={raw}", "--stays=400"]
-        for command in (cohort, of_build(raw).arguments(shards)):
-            subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
-    fields = {"method": "medfuse", "pretrain": {"cxr": {"method": "uni_cxr", "task": "radiology", "num_epochs": 4}}}
-    fields["early_stop_epochs"] = 100
-    (given.dir / "swept").mkdir(exist_ok=True)
-    attacked = {
-        "build": lambda: of_build(raw),
-        "main": lambda: of_main(write_config(given.dir, shards, num_epochs=20, fields=fields)),
-        "sweep": lambda: of_sweep(write_config(given.dir / "swept", shards, num_epochs=20)),
-    }
-    names = given.commands.split(",")
+    attacked, names = commands(given.dir, 30, given.method), given.commands.split(",")
     for name in names:
         counts = attack(attacked[name](), given.dir / name, given.signals // len(names), given.seed)
         print(json.dumps({"command": name, "seed": given.seed, **counts}), flush=True)

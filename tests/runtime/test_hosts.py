@@ -56,6 +56,22 @@ def test_a_process_that_fails_exits_at_once(statement, sent, status, printed):
             process.communicate()
 
 
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_those_that_wait_for_it():
+    statement = "hosts.ANSWER_LIMIT_S = 4.0; time.sleep(1)"
+    script = _TWO_PROCESSES.format(statement="time.sleep(600)", port=free_port())
+    script = script.replace("    time.sleep(600)\n\ndef", f"    {statement}; hosts.wait('here')\n\ndef")
+    both = [start([sys.executable, "-c", script, str(process)]) for process in range(2)]
+    try:
+        printed = both[0].communicate(timeout=60)[0]
+        assert both[0].returncode == 1 and "no answer from the other processes" in printed.splitlines()[-1], printed
+        assert "Traceback" not in printed
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
 @pytest.mark.parametrize(
     ("coordinator", "num_processes", "process", "field"),
     [
