@@ -64,7 +64,8 @@ def of_file(path: str | Path, error: Exception) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the host or a device ran out of memory; jax has no separate error type for it."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    is_exhausted = "RESOURCE_EXHAUSTED" in str(error) and not is_disk_full(error)  # tensorstore's word for that
+    return isinstance(error, MemoryError) or is_exhausted
 
 
 def is_disk_full(error: BaseException) -> bool:

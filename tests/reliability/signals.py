@@ -53,7 +53,7 @@ def of_main(config: Path) -> Attacked:
         made = {}
         for path in sorted(folder.rglob("predictions_test.npz")):
             with np.load(path) as stored:
-                made |= {f"{path.parent.name}/{name}": stored[name].tobytes() for name in stored.files}
+                made |= {f"{path.parent.relative_to(folder)}/{name}": stored[name].tobytes() for name in stored.files}
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         validated = [[line[k] for k in ("epoch", "step", "val_loss")] for line in lines if line["phase"] == "val"]
         return made | {"validated": validated, "report": (folder / "report" / "index.html").exists()}
