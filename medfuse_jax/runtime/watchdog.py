@@ -107,7 +107,16 @@ def _handle(number: int, frame) -> None:
     elif number == signal.SIGINT and not was_lost and now_s - _signalled_s > _AGAIN_S:
         leave(_interrupted)
     if (is_first or was_lost) and not _deferrals:
+        if _is_importing(frame):
+            leave(_interrupted)
         raise Stopped
+
+
+def _is_importing(frame) -> bool:
+    """Return whether a module is being imported: jaxlib's crash (SIGSEGV) if an exception is raised meanwhile."""
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _note_lost(unraisable) -> None:

@@ -83,6 +83,13 @@ def test_what_does_not_end_by_itself_is_ended(body):
     assert (status, printed) == (1, f"{_LINE}\n") and seconds < 6
 
 
+def test_an_import_is_ended_not_interrupted(tmp_path):
+    """Some modules crash if an exception is raised while they begin."""
+    (tmp_path / "slow_module.py").write_text("try:\n    ready()\n    time.sleep(60)\nfinally:\n    print('unwound')\n")
+    body = f"import builtins\nbuiltins.ready, builtins.time = ready, time\nsys.path.append({str(tmp_path)!r})\n"
+    assert _signal(f"{body}import slow_module", signal.SIGTERM)[:2] == (1, f"{_LINE}\n")
+
+
 def test_threads_that_never_end_are_not_waited_for():
     body = "threading.Thread(target=time.sleep, args=(60,)).start()\nready()\ntime.sleep(60)"
     assert _signal(body, signal.SIGTERM)[2] < 1.5
