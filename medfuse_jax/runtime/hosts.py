@@ -23,6 +23,7 @@ from medfuse_jax.runtime.errors import TryLater, UserError
 
 _SHUTDOWN_TIMEOUT_S = 3600  # how long the other processes wait at the end, while the first scores and reports
 ANSWER_LIMIT_S = 900.0  # for a step that needs all processes, or an epoch in one call
+_LOST_PEER = ("Gloo", "NCCL", "peer", "heartbeat", "coordination service")  # in jax's errors, by what connects devices
 _num_asked = 0  # calls of must_stop
 _one_training = False  # whether this process's devices are part of one mesh over all processes
 
@@ -167,6 +168,7 @@ def run(work: Callable[[], None]) -> None:
         if jax.process_count() == 1:
             raise
         message = command_line.in_one_line(error, resumes=True) or traceback.format_exc().rstrip()
-        print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(command_line.status(error))
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(text in str(error) for text in _LOST_PEER):
+            reason = " ".join(str(error).split())[:120]
+            message = f"error: another process of this training has ended: rerun all of them to resume ({reason})"
+        watchdog.leave(message, command_line.status(error))

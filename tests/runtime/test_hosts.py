@@ -36,6 +36,13 @@ command_line.run(main)
         pytest.param("pass", signal.SIGINT, 1, "interrupted", marks=pytest.mark.slow),
         pytest.param("raise KeyError('a bug')", None, 1, "KeyError: 'a bug'", marks=pytest.mark.slow),
         pytest.param("raise OSError('No space left on device')", None, 1, "error: the disk", marks=pytest.mark.slow),
+        pytest.param(
+            "import jax; raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo AllGather failed: Connection closed by peer')",
+            None,
+            1,
+            "another process of this training has ended",
+            marks=pytest.mark.slow,
+        ),
         ("raise errors.UserError('a wrong field')", None, 2, "a wrong field"),
     ],
 )
