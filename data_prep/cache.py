@@ -6,7 +6,6 @@ and their sizes; an entry that does not match its list is rebuilt.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ import polars as pl
 
 from data_prep import progress
 from medfuse_jax.runtime import files
-from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full
 
 FOLDER = ".cache"
 FILE_LIST = "entry.json"
@@ -39,20 +38,13 @@ def private(out: Path) -> Iterator[Path]:
         with files.locked(out / FOLDER / "lock", f"--out={out}", busy):
             yield out / FOLDER
     except (OSError, RuntimeError, pl.exceptions.PolarsError) as error:
-        if isinstance(error, UserError) or not _is_disk_full(error):
+        if isinstance(error, UserError) or not is_disk_full(error):
             raise
-        raise UserError(
+        raise TryLater(
             f"no space left under --out={out}; free some and rerun the command to resume", field="--out", path=out
         ) from None
     finally:
         os.umask(old_umask)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Return whether a write failed for lack of space; numpy and others report it without an errno."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return any(m in str(error) for m in ("No space left", "quota exceeded", "File too large", " requested and "))
 
 
 def entry(folder: Path, name: str, entry_key: str, write: Callable[[Path], None]) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -19,8 +20,8 @@ from medfuse_jax.runs import predictions as predictions_lib
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.log import NoLog, RunLog
 from medfuse_jax.runs.progress import Progress
-from medfuse_jax.runtime import compilation, hosts
-from medfuse_jax.runtime.errors import TryLater, UserError
+from medfuse_jax.runtime import compilation, hosts, watchdog
+from medfuse_jax.runtime.errors import UserError
 
 
 def train(
@@ -78,6 +79,8 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
         contextlib.closing(_open_log(workdir, config, steps_per_epoch * config.num_epochs, step)) as log,
         contextlib.ExitStack() as profile,
         compilation.counted() as compiled,
+        hosts.answering() as answered,
+        watchdog.deferred(),  # the loop saves first
     ):
 
         def training_s() -> float:
@@ -86,13 +89,15 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
 
         _profile(profile, profiled, workdir, step, state)
         while not progress.is_finished(config):
-            epoch = step // steps_per_epoch + 1
+            epoch = progress.epoch + 1
             plan = run.train_plan(epoch)
-            done, epoch_end = step % steps_per_epoch, epoch * steps_per_epoch
+            epoch_end = epoch * steps_per_epoch
+            done = step - epoch_end + steps_per_epoch  # all, if a signal kept the epoch from being validated
             stops = [s - epoch_end + steps_per_epoch for s in _stops(step, epoch_end, config, profiled)]
-            losses, samples, start_s = [], 0, training_s()
+            losses, samples, start_s, must_stop = [], 0, training_s(), False
             for moved, loss in feed(state, plan, done, stops, key):  # after a step, or after several in one call
                 state = moved
+                answered()
                 losses.append(loss)
                 step += loss.size
                 samples += plan.batch_size * loss.size
@@ -101,27 +106,38 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                     log.show(loss=f"{shown:.3f}", rate=f"{samples / (training_s() - start_s):.1f} {unit}/s")
                 log.step(loss.size)
                 _profile(profile, profiled, workdir, step, state)
-                if hosts.must_stop(step):
-                    _stop(manager, state, progress, step, config, losses)
+                must_stop = hosts.must_stop()
+                if must_stop and step < epoch_end:
+                    check_finite(losses[-1], step, config)
+                    progress.add(losses)
+                    _stop(manager, state, progress, config)
                 if step < epoch_end and _saves_at(step, config):
                     check_finite(losses[-1], step, config)  # never save weights that are not finite
                     progress.add(losses)
                     checkpoints.save(manager, state, progress, is_best=False)
-            check_finite(losses[-1], step, config)
-            progress.add(losses)
-            train_loss, num_steps = progress.train_loss, progress.num_steps  # of the whole epoch, if resumed within it
-            rate = round(samples / (training_s() - start_s), 2)
-            log.write(
-                "train",
-                epoch,
-                step,
-                train_loss=train_loss,
-                lr=progress.learning_rate,
-                samples_per_s=rate,
-                num_steps=num_steps,
-            )
-
-            predictions = predictions_lib.predict(run, eval_fn, state, "val", run.selects("val"))
+            speed = ""
+            if losses:  # else a signal kept the epoch, which is logged already, from being validated
+                check_finite(losses[-1], step, config)
+                progress.add(losses)
+                rate = round(samples / (training_s() - start_s), 2)
+                log.write(
+                    "train",
+                    epoch,
+                    step,
+                    train_loss=progress.train_loss,  # of the whole epoch, also if resumed within it
+                    lr=progress.learning_rate,
+                    samples_per_s=rate,
+                    num_steps=progress.num_steps,
+                )
+                speed = f"  {rate:.1f} {unit}/s"
+            try:
+                if must_stop:
+                    raise watchdog.Stopped
+                predictions = predictions_lib.predict(run, eval_fn, state, "val", run.selects("val"))
+            except watchdog.Stopped:
+                _stop(manager, state, progress, config)
+            answered()
+            train_loss = progress.train_loss
             val_auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
             is_best = progress.update(epoch, predictions.loss, val_auroc, config.plateau_epochs)
             state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
@@ -130,7 +146,7 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
             log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{val_auroc:.3f}")
             log.line(
                 f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
-                f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}  {rate:.1f} {unit}/s"
+                f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}{speed}"
             )
         manager.wait_until_finished()
     hosts.wait("trained")  # the others read what the first has saved
@@ -140,14 +156,13 @@ def _open_log(workdir: Path, config: ConfigDict, num_steps: int, step: int) -> R
     return RunLog(workdir, config.name, num_steps, step) if hosts.is_first() else NoLog()
 
 
-def _stop(manager, state, progress: Progress, step: int, config: ConfigDict, losses: list) -> None:
-    """Save, and end all processes of this training, of which one has got SIGTERM."""
-    check_finite(losses[-1], step, config)
-    progress.add(losses)
-    checkpoints.save(manager, state, progress, is_best=False)
-    manager.wait_until_finished()
+def _stop(manager, state, progress: Progress, config: ConfigDict) -> NoReturn:
+    """Save, and stop as a signal to a process of this training asks for."""
+    if manager.latest_step() != int(state.step):
+        checkpoints.save(manager, state, progress, is_best=False)
+        manager.wait_until_finished()
     hosts.wait("stopped")
-    raise TryLater(f"{config.name}: stopped by SIGTERM after step {step}, which is saved; rerun the command to resume")
+    raise watchdog.Stopped(f"{config.name}: step {int(state.step)} is saved")
 
 
 def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gzip
+import itertools
 import json
 import time
 
@@ -17,7 +18,7 @@ from medfuse_jax import run as run_lib
 from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
-from medfuse_jax.runtime import compilation, hosts
+from medfuse_jax.runtime import compilation, hosts, watchdog
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -68,6 +69,25 @@ def test_a_stopped_run_resumes_exactly(tiny_config, tmp_path, monkeypatch, metho
     keep = ("phase", "epoch", "step", "train_loss", "num_steps", "val_loss", "val_auroc", "lr")
     rows_a, rows_b = ([{k: line.get(k) for k in keep} for line in _lines(d)] for d in (whole, stopped))
     assert rows_a == rows_b and len(rows_a) == 4
+
+
+def test_a_signal_at_any_point_of_an_epoch_costs_nothing(ehr_config, tmp_path, monkeypatch):
+    """In the epoch, after its last step, and in its validation, which a resumed run then does first."""
+    whole = _train(ehr_config, tmp_path / "whole")
+    num_steps = len(run_lib.open_run(ehr_config).train_plan(epoch=1))
+    for stop_at, step in ((2, 2), (num_steps - 2, num_steps), (1, num_steps)):
+        asked = itertools.count(1)
+        with monkeypatch.context() as patched, pytest.raises(watchdog.Stopped, match=f"step {step} is saved"):
+            patched.setattr(hosts, "must_stop", lambda: next(asked) == stop_at)  # noqa: B023
+            _train(ehr_config, tmp_path / "stopped")
+        assert checkpoints.open_manager(tmp_path / "stopped").latest_step() == step
+    stopped = _train(ehr_config, tmp_path / "stopped")
+    (state_a, progress_a), (state_b, progress_b) = _latest(ehr_config, whole), _latest(ehr_config, stopped)
+    jax.tree.map(np.testing.assert_array_equal, state_a.params, state_b.params)
+    assert progress_a == progress_b
+    keep = ("phase", "epoch", "step", "val_loss", "val_auroc", "lr")
+    rows_a, rows_b = ([{k: line.get(k) for k in keep} for line in _lines(d)] for d in (whole, stopped))
+    assert rows_a == rows_b
 
 
 @pytest.mark.parametrize("placement", [pytest.param("stream", marks=pytest.mark.slow), "device"])

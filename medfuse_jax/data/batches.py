@@ -17,6 +17,7 @@ A batch is a dict of arrays, each with a leading device axis D:
 """
 
 import collections
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,9 +26,10 @@ import numpy as np
 from medfuse_jax import schema
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
-from medfuse_jax.runtime import cores
+from medfuse_jax.runtime import cores, watchdog
 from medfuse_jax.runtime.errors import UserError
 
+READ_LIMIT_S = 300.0  # for a batch, or a record that is read for the devices' memory
 _AHEAD = 16  # batches; a longer queue is not faster
 _MOST_READERS = 8  # unless config.data.readers says otherwise: threads of one process share Python's lock
 
@@ -49,7 +51,7 @@ def batches(
 ) -> Iterator:
     """Return the plan's batches from step `start` on, read ahead by threads.
 
-    part: of the devices; of these alone. readers: config.data.readers.
+    part: of the devices; of these alone. readers: config.data.readers. A batch that does not arrive ends the command.
     """
     if start >= len(plan):
         return iter(())
@@ -57,9 +59,24 @@ def batches(
     try:
         import grain.python as grain
     except ModuleNotFoundError:  # on the machine of a benchmark
-        return _by_threads(source, start, num_threads)
+        return _arriving(_by_threads(source, start, num_threads), dataset, split)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_AHEAD)
-    return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(options))
+    return _arriving(iter(grain.MapDataset.source(source)[start:].to_iter_dataset(options)), dataset, split)
+
+
+def _arriving(batches: Iterator[dict], dataset: Dataset, split: str) -> Iterator[dict]:
+    while True:
+        with arrives(dataset, split):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def arrives(dataset: Dataset, split: str) -> contextlib.AbstractContextManager:
+    """End the command if what the block reads does not arrive in time."""
+    what = f"the reader of the {split} split of {dataset.task.name} has brought nothing for {READ_LIMIT_S:.0f} s"
+    return watchdog.within(READ_LIMIT_S, f"{what}: check the disk or network that holds config.data.dir, and rerun")
 
 
 def _by_threads(source: "_Source", start: int, num_threads: int) -> Iterator[dict]:

@@ -75,7 +75,8 @@ def load(
 
     def read(numbers: np.ndarray) -> None:
         for i in numbers.tolist():
-            record = dataset.splits[split][i]
+            with batches.arrives(dataset, split):
+                record = dataset.splits[split][i]
             batches.check(record, dataset.index[split], i, split)
             if "ehr" in shared:
                 first = shared["first"][i]

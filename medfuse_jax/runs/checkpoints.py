@@ -21,15 +21,16 @@ from absl import logging
 
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import errors, files, hosts
-from medfuse_jax.runtime.errors import UserError
+from medfuse_jax.runtime.errors import TryLater, UserError
 
 _HOW = "restore a copy, or rerun the command that trained it, which goes on from the previous checkpoint"
 IMPORT_NOTE = "import.json"  # says where imported weights came from; absent for a trained run
 
 
 def _is_useful(record: LogRecord) -> bool:
-    """Return False for orbax's warning about a leftover temporary folder, which the next save replaces."""
-    return "Attempted to create temporary directory" not in record.getMessage()
+    """Return False for what orbax says of a leftover temporary folder, which the next save replaces, or a full disk."""
+    is_full = bool(record.exc_info) and errors.is_disk_full(record.exc_info[1])  # orbax raises it too
+    return not is_full and "Attempted to create temporary directory" not in record.getMessage()
 
 
 class _BestAndLatest(ocp.checkpoint_managers.PreservationPolicy):
@@ -69,6 +70,8 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
     if not hosts.is_first():
         return
     step = int(state.step)
+    if step in manager.all_steps():  # saved before a signal kept it from being validated
+        manager.delete(step)
     note = {"step": step, "is_best": is_best, "state_sha256": _digest(state), "progress": dataclasses.asdict(progress)}
     if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
@@ -224,7 +227,7 @@ def _as_user_error(path: Path) -> Iterator[None]:
         if errors.is_out_of_memory(error):  # not damage: a sweep retries with fewer trials at once
             raise
         if errors.is_disk_full(error):
-            raise UserError(f"the disk of {path} is full: free some space and try again", path=path) from None
+            raise TryLater(f"the disk of {path} is full: free some space and try again", path=path) from None
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"{path} does not match this run's model or is damaged ({first_line[:200]})"
         raise UserError(f"{message}: restore a copy, or start again in another --workdir", path=path) from None

@@ -14,7 +14,7 @@ from medfuse_jax.runtime import files
 class RunLog:
     """Log of one run. Drops existing lines after `resume_step`, because those steps are trained again.
 
-    quiet: no bar, no printed lines and no TensorBoard (a thread and an open file per run), for one of many runs.
+    quiet: no bar, no printed lines and no TensorBoard (an open file per run), for one of many runs.
     """
 
     def __init__(self, workdir: Path, name: str, num_steps: int, resume_step: int = 0, quiet: bool = False):
@@ -22,7 +22,7 @@ class RunLog:
         self._name = name
         self._path = workdir / "metrics.jsonl"
         _drop_after(self._path, resume_step)
-        self._tensorboard = None if quiet else _open_tensorboard(workdir / "tensorboard", resume_step + 1)
+        self._events = None if quiet else _Events(workdir / "tensorboard", resume_step + 1)
         self._bar = tqdm(
             total=num_steps,
             initial=resume_step,
@@ -52,8 +52,8 @@ class RunLog:
         line["time_s"] = round(time.perf_counter() - self._start_s, 3)
         with self._path.open("a") as file:  # opened for each line: a sweep logs hundreds of runs
             file.write(json.dumps(line) + "\n")
-        for key, value in values.items() if self._tensorboard else ():
-            self._tensorboard.add_scalar(f"{phase}/{key}", value, step)
+        if self._events:
+            self._events.write({f"{phase}/{key}": value for key, value in values.items()}, step)
 
     def line(self, text: str) -> None:
         """Print a line, unless there is a bar or the log is quiet."""
@@ -62,8 +62,8 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        if self._events:
+            self._events.close()
 
 
 class NoLog:
@@ -73,10 +73,31 @@ class NoLog:
         return lambda *args, **kwargs: None
 
 
-def _open_tensorboard(folder: Path, purge_step: int):
-    from tensorboardX import SummaryWriter  # late: it imports torch where that is installed, which takes seconds
+class _Events:
+    """A file of scalars for TensorBoard, which hides those of earlier files from `purge_step` on.
 
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    Not tensorboardX's SummaryWriter: its thread and queue can wait for ever when the process ends or the disk is full.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        # Late: it imports torch where that is installed, which takes seconds.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            written = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            self._file.write_event(written)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

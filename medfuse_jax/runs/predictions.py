@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from medfuse_jax.data import plan as plan_lib
-from medfuse_jax.runtime import hosts
+from medfuse_jax.runtime import hosts, watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +81,15 @@ def attention_weights(run, weights_fn: Callable, state, split: str, include_N: n
 def _outputs(run, batch_fn: Callable, split: str, include_N: np.ndarray) -> Iterator[tuple]:
     """Yield (numbers of the real records, mask [R] of their rows, output of batch_fn) for each batch.
 
-    The next batch is dispatched before an output is yielded, so that reading the output does not idle the device.
+    The next batch is dispatched before an output is yielded, so that reading the output does not idle the device. Raise
+    Stopped if a signal arrives meanwhile.
     """
     for plan in run.eval_plans(split, include_N):
         pending: tuple = ()
         for batch in run.batches(split, plan):
             dispatched = (hosts.to_host(batch["record"]), hosts.to_host(batch_fn(batch)))
+            if hosts.must_stop():
+                raise watchdog.Stopped
             if pending:
                 yield _real_rows(*pending)
             pending = dispatched

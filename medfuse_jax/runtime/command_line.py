@@ -7,15 +7,15 @@ import difflib
 import functools
 import os
 import runpy
-import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
 
-from medfuse_jax.runtime import files
+from medfuse_jax.runtime import files, watchdog
 from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full, is_out_of_memory, of_a_path, of_file
 
 # Flags of any command that name a local folder.
@@ -34,20 +34,19 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax and TFDS log much that users do not need
         os.umask(0o077)  # output is patient data: only its owner may read it
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
         try:
             main(argv)
-        except KeyboardInterrupt as error:
-            # Exit at once: a process interrupted while a thread starts would wait for that thread forever.
-            print(in_one_line(error, resumes), file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(status(error))
         except Exception as error:
             if line := in_one_line(error, resumes):
-                _end(line, status(error))
+                watchdog.leave(line, status(error))
             raise
 
-    app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
+    watchdog.start(in_one_line(watchdog.Stopped(), resumes))
+    threading.excepthook = _report_thread
+    try:
+        app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
+    except KeyboardInterrupt as error:
+        watchdog.leave(in_one_line(error, resumes), status(error))
 
 
 def DEFINE_config_file(name: str, text: str) -> None:
@@ -73,19 +72,28 @@ def in_one_line(error: BaseException, resumes: bool = False) -> str:
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted" + ("; rerun the command to resume" if resumes else "")
+        saved = f" ({error})" if str(error) else ""
+        return "interrupted" + ("; rerun the command to resume" if resumes else "") + saved
     if is_out_of_memory(error):
         hint = ": reduce --config.batch_size or --config.eval.batch_size" if "config" in flags.FLAGS else ""
         return f"error: out of memory{hint} ({' '.join(str(error).split())[:200]})"
     if is_disk_full(error):
         return "error: the disk is full: free some space" + (" and rerun the command to resume" if resumes else "")
-    return f"error: {problem}" if (problem := of_a_path(error)) else ""
+    if problem := of_a_path(error):
+        return f"error: {problem}"
+    return in_one_line(watchdog.Stopped(), resumes) if watchdog.received() else ""  # a library's answer to Stopped
 
 
 def status(error: BaseException) -> int:
     """Return a command's exit status: 2 if it would fail again until the user changes something, otherwise 1."""
     fails_again = isinstance(error, UserError) and not isinstance(error, TryLater)
     return _USER_ERROR if fails_again or is_out_of_memory(error) or of_a_path(error) else 1
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread that failed, except for a full disk, which the main thread reports."""
+    if not is_disk_full(failure.exc_value):
+        threading.__excepthook__(failure)
 
 
 def _end(line: str, status: int = _USER_ERROR) -> NoReturn:

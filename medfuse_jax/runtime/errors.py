@@ -8,6 +8,8 @@ from pathlib import Path
 
 _OF_A_PATH = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM)
 _OF_A_PATH += (errno.EROFS,)
+# The last two are numpy's, which reserves the space of an array first, or writes less than was asked for.
+_DISK_FULL = ("No space left", "quota exceeded", "File too large", "Not enough free space", " requested and ")
 
 
 class UserError(ValueError):
@@ -71,9 +73,18 @@ def of_a_path(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the host or a device ran out of memory; jax has no separate error type for it."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    is_exhausted = "RESOURCE_EXHAUSTED" in str(error) and not is_disk_full(error)  # tensorstore's word for that
+    return isinstance(error, MemoryError) or is_exhausted
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether a disk was full; orbax, numpy and others each raise a different type."""
-    return "No space left on device" in str(error)
+    """Return whether a disk or quota was full, or this error is due to one that says so.
+
+    orbax, numpy, polars and others each raise a different type, some without an errno.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    if any(text in str(error) for text in _DISK_FULL):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and is_disk_full(cause)

@@ -4,8 +4,11 @@ They form one mesh of devices: each reads and holds its own part of a batch, and
 processes of a sweep do not: they share only files (sweep/leases.py).
 """
 
+import contextlib
+import ctypes
 import hashlib
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -15,10 +18,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from medfuse_jax.runtime import command_line
+from medfuse_jax.runtime import command_line, watchdog
 from medfuse_jax.runtime.errors import TryLater, UserError
 
 _SHUTDOWN_TIMEOUT_S = 3600  # how long the other processes wait at the end, while the first scores and reports
+ANSWER_LIMIT_S = 900.0  # for a step that needs all processes, or an epoch in one call
+_LOST_PEER = ("Gloo", "NCCL", "peer", "heartbeat", "coordination service")  # in jax's errors, by what connects devices
+_num_asked = 0  # calls of must_stop
 _one_training = False  # whether this process's devices are part of one mesh over all processes
 
 
@@ -26,15 +32,26 @@ def start_training(coordinator: str | None, num_processes: int | None, process: 
     """Start jax.distributed, if asked to, for one training over the devices of all processes.
 
     coordinator: 'host:port'. detect: use the cluster that jax finds (Cloud TPU, Slurm, Open MPI, Kubernetes) instead.
-    SIGTERM to any of them then stops all at the same step (`must_stop`).
+    A signal to any of them then stops all at the same step (`must_stop`).
     """
     global _one_training
     _initialize(coordinator, num_processes, process, detect)
     _one_training = jax.process_count() > 1
     if _one_training:
+        _tell_jax_of_signals()
         _connect()
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def _tell_jax_of_signals() -> None:
+    """Obey SIGTERM again, which jax has taken over to tell the other processes of it, and tell jax of every signal."""
+    c_signal = ctypes.CDLL(None).signal
+    c_signal.restype, c_signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    ours = signal.getsignal(signal.SIGINT)
+    theirs = ctypes.CFUNCTYPE(None, ctypes.c_int)(c_signal(signal.SIGTERM, None))
+    watchdog.on_signal = lambda: theirs(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, ours)
 
 
 def _connect() -> None:
@@ -63,25 +80,44 @@ def is_first() -> bool:
 def wait(name: str) -> None:
     """Wait until all processes of one training are here."""
     if _one_training:
-        multihost_utils.sync_global_devices(name)
+        with answering():
+            multihost_utils.sync_global_devices(name)
 
 
 def check_same(what: str, content: str) -> None:
     """Raise UserError, in every process, if the processes of one training differ in `content`."""
     if _one_training:
         digest = np.frombuffer(hashlib.sha256(content.encode()).digest(), np.uint8)
-        if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) > 1:
+        with answering():
+            gathered = multihost_utils.process_allgather(digest)
+        if len(np.unique(gathered, axis=0)) > 1:
             raise UserError(f"the processes have different {what}: start all of them with the same flags and data")
 
 
-def must_stop(step: int) -> bool:
-    """Return whether a process of this training has got SIGTERM; all of them return True after the same step."""
-    return _one_training and multihost_utils.reached_preemption_sync_point(step)
+def must_stop() -> bool:
+    """Return whether to stop, since a process of this training has got a signal: True in all of them at the same call.
+
+    Call it after every step and batch, of which all processes have equally many.
+    """
+    global _num_asked
+    _num_asked += 1
+    return multihost_utils.reached_preemption_sync_point(_num_asked) if _one_training else watchdog.received()
+
+
+def answering() -> contextlib.AbstractContextManager[Callable[[], None]]:
+    """End this process if the others do not answer in the block, or since the last call of what it yields."""
+    if not _one_training:
+        return contextlib.nullcontext(lambda: None)
+    line = f"no answer from the other processes of this training for {ANSWER_LIMIT_S:.0f} s: one hangs or has lost its "
+    return watchdog.within(ANSWER_LIMIT_S, f"{line}network; end all of them and rerun the command to resume")
 
 
 def to_host(tree):
     """Return a tree whose arrays are divided over several processes as host arrays, whole; any other as it is."""
-    return multihost_utils.process_allgather(tree, tiled=True) if _one_training else tree
+    if not _one_training:
+        return tree
+    with answering():
+        return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _initialize(coordinator: str | None, num_processes: int | None, process: int | None, detect: bool) -> None:
@@ -132,6 +168,7 @@ def run(work: Callable[[], None]) -> None:
         if jax.process_count() == 1:
             raise
         message = command_line.in_one_line(error, resumes=True) or traceback.format_exc().rstrip()
-        print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(command_line.status(error))
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(text in str(error) for text in _LOST_PEER):
+            reason = " ".join(str(error).split())[:120]
+            message = f"error: another process of this training has ended: rerun all of them to resume ({reason})"
+        watchdog.leave(message, command_line.status(error))

@@ -26,7 +26,7 @@ from medfuse_jax.runs import warm_start
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.log import RunLog
 from medfuse_jax.runs.progress import Progress
-from medfuse_jax.runtime import errors
+from medfuse_jax.runtime import errors, watchdog
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import frozen_encoders, pruning, results, stacked_step, trial_store
 from medfuse_jax.sweep import lanes as lanes_lib
@@ -99,6 +99,11 @@ class RunningTrial:
     @property
     def step(self) -> int:
         return int(self.state.step)
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """The last validated epoch and the step: one at the end of an epoch may have been validated or not."""
+        return self.progress.epoch, self.step
 
 
 def split_into_groups(sweep: Sweep, trials: list[Trial]) -> list[list[Trial]]:
@@ -212,35 +217,45 @@ def _compiled(options: step_lib.StepOptions, devices: tuple[tuple[jax.Device, ..
 
 
 def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Costs) -> None:
-    """Train trials side by side until each has ended, or the rest may use several devices each."""
+    """Train trials side by side until each has ended, or the rest may use several devices each.
+
+    After a signal, save them and raise Stopped.
+    """
     steps_per_epoch, devices = program.steps_per_epoch, program.devices
     with contextlib.ExitStack() as closing:
         running = _record_ended(sweep, _open_trials(sweep, program.run, trials, closing))
         lanes = _choose_lanes(program, running)
         stacks, stacked = [], []
+        closing.enter_context(watchdog.deferred())
         while running:
             # If a process was killed between two trials' saves, some trials are one save ahead: they wait.
-            step = min(t.step for t in running)
-            current = [t for t in running if t.step == step]
+            reached = min(t.reached for t in running)
+            current = [t for t in running if t.reached == reached]
             if current != stacked:
                 stacks = _stack(current, lanes_lib.lanes_for(len(current), lanes, len(devices)), devices)
                 stacked = current
-            last = _next_save(step, steps_per_epoch, program.run.config)
-            stays_per_s = _train_until(last, program, current, stacks, costs)
+            epoch_end = (reached[0] + 1) * steps_per_epoch
+            last = _next_save(reached[1], epoch_end, program.run.config)
+            stays_per_s = _train_until(last, epoch_end, program, current, stacks, costs)
             for t, state in zip(current, stacked_step.unstack(stacks)):
                 t.state = state
                 if not _is_held(sweep, t.trial):
                     t.failure = "another process has taken it over"
-            if last % steps_per_epoch == 0:
-                _validate(program, current, stacks, last // steps_per_epoch, stays_per_s)
+            if current[0].step == epoch_end:
+                with contextlib.suppress(watchdog.Stopped):  # then they are saved as they are
+                    _validate(program, current, stacks, reached[0] + 1, stays_per_s)
                 rates = [t.progress.learning_rate for t in current]
                 stacked_step.set_learning_rates(stacks, rates, devices)
                 for t, rate in zip(current, rates):
                     t.state = t.state.replace(learning_rate=np.float32(rate))
             for t in current:
-                if not t.failure:
+                if not t.failure and t.reached != reached:
                     t.progress.add(t.losses)
                     t.store.save(t.state, t.progress, is_best=t.progress.best_epoch * steps_per_epoch == t.step)
+            if watchdog.received():
+                for t in current:
+                    t.store.wait()
+                raise watchdog.Stopped(f"{len(current)} trials are saved at step {current[0].step}")
             running = _share(sweep, _record_ended(sweep, running))
             if running and _devices(sweep, [t.trial for t in running]) != devices:
                 return  # to resume with several devices for each
@@ -310,20 +325,21 @@ def _choose_lanes(program: Program, trials: list[RunningTrial]) -> int:
     return lanes_lib.choose(program.capacity, max_lanes, measure)
 
 
-def _next_save(step: int, steps_per_epoch: int, config: ConfigDict) -> int:
+def _next_save(step: int, epoch_end: int, config: ConfigDict) -> int:
     """Return the next step to save at: the epoch's end, or earlier by config.checkpoint_every_steps."""
-    end = (step // steps_per_epoch + 1) * steps_per_epoch
     every = config.checkpoint_every_steps
-    return min(end, (step // every + 1) * every) if every else end
+    return min(epoch_end, (step // every + 1) * every) if every else epoch_end
 
 
-def _train_until(last: int, program: Program, trials: list[RunningTrial], stacks, costs: Costs) -> float:
-    """Train up to step `last` of the same epoch and add to the trials' losses; return the stays per second."""
+def _train_until(
+    last: int, epoch_end: int, program: Program, trials: list[RunningTrial], stacks, costs: Costs
+) -> float:
+    """Train up to step `last` of the epoch, or a signal, and add to the trials' losses; return the stays per second."""
     step = first = trials[0].step
-    plan = program.run.train_plan(step // program.steps_per_epoch + 1)
-    batches = program.run.batches("train", plan, start=step % program.steps_per_epoch)
+    plan = program.run.train_plan(epoch_end // program.steps_per_epoch)
+    batches = program.run.batches("train", plan, start=step - epoch_end + program.steps_per_epoch)
     start_s, pending = time.perf_counter(), None
-    while step < last and not all(t.failure for t in trials):
+    while step < last and not all(t.failure for t in trials) and not watchdog.received():
         wait_s = time.perf_counter()
         batch = next(batches)
         costs.input_s += time.perf_counter() - wait_s
@@ -332,7 +348,8 @@ def _train_until(last: int, program: Program, trials: list[RunningTrial], stacks
         if pending:  # fetch the previous step's losses while this step runs
             _add_losses(trials, stacked_step.by_trial(pending, stacks), step - 1)
         pending = losses
-    _add_losses(trials, stacked_step.by_trial(pending, stacks), step)
+    if pending:
+        _add_losses(trials, stacked_step.by_trial(pending, stacks), step)
     taken_s = time.perf_counter() - start_s
     costs.train_s, costs.steps = costs.train_s + taken_s, costs.steps + step - first
     return (step - first) * plan.batch_size / taken_s
@@ -356,6 +373,11 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
     def eval_fn(batch):
         return stacked_step.eval_all(program.eval_fn, stacks, batch, program.devices)
 
+    for t in (t for t in trials if t.losses and not t.failure):
+        t.progress.add(t.losses)
+        trained = {"train_loss": t.progress.train_loss, "num_steps": t.progress.num_steps}
+        trained |= {"lr": t.progress.learning_rate, "samples_per_s": round(stays_per_s, 2)}
+        t.log.write("train", epoch, t.step, **trained)
     scored = predictions_lib.predict_each(run, eval_fn, len(trials), "val", run.selects("val"))
     for t, predictions in zip(trials, scored):
         if t.failure:
@@ -365,10 +387,6 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
         except UserError as error:
             t.failure = str(error)
             continue
-        t.progress.add(t.losses)
-        logged = {"train_loss": t.progress.train_loss, "num_steps": t.progress.num_steps}
-        logged |= {"lr": t.progress.learning_rate, "samples_per_s": round(stays_per_s, 2)}
-        t.log.write("train", epoch, t.step, **logged)
         t.log.write("val", epoch, t.step, val_loss=predictions.loss, val_auroc=auroc)
         t.progress.update(epoch, predictions.loss, auroc, run.config.plateau_epochs)
     best = max(trials, key=lambda t: t.progress.best_auroc)

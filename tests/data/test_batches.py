@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import damage
@@ -278,3 +280,39 @@ def test_an_image_only_method_needs_a_dataset_with_images(shards, tmp_path):
         _rewrite_index(folder, split, lambda fields: fields | {"has_cxr": np.zeros_like(fields["has_cxr"])})
     with refused(path=folder / "pheno"):
         open_dataset(folder, "pheno", use_ehr=False)
+
+
+_STALLING = """
+import sys, time
+from medfuse_jax.data import batches, device_store, plan
+from medfuse_jax.data.dataset import open_dataset
+from medfuse_jax.runtime import command_line
+
+batches.READ_LIMIT_S = 2.0
+
+class Stalls:
+    def __getitem__(self, i):
+        time.sleep(600)
+
+def main(argv):
+    dataset = open_dataset(sys.argv[1], "pheno")
+    dataset.splits["train"] = Stalls()
+    included_N = dataset.usable("train")
+    if sys.argv[2] == "device":
+        device_store.load(dataset, "train", included_N)
+    else:
+        drawn, *_ = plan.eval_plans(
+            dataset.lengths("train"), dataset.paired("train"), included_N, batch_size=16, buckets=dataset.buckets
+        )
+        next(batches.batches(dataset, "train", drawn))
+
+command_line.run(main, pass_on_unknown=True)
+"""
+
+
+@pytest.mark.parametrize("placement", ["device", "stream"])
+def test_a_reader_that_stalls_ends_the_command_and_is_named(shards, placement):
+    command = [sys.executable, "-c", _STALLING, str(shards), placement]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "the train split of pheno" in done.stderr and "2 s" in done.stderr

@@ -98,7 +98,8 @@ def test_errors_that_a_user_can_fix_are_one_line():
     for error in (MemoryError("Unable to allocate 210. GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
         line = command_line.in_one_line(error)
         assert line.startswith("error: ") and str(error) in line and command_line.status(error) == 2
-    for error in (KeyboardInterrupt(), OSError("No space left on device")):
+    of_tensorstore = ValueError("RESOURCE_EXHAUSTED: Failed to write 87722 bytes to file 6: No space left on device")
+    for error in (KeyboardInterrupt(), OSError("No space left on device"), of_tensorstore):
         assert "rerun" in command_line.in_one_line(error, resumes=True)
         assert "rerun" not in command_line.in_one_line(error)
         assert command_line.status(error) == 1

@@ -36,6 +36,13 @@ command_line.run(main)
         pytest.param("pass", signal.SIGINT, 1, "interrupted", marks=pytest.mark.slow),
         pytest.param("raise KeyError('a bug')", None, 1, "KeyError: 'a bug'", marks=pytest.mark.slow),
         pytest.param("raise OSError('No space left on device')", None, 1, "error: the disk", marks=pytest.mark.slow),
+        pytest.param(
+            "import jax; raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo AllGather failed: Connection closed by peer')",
+            None,
+            1,
+            "another process of this training has ended",
+            marks=pytest.mark.slow,
+        ),
         ("raise errors.UserError('a wrong field')", None, 2, "a wrong field"),
     ],
 )
@@ -50,6 +57,22 @@ def test_a_process_that_fails_exits_at_once(statement, sent, status, printed):
         assert both[1].wait(timeout=30) == status and both[0].poll() is None
         text = both[1].stdout.read()
         assert printed in text and ("Traceback" in text) == ("a bug" in printed)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_those_that_wait_for_it():
+    statement = "hosts.ANSWER_LIMIT_S = 4.0; time.sleep(1)"
+    script = _TWO_PROCESSES.format(statement="time.sleep(600)", port=free_port())
+    script = script.replace("    time.sleep(600)\n\ndef", f"    {statement}; hosts.wait('here')\n\ndef")
+    both = [start([sys.executable, "-c", script, str(process)]) for process in range(2)]
+    try:
+        printed = both[0].communicate(timeout=60)[0]
+        assert both[0].returncode == 1 and "no answer from the other processes" in printed.splitlines()[-1], printed
+        assert "Traceback" not in printed
     finally:
         for process in both:
             process.kill()

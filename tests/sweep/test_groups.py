@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from sweep_cases import RATES, assert_as_alone, assert_resumes, best_state, difference, sweep
+from sweep_cases import RATES, assert_as_alone, assert_resumes, best_state, difference, read_lines, sweep
 
 from medfuse_jax import optim
 from medfuse_jax import run as run_lib
+from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs.progress import Progress
+from medfuse_jax.runtime import watchdog
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import frozen_encoders, groups, results, search, stacked_step
 from medfuse_jax.sweep.costs import Costs
@@ -41,6 +43,30 @@ def test_a_trial_has_the_results_of_a_single_run_with_its_config(tiny_config, tm
 
 def test_a_stopped_sweep_resumes_to_the_same_table(ehr_config, tmp_path, monkeypatch):
     assert_resumes(ehr_config, tmp_path, monkeypatch, RATES, lanes=1, num_trials=2)
+
+
+def test_a_sweep_stopped_by_signals_resumes_to_the_same_table(ehr_config, tmp_path, monkeypatch):
+    """Within an epoch, and in a validation, which the resumed sweep then does first."""
+    whole = sweep(ehr_config, tmp_path / "whole", RATES, 2, lanes=1)
+    reached = []
+    for module, name in ((stacked_step, "train_all"), (groups, "_validate"), (groups, "_validate")):
+        call = getattr(module, name)
+
+        def signalled(*args, call=call):
+            monkeypatch.setattr(watchdog, "_signalled_s", 0.0)
+            return call(*args)
+
+        with monkeypatch.context() as patched, pytest.raises(watchdog.Stopped, match="2 trials are saved"):
+            patched.setattr(module, name, signalled)
+            sweep(ehr_config, tmp_path / "stopped", RATES, 2, lanes=1)
+        monkeypatch.setattr(watchdog, "_signalled_s", None)
+        reached.append(checkpoints.open_manager(results.trial_dir(tmp_path / "stopped", 0)).latest_step())
+    assert reached[0] == 1 < reached[1] == reached[2]
+    assert sweep(ehr_config, tmp_path / "stopped", RATES, 2, lanes=1) == whole
+    for number in range(2):
+        lines = [read_lines(results.trial_dir(tmp_path / folder, number)) for folder in ("whole", "stopped")]
+        a, b = ([(line["phase"], line["step"], line.get("val_loss")) for line in of_one] for of_one in lines)
+        assert a == b
 
 
 @pytest.mark.slow
