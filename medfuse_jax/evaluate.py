@@ -13,6 +13,7 @@ from medfuse_jax import parallel, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import missing
+from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.report import terminal
 from medfuse_jax.runs import calibration, checkpoints, predictions, result, sources
@@ -33,7 +34,8 @@ def evaluate(
 
     Writes two files, named by `what`, both with the checkpoint's step: the result, and the predictions (stay_id,
     subject_id, scores, labels, has_ehr, has_cxr, age, gender, admission_type, first_careunit; had_ehr and had_cxr if a
-    modality was dropped; attention weights if the model has any).
+    modality was dropped; attention weights if the model has any). In an hourly task, each has a row for every hour, and
+    also hour, remaining_h and, for exclusive labels, predicted_h (docs/hourly.md).
     devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
     resample: what the bootstrap draws, 'patient' or 'stay'; by default see `result.resample_by`.
     """
@@ -47,6 +49,8 @@ def evaluate(
     if what.head:
         run, include_N = _with_head(run, what)
     scored, loss = score(run, state, what.split, include_N)
+    if run.dataset.task.exclusive:
+        scored["predicted_h"] = _predicted_hours(run.dataset, scored["scores"])
     weights_fn = parallel.compile_eval(run.options, run.config.parallel, run.devices, step_lib.weights_step)
     on_devices = parallel.replicate(state, run.devices)
     weights = predictions.attention_weights(run, weights_fn, on_devices, what.split, include_N)
@@ -99,7 +103,25 @@ def score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: n
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
     scored |= {name: part[name] for name in schema.STATIC_TEXTS}
     scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
+    if run.dataset.hours:
+        scored |= _of_hours(run.dataset, split, predicted, scored)
     return scored, predicted.loss
+
+
+def _of_hours(dataset: Dataset, split: str, predicted: predictions.Predictions, scored: dict) -> dict:
+    """Return what predictions hold of each hour. X-rays count from the first hour that sees one."""
+    of, place_N = dataset.hours[split], predicted.place_N
+    found = {"hour": of.time_h_S[place_N], "remaining_h": of.remaining_h_S[place_N]}
+    found |= {name: scored[name] & of.has_cxr_S[place_N] for name in ("has_cxr", "had_cxr") if name in scored}
+    return found
+
+
+def _predicted_hours(dataset: Dataset, score_NK: np.ndarray) -> np.ndarray:
+    """Return the hours that each row's likeliest bin stands for: its mean in training, as in the benchmark."""
+    train = dataset.hours["train"]
+    total_h_K = train.remaining_h_S @ train.label_SK.astype(np.float64)
+    mean_h_K = total_h_K / np.maximum(train.label_SK.sum(0, dtype=np.int64), 1)
+    return mean_h_K[score_NK.argmax(1)].astype(np.float32)
 
 
 def _description(run: run_lib.Run, what: Scored) -> dict:
@@ -148,7 +170,7 @@ def _calibration(workdir: Path, what: Scored, scored: dict, step: int) -> dict:
     labels_NK, scores_NK = scored["labels"], scored["scores"]
     described = calibration.describe(labels_NK, scores_NK)
     path = workdir / "temperature.json"
-    if what == Scored("val") and hosts.is_first():
+    if what == Scored("val") and hosts.is_first() and "predicted_h" not in scored:  # exclusive labels share a softmax
         files.write_json(path, {"step": step, "temperature": calibration.fit_temperature(labels_NK, scores_NK)})
     fitted = files.read_json(path, "delete it") if path.exists() and not what.head else {}
     if fitted.get("step") == step:  # of these weights
@@ -168,7 +190,8 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict, bootst
         staged = config_lib.stage(config, stage)
         path = Scored(split).predictions_path(workdir / f"pretrain_{stage}")
         if path.exists() and staged.task == config.task:
-            other = result.read_predictions(path, ("stay_id", "scores"), "run medfuse_jax.evaluate there again")
+            names = ("stay_id", "scores", *(["hour"] if "hour" in scored else []))
+            other = result.read_predictions(path, names, "run medfuse_jax.evaluate there again")
             comparisons += result.compare(scored, other, staged.method, *bootstrap)
     return comparisons
 
@@ -178,8 +201,9 @@ def _selected_by(config, note: dict, progress: Progress) -> str:
         return f"imported from {note['file']}"
     if not progress.best_epoch:
         return "not selected: no epoch was validated yet"
+    measure = "kappa" if schema.TASKS[config.task].exclusive else "AUROC"
     which = "all" if config.data.val_stays == "partial" else "the paired"
-    by = "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else "AUROC"
+    by = "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else measure
     return f"{by} on {which} validation {schema.TASKS[config.task].unit}"
 
 

@@ -145,6 +145,28 @@ def reliability(curve, color: int) -> str:
         return svg(axes.figure, "Fraction of positives by mean score")
 
 
+def by_hour(groups: list[dict], color: int) -> str:
+    """Draw kappa, or AUROC without it, with its interval by hours since the stay began; '' without any.
+
+    groups: of a result's subgroups, in order; those withheld leave a gap.
+    """
+    name = "kappa" if any("kappa" in group for group in groups) else "auroc_macro"
+    points = [(x, group.get(name), *(group.get(f"{name}_ci") or (None, None))) for x, group in enumerate(groups)]
+    points = [p for p in points if all(isinstance(x, int | float) and math.isfinite(x) for x in p)]
+    if not points:
+        return ""
+    place, value, low, high = np.array(points, float).T
+    with mpl.rc_context(_STYLE):
+        axes = new_figure(_WIDTH_PX, _LOW_PX).add_axes((0.13, 0.24, 0.83, 0.7))
+        axes.grid(axis="x", visible=False)
+        axes.vlines(place, low, high, color=run_color(color), alpha=0.4, linewidth=5)
+        axes.plot(place, value, "o-", color=run_color(color))
+        axes.set_xticks(range(len(groups)), [str(group.get("name")) for group in groups], rotation=20)
+        title = "linear kappa" if name == "kappa" else "AUROC"
+        axes.set(xlabel="hours since the stay began", ylabel=title, xlim=(-0.5, len(groups) - 0.5))
+        return svg(axes.figure, f"{title} by hour of the stay")
+
+
 def _unit_axes(kind: str) -> Axes:
     axes = new_figure(_WIDTH_PX, _HIGH_PX).add_axes((0.13, 0.13, 0.83, 0.83))
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))

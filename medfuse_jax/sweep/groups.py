@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import feed, metrics, parallel, train
+from medfuse_jax import feed, parallel, train
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.runs import predictions as predictions_lib
@@ -360,16 +360,16 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
         if t.failure:
             continue
         try:
-            auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
+            score, scores = predictions_lib.selecting(run, predictions)
         except UserError as error:
             t.failure = str(error)
             continue
         rate, num_steps, train_loss = t.progress.learning_rate, len(t.losses), float(np.mean(t.losses))
         speed = round(stays_per_s, 2)
         t.log.write("train", epoch, t.step, train_loss=train_loss, lr=rate, samples_per_s=speed, num_steps=num_steps)
-        t.log.write("val", epoch, t.step, val_loss=predictions.loss, val_auroc=auroc)
+        t.log.write("val", epoch, t.step, val_loss=predictions.loss, **scores)
         t.losses = []
-        t.progress.update(epoch, predictions.loss, auroc, run.config.plateau_epochs)
+        t.progress.update(epoch, predictions.loss, score, run.config.plateau_epochs)
     best = max(trials, key=lambda t: t.progress.best_auroc)
     print(
         f"epoch {epoch}/{run.config.num_epochs}  {len(trials)} trials  best: trial {best.trial.number} "
