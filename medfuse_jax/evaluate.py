@@ -168,7 +168,7 @@ def _calibration(workdir: Path, what: Scored, scored: dict, step: int) -> dict:
     Scoring the validation split as it is fits it and stores it with the run.
     """
     labels_NK, scores_NK = scored["labels"], scored["scores"]
-    described = calibration.describe(labels_NK, scores_NK)
+    described = calibration.describe(labels_NK, scores_NK, scored["stay_id"] if "hour" in scored else None)
     path = workdir / "temperature.json"
     if what == Scored("val") and hosts.is_first() and "predicted_h" not in scored:  # exclusive labels share a softmax
         files.write_json(path, {"step": step, "temperature": calibration.fit_temperature(labels_NK, scores_NK)})
@@ -201,9 +201,10 @@ def _selected_by(config, note: dict, progress: Progress) -> str:
         return f"imported from {note['file']}"
     if not progress.best_epoch:
         return "not selected: no epoch was validated yet"
-    measure = "kappa" if schema.TASKS[config.task].exclusive else "AUROC"
     which = "all" if config.data.val_stays == "partial" else "the paired"
-    by = "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else measure
+    by = (
+        "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else schema.selected_by(config.task)
+    )
     return f"{by} on {which} validation {schema.TASKS[config.task].unit}"
 
 

@@ -209,6 +209,12 @@ TASKS = {
     "length_of_stay": Task("length_of_stay", "Length of stay", _LENGTH_OF_STAY_LABELS, hourly=True, exclusive=True),
 }
 
+
+def selected_by(task: str) -> str:
+    """Return the validation score that selects a task's models: 'AUROC' or 'kappa'."""
+    return "kappa" if task in TASKS and TASKS[task].exclusive else "AUROC"
+
+
 SPLITS = ("train", "val", "test")
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown
 IMAGE_SIZE_PX = 256  # X-rays are stored square, one grey uint8 channel

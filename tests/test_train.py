@@ -232,6 +232,7 @@ def test_every_hour_is_scored_once(hourly_config, tmp_path):
     assert whole["mad_h"] == pytest.approx(np.abs(found["predicted_h"] - found["remaining_h"]).mean(), rel=1e-5)
     (by_hour,) = (entry for entry in result["subgroups"] if entry["by"] == "Hour of the stay")
     assert by_hour["groups"][0]["num_samples"] == (found["hour"] <= 24).sum() and "kappa" in by_hour["groups"][0]
+    assert all(bin["num_stays"] <= len(rows) for bin in result["calibration"]["curve"])
     (line,) = (line for line in _lines(tmp_path) if line["phase"] == "val")
     assert {"val_auroc", "val_kappa"} <= line.keys()
     assert result["selected_by"].startswith("kappa")

@@ -4,6 +4,8 @@ Both train the same stays, an epoch of them, with our step; every repeat runs th
 is multiplied by an epoch's batches over theirs. A prefix is read from its start, and encodes the X-ray that it sees.
 """
 
+import dataclasses
+
 import numpy as np
 
 from medfuse_jax.bench import clock, cohort, flops, step
@@ -17,7 +19,7 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
     data = data or cohort.dataset(case)
     hours = data.hours["train"]
     prefixes = cohort.of_stays(hours.steps_S, hours.has_cxr_S, case.method, data.task.name, case.max_buckets)
-    samples = {clock.OURS: cohort.sample(case, data), "prefixes": cohort.sample(case, prefixes)}
+    samples = {clock.OURS: _sample(case, data), "prefixes": _sample(case, prefixes)}
     trainers = {name: step.Trainer(case, sample, say) for name, sample in samples.items()}
     seconds = clock.interleave({name: t.run for name, t in trainers.items()}, case.warm_up, case.repeats, say)
     for name, sample in samples.items():
@@ -40,3 +42,9 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
         }
     rows["prefixes"]["flops_over_ours"] = round(rows["prefixes"]["gflop_a_stay"] / rows[clock.OURS]["gflop_a_stay"], 2)
     return list(rows.values())
+
+
+def _sample(case: Case, data: Dataset) -> cohort.Sample:
+    """Return batches at quantiles of their longest series: the stays of a small cohort fill fewer than asked for."""
+    num_batches = min(case.num_batches, len(cohort.train_plan(case, data)))
+    return cohort.sample(dataclasses.replace(case, num_batches=num_batches), data)

@@ -129,15 +129,16 @@ def overlay(kind: str, runs: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) 
 def reliability(curve, color: int) -> str:
     """Draw the fraction of positives by mean score, a dot per bin, its area by the bin's samples; '' without any.
 
-    curve: as in a result's calibration. Bins of fewer than 10 samples, which could point to patients, are left out.
+    curve: as in a result's calibration. Bins of fewer than 10 samples, or of the hours of fewer than 10 stays, which
+    could point to patients, are left out.
     """
     bins = [b for b in curve if isinstance(b, dict)] if isinstance(curve, list) else []
-    points = [(b.get("score"), b.get("positive"), b.get("num_samples")) for b in bins]
+    points = [(b.get("score"), b.get("positive"), b.get("num_samples"), b.get("num_stays", _FEWEST)) for b in bins]
     points = [p for p in points if all(isinstance(x, int | float) and math.isfinite(x) for x in p)]
-    points = [p for p in points if p[2] >= _FEWEST]
+    points = [p for p in points if min(p[2:]) >= _FEWEST]
     if not points:
         return ""
-    score, positive, count = np.array(points, float).T
+    score, positive, count, _ = np.array(points, float).T
     with mpl.rc_context(_STYLE):
         axes = _unit_axes("reliability")
         axes.plot(score, positive, color=run_color(color))

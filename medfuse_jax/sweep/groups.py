@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import feed, parallel, train
+from medfuse_jax import feed, parallel, schema, train
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.runs import predictions as predictions_lib
@@ -370,10 +370,10 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
         t.log.write("val", epoch, t.step, val_loss=predictions.loss, **scores)
         t.losses = []
         t.progress.update(epoch, predictions.loss, score, run.config.plateau_epochs)
-    best = max(trials, key=lambda t: t.progress.best_auroc)
+    best, measure = max(trials, key=lambda t: t.progress.best_auroc), schema.selected_by(run.config.task)
     print(
         f"epoch {epoch}/{run.config.num_epochs}  {len(trials)} trials  best: trial {best.trial.number} "
-        f"({best.trial.describe()})  val AUROC {best.progress.best_auroc:.4f}  {stays_per_s:.1f} stays/s each",
+        f"({best.trial.describe()})  val {measure} {best.progress.best_auroc:.4f}  {stays_per_s:.1f} stays/s each",
         flush=True,
     )
 

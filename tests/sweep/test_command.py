@@ -304,7 +304,7 @@ def test_a_sweep_of_an_hourly_task_chooses_by_kappa_over_its_hours(hourly_config
     rows = sweep(hourly_config, tmp_path / "sweep", RATES, 2)
     for row in rows:
         lines = read_lines(results.trial_dir(tmp_path / "sweep", int(row["trial"])))
-        assert float(row["val_auroc"]) == pytest.approx(lines[-1]["val_kappa"], abs=1e-5)
+        assert float(row["val_kappa"]) == pytest.approx(lines[-1]["val_kappa"], abs=1e-5)
     result = json.loads((results.trial_dir(tmp_path / "sweep", int(rows[0]["trial"])) / "result.json").read_text())
     hours = records.hours(hourly_config.data.dir, "length_of_stay", "test")
     assert result["subsets"]["all"]["num_samples"] == hours["num_hours"].sum()
