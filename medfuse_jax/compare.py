@@ -39,7 +39,7 @@ def compare(a: str, b: str, split: str = "test", num_bootstrap: int = 1000, seed
     common = _common(member_a, member_b)
     a_NK, b_NK = common.pop("scores_MNK")
     resample = result.resample_by(resample, common)
-    other = {"stay_id": common["stay_id"], "scores": a_NK}
+    other = {name: common[name] for name in ("stay_id", "hour") if name in common} | {"scores": a_NK}
     return {
         **{name: _described(member) for name, member in (("a", member_a), ("b", member_b))},
         **{field: member_a.result[field] for field in ("task", "labels")},

@@ -13,6 +13,7 @@ from medfuse_jax import metrics, parallel, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import missing
+from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.report import terminal
 from medfuse_jax.runs import calibration, checkpoints, predictions, result, robustness, sources
@@ -33,7 +34,8 @@ def evaluate(
 
     Writes two files, named by `what`, both with the checkpoint's step: the result, and the predictions (stay_id,
     subject_id, scores, labels, has_ehr, has_cxr, age, gender, admission_type, first_careunit; had_ehr and had_cxr if a
-    modality was dropped; attention weights if the model has any).
+    modality was dropped; attention weights if the model has any). In an hourly task, each has a row for every hour, and
+    also hour, remaining_h and, for exclusive labels, predicted_h (docs/hourly.md).
     devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
     resample: what the bootstrap draws, 'patient' or 'stay'; by default see `result.resample_by`.
     """
@@ -47,6 +49,8 @@ def evaluate(
     if what.head:
         run, include_N = _with_head(run, what)
     scored, loss = score(run, state, what.split, include_N)
+    if run.dataset.task.exclusive:
+        scored["predicted_h"] = _predicted_hours(run.dataset, scored["scores"])
     weights_fn = parallel.compile_eval(run.options, run.config.parallel, run.devices, step_lib.weights_step)
     on_devices = parallel.replicate(state, run.devices)
     weights = predictions.attention_weights(run, weights_fn, on_devices, what.split, include_N)
@@ -82,8 +86,12 @@ def write_robustness(workdir: Path, data_dir: str = "", resample: str = "") -> l
     """
     check_choice("--resample", resample, ("", *result.RESAMPLES))
     run = sources.reopen(workdir, None, data_dir)
-    if run.dataset.task.cxr_only:
-        raise UserError(f"--robustness needs a task on stays; {workdir} was trained on X-rays", field="--robustness")
+    if run.dataset.task.cxr_only or run.dataset.task.hourly:
+        raise UserError(
+            f"--robustness needs a task with one label set a stay; {workdir} has the task {run.config.task}",
+            field="--robustness",
+            value=run.config.task,
+        )
     state, _ = restore(run, workdir)
     scored, _ = score(run, state, "test", run.dataset.usable("test"))
     options = (run.config.eval.num_bootstrap, run.config.seed, result.resample_by(resample, scored))
@@ -133,7 +141,25 @@ def score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: n
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
     scored |= {name: part[name] for name in schema.STATIC_TEXTS}
     scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
+    if run.dataset.hours:
+        scored |= _of_hours(run.dataset, split, predicted, scored)
     return scored, predicted.loss
+
+
+def _of_hours(dataset: Dataset, split: str, predicted: predictions.Predictions, scored: dict) -> dict:
+    """Return what predictions hold of each hour. X-rays count from the first hour that sees one."""
+    of, place_N = dataset.hours[split], predicted.place_N
+    found = {"hour": of.time_h_S[place_N], "remaining_h": of.remaining_h_S[place_N]}
+    found |= {name: scored[name] & of.has_cxr_S[place_N] for name in ("has_cxr", "had_cxr") if name in scored}
+    return found
+
+
+def _predicted_hours(dataset: Dataset, score_NK: np.ndarray) -> np.ndarray:
+    """Return the hours that each row's likeliest bin stands for: its mean in training, as in the benchmark."""
+    train = dataset.hours["train"]
+    total_h_K = train.remaining_h_S @ train.label_SK.astype(np.float64)
+    mean_h_K = total_h_K / np.maximum(train.label_SK.sum(0, dtype=np.int64), 1)
+    return mean_h_K[score_NK.argmax(1)].astype(np.float32)
 
 
 def _description(run: run_lib.Run, what: Scored) -> dict:
@@ -180,9 +206,9 @@ def _calibration(workdir: Path, what: Scored, scored: dict, step: int) -> dict:
     Scoring the validation split as it is fits it and stores it with the run.
     """
     labels_NK, scores_NK = scored["labels"], scored["scores"]
-    described = calibration.describe(labels_NK, scores_NK)
+    described = calibration.describe(labels_NK, scores_NK, scored["stay_id"] if "hour" in scored else None)
     path = workdir / "temperature.json"
-    if what == Scored("val") and hosts.is_first():
+    if what == Scored("val") and hosts.is_first() and "predicted_h" not in scored:  # exclusive labels share a softmax
         fitted = {"step": step, "temperature": calibration.fit_temperature(labels_NK, scores_NK)}
         files.write_json(path, files.sealed(fitted))
     fitted = files.read_json(path, "delete it") if path.exists() and not what.head else {}
@@ -203,7 +229,8 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict, bootst
         staged = config_lib.stage(config, stage)
         path = Scored(split).predictions_path(workdir / f"pretrain_{stage}")
         if path.exists() and staged.task == config.task:
-            other = result.read_predictions(path, ("stay_id", "scores"), "run medfuse_jax.evaluate there again")
+            names = ("stay_id", "scores", *(["hour"] if "hour" in scored else []))
+            other = result.read_predictions(path, names, "run medfuse_jax.evaluate there again")
             comparisons += result.compare(scored, other, staged.method, *bootstrap)
     return comparisons
 
@@ -214,7 +241,9 @@ def _selected_by(config, note: dict, progress: Progress) -> str:
     if not progress.best_epoch:
         return "not selected: no epoch was validated yet"
     which = "all" if config.data.val_stays == "partial" else "the paired"
-    by = "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else "AUROC"
+    by = (
+        "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else schema.selected_by(config.task)
+    )
     return f"{by} on {which} validation {schema.TASKS[config.task].unit}"
 
 

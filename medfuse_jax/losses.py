@@ -1,6 +1,6 @@
 """Losses: which classifiers a batch trains, on which rows.
 
-Shapes: B rows of the batch, P images, K labels, H trained heads.
+Shapes: B rows of the batch, P images, K labels, H trained heads. In an hourly task, [B] stands for [B, hours].
 """
 
 import dataclasses
@@ -31,19 +31,34 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights of the losses beside the main one, in the methods that have them: the fields of config.loss."""
+    """The fields of config.loss: weights of the losses beside the main one, in the methods that have them.
+
+    weighting: 'hour' or 'stay', what an hourly task's loss is a mean over.
+    """
 
     ehr_only: float
     cxr_only: float
     align: float
+    weighting: str = "hour"
 
 
-def objective(heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weights, total: Callable) -> jax.Array:
+def objective(
+    heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weights, total: Callable, exclusive: bool = False
+) -> jax.Array:
     """Return the weighted sum of the losses of all heads that the batch has labels for, and of the alignment loss.
 
     Each is a mean over the rows of the whole batch that train it, or 0 if there is none. total: a function that sums
-    over devices, so that the devices' objectives, and their gradients, add up to the batch's.
+    over devices, so that the devices' objectives, and their gradients, add up to the batch's. exclusive: see
+    schema.Task.
     """
+    if "hour_mask" in batch:  # one head, which every hour trains
+        (head,) = heads
+        weight_BH = batch["hour_mask"].astype(jnp.float32)
+        if weights.weighting == "stay":
+            weight_BH /= jnp.maximum(weight_BH.sum(axis=1, keepdims=True), 1)
+        loss_BH = row_loss(outputs[head.logits], batch[head.label], exclusive)
+        loss = jnp.sum(jnp.where(batch["hour_mask"], loss_BH, 0) * weight_BH)
+        return loss / jnp.maximum(total(weight_BH.sum()), 1)
     present = present_rows(batch)
     has_both_B = batch["valid"] & present["ehr"] & present["cxr"]
     trained = [head for head in heads if head.label in batch]
@@ -69,6 +84,13 @@ def present_rows(batch: dict) -> dict[str, jax.Array]:
     if "image_row" in batch:
         has_cxr_B = rows_with_image(batch["image_row"], batch["image_mask"], num_rows)
     return {"ehr": has_ehr_B, "cxr": has_cxr_B}
+
+
+def row_loss(logits_BK: jax.Array, label_BK: jax.Array, exclusive: bool = False) -> jax.Array:
+    """Return each row's mean binary cross-entropy over its labels [B], or its cross-entropy if they are exclusive."""
+    if exclusive:
+        return optax.softmax_cross_entropy(logits_BK, label_BK)
+    return optax.sigmoid_binary_cross_entropy(logits_BK, label_BK).mean(-1)
 
 
 def mean_bce(logits_BK: jax.Array, label_BK: jax.Array, valid_B: jax.Array, num_valid: jax.Array) -> jax.Array:

@@ -76,6 +76,44 @@ def auprc(labels, scores) -> np.ndarray:
     return ranks.point(*ranks.check(labels, scores))["auprc"]
 
 
+def kappa(labels, scores) -> float:
+    """Return Cohen's linearly weighted kappa of each row's highest score; labels [N, K] one-hot, of ordered bins."""
+    labels_NK, scores_NK = ranks.check(labels, scores)
+    cells = labels_NK.argmax(1) * labels_NK.shape[1] + scores_NK.argmax(1)
+    return float(_kappa(np.bincount(cells, minlength=labels_NK.shape[1] ** 2)[None])[0])
+
+
+def ordinal(labels, scores, errors, num_bootstrap: int = 1000, seed: int = 0, groups=None) -> dict:
+    """Return the metrics of labels that are ordered bins, on the resamples that `evaluate` draws for these groups.
+
+    labels [N, K] one-hot; scores [N, K]; errors [N]: how far, in hours, each row's likeliest bin is from the truth.
+    Returns a dict: kappa (see `kappa`), mad_h (the mean of the errors), and their bounds kappa_ci, mad_h_ci.
+    """
+    labels_NK, scores_NK = ranks.check(labels, scores)
+    num_labels = labels_NK.shape[1]
+    group_N = _group_numbers(groups, len(labels_NK))
+    num_groups, cells_N = int(group_N.max()) + 1, labels_NK.argmax(1) * num_labels + scores_NK.argmax(1)
+    # What a group adds to a resample: its row of counts of (truth, chosen) cells, and the sum of its errors.
+    sums = np.bincount(group_N * num_labels**2 + cells_N, minlength=num_groups * num_labels**2)
+    table = np.column_stack([sums.reshape(num_groups, -1), np.bincount(group_N, errors, num_groups)])
+    counts = [np.asarray(c[:num_groups], np.float64).T @ table for c in _counts(num_groups, num_bootstrap, seed)]
+    result = {}
+    for name, of in (("kappa", lambda x: _kappa(x[:, :-1])), ("mad_h", lambda x: x[:, -1] / x[:, :-1].sum(1))):
+        result[name] = float(of(table.sum(0, keepdims=True))[0])
+        result[f"{name}_ci"] = ranks.bounds(of(np.concatenate(counts)))
+    return result
+
+
+def _kappa(cells_RC: np.ndarray) -> np.ndarray:
+    """Return the linearly weighted kappa [R] of tables of counts, truth by choice, [R, K * K]; NaN if all agree."""
+    num_labels = math.isqrt(cells_RC.shape[1])
+    count_RKK = np.asarray(cells_RC, np.float64).reshape(-1, num_labels, num_labels)
+    distance_KK = np.abs(np.subtract.outer(np.arange(num_labels), np.arange(num_labels)))
+    by_chance_RKK = count_RKK.sum(2)[:, :, None] * count_RKK.sum(1)[:, None] / count_RKK.sum((1, 2), keepdims=True)
+    observed_R, expected_R = ((x * distance_KK).sum((1, 2)) for x in (count_RKK, by_chance_RKK))
+    return 1 - np.divide(observed_R, expected_R, out=np.full(len(expected_R), np.nan), where=expected_R > 0)
+
+
 def macro(values_K) -> float:
     """Return the mean over the labels, ignoring NaN; NaN if all are NaN."""
     return float(ranks.nanmean(values_K))

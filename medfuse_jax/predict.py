@@ -28,7 +28,15 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 from medfuse_jax.sweep import results as sweep_results
 
 ALL = "all"
-_FACTS = ("split", "stay_id", "subject_id", "dicom_id", "has_ehr", "has_cxr")  # columns of a CSV before the labels
+_FACTS = (
+    "split",
+    "stay_id",
+    "subject_id",
+    "dicom_id",
+    "hour",
+    "has_ehr",
+    "has_cxr",
+)  # columns of a CSV before the labels
 
 
 def predict(
@@ -42,6 +50,7 @@ def predict(
     Returns a dict of arrays:
         scores float32 [N, K]: probabilities; label_names str [K]
         stay_id, subject_id int64 [N]; split str [N]; labels int8 [N, K] as in the shards; age float32 [N]
+        hour float32 [N], in an hourly task, whose N counts the hours of all stays
         has_ehr, has_cxr bool [N]; dicom_id str [N], for a task on X-rays alone
     Records that the method cannot score, such as stays without an X-ray for uni_cxr, are left out.
     Raises UserError if the shards' labels, channels or time step are not the run's, or if no record can be scored.

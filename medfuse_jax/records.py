@@ -5,6 +5,7 @@ On disk, one folder per task, written by `data_prep` and renamed into place when
     <data_dir>/<task>/dataset_info.json, features.json   (TFDS)
     <data_dir>/<task>/<task>-<split>.array_record-*      one record per stay or X-ray
     <data_dir>/<task>/index_<split>.npz                  length, pairing, ids, static facts and labels, in record order
+    <data_dir>/<task>/hours_<split>.npz                  labels and times of all prediction hours, for an hourly task
     <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
 
 Batch plans are made from the index alone, without reading a record.
@@ -34,6 +35,9 @@ MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
 MISSING = "is missing"
 _REBUILD = "run data_prep.build again"
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STATIC_TEXTS, "label")
+
+
+HOURS_FIELDS = ("label_time_h", "label", "cxr_time_h", "los_h")  # of a record, in hours_<split>.npz
 
 
 def layout(num_labels: int, hourly: bool = False) -> dict[str, tuple[type, tuple | None]]:
@@ -216,6 +220,34 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     _check_content(path, content)
     with np.load(path) as stored:
         return {field: stored[field] for field in INDEX_FIELDS}
+
+
+def hours(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
+    """Return the prediction hours of an hourly task's split, one record's after another's.
+
+    num_hours, num_images int [N]; label_time_h float32 [S] and label int8 [S, K], of S hours of all records; cxr_time_h
+    float32 [J], of all X-rays; los_h float32 [N].
+    """
+    path = task_dir(data_dir, task) / f"hours_{split}.npz"
+    _check_content(path, manifest(data_dir, task))
+    with np.load(path) as stored:
+        return dict(stored)
+
+
+def join_hours(rows: list[dict], num_labels: int) -> dict[str, np.ndarray]:
+    """Return what `hours` reads, from the HOURS_FIELDS of each record."""
+
+    def joined(name: str, shape: tuple, dtype: type) -> np.ndarray:
+        return np.concatenate([np.zeros((0, *shape), dtype), *(np.asarray(row[name], dtype) for row in rows)])
+
+    return {
+        "num_hours": np.array([len(row["label_time_h"]) for row in rows], np.int32),
+        "label_time_h": joined("label_time_h", (), np.float32),
+        "label": joined("label", (num_labels,), np.int8),
+        "num_images": np.array([len(row["cxr_time_h"]) for row in rows], np.int32),
+        "cxr_time_h": joined("cxr_time_h", (), np.float32),
+        "los_h": np.array([row["los_h"] for row in rows], np.float32),
+    }
 
 
 def _check_content(path: Path, content: dict) -> None:

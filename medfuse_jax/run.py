@@ -45,7 +45,7 @@ class Run:
     @property
     def selected_by_loss(self) -> bool:
         """Whether the validation loss selects the model, because no label of the validation stays has both classes."""
-        label_NK = self.dataset.index["val"]["label"][self.selects("val")]
+        label_NK = self.dataset.labels_of("val", self.selects("val"))
         return bool((label_NK == label_NK[:1]).all())
 
     def train_plan(self, epoch: int) -> plan_lib.Plan | plan_lib.Alternating:
@@ -60,6 +60,7 @@ class Run:
             num_images=self.config.images_per_batch or None,
             ehr_only_ratio=self.config.data.ehr_only_ratio,
             ehr_only_N=~self.dataset.index["train"]["has_cxr"],
+            hourly=self.dataset.hourly("train"),
             **drawn,
         )
         cxr = self.dataset.cxr_dataset
@@ -77,6 +78,7 @@ class Run:
             include_N,
             batch_size=self.config.eval.batch_size,
             buckets=self.dataset.buckets,
+            hourly=self.dataset.hourly(split),
         )
 
     def check_any(self, split: str, include_N: np.ndarray) -> None:
@@ -145,6 +147,7 @@ def step_options(
         weights=losses.Weights(**config.loss.to_dict()),
         mean_F=tuple(dataset.mean_F.tolist()),
         std_F=tuple(dataset.std_F.tolist()),
+        exclusive=dataset.task.exclusive,
     )
 
 

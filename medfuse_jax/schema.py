@@ -179,7 +179,8 @@ class Task:
     labels: names of the K binary labels, in order.
     window_h: hours of the stay that a model may see, or None for the whole stay.
     cxr_only: records are X-rays (no ICU stay, ehr of length 0).
-    hourly: a stay has labels at many prediction times, label [H, K] (records.py); not trainable yet.
+    hourly: a stay has labels at many prediction times, label [H, K] (records.py).
+    exclusive: exactly one label is true, so that the scores are a softmax's.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Task:
     window_h: float | None = None
     cxr_only: bool = False
     hourly: bool = False
+    exclusive: bool = False
 
     @property
     def unit(self) -> str:
@@ -204,9 +206,14 @@ TASKS = {
     "mortality": Task("mortality", "In-hospital mortality", ("In-hospital mortality",), window_h=48.0),
     "radiology": Task("radiology", "Radiology findings", RADIOLOGY_LABELS, cxr_only=True),
     "decompensation": Task("decompensation", "Decompensation", ("Death within 24 h",), hourly=True),
-    "length_of_stay": Task("length_of_stay", "Length of stay", _LENGTH_OF_STAY_LABELS, hourly=True),
+    "length_of_stay": Task("length_of_stay", "Length of stay", _LENGTH_OF_STAY_LABELS, hourly=True, exclusive=True),
 }
-TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if not task.hourly)
+
+
+def selected_by(task: str) -> str:
+    """Return the validation score that selects a task's models: 'AUROC' or 'kappa'."""
+    return "kappa" if task in TASKS and TASKS[task].exclusive else "AUROC"
+
 
 SPLITS = ("train", "val", "test")
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown

@@ -20,6 +20,8 @@ from medfuse_jax.models.model import init_variables
 from medfuse_jax.models.precision import matmul_precision
 from medfuse_jax.runtime import compilation
 
+_MAX_IMAGES = 2**16  # of a stay; only tells the images of two stays apart
+
 
 class TrainState(flax.struct.PyTreeNode):
     """All that a step changes, and the learning rate, which the epoch loop sets."""
@@ -36,7 +38,7 @@ class StepOptions:
     """What a step is compiled for.
 
     mean_F and std_F standardise the EHR channels. weights: of the losses beside the main one.
-    head: the model's output that is scored.
+    head: the model's output that is scored. exclusive: see schema.Task.
     """
 
     model: flax.linen.Module
@@ -46,6 +48,7 @@ class StepOptions:
     std_F: tuple[float, ...]
     weights: losses.Weights
     head: str = "logits"
+    exclusive: bool = False
 
 
 @functools.lru_cache(maxsize=8)  # a run asks for its state's shapes several times: the model is traced once
@@ -90,8 +93,11 @@ def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> di
         inputs["image"] = augment.prepare(batch["image"], options.image)
     elif "image" in batch:
         image_id_P = batch["row_id"][batch["image_row"]]
+        if "image_of" in batch:  # a stay's images are turned each by its own angle
+            image_id_P = image_id_P * _MAX_IMAGES + batch["image_of"]
         inputs["image"] = augment.prepare_augmented(key, image_id_P, batch["image"], options.image, options.model.ops)
-    for name in ("image_row", "image_mask", "ehr_features", "cxr_features"):  # features: of frozen encoders in a sweep
+    # The features are those of frozen encoders in a sweep.
+    for name in ("image_row", "image_mask", "image_hour", "hour_step", "ehr_features", "cxr_features"):
         if name in batch:
             inputs[name] = batch[name]
     if extra := {name.removeprefix("extra_"): x for name, x in batch.items() if name.startswith("extra_")}:
@@ -128,7 +134,7 @@ def train_step(
             rngs={"dropout": dropout_key},
         )
         total = functools.partial(_sum_over, axis=axis)
-        loss = losses.objective(model.heads, outputs, batch, options.weights, total)
+        loss = losses.objective(model.heads, outputs, batch, options.weights, total, options.exclusive)
         return loss, updated.get("batch_stats", state.batch_stats)
 
     with matmul_precision(model.dtype):  # for the gradients; the model sets its own
@@ -146,12 +152,16 @@ def train_step(
 
 
 def eval_step(options: StepOptions, state: TrainState, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """Return scores [B, K] in 0..1 of options.head and each row's mean loss [B], 0 in padded rows."""
+    """Return scores [B, K] in 0..1 of options.head and each row's mean loss [B], 0 in padded rows.
+
+    In an hourly task, both have the axes [B, H] for [B].
+    """
     inputs = model_inputs(options, batch, key=None)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits_BK = options.model.apply(variables, **inputs, train=False)[options.head]
-    loss_B = optax.sigmoid_binary_cross_entropy(logits_BK, batch["label"]).mean(-1)
-    return jax.nn.sigmoid(logits_BK), jnp.where(batch["valid"], loss_B, 0.0)
+    loss_B = losses.row_loss(logits_BK, batch["label"], options.exclusive)
+    score_BK = jax.nn.softmax(logits_BK) if options.exclusive else jax.nn.sigmoid(logits_BK)
+    return score_BK, jnp.where(batch.get("hour_mask", batch["valid"]), loss_B, 0.0)
 
 
 def weights_step(options: StepOptions, state: TrainState, batch: dict) -> dict:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import feed as feed_lib
-from medfuse_jax import metrics, parallel
+from medfuse_jax import parallel
 from medfuse_jax import run as run_lib
 from medfuse_jax.models.recurrence import supported
 from medfuse_jax.runs import checkpoints, warm_start
@@ -138,15 +138,15 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                 _stop(manager, state, progress, config)
             answered()
             train_loss = progress.train_loss
-            val_auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
-            is_best = progress.update(epoch, predictions.loss, val_auroc, config.plateau_epochs)
+            score, scores = predictions_lib.selecting(run, predictions)
+            is_best = progress.update(epoch, predictions.loss, score, config.plateau_epochs)
             state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
-            log.write("val", epoch, step, val_loss=predictions.loss, val_auroc=val_auroc)
+            log.write("val", epoch, step, val_loss=predictions.loss, **scores)
             checkpoints.save(manager, state, progress, is_best)
-            log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{val_auroc:.3f}")
+            log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{scores['val_auroc']:.3f}")
             log.line(
                 f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
-                f"val AUROC {val_auroc:.4f}{' (best)' if is_best else ''}{speed}"
+                f"val AUROC {scores['val_auroc']:.4f}{' (best)' if is_best else ''}{speed}"
             )
         manager.wait_until_finished()
     hosts.wait("trained")  # the others read what the first has saved

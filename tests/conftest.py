@@ -59,6 +59,23 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hourly_shards(shards) -> Path:
+    """The hourly tasks of the same cohort."""
+    from data_prep import build
+
+    raw, out = shards.parent / "raw", shards.parent / "hourly"
+    build.build(raw / "mimic-iv", raw / "mimic-cxr", out, tasks=["decompensation", "length_of_stay"])
+    return out
+
+
+@pytest.fixture
+def hourly_config(tiny_config, hourly_shards):
+    """The tiny config on decompensation."""
+    tiny_config.task, tiny_config.data.dir = "decompensation", str(hourly_shards)
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
 def raw_tree(tmp_path_factory) -> tuple[Path, Path]:
     """The small tree of build_cases: (MIMIC-IV, MIMIC-CXR)."""
     import build_cases

@@ -66,8 +66,7 @@ README.md: data_prep.synthetic --out=raw --stays={_STAYS}
 README.md: data_prep.build --mimic_iv=DIR --out=ehr_alone
 README.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=ehr_alone --workdir=runs/ehr_alone
 README.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=DIR --workdir=runs/moved
-docs/data.md: data_prep.build --mimic_iv=DIR --mimic_cxr=DIR --out=hourly --tasks=decompensation,length_of_stay --seed=1 --workers=1
-docs/data.md: data_prep.build --mimic_iv=DIR --mimic_cxr=DIR --out=strict --profile=strict
+docs/data.md: data_prep.build --mimic_iv=DIR --mimic_cxr=DIR --out=strict --profile=strict --seed=1 --workers=1
 docs/data.md: medfuse_jax.evaluate --workdir=DIR --split=val --drop_ehr=0.5
 docs/performance.md: medfuse_jax.main --config=configs/pheno.py --config.method=uni_ehr --config.data.dir=DIR --config.placement=device --config.parallel=shard_map --workdir=runs/mesh
 docs/sweeps.md: medfuse_jax.main --config=sweeps/pheno/best_config.py --workdir=runs/best
@@ -130,6 +129,8 @@ def _for_main(command: Command) -> list[str]:
     if config == "configs/demo.py":
         flags.append(f"--config.data.synthetic_stays={_STAYS}")
         flags += [f"--config.pretrain.{name}.num_epochs=1" for name in ("ehr", "cxr")]
+    elif config == "configs/length_of_stay.py":
+        flags.append("--config.encoders=random")  # decompensation runs the stages
     elif not command.value("config.data.dir"):
         flags.append("--config.data.dir=shards")
     if command.where == "docs/methods.md" and config != "configs/demo.py":

@@ -133,7 +133,7 @@ def test_a_stage_keeps_what_it_does_not_change():
     ("field", "value", "nearest"),
     [
         ("task", "phenotype", "pheno"),
-        ("task", "decompensation", ""),
+        ("loss.weighting", "stays", "stay"),
         ("method", "medfuze", "medfuse"),
         ("parallel", "pmapp", "pmap"),
         ("placement", "devise", "device"),

@@ -9,7 +9,7 @@ import optax
 import pytest
 from refusals import refused
 
-from medfuse_jax import feed, parallel
+from medfuse_jax import feed, parallel, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import batches, device_store
 from medfuse_jax.runtime import hosts
@@ -66,6 +66,23 @@ def test_placement_on_the_device_trains_to_the_same_numbers_as_the_stream(
     _assert_equal(placed, streamed)
 
 
+@pytest.mark.parametrize("weighting", ["hour", "stay"])
+def test_hourly_training_has_the_same_numbers_on_one_device_and_on_two_and_in_both_placements(
+    hourly_config, weighting, monkeypatch
+):
+    """Raw gradients of the first steps; two devices hold the images together."""
+    hourly_config.loss.weighting, hourly_config.batch_size = weighting, 64
+    if weighting == "stay":
+        hourly_config.method = "uni_ehr"
+    hourly_config.placement = "stream"
+    streamed = _epoch(_open(hourly_config, 1))
+    hourly_config.placement = "device"
+    monkeypatch.setattr(feed, "choose_parts", lambda run, splits: 2)
+    placed = _epoch(_open(hourly_config, 2))
+    assert len(placed[1]) == len(streamed[1]) > 1
+    _assert_equal(placed, streamed)
+
+
 def test_the_tolerance_would_show_another_stay_in_one_row(config, streamed, monkeypatch):
     deal = device_store.deal
 
@@ -113,10 +130,14 @@ def test_one_program_serves_any_part_of_an_epoch(config):
         ("pheno", "medfuse_attention", 2, 1),
         ("pheno", "uni_ehr", 2, 1),
         ("radiology", "uni_cxr", 2, 2),
+        ("decompensation", "medfuse", 2, 2),
+        ("length_of_stay", "uni_ehr", 1, 1),
     ],
 )
-def test_gathered_batches_equal_those_read(config, task, method, num_devices, num_parts, monkeypatch):
+def test_gathered_batches_equal_those_read(config, task, method, num_devices, num_parts, monkeypatch, hourly_shards):
     config.task, config.method = task, method
+    if schema.TASKS[task].hourly:
+        config.data.dir = str(hourly_shards)
     if method == "medfuse_attention":
         config.model.modalities = "static"
     monkeypatch.setattr(feed, "choose_parts", lambda run, splits: num_parts)

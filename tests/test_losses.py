@@ -69,6 +69,34 @@ _IMAGES = {
 }
 
 
+# Of three stays, the third of them padding: two hours, one hour, none.
+_HOURLY = {
+    "hour_mask": np.array([[1, 1], [1, 0], [0, 0]], bool),
+    "label": _LABELS.reshape(3, 2, 4),
+    "valid": np.array([1, 1, 0], bool),
+}
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize(("weighting", "weights"), [("hour", [1 / 3, 1 / 3, 1 / 3]), ("stay", [1 / 4, 1 / 4, 1 / 2])])
+def test_an_hourly_loss_is_a_mean_over_hours_or_stays(exclusive, weighting, weights):
+    labels = np.eye(4, dtype=np.float32)[[0, 3, 1, 2, 2, 2]] if exclusive else _LABELS
+    logits = _LOGITS.copy()
+    logits[3:] = np.nan  # no hours
+    softmax = np.exp(_LOGITS) / np.exp(_LOGITS).sum(1, keepdims=True)
+    each = [-np.log((softmax * labels).sum(1)[i]) if exclusive else _plain(_LOGITS[i], labels[i]) for i in range(3)]
+    batch = _HOURLY | {"label": labels.reshape(3, 2, 4)}
+    outputs = {"logits": jnp.asarray(logits.reshape(3, 2, 4))}
+
+    def objective(batch, outputs, total):
+        return losses.objective((losses.Head(),), outputs, batch, _weights(weighting=weighting), total, exclusive)
+
+    np.testing.assert_allclose(objective(batch, outputs, lambda x: x), np.dot(each, weights), rtol=1e-5)
+    parts = jax.tree.map(lambda x: jnp.asarray(x)[:2, None], (batch, outputs))  # a stay on each of two devices
+    of_device = jax.vmap(lambda *x: objective(*x, lambda x: jax.lax.psum(x, "device")), axis_name="device")(*parts)
+    np.testing.assert_allclose(of_device.sum(), np.dot(each, weights), rtol=1e-5)
+
+
 def _weights(**changes):
     return losses.Weights(**config_lib.section("loss", **changes))
 

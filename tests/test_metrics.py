@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score
 
 from medfuse_jax import metrics, ranks
 from medfuse_jax.runtime.errors import UserError
@@ -299,6 +299,38 @@ def test_bad_input_of_compare_names_the_model():
     with pytest.raises(UserError) as error:
         metrics.compare(labels, scores, scores, num_bootstrap=0)
     assert (error.value.field, error.value.value) == ("num_bootstrap", 0)
+
+
+def _bins(num_samples=300, num_labels=10, seed=0):
+    """Return one-hot labels of ordered bins, scores that know something of them, and errors."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, num_labels, num_samples)
+    chosen = np.clip(truth + rng.integers(-3, 4, num_samples), 0, num_labels - 1)
+    scores = rng.random((num_samples, num_labels)) / 2 + np.eye(num_labels)[chosen]
+    return np.eye(num_labels, dtype=np.int8)[truth], scores, np.abs(truth - chosen) * 24.0 + rng.random(num_samples)
+
+
+def test_kappa_equals_sklearn():
+    for seed in range(3):
+        labels, scores, _ = _bins(seed=seed)
+        expected = cohen_kappa_score(labels.argmax(1), scores.argmax(1), weights="linear")
+        assert metrics.kappa(labels, scores) == pytest.approx(expected, abs=1e-12)
+    quadratic = cohen_kappa_score(labels.argmax(1), scores.argmax(1), weights="quadratic")
+    assert abs(quadratic - expected) > 1e-3
+    assert np.isnan(metrics.kappa(labels[:1], labels[:1]))
+
+
+def test_every_resample_of_ordered_bins_equals_sklearn():
+    labels, scores, errors = _bins()
+    groups = np.random.default_rng(1).integers(0, 40, len(labels))
+    result = metrics.ordinal(labels, scores, errors, num_bootstrap=30, groups=groups)
+    members = [np.flatnonzero(groups == group) for group in dict.fromkeys(groups.tolist())]  # by first appearance
+    drawn = [np.concatenate([members[g] for g in row]) for row in resamples(len(members), 30, 0)]
+    truth, chosen = labels.argmax(1), scores.argmax(1)
+    kappas = [cohen_kappa_score(truth[r], chosen[r], weights="linear") for r in drawn]
+    np.testing.assert_allclose(result["kappa_ci"], np.percentile(kappas, (2.5, 97.5)), atol=1e-9)
+    np.testing.assert_allclose(result["mad_h_ci"], np.percentile([errors[r].mean() for r in drawn], (2.5, 97.5)))
+    assert result["mad_h"] == pytest.approx(errors.mean()) and result["kappa"] == metrics.kappa(labels, scores)
 
 
 def test_json_round_trip():

@@ -13,8 +13,9 @@ import pytest
 from refusals import refused
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, feed, train
+from medfuse_jax import evaluate, feed, metrics, records, train
 from medfuse_jax import run as run_lib
+from medfuse_jax.report import pages
 from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
@@ -38,9 +39,13 @@ def _latest(config, workdir):
     return checkpoints.resume(checkpoints.open_manager(workdir), abstract)
 
 
-@pytest.mark.parametrize(("method", "placement"), [("medfuse", "stream"), ("uni_ehr", "device")])
-def test_a_stopped_run_resumes_exactly(tiny_config, tmp_path, monkeypatch, method, placement):
+@pytest.mark.parametrize(
+    ("method", "placement", "task"),
+    [("medfuse", "stream", "tiny"), ("uni_ehr", "device", "tiny"), ("uni_ehr", "device", "hourly")],
+)
+def test_a_stopped_run_resumes_exactly(request, tmp_path, monkeypatch, method, placement, task):
     """Stopped within the second epoch, it has the numbers of an undisturbed run, and each line is written once."""
+    tiny_config = request.getfixturevalue(f"{task}_config")
     tiny_config.checkpoint_every_steps = 2
     tiny_config.method, tiny_config.placement = method, placement
     monkeypatch.setattr(feed, "open_feed", functools.partial(feed.open_feed, one_call=True))  # as on an accelerator
@@ -233,6 +238,34 @@ def test_the_whole_evaluation_scores_every_test_stay_once(tiny_config, tmp_path)
     paired = int(index["has_cxr"].sum())
     assert subsets == {"all": len(index["stay_id"]), "paired": paired, "unpaired": len(index["stay_id"]) - paired}
     assert json.loads((tmp_path / "result.json").read_text())["num_params"] == result["num_params"] > 1000
+
+
+def test_every_hour_is_scored_once(hourly_config, tmp_path):
+    """Also that a shorter batch, of other stays and hours, changes no score, and that a prediction has its hour."""
+    hourly_config.task, hourly_config.method, hourly_config.num_epochs = "length_of_stay", "uni_ehr", 1
+    result = evaluate.evaluate(_train(hourly_config, tmp_path))
+    rows = list(records.open_split(hourly_config.data.dir, "length_of_stay", "test"))
+    with np.load(tmp_path / "predictions_test.npz") as stored:
+        found = dict(stored)
+    hours = [len(row["label"]) for row in rows]
+    np.testing.assert_array_equal(found["stay_id"], np.repeat([row["stay_id"] for row in rows], hours))
+    np.testing.assert_array_equal(found["hour"], np.concatenate([row["label_time_h"] for row in rows]))
+    np.testing.assert_array_equal(found["labels"], np.concatenate([row["label"] for row in rows]))
+    np.testing.assert_allclose(found["scores"].sum(1), 1, atol=1e-5)
+    remaining = np.concatenate([row["los_h"] - row["label_time_h"] for row in rows])
+    np.testing.assert_allclose(found["remaining_h"], np.maximum(remaining, 0), atol=1e-3)
+    whole = result["subsets"]["all"]
+    assert (result["resample"], whole["num_samples"]) == ("patient", sum(hours))
+    assert whole["kappa"] == pytest.approx(metrics.kappa(found["labels"], found["scores"]))
+    assert whole["mad_h"] == pytest.approx(np.abs(found["predicted_h"] - found["remaining_h"]).mean(), rel=1e-5)
+    (by_hour,) = (entry for entry in result["subgroups"] if entry["by"] == "Hour of the stay")
+    assert by_hour["groups"][0]["num_samples"] == (found["hour"] <= 24).sum() and "kappa" in by_hour["groups"][0]
+    assert all(bin["num_stays"] <= len(rows) for bin in result["calibration"]["curve"])
+    (line,) = (line for line in _lines(tmp_path) if line["phase"] == "val")
+    assert {"val_auroc", "val_kappa"} <= line.keys()
+    assert result["selected_by"].startswith("kappa")
+    pages.write([tmp_path], tmp_path / "report")
+    assert "by hour of the stay" in (tmp_path / "report" / "index.html").read_text()
 
 
 @pytest.mark.slow

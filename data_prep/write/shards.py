@@ -31,7 +31,15 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
     """
     features = records.features(len(task.labels), task.hourly)
     filled = [split for split in records_of if len(index[split]["stay_id"])]
-    splits = [_write_split(folder, task.name, split, features, records_of[split]()) for split in filled]
+    hours_of: dict[str, list[dict]] = {split: [] for split in records_of}
+
+    def rows(split: str) -> Iterator[dict]:
+        for row in records_of[split]():
+            if task.hourly:
+                hours_of[split].append({name: row[name] for name in records.HOURS_FIELDS})
+            yield row
+
+    splits = [_write_split(folder, task.name, split, features, rows(split)) for split in filled]
     for split, info in zip(filled, splits):
         assert info.num_examples == len(index[split]["stay_id"]), split
     tfds.folder_dataset.write_metadata(
@@ -44,6 +52,9 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
     )
     for split, fields in index.items():
         np.savez(folder / f"index_{split}.npz", **{name: fields[name] for name in records.INDEX_FIELDS})
+        if task.hourly:
+            hours = records.join_hours(hours_of[split], len(task.labels))
+            np.savez(folder / f"hours_{split}.npz", **hours)
     manifest |= {"files": {file.name: files.sha256(file) for file in sorted(folder.iterdir())}}
     manifest |= {"file_bytes": {name: (folder / name).stat().st_size for name in manifest["files"]}}
     manifest |= {"sha256": records.seal(json.loads(json.dumps(manifest)))}

@@ -139,7 +139,7 @@ def define_flags() -> None:
     flags.DEFINE_string("only", None, "Regular expression: measure only the cases whose name it matches.")
     flags.DEFINE_bool("list", False, "Print the names of the cases and exit.")
     flags.DEFINE_string("json", None, "File to append the records to, one JSON object a line.")
-    flags.DEFINE_string("data_dir", None, "Phenotyping shards to take batches from instead of making them up.")
+    flags.DEFINE_string("data_dir", None, "Shards to take batches from instead of making them up.")
     flags.DEFINE_integer("repeats", None, "Timed repeats of every contender.", lower_bound=1)
     flags.DEFINE_integer("warm_up", None, "Untimed passes of every contender before the first repeat.", lower_bound=0)
     flags.DEFINE_integer("trials", None, "Number of trials in the cases 'trials' and 'sweep'.", lower_bound=1)

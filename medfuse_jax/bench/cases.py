@@ -170,7 +170,7 @@ _TINY: dict = {
 def _tiny() -> list[Case]:
     """Return every kind of case but 'sweep', tiny, to check in seconds that each runs. The numbers mean nothing."""
     kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts", "trials")]
-    kinds += [Case(kind=kind, **_TINY) for kind in ("rates", "trace", "reading")]
+    kinds += [Case(kind=kind, **_TINY) for kind in ("rates", "trace", "reading", "hourly")]
     kinds.append(Case(kind="feed", **_TINY, placement="device"))
     return [*kinds, Case(kind="bootstrap", num_stays=500, repeats=5)]
 
@@ -205,6 +205,12 @@ def _sweeps() -> list[Case]:
     ]
 
 
+def _hourly() -> list[Case]:
+    """Return the cases that compare all hours of a stay in one pass with its prefixes."""
+    shared: dict = {"kind": "hourly", "max_buckets": 2, "num_stays": 2000, "peers": ()}
+    return [Case(**shared, method="uni_ehr", num_batches=24), Case(**shared, num_batches=6)]
+
+
 def _methods() -> list[Case]:
     """Return the cases for the training step of each of the paper's methods."""
     names = ("uni_ehr", "uni_cxr", "joint", "medfuse", "mmtm3", "mmtm4", "daft3", "daft4")
@@ -219,6 +225,7 @@ PRESETS = {
     "h200": (_gpu, 540.0),  # the older name of 'gpu'
     "devices": (_devices, None),
     "growth": (_growth, None),
+    "hourly": (_hourly, None),
     "methods": (_methods, None),
     "sweeps": (_sweeps, None),
     "tiny": (_tiny, None),

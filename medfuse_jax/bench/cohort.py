@@ -10,6 +10,7 @@ import numpy as np
 from medfuse_jax import schema
 from medfuse_jax.bench.cases import Case
 from medfuse_jax.data import batches as batches_lib
+from medfuse_jax.data import hours as hours_lib
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.models import registry
@@ -26,7 +27,30 @@ def dataset(case: Case) -> Dataset:
     los_h = np.exp(rng.normal(np.log(MEDIAN_LOS_H), LOS_SPREAD, case.num_stays)).clip(SHORTEST_H, LONGEST_H)
     length_N = np.ceil(los_h / case.timestep_h).astype(np.int32)
     has_cxr_N = rng.permutation(case.num_stays) < round(case.cxr_share * case.num_stays)
-    return of_stays(length_N, has_cxr_N, case.method, max_buckets=case.max_buckets, rng=rng)
+    if case.kind != "hourly":
+        return of_stays(length_N, has_cxr_N, case.method, max_buckets=case.max_buckets, rng=rng)
+    data = of_stays(length_N, has_cxr_N, case.method, "decompensation", case.max_buckets, rng)
+    return _with_hours(data, case.timestep_h, rng)
+
+
+def _with_hours(data: Dataset, timestep_h: float, rng: np.random.Generator) -> Dataset:
+    """Add a label at each whole hour after the fourth; a stay's X-ray is taken at any time of it."""
+    part = data.index["train"]
+    los_h_N = (part["length"] * timestep_h).astype(np.float32)
+    num_hours_N = np.maximum(los_h_N.astype(int) - 4, 1)
+    time_h_S = np.concatenate([np.arange(5, 5 + n, dtype=np.float32) for n in num_hours_N])
+    fields = {
+        "num_hours": num_hours_N,
+        "label_time_h": time_h_S,
+        "label": rng.integers(0, 2, (len(time_h_S), 1), np.int8),
+        "num_images": part["has_cxr"].astype(int),
+        "cxr_time_h": (rng.random(len(los_h_N)) * los_h_N)[part["has_cxr"]].astype(np.float32),
+        "los_h": los_h_N,
+    }
+    hours = {"train": hours_lib.of(fields, timestep_h)}
+    index = {"train": part | {"has_cxr": hours["train"].image_count_N > 0}}
+    padded = hours_lib.padded(hours, {"train": part["length"]}, data.buckets)
+    return dataclasses.replace(data, hours=hours, index=index, padded_hours=padded)
 
 
 def of_stays(
@@ -81,7 +105,7 @@ class _Records:
         start = int(i) % (len(self._pool) // 2)
         ehr = self._pool[start : start + self._index["length"][i]]
         image = self._images[i % _NUM_IMAGES] if self._index["has_cxr"][i] else None
-        return {"stay_id": i, "ehr": ehr, "image": image}
+        return {"stay_id": i, "ehr": ehr, "image": image, "images": [image]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +160,7 @@ def train_plan(case: Case, data: Dataset) -> plan_lib.Plan:
         seed=0,
         epoch=1,
         buckets=data.buckets,
+        hourly=data.hourly("train"),
     )
 
 
@@ -143,7 +168,7 @@ def at_quantiles(plan: plan_lib.Plan, length_N: np.ndarray, num_batches: int) ->
     """Return a plan of `num_batches` batches, at equal quantiles of their longest stay."""
     order = np.argsort(_lengths(plan, length_N).max(1), kind="stable")
     chosen = order[((np.arange(num_batches) + 0.5) / num_batches * len(order)).astype(int)]
-    return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.padded_length_S[chosen])
+    return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.padded_length_S[chosen], plan.hourly)
 
 
 def padded_share_run(plan: plan_lib.Plan, length_N: np.ndarray) -> float:

@@ -97,14 +97,15 @@ def _run(case: Case, data_dir: str, prefix: str) -> list[dict]:
 
 def _data(case: Case, data_dir: str):
     """Return the opened shards, for the kinds of case that take batches; None if there are none."""
-    if not data_dir or case.kind not in ("step", "feed", "parts", "trials", "trace", "reading"):
+    if not data_dir or case.kind not in ("step", "feed", "parts", "trials", "trace", "reading", "hourly"):
         return None
     from medfuse_jax.data import dataset
     from medfuse_jax.models import registry
 
     model_class = registry.METHODS[case.method].model_class
     uses = {"use_ehr": model_class.uses_ehr, "use_cxr": model_class.uses_cxr}
-    return dataset.open_dataset(data_dir, "pheno", max_buckets=case.max_buckets, **uses)
+    task = "decompensation" if case.kind == "hourly" else "pheno"
+    return dataset.open_dataset(data_dir, task, max_buckets=case.max_buckets, **uses)
 
 
 def _why_not(case: Case) -> str:

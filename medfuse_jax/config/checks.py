@@ -86,13 +86,6 @@ def _check_value(where: str, value, field: Field) -> None:
     if type(value) is not wanted and not is_number:
         what = f"{where} is {value!r}, a {type(value).__name__}; it must be a {wanted.__name__}"
         raise UserError(what, field=where, value=value)
-    if where == "config.task" and value in schema.TASKS and value not in schema.TRAINABLE_TASKS:
-        raise UserError(
-            f"config.task is {value!r}, which has labels at many times of a stay: it can be built and read, but not "
-            f"trained on yet; choose one of {', '.join(schema.TRAINABLE_TASKS)}",
-            field=where,
-            value=value,
-        )
     if field.choices:
         check_choice(where, value, field.choices)
     if wanted in (int, float):
@@ -137,8 +130,14 @@ def _check_method(config: ConfigDict) -> None:
         from medfuse_jax.data.modalities import loading  # late: imports flax
 
         loading.load(model.modalities)
+    if schema.TASKS[config.task].hourly:
+        _check_causal(config)
     for name, weight in config.loss.items():
-        if weight != FIELDS[f"loss.{name}"].default and name not in method.model_class.loss_weights():
+        if (
+            name != "weighting"
+            and weight != FIELDS[f"loss.{name}"].default
+            and name not in method.model_class.loss_weights()
+        ):
             readers = [m for m, row in registry.METHODS.items() if name in row.model_class.loss_weights()]
             raise UserError(
                 f"config.loss.{name} is {weight}, and the method {config.method!r} has no such loss: leave it out, or "
@@ -146,6 +145,18 @@ def _check_method(config: ConfigDict) -> None:
                 field=f"config.loss.{name}",
                 value=weight,
             )
+
+
+def _check_causal(config: ConfigDict) -> None:
+    """Refuse a method that cannot score every hour of a stay in one pass."""
+    if reason := registry.METHODS[config.method].model_class.not_causal:
+        causal = [name for name, row in registry.METHODS.items() if not row.model_class.not_causal]
+        raise UserError(
+            f"config.task is {config.task!r}, which has a score at every hour, and the method {config.method!r} "
+            f"{reason}: use {' or '.join(causal)}",
+            field="config.method",
+            value=config.method,
+        )
 
 
 def _check_init(config: ConfigDict) -> None:

@@ -59,7 +59,7 @@ _execution = functools.partial(Field, execution_only=True, searchable=False)
 # Defaults are the paper's values (Hayat et al. 2022, 4.4 and A.1), except where the help says otherwise.
 FIELDS = {
     "name": _shared("experiment", "name of the run in reports"),
-    "task": _shared("pheno", "what is predicted", choices=schema.TRAINABLE_TASKS),
+    "task": _shared("pheno", "what is predicted", choices=tuple(schema.TASKS)),
     "method": _training("medfuse", "the model", choices=tuple(registry.METHODS)),
     "seed": _training(0, "of initial weights, dropout, augmentation and data order", low=0, high=2**32 - 1),
     "data.dir": _shared("", "folder of the shards; '': a synthetic cohort, built once and cached"),
@@ -117,6 +117,9 @@ FIELDS = {
     "loss.ehr_only": _fusion(1.0, "weight of the EHR classifier's loss (mmtm, unified)", low=0, high=1e6),
     "loss.cxr_only": _fusion(1.0, "weight of the X-ray classifier's loss (mmtm, unified)", low=0, high=1e6),
     "loss.align": _fusion(0.0, "weight of the alignment loss (mmtm); 0 as released", low=0, high=1e6),
+    "loss.weighting": _training(
+        "hour", "what the loss is a mean over in hourly tasks: every 'hour', or every 'stay'", choices=("hour", "stay")
+    ),
     "batch_size": _training(16, "rows of a training batch, over all devices", low=1, high=2**16),
     "images_per_batch": _training(0, "image slots of a batch, at most batch_size; 0: share of paired stays", low=0),
     "num_epochs": _training(50, "epochs at most", low=1),

@@ -13,6 +13,9 @@ A batch is a dict of arrays, each with a leading device axis D:
     image_mask bool    [D, P]         False: an empty image slot
     extra_NAME float32 [D, B, ...]    a further modality's values, NaN in rows without it
 
+and, in an hourly task, label [D, B, H, K], hour_step, hour_mask [D, B, H], image_hour (data/hours.py) and image_of
+[D, P], an image's number among those of its row.
+
 `ehr` and `length` are left out if the method or task has no EHR, the image fields if the plan has no image slots.
 """
 
@@ -24,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from medfuse_jax import schema
+from medfuse_jax.data import hours
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.runtime import cores, watchdog
@@ -117,8 +121,12 @@ def assemble(columns: dict, rows: dict, xp=np) -> dict:
     """
     valid = rows["record"] != plan_lib.PADDING
     record = xp.where(valid, rows["record"], 0)
-    batch = dict(rows) | {"valid": valid}
+    batch = {name: x for name, x in rows.items() if name != "hour"} | {"valid": valid}
+    if "hour" in rows:
+        batch |= hours.look_up(columns, rows, valid, record, xp)
     for name, values in columns.items():
+        if name.startswith("hour_"):
+            continue
         found = values[record]
         mask = valid.reshape(*valid.shape, *[1] * (found.ndim - valid.ndim))
         found = xp.where(mask, found, xp.nan if name.startswith("extra_") else 0)
@@ -132,22 +140,23 @@ def read(dataset: Dataset, split: str, rows: dict, padded_length: int) -> dict[s
     part, record_DB, wanted_DB = dataset.index[split], rows["record"], batch["valid"]
     if dataset.use_ehr:
         batch["ehr"] = np.zeros((*record_DB.shape, padded_length, len(schema.CHANNELS)), np.float32)
-    slot_of = {}
+    slots_of: dict[tuple[int, int], list[int]] = {}
     if "image_row" in rows:
         size = schema.IMAGE_SIZE_PX
         batch["image"] = np.zeros((*rows["image_row"].shape, size, size), np.uint8)
-        slot_of = {(d, rows["image_row"][d, p]): p for d, p in np.argwhere(rows["image_mask"]).tolist()}
+        for d, p in np.argwhere(rows["image_mask"]).tolist():
+            slots_of.setdefault((d, int(rows["image_row"][d, p])), []).append(p)
     if not dataset.use_ehr:
         wanted_DB = np.zeros_like(wanted_DB)
-        for place in slot_of:
+        for place in slots_of:
             wanted_DB[place] = True
     for device, row in np.argwhere(wanted_DB).tolist():
         record = dataset.splits[split][record_DB[device, row]]
         check(record, part, record_DB[device, row], split)
         if dataset.use_ehr:
             batch["ehr"][device, row, : len(record["ehr"])] = record["ehr"]
-        if (device, row) in slot_of:
-            batch["image"][device, slot_of[device, row]] = record["image"]
+        if slots := slots_of.get((device, row)):
+            batch["image"][device, slots] = dataset.images(split, record_DB[device, row], record)
     return batch
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medfuse_jax import records, schema
+from medfuse_jax.data import hours as hours_lib
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.runtime import files
@@ -28,6 +29,7 @@ class Dataset:
     splits: the records by split, with stay_id, ehr and image alone.
     needs: the modalities ('ehr', 'cxr') without which a record has no prediction.
     buckets: padded lengths, shared by all splits.
+    hours: the prediction hours by split, and padded_hours (`hours.padded`), of an hourly task.
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
     digest: hash of the shards, of `extra`, and of the statistics unless they are the train split's.
     label_field: the labels' name in a batch.
@@ -49,6 +51,8 @@ class Dataset:
     label_field: str = "label"
     cxr_dataset: "Dataset | None" = None
     extra: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    hours: dict[str, hours_lib.Hours] = dataclasses.field(default_factory=dict)
+    padded_hours: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def paired(self, split: str) -> np.ndarray:
         """Return bool [N]: the records with an X-ray that the method reads."""
@@ -72,7 +76,31 @@ class Dataset:
         part = self.index[split]
         length = {"length": part["length"]} if self.use_ehr else {}
         extra = {f"extra_{name}": by_split[split] for name, by_split in self.extra.items()}
-        return {self.label_field: part["label"]} | length | extra
+        label = self.hours[split].columns() if self.hours else {self.label_field: part["label"]}
+        return label | length | extra
+
+    def num_images(self, split: str) -> np.ndarray:
+        """Return int [N]: the images of each record that the method reads."""
+        paired_N = self.paired(split)
+        return np.where(paired_N, self.hours[split].image_count_N, 0) if self.hours else paired_N.astype(int)
+
+    def images(self, split: str, i: int, record: dict) -> list[np.ndarray]:
+        """Return the pixels of the `num_images` images of record i, in order of time."""
+        if not self.hours:
+            return [record["image"]]
+        of = self.hours[split]
+        first = of.image_first_N[i]
+        return [record["images"][n] for n in of.image_of_J[first : first + of.image_count_N[i]]]
+
+    def hourly(self, split: str) -> plan_lib.Hourly | None:
+        """Return what a plan needs to know of an hourly task."""
+        return plan_lib.Hourly(self.num_images(split), self.padded_hours) if self.hours else None
+
+    def labels_of(self, split: str, include_N: np.ndarray) -> np.ndarray:
+        """Return the labels [R, K] of the included records, one row each, or one an hour in an hourly task."""
+        if not self.hours:
+            return self.index[split]["label"][include_N]
+        return self.hours[split].label_SK[self.hours[split].rows(include_N)]
 
 
 def open_dataset(
@@ -107,7 +135,14 @@ def open_dataset(
             "build with --mimic_cxr, or choose a method that reads EHR",
             path=records.task_dir(data_dir, task),
         )
-    splits = {split: records.open_split(data_dir, task, split, _READ) for split in schema.SPLITS}
+    hours = {}
+    if schema.TASKS[task].hourly:
+        timestep_h = manifest["timestep_h"]
+        hours = {split: hours_lib.of(records.hours(data_dir, task, split), timestep_h) for split in schema.SPLITS}
+    for split, of in hours.items():  # an X-ray that no hour sees is none
+        index[split]["has_cxr"] = of.image_count_N > 0
+    read = (*_READ, "cxr_time_h") if hours else _READ
+    splits = {split: records.open_split(data_dir, task, split, read) for split in schema.SPLITS}
     for split, part in splits.items():
         if len(part) != len(index[split]["stay_id"]):
             raise UserError(
@@ -117,6 +152,8 @@ def open_dataset(
     mean_F, std_F = _statistics(manifest, statistics)
     length_N = np.concatenate([index[s]["length"] for s in schema.SPLITS])
     extra = {modality.name: loading.tables(modality, index) for modality in modalities}
+    buckets = plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,)
+    length_of = {split: part["length"] for split, part in index.items()}
     return Dataset(
         task=schema.TASKS[task],
         labels=tuple(manifest["labels"]),
@@ -128,9 +165,11 @@ def open_dataset(
         std_F=std_F,
         use_ehr=use_ehr,
         use_cxr=use_cxr,
-        buckets=plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,),
+        buckets=buckets,
         needs=needs,
         extra=extra,
+        hours=hours,
+        padded_hours=hours_lib.padded(hours, length_of, buckets) if hours else {},
     )
 
 

@@ -9,8 +9,9 @@ Every device holds `shared`:
     first        int32   [N]            where a record's series begins
     length       int32   [N]
     label        int8    [N, K]
-    image_number int32   [N]            the number of a record's image, 0 if it has none
+    image_number int32   [N]            the number of a record's first image, 0 if it has none
     extra_NAME   float32 [N, ...]       a further modality's values
+    hour_NAME                           an hourly task's labels and hours instead of `label` (hours.Hours.columns)
 
 The images are divided over each `num_parts` neighbouring devices, which send each other what their batches need:
 
@@ -61,7 +62,8 @@ def load(
     image_shape = layout.pop("image", ((), None))[0]
     shared = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
     images = {part: np.zeros(image_shape, np.uint8) for part in parts if image_shape}
-    has_cxr_N = include_N & dataset.paired(split)
+    num_images_N = np.where(include_N, dataset.num_images(split), 0)
+    has_cxr_N = num_images_N > 0
     for name, values in dataset.columns(split).items():
         shared[name][:] = values
     if "ehr" in shared:
@@ -69,8 +71,10 @@ def load(
         shared["first"][1:] = np.cumsum(shared["length"])[:-1]
     wanted_N = include_N if "ehr" in shared else np.zeros_like(include_N)
     if images:
-        shared["image_number"][has_cxr_N] = np.arange(has_cxr_N.sum())
-        has_cxr_N = has_cxr_N & np.isin(shared["image_number"] % num_parts, parts)
+        first_N = np.cumsum(num_images_N) - num_images_N
+        shared["image_number"][has_cxr_N] = first_N[has_cxr_N]
+        numbers_of = (range(first, first + n) for first, n in zip(first_N.tolist(), num_images_N.tolist()))
+        has_cxr_N = np.array([any(j % num_parts in images for j in numbers) for numbers in numbers_of], bool)
         wanted_N = wanted_N | has_cxr_N
 
     def read(numbers: np.ndarray) -> None:
@@ -82,8 +86,9 @@ def load(
                 first = shared["first"][i]
                 shared["ehr"][first : first + len(record["ehr"])] = record["ehr"]
             if has_cxr_N[i]:
-                place, part = divmod(int(shared["image_number"][i]), num_parts)
-                images[part][place] = record["image"]
+                for j, image in enumerate(dataset.images(split, i, record), int(shared["image_number"][i])):
+                    if j % num_parts in images:
+                        images[j % num_parts][j // num_parts] = image
 
     with ThreadPoolExecutor(readers) as pool:
         list(pool.map(read, np.array_split(np.flatnonzero(wanted_N), readers)))
@@ -100,12 +105,14 @@ def shapes(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int, 
 def _layout(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int) -> dict[str, tuple[tuple, type]]:
     """Return the shape and type of each array of a device; an empty one has one element, so that it can be indexed."""
     types = {"label": np.int8, "length": np.int32}
-    layout = {name: (x.shape, types.get(name, np.float32)) for name, x in dataset.columns(split).items()}
+    columns = dataset.columns(split)
+    types |= {name: x.dtype.type for name, x in columns.items() if name.startswith("hour_")}
+    layout = {name: (x.shape, types.get(name, np.float32)) for name, x in columns.items()}
     if dataset.use_ehr:
         num_time_steps = int(dataset.index[split]["length"][include_N].sum())
         layout["first"] = ((len(include_N),), np.int32)
         layout["ehr"] = ((max(num_time_steps, 1), len(schema.CHANNELS)), np.float32)
-    if num_images := int((include_N & dataset.paired(split)).sum()):
+    if num_images := int(dataset.num_images(split)[include_N].sum()):
         size = schema.IMAGE_SIZE_PX
         layout["image_number"] = ((len(include_N),), np.int32)
         layout["image"] = ((-(-num_images // num_parts), size, size), np.uint8)
@@ -123,7 +130,7 @@ def gather(shared: dict, divided: dict, rows: dict, padded_length: int, num_part
 
     divided: {'image': this device's} or {}. axis: of the devices, which exchange images if num_parts > 1.
     """
-    columns = {n: x for n, x in shared.items() if n in ("label", "length") or n.startswith("extra_")}
+    columns = {n: x for n, x in shared.items() if n in ("label", "length") or n.startswith(("extra_", "hour_"))}
     batch = batches.assemble(columns, rows, jnp)
     record_B = jnp.maximum(rows["record"], 0)
     if "ehr" in shared:
@@ -133,6 +140,8 @@ def gather(shared: dict, divided: dict, rows: dict, padded_length: int, num_part
         batch["ehr"] = jnp.where(inside_BT1, ehr_BTF, 0)
     if "image_row" in rows:
         number_P = shared["image_number"][record_B[rows["image_row"]]]
+        if "image_of" in rows:
+            number_P = jnp.where(rows["image_mask"], number_P + rows["image_of"], 0)
         image_PHW = _look_up(divided["image"], number_P, num_parts, axis)
         batch["image"] = jnp.where(rows["image_mask"][:, None, None], image_PHW, 0)
     return batch

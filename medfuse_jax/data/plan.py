@@ -16,17 +16,32 @@ PADDING = -1  # in place of a record number: an empty row or image slot
 
 
 @dataclasses.dataclass(frozen=True)
+class Hourly:
+    """What the batches of an hourly task hold besides, by data/hours.py.
+
+    image_count_N: the images of each record; they lie one after another in the slots of its row's device.
+    padded_hours: the hours of a row, by padded_length.
+    """
+
+    image_count_N: np.ndarray
+    padded_hours: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The batches of one epoch.
 
     paired_SP: record numbers of the stays whose X-ray is used, PADDING in empty slots.
     unpaired_SU: record numbers of the stays used without an X-ray, U = B - P.
     padded_length_S: time steps to which each batch's series are padded (one of the buckets).
+    hourly: None unless the task is. A device's slots of a batch are then as many as the images of its stays, rounded up
+    to a power of two, because each number costs a compilation.
     """
 
     paired_SP: np.ndarray
     unpaired_SU: np.ndarray
     padded_length_S: np.ndarray
+    hourly: Hourly | None = None
 
     def __len__(self) -> int:
         return len(self.padded_length_S)
@@ -123,6 +138,7 @@ def train_plan(
     ehr_only_ratio: float = 1.0,
     ehr_only_N: np.ndarray | None = None,
     window: int = 128,
+    hourly: Hourly | None = None,
 ) -> Plan:
     """Return the batches of one training epoch, all with the same number of image slots.
 
@@ -156,7 +172,7 @@ def train_plan(
         paired_SP[block] = _sorted_by_length(paired_SP[block], length_N)
         unpaired_SU[block] = _sorted_by_length(unpaired_SU[block], length_N)
     order = rng.permutation(num_batches)
-    return _with_padded_lengths(paired_SP[order], unpaired_SU[order], length_N, buckets)
+    return _with_padded_lengths(paired_SP[order], unpaired_SU[order], length_N, buckets, hourly)
 
 
 def eval_plans(
@@ -166,6 +182,7 @@ def eval_plans(
     *,
     batch_size: int,
     buckets: tuple[int, ...],
+    hourly: Hourly | None = None,
 ) -> list[Plan]:
     """Return plans that score every included record exactly once: one of stays with an X-ray, one of stays without.
 
@@ -183,7 +200,8 @@ def eval_plans(
         rows_SB[: len(records)] = records
         rows_SB = rows_SB.reshape(-1, batch_size)
         none_S0 = rows_SB[:, :0]
-        plans.append(_with_padded_lengths(*((rows_SB, none_S0) if images else (none_S0, rows_SB)), length_N, buckets))
+        parts = (rows_SB, none_S0) if images else (none_S0, rows_SB)
+        plans.append(_with_padded_lengths(*parts, length_N, buckets, hourly))
     return plans
 
 
@@ -192,20 +210,30 @@ def deal(plan: Plan, step: int, num_devices: int) -> dict[str, np.ndarray]:
 
     The image fields are left out if the plan has no image slots. Paired stays are dealt to the devices in turn, so that
     none has more than ceil(P / D) images. image_row counts rows within the device, and is 0 in an empty slot.
+    An hourly task's batch also has hour [D, H], the numbers of a row's hours, and image_of [D, P], the image's number
+    among those of its stay.
     """
     assert plan.batch_size % num_devices == 0, "checked by config.validate"
     num_rows = plan.batch_size // num_devices
     num_slots = math.ceil(plan.images_per_batch / num_devices)
+    count_P = (plan.paired_SP[step] != PADDING).astype(int)
+    if plan.hourly:
+        count_P = np.where(count_P, plan.hourly.image_count_N[plan.paired_SP[step]], 0)
+        most = max(int(count_P[device::num_devices].sum()) for device in range(num_devices))
+        num_slots = num_slots and 1 << (max(most, num_slots) - 1).bit_length()
     record_DB = np.full((num_devices, num_rows), PADDING, np.int32)
     row_id_DB = np.zeros_like(record_DB)  # in the plan, so that augmentation and dropout do not depend on D
     image_row_DP = np.zeros((num_devices, num_slots), np.int32)
     image_mask_DP = np.zeros((num_devices, num_slots), bool)
+    image_of_DP = np.zeros((num_devices, num_slots), np.int32)
     used_D = np.zeros(num_devices, int)
     for i, record in enumerate(plan.paired_SP[step]):
         device, slot = i % num_devices, i // num_devices
+        slot = int(image_mask_DP[device].sum()) if plan.hourly else slot
+        slots = slice(slot, slot + count_P[i])
         record_DB[device, used_D[device]], row_id_DB[device, used_D[device]] = record, i
-        if record != PADDING:
-            image_row_DP[device, slot], image_mask_DP[device, slot] = used_D[device], True
+        image_row_DP[device, slots], image_mask_DP[device, slots] = used_D[device], True
+        image_of_DP[device, slots] = np.arange(count_P[i])
         used_D[device] += 1
     free_DB = np.arange(num_rows)[None] >= used_D[:, None]
     record_DB[free_DB] = plan.unpaired_SU[step]
@@ -213,6 +241,9 @@ def deal(plan: Plan, step: int, num_devices: int) -> dict[str, np.ndarray]:
     rows = {"record": record_DB, "row_id": row_id_DB}
     if num_slots:
         rows |= {"image_row": image_row_DP, "image_mask": image_mask_DP}
+    if plan.hourly:
+        hour_H = np.arange(plan.hourly.padded_hours[int(plan.padded_length_S[step])], dtype=np.int32)
+        rows |= {"hour": np.tile(hour_H, (num_devices, 1))} | ({"image_of": image_of_DP} if num_slots else {})
     return rows
 
 
@@ -242,10 +273,14 @@ def _sorted_by_length(table: np.ndarray, length_N: np.ndarray) -> np.ndarray:
 
 
 def _with_padded_lengths(
-    paired_SP: np.ndarray, unpaired_SU: np.ndarray, length_N: np.ndarray, buckets: tuple[int, ...]
+    paired_SP: np.ndarray,
+    unpaired_SU: np.ndarray,
+    length_N: np.ndarray,
+    buckets: tuple[int, ...],
+    hourly: Hourly | None,
 ) -> Plan:
     rows_SB = np.concatenate([paired_SP, unpaired_SU], 1)
     longest_S = np.where(rows_SB == PADDING, 0, length_N[rows_SB]).max(1, initial=0)
     edges = np.asarray(buckets)
     assert longest_S.max(initial=0) <= edges[-1], "the last bucket holds the longest stay"
-    return Plan(paired_SP, unpaired_SU, edges[np.searchsorted(edges, longest_S)])
+    return Plan(paired_SP, unpaired_SU, edges[np.searchsorted(edges, longest_S)], hourly)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medfuse_jax import config as config_lib
+from medfuse_jax import schema
 from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs import result as result_lib
 from medfuse_jax.runtime import files
@@ -69,7 +70,8 @@ def _read(workdir: Path, what: result_lib.Scored, step: int | None) -> Member | 
         return None
     hint = f"run medfuse_jax.evaluate --workdir={workdir} again"
     result = files.read_json(result_path, hint)
-    predictions = result_lib.read_predictions(path, ("scores", *FIELDS), hint)
+    names = ("scores", *FIELDS, *(["hour"] if schema.TASKS[result["task"]].hourly else []))
+    predictions = result_lib.read_predictions(path, names, hint)
     steps = {result.get("step"), predictions.pop("step")}
     is_current = len(steps) == 1 if step is None else steps == {step}
     return Member(workdir, what.head, result, predictions) if is_current else None
@@ -106,17 +108,18 @@ def _test_result(workdir: Path) -> dict:
 
 
 def join(members: list[Member], flag: str = "--runs") -> dict:
-    """Return the predictions on every stay that any member scores.
+    """Return the predictions on every stay, or every hour of one, that any member scores.
 
-    stay_id, subject_id, labels, has_ehr, has_cxr and age are as in a predictions file. scores_MNK is NaN where a member
-    does not score a stay.
+    stay_id, subject_id, labels, has_ehr, has_cxr, age and hour are as in a predictions file. scores_MNK is NaN where a
+    member does not score a stay.
     """
-    stacked = {name: np.concatenate([member.predictions[name] for member in members]) for name in FIELDS}
-    stay_id_N, first_N = np.unique(stacked["stay_id"], return_index=True)
+    names = [name for name in members[0].predictions if name != "scores"]
+    stacked = {name: np.concatenate([member.predictions[name] for member in members]) for name in names}
+    key_N, first_N = np.unique(result_lib.row_keys(stacked), return_index=True)
     joined = {name: values[first_N] for name, values in stacked.items()}
     joined["scores_MNK"] = np.full((len(members), *joined["labels"].shape), np.nan)
     for m, member in enumerate(members):
-        rows = np.searchsorted(stay_id_N, member.predictions["stay_id"])
+        rows = np.searchsorted(key_N, result_lib.row_keys(member.predictions))
         differs_N = (joined["labels"][rows] != member.predictions["labels"]).any(-1)
         if differs_N.any():
             stay_id = int(member.predictions["stay_id"][differs_N][0])

@@ -84,6 +84,8 @@ class MedFuseAttention(TokenModel):
     of `token_names`.
     """
 
+    not_causal = "attends over a whole series at once"
+
     @property
     def token_names(self) -> tuple[str, ...]:
         return (*(modality.name for modality in self.modalities), "ehr", "cxr")

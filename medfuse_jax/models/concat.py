@@ -13,6 +13,8 @@ class Concat(ProjectedModel):
     features of missing EHR are zeros.
     """
 
+    not_causal = ""
+
     missing: str = "zeros"
 
     def setup_fusion(self):

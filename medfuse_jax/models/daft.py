@@ -44,6 +44,7 @@ class DaftModel(Model):
     """
 
     needs = ("ehr",)  # an X-ray alone has nothing to rescale
+    not_causal = "rescales every time step by the mean over the whole series"
 
     stage: int = 4
 

@@ -42,6 +42,8 @@ class TokenModel(ProjectedModel):
 class MedFuse(TokenModel):
     """An LSTM over the tokens that a stay has: EHR, then X-ray (Hayat et al. 2022, section 3)."""
 
+    not_causal = ""
+
     def setup_fusion(self):
         super().setup_fusion()
         self.fusion_lstm = fusion.LstmFusion(self.fusion_hidden, self.dtype)

@@ -1,6 +1,9 @@
 """The parts that all methods share: sizes, encoders, and the form of a batch.
 
 Shapes: B rows (stays), P images, T time, F EHR channel, H W C image, D LSTM width, E image feature, K label.
+
+In an hourly task a method's rows are the prediction hours of all stays, R = B * H of them: `forward` gets the features
+of each hour, and so needs no code of its own.
 """
 
 import dataclasses
@@ -14,7 +17,9 @@ from medfuse_jax import schema
 from medfuse_jax.losses import Head
 from medfuse_jax.models import ehr_encoder, resnet
 from medfuse_jax.models.precision import matmul_precision
-from medfuse_jax.models.presence import Images, images_of
+from medfuse_jax.models.presence import Images, images_of, latest_slots
+
+MAX_HOURS = 2**14  # of a stay; only tells the rows of dropout apart
 
 _linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's, with zero bias
 
@@ -31,7 +36,8 @@ class Inputs:
     ehr_BTF: series, or None if no row has one. ehr_features_BD: features of a frozen encoder, instead of series.
     length_B: time steps, 0 for a row without EHR. images: None if the batch has no image slot.
     dropout_rows_B: ids of the rows in the whole batch. axis_name: the devices' axis. extra: name -> values of
-    further modalities.
+    further modalities. hour_step_BH: in an hourly task, the time steps before each hour; all but ehr_BTF, length_B and
+    dropout_rows_B then has R rows.
     """
 
     ehr_BTF: jax.Array | None
@@ -42,14 +48,15 @@ class Inputs:
     dropout_rows_B: jax.Array | None = None
     axis_name: str | None = None
     extra: dict = dataclasses.field(default_factory=dict)
+    hour_step_BH: jax.Array | None = None
 
     @property
     def num_rows(self) -> int:
-        return len(self.length_B)
+        return len(self.length_B) if self.hour_step_BH is None else self.hour_step_BH.size
 
     @property
     def has_ehr_B(self) -> jax.Array:
-        return self.length_B > 0
+        return self.length_B > 0 if self.hour_step_BH is None else self.hour_step_BH.reshape(-1) > 0
 
     @property
     def has_cxr_B(self) -> jax.Array:
@@ -72,6 +79,8 @@ class Model(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     # The classifiers that are trained, and their losses (losses.objective).
     heads: ClassVar[tuple[Head, ...]] = (Head(),)
+    # Why the method cannot score every hour of a stay in one pass; '' if it can.
+    not_causal: ClassVar[str] = "is not known to be causal (models/model.py)"
     # Whether evaluation scores every image of a dense batch, regardless of has_cxr.
     scores_every_image = False
 
@@ -120,6 +129,8 @@ class Model(nn.Module):
         dropout_rows=None,
         axis_name: str | None = None,
         extra: dict | None = None,
+        hour_step=None,
+        image_hour=None,
     ) -> dict:
         """Score a batch in which any row may lack its EHR or its X-ray.
 
@@ -131,6 +142,8 @@ class Model(nn.Module):
         ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, instead of ehr and image.
         train: use batch statistics and dropout. dropout_rows int [B], the rows' ids in the whole batch, seed its masks.
         axis_name: the devices' axis. extra: name -> values [B, ...] of further modalities, NaN in rows without any.
+        hour_step int [B, H]: score every hour of an hourly task, from its number of first time steps; image_hour int
+        [P]: the first hour that sees each of the listed images. All outputs then have the axes [B, H] for [B].
         Returns a dict: 'logits' [B, K]; 'ehr_features' [B, D] and 'cxr_features' [B, D or E] if the method has
         them, with zeros (or the learnt vector) in rows without the modality.
         """
@@ -150,8 +163,14 @@ class Model(nn.Module):
         batch = Inputs(
             ehr, ehr_features, jnp.asarray(length, jnp.int32), images, train, dropout_rows, axis_name, extra or {}
         )
+        if hour_step is not None:
+            assert not self.not_causal, "checked by config.validate"
+            batch = _by_hour(batch, jnp.minimum(hour_step, batch.length_B[:, None]), image_row, image_mask, image_hour)
         with matmul_precision(self.dtype):
-            return self.forward(batch)
+            outputs = self.forward(batch)
+        if hour_step is not None:
+            outputs = {name: x.reshape(*hour_step.shape, *x.shape[1:]) for name, x in outputs.items()}
+        return outputs
 
     def encode_ehr(self, batch: Inputs) -> jax.Array:
         """Return the features of the series [B, D]; zeros in rows without one."""
@@ -159,7 +178,19 @@ class Model(nn.Module):
             return self.ehr_encoder.drop(batch.ehr_features_BD, batch.train, batch.dropout_rows_B)
         if batch.ehr_BTF is None:
             return jnp.zeros((batch.num_rows, self.ehr_hidden))
+        if batch.hour_step_BH is not None:
+            return self._encode_hours(batch)
         return self.ehr_encoder(batch.ehr_BTF, batch.length_B, batch.train, batch.dropout_rows_B)
+
+    def _encode_hours(self, batch: Inputs) -> jax.Array:
+        """Return the LSTM's state at each hour [R, D], from one pass over each series."""
+        step_BH = batch.hour_step_BH
+        hidden_BTD = self.ehr_encoder.states(batch.ehr_BTF, batch.length_B)[0]
+        state_BHD = jnp.take_along_axis(hidden_BTD, jnp.maximum(step_BH - 1, 0)[..., None], axis=1)
+        state_BHD = jnp.where(step_BH[..., None] > 0, state_BHD, 0)
+        rows_B = jnp.arange(len(step_BH)) if batch.dropout_rows_B is None else batch.dropout_rows_B
+        row_R = (rows_B[:, None] * MAX_HOURS + jnp.arange(step_BH.shape[1])).reshape(-1)
+        return self.ehr_encoder.drop(state_BHD.reshape(-1, state_BHD.shape[-1]), batch.train, row_R)
 
     def encode_images(self, batch: Inputs) -> jax.Array:
         """Return the features of the images [P, E]. Call this only if the batch has images."""
@@ -167,6 +198,16 @@ class Model(nn.Module):
         if images.features_PE is not None:
             return images.features_PE
         return self.cxr_encoder(images.image_PHWC, batch.train, images.valid_P, batch.axis_name)
+
+
+def _by_hour(batch: Inputs, step_BH: jax.Array, image_row, image_mask, image_hour) -> Inputs:
+    """Return the batch with a row for each hour, but for what is encoded once a stay."""
+    images = batch.images
+    if images is not None:
+        slot_BH = latest_slots(image_row, image_hour, image_mask, step_BH.shape)
+        images = dataclasses.replace(images, slot_B=slot_BH.reshape(-1))
+    extra = {name: jnp.repeat(x, step_BH.shape[1], axis=0) for name, x in batch.extra.items()}
+    return dataclasses.replace(batch, images=images, extra=extra, hour_step_BH=step_BH)
 
 
 class ProjectedModel(Model):

@@ -18,6 +18,7 @@ class Images:
 
     Exactly one of image_PHWC and features_PE is given. valid_P: False in an empty slot, whose pixels or features are
     zeros. row_P: each image's row, num_rows in an empty slot; None in the dense form, where image b belongs to row b.
+    slot_B: in an hourly task, whose rows are hours: the slot of the latest image by then, or -1.
     """
 
     image_PHWC: jax.Array | None
@@ -25,9 +26,12 @@ class Images:
     valid_P: jax.Array
     row_P: jax.Array | None
     num_rows: int
+    slot_B: jax.Array | None = None
 
     def to_rows(self, x_PE: jax.Array) -> jax.Array:
         """Scatter values of images to their rows [B, E]; rows without an image get zeros."""
+        if self.slot_B is not None:
+            return jnp.where(self.slot_B[:, None] >= 0, x_PE[jnp.maximum(self.slot_B, 0)], 0)
         if self.row_P is None:
             return jnp.where(self.valid_P[:, None], x_PE, 0)
         return jnp.zeros((self.num_rows, *x_PE.shape[1:]), x_PE.dtype).at[self.row_P].set(x_PE, mode="drop")
@@ -40,6 +44,8 @@ class Images:
 
     def present_rows(self) -> jax.Array:
         """Return bool [B]: which rows have an image."""
+        if self.slot_B is not None:
+            return self.slot_B >= 0
         if self.row_P is None:
             return self.valid_P
         return rows_with_image(self.row_P, self.valid_P, self.num_rows)
@@ -49,6 +55,18 @@ def rows_with_image(image_row_P: jax.Array, image_mask_P: jax.Array, num_rows: i
     """Return bool [B]: the rows that filled slots belong to."""
     row_P = jnp.where(image_mask_P, image_row_P, num_rows)
     return jnp.zeros(num_rows, bool).at[row_P].set(True, mode="drop")
+
+
+def latest_slots(
+    image_row_P: jax.Array, image_hour_P: jax.Array, image_mask_P: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """Return the slot of the latest image at each hour of each row, int [B, H], -1 without one. shape: (B, H).
+
+    image_hour_P: the first hour of its row that sees an image. A row's images are in slots in order of time.
+    """
+    row_P = jnp.where(image_mask_P, image_row_P, shape[0])
+    slot_BH = jnp.full(shape, -1).at[row_P, image_hour_P].set(jnp.arange(len(row_P)), mode="drop")
+    return jax.lax.cummax(slot_BH, axis=1)
 
 
 def images_of(

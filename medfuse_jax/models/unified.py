@@ -21,6 +21,8 @@ class Unified(ProjectedModel):
         Head("cxr_only_logits", needs=("cxr",), weight="cxr_only", label="cxr_label"),
     )
 
+    not_causal = "trains its X-ray classifier on batches of X-rays, which have no hours"
+
     num_cxr_labels: int = len(schema.RADIOLOGY_LABELS)
 
     def setup_fusion(self):

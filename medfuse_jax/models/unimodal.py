@@ -10,6 +10,7 @@ class UniEhr(Model):
 
     uses_cxr = False
     needs = ("ehr",)
+    not_causal = ""
 
     def setup(self):
         self.ehr_encoder = self.new_ehr_encoder()
@@ -26,6 +27,7 @@ class UniCxr(Model):
     uses_ehr = False
     needs = ("cxr",)
     scores_every_image = True
+    not_causal = "has nothing to read before the stay's first X-ray"
 
     def setup(self):
         self.cxr_encoder = self.new_cxr_encoder()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medfuse_jax.report import html, plots, read_runs, style, tables, terminal
 from medfuse_jax.report.attention import attention
-from medfuse_jax.report.read_runs import Run, method_name, number, pair, section, series, task_name
+from medfuse_jax.report.read_runs import HOUR, Run, method_name, number, pair, section, series, task_name
 from medfuse_jax.report.robustness import robustness
 from medfuse_jax.runtime import files
 
@@ -99,6 +99,8 @@ def _lead(main: Run) -> str:
         f"on {number(scores.get('num_samples'), 0)} test {unit}"
         f"{f'; it cannot score the other {number(left_out, 0)}' if left_out else ''}."
     )
+    if words := read_runs.ordinal(scores):
+        text += f" It has {words}."
     for other in main.result.get("comparisons") or []:
         low, high = pair(other.get("auroc_macro_ci"))
         if other.get("subset") == "all" and low is not None and high is not None:
@@ -178,6 +180,9 @@ def _run_charts(run: Run) -> str:
         charts.append(html.figure(plots.curves("PR", *args), "Precision\u2013recall on the test set"))
     if reliability := plots.reliability(section(run.result or {}, "calibration").get("curve"), run.color):
         charts.append(html.figure(reliability, "Reliability on the test set, all labels together"))
+    for entry in read_runs.subgroups(run.result):
+        if entry.get("by") == HOUR and (chart := plots.by_hour(entry["groups"], run.color)):
+            charts.append(html.figure(chart, "Score on the test set by hour of the stay"))
     return f'<div class="charts">{"".join(charts)}</div>{tables.calibration(run)}' if charts else ""
 
 

@@ -135,20 +135,43 @@ def draw_bounded(axes: Axes, points: Sequence[tuple], color: str, label: str = "
 def reliability(curve, color: int) -> str:
     """Draw the fraction of positives by mean score, a dot per bin, its area by the bin's samples; '' without any.
 
-    curve: as in a result's calibration. Bins of fewer than schema.FEWEST_SHOWN samples are left out.
+    curve: as in a result's calibration. Bins of fewer than schema.FEWEST_SHOWN samples, or of the hours of fewer stays,
+    are left out.
     """
     bins = [b for b in curve if isinstance(b, dict)] if isinstance(curve, list) else []
-    points = [(b.get("score"), b.get("positive"), b.get("num_samples")) for b in bins]
-    points = [p for p in points if all(isinstance(x, int | float) and math.isfinite(x) for x in p)]
-    points = [p for p in points if p[2] >= schema.FEWEST_SHOWN]
+    points = [(b.get("score"), b.get("positive"), b.get("num_samples"), b.get("num_stays", math.inf)) for b in bins]
+    points = [p for p in points if all(isinstance(x, int | float) and math.isfinite(x) for x in p[:3])]
+    points = [p for p in points if min(p[2:]) >= schema.FEWEST_SHOWN]
     if not points:
         return ""
-    score, positive, count = np.array(points, float).T
+    score, positive, count, _ = np.array(points, float).T
     with mpl.rc_context(STYLE):
         axes = _unit_axes("reliability")
         axes.plot(score, positive, color=run_color(color))
         axes.scatter(score, positive, s=15 + 120 * count / max(count.max(), 1), color=run_color(color), zorder=3)
         return svg(axes.figure, "Fraction of positives by mean score")
+
+
+def by_hour(groups: list[dict], color: int) -> str:
+    """Draw kappa, or AUROC without it, with its interval by hours since the stay began; '' without any.
+
+    groups: of a result's subgroups, in order; those withheld leave a gap.
+    """
+    name = "kappa" if any("kappa" in group for group in groups) else "auroc_macro"
+    points = [(x, group.get(name), *(group.get(f"{name}_ci") or (None, None))) for x, group in enumerate(groups)]
+    points = [p for p in points if all(isinstance(x, int | float) and math.isfinite(x) for x in p)]
+    if not points:
+        return ""
+    place, value, low, high = np.array(points, float).T
+    with mpl.rc_context(STYLE):
+        axes = new_figure(WIDTH_PX, LOW_PX).add_axes((0.13, 0.24, 0.83, 0.7))
+        axes.grid(axis="x", visible=False)
+        axes.vlines(place, low, high, color=run_color(color), alpha=0.4, linewidth=5)
+        axes.plot(place, value, "o-", color=run_color(color))
+        axes.set_xticks(range(len(groups)), [str(group.get("name")) for group in groups], rotation=20)
+        title = "linear kappa" if name == "kappa" else "AUROC"
+        axes.set(xlabel="hours since the stay began", ylabel=title, xlim=(-0.5, len(groups) - 0.5))
+        return svg(axes.figure, f"{title} by hour of the stay")
 
 
 def _unit_axes(kind: str) -> Axes:

@@ -29,6 +29,7 @@ OUTSIDE_ITS_CI = (
     "A value lies outside its own interval. With few positives, resamples that repeat them score higher, so such an "
     "interval is unreliable."
 )
+HOUR = "Hour of the stay"  # the name of a result's subgroups by hour
 _PER_LABEL = ("auroc", "auprc", "auroc_ci", "auprc_ci", "num_positive")
 _ATTENTION_NDIM = {"time_weights": 2, "length": 1, "modality_weights": 2, "modalities": 1}
 _OF_RUNS = {"result.json", "metrics.jsonl", "data.json"}  # the last is all that a run has that failed in epoch 1
@@ -272,9 +273,21 @@ def subgroups(result: dict | None) -> list[dict]:
 
 def resampled(results: list[dict], unit: str, split: str = "test") -> str:
     """Return what the results' intervals resample, in words: patients, records, or 'the test set' if not recorded."""
-    words = {"patient": f"{split} patients, each with all of their {unit}", "stay": f"{split} {unit}"}
+    stays = "stays, each with all of its hours" if unit == "hours" else unit
+    words = {"patient": f"{split} patients, each with all of their {unit}", "stay": f"{split} {stays}"}
     named = dict.fromkeys(words.get(str(result.get("resample")), f"the {split} set") for result in results)
     return ", or ".join(named)
+
+
+def ordinal(scores: dict) -> str:
+    """Return kappa and mean absolute deviation in words, with their intervals; '' where labels are no ordered bins."""
+    if "kappa" not in scores:
+        return ""
+    ends = [number(end, digits) for name, digits in (("kappa", 3), ("mad_h", 1)) for end in pair(scores[f"{name}_ci"])]
+    return (
+        f"linear kappa {number(scores['kappa'])} ({ends[0]} to {ends[1]}), mean absolute deviation "
+        f"{number(scores.get('mad_h'), 1)} h ({ends[2]} to {ends[3]})"
+    )
 
 
 def is_outside_its_ci(scores: dict) -> bool:
@@ -322,8 +335,10 @@ def title(result: dict) -> str:
 
 
 def unit(task: str) -> str:
-    """Return what the task's records are called: 'stays' (also for an unknown task) or 'X-rays'."""
-    return schema.TASKS[task].unit if task in schema.TASKS else "stays"
+    """Return what the task's scores are of: 'stays' (also for an unknown task), their 'hours', or 'X-rays'."""
+    if task not in schema.TASKS:
+        return "stays"
+    return "hours" if schema.TASKS[task].hourly else schema.TASKS[task].unit
 
 
 def number(value, digits: int = 3, sign: bool = False) -> str:

@@ -47,6 +47,9 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
     if differences:
         rows += [("difference, paired bootstrap", "", "", "", ""), *differences]
     lines += _align(rows)
+    for name, _, subsets in results:
+        if words := read_runs.ordinal(subsets.get("all", {})):
+            lines += textwrap.wrap(f"{name}: {words}", _WIDTH)
     resampled = read_runs.resampled([result for _, result in named], read_runs.unit(task), split)
     lines += textwrap.wrap(f"CI: bootstrap resamples of {resampled}", _WIDTH)
     if any(read_runs.is_outside_its_ci(scores) for *_, subsets in results for scores in subsets.values()):

@@ -12,37 +12,45 @@ _SENSITIVITIES = (0.8, 0.9, 0.95)  # of the operating points
 _LOG_TEMPERATURE = (-3.0, 3.0)  # searched
 
 
-def describe(labels_NK: np.ndarray, scores_NK: np.ndarray) -> dict:
+def describe(labels_NK: np.ndarray, scores_NK: np.ndarray, stay_id_N: np.ndarray | None = None) -> dict:
     """Return how well scores [N, K] in 0..1 are calibrated to labels [N, K] of 0 and 1.
 
     brier, ece: per label, and as `brier_macro` and `ece_macro`. curve: of all labels together, one entry per bin of
     equal width: num_samples, mean score, fraction of positives (None in an empty bin). Brier score: mean squared error
     (Brier 1950). ECE: expected calibration error, the bins' |mean score - fraction of positives|, weighted by their
-    samples (Guo et al. 2017).
+    samples (Guo et al. 2017). stay_id_N: of samples that are hours; a bin then also has num_stays.
     """
     labels_NK, scores_NK = np.asarray(labels_NK, np.float64), np.asarray(scores_NK, np.float64)
     brier_K = np.square(scores_NK - labels_NK).mean(0)
     ece_K = np.array([_ece(*_bins(labels_N, scores_N)) for labels_N, scores_N in zip(labels_NK.T, scores_NK.T)])
     count_C, score_C, positive_C = _bins(labels_NK.reshape(-1), scores_NK.reshape(-1))
+    stays: list[dict] = [{}] * _NUM_BINS
+    if stay_id_N is not None:
+        bin_NK = _bin(scores_NK)
+        stays = [{"num_stays": len(np.unique(stay_id_N[(bin_NK == c).any(1)]))} for c in range(_NUM_BINS)]
     return {
         "brier": brier_K,
         "ece": ece_K,
         "brier_macro": float(brier_K.mean()),
         "ece_macro": float(ece_K.mean()),
         "curve": [
-            {"num_samples": int(n), "score": float(s / n) if n else None, "positive": float(p / n) if n else None}
-            for n, s, p in zip(count_C, score_C, positive_C)
+            {"num_samples": int(n), "score": float(s / n) if n else None, "positive": float(p / n) if n else None} | of
+            for n, s, p, of in zip(count_C, score_C, positive_C, stays)
         ],
     }
 
 
 def _bins(labels_N: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each bin's number of samples, sum of scores and number of positives, [C]."""
-    bin_N = np.minimum((scores_N * _NUM_BINS).astype(int), _NUM_BINS - 1)
+    bin_N = _bin(scores_N)
     count_C, score_C, positive_C = (
         np.bincount(bin_N, weights, minlength=_NUM_BINS) for weights in (None, scores_N, labels_N)
     )
     return count_C, score_C, positive_C
+
+
+def _bin(scores: np.ndarray) -> np.ndarray:
+    return np.minimum((scores * _NUM_BINS).astype(int), _NUM_BINS - 1)
 
 
 def _ece(count_C: np.ndarray, score_C: np.ndarray, positive_C: np.ndarray) -> float:

@@ -1,6 +1,7 @@
-"""Score each included record of a split exactly once.
+"""Score each included record of a split exactly once; in an hourly task, each of its hours.
 
-Shapes: M models, N records, K labels, D devices, B rows per device, R = D * B rows of a batch, T time steps.
+Shapes: M models, N records, S scores of a split (its records, or their hours), K labels, D devices, B rows per device,
+R = D * B rows of a batch, H hours of a row (1 if the task is not hourly), T time steps.
 `run` is a run.Run.
 """
 
@@ -10,18 +11,32 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from medfuse_jax import metrics
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.runtime import hosts, watchdog
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """Scores of the included records of a split, in record order, and their mean loss."""
+    """Scores of the included records of a split, in record order, and their mean loss.
+
+    In an hourly task N counts hours, and place_N is each one's place in `hours.Hours`; otherwise it is record_N.
+    """
 
     record_N: np.ndarray
+    place_N: np.ndarray
     score_NK: np.ndarray
     label_NK: np.ndarray
     loss: float
+
+
+def selecting(run, predictions: Predictions) -> tuple[float, dict]:
+    """Return the score that selects the model, and the scores to log: kappa if the labels are exclusive, else AUROC."""
+    labels_NK, scores_NK = predictions.label_NK, predictions.score_NK
+    logged = {"val_auroc": metrics.macro(metrics.auroc(labels_NK, scores_NK))}
+    if run.dataset.task.exclusive:
+        logged["val_kappa"] = metrics.kappa(labels_NK, scores_NK)
+    return list(logged.values())[-1], logged
 
 
 def predict(run, eval_fn: Callable, state, split: str, include_N: np.ndarray) -> Predictions:
@@ -36,22 +51,30 @@ def predict(run, eval_fn: Callable, state, split: str, include_N: np.ndarray) ->
 def predict_each(run, eval_fn: Callable, num_models: int, split: str, include_N: np.ndarray) -> list[Predictions]:
     """Score the records with several models, reading each batch once.
 
-    eval_fn: batch -> (scores [M, D, B, K], loss of each row [M, D, B]).
+    eval_fn: batch -> (scores [M, D, B, K], loss of each row [M, D, B]), with the axes [B, H] for [B] in an hourly task.
     """
-    label_NK = run.dataset.index[split]["label"]
-    score_MNK = np.full((num_models, *label_NK.shape), np.nan, np.float32)
-    loss_MN = np.full((num_models, len(include_N)), np.nan)
-    for record_R, real_R, (score_MDBK, loss_MDB) in _outputs(run, eval_fn, split, include_N):
-        score_MNK[:, record_R] = np.asarray(score_MDBK).reshape(num_models, len(real_R), -1)[:, real_R]
-        loss_MN[:, record_R] = np.asarray(loss_MDB).reshape(num_models, -1)[:, real_R]
-    record_N = np.flatnonzero(include_N)
+    first_N, count_N = np.arange(len(include_N)), np.ones(len(include_N), int)
+    if run.dataset.hours:
+        first_N, count_N = run.dataset.hours[split].first_N, run.dataset.hours[split].count_N
+    label_SK = run.dataset.labels_of(split, np.ones_like(include_N))
+    score_MSK = np.full((num_models, *label_SK.shape), np.nan, np.float32)
+    loss_MS = np.full(score_MSK.shape[:2], np.nan)
+    for record_R, real_R, (score, loss) in _outputs(run, eval_fn, split, include_N):
+        loss_MRH = np.asarray(loss).reshape(num_models, len(real_R), -1)[:, real_R]
+        score_MRHK = np.asarray(score).reshape(num_models, len(real_R), -1, label_SK.shape[1])[:, real_R]
+        hour_H = np.arange(loss_MRH.shape[2])
+        real_RH = hour_H < count_N[record_R][:, None]
+        place = (first_N[record_R][:, None] + hour_H)[real_RH]
+        score_MSK[:, place], loss_MS[:, place] = score_MRHK[:, real_RH], loss_MRH[:, real_RH]
+    place_N = np.flatnonzero(np.repeat(include_N, count_N))
+    record_N = np.repeat(np.arange(len(include_N)), count_N)[place_N]
+    weight_N = 1 / count_N[record_N] if run.config.loss.weighting == "stay" else np.ones(len(record_N))
     predictions = []
-    for score_NK, loss_N in zip(score_MNK, loss_MN):
-        is_complete = np.array_equal(record_N, np.flatnonzero(~np.isnan(loss_N)))
-        assert is_complete or not np.isfinite(score_NK[record_N]).all()
-        predictions.append(
-            Predictions(record_N, score_NK[record_N], label_NK[record_N], float(loss_N[record_N].mean()))
-        )
+    for score_SK, loss_S in zip(score_MSK, loss_MS):
+        is_complete = np.array_equal(place_N, np.flatnonzero(~np.isnan(loss_S)))
+        assert is_complete or not np.isfinite(score_SK[place_N]).all()
+        mean_loss = float(np.average(loss_S[place_N], weights=weight_N))
+        predictions.append(Predictions(record_N, place_N, score_SK[place_N], label_SK[place_N], mean_loss))
     return predictions
 
 

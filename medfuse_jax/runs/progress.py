@@ -14,9 +14,9 @@ _PLATEAU_THRESHOLD = 1e-4
 class Progress:
     """State of a run at its last validation, and the losses since then, saved with each checkpoint.
 
-    best_auroc: validation AUROC of the selected epoch, which is best_epoch (0: none yet). selected_loss: the validation
-    loss that selected it, where no label has both classes and so there is no AUROC. loss_sum, num_steps: of the epoch
-    in progress.
+    best_auroc: validation AUROC of the selected epoch, or kappa (`predictions.selecting`), which is best_epoch (0: none
+    yet). selected_loss: the validation loss that selected it, where no label has both classes and so there is no AUROC.
+    loss_sum, num_steps: of the epoch in progress.
     """
 
     epoch: int = 0

@@ -83,16 +83,24 @@ def resample_by(given: str, scored: dict) -> str:
 
 
 def _groups(scored: dict, resample: str) -> np.ndarray | None:
-    return scored["subject_id"] if resample == "patient" else None
+    if resample == "patient":
+        return scored["subject_id"]
+    return scored["stay_id"] if "hour" in scored else None
+
+
+def row_keys(scored: dict) -> np.ndarray:
+    """Return an id for each row of predictions: its stay, and in an hourly task also its hour."""
+    if "hour" not in scored:
+        return scored["stay_id"]
+    return scored["stay_id"] * 2**20 + np.round(scored["hour"] * 60).astype(np.int64)  # minutes of a year
 
 
 def subsets(scored: dict, num_bootstrap: int, seed: int, resample: str) -> dict:
     """Return metrics with bounds for all scored records and for each subset by modality. resample: see RESAMPLES."""
     evaluated = {}
     for name, include_N in _masks(scored).items():
-        part = {field: scored[field][include_N] for field in ("labels", "scores", "subject_id")}
-        groups = _groups(part, resample)
-        evaluated[name] = metrics.evaluate(part["labels"], part["scores"], num_bootstrap, seed, groups)
+        part = {field: values[include_N] for field, values in scored.items()}
+        evaluated[name] = subgroups.measure(part, num_bootstrap, seed, _groups(part, resample))
     return evaluated
 
 
@@ -103,7 +111,8 @@ def by_subgroup(scored: dict, num_bootstrap: int, seed: int, resample: str) -> l
 
 def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: int, resample: str) -> list[dict]:
     """Return this run's metrics minus those of another, named `against`, on the stays and resamples they share."""
-    _, ours, theirs = np.intersect1d(scored["stay_id"], other["stay_id"], assume_unique=True, return_indices=True)
+    keys = row_keys(scored), row_keys(other)
+    _, ours, theirs = np.intersect1d(*keys, assume_unique=True, return_indices=True)
     if not len(ours):
         return []
     order = np.argsort(ours)  # record order, as in `subsets`
@@ -112,7 +121,7 @@ def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: i
     other_NK = other["scores"][theirs]
     comparisons = []
     for name, include_N in _masks(common).items():
-        part = {field: common[field][include_N] for field in ("labels", "scores", "subject_id")}
+        part = {field: values[include_N] for field, values in common.items()}
         scores = (other_NK[include_N], part["scores"])
         difference = metrics.compare(part["labels"], *scores, num_bootstrap, seed, _groups(part, resample))
         comparisons.append({"against": against, "subset": name, **difference})

@@ -45,9 +45,9 @@ def by_share(scored: dict, without_cxr: dict | None, options: tuple[int, int, st
 def point(at: float, scored: dict, include_N: np.ndarray, options: tuple[int, int, str]) -> list[dict]:
     """Return one point of a curve: 'at', num_samples and the macro metrics with bounds; [] of too few stays to show."""
     num_bootstrap, seed, resample = options
-    labels_NK, groups_N = scored["labels"][include_N], scored["subject_id"][include_N]
-    if subgroups.is_small(labels_NK):
+    part = {name: scored[name][include_N] for name in ("labels", "scores", "subject_id")}
+    if subgroups.is_small(part):
         return []
-    groups = groups_N if resample == "patient" else None
-    of = metrics.evaluate(labels_NK, scored["scores"][include_N], num_bootstrap, seed, groups)
+    groups = part["subject_id"] if resample == "patient" else None
+    of = metrics.evaluate(part["labels"], part["scores"], num_bootstrap, seed, groups)
     return [{"at": at, "num_samples": of["num_samples"]} | subgroups.macro(of)]

@@ -3,6 +3,7 @@
 Shapes: N scored records.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -12,6 +13,18 @@ from medfuse_jax import metrics, schema
 from medfuse_jax.runs import calibration
 
 _NAMES = {"age": "Age", "gender": "Sex", "admission_type": "Admission type", "first_careunit": "First care unit"}
+_NAMES["hour"] = "Hour of the stay"  # read by the report
+_HOURS = (0, 24, 48, 72, 120, 168, 336, math.inf)  # low < hour <= high
+
+
+def measure(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | None) -> dict:
+    """Return the metrics of predictions, and those of their order if the labels are exclusive bins of hours."""
+    arguments = (scored["labels"], scored["scores"])
+    found = metrics.evaluate(*arguments, num_bootstrap, seed, groups_N)
+    if "predicted_h" in scored:
+        error_N = np.abs(scored["remaining_h"] - scored["predicted_h"])
+        found |= metrics.ordinal(*arguments, error_N, num_bootstrap, seed, groups_N)
+    return found
 
 
 def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | None) -> list[dict]:
@@ -28,13 +41,12 @@ def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray |
             continue
         groups = []
         for name, include_N in _groups(field, scored[field]):
-            labels_NK, scores_NK = scored["labels"][include_N], scored["scores"][include_N]
-            if is_small(labels_NK):
+            part = {key: values[include_N] for key, values in scored.items()}
+            labels_NK, scores_NK = part["labels"], part["scores"]
+            if is_small(part):
                 groups.append({"name": name, "withheld": True})
                 continue
-            of = metrics.evaluate(
-                labels_NK, scores_NK, num_bootstrap, seed, None if groups_N is None else groups_N[include_N]
-            )
+            of = measure(part, num_bootstrap, seed, None if groups_N is None else groups_N[include_N])
             calibrated = calibration.describe(labels_NK, scores_NK)
             kept = macro(of) | {name: calibrated[f"{name}_macro"] for name in ("brier", "ece")}
             counts = {"num_samples": of["num_samples"], "num_positive": int(np.sum(of["num_positive"]))}
@@ -45,8 +57,9 @@ def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray |
 
 
 def macro(evaluated: dict) -> dict:
-    """Return the means over labels, with bounds, of a result of `metrics.evaluate`."""
-    return {key: value for key, value in evaluated.items() if "_macro" in key and "released" not in key}
+    """Return the means over labels, with bounds, of a result of `measure`, and its kappa."""
+    means = {key: value for key, value in evaluated.items() if "_macro" in key and "released" not in key}
+    return means | {key: evaluated[key] for key in ("kappa", "kappa_ci") if key in evaluated}
 
 
 def _groups(field: str, values_N: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -56,16 +69,30 @@ def _groups(field: str, values_N: np.ndarray) -> Iterator[tuple[str, np.ndarray]
             name = f"{low} to {high - 1} years" if math.isfinite(high) else f"{low} years and over"
             yield name, (values_N >= low) & (values_N < high)
         return
+    if field == "hour":
+        for low, high in itertools.pairwise(_HOURS):
+            name = f"{low + 1} to {high}" if math.isfinite(high) else f"after {low}"
+            yield name, (values_N > low) & (values_N <= high)
+        return
     for name in sorted(set(values_N.tolist()) - {""}):
         yield name, values_N == name
 
 
-def is_small(labels_NK: np.ndarray) -> bool:
-    """Return whether the numbers of records with labels [N, K] could point to single patients."""
-    if len(labels_NK) < schema.FEWEST_SHOWN:
-        return True
-    num_positive = int(labels_NK.sum())
-    return num_positive < schema.FEWEST_SHOWN or labels_NK.size - num_positive < schema.FEWEST_SHOWN
+def is_small(scored: dict) -> bool:
+    """Return whether the numbers of a group could point to single patients. A stay counts once, whatever its hours."""
+    positive_NK = scored["labels"] == 1
+    negative_NK = ~positive_NK
+    if "hour" in scored and len(positive_NK):
+        _, stay_N = np.unique(scored["stay_id"], return_inverse=True)
+        shape = (stay_N.max() + 1, positive_NK.shape[1])
+        positive_NK, negative_NK = (_any_of(stay_N, label_NK, shape) for label_NK in (positive_NK, negative_NK))
+    return min(len(positive_NK), positive_NK.sum(), negative_NK.sum()) < schema.FEWEST_SHOWN
+
+
+def _any_of(stay_N: np.ndarray, label_NK: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    any_SK = np.zeros(shape, bool)
+    np.logical_or.at(any_SK, stay_N, label_NK)
+    return any_SK
 
 
 def _gap(groups: list[dict]) -> dict | None:

@@ -243,7 +243,7 @@ def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequenc
     """Write the table, score the chosen trial on the test split, and write the page. exported: from --export."""
     workdir = sweep.workdir
     records = [results.record(workdir, trial) for trial in trials]
-    print(results.write_table(workdir, records))
+    print(results.write_table(workdir, records, sweep.config.task))
     for trial, r in zip(trials, records):
         _update_paths(sweep, trial)
         if trial.number in exported and r["status"] == results.FAILED:

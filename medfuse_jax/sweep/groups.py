@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import feed, metrics, parallel, train
+from medfuse_jax import feed, parallel, schema, train
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.runs import predictions as predictions_lib
@@ -383,16 +383,16 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
         if t.failure:
             continue
         try:
-            auroc = metrics.macro(metrics.auroc(predictions.label_NK, predictions.score_NK))
+            score, scores = predictions_lib.selecting(run, predictions)
         except UserError as error:
             t.failure = str(error)
             continue
-        t.log.write("val", epoch, t.step, val_loss=predictions.loss, val_auroc=auroc)
-        t.progress.update(epoch, predictions.loss, auroc, run.config.plateau_epochs)
-    best = max(trials, key=lambda t: t.progress.best_auroc)
+        t.log.write("val", epoch, t.step, val_loss=predictions.loss, **scores)
+        t.progress.update(epoch, predictions.loss, score, run.config.plateau_epochs)
+    best, measure = max(trials, key=lambda t: t.progress.best_auroc), schema.selected_by(run.config.task)
     print(
         f"epoch {epoch}/{run.config.num_epochs}  {len(trials)} trials  best: trial {best.trial.number} "
-        f"({best.trial.describe()})  val AUROC {best.progress.best_auroc:.4f}  {stays_per_s:.1f} stays/s each",
+        f"({best.trial.describe()})  val {measure} {best.progress.best_auroc:.4f}  {stays_per_s:.1f} stays/s each",
         flush=True,
     )
 

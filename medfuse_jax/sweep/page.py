@@ -8,6 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from medfuse_jax import schema
 from medfuse_jax.report import html, read_runs, style
 from medfuse_jax.report.html import CHART_STYLE, INK, MUTED, run_color
 from medfuse_jax.report.read_runs import method_name, number, task_name
@@ -32,19 +33,20 @@ def write(workdir: Path, config: dict, records: list[dict]) -> Path:
     chosen = results.choose(records)
     methods = {r["values"].get("method", config["method"]) for r in records}
     by = method_name(methods.pop()) if len(methods) == 1 else f"{len(methods)} methods"
+    score = schema.selected_by(config["task"])
     title = f"Sweep: {task_name(config['task'])} with {by}"
     charts = [
-        html.figure(_scatter(field, records, chosen), f"Best validation AUROC by {_name(field)}")
+        html.figure(_scatter(field, records, chosen, score), f"Best validation {score} by {_name(field)}")
         for field in _varied_fields(records)
     ]
     runs = {r["trial"]: read_runs.read_run(results.trial_dir(workdir, r["trial"])) for r in records}
-    curves = {trial: read_runs.series(run.val, "val_auroc") for trial, run in runs.items()}
-    charts.append(html.figure(_all_curves(curves, chosen), "Validation AUROC by epoch, every trial"))
+    curves = {trial: read_runs.series(run.val, f"val_{score.lower()}") for trial, run in runs.items()}
+    charts.append(html.figure(_all_curves(curves, chosen, score), f"Validation {score} by epoch, every trial"))
     body = (
-        f"<header><h1>{escape(title)}</h1>{_lead(runs, records, chosen)}"
+        f"<header><h1>{escape(title)}</h1>{_lead(runs, records, chosen, score)}"
         f"{html.synthetic_notice(runs[(chosen or records[0])['trial']].is_synthetic, 1)}</header>"
         f'<div class="charts">{"".join(charts)}</div>'
-        f"<section><h2>All trials</h2>{_table(records, chosen)}</section>"
+        f"<section><h2>All trials</h2>{_table(records, chosen, score)}</section>"
     )
     path = workdir / "sweep.html"
     results.write_text(path, html.document(title, body, style.CSS))
@@ -55,15 +57,15 @@ def _name(field: str) -> str:
     return _NAMES.get(field, field if "." in field else field.replace("_", " "))
 
 
-def _lead(runs: dict[int, read_runs.Run], records: list[dict], chosen: dict | None) -> str:
+def _lead(runs: dict[int, read_runs.Run], records: list[dict], chosen: dict | None, score: str) -> str:
     counts = [(sum(r["status"] == status for r in records), status) for status in (results.FAILED, results.PRUNED)]
     ended = ", ".join(f"{count} {status}" for count, status in counts if count)
     text = f"{len(records)} trials" + (f" ({ended})" if ended else "") + ". "
     if not chosen:
-        return f'<p class="lead">{escape(text)}None has a validation AUROC.</p>'
+        return f'<p class="lead">{escape(text)}None has a validation {score}.</p>'
     values = ", ".join(f"{_name(field)} {_format(field, value)}" for field, value in chosen["values"].items())
     text += (
-        f"Trial {chosen['trial']} ({values}) was chosen on validation alone: AUROC "
+        f"Trial {chosen['trial']} ({values}) was chosen on validation alone: {score} "
         f"{number(chosen['val_auroc'])} at epoch {chosen['best_epoch']}."
     )
     if scores := runs[chosen["trial"]].scores():
@@ -88,9 +90,9 @@ def _varied_fields(records: list[dict]) -> list[str]:
     return [f for f in fields if len({str(r["values"].get(f)) for r in records}) > 1]
 
 
-def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
+def _scatter(field: str, records: list[dict], chosen: dict | None, score: str) -> str:
     with mpl.rc_context(_STYLE):
-        axes = _new_axes(_name(field), "validation AUROC")
+        axes = _new_axes(_name(field), f"validation {score}")
         shown = [r for r in records if r.get("val_auroc") is not None and field in r["values"]]
         values = [r["values"][field] for r in shown]
         are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
@@ -109,7 +111,7 @@ def _scatter(field: str, records: list[dict], chosen: dict | None) -> str:
         if chosen in shown:
             point = (axes.convert_xunits(values[shown.index(chosen)]), chosen["val_auroc"])
             _label_point(axes, point, f"trial {chosen['trial']}: {chosen['val_auroc']:.3f}")
-        return html.svg(axes.figure, f"Best validation AUROC of each trial by {_name(field)}")
+        return html.svg(axes.figure, f"Best validation {score} of each trial by {_name(field)}")
 
 
 def _set_log_scale(axes: Axes) -> None:
@@ -158,9 +160,9 @@ def _label_point(axes: Axes, point: tuple[float, float], text: str) -> None:
     axes.annotate(text, point, xytext=(0, 9), textcoords="offset points", ha=side, color=_CHOSEN, weight="bold")
 
 
-def _all_curves(curves: dict[int, dict[int, float]], chosen: dict | None) -> str:
+def _all_curves(curves: dict[int, dict[int, float]], chosen: dict | None, score: str) -> str:
     with mpl.rc_context(_STYLE):
-        axes = _new_axes("epoch", "validation AUROC")
+        axes = _new_axes("epoch", f"validation {score}")
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=7, min_n_ticks=1)
         chosen_trial = chosen["trial"] if chosen else None
         for trial, values in sorted(curves.items(), key=lambda item: item[0] == chosen_trial):
@@ -174,7 +176,7 @@ def _all_curves(curves: dict[int, dict[int, float]], chosen: dict | None) -> str
             axes.plot(*point, "o", color=_CHOSEN, markersize=7)
             axes.set_ymargin(0.2)
             _label_point(axes, point, f"trial {chosen_trial}, chosen")
-        return html.svg(axes.figure, "Validation AUROC of every trial by epoch, with the chosen trial highlighted")
+        return html.svg(axes.figure, f"Validation {score} of every trial by epoch, with the chosen trial highlighted")
 
 
 def _new_axes(x_label: str, y_label: str) -> Axes:
@@ -184,10 +186,10 @@ def _new_axes(x_label: str, y_label: str) -> Axes:
     return axes
 
 
-def _table(records: list[dict], chosen: dict | None) -> str:
+def _table(records: list[dict], chosen: dict | None, score: str) -> str:
     fields = list(dict.fromkeys(field for r in records for field in r["values"]))
     names = [name if "." in name else name[0].upper() + name[1:] for name in map(_name, fields)]
-    numeric = [*names, "Validation AUROC", "Best epoch", "Epochs"]
+    numeric = [*names, f"Validation {score}", "Best epoch", "Epochs"]
     head = "".join(
         f'<th scope="col"{css}>{escape(text)}</th>'
         for css, texts in (("", ["Trial"]), (' class="num"', numeric), ("", ["Status"]))
@@ -203,7 +205,7 @@ def _table(records: list[dict], chosen: dict | None) -> str:
             + "".join(f'<td class="num">{escape(cell)}</td>' for cell in cells)
             + f'<td class="wrap">{escape(results.status_text(r))}</td></tr>'
         )
-    return html.table(head, "".join(rows), "Every trial, the best validation AUROC first")
+    return html.table(head, "".join(rows), f"Every trial, the best validation {score} first")
 
 
 def _format(field: str, value) -> str:

@@ -29,7 +29,7 @@ def _best_so_far(path: Path) -> dict[int, float]:
         except ValueError:  # half written, by another host
             continue
         if logged.get("phase") == "val":
-            best = max(best, logged["val_auroc"] or 0.0)
+            best = max(best, logged.get("val_kappa", logged["val_auroc"]) or 0.0)  # what selects the model
             by_epoch[logged["epoch"]] = best
     return by_epoch
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
+from medfuse_jax import schema
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
@@ -168,11 +169,15 @@ def choose(records: list[dict]) -> dict | None:
     return max(finished, key=lambda r: (r["val_auroc"], -r["trial"]), default=None)
 
 
-def write_table(workdir: Path, records: list[dict]) -> str:
-    """Write sweep.csv, one row per trial, best first; return it as aligned text."""
+def write_table(workdir: Path, records: list[dict], task: str) -> str:
+    """Write sweep.csv, one row per trial, best first; return it as aligned text.
+
+    A record's val_auroc is the score that selects the task's models; its column is named after it.
+    """
     chosen = choose(records)
     fields = list(dict.fromkeys(field for r in records for field in r["values"]))
-    rows = [["trial", *(short_name(f) for f in fields), "val_auroc", "best_epoch", "epochs", "status", "chosen"]]
+    score = f"val_{schema.selected_by(task).lower()}"
+    rows = [["trial", *(short_name(f) for f in fields), score, "best_epoch", "epochs", "status", "chosen"]]
     for r in ranked(records):
         auroc = "" if r.get("val_auroc") is None else f"{r['val_auroc']:.6f}"
         reached = [auroc, r.get("best_epoch", ""), r.get("epochs", "")]
@@ -207,9 +212,10 @@ def write_best_config(workdir: Path, chosen: dict, config: ConfigDict) -> Path:
     )
     path = workdir / "best_config.py"
     values = ", ".join(f"{short_name(k)} {v}" for k, v in chosen["values"].items())
+    reached = f"validation {schema.selected_by(config.task)} {chosen['val_auroc']:.4f}"
     write_text(
         path,
-        f'"""Trial {chosen["trial"]} of a sweep ({values}): validation AUROC {chosen["val_auroc"]:.4f}.\n\n'
+        f'"""Trial {chosen["trial"]} of a sweep ({values}): {reached}.\n\n'
         "As a single run it gives the same results up to rounding, which training may amplify (docs/sweeps.md).\n"
         f'Command: python -m medfuse_jax.main --config={path.absolute()}\n"""\n\n'
         "from ml_collections import ConfigDict\n\nfrom medfuse_jax import config as config_lib\n\n\n"

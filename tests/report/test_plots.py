@@ -14,6 +14,13 @@ TRAIN = {1: 0.6, 2: 0.5, 3: 0.45, 4: 0.4}
 VAL = {1: 0.61, 2: 0.52, 3: 0.5, 4: 0.53}
 
 
+_HOURS = [
+    {"name": "1 to 24", "auroc_macro": 0.7, "auroc_macro_ci": [0.6, 0.8]},
+    {"name": "25 to 48", "withheld": True},
+    {"name": "after 48", "auroc_macro": 0.8, "auroc_macro_ci": [0.7, 0.9]},
+]
+
+
 def problem(num_samples=200, num_labels=3, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.random((num_samples, num_labels)) < 0.3
@@ -34,6 +41,7 @@ def draw() -> dict[str, str]:
         "precision_recall": plots.curves("PR", labels, scores, 0),
         "overlay": plots.overlay("ROC", [("A", 0, labels, scores), ("B", 1, labels, -scores)]),
         "interval": plots.interval((0.5, 1.0), 0.8, (0.7, 0.9), 0, [(0.6, 1)], 0.5),
+        "by_hour": plots.by_hour(_HOURS, 0),
     }
 
 
@@ -41,7 +49,7 @@ def texts(svg: str) -> list[str]:
     return [element.text for element in ElementTree.fromstring(svg).iter() if element.tag == "text"]
 
 
-@pytest.mark.parametrize("name", ["loss", "auroc", "roc", "precision_recall", "overlay", "interval"])
+@pytest.mark.parametrize("name", ["loss", "auroc", "roc", "precision_recall", "overlay", "interval", "by_hour"])
 def test_a_chart_takes_colours_and_font_from_the_page(name):
     svg = charts()[name]
     assert ElementTree.fromstring(svg).tag == "svg"
@@ -111,6 +119,18 @@ def test_names_are_escaped_and_not_parsed_as_math():
 
 def test_the_size_does_not_grow_with_the_samples():
     assert len(plots.curves("ROC", *problem(20_000, 2), 0)) < 1.5 * len(plots.curves("ROC", *problem(500, 2), 0))
+
+
+def test_a_chart_by_hour_names_every_group_and_its_score():
+    assert {"1 to 24", "25 to 48", "after 48", "AUROC"} <= set(texts(charts()["by_hour"]))
+    kappa = [group | {"kappa": 0.4, "kappa_ci": [0.3, 0.5]} for group in _HOURS]
+    assert "linear kappa" in texts(plots.by_hour(kappa, 0))
+    assert plots.by_hour(_HOURS[1:2], 0) == ""
+
+
+def test_a_bin_of_the_hours_of_few_stays_is_left_out():
+    curve = [{"num_samples": 500, "score": 0.2, "positive": 0.1, "num_stays": n} for n in (9, 10)]
+    assert plots.reliability(curve[:1], 0) == "" != plots.reliability(curve[1:], 0)
 
 
 def test_interval_places_its_marks():

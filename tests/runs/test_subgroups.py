@@ -58,6 +58,19 @@ def test_small_groups_are_withheld_and_unknown_values_are_in_none(scored):
     assert subgroups.describe(few, 5, 0, None) == []  # no positive anywhere
 
 
+def test_the_hours_of_few_stays_are_withheld(scored):
+    """400 hours of 50 stays are shown; of 9 stays, or of 50 with a positive hour in 9, they are not."""
+    hourly = scored | {"stay_id": scored["subject_id"], "hour": np.arange(400) % 8 + 20}
+    assert [g["name"] for g in _by(hourly, "Hour of the stay")["groups"] if "auroc_macro" in g] == [
+        "1 to 24",
+        "25 to 48",
+    ]
+    nine_stays = hourly | {"stay_id": scored["subject_id"] % 9}
+    assert not any(e["by"] == "Hour of the stay" for e in subgroups.describe(nine_stays, 5, 0, None))
+    few = hourly | {"labels": np.where(scored["subject_id"] < 3, 1, 0)[:, None] * scored["labels"]}
+    assert not any(e["by"] == "Hour of the stay" for e in subgroups.describe(few, 5, 0, None))
+
+
 def test_age_groups_are_those_of_the_paper(scored):
     groups = _by(scored, "Age")["groups"]
     assert [g["name"] for g in groups] == ["18 to 39 years", "40 to 59 years", "60 to 79 years", "80 years and over"]

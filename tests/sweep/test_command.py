@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from refusals import refused
-from sweep_cases import PRETRAIN, RATES, best_state, stop_at_save, sweep
+from sweep_cases import PRETRAIN, RATES, best_state, read_lines, stop_at_save, sweep
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, records
@@ -297,3 +297,15 @@ def test_costs_are_those_of_the_current_start(ehr_config, tmp_path, monkeypatch)
         costs = json.loads((tmp_path / "costs.json").read_text())
         assert costs["trials"] == trained and 1000 <= costs["pretrain_s"] < 1100
         assert 0 <= costs["startup_s"] < 900
+
+
+@pytest.mark.slow
+def test_a_sweep_of_an_hourly_task_chooses_by_kappa_over_its_hours(hourly_config, tmp_path):
+    hourly_config.task, hourly_config.method, hourly_config.num_epochs = "length_of_stay", "uni_ehr", 1
+    rows = sweep(hourly_config, tmp_path / "sweep", RATES, 2)
+    for row in rows:
+        lines = read_lines(results.trial_dir(tmp_path / "sweep", int(row["trial"])))
+        assert float(row["val_kappa"]) == pytest.approx(lines[-1]["val_kappa"], abs=1e-5)
+    result = json.loads((results.trial_dir(tmp_path / "sweep", int(rows[0]["trial"])) / "result.json").read_text())
+    hours = records.hours(hourly_config.data.dir, "length_of_stay", "test")
+    assert result["subsets"]["all"]["num_samples"] == hours["num_hours"].sum()

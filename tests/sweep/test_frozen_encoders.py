@@ -49,6 +49,12 @@ def test_varying_the_augmentation_of_frozen_encoders_is_refused(tiny_config, tmp
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("task", "shared"), [("pheno", True), ("decompensation", False)])
+def test_features_are_shared_where_a_stay_has_one_score(tiny_config, task, shared):
+    tiny_config.method, tiny_config.task = "early", task
+    assert frozen_encoders.can_cache(tiny_config, dict.fromkeys(("ehr", "cxr"))) == shared
+
+
 def _untrained(config, workdir):
     """Return a run with a checkpoint of its initial weights."""
     run = run_lib.open_run(config)

@@ -58,7 +58,7 @@ def test_close_rates_would_overlap_on_a_linear_axis():
 
 def test_a_chart_of_rates_has_a_log_axis():
     records = [{"trial": i, "values": {"learning_rate": rate}, "val_auroc": 0.7} for i, rate in enumerate(_RATES[1])]
-    svg = page._scatter("learning_rate", records, records[0])
+    svg = page._scatter("learning_rate", records, records[0], "AUROC")
     assert 2 <= svg.count("e−4<") <= 5 and ">0.000" not in svg
 
 

@@ -78,9 +78,9 @@ def test_the_chosen_trial_is_known_once_the_sweep_has_ended(tmp_path):
         | {"val_auroc": auroc, "best_epoch": 1, "epochs": 1}
         for i, auroc in enumerate((0.6, 0.7, None))
     ]
-    results.write_table(tmp_path, trials)
+    results.write_table(tmp_path, trials, "pheno")
     assert results.chosen_dir(tmp_path) == tmp_path / "trials" / "001"
-    results.write_table(tmp_path, trials[2:])
+    results.write_table(tmp_path, trials[2:], "pheno")
     with pytest.raises(UserError, match="none was chosen"):
         results.chosen_dir(tmp_path)
     (tmp_path / "sweep.csv").write_text("trial,status\n0,finished\n")

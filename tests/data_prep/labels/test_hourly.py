@@ -6,8 +6,7 @@ from build_cases import assert_same_as_tfds
 from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
-from medfuse_jax import config, records, schema
-from medfuse_jax.runtime.errors import UserError
+from medfuse_jax import records, schema
 
 HEART_RATE = 220045
 
@@ -99,13 +98,15 @@ def test_the_index_is_positive_for_a_label_at_any_time(built):
             assert counts["times"] == sum(len(r["label"]) for r in rows)
 
 
-@pytest.mark.parametrize("task", ["decompensation", "length_of_stay"])
-def test_hourly_tasks_cannot_be_trained_yet(task):
-    values = config.default()
-    values.task = task
-    with pytest.raises(UserError) as caught:
-        config.validate(values)
-    assert task in str(caught.value)
+def test_the_hours_of_a_split_are_those_of_its_records(built):
+    for task in ("decompensation", "length_of_stay"):
+        for split in schema.SPLITS:
+            rows, hours = list(records.open_split(built[0], task, split)), records.hours(built[0], task, split)
+            assert hours["num_hours"].tolist() == [len(r["label"]) for r in rows]
+            assert hours["num_images"].tolist() == [len(r["images"]) for r in rows]
+            for name in records.HOURS_FIELDS:
+                stored = [np.atleast_1d(r[name]) for r in rows]
+                np.testing.assert_array_equal(hours[name], np.concatenate([hours[name][:0], *stored]))
 
 
 @pytest.mark.parametrize("task", ["decompensation", "length_of_stay"])
