@@ -69,9 +69,9 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
     if not hosts.is_first():
         return
     step = int(state.step)
-    note = {"step": step, "is_best": is_best, "state_sha256": _digest(state), "progress": dataclasses.asdict(progress)}
     if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
+    note = {"step": step, "is_best": is_best, "state_sha256": _digest(state), "progress": dataclasses.asdict(progress)}
     manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(files.sealed(note))),
