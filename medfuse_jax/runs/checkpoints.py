@@ -7,8 +7,11 @@ during a save leaves only a temporary folder, which orbax ignores and removes.
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import shutil
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from logging import LogRecord
 from pathlib import Path
@@ -72,9 +75,9 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
     step = int(state.step)
     if step in manager.all_steps():  # saved before a signal kept it from being validated
         manager.delete(step)
-    note = {"step": step, "is_best": is_best, "state_sha256": _digest(state), "progress": dataclasses.asdict(progress)}
     if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
+    note = {"step": step, "is_best": is_best, "state_sha256": _digest(state), "progress": dataclasses.asdict(progress)}
     manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(files.sealed(note))),
@@ -201,11 +204,29 @@ def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[Any, Pro
     # Restore onto one local device, so that a checkpoint opens on any number of devices.
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), state)
-    with _as_user_error(folder / str(step)):
+    with _quiet_coroutines(), _as_user_error(folder / str(step)):
         restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
         if _digest(restored) != note["state_sha256"]:
             raise ValueError("its content is not what was saved")
     return restored, _progress(note)
+
+
+@contextlib.contextmanager
+def _quiet_coroutines() -> Iterator[None]:
+    """Keep Python from printing the tracebacks of coroutines that orbax leaves behind when it finds damage."""
+    before = sys.unraisablehook
+    try:
+        yield
+    except UserError as error:
+        sys.unraisablehook = lambda unraisable: None
+        left = error.__context__
+        while left is not None:
+            traceback.clear_frames(left.__traceback__)
+            left.__traceback__, left = None, left.__cause__ or left.__context__
+        gc.collect()
+        raise
+    finally:
+        sys.unraisablehook = before
 
 
 def _digest(state) -> str:

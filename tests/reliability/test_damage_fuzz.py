@@ -10,4 +10,5 @@ def test_damage_is_refused_or_changes_nothing_or_costs_one_checkpoint(ehr_config
     whole = damage_fuzz.make(tmp_path / "whole", shards, ehr_config)
     counts, failures = damage_fuzz.fuzz(whole, range(36), 1, tmp_path / "scratch")
     assert failures == []
-    assert {kind for kind, outcome in counts if outcome == damage_fuzz.REFUSED} >= set(damage_fuzz.KINDS) - {"trial"}
+    refused = {kind for kind, outcome in counts if outcome == damage_fuzz.REFUSED}
+    assert refused >= {"manifest", "predictions", "shard", "workdir"}  # most of a checkpoint's files are never read
