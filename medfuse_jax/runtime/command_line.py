@@ -42,7 +42,7 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
             raise
 
     watchdog.start(in_one_line(watchdog.Stopped(), resumes))
-    threading.excepthook, sys.excepthook = _report_thread, _report
+    threading.excepthook = _report_thread
     try:
         app.run(guarded, flags_parser=functools.partial(_parse_flags, pass_on_unknown=pass_on_unknown))
     except KeyboardInterrupt as error:
@@ -82,12 +82,6 @@ def _report_thread(failure: threading.ExceptHookArgs) -> None:
     """Print the traceback of a thread that failed, except for a full disk, which the main thread reports."""
     if not is_disk_full(failure.exc_value):
         threading.__excepthook__(failure)
-
-
-def _report(kind: type[BaseException], error: BaseException, trace) -> None:
-    """Print a traceback, except of tensorstore's writes that end after a save has failed, once for each array."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
 
 
 def _end(line: str, status: int = _USER_ERROR) -> NoReturn:
