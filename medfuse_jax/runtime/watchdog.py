@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from medfuse_jax.runtime.errors import is_disk_full
+
 SIGNAL_LIMIT_S = 25.0  # from a signal to the end of the process: schedulers kill it after 30 s
 _TICK_S = 1.0
 _AGAIN_S = 1.0  # an earlier second Ctrl-C is the first one, sent on by another program
@@ -120,11 +122,16 @@ def _is_importing(frame) -> bool:
 
 
 def _note_lost(unraisable) -> None:
-    """Remember a Stopped that was raised in a callback, such as jax's at garbage collection, to raise it again."""
+    """Remember a Stopped that was raised in a callback, such as jax's at garbage collection, to raise it again.
+
+    Do not print what follows a full disk, such as tensorstore's answer for each array after a save has failed.
+    """
     global _is_lost
     if issubclass(unraisable.exc_type, Stopped):
         _is_lost = True
-    else:
+        return
+    error = unraisable.exc_value
+    if error is None or not (is_disk_full(error) or str(error) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 
 

@@ -186,9 +186,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--commands", default="build,main,sweep")
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--method", default="medfuse", help="of the run: uni_ehr is the fastest")
     given = parser.parse_args()
-    attacked, names = commands(given.dir, 30, given.method), given.commands.split(",")
+    attacked, names = commands(given.dir, given.epochs, given.method), given.commands.split(",")
     for name in names:
         counts = attack(attacked[name](), given.dir / name, given.signals // len(names), given.seed)
         print(json.dumps({"command": name, "seed": given.seed, **counts}), flush=True)

@@ -139,6 +139,9 @@ def test_a_full_disk_in_a_thread_prints_no_traceback():
     body = """
 def write():
     raise {}
+class Writer:
+    __del__ = lambda self: write()
+Writer()
 thread = threading.Thread(target=write)
 thread.start()
 thread.join()
