@@ -57,6 +57,7 @@ SMALLEST = {
     "cpu": "step uni_ehr",
     "gpu": "lstm cudnn",
     "growth": "uni_ehr B=16 4 h",
+    "hourly": "hourly uni_ehr",
     "devices": "2 devices$",
     "sweeps": "sweep early",
 }
@@ -168,7 +169,7 @@ def _for_paper(command: Command) -> list[str]:
 def _for_bench(command: Command) -> list[str]:
     preset = command.value("preset")
     sizes = ["--repeats=1", *(["--warm_up=0", "--trials=3"] if preset == "sweeps" else [])]
-    sizes += ["--tiny"] if preset in ("devices", "gpu", "sweeps") else []
+    sizes += ["--tiny"] if preset in ("devices", "gpu", "hourly", "sweeps") else []
     return [f"--only={SMALLEST[preset]}", *sizes, f"--json=bench_{preset}.json"]
 
 
