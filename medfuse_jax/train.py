@@ -1,6 +1,7 @@
 """The training loop of one run, read from top to bottom."""
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -183,7 +184,10 @@ def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> 
 
 def _check_memory(run: run_lib.Run) -> None:
     """Raise UserError if the weights alone, with Adam's moments, exceed this machine's memory: XLA would abort."""
-    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.abstract_state()))
+    # No weight depends on the kernel, and this one can be traced on any device.
+    options = dataclasses.replace(run.options, model=run.options.model.clone(recurrence="chunks"))
+    state = dataclasses.replace(run, options=options).abstract_state()
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     if num_bytes > (memory := hosts.memory_bytes()):
         what = f"{run.config.name}: the weights and Adam's moments take {num_bytes / 1e9:.0f} GB, and this machine has "
         raise UserError(f"{what}{memory / 1e9:.0f} GB: reduce the sizes in config.model", field="config.model")

@@ -82,7 +82,7 @@ def _fields(folder) -> dict:
         },
         "predictions": arrays,
         "metrics": {line["phase"]: set(line) for line in lines},
-        "result": {name: set(part) if isinstance(part, dict) else type(part) for name, part in result.items()},
+        "result": {k: set(v) if isinstance(v, dict) else type(v) for k, v in result.items() if k != "seal"},
         "subset": set(result["subsets"]["paired"]),
     }
 
