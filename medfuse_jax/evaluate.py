@@ -88,7 +88,7 @@ def write_robustness(workdir: Path, data_dir: str = "", resample: str = "") -> l
     run = sources.reopen(workdir, None, data_dir)
     if run.dataset.task.cxr_only or run.dataset.task.hourly:
         raise UserError(
-            f"--robustness needs a task with one label set a stay; {workdir} has the task {run.config.task}",
+            f"--robustness needs a task with one set of labels per stay; {workdir} has the task {run.config.task}",
             field="--robustness",
             value=run.config.task,
         )

@@ -33,13 +33,14 @@ class Head:
 class Weights:
     """The fields of config.loss: weights of the losses beside the main one, in the methods that have them.
 
-    weighting: 'hour' or 'stay', what an hourly task's loss is a mean over.
+    weighting: 'hour' or 'stay', what an hourly task's loss is a mean over. mean_hours: of the training stays.
     """
 
     ehr_only: float
     cxr_only: float
     align: float
     weighting: str = "hour"
+    mean_hours: float = 1.0
 
 
 def objective(
@@ -53,12 +54,13 @@ def objective(
     """
     if "hour_mask" in batch:  # one head, which every hour trains
         (head,) = heads
-        weight_BH = batch["hour_mask"].astype(jnp.float32)
+        mask_BH = batch["hour_mask"]
+        loss_BH = jnp.where(mask_BH, row_loss(outputs[head.logits], batch[head.label], exclusive), 0)
+        num_stays = jnp.maximum(total(mask_BH.any(axis=1).sum()), 1)
         if weights.weighting == "stay":
-            weight_BH /= jnp.maximum(weight_BH.sum(axis=1, keepdims=True), 1)
-        loss_BH = row_loss(outputs[head.logits], batch[head.label], exclusive)
-        loss = jnp.sum(jnp.where(batch["hour_mask"], loss_BH, 0) * weight_BH)
-        return loss / jnp.maximum(total(weight_BH.sum()), 1)
+            return jnp.sum(loss_BH.sum(axis=1) / jnp.maximum(mask_BH.sum(axis=1), 1)) / num_stays
+        # Not by the batch's own hours: batches hold stays of similar length, and every hour counts the same.
+        return jnp.sum(loss_BH) / (num_stays * weights.mean_hours)
     present = present_rows(batch)
     has_both_B = batch["valid"] & present["ehr"] & present["cxr"]
     trained = [head for head in heads if head.label in batch]

@@ -105,7 +105,7 @@ def ordinal(labels, scores, errors, num_bootstrap: int = 1000, seed: int = 0, gr
 
 
 def _kappa(cells_RC: np.ndarray) -> np.ndarray:
-    """Return the linearly weighted kappa [R] of tables of counts, truth by choice, [R, K * K]; NaN if all agree."""
+    """Return the linearly weighted kappa [R] of tables of counts, truth by choice, [R, K * K]; NaN of one bin."""
     num_labels = math.isqrt(cells_RC.shape[1])
     count_RKK = np.asarray(cells_RC, np.float64).reshape(-1, num_labels, num_labels)
     distance_KK = np.abs(np.subtract.outer(np.arange(num_labels), np.arange(num_labels)))

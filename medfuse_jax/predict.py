@@ -28,15 +28,8 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 from medfuse_jax.sweep import results as sweep_results
 
 ALL = "all"
-_FACTS = (
-    "split",
-    "stay_id",
-    "subject_id",
-    "dicom_id",
-    "hour",
-    "has_ehr",
-    "has_cxr",
-)  # columns of a CSV before the labels
+# Columns of a CSV before the labels.
+_FACTS = ("split", "stay_id", "subject_id", "dicom_id", "hour", "has_ehr", "has_cxr")
 
 
 def predict(

@@ -144,7 +144,7 @@ def step_options(
         model=_build_model(config, dataset, modalities, on),
         optimizer=optim.adam(config.beta2),
         image=augment.ImageOptions(**config.image.to_dict()),
-        weights=losses.Weights(**config.loss.to_dict()),
+        weights=losses.Weights(**config.loss.to_dict(), mean_hours=dataset.mean_hours),
         mean_F=tuple(dataset.mean_F.tolist()),
         std_F=tuple(dataset.std_F.tolist()),
         exclusive=dataset.task.exclusive,

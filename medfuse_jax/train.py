@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import feed as feed_lib
-from medfuse_jax import parallel
+from medfuse_jax import parallel, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax.models.recurrence import supported
 from medfuse_jax.runs import checkpoints, warm_start
@@ -69,7 +69,7 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
     steps_per_epoch = len(run.train_plan(epoch=1))
     step = int(state.step)
 
-    unit = run.dataset.task.unit
+    unit, measure = run.dataset.task.unit, schema.selected_by(config.task)
     profiled = profiled_steps(run) if hosts.is_first() else (0, 0)
     if 0 < profiled[0] <= step:
         print(f"no trace: step {profiled[0]} of config.profile_steps={config.profile_steps} has been trained already")
@@ -144,10 +144,10 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
             state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
             log.write("val", epoch, step, val_loss=predictions.loss, **scores)
             checkpoints.save(manager, state, progress, is_best)
-            log.show(epoch=f"{epoch}/{config.num_epochs}", AUROC=f"{scores['val_auroc']:.3f}")
+            log.show(**{"epoch": f"{epoch}/{config.num_epochs}", measure: f"{score:.3f}"})
             log.line(
                 f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
-                f"val AUROC {scores['val_auroc']:.4f}{' (best)' if is_best else ''}{speed}"
+                f"val {measure} {score:.4f}{' (best)' if is_best else ''}{speed}"
             )
         manager.wait_until_finished()
     hosts.wait("trained")  # the others read what the first has saved

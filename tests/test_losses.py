@@ -1,5 +1,7 @@
 """The losses match their definition: each head learns from the right rows, on two devices as on one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,8 @@ def test_an_hourly_loss_is_a_mean_over_hours_or_stays(exclusive, weighting, weig
     outputs = {"logits": jnp.asarray(logits.reshape(3, 2, 4))}
 
     def objective(batch, outputs, total):
-        return losses.objective((losses.Head(),), outputs, batch, _weights(weighting=weighting), total, exclusive)
+        weights = dataclasses.replace(_weights(weighting=weighting), mean_hours=1.5)
+        return losses.objective((losses.Head(),), outputs, batch, weights, total, exclusive)
 
     np.testing.assert_allclose(objective(batch, outputs, lambda x: x), np.dot(each, weights), rtol=1e-5)
     parts = jax.tree.map(lambda x: jnp.asarray(x)[:2, None], (batch, outputs))  # a stay on each of two devices

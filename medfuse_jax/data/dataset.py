@@ -54,6 +54,14 @@ class Dataset:
     hours: dict[str, hours_lib.Hours] = dataclasses.field(default_factory=dict)
     padded_hours: dict[int, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def mean_hours(self) -> float:
+        """The mean number of prediction hours of the training stays that have any; 1 unless the task is hourly."""
+        if not self.hours:
+            return 1.0
+        count_N = self.hours["train"].count_N
+        return float(count_N.sum() / max((count_N > 0).sum(), 1))
+
     def paired(self, split: str) -> np.ndarray:
         """Return bool [N]: the records with an X-ray that the method reads."""
         return self.index[split]["has_cxr"] & self.use_cxr

@@ -68,8 +68,7 @@ def of(fields: dict[str, np.ndarray], timestep_h: float) -> Hours:
     is_seen_J[:-1] &= (place_J[1:] != place_J[:-1]) | (record_J[1:] != record_J[:-1])
     hour_J = place_J - first_N[record_J]
     image_count_N = np.bincount(record_J[is_seen_J], minlength=len(count_N))
-    since_S = np.full(len(time_h_S), _LONGEST_H)  # the first hour of the record that sees any X-ray
-    since_N = np.full(len(count_N), _LONGEST_H)
+    since_N = np.full(len(count_N), _LONGEST_H)  # the first hour of the record that sees any X-ray
     np.minimum.at(since_N, record_J[is_seen_J], hour_J[is_seen_J])
     since_S = since_N[record_S]
     return Hours(

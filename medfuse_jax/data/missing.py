@@ -29,7 +29,9 @@ def drop_modalities(dataset: Dataset, drop_ehr: float, drop_cxr: float) -> Datas
     if not drop_ehr and not drop_cxr:
         return dataset
     if drop_ehr and dataset.hours:
-        what = f"drop_ehr is {drop_ehr}, and {dataset.task.name} has no hour to predict without EHR: leave it out"
+        what = (
+            f"drop_ehr is {drop_ehr}, and {dataset.task.name} cannot be predicted at an hour without EHR: leave it out"
+        )
         raise UserError(what, field="drop_ehr", value=drop_ehr)
     index, splits = {}, {}
     for split, part in dataset.index.items():

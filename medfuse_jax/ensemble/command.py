@@ -35,6 +35,8 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     members = [members_lib.open_member(run, "test", evaluate.evaluate) for run in runs]
     _check_comparable(members)
     _check_splits(members)
+    if (task := members[0].result["task"]) in schema.TASKS and schema.TASKS[task].hourly:
+        raise UserError(f"--runs: ensembles of the hourly task {task} are not supported", field="--runs", value=task)
     with files.must_write(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(workdir / "config.json", files.sealed(content))

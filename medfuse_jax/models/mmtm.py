@@ -63,9 +63,9 @@ class MmtmModel(Model):
     mean over the rows of this device that have both.
     """
 
+    not_causal = "gates every time step by the mean over the whole series"
     # Differs from MedFuse (trainers/mmtm_trainer.py): one update with the summed losses instead of three updates in
     # turn. There, the EHR loss updates only the image encoder, because its optimiser is given no other parameters.
-    not_causal = "gates every time step by the mean over the whole series"
     heads = (
         Head(),
         Head("ehr_only_logits", needs=("ehr",), weight="ehr_only"),

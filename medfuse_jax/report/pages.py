@@ -117,8 +117,8 @@ def _progress(run: Run) -> str:
     """Return how far an unfinished run has got."""
     epoch, num_epochs = max([*run.train, *run.val], default=0), run.config.get("num_epochs")
     text = f"epoch {epoch} of at most {num_epochs}" if isinstance(num_epochs, int) else f"epoch {epoch}"
-    aurocs = series(run.val, "val_auroc")
-    return text + (f", best validation AUROC so far {number(max(aurocs.values()))}" if aurocs else "")
+    name, values = run.selecting
+    return text + (f", best validation {name} so far {number(max(values.values()))}" if values else "")
 
 
 def _problems(runs: list[Run]) -> str:
@@ -167,13 +167,14 @@ def _run_section(run: Run, runs: list[Run], is_open: bool) -> str:
 
 def _run_charts(run: Run) -> str:
     loss_train, loss_val = series(run.train, "train_loss"), series(run.val, "val_loss")
-    auroc_val = series(run.val, "val_auroc")
+    name, values = run.selecting
     best = (run.best_epoch, run.color, "chosen" if run.result else "best so far")
     charts = []
     if loss_train or loss_val:
         charts.append(html.figure(plots.loss_curves(loss_train, loss_val, *best), "Loss by epoch"))
-    if auroc_val:
-        charts.append(html.figure(plots.auroc_curve(auroc_val, *best), "AUROC on the validation set by epoch"))
+    if values:
+        caption = f"{name[0].upper()}{name[1:]} on the validation set by epoch"
+        charts.append(html.figure(plots.auroc_curve(values, *best), caption))
     if run.predictions:
         args = (run.predictions["labels"], run.predictions["scores"], run.color)
         charts.append(html.figure(plots.curves("ROC", *args), "ROC on the test set"))

@@ -159,10 +159,10 @@ def by_hour(groups: list[dict], color: int) -> str:
     """
     name = "kappa" if any("kappa" in group for group in groups) else "auroc_macro"
     points = [(x, group.get(name), *(group.get(f"{name}_ci") or (None, None))) for x, group in enumerate(groups)]
-    points = [p for p in points if all(isinstance(x, int | float) and math.isfinite(x) for x in p)]
-    if not points:
+    points = [p if all(isinstance(x, int | float) for x in p) else (p[0], *[math.nan] * 3) for p in points]
+    place, value, low, high = np.array(points, float).reshape(-1, 4).T
+    if not np.isfinite(value).any():
         return ""
-    place, value, low, high = np.array(points, float).T
     with mpl.rc_context(STYLE):
         axes = new_figure(WIDTH_PX, LOW_PX).add_axes((0.13, 0.24, 0.83, 0.7))
         axes.grid(axis="x", visible=False)

@@ -90,8 +90,14 @@ class Run:
         """The epoch of the best checkpoint (so far, if the run is unfinished); None if there is none."""
         if self.result and isinstance(self.result.get("best_epoch"), int):
             return self.result["best_epoch"] or None  # 0 if imported, or evaluated before the first validation
-        aurocs = series(self.val, "val_auroc")
-        return max(aurocs, key=aurocs.get) if aurocs else None
+        _, values = self.selecting
+        return max(values, key=values.get) if values else None
+
+    @property
+    def selecting(self) -> tuple[str, dict[int, float]]:
+        """The name of the validation score that selects the model, and its values by epoch."""
+        name = schema.selected_by(self.task)
+        return name, series(self.val, f"val_{name.lower()}")
 
     def scores(self, subset: str = "all") -> dict:
         """Return the result's scores on a subset of the test split; {} if there are none."""

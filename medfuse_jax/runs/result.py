@@ -92,7 +92,7 @@ def row_keys(scored: dict) -> np.ndarray:
     """Return an id for each row of predictions: its stay, and in an hourly task also its hour."""
     if "hour" not in scored:
         return scored["stay_id"]
-    return scored["stay_id"] * 2**20 + np.round(scored["hour"] * 60).astype(np.int64)  # minutes of a year
+    return scored["stay_id"] * 2**20 + np.round(scored["hour"] * 60).astype(np.int64)  # 2**20 minutes: two years
 
 
 def subsets(scored: dict, num_bootstrap: int, seed: int, resample: str) -> dict:

@@ -16,7 +16,7 @@ from medfuse_jax.sweep import results
 from medfuse_jax.sweep.search import Parameter, Trial
 
 _MAX_PROPOSALS = 100
-_WORST_AUROC = 0.0  # of a trial that failed, so that the search leaves its region
+_WORST = -1.0  # of AUROC and kappa, for a trial that failed, so that the search leaves its region
 
 
 def check_installed() -> None:
@@ -90,8 +90,8 @@ def _propose(
     )
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {parameter.field: _distribution(parameter) for parameter in parameters}
-    aurocs = [_WORST_AUROC if record.get("val_auroc") is None else record["val_auroc"] for _, record in known]
-    if max(aurocs, default=_WORST_AUROC) > _WORST_AUROC:  # from failures alone, it would take some for good
+    aurocs = [_WORST if record.get("val_auroc") is None else record["val_auroc"] for _, record in known]
+    if max(aurocs, default=_WORST) > _WORST:  # from failures alone, it would take some for good
         for (trial, _), auroc in zip(known, aurocs):
             study.add_trial(optuna.trial.create_trial(value=auroc, params=trial.values, distributions=distributions))
     seen, proposed = [trial.values for trial, _ in known], []

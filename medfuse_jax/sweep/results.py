@@ -192,8 +192,9 @@ def write_table(workdir: Path, records: list[dict], task: str) -> str:
 
 
 def ranked(records: list[dict]) -> list[dict]:
-    """Sort the records by validation AUROC, best first and those without one last."""
-    return sorted(records, key=lambda r: (-(r.get("val_auroc") or -1.0), r["trial"]))
+    """Sort the records by the validation score that selects models, best first and those without one last."""
+    scores = {r["trial"]: r.get("val_auroc") for r in records}
+    return sorted(records, key=lambda r: (scores[r["trial"]] is None, -(scores[r["trial"]] or 0.0), r["trial"]))
 
 
 def status_text(r: dict) -> str:
