@@ -38,7 +38,7 @@ def private(out: Path) -> Iterator[Path]:
         with files.locked(out / FOLDER / "lock", f"--out={out}", busy):
             yield out / FOLDER
     except (OSError, RuntimeError, pl.exceptions.PolarsError) as error:
-        if isinstance(error, UserError) or not is_disk_full(error):
+        if not is_disk_full(error):
             raise
         raise TryLater(
             f"no space left under --out={out}; free some and rerun the command to resume", field="--out", path=out

@@ -112,7 +112,7 @@ def write_robustness(workdir: Path, data_dir: str = "", resample: str = "") -> l
         curves.append({"name": "ehr_hours", "points": points})
     if hosts.is_first():
         content = {"step": int(state.step), "resample": options[-1], "curves": curves}
-        files.write_json(workdir / robustness.FILE, metrics.to_json(content))
+        files.write_json(workdir / robustness.FILE, files.sealed(metrics.to_json(content)))
     return curves
 
 

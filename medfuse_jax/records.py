@@ -34,6 +34,7 @@ FORMAT_VERSION = "1.3.0"
 MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
 MISSING = "is missing"
 _REBUILD = "run data_prep.build again"
+_hashes: dict[str, dict] = {}  # path -> files.remembered_sha256, of this process and of earlier ones
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STATIC_TEXTS, "label")
 
 
@@ -188,24 +189,23 @@ def check_files(folder: Path, content: dict) -> None:
     if wrong := next(wrong_lengths(folder, content), None):
         name, problem = wrong
         raise UserError(f"{folder / name} {problem}: {_REBUILD}", path=folder / name)
-    cache = files.cache_dir() / "hashes.json"
-    try:
-        known = files.read_json(cache, "")
-    except UserError:
-        known = {}
-    current = {}
+    cache = None
+    with contextlib.suppress(UserError):  # no cache folder, or no file in it yet
+        cache = files.cache_dir() / "hashes.json"
+        _hashes.update(files.read_json(cache, ""))
     for name, sha256 in content["files"].items():
         path = folder / name
         try:
-            entry = files.remembered_sha256(path, known)
+            entry = files.remembered_sha256(path, _hashes)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror or error}): {_REBUILD}", path=path) from None
         if entry["sha256"] != sha256:
             raise UserError(f"{path} does not match its manifest: {_REBUILD}", path=path)
-        current[str(path.resolve())] = entry
-    if any(known.get(path) != entry for path, entry in current.items()):
-        with contextlib.suppress(OSError):  # then they are hashed again next time
-            files.write_json(cache, files.sealed(known | current))
+        if _hashes.get(str(path.resolve())) != entry:
+            _hashes[str(path.resolve())] = entry
+            with contextlib.suppress(OSError):  # then they are hashed again in the next process
+                if cache:
+                    files.write_json(cache, files.sealed(_hashes))
 
 
 def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:

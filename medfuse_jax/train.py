@@ -38,6 +38,7 @@ def train(
     """
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         resumed = checkpoints.resume(manager, run.abstract_state())
+        hosts.check_same("checkpoints", str(int(resumed[0].step)) if resumed else "none")
         if resumed:
             state, progress = resumed
         else:
@@ -117,7 +118,7 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                     progress.add(losses)
                     checkpoints.save(manager, state, progress, is_best=False)
             speed = ""
-            if losses:  # else a signal kept the epoch, which is logged already, from being validated
+            if losses:  # empty if a signal came before this epoch was validated: its training is logged already
                 check_finite(losses[-1], step, config)
                 progress.add(losses)
                 rate = round(samples / (training_s() - start_s), 2)

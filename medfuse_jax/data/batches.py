@@ -79,7 +79,7 @@ def _arriving(batches: Iterator[dict], dataset: Dataset, split: str) -> Iterator
 
 def arrives(dataset: Dataset, split: str) -> contextlib.AbstractContextManager:
     """End the command if what the block reads does not arrive in time."""
-    what = f"the reader of the {split} split of {dataset.task.name} has brought nothing for {READ_LIMIT_S:.0f} s"
+    what = f"no batch of the {split} split of {dataset.task.name} has arrived for {READ_LIMIT_S:.0f} s"
     return watchdog.within(READ_LIMIT_S, f"{what}: check the disk or network that holds config.data.dir, and rerun")
 
 

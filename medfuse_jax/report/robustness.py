@@ -16,14 +16,19 @@ def robustness(run: Run) -> str:
     """Return the charts of one run's robustness.json; '' if it has none, or one of other weights."""
     curves = run.robustness.get("curves") if run.result and run.robustness.get("step") == run.result.get("step") else []
     charts = ""
-    for curve in curves if isinstance(curves, list) else []:
-        found = [(p.get("at"), p.get("auroc_macro"), *pair(p.get("auroc_macro_ci"))) for p in curve.get("points", [])]
+    for curve in filter(_is_curve, curves if isinstance(curves, list) else []):
+        found = [(p.get("at"), p.get("auroc_macro"), *pair(p.get("auroc_macro_ci"))) for p in curve["points"]]
         points = [point for point in found if None not in point]
         if curve.get("name") in _CAPTIONS and len(points) > 1:
             caption, label = _CAPTIONS[curve["name"]]
             charts += html.figure(_chart(points, run.color, label), caption.format(unit=unit(run.task)))
     note = '<p class="note">Bands: 95 % intervals. The stays of a smaller share are among those of a larger one.</p>'
     return f'<h4>With less data</h4><div class="charts">{charts}</div>{note}' if charts else ""
+
+
+def _is_curve(curve) -> bool:
+    points = curve.get("points") if isinstance(curve, dict) else None
+    return isinstance(points, list) and all(isinstance(point, dict) for point in points)
 
 
 def _chart(points: list[tuple], color: int, label: str) -> str:

@@ -7,6 +7,7 @@ during a save leaves only a temporary folder, which orbax ignores and removes.
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import hashlib
 import shutil
@@ -23,15 +24,16 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from medfuse_jax.runs.progress import Progress
-from medfuse_jax.runtime import errors, files, hosts
+from medfuse_jax.runtime import errors, files, hosts, watchdog
 from medfuse_jax.runtime.errors import TryLater, UserError
 
 _HOW = "restore a copy, or rerun the command that trained it, which goes on from the previous checkpoint"
+_NOT_NOW = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)  # what may pass
 IMPORT_NOTE = "import.json"  # says where imported weights came from; absent for a trained run
 
 
 def _is_useful(record: LogRecord) -> bool:
-    """Return False for what orbax says of a leftover temporary folder, which the next save replaces, or a full disk."""
+    """Return False for orbax's messages about a full disk, or a temporary folder that the next save replaces."""
     is_full = bool(record.exc_info) and errors.is_disk_full(record.exc_info[1])  # orbax raises it too
     return not is_full and "Attempted to create temporary directory" not in record.getMessage()
 
@@ -62,7 +64,9 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
         )
         options = dataclasses.replace(options, create=False, multiprocessing_options=own_process)
     with _as_user_error(folder):
-        return ocp.CheckpointManager(folder, options=options, item_names=("state", "note"))
+        manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "note"))
+    manager.reached_preemption = lambda step: False  # jax has one counter of such calls, which is hosts.must_stop's
+    return manager
 
 
 def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: bool) -> None:
@@ -89,34 +93,37 @@ def resume(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None
     """Return the latest intact (state, progress), shaped like `state`; None if nothing is saved.
 
     Damaged newer checkpoints are moved aside, with a line that says so; what an interrupted deletion left is removed.
-    Raises UserError if none is intact, or if the best is not: the run would end without it.
+    Raises UserError if none is intact, or if the best is not: the run would end without it. Raises TryLater if one
+    cannot be read now.
     """
     folder, resumed, damaged = Path(manager.directory), None, {}
     steps = _steps(folder)
     for step in reversed(steps):
         try:
-            found = _restore(manager, step, state)
+            resumed = _restore(manager, step, state)
+            break
+        except TryLater:
+            raise
         except UserError as error:
+            watchdog.check()  # a library's answer to a signal is no damage
             damaged[step] = error
-        else:
-            resumed = resumed or found
     if not resumed:
         if damaged:
             raise damaged[max(damaged)]
         return None
     last = int(resumed[0].step)
     best_step = _check_best(folder, [step for step in steps if step <= last], resumed[1])
-    if best_step in damaged:
-        raise damaged[best_step]
+    if best_step != last:
+        _restore(manager, best_step, state)
+    left = [step for step in steps if step < last and not _note_path(folder, step).exists()]
+    for step in left if hosts.is_first() else ():
+        shutil.rmtree(folder / str(step))
     for step in damaged if hosts.is_first() else ():
-        if step < last:
-            shutil.rmtree(folder / str(step))
-            continue
         aside = folder.with_name(f"damaged_checkpoint_{step}")
         print(f"warning: {folder / str(step)} is damaged, and now {aside}: training goes on from step {last}")
         shutil.rmtree(aside, ignore_errors=True)
         (folder / str(step)).rename(aside)
-    if damaged:
+    if damaged or left:
         manager.reload()
     return resumed
 
@@ -167,9 +174,13 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
+def _note_path(folder: Path, step: int) -> Path:
+    return folder / str(step) / "note" / "metadata"
+
+
 def _note(folder: Path, step: int) -> dict:
     """Return what `save` noted of a step; raise UserError if it is damaged, or is another step's."""
-    note = files.read_json(folder / str(step) / "note" / "metadata", _HOW, must_be_sealed=True)
+    note = files.read_json(_note_path(folder, step), _HOW, must_be_sealed=True)
     if note["step"] != step:
         raise UserError(f"{folder / str(step)} is the checkpoint of step {note['step']}: {_HOW}", path=folder)
     return note
@@ -249,6 +260,8 @@ def _as_user_error(path: Path) -> Iterator[None]:
             raise
         if errors.is_disk_full(error):
             raise TryLater(f"the disk of {path} is full: free some space and try again", path=path) from None
+        if isinstance(error, OSError) and error.errno in _NOT_NOW:
+            raise TryLater(f"{path} cannot be read now ({error.strerror}): try again", path=path) from None
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"{path} does not match this run's model or is damaged ({first_line[:200]})"
         raise UserError(f"{message}: restore a copy, or start again in another --workdir", path=path) from None

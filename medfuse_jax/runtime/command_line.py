@@ -119,7 +119,8 @@ def _check_folders(values: flags.FlagValues) -> None:
     """Raise UserError for what cannot be a folder, before anything is written."""
     for name in _FOLDERS:
         if name in values and values[name].value:
-            files.check_local(f"--{name}", values[name].value)
+            for path in values[name].value if isinstance(values[name].value, list) else [values[name].value]:
+                files.check_local(f"--{name}", path)
             if name in ("out", "workdir") and Path(values[name].value).resolve() == Path("/"):
                 message = f"--{name}={values[name].value} is the root of all folders: give one below it"
                 raise UserError(message, field=f"--{name}", value=values[name].value)

@@ -2,14 +2,16 @@
 
 import difflib
 import errno
+import re
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
 _OF_A_PATH = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM)
 _OF_A_PATH += (errno.EROFS,)
-# The last two are numpy's, which reserves the space of an array first, or writes less than was asked for.
-_DISK_FULL = ("No space left", "quota exceeded", "File too large", "Not enough free space", " requested and ")
+# The last is numpy's, which reserves the space of an array first.
+_DISK_FULL = ("No space left", "quota exceeded", "File too large", "Not enough free space")
+_NOT_WRITTEN = re.compile(r"\d+ requested and \d+ written")  # numpy's, later
 
 
 class UserError(ValueError):
@@ -84,7 +86,7 @@ def is_disk_full(error: BaseException) -> bool:
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    if any(text in str(error) for text in _DISK_FULL):
+    if any(text in str(error) for text in _DISK_FULL) or _NOT_WRITTEN.search(str(error)):
         return True
     cause = error.__cause__ or error.__context__
     return cause is not None and is_disk_full(cause)

@@ -18,12 +18,12 @@ from typing import TextIO
 
 import numpy as np
 
-from medfuse_jax.runtime.errors import TryLater, UserError
+from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full
 
 # What reading raises for .npz files that are truncated, have changed bytes or lack an array.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
-# Error numbers of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
 _TRUSTED = (0,)  # users whose code needs no warning: root
+# Error numbers of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -142,7 +142,8 @@ def must_write(what: object, hint: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what} cannot be written ({error.strerror}){hint}", path=error.filename) from None
+        kind = TryLater if is_disk_full(error) else UserError
+        raise kind(f"{what} cannot be written ({error.strerror}){hint}", path=error.filename) from None
 
 
 @contextlib.contextmanager
@@ -177,10 +178,10 @@ def locked(path: Path, what: str, busy: str) -> Iterator[None]:
 def remembered_sha256(path: Path, known: dict[str, dict]) -> dict:
     """Return {'seen', 'sha256'} of a file, which is hashed only if it differs from its entry in `known`, by path.
 
-    seen: size, mtime, ctime (which cannot be set back) and inode.
+    seen: size, mtime, and ctime, which cannot be set back.
     """
     stat = path.stat()
-    seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     entry = known.get(str(path.resolve()))
     return entry if entry and entry.get("seen") == seen else {"seen": seen, "sha256": sha256(path)}
 

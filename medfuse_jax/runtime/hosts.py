@@ -37,8 +37,9 @@ def start_training(coordinator: str | None, num_processes: int | None, process: 
     global _one_training
     _initialize(coordinator, num_processes, process, detect)
     _one_training = jax.process_count() > 1
-    if _one_training:
+    if jax.distributed.is_initialized():  # also of one process: jax has taken SIGTERM over
         _tell_jax_of_signals()
+    if _one_training:
         _connect()
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
@@ -95,7 +96,7 @@ def check_same(what: str, content: str) -> None:
 
 
 def must_stop() -> bool:
-    """Return whether to stop, since a process of this training has got a signal: True in all of them at the same call.
+    """Return whether to stop because a process of this training has received a signal: the same in all at each call.
 
     Call it after every step and batch, of which all processes have equally many.
     """
@@ -109,7 +110,7 @@ def answering() -> contextlib.AbstractContextManager[Callable[[], None]]:
     if not _one_training:
         return contextlib.nullcontext(lambda: None)
     line = f"no answer from the other processes of this training for {ANSWER_LIMIT_S:.0f} s: one hangs or has lost its "
-    return watchdog.within(ANSWER_LIMIT_S, f"{line}network; end all of them and rerun the command to resume")
+    return watchdog.within(ANSWER_LIMIT_S, f"{line}connection; end all of them and rerun the command to resume")
 
 
 def to_host(tree):

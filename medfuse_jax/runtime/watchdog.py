@@ -87,10 +87,10 @@ def within(seconds: float, line: str) -> Iterator[Callable[[], None]]:
             _waits[thread] = outer
 
 
-def leave(line: str, status: int = 1) -> NoReturn:
+def leave(line: str, status: int = 1, flush: bool = True) -> NoReturn:
     """Print a last line and end the process, without waiting for its threads, some of which may wait for ever."""
     with contextlib.suppress(OSError, ValueError):  # a full disk, or a closed terminal
-        if threading.current_thread() is threading.main_thread():  # else it may hold what a flush waits for
+        if flush and threading.current_thread() is threading.main_thread():  # else it may hold what a flush waits for
             sys.stdout.flush()
             sys.stderr.flush()
     with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ def _handle(number: int, frame) -> None:
     if is_first:
         _signalled_s = now_s
     elif number == signal.SIGINT and not was_lost and now_s - _signalled_s > _AGAIN_S:
-        leave(_interrupted)
+        leave(_interrupted, flush=False)  # the main thread may be writing to a terminal that does not read
     if (is_first or was_lost) and not _deferrals:
         if _is_importing(frame):
             leave(_interrupted)

@@ -38,6 +38,9 @@ class CheckpointStore:
         self._manager.close()
 
 
+_PARTS = ("latest", "best")
+
+
 class FileStore:
     """state.npz: the latest and the best state with the progress at each. The one before it is kept, in case of damage.
 
@@ -92,8 +95,11 @@ class FileStore:
             with files.open_npz(path) as stored:
                 best = {name: stored[name] for name in stored if name.startswith("best/")}
                 leaves = {name.removeprefix(which): stored[name] for name in stored if name.startswith(which)}
+                names = {part: {n.removeprefix(part) for n in stored if n.startswith(f"{part}/")} for part in _PARTS}
             progress = Progress(**json.loads(str(leaves.pop("/progress"))))
             state = jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf(leaves, path, leaf), abstract)
+            if names["latest"] != names["best"]:  # a damaged list of entries
+                raise ValueError("its best and latest states have different arrays")
         except FileNotFoundError:
             return None
         except (*files.DAMAGED_NPZ, TypeError) as error:
