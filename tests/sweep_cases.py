@@ -59,7 +59,8 @@ def assert_resumes(config, tmp_path, monkeypatch, specs, lanes, num_trials, stor
     for number in range(num_trials):
         lines = [read_lines(results.trial_dir(tmp_path / name, number)) for name in ("whole", "stopped")]
         losses = [[line.get("train_loss") or line["val_loss"] for line in of_run] for of_run in lines]
-        assert losses[0] == losses[1] and len(losses[0]) == 6
+        assert len(losses[0]) == 6
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # trials beside fewer others round differently
 
 
 def read_lines(workdir):
