@@ -61,6 +61,8 @@ SMALLEST = {
     "devices": "2 devices$",
     "sweeps": "sweep early",
 }
+# Methods whose costs are counted: the others' take 15 s each.
+COUNTED = ("uni_ehr", "medfuse")
 # Commands that pages describe in words, or whose output they take as given.
 _IN_WORDS = f"""
 README.md: data_prep.synthetic --out=raw --stays={_STAYS}
@@ -104,6 +106,17 @@ def all_commands() -> list[Command]:
     return list(found.values())
 
 
+def first_of_each_kind(commands: list[Command]) -> set[Command]:
+    """Return the commands of the README, and of the others the first of each module, config file and method.
+
+    Those left differ from one of these in values that other tests cover.
+    """
+    kinds = {}
+    for command in commands:
+        kinds.setdefault((command.module, command.value("config"), command.value("config.method")), command)
+    return {*kinds.values(), *(command for command in commands if command.where == "README.md")}
+
+
 def as_run(command: Command) -> Command:
     """Return the command with placeholders filled in and flags for size."""
     filled = _PLACEHOLDERS | {"--out=DIR": f"--out={_OUT.get(command.module)}"}
@@ -116,6 +129,7 @@ def as_run(command: Command) -> Command:
         "medfuse_jax.torch_import": lambda command: _SIZES if command.value("config") else (),
         "medfuse_jax.bench": _for_bench,
         "medfuse_jax.bench.compiled": _for_compiled,
+        "medfuse_jax.bench.flops": lambda command: [f"--methods={','.join(COUNTED)}"],
         "medfuse_jax.paper": _for_paper,
         "data_prep.bench": lambda command: ("--copies=8", "--repeats=1"),
     }.get(command.module, lambda command: ())
@@ -265,16 +279,17 @@ class Workspace:
 
     @staticmethod
     def _copy(target: Path) -> None:
-        """Copy what commands read. Tables that commands write are blanked, to show that they are written."""
+        """Copy what commands read. Numbers in tables that commands write become 0, to show that they are written."""
         for name in ("medfuse_jax", "data_prep", "configs", "docs", "jobs", "results"):
             shutil.copytree(documented.ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in documented.ROOT.glob("*.md"):
             if path.name != "BENCHMARKS.md":
                 shutil.copy(path, target)
+        generated = re.compile(r"(<!-- made by [^>]* -->\n)(.*?<!-- end -->)", re.S)
+        number = re.compile(r"(?<!\w)[\d,.]*\d(?!\w)")  # not those in names
         for name in ("methods.md", "performance.md"):
             page = target / "docs" / name
-            generated = re.compile(r"(<!-- made by [^>]* -->\n).*?(<!-- end -->)", re.S)
-            blanked, count = generated.subn(r"\1blank\n\2", page.read_text())
+            blanked, count = generated.subn(lambda found: found[1] + number.sub("0", found[2]), page.read_text())
             assert count == 1, name
             page.write_text(blanked)
         (target / _WITHOUT_TORCH).mkdir()

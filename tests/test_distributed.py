@@ -83,7 +83,7 @@ def alone(config, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the signal's test compares two processes and four with one, too
 @pytest.mark.parametrize(("num_processes", "before"), [(4, "pass"), (2, _DIVIDED)])
 def test_several_processes_train_what_one_does(config, alone, tmp_path, num_processes, before):
     printed = _train(config, tmp_path / "run", num_processes, before)
@@ -109,7 +109,7 @@ def test_a_signal_to_one_process_saves_and_ends_all_and_the_command_resumes(conf
     _assert_same(tmp_path / "run", alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_process_that_dies_ends_the_others(config, tmp_path):
     running = _start(config, tmp_path / "run", 2)
     while not (tmp_path / "run" / "metrics.jsonl").exists():

@@ -1,12 +1,13 @@
 """The cost of each method: its parameters, and the floating-point operations of training.
 
-    python -m medfuse_jax.bench.flops [--write=docs/methods.md]
+    python -m medfuse_jax.bench.flops [--write=docs/methods.md] [--methods=NAME,...]
 
-Prints the table of docs/methods.md, or writes it there.
+Prints the table of docs/methods.md, or writes it there. With --methods, only those rows are counted and written.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,28 +20,37 @@ from medfuse_jax.models import registry
 from medfuse_jax.models.model import variable_shapes
 from medfuse_jax.optim import adam
 from medfuse_jax.runtime import command_line, files
+from medfuse_jax.runtime.errors import check_choice
 
 STAY_STEPS = 24  # time steps of the table's stay: 48 h at 2 h a step
 BEGIN, END = "<!-- made by python -m medfuse_jax.bench.flops --write=docs/methods.md -->", "<!-- end -->"
 
 
-def table() -> str:
-    """Return the Markdown table, one row per method."""
-    lines = [
-        "| method | needs | reads | parameters | MFLOP a time step | GFLOP an X-ray | GFLOP a paired stay |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    for method, row in registry.METHODS.items():
-        model_class = row.model_class
-        reads = [name for name, used in (("EHR", model_class.uses_ehr), ("X-ray", model_class.uses_cxr)) if used]
-        needs = {(): "either", ("ehr",): "EHR", ("cxr",): "X-ray"}[model_class.needs]
-        counted = training_flops(method)
-        stay = STAY_STEPS * counted["time_step"] + counted["cxr"]
-        lines.append(
-            f"| `{method}` | {needs if len(reads) > 1 else reads[0]} | {' + '.join(reads)} | {num_params(method):,} "
-            f"| {counted['time_step'] / 1e6:.2f} | {counted['cxr'] / 1e9:.2f} | {stay / 1e9:.2f} |"
-        )
-    return "\n".join(lines)
+_HEADER = """\
+| method | needs | reads | parameters | MFLOP a time step | GFLOP an X-ray | GFLOP a paired stay |
+|---|---|---|---:|---:|---:|---:|"""
+
+
+def table(methods: Sequence[str] = (), known: str = "") -> str:
+    """Return the Markdown table, one row per method.
+
+    methods: those to count; by default all. known: an earlier table, which has the rows of the others.
+    """
+    rows = {line.split("`")[1]: line for line in known.splitlines() if line.startswith("| `")}
+    rows |= {method: _table_row(method) for method in methods or registry.METHODS}
+    return "\n".join([_HEADER, *(rows[method] for method in registry.METHODS if method in rows)])
+
+
+def _table_row(method: str) -> str:
+    model_class = registry.METHODS[method].model_class
+    reads = [name for name, used in (("EHR", model_class.uses_ehr), ("X-ray", model_class.uses_cxr)) if used]
+    needs = {(): "either", ("ehr",): "EHR", ("cxr",): "X-ray"}[model_class.needs]
+    counted = training_flops(method)
+    stay = STAY_STEPS * counted["time_step"] + counted["cxr"]
+    return (
+        f"| `{method}` | {needs if len(reads) > 1 else reads[0]} | {' + '.join(reads)} | {num_params(method):,} "
+        f"| {counted['time_step'] / 1e6:.2f} | {counted['cxr'] / 1e9:.2f} | {stay / 1e9:.2f} |"
+    )
 
 
 def num_params(method: str) -> int:
@@ -130,20 +140,25 @@ def _batch(num_labels: int, rows: int, has_cxr: bool, num_steps: int) -> dict:
     return batch
 
 
-def write(path: Path) -> None:
-    """Write the table into a page, between its marks."""
+def write(path: Path, methods: Sequence[str] = ()) -> None:
+    """Write the table, or only the rows of these methods, into a page, between its marks."""
     with files.must_write(f"--write={path}"):
         before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-        files.write_text(path, f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+        known, _, after = rest.partition(END)
+        files.write_text(path, f"{before}{BEGIN}\n{table(methods, known)}\n{END}{after}")
 
 
 def main(argv: list[str]) -> None:
-    if flags.FLAGS.write:
-        write(Path(flags.FLAGS.write))
+    given = flags.FLAGS
+    for method in given.methods:
+        check_choice("--methods", method, registry.METHODS)
+    if given.write:
+        write(Path(given.write), given.methods)
     else:
-        print(table())
+        print(table(given.methods))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("write", "", "Page to write the table into, such as docs/methods.md.")
+    flags.DEFINE_list("methods", [], "Methods to count; by default all.")
     command_line.run(main)

@@ -42,10 +42,17 @@ def test_table_shows_the_lstm_flops_of_trained_and_of_frozen_encoders():
 
 
 def test_table_is_written_between_its_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(flops, "table", lambda: "new")
+    monkeypatch.setattr(flops, "table", lambda methods, known: "new")
     (tmp_path / "page.md").write_text(f"before\n{flops.BEGIN}\nold\n{flops.END}\nafter\n")
     flops.write(tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == f"before\n{flops.BEGIN}\nnew\n{flops.END}\nafter\n"
+
+
+def test_only_the_rows_of_given_methods_are_counted(monkeypatch):
+    monkeypatch.setattr(flops, "_table_row", lambda method: f"| `{method}` | new |")
+    known = "| method |\n|---|\n| `early` | known |\n| `uni_ehr` | known |"
+    assert flops.table(["uni_ehr"], known).splitlines()[2:] == ["| `uni_ehr` | new |", "| `early` | known |"]
+    assert "known" not in flops.table([], known)
 
 
 def test_page_shows_how_to_train_every_method_except_those_chosen_by_validation():

@@ -64,7 +64,7 @@ def _owners_of_saved(workdir):
     return owners
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_rounds_use_the_results_of_all_processes(tmp_path, shards):
     pytest.importorskip("optuna")
     flags = ["--algorithm=optuna", "--round=2", "--seed=5"]
@@ -75,7 +75,7 @@ def test_rounds_use_the_results_of_all_processes(tmp_path, shards):
     assert table(tmp_path / "alone") == table(tmp_path / "rounds")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_export_trials_on_encoders_that_either_trained(tmp_path, shards):
     fields = PRETRAINED | {"method": "early"}
     outputs(start_together(2, tmp_path, shards, "frozen", "--export=0,1", num_epochs=1, trials=2, fields=fields))
@@ -95,7 +95,7 @@ def test_the_command_passes_its_flags_on(tmp_path, shards):
     assert f"--export=1: written to {tmp_path / 'swept' / 'trials' / '001' / 'checkpoints'}" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_stopped_in_pretraining_resumes(tmp_path, shards):
     """SIGTERM within each stage, then two processes to the end; the table is that of an uninterrupted sweep."""
     settings = {"num_epochs": 1, "trials": 2, "fields": PRETRAINED}
@@ -117,7 +117,7 @@ def test_a_sweep_stopped_in_pretraining_resumes(tmp_path, shards):
         assert [log.count('"val"') for log in logs] == [12, 12]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_killed_three_times_gives_the_same_table(tmp_path, shards):
     """SIGKILL at three moments of the training, recognised by the files written."""
     run(command(tmp_path, shards, "whole", num_epochs=12))
