@@ -129,6 +129,18 @@ def test_a_stage_keeps_what_it_does_not_change():
     assert not stage.pretrain
 
 
+def test_a_stage_of_another_kind_of_task_ignores_how_hours_are_weighted():
+    config = _load(_ROOT / "configs" / "decompensation.py").get_config()
+    config.loss.weighting = "stay"
+    config.pretrain = {"cxr": config_lib.pretraining(method="uni_cxr", task="radiology")}
+    config.pretrain.ehr = config_lib.pretraining(method="uni_ehr")
+    config_lib.validate(config)
+    assert [config_lib.stage(config, name).loss.weighting for name in ("cxr", "ehr")] == ["hour", "stay"]
+    config.pretrain.cxr.loss.weighting = "stay"
+    with refused(field="config.pretrain.cxr.loss.weighting", value="stay"):
+        config_lib.validate(config)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "nearest"),
     [
@@ -164,6 +176,7 @@ def test_a_stage_keeps_what_it_does_not_change():
         ("loss.align", -1.0, ""),
         ("loss.align", 0.1, ""),
         ("loss.cxr_only", 0.0, ""),
+        ("loss.weighting", "stay", ""),
         ("pretrain", 5, ""),
         ("pretrain.ehr", 5, ""),
         ("data", 5, ""),

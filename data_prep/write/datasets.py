@@ -66,8 +66,14 @@ def images_by_stay(stays: pl.DataFrame, pairs: pl.DataFrame) -> dict[int, list[t
     )
     images_of: dict[int, list] = {}
     for stay_id, dicom_id, cxr_time_h in timed.select("stay_id", "dicom_id", "cxr_time_h").iter_rows():
-        images_of.setdefault(stay_id, []).append((dicom_id, np.float32(cxr_time_h)))
+        images_of.setdefault(stay_id, []).append((dicom_id, _stored_time(cxr_time_h)))
     return images_of
+
+
+def _stored_time(time_h: float) -> np.float32:
+    """Return a time as records store it: after any whole hour, at which predictions are made, that it is after."""
+    stored_h = np.float32(time_h)
+    return np.nextafter(stored_h, np.float32(np.inf)) if stored_h == np.floor(time_h) < time_h else stored_h
 
 
 def image_dataset(

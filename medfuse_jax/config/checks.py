@@ -132,6 +132,14 @@ def _check_method(config: ConfigDict) -> None:
         loading.load(model.modalities)
     if schema.TASKS[config.task].hourly:
         _check_causal(config)
+    elif config.loss.weighting != FIELDS["loss.weighting"].default:
+        hourly = " or ".join(name for name, task in schema.TASKS.items() if task.hourly)
+        raise UserError(
+            f"config.loss.weighting is {config.loss.weighting!r}, which the task {config.task!r} does not read: leave "
+            f"it out, or use {hourly}",
+            field="config.loss.weighting",
+            value=config.loss.weighting,
+        )
     for name, weight in config.loss.items():
         if (
             name != "weighting"

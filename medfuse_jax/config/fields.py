@@ -213,7 +213,10 @@ def stage(config: ConfigDict, name: str) -> ConfigDict:
     derived = config.copy_and_resolve_references()
     derived.pretrain = ConfigDict()
     derived.update_from_flattened_dict({n: FIELDS[n].default for n in names(fusion_only=True)})
-    derived.update_from_flattened_dict(dict(flatten(set_fields(config.pretrain[name]))))
+    given = dict(flatten(set_fields(config.pretrain[name])))
+    derived.update_from_flattened_dict(given)
+    if not schema.TASKS[derived.task].hourly and "loss.weighting" not in given:
+        derived.loss.weighting = FIELDS["loss.weighting"].default  # of an hourly fusion run
     derived.name = f"{config.name}_pretrain_{name}"
     return derived
 

@@ -6,7 +6,6 @@ folders inside its workdir.
 
 import dataclasses
 import datetime
-import json
 import math
 import numbers
 import os
@@ -195,18 +194,17 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[dict[int, dict], dic
     """Return the train and the val lines of metrics.jsonl, by epoch."""
     phases, damaged = {"train": {}, "val": {}}, []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = files.read_json_lines(path)
     except OSError as error:
         if path.exists():
             problems.append(f"{path} cannot be read ({error.strerror})")
         return {}, {}
-    for i, text in enumerate(lines, start=1):
+    for i, line in enumerate(lines, start=1):
         try:
-            line = json.loads(text)
             phases[line["phase"]][int(line["epoch"])] = line
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):  # also of None, a damaged line
             damaged.append(i)
-    if damaged and damaged != [len(lines)]:  # an unfinished run may still be writing the last line
+    if damaged:
         problems.append(f"{path}: dropped damaged lines ({len(damaged)}, the first is line {damaged[0]})")
     return phases["train"], phases["val"]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -78,7 +79,8 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
         return
     step = int(state.step)
     if step in manager.all_steps():  # saved before a signal kept it from being validated
-        manager.delete(step)
+        _replace_note(Path(manager.directory), step, progress, is_best)
+        return
     if jax.process_count() > 1:  # orbax refuses one process's device arrays, and writes host arrays in process 0 only
         state = jax.device_get(state)
     note = {"step": step, "is_best": is_best, "state_sha256": _digest(state), "progress": dataclasses.asdict(progress)}
@@ -87,6 +89,12 @@ def save(manager: ocp.CheckpointManager, state, progress: Progress, is_best: boo
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(files.sealed(note))),
         force=True,
     )
+
+
+def _replace_note(folder: Path, step: int, progress: Progress, is_best: bool) -> None:
+    """Write what validation has found into the note of a checkpoint whose state is the same, at once."""
+    note = _note(folder, step) | {"is_best": is_best, "progress": dataclasses.asdict(progress)}
+    files.write_json(_note_path(folder, step), files.sealed(note))
 
 
 def resume(manager: ocp.CheckpointManager, state) -> tuple[Any, Progress] | None:
@@ -219,7 +227,9 @@ def _restore(manager: ocp.CheckpointManager, step: int, state) -> tuple[Any, Pro
         restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
         if _digest(restored) != note["state_sha256"]:
             raise ValueError("its content is not what was saved")
-    return restored, _progress(note)
+    progress = _progress(note)
+    # The saved one is older if the note was replaced.
+    return restored.replace(learning_rate=jnp.asarray(progress.learning_rate, jnp.float32)), progress
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The log of a run: metrics.jsonl, TensorBoard events, and a progress bar (one line per epoch without a terminal)."""
 
-import json
 import math
 import sys
 import time
@@ -51,7 +50,7 @@ class RunLog:
         line = {"phase": phase, "epoch": epoch, "step": step, **finite}
         line["time_s"] = round(time.perf_counter() - self._start_s, 3)
         with self._path.open("a") as file:  # opened for each line: a sweep logs hundreds of runs
-            file.write(json.dumps(line) + "\n")
+            file.write(files.json_line(line))
         if self._events:
             self._events.write({f"{phase}/{key}": value for key, value in values.items()}, step)
 
@@ -101,14 +100,11 @@ class _Events:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep only the readable lines up to `step`. A kill or a full disk can leave a partial line."""
+    """Keep only the lines up to `step`; say how many of them are damaged, which are dropped too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    files.write_text(path, "".join(kept))
+    lines = files.read_json_lines(path)
+    kept = [line for line in lines if line and isinstance(line.get("step"), int) and line["step"] <= step]
+    if damaged := lines.count(None):
+        print(f"warning: {path}: dropped damaged lines ({damaged}, the first is line {lines.index(None) + 1})")
+    files.write_text(path, "".join(map(files.json_line, kept)))

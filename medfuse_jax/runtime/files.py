@@ -22,6 +22,7 @@ from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full
 
 # What reading raises for .npz files that are truncated, have changed bytes or lack an array.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
+_LINE_SEAL = 8  # characters: enough against damage
 _TRUSTED = (0,)  # users whose code needs no warning: root
 # Error numbers of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -134,6 +135,31 @@ def read_json(path: Path, what_to_do: str, kind: type = dict, must_be_sealed: bo
     if (must_be_sealed or "seal" in content) and content.get("seal") != seal(content):
         raise UserError(f"{path} was changed after it was written: {what_to_do}", path=path)
     return {name: value for name, value in content.items() if name != "seal"}
+
+
+def json_line(content: dict) -> str:
+    """Return a line of a file of JSON objects, with its own short seal, which `read_json_lines` checks and removes."""
+    return json.dumps(content | {"seal": seal(content)[:_LINE_SEAL]}) + "\n"
+
+
+def read_json_lines(path: Path) -> list[dict | None]:
+    """Return the objects of a file with one a line, None for a damaged line; raise OSError if it cannot be read.
+
+    A last line without its end is being written, or was when its process ended: it is left out.
+    """
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_line(text) for text in lines]
+
+
+def _line(text: str) -> dict | None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    given = content.pop("seal", None)  # lines of earlier versions have none
+    return content if given in (None, seal(content)[:_LINE_SEAL]) else None
 
 
 @contextlib.contextmanager

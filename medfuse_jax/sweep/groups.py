@@ -253,9 +253,11 @@ def _train_wave(sweep: Sweep, program: Program, trials: list[Trial], costs: Cost
                     t.progress.add(t.losses)
                     t.store.save(t.state, t.progress, is_best=t.progress.best_epoch * steps_per_epoch == t.step)
             if watchdog.received():
-                for t in current:
+                saved = [t for t in current if not t.failure]
+                for t in saved:
                     t.store.wait()
-                raise watchdog.Stopped(f"{len(current)} trials are saved at step {current[0].step}")
+                trials_are = "1 trial is" if len(saved) == 1 else f"{len(saved)} trials are"
+                raise watchdog.Stopped(f"{trials_are} saved at step {current[0].step}")
             running = _share(sweep, _record_ended(sweep, running))
             if running and _devices(sweep, [t.trial for t in running]) != devices:
                 return  # to resume with several devices for each

@@ -4,10 +4,10 @@ A trial is compared with those that are as far when it gets there. So if several
 trials may be pruned than on one host. The paper's protocol prunes none.
 """
 
-import json
 import statistics
 from pathlib import Path
 
+from medfuse_jax.runtime import files
 from medfuse_jax.sweep import results
 
 NONE, MEDIAN, ASHA = "none", "median", "asha"
@@ -23,12 +23,8 @@ def read(workdir: Path) -> dict[int, dict[int, float]]:
 
 def _best_so_far(path: Path) -> dict[int, float]:
     best, by_epoch = 0.0, {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            logged = json.loads(line)
-        except ValueError:  # half written, by another host
-            continue
-        if logged.get("phase") == "val":
+    for logged in files.read_json_lines(path):
+        if logged and logged.get("phase") == "val":
             best = max(best, logged.get("val_kappa", logged["val_auroc"]) or 0.0)  # what selects the model
             by_epoch[logged["epoch"]] = best
     return by_epoch

@@ -55,6 +55,8 @@ class FileStore:
         """Return (state, progress), of the file before, with a line that says so, if state.npz is damaged or gone."""
         intact, damage = {}, None
         for path in (self._path, self._previous):
+            if intact and not self._is_later(self._previous, intact[self._path][1]):
+                break  # the usual case: only the progress of the other is read
             try:
                 intact |= {path: found} if (found := self._read(path, "latest", abstract)) else {}
             except UserError as error:
@@ -63,7 +65,7 @@ class FileStore:
             raise damage
         if not intact:
             return None
-        path = max(intact, key=lambda path: (intact[path][1].epoch, intact[path][1].num_steps))
+        path = max(intact, key=lambda path: _reached(intact[path][1]))
         state, progress, self._best = intact[path]
         if path == self._previous:
             print(f"warning: {self._path} is damaged or gone: the trial goes on from {path}", flush=True)
@@ -89,6 +91,14 @@ class FileStore:
     def close(self) -> None:
         pass
 
+    def _is_later(self, path: Path, than: Progress) -> bool:
+        """Return whether a file, such as one that was swapped, holds a later state; False if that cannot be read."""
+        try:
+            with np.load(path) as stored:
+                return _reached(Progress(**json.loads(str(stored["latest/progress"])))) > _reached(than)
+        except (*files.DAMAGED_NPZ, TypeError):
+            return False
+
     def _read(self, path: Path, which: str, abstract) -> tuple | None:
         """Return (state, progress, the entries of the best); None if there is no file."""
         try:
@@ -113,6 +123,10 @@ def open_store(workdir: Path, is_frozen: bool) -> CheckpointStore | FileStore:
     files.remove_unfinished(workdir / "state.npz")
     has_file = any((workdir / name).exists() for name in ("state.npz", PREVIOUS))
     return FileStore(workdir) if is_frozen or has_file else CheckpointStore(workdir)
+
+
+def _reached(progress: Progress) -> tuple[int, int]:
+    return progress.epoch, progress.num_steps
 
 
 def _leaf(leaves: dict[str, np.ndarray], path, expected) -> np.ndarray:

@@ -9,6 +9,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -161,22 +162,27 @@ def _phase(attacked: Attacked, out: Path) -> str:
     return "training" if any(out.rglob("metrics.jsonl")) else "opening"
 
 
+def shards(folder: Path) -> Path:
+    """Build a synthetic cohort in the folder, unless it is there; return its shards."""
+    raw, built = folder / "raw", folder / "shards"
+    if not built.exists():
+        for command in (["data_prep.synthetic", f"--out={raw}", "--stays=400"], of_build(raw).arguments(built)):
+            subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
+    return built
+
+
 def commands(folder: Path, num_epochs: int, method: str) -> dict[str, Callable[[], Attacked]]:
     """Return the commands by name, to be made when they are needed; build what they read in the folder."""
-    raw, shards = folder / "raw", folder / "shards"
-    (folder / "swept").mkdir(parents=True, exist_ok=True)
-    if not shards.exists():
-        cohort = ["data_prep.synthetic", f"--out={raw}", "--stays=400"]
-        for command in (cohort, of_build(raw).arguments(shards)):
-            subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
+    raw, built = folder / "raw", shards(folder)
+    (folder / "swept").mkdir(exist_ok=True)
     # Streamed, so that the reader's threads are attacked too.
     fields: dict = {"method": method, "placement": "stream", "early_stop_epochs": 100}
     if method != "uni_ehr":
         fields["pretrain"] = {"cxr": {"method": "uni_cxr", "task": "radiology", "num_epochs": 2}}
     return {
         "build": lambda: of_build(raw),
-        "main": lambda: of_main(write_config(folder, shards, num_epochs, fields)),
-        "sweep": lambda: of_sweep(write_config(folder / "swept", shards, num_epochs, {"early_stop_epochs": 100})),
+        "main": lambda: of_main(write_config(folder, built, num_epochs, fields)),
+        "sweep": lambda: of_sweep(write_config(folder / "swept", built, num_epochs, {"early_stop_epochs": 100})),
     }
 
 
@@ -189,6 +195,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--method", default="medfuse", help="of the run: uni_ehr is the fastest")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore it
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start then compiles nothing
     attacked, names = commands(given.dir, given.epochs, given.method), given.commands.split(",")
     for name in names:
         counts = attack(attacked[name](), given.dir / name, given.signals // len(names), given.seed)

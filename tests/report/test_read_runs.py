@@ -37,7 +37,7 @@ def test_a_run_that_failed_in_its_first_epoch_is_in_the_report(tmp_path):
 def test_damaged_files_are_reported_and_ignored(tmp_path):
     folder = unfinished(tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    (folder / "metrics.jsonl").write_text("\n".join([lines[0], "damaged", *lines[1:], "[1]"]))
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], "damaged", *lines[1:], "[1]", "half a li"]))
     (folder / "config.json").write_text("{")
     (folder / "result.json").write_text('{"subsets": {"all": {"auroc": [0.5]}}, "labels": ["a"], "comparisons": []}')
     (folder / "predictions_test.npz").write_bytes(b"PK\x03\x04 damaged")

@@ -24,10 +24,12 @@ NAN = float("nan")
 class State:
     step: jnp.ndarray
     w: jnp.ndarray
+    learning_rate: jnp.ndarray
 
 
 def _state(step):
-    return State(jnp.asarray(step), jnp.full((64, 64), float(step)))
+    w = step + jnp.arange(64.0 * 64).reshape(64, 64) / 7  # not compressible: the largest file is the one with it
+    return State(jnp.asarray(step), w, jnp.float32(1))
 
 
 def _save_run(workdir, aurocs):
@@ -69,6 +71,31 @@ def test_checkpoint_within_an_epoch_is_the_latest_and_never_the_best(tmp_path):
         manager.wait_until_finished()
         assert int(checkpoints.resume(manager, _state(0))[0].step) == 2
     assert int(checkpoints.restore_best(tmp_path, _state(0)).step) == 1
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_kill_while_a_late_validation_is_saved_costs_nothing(tmp_path, monkeypatch, is_killed, epochs):
+    """A signal has saved the last epoch's state before its validation, which now halves the learning rate."""
+    _save_run(tmp_path, (0.6, 0.7, 0.65)[: epochs - 1])
+    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
+        progress = checkpoints.resume(manager, _state(0))[1] if epochs > 1 else Progress(learning_rate=1.0)
+        checkpoints.save(manager, _state(epochs), progress, is_best=False)
+    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
+        state, progress = checkpoints.resume(manager, _state(0))
+        is_best = progress.update(epochs, 2.0, 0.8, plateau_epochs=-1 if epochs == 1 else 0)
+        monkeypatch.setattr(Path, "replace", _be_killed if is_killed else Path.replace)
+        with pytest.raises(KeyboardInterrupt) if is_killed else contextlib.nullcontext():
+            checkpoints.save(manager, state.replace(learning_rate=jnp.float32(0.5)), progress, is_best)
+        monkeypatch.undo()
+    state, found = _resume(tmp_path)
+    assert int(state.step) == epochs and float(state.learning_rate) == found.learning_rate == (1 if is_killed else 0.5)
+    assert found.epoch == (epochs - 1 if is_killed else epochs)
+    assert int(checkpoints.restore_best(tmp_path, _state(0)).step) == (2 if is_killed and epochs > 1 else epochs)
+
+
+def _be_killed(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

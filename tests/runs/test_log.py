@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from medfuse_jax.runs.log import RunLog
+from medfuse_jax.runtime import files
 
 
 def _lines(folder):
@@ -59,6 +60,20 @@ def test_resume_drops_damaged_lines_atomically(tmp_path, monkeypatch):
     assert path.read_bytes() == content
     RunLog(tmp_path, "run", num_steps=10, resume_step=3, quiet=True).close()
     assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
+
+
+def test_a_changed_number_is_noticed(tmp_path, capsys):
+    log = RunLog(tmp_path, "run", num_steps=10, quiet=True)
+    for step in (1, 2, 3):
+        log.write("val", step, step, val_auroc=0.625)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1].replace("0.625", "0.725") + lines[2])
+    assert [line and line["step"] for line in files.read_json_lines(path)] == [1, None, 3]
+    RunLog(tmp_path, "run", num_steps=10, resume_step=3, quiet=True)
+    assert [line["step"] for line in files.read_json_lines(path)] == [1, 3]
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and f"{path}: dropped damaged lines (1, the first is line 2)" in printed
 
 
 def test_quiet_logs_hold_no_open_file_and_no_thread(tmp_path):

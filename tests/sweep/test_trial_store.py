@@ -13,6 +13,7 @@ from sweep_cases import RATES, sweep
 
 from medfuse_jax import evaluate, step
 from medfuse_jax.runs.progress import Progress
+from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results, trial_store
 
@@ -130,25 +131,36 @@ def test_a_file_without_an_entry_is_refused(tmp_path, change, problem):
     assert error.value.path == tmp_path / "state.npz" and "\n" not in str(error.value)
 
 
+def _small_state(value):
+    return step.TrainState(np.int32(value), {"w": np.full(9, value, np.float32)}, {}, {}, np.float32(0.1))
+
+
+def _save_epochs(store, epochs):
+    for epoch in epochs:
+        progress = Progress(epoch=epoch, learning_rate=0.1, best_auroc=0.6, best_epoch=1)
+        store.save(_small_state(epoch), progress, is_best=epoch == 1)
+
+
 @pytest.mark.parametrize("spoil", [damage.cut, damage.flip, lambda path: path.unlink()])
 def test_a_damaged_file_costs_one_save(tmp_path, capsys, spoil):
-    def state(value):
-        return step.TrainState(np.int32(value), {"w": np.full(9, value, np.float32)}, {}, {}, np.float32(0.1))
-
-    def save(store, epoch, is_best):
-        progress = Progress(epoch=epoch, learning_rate=0.1, best_auroc=0.6, best_epoch=1)
-        store.save(state(epoch), progress, is_best)
-
-    store = trial_store.FileStore(tmp_path)
-    for epoch in (1, 2, 3):
-        save(store, epoch, epoch == 1)
+    _save_epochs(trial_store.FileStore(tmp_path), (1, 2, 3))
     spoil(tmp_path / "state.npz")
     resumed = trial_store.FileStore(tmp_path)
-    found, progress = resumed.latest(state(0))
+    found, progress = resumed.latest(_small_state(0))
     assert int(found.step) == progress.epoch == 2 and capsys.readouterr().out.count("\n") == 1
-    save(resumed, 3, False)
-    assert int(resumed.latest(state(0))[0].step) == 3 and int(resumed.best(state(0))[0].step) == 1
+    _save_epochs(resumed, (3,))
+    assert int(resumed.latest(_small_state(0))[0].step) == 3 and int(resumed.best(_small_state(0))[0].step) == 1
     assert capsys.readouterr().out == ""
+
+
+def test_the_file_before_is_read_only_if_it_is_needed(tmp_path, monkeypatch):
+    _save_epochs(trial_store.FileStore(tmp_path), (1, 2))
+    read, read_whole = [], files.open_npz
+    monkeypatch.setattr(files, "open_npz", lambda path: read.append(path.name) or read_whole(path))
+    assert trial_store.FileStore(tmp_path).latest(_small_state(0))[1].epoch == 2 and read == ["state.npz"]
+    for old, new in (("state.npz", "swap"), (trial_store.PREVIOUS, "state.npz"), ("swap", trial_store.PREVIOUS)):
+        (tmp_path / old).rename(tmp_path / new)
+    assert trial_store.FileStore(tmp_path).latest(_small_state(0))[1].epoch == 2 and trial_store.PREVIOUS in read
 
 
 def test_a_file_stores_the_latest_and_the_best_state(tmp_path):

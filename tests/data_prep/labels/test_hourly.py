@@ -1,11 +1,15 @@
 """Hourly labels: their times and values, and what their records contain."""
 
+import datetime
+
 import numpy as np
+import polars as pl
 import pytest
 from build_cases import assert_same_as_tfds
 from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
+from data_prep.write import datasets
 from medfuse_jax import records, schema
 
 HEART_RATE = 220045
@@ -85,6 +89,16 @@ def test_records_have_all_images_of_the_stay_with_their_times(built):
     assert record["dicom_id"].split(" ") == ["image-0000-00", "image-0000-01"]
     assert record["images"].shape == (2, 256, 256) and record["image"] is None and record["has_cxr"]
     assert _records(built, "decompensation")[1]["images"].shape == (0, 256, 256)
+
+
+def test_an_x_ray_is_unknown_at_an_hour_just_before_it():
+    """Its time is stored in float32, which cannot tell 300 h and 0.05 s from 300 h."""
+    intime, hours, after_ms = datetime.datetime(2150, 1, 1), (0, 1, 300, 2047), (-50, 0, 1, 50, 500)
+    times = [intime + datetime.timedelta(hours=h, milliseconds=ms) for h in hours for ms in after_ms]
+    pairs = pl.DataFrame({"stay_id": 1, "dicom_id": list(map(str, times)), "cxr_time": times})
+    images = datasets.images_by_stay(pl.DataFrame({"stay_id": 1, "intime": intime}), pairs)[1]
+    known = [time_h <= h for (_, time_h), h in zip(images, np.repeat(np.float32(hours), len(after_ms)), strict=True)]
+    assert known == [True, True, False, False, False] * len(hours)
 
 
 def test_the_index_is_positive_for_a_label_at_any_time(built):
