@@ -1,7 +1,6 @@
 """The training loop of one run, read from top to bottom."""
 
 import contextlib
-import dataclasses
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +14,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import feed as feed_lib
 from medfuse_jax import parallel, schema
 from medfuse_jax import run as run_lib
+from medfuse_jax.models.model import variable_shapes
 from medfuse_jax.models.recurrence import supported
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import predictions as predictions_lib
@@ -185,13 +185,20 @@ def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> 
 
 def _check_memory(run: run_lib.Run) -> None:
     """Raise UserError if the weights alone, with Adam's moments, exceed this machine's memory: XLA would abort."""
-    # No weight depends on the kernel, and this one can be traced on any device.
-    options = dataclasses.replace(run.options, model=run.options.model.clone(recurrence="chunks"))
-    state = dataclasses.replace(run, options=options).abstract_state()
-    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_state_shapes(run)))
     if num_bytes > (memory := hosts.memory_bytes()):
         what = f"{run.config.name}: the weights and Adam's moments take {num_bytes / 1e9:.0f} GB, and this machine has "
         raise UserError(f"{what}{memory / 1e9:.0f} GB: reduce the sizes in config.model", field="config.model")
+
+
+def _state_shapes(run: run_lib.Run):
+    """Return the shapes of the weights and Adam's moments, without another trace of the model where training needs it."""
+    if run.options.model.recurrence == "chunks":
+        return run.abstract_state()
+    # Other kernels can be traced on their own devices only; no weight depends on the kernel.
+    extra = {name: of["train"][:1] for name, of in run.dataset.extra.items()}
+    variables = variable_shapes(run.options.model.clone(recurrence="chunks"), extra)
+    return variables, variables["params"], variables["params"]
 
 
 def profiled_steps(run: run_lib.Run) -> tuple[int, int]:

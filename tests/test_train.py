@@ -1,6 +1,7 @@
 """Training: resumes exactly, starts from encoders, and refuses runs that cannot work."""
 
 import contextlib
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -117,7 +118,12 @@ def test_tracing_steps_beyond_the_last_is_refused(tiny_config, tmp_path):
 
 
 def test_weights_beyond_the_machines_memory_are_refused(ehr_config, monkeypatch):
+    """They are counted alike on a kernel that this machine cannot trace."""
     run = run_lib.open_run(ehr_config)
+    elsewhere = dataclasses.replace(run.options, model=run.options.model.clone(recurrence="cudnn"))
+    shapes = [train._state_shapes(r) for r in (run, dataclasses.replace(run, options=elsewhere))]
+    of_run, of_other = (sum(x.size for x in jax.tree.leaves(tree)) for tree in shapes)
+    assert of_run == pytest.approx(of_other, abs=10)
     train.preflight(run, {})
     monkeypatch.setattr(hosts, "memory_bytes", lambda: 10_000)
     with refused(field="config.model"):

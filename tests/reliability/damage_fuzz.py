@@ -127,7 +127,10 @@ def damage(root: Path, rng: random.Random) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """An undamaged run, with what its uses give. states: step -> the state and progress of each kept checkpoint."""
+    """An undamaged run, with what its uses give.
+
+    states: step -> the state and progress of each kept checkpoint. metrics: phase -> lines by epoch.
+    """
 
     folder: Path
     data_dir: Path
@@ -135,6 +138,7 @@ class Whole:
     abstract: object
     states: dict
     uses: dict
+    metrics: dict = dataclasses.field(default_factory=dict)
 
     @property
     def workdir(self) -> Path:
@@ -205,6 +209,8 @@ def _use_workdir(whole: Whole, folder: Path):
     assert page.startswith("<!DOCTYPE html>") or page.startswith("<!doctype html>"), "no page"
     if found.problems:
         raise UserError(found.problems[0], path=folder / "run")
+    for name, lines in (("train", found.train), ("val", found.val)):  # lost lines are not noticed, other ones are
+        assert lines.items() <= whole.metrics.setdefault(name, lines).items(), "other numbers in metrics.jsonl"
     run = sources.reopen(folder / "run", data_dir=str(whole.data_dir))
     step, progress = checkpoints.reached(folder / "run")
     return config_lib.flat(run.config), found.result, found.config.get("seed"), step, progress
