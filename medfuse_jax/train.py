@@ -192,7 +192,7 @@ def _check_memory(run: run_lib.Run) -> None:
 
 
 def _state_shapes(run: run_lib.Run):
-    """Return the shapes of the weights and Adam's moments, without another trace of the model where training needs it."""
+    """Return the shapes of the weights and Adam's moments. Training traces the model for the former of the two too."""
     if run.options.model.recurrence == "chunks":
         return run.abstract_state()
     # Other kernels can be traced on their own devices only; no weight depends on the kernel.
