@@ -192,9 +192,9 @@ def _check_memory(run: run_lib.Run) -> None:
 
 
 def _state_shapes(run: run_lib.Run):
-    """Return the shapes of the weights and Adam's moments. Training traces the model for the former of the two too."""
+    """Return the shapes of the weights and Adam's moments."""
     if run.options.model.recurrence == "chunks":
-        return run.abstract_state()
+        return run.abstract_state()  # which training asks for again: the model is traced once
     # Other kernels can be traced on their own devices only; no weight depends on the kernel.
     extra = {name: of["train"][:1] for name, of in run.dataset.extra.items()}
     variables = variable_shapes(run.options.model.clone(recurrence="chunks"), extra)

@@ -1,6 +1,6 @@
 """Run commands on disks that are too small for them, then on larger ones, and compare with undisturbed runs.
 
-    PYTHONPATH=.:tests python -m reliability.disks --sizes=10 --dir=DIR [--commands=build,main,sweep]
+    PYTHONPATH=.:tests python -m reliability.disks --sizes=10 --dir=DIR [--commands=build,main,report,cache,sweep]
 
 Mounts a tmpfs, which needs root. Prints one line a disk and, as JSON, what came of them: docs/reliability.md.
 """
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, default=10)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--commands", default="build,main,sweep")
+    parser.add_argument("--commands", default="build,main,report,cache,sweep")
     parser.add_argument("--method", default="medfuse", help="of the run: uni_ehr is the fastest")
     given = parser.parse_args()
     attacked = signals.commands(given.dir, 3, given.method)

@@ -29,11 +29,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclasses.dataclass(frozen=True)
 class Attacked:
-    """A command to attack. arguments: of a folder to write; content: what it has made there, to compare."""
+    """A command to attack. Of a folder to write, arguments: the command's; content: what it has made there, to compare.
+
+    environment: variables to change.
+    """
 
     name: str
     arguments: Callable[[Path], list[str]]
     content: Callable[[Path], dict]
+    environment: Callable[[Path], dict[str, str]] = lambda out: {}
 
 
 def of_build(raw: Path) -> Attacked:
@@ -72,6 +76,26 @@ def of_sweep(config: Path) -> Attacked:
 
     flags = [f"--config={config}", "--trials=2", "--lanes=1", "--search=lr:loguniform(1e-3,1e-2)"]
     return Attacked("sweep", lambda out: ["medfuse_jax.sweep", *flags, f"--workdir={out}"], content)
+
+
+def of_report(run: Path) -> Attacked:
+    """The report on a run."""
+
+    def content(out: Path) -> dict:
+        return {"page": (out / "index.html").read_text().partition("<footer>")[0]}  # which says when it was written
+
+    return Attacked("report", lambda out: ["medfuse_jax.report", f"--runs={run}", f"--out={out}"], content)
+
+
+def of_cache(config: Path) -> Attacked:
+    """A run that builds its cohort in the user's cache folder, where compiled programs are kept too."""
+    of_run = of_main(config)
+    return Attacked(
+        "cache",
+        lambda out: of_run.arguments(out / "run"),
+        lambda out: of_run.content(out / "run"),
+        lambda out: {"XDG_CACHE_HOME": str(out / "cache")},
+    )
 
 
 def attack(attacked: Attacked, folder: Path, num_signals: int, seed: int, say: Callable = print) -> dict[str, int]:
@@ -134,7 +158,8 @@ def run(attacked: Attacked, out: Path, log: Path | None = None) -> subprocess.Po
     out.parent.mkdir(parents=True, exist_ok=True)
     with (log or out.parent / "log").open("w") as file:
         command = [sys.executable, "-m", *attacked.arguments(out)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        environment = os.environ | attacked.environment(out)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def _send(process: subprocess.Popen, number: signal.Signals) -> tuple[int | None, float]:
@@ -172,9 +197,13 @@ def shards(folder: Path) -> Path:
 
 
 def commands(folder: Path, num_epochs: int, method: str) -> dict[str, Callable[[], Attacked]]:
-    """Return the commands by name, to be made when they are needed; build what they read in the folder."""
+    """Return the commands by name, to be made when they are needed; build what they read in the folder.
+
+    report: on the run that an attack on main has left, undisturbed.
+    """
     raw, built = folder / "raw", shards(folder)
-    (folder / "swept").mkdir(exist_ok=True)
+    for name in ("swept", "cached"):
+        (folder / name).mkdir(exist_ok=True)
     # Streamed, so that the reader's threads are attacked too.
     fields: dict = {"method": method, "placement": "stream", "early_stop_epochs": 100}
     if method != "uni_ehr":
@@ -182,6 +211,8 @@ def commands(folder: Path, num_epochs: int, method: str) -> dict[str, Callable[[
     return {
         "build": lambda: of_build(raw),
         "main": lambda: of_main(write_config(folder, built, num_epochs, fields)),
+        "report": lambda: of_report(folder / "main_disks" / "undisturbed"),
+        "cache": lambda: of_cache(write_config(folder / "cached", "", num_epochs, {"data": {"synthetic_stays": 60}})),
         "sweep": lambda: of_sweep(write_config(folder / "swept", built, num_epochs, {"early_stop_epochs": 100})),
     }
 
