@@ -173,7 +173,7 @@ def main() -> None:
     config = write_config(given.dir, shards, _ENDLESS, fields)
     least_s, most_s = map(float, given.between_s.split(","))
     result = {"seed": given.seed} | endure(config, given.dir, given.minutes, (least_s, most_s), given.seed)
-    text = json.dumps(result, indent=1)
+    text = json.dumps(result)
     print(text)
     if given.json:
         given.json.write_text(text + "\n")
