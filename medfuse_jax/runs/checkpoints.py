@@ -30,13 +30,15 @@ from medfuse_jax.runtime.errors import TryLater, UserError
 
 _HOW = "restore a copy, or rerun the command that trained it, which goes on from the previous checkpoint"
 _NOT_NOW = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)  # what may pass
+# Of orbax: about a temporary folder that the next save replaces, and at each epoch that is shorter than a save.
+_USELESS = ("Attempted to create temporary directory", "Waiting for previous save to complete took")
 IMPORT_NOTE = "import.json"  # says where imported weights came from; absent for a trained run
 
 
 def _is_useful(record: LogRecord) -> bool:
-    """Return False for orbax's messages about a full disk, or a temporary folder that the next save replaces."""
-    is_full = bool(record.exc_info) and errors.is_disk_full(record.exc_info[1])  # orbax raises it too
-    return not is_full and "Attempted to create temporary directory" not in record.getMessage()
+    """Return False for orbax's messages about a full disk, which it raises too, and for those of _USELESS."""
+    is_full = bool(record.exc_info) and errors.is_disk_full(record.exc_info[1])
+    return not is_full and not any(text in record.getMessage() for text in _USELESS)
 
 
 class _BestAndLatest(ocp.checkpoint_managers.PreservationPolicy):
