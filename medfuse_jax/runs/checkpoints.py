@@ -30,8 +30,13 @@ from medfuse_jax.runtime.errors import TryLater, UserError
 
 _HOW = "restore a copy, or rerun the command that trained it, which goes on from the previous checkpoint"
 _NOT_NOW = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)  # what may pass
-# Of orbax: about a temporary folder that the next save replaces, and at each epoch that is shorter than a save.
-_USELESS = ("Attempted to create temporary directory", "Waiting for previous save to complete took")
+# Of orbax: about a temporary folder that the next save replaces, at each epoch that is shorter than a save, and about a
+# damaged file that nothing needs.
+_USELESS = (
+    "Attempted to create temporary directory",
+    "Waiting for previous save to complete took",
+    "Failed to read Metadata file",
+)
 IMPORT_NOTE = "import.json"  # says where imported weights came from; absent for a trained run
 
 
