@@ -1,6 +1,6 @@
 """Losses: which classifiers a batch trains, on which rows.
 
-Shapes: B rows of the batch, P images, K labels, H trained heads. In an hourly task, [B] stands for [B, hours].
+Shapes: B rows of the batch, P images, K labels. In an hourly task, [B] stands for [B, hours].
 """
 
 import dataclasses
@@ -30,6 +30,24 @@ class Head:
 
 
 @dataclasses.dataclass(frozen=True)
+class Term:
+    """A loss that is not a classifier's, such as the distance between two features.
+
+    rows: computes its value for each row [B] from the model's outputs and the labels [B, K]. weight: the field of
+    `Weights` that it is multiplied by; 0 leaves it out. needs: the modalities that a row must have to count.
+    """
+
+    rows: Callable[[dict, jax.Array], jax.Array]
+    weight: str
+    needs: tuple[str, ...] = ()
+
+
+def output(name: str) -> Callable[[dict, jax.Array], jax.Array]:
+    """Return `rows` of a Term whose values are the model's output `name`."""
+    return lambda outputs, _: outputs[name]
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """The fields of config.loss: weights of the losses beside the main one, in the methods that have them.
 
@@ -38,15 +56,27 @@ class Weights:
 
     ehr_only: float
     cxr_only: float
+    shared_only: float
     align: float
+    divergence: float
+    orthogonal: float
+    ranking: float
+    distance: float
+    domain: float
     weighting: str = "hour"
     mean_hours: float = 1.0
 
 
 def objective(
-    heads: tuple[Head, ...], outputs: dict, batch: dict, weights: Weights, total: Callable, exclusive: bool = False
+    heads: tuple[Head, ...],
+    outputs: dict,
+    batch: dict,
+    weights: Weights,
+    total: Callable,
+    exclusive: bool = False,
+    terms: tuple[Term, ...] = (),
 ) -> jax.Array:
-    """Return the weighted sum of the losses of all heads that the batch has labels for, and of the alignment loss.
+    """Return the weighted sum of the losses of all heads that the batch has labels for, and of all terms.
 
     Each is a mean over the rows of the whole batch that train it, or 0 if there is none. total: a function that sums
     over devices, so that the devices' objectives, and their gradients, add up to the batch's. exclusive: see
@@ -62,18 +92,19 @@ def objective(
         # Not by the batch's own hours: batches hold stays of similar length, and every hour counts the same.
         return jnp.sum(loss_BH) / (num_stays * weights.mean_hours)
     present = present_rows(batch)
-    has_both_B = batch["valid"] & present["ehr"] & present["cxr"]
     trained = [head for head in heads if head.label in batch]
-    trains_HB = [functools.reduce(jnp.logical_and, [present[m] for m in h.needs], batch["valid"]) for h in trained]
+    added = [term for term in terms if getattr(weights, term.weight)]
+    needs = [head.needs for head in trained] + [term.needs for term in added]
+    trains = [functools.reduce(jnp.logical_and, [present[m] for m in each], batch["valid"]) for each in needs]
     # One sum over devices for all counts.
-    *num_rows_H, num_both = total(jnp.stack([jnp.sum(rows_B) for rows_B in (*trains_HB, has_both_B)]))
+    counts = total(jnp.stack([jnp.sum(rows_B) for rows_B in trains]))
     loss = jnp.zeros(())
-    for head, trains_B, num_rows in zip(trained, trains_HB, num_rows_H):
+    for head, trains_B, num_rows in zip(trained, trains, counts):
         weight = getattr(weights, head.weight) if head.weight else 1.0
         loss += weight * mean_bce(outputs[head.logits], batch[head.label], trains_B, num_rows)
-    if weights.align and "align_loss_rows" in outputs:
-        align_B = jnp.where(has_both_B, outputs["align_loss_rows"], 0.0)
-        loss += weights.align * jnp.sum(align_B) / jnp.maximum(num_both, 1)
+    for term, trains_B, num_rows in zip(added, trains[len(trained) :], counts[len(trained) :]):
+        values_B = jnp.where(trains_B, term.rows(outputs, batch["label"]), 0.0)
+        loss += getattr(weights, term.weight) * jnp.sum(values_B) / jnp.maximum(num_rows, 1)
     return loss
 
 

@@ -134,7 +134,8 @@ def train_step(
             rngs={"dropout": dropout_key},
         )
         total = functools.partial(_sum_over, axis=axis)
-        loss = losses.objective(model.heads, outputs, batch, options.weights, total, options.exclusive)
+        parts = (model.heads, outputs, batch, options.weights, total, options.exclusive, model.terms)
+        loss = losses.objective(*parts)
         return loss, updated.get("batch_stats", state.batch_stats)
 
     with matmul_precision(model.dtype):  # for the gradients; the model sets its own

@@ -257,7 +257,10 @@ def test_init_takes_a_whole_model_or_a_part_but_not_both():
     assert caught.value.field == "config.init.model"
 
 
-@pytest.mark.parametrize(("method", "loss"), [("mmtm3", "align"), ("mmtm4", "ehr_only"), ("unified", "cxr_only")])
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [("mmtm3", "align"), ("mmtm4", "ehr_only"), ("unified", "cxr_only"), ("drfuse", "ranking"), ("shaspec", "domain")],
+)
 def test_a_loss_weight_applies_to_methods_with_that_loss_but_not_to_their_stages(method, loss):
     config = _load(_ROOT / "configs" / "pheno.py").get_config()
     config.update_from_flattened_dict({"method": method, f"loss.{loss}": 0.5})

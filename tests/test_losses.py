@@ -49,6 +49,10 @@ _HEADS = (
     losses.Head("ehr_only", needs=("ehr",), weight="ehr_only"),
     losses.Head("cxr_only", needs=("cxr",), weight="cxr_only", label="cxr_label"),
 )
+_TERMS = (
+    losses.Term(losses.output("align_loss_rows"), "align", needs=("ehr", "cxr")),
+    losses.Term(lambda outputs, label_BK: outputs["align_loss_rows"] * label_BK.sum(1), "domain", needs=("cxr",)),
+)
 _OUTPUTS = {
     name: jnp.asarray(_RNG.normal(size=(6, k)).astype(np.float32)) for name, k in (("joint", 4), ("ehr_only", 4))
 }
@@ -101,11 +105,11 @@ def test_an_hourly_loss_is_a_mean_over_hours_or_stays(exclusive, weighting, weig
 
 
 def _weights(**changes):
-    return losses.Weights(**config_lib.section("loss", **changes))
+    return losses.Weights(**config_lib.section("loss", **{"domain": 0.0, **changes}))
 
 
 def _objective(batch, weights=_weights(), outputs=_OUTPUTS):  # noqa: B008
-    return losses.objective(_HEADS, outputs, batch, weights, total=lambda x: x)
+    return losses.objective(_HEADS, outputs, batch, weights, total=lambda x: x, terms=_TERMS)
 
 
 def _bce(name, labels, rows):
@@ -132,8 +136,17 @@ def test_the_alignment_loss_is_the_mean_over_the_rows_that_have_both():
     np.testing.assert_allclose(added, 0.1 * (1 + 4) / 2, rtol=1e-4)
 
 
+def test_a_term_may_read_the_labels_and_padding_changes_nothing():
+    weights, outputs = _weights(align=0.1, domain=0.2), {**_OUTPUTS}
+    outputs["align_loss_rows"] = outputs["align_loss_rows"].at[5].set(jnp.nan)  # the padded row
+    added = _objective(_STAYS, weights, outputs) - _objective(_STAYS)
+    of_cxr = np.array([1, 3, 4]) * _LABELS[[0, 2, 3]].sum(1)
+    np.testing.assert_allclose(added, 0.1 * 2.5 + 0.2 * of_cxr.mean(), rtol=1e-4)
+    assert abs(0.2 * (np.arange(1, 6) * _LABELS[:5].sum(1)).mean() - 0.2 * of_cxr.mean()) > 1e-3  # all rows for it
+
+
 def test_the_objectives_of_two_devices_add_up():
-    weights = _weights(align=0.3)
+    weights = _weights(align=0.3, domain=0.4)
     # rows 0-2 with the X-ray of row 0; rows 3-5 with that of row 3; each device counts its rows from 0
     batch = {name: _STAYS[name].reshape(2, 3, *_STAYS[name].shape[1:]) for name in ("valid", "length", "label")}
     batch["image_row"], batch["image_mask"] = np.zeros((2, 2), int), np.array([[True, False], [True, False]])
@@ -141,7 +154,7 @@ def test_the_objectives_of_two_devices_add_up():
 
     def of_device(total):
         def objective(batch, outputs):
-            return losses.objective(_HEADS, outputs, batch, weights, total)
+            return losses.objective(_HEADS, outputs, batch, weights, total, terms=_TERMS)
 
         return jax.vmap(objective, axis_name="device")(batch, outputs)
 
@@ -152,6 +165,7 @@ def test_the_objectives_of_two_devices_add_up():
 
 def test_a_head_without_usable_rows_gives_no_loss_and_no_gradient():
     batch = {**_STAYS, "image_mask": np.zeros(4, bool), "length": np.zeros(6, int)}
-    assert float(_objective(batch, _weights(align=1.0))) == pytest.approx(0.0, abs=0)
-    gradient = jax.grad(lambda outputs: _objective(batch, _weights(align=1.0), outputs))(_OUTPUTS)
+    weights = _weights(align=1.0, domain=1.0)
+    assert float(_objective(batch, weights)) == pytest.approx(0.0, abs=0)
+    gradient = jax.grad(lambda outputs: _objective(batch, weights, outputs))(_OUTPUTS)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))

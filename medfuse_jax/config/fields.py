@@ -114,9 +114,15 @@ FIELDS = {
         affects_features=False,
     ),
     "model.freeze_encoders": _fusion(False, "train the fusion alone; 'early' always does", affects_features=False),
-    "loss.ehr_only": _fusion(1.0, "weight of the EHR classifier's loss (mmtm, unified)", low=0, high=1e6),
-    "loss.cxr_only": _fusion(1.0, "weight of the X-ray classifier's loss (mmtm, unified)", low=0, high=1e6),
+    "loss.ehr_only": _fusion(1.0, "weight of the EHR classifier's loss (mmtm, unified, drfuse)", low=0, high=1e6),
+    "loss.cxr_only": _fusion(1.0, "weight of the X-ray classifier's loss (mmtm, unified, drfuse)", low=0, high=1e6),
+    "loss.shared_only": _fusion(1.0, "weight of the loss of the shared features' classifier (drfuse)", low=0, high=1e6),
     "loss.align": _fusion(0.0, "weight of the alignment loss (mmtm); 0 as released", low=0, high=1e6),
+    "loss.divergence": _fusion(1.0, "weight of the shared features' divergence (drfuse)", low=0, high=1e6),
+    "loss.orthogonal": _fusion(1.0, "weight of shared and distinct features' cosine (drfuse)", low=0, high=1e6),
+    "loss.ranking": _fusion(1.0, "weight of the attention's ranking loss (drfuse)", low=0, high=1e6),
+    "loss.distance": _fusion(0.1, "weight of the shared features' distance (shaspec); the paper's", low=0, high=1e6),
+    "loss.domain": _fusion(0.02, "weight of the modality classifier's loss (shaspec); the paper's", low=0, high=1e6),
     "loss.weighting": _training(
         "hour", "what the loss is a mean over in hourly tasks: every 'hour', or every 'stay'", choices=("hour", "stay")
     ),

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.losses import Head
+from medfuse_jax.losses import Head, Term, output
 from medfuse_jax.models import resnet
 from medfuse_jax.models.model import Inputs, Model, linear
 from medfuse_jax.models.presence import Images
@@ -71,12 +71,9 @@ class MmtmModel(Model):
         Head("ehr_only_logits", needs=("ehr",), weight="ehr_only"),
         Head("cxr_only_logits", needs=("cxr",), weight="cxr_only"),
     )
+    terms = (Term(output("align_loss_rows"), "align", needs=("ehr", "cxr")),)
 
     stage: int = 4
-
-    @classmethod
-    def loss_weights(cls) -> set[str]:
-        return super().loss_weights() | {"align"}
 
     def setup(self):
         self.ehr_encoder = self.new_ehr_encoder()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from medfuse_jax import schema
-from medfuse_jax.losses import Head
+from medfuse_jax.losses import Head, Term
 from medfuse_jax.models import ehr_encoder, resnet
 from medfuse_jax.models.precision import matmul_precision
 from medfuse_jax.models.presence import Images, images_of, latest_slots
@@ -27,6 +27,16 @@ _linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # t
 def linear(features: int) -> nn.Dense:
     """Return a linear layer in float32: heads are small, and their outputs are scores."""
     return nn.Dense(features, kernel_init=_linear_init)
+
+
+class TwoLayers(nn.Module):
+    """Two linear layers with a ReLU in between, which keep the width of features [..., D]. hidden: units in between."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, features_BD: jax.Array) -> jax.Array:
+        return nn.Dense(features_BD.shape[-1], name="down")(nn.relu(nn.Dense(self.hidden, name="up")(features_BD)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +85,14 @@ class Model(nn.Module):
     # The modalities that the method reads: the input pipeline leaves out the others.
     uses_ehr = True
     uses_cxr = True
+    # Whether the fusion reads every time step of the EHR encoder, not only its features (bench.flops).
+    reads_series = False
     # The modalities that a row needs for a prediction: evaluation leaves out rows without them.
     needs: ClassVar[tuple[str, ...]] = ()
     # The classifiers that are trained, and their losses (losses.objective).
     heads: ClassVar[tuple[Head, ...]] = (Head(),)
+    # Its losses beside the classifiers'.
+    terms: ClassVar[tuple[Term, ...]] = ()
     # Why the method cannot score every hour of a stay in one pass; '' if it can.
     not_causal: ClassVar[str] = "is not known to be causal (models/model.py)"
     # Whether evaluation scores every image of a dense batch, regardless of has_cxr.
@@ -98,7 +112,7 @@ class Model(nn.Module):
     @classmethod
     def loss_weights(cls) -> set[str]:
         """Return the fields of config.loss that the method's training reads."""
-        return {head.weight for head in cls.heads} - {""}
+        return ({head.weight for head in cls.heads} | {term.weight for term in cls.terms}) - {""}
 
     def new_ehr_encoder(self) -> ehr_encoder.EhrEncoder:
         return ehr_encoder.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence, self.ops)
