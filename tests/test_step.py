@@ -42,10 +42,10 @@ def _batch(seed=0):
     }
 
 
-def _options(optimizer=None, **model_options):
+def _options(optimizer=None, method="medfuse", **model_options):
     sizes = {"ehr_hidden": 8, "fusion_hidden": 8, "resnet_stage_sizes": (1, 1, 1, 1), "resnet_width": 4}
     return step_lib.StepOptions(
-        model=registry.build("medfuse", _K, **(sizes | model_options)),
+        model=registry.build(method, _K, **(sizes | model_options)),
         # Plain gradients: Adam would hide a gradient that is n times too large.
         optimizer=optimizer or optax.identity(),
         image=augment.ImageOptions(**config_lib.section("image", resize_px=64, crop_px=56)),
@@ -96,12 +96,12 @@ def test_one_device_sums_nothing(fresh):
 
 
 def test_devices_sum_no_single_number_but_the_loss(fresh):
-    """XLA sends the loss with the gradients; a count would be a message of its own."""
+    """XLA sends the loss with the gradients; the counts of rows go together, in one message."""
     step = functools.partial(step_lib.train_step, _options(), axis="device")
     part = {name: x[0] for name, x in _batch().items()}
     program = jax.make_jaxpr(step, axis_env=[("device", 2)])(fresh, part, jax.random.key(1))
     sums = [equation for equation in equations(program.jaxpr) if equation.primitive.name.startswith("psum")]
-    assert len(sums) > 50 and sum(equation.invars[0].aval.size == 1 for equation in sums) == 1
+    assert len(sums) > 50 and sum(equation.invars[0].aval.shape == () for equation in sums) == 1
 
 
 def test_float32_products_are_not_rounded_on_an_accelerator(fresh):
@@ -126,6 +126,27 @@ def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
         _run(_options(), fresh, mode, 2, _batch()),
         on_one_device,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        ("metra", "pmap"),
+    ],
+)
+def test_two_devices_give_the_numbers_of_one_with_further_losses_and_a_bank(method, mode):
+    """Two steps: in the second one, M3Care has neighbours. A padded row and an empty slot change nothing."""
+    options, batch = _options(method=method, resnet_stage_sizes=(1, 1)), _batch()
+    state = step_lib.state_maker(options)(jax.random.key(0, impl="rbg"), 0.5)
+    one = _run(options, state, "shard_map", 1, batch)
+    batch["ehr"][1, 3], batch["image"][1, 1], batch["label"][1, 3] = np.nan, 255, 1
+    two = _run(options, state, mode, 2, batch)
+    for out in (one, two):
+        out["scores"] = out["scores"][:7]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), two, one)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one["params"], state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
 
 
 def test_the_tolerance_would_show_a_gradient_twice_too_large(fresh, on_one_device):

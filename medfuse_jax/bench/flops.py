@@ -62,12 +62,15 @@ def num_params(method: str) -> int:
 def training_flops(method: str) -> dict[str, float]:
     """Return the operations that one more 'time_step' or 'cxr' (X-ray) adds to a training step, in float32.
 
-    A time step's cost is that of the LSTM's matrix products. An X-ray's cost includes augmentation, fusion and
-    classifiers. It is a difference between XLA's counts of lowered steps, in which the optimizer and the LSTM cancel.
+    A time step's cost is that of the LSTM's matrix products, and that of a fusion that reads every time step. An
+    X-ray's cost includes augmentation, fusion and classifiers. The costs of fusions are differences between XLA's
+    counts of lowered steps, in which the optimizer and the LSTM cancel.
     """
     model = _build(method)
     time_step = lstm_flops(1, model.ehr_hidden, trained=not getattr(model, "frozen_encoders", False))
     row = functools.partial(_row_flops, method)
+    if model.reads_series:
+        time_step += row(False, 2) - row(False, 1) - _row_flops("uni_ehr", False, 2) + _row_flops("uni_ehr", False, 1)
     steps = int(model.uses_ehr)
     cxr = row(True, steps) - row(False, steps) + row(False, 0) if model.uses_cxr else 0.0
     return {"time_step": time_step if model.uses_ehr else 0.0, "cxr": cxr}

@@ -22,11 +22,11 @@ _by_modality = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 
 
 def masked_softmax(score_BM: jax.Array, mask_BM: jax.Array) -> jax.Array:
-    """Compute the softmax over unmasked positions [B, M]; 0 for fully masked rows."""
-    highest_B1 = jnp.max(jnp.where(mask_BM, score_BM, -jnp.inf), axis=1, keepdims=True, initial=-1e30)
+    """Compute the softmax over the unmasked positions of the last axis [..., M]; 0 for fully masked rows."""
+    highest_B1 = jnp.max(jnp.where(mask_BM, score_BM, -jnp.inf), axis=-1, keepdims=True, initial=-1e30)
     exp_BM = jnp.where(mask_BM, jnp.exp(jnp.where(mask_BM, score_BM - jax.lax.stop_gradient(highest_B1), 0)), 0)
     # A row with any unmasked position sums to at least 1, as its highest score adds 1.
-    return exp_BM / jnp.maximum(jnp.sum(exp_BM, axis=1, keepdims=True), 1)
+    return exp_BM / jnp.maximum(jnp.sum(exp_BM, axis=-1, keepdims=True), 1)
 
 
 class TimeAttention(nn.Module):
@@ -84,6 +84,7 @@ class MedFuseAttention(TokenModel):
     of `token_names`.
     """
 
+    reads_series = True
     not_causal = "attends over a whole series at once"
 
     @property

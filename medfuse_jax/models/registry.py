@@ -76,6 +76,7 @@ METHODS = {
     "mmtm4": Method("MMTM, layer 4", "mmtm:MmtmModel", {"stage": 4}, released="mmtm", has_peer=True),
     "daft3": Method("DAFT, layer 3", "daft:DaftModel", {"stage": 3}, released="daft", has_peer=True),
     "daft4": Method("DAFT, layer 4", "daft:DaftModel", {"stage": 4}, released="daft", has_peer=True),
+    "metra": Method("MeTra", "metra:MeTra"),
 }
 
 

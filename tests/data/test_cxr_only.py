@@ -119,7 +119,10 @@ def _without(batch, part):
         *("uni_cxr", "medfuse"),
         *(
             pytest.param(m, marks=pytest.mark.slow)
-            for m in ("uni_ehr", "joint_learnable", "unified", "daft3", "medfuse_attention", "mmtm3")
+            for m in (
+                *("uni_ehr", "joint_learnable", "unified", "daft3", "medfuse_attention", "mmtm3"),
+                *("metra"),
+            )
         ),
     ],
 )
