@@ -77,6 +77,7 @@ METHODS = {
     "daft3": Method("DAFT, layer 3", "daft:DaftModel", {"stage": 3}, released="daft", has_peer=True),
     "daft4": Method("DAFT, layer 4", "daft:DaftModel", {"stage": 4}, released="daft", has_peer=True),
     "metra": Method("MeTra", "metra:MeTra"),
+    "drfuse": Method("DrFuse", "drfuse:DrFuse", features_only=True),
 }
 
 
