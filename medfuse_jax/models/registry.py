@@ -78,6 +78,7 @@ METHODS = {
     "daft4": Method("DAFT, layer 4", "daft:DaftModel", {"stage": 4}, released="daft", has_peer=True),
     "metra": Method("MeTra", "metra:MeTra"),
     "drfuse": Method("DrFuse", "drfuse:DrFuse", features_only=True),
+    "shaspec": Method("ShaSpec", "shaspec:ShaSpec", features_only=True),
 }
 
 
