@@ -135,6 +135,7 @@ def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
         ("metra", "pmap"),
         ("drfuse", "shard_map"),
         ("shaspec", "pmap"),
+        ("healnet", "shard_map"),
     ],
 )
 def test_two_devices_give_the_numbers_of_one_with_further_losses_and_a_bank(method, mode):

@@ -79,6 +79,7 @@ METHODS = {
     "metra": Method("MeTra", "metra:MeTra"),
     "drfuse": Method("DrFuse", "drfuse:DrFuse", features_only=True),
     "shaspec": Method("ShaSpec", "shaspec:ShaSpec", features_only=True),
+    "healnet": Method("HEALNet", "healnet:HealNet"),
 }
 
 

@@ -19,7 +19,7 @@ from medfuse_jax.runtime.errors import UserError
 # the two stages differ in a number only.
 _DISTINCT = (
     *("uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "medfuse_attention", "unified", "mmtm3", "daft3"),
-    *("metra", "drfuse", "shaspec"),
+    *("metra", "drfuse", "shaspec", "healnet"),
 )
 _WITH_IMAGE = _DISTINCT[1:]
 _WITH_EHR = tuple(m for m in _DISTINCT if m != "uni_cxr")
@@ -43,6 +43,7 @@ _PARAMETERS = {
     "metra": 23_344_729,
     "drfuse": 23_497_636,
     "shaspec": 23_215_707,
+    "healnet": 23_348_569,
 }
 
 
