@@ -136,6 +136,7 @@ def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
         ("drfuse", "shard_map"),
         ("shaspec", "pmap"),
         ("healnet", "shard_map"),
+        ("m3care", "pmap"),
     ],
 )
 def test_two_devices_give_the_numbers_of_one_with_further_losses_and_a_bank(method, mode):

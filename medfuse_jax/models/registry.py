@@ -80,6 +80,7 @@ METHODS = {
     "drfuse": Method("DrFuse", "drfuse:DrFuse", features_only=True),
     "shaspec": Method("ShaSpec", "shaspec:ShaSpec", features_only=True),
     "healnet": Method("HEALNet", "healnet:HealNet"),
+    "m3care": Method("M3Care", "m3care:M3Care"),
 }
 
 

@@ -121,7 +121,7 @@ def _without(batch, part):
             pytest.param(m, marks=pytest.mark.slow)
             for m in (
                 *("uni_ehr", "joint_learnable", "unified", "daft3", "medfuse_attention", "mmtm3"),
-                *("metra", "drfuse", "shaspec", "healnet"),
+                *("metra", "drfuse", "shaspec", "healnet", "m3care"),
             )
         ),
     ],

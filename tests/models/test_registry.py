@@ -19,7 +19,7 @@ from medfuse_jax.runtime.errors import UserError
 # the two stages differ in a number only.
 _DISTINCT = (
     *("uni_ehr", "uni_cxr", "joint_learnable", "medfuse", "medfuse_attention", "unified", "mmtm3", "daft3"),
-    *("metra", "drfuse", "shaspec", "healnet"),
+    *("metra", "drfuse", "shaspec", "healnet", "m3care"),
 )
 _WITH_IMAGE = _DISTINCT[1:]
 _WITH_EHR = tuple(m for m in _DISTINCT if m != "uni_cxr")
@@ -44,6 +44,7 @@ _PARAMETERS = {
     "drfuse": 23_497_636,
     "shaspec": 23_215_707,
     "healnet": 23_348_569,
+    "m3care": 23_481_183,
 }
 
 
