@@ -3,7 +3,8 @@
     python -m data_prep.build --mimic_iv=DIR [--mimic_cxr=DIR] --out=DIR [--profile=paper|released|strict]
         [--timestep_h=2] [--tasks=pheno,mortality,radiology,decompensation,length_of_stay]
         [--val_ids=CSV --test_ids=CSV] [--phenotypes=YAML] [--workers=N] [--seed=0] [--explain]
-        [--pairing=in_window|until_outtime] [--cxr_layout=auto|tree|flat] [--allow_missing_images=0.01]
+        [--pairing=in_window|until_outtime] [--images=last|all] [--cxr_layout=auto|tree|flat]
+        [--allow_missing_images=0.01]
 
 Rerun the command to resume a stopped build; it also rebuilds datasets that are damaged or whose input has changed.
 `<out>/<task>/` appears when its dataset is complete, `<out>/audit.html` and `audit.json` at the end. `<out>/.cache` may
@@ -34,6 +35,10 @@ from medfuse_jax.schema import CHANNELS, TASKS
 # The paper's tasks; hourly tasks are built on request.
 DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if not task.hourly)
 # A longer step would not fit into mortality's 48 h; a shorter one would give a long stay millions of steps.
+IMAGES = {
+    "last": "each stay's last X-ray",
+    records.ALL_IMAGES: "all of a stay's X-rays with their times, for config.data.images=all (hourly tasks always)",
+}
 SHORTEST_STEP_H, LONGEST_STEP_H = 1 / 60, 48.0
 
 
@@ -52,6 +57,7 @@ def build(
     pairing: str = profiles.IN_WINDOW,
     cxr_layout: str = "auto",
     allow_missing_images: float | None = None,
+    images: str = "last",
 ) -> None:
     """Build `<out>/<task>/` (format: medfuse_jax/records.py) for every task, and the audit.
 
@@ -60,7 +66,7 @@ def build(
         (cohort.read_id_list), or None to split by a hash of `subject_id` and `seed`. phenotypes: a phenotype table.
         workers: threads that decode X-rays; the output does not depend on it. pairing: see profiles.PAIRING.
         cxr_layout: see metadata.LAYOUTS. allow_missing_images: share of the X-rays that may be missing or unreadable;
-        None for 1 %.
+        None for 1 %. images: what records of phenotyping and mortality hold, of IMAGES.
     Raises UserError for bad options or input. A dataset built with other options or input is rebuilt.
     """
     for flag, folder in (("--mimic_iv", mimic_iv), ("--mimic_cxr", mimic_cxr or ""), ("--out", out)):
@@ -72,7 +78,10 @@ def build(
         rebuild.check_cxr_kept(out, names)
     _check_numbers(timestep_h, workers, allow_missing_images)
     _check_images(cxr_layout, pairing, profile)
+    check_choice("--images", images, IMAGES)
     options = {"profile": profile, "timestep_h": float(timestep_h), "seed": seed, "pairing": pairing}
+    if images != "last":  # by default as builds always were, so that theirs are kept
+        options["images"] = images
     lists: dict = {"val_ids": val_ids, "test_ids": test_ids, "phenotypes": phenotypes}
     source = Source(
         mimic_iv=tables.mimic_iv(mimic_iv),
@@ -92,10 +101,10 @@ def build(
         if mimic_cxr:
             progress.say(f"MIMIC-CXR-JPG {fingerprint['mimic_cxr']} in {mimic_cxr}")
         rebuild.warn_of_others(out, names, source.options, fingerprint)
-        images = metadata.read_metadata(source.mimic_cxr, cxr_layout) if mimic_cxr else None
-        hashes = pipeline.image_hashes(source, images[0] if images else None, names)
+        listed = metadata.read_metadata(source.mimic_cxr, cxr_layout) if mimic_cxr else None
+        hashes = pipeline.image_hashes(source, listed[0] if listed else None, names)
         if inputs := _outdated(out, source, fingerprint, hashes):
-            pipeline.make(out, cache_dir, source, fingerprint, images, inputs)
+            pipeline.make(out, cache_dir, source, fingerprint, listed, inputs)
         gather.write(out)
 
 
@@ -227,6 +236,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("workers", None, "Threads that decode X-rays; default: one per core.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the split if no lists are given.", flag_values=values)
     flags.DEFINE_string("pairing", profiles.IN_WINDOW, "in_window or until_outtime; see --explain.", flag_values=values)
+    holds = "; ".join(f"{name}: {what}" for name, what in IMAGES.items())
+    flags.DEFINE_string("images", "last", f"What records of stays hold. {holds}.", flag_values=values)
     layouts = "; ".join(f"{name}: {what}" for name, what in metadata.LAYOUTS.items())
     flags.DEFINE_string("cxr_layout", "auto", f"Where the X-rays are. {layouts}.", flag_values=values)
     share = "Share of the X-rays that may be missing or unreadable (default: 0.01); they are counted."
@@ -243,7 +254,7 @@ def main(argv: list[str]) -> None:
         if not getattr(values, name):
             raise UserError(f"--{name}=DIR is missing", field=f"--{name}")
     names = ("profile", "timestep_h", "tasks", "val_ids", "test_ids", "phenotypes", "workers", "seed", "pairing")
-    names += ("cxr_layout", "allow_missing_images")
+    names += ("cxr_layout", "allow_missing_images", "images")
     build(values.mimic_iv, values.mimic_cxr, values.out, **{name: getattr(values, name) for name in names})
 
 

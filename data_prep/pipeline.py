@@ -50,6 +50,10 @@ class Source:
         affected = task.window_h is not None and self.options["pairing"] == profiles.UNTIL_OUTTIME
         return profiles.UNTIL_OUTTIME if affected else profiles.IN_WINDOW
 
+    def holds_all_images(self, task: Task) -> bool:
+        """Return whether a task's records hold all X-rays of a stay, not the last alone."""
+        return task.hourly or (self.options.get("images") == records.ALL_IMAGES and not task.cxr_only)
+
     def image_window_h(self, task: Task) -> float | None:
         """Return the hours from `intime` that a task's X-rays may come from; None for the whole stay."""
         return None if self.pairing(task) == profiles.UNTIL_OUTTIME else self.rules.window_h(task)
@@ -195,7 +199,8 @@ def _stay_task(
         pairs = pairs.filter(pl.col("stay_id").is_in(people.stays[rows]["stay_id"].implode()))
         counts["predictions"] = hourly.counts(predicted, np.array(splits)[rows], task.labels)
     labels = predicted or (people.pheno_label_NK if task.name == "pheno" else mortality.labels(people.stays))
-    index, records_of = datasets.stay_dataset(people.stays, splits, arrays, labels, pairs, store)
+    all_images = source.holds_all_images(task)
+    index, records_of = datasets.stay_dataset(people.stays, splits, arrays, labels, pairs, store, all_images)
     counts["variables"] = describe.variables(arrays)
     counts["length_h"] = describe.histogram(arrays.length * source.timestep_h, describe.LENGTH_EDGES_H)
     windows = {"window_h": source.rules.window_h(task), "image_window_h": source.image_window_h(task)}
@@ -265,7 +270,7 @@ def _pair_readable(
     while True:
         readable = images.filter(~pl.col("dicom_id").is_in(list(store.unreadable)))
         pairs = {
-            name: (pairing.within if TASKS[name].hourly else pairing.pair)(
+            name: (pairing.within if source.holds_all_images(TASKS[name]) else pairing.pair)(
                 stays[task_arrays.row], readable, source.image_window_h(TASKS[name])
             )
             for name, task_arrays in arrays.items()
@@ -294,6 +299,8 @@ def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, counts
         "task": task.name,
         "profile": source.options["profile"],
         "pairing": source.pairing(task),
+        # Without the field for a task that has no choice, or for each stay's last X-ray: as builds always were.
+        **({"images": records.ALL_IMAGES} if source.holds_all_images(task) and not task.hourly else {}),
         "timestep_h": source.timestep_h,
         "options": source.options,
         "rules": profiles.describe(source.options["profile"]),

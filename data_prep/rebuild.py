@@ -10,6 +10,7 @@ from medfuse_jax.schema import TASKS
 
 _TABLES = {"mimic_iv_files": "MIMIC-IV", "mimic_cxr_files": "MIMIC-CXR"}
 _FILE_OPTIONS = ("val_ids", "test_ids", "phenotypes")  # compared by hash
+_UNRECORDED = {"images": "last"}  # the values of options that a manifest without them was built with
 _MAX_CHANGES = 5  # shown per dataset
 
 
@@ -35,8 +36,8 @@ def check_cxr_kept(out: Path, names: list[str]) -> None:
 def changes(manifest: dict, options: dict, fingerprint: dict) -> list[str]:
     """Describe how this build's options and tables differ from those of an existing dataset."""
     changed = []
-    old_options = manifest.get("options", {})
-    for name, value in options.items():
+    old_options = _UNRECORDED | manifest.get("options", {})
+    for name, value in (_UNRECORDED | options).items():
         if name in old_options and old_options[name] != value:
             is_file = name in _FILE_OPTIONS
             changed.append(f"another --{name}" if is_file else f"--{name}={old_options[name]} (now {value})")

@@ -100,11 +100,11 @@ def open_feed(run, one_call: bool | None = None) -> Feed:
 
     one_call: whether one call runs all steps up to the next stop, where the records are held; by default only on
     accelerators. On a CPU each step is a call, because XLA's CPU runs the gradients of convolutions inside a loop far
-    more slowly (docs/performance.md); in an hourly task too, because its batches differ in hours and images.
+    more slowly (docs/performance.md); where a stay may have several images too, because batches differ in them.
     """
     if one_call is None:
         one_call = run.devices[0].platform != "cpu"
-    if one_call and not run.dataset.hours and (held := run.held.get("train")):
+    if one_call and not run.dataset.several and (held := run.held.get("train")):
         train_fn = compile_epoch(run.options, run.config.parallel, run.devices, held.num_parts)
         return functools.partial(_calls, train_fn, held)
     return functools.partial(_steps, parallel.compile_train(run.options, run.config.parallel, run.devices), run)

@@ -79,6 +79,7 @@ def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device]) -> run_lib.Ru
         use_cxr=method.uses_cxr,
         needs=method.needs,
         max_buckets=config.data.max_buckets,
+        images=config.data.images,
         to_train=False,
     )
     inputs.check(expected, dataset, data_dir / config.task)

@@ -6,6 +6,7 @@ On disk, one folder per task, written by `data_prep` and renamed into place when
     <data_dir>/<task>/<task>-<split>.array_record-*      one record per stay or X-ray
     <data_dir>/<task>/index_<split>.npz                  length, pairing, ids, static facts and labels, in record order
     <data_dir>/<task>/hours_<split>.npz                  labels and times of all prediction hours, for an hourly task
+    <data_dir>/<task>/images_<split>.npz                 times of all X-rays, if the records hold all of a stay's
     <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
 
 Batch plans are made from the index alone, without reading a record.
@@ -15,6 +16,9 @@ row for each of H prediction times, which `label_time_h` [H] gives in hours sinc
 label_time_h[i], a model may read only what was known by then: the first floor(label_time_h[i] / timestep_h) time steps
 of `ehr`, and those of the stay's P X-rays with cxr_time_h <= label_time_h[i]. The index's `label` is 1 if the label is
 1 at any prediction time.
+
+Records of phenotyping and mortality hold each stay's last X-ray or, built with --images=all (manifest['images']), all
+of its X-rays in order of time, with `cxr_time_h` [P] as above.
 """
 
 import contextlib
@@ -35,15 +39,15 @@ MANIFEST_FIELDS = ("channels", "labels", "train_mean", "train_std", "files")
 MISSING = "is missing"
 _REBUILD = "run data_prep.build again"
 _hashes: dict[str, dict] = {}  # path -> files.remembered_sha256, of this process and of earlier ones
+ALL_IMAGES = "all"  # manifest['images']; datasets of each stay's last X-ray have no such field
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STATIC_TEXTS, "label")
-
-
 HOURS_FIELDS = ("label_time_h", "label", "cxr_time_h", "los_h")  # of a record, in hours_<split>.npz
 
 
-def layout(num_labels: int, hourly: bool = False) -> dict[str, tuple[type, tuple | None]]:
+def layout(num_labels: int, hourly: bool = False, all_images: bool = False) -> dict[str, tuple[type, tuple | None]]:
     """Return the type and shape of each field of a record with `num_labels` labels: () for a number, None for text.
 
+    all_images: whether the records of a task that is not hourly hold all X-rays of a stay; those of an hourly task do.
     A first axis of -1 may have any length. A missing X-ray is an image of shape [0, 256, 256]; an X-ray without a stay
     has ehr [0, 76] and stay_id -1.
     """
@@ -66,10 +70,12 @@ def layout(num_labels: int, hourly: bool = False) -> dict[str, tuple[type, tuple
             "cxr_time_h": (np.float32, (-1,)),
             "los_h": (np.float32, ()),  # length_of_stay predicts los_h - label_time_h; never an input
         }
+    elif all_images:
+        fields["cxr_time_h"] = (np.float32, (-1,))
     return fields
 
 
-def features(num_labels: int, hourly: bool = False):
+def features(num_labels: int, hourly: bool = False, all_images: bool = False):
     """Return `layout` as TFDS features: TFDS describes the datasets, and can read them. `decode` is faster."""
     import tensorflow_datasets as tfds
 
@@ -81,7 +87,8 @@ def features(num_labels: int, hourly: bool = False):
         shape = tuple(None if n == -1 else n for n in shape)
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
-    return tfds.features.FeaturesDict({name: feature(*of) for name, of in layout(num_labels, hourly).items()})
+    fields = layout(num_labels, hourly, all_images)
+    return tfds.features.FeaturesDict({name: feature(*of) for name, of in fields.items()})
 
 
 def parser() -> Callable[[bytes], Any]:
@@ -234,20 +241,36 @@ def hours(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
+def image_times(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
+    """Return the times of all X-rays of a split whose records hold all of a stay's, one record's after another's.
+
+    num_images int [N]; cxr_time_h float32 [J].
+    """
+    path = task_dir(data_dir, task) / f"images_{split}.npz"
+    _check_content(path, manifest(data_dir, task))
+    with np.load(path) as stored:
+        return dict(stored)
+
+
 def join_hours(rows: list[dict], num_labels: int) -> dict[str, np.ndarray]:
     """Return what `hours` reads, from the HOURS_FIELDS of each record."""
-
-    def joined(name: str, shape: tuple, dtype: type) -> np.ndarray:
-        return np.concatenate([np.zeros((0, *shape), dtype), *(np.asarray(row[name], dtype) for row in rows)])
-
     return {
         "num_hours": np.array([len(row["label_time_h"]) for row in rows], np.int32),
-        "label_time_h": joined("label_time_h", (), np.float32),
-        "label": joined("label", (num_labels,), np.int8),
-        "num_images": np.array([len(row["cxr_time_h"]) for row in rows], np.int32),
-        "cxr_time_h": joined("cxr_time_h", (), np.float32),
+        "label_time_h": _joined(rows, "label_time_h", (), np.float32),
+        "label": _joined(rows, "label", (num_labels,), np.int8),
+        **join_image_times(rows),
         "los_h": np.array([row["los_h"] for row in rows], np.float32),
     }
+
+
+def join_image_times(rows: list[dict]) -> dict[str, np.ndarray]:
+    """Return what `image_times` reads, from the cxr_time_h of each record."""
+    num_images = np.array([len(row["cxr_time_h"]) for row in rows], np.int32)
+    return {"num_images": num_images, "cxr_time_h": _joined(rows, "cxr_time_h", (), np.float32)}
+
+
+def _joined(rows: list[dict], name: str, shape: tuple, dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros((0, *shape), dtype), *(np.asarray(row[name], dtype) for row in rows)])
 
 
 def _check_content(path: Path, content: dict) -> None:
@@ -267,8 +290,11 @@ def digest(data_dir: str | Path, task: str) -> str:
 class Split(Sequence):
     """The records of one split, read on demand: len(), [i], iteration. Threads may share it."""
 
-    def __init__(self, source: Sequence[bytes], fields: dict[str, tuple[type, tuple | None]], name: str):
-        self._source, self._fields, self._name = source, fields, name
+    def __init__(
+        self, source: Sequence[bytes], fields: dict[str, tuple[type, tuple | None]], name: str, images: str = "last"
+    ):
+        """images: 'last', 'all', or 'hourly': all, none of which may stand for the stay."""
+        self._source, self._fields, self._name, self._images = source, fields, name, images
         self._parse = parser()
 
     def __len__(self) -> int:
@@ -281,9 +307,9 @@ class Split(Sequence):
             record = decode(self._parse(self._source[i % len(self)]), self._fields)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"record {i} of {self._name} is damaged ({error}): {_REBUILD}", value=i) from None
-        if "cxr_time_h" in self._fields:  # an hourly task: all X-rays of the stay, by time
-            return record | {"images": record["image"], "image": None}
-        return record | {"image": record["image"][0] if len(record["image"]) else None}
+        images = record["image"]
+        record["image"] = images[-1] if len(images) and self._images != "hourly" else None
+        return record if self._images == "last" else record | {"images": images}
 
 
 def open_split(data_dir: str | Path, task: str, split: str, only: tuple[str, ...] = ()) -> Split:
@@ -291,8 +317,9 @@ def open_split(data_dir: str | Path, task: str, split: str, only: tuple[str, ...
 
     Each record is a dict with at least stay_id int, ehr float32 [T, 76] (not standardised), label int8 [K], has_cxr
     bool, dicom_id str ('' without an X-ray), image uint8 [256, 256] or None.
-    For an hourly task: label int8 [H, K], label_time_h float32 [H], images uint8 [P, 256, 256], cxr_time_h float32 [P],
-    dicom_id the P names separated by spaces, image None, los_h float.
+    If it holds all X-rays of a stay: images uint8 [P, 256, 256] in order of time, cxr_time_h float32 [P], dicom_id the
+    P names separated by spaces; image is the last. For an hourly task also: label int8 [H, K], label_time_h float32
+    [H], los_h float; image is None.
     """
     from array_record.python import array_record_data_source
 
@@ -305,5 +332,7 @@ def open_split(data_dir: str | Path, task: str, split: str, only: tuple[str, ...
         source = array_record_data_source.ArrayRecordDataSource([folder / name for name in shards]) if shards else ()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be opened ({error}): {_REBUILD}", path=folder) from None
-    fields = layout(len(content["labels"]), schema.TASKS[task].hourly)
-    return Split(source, {name: fields[name] for name in only or fields}, f"{folder} {split}")
+    hourly, all_images = schema.TASKS[task].hourly, content.get("images") == ALL_IMAGES
+    fields = layout(len(content["labels"]), hourly, all_images)
+    images = "hourly" if hourly else "all" if all_images else "last"
+    return Split(source, {name: fields[name] for name in only or fields}, f"{folder} {split}", images)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from medfuse_jax import augment, losses, optim, parallel, schema
+from medfuse_jax import augment, losses, optim, parallel, records, schema
 from medfuse_jax import config as config_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.config import ConfigDict
@@ -60,7 +60,7 @@ class Run:
             num_images=self.config.images_per_batch or None,
             ehr_only_ratio=self.config.data.ehr_only_ratio,
             ehr_only_N=~self.dataset.index["train"]["has_cxr"],
-            hourly=self.dataset.hourly("train"),
+            packing=self.dataset.packing("train"),
             **drawn,
         )
         cxr = self.dataset.cxr_dataset
@@ -78,7 +78,7 @@ class Run:
             include_N,
             batch_size=self.config.eval.batch_size,
             buckets=self.dataset.buckets,
-            hourly=self.dataset.hourly(split),
+            packing=self.dataset.packing(split),
         )
 
     def check_any(self, split: str, include_N: np.ndarray) -> None:
@@ -162,6 +162,7 @@ def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) 
         statistics=config.data.statistics,
         max_buckets=config.data.max_buckets,
         modalities=modalities,
+        images=config.data.images,
     )
     if method.uses_ehr and dataset.task.cxr_only:
         raise UserError(
@@ -185,6 +186,7 @@ def _build_model(
         "missing": config.model.missing_cxr,
         "frozen_encoders": config.model.freeze_encoders,
         "modalities": modalities,
+        "all_images": config.data.images == records.ALL_IMAGES,
     }
     options = {name: value for name, value in options.items() if value}  # otherwise the method's own defaults apply
     if any(head.label == CXR_LABEL for head in registry.METHODS[config.method].model_class.heads):

@@ -97,7 +97,8 @@ def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> di
             image_id_P = image_id_P * _MAX_IMAGES + batch["image_of"]
         inputs["image"] = augment.prepare_augmented(key, image_id_P, batch["image"], options.image, options.model.ops)
     # The features are those of frozen encoders in a sweep.
-    for name in ("image_row", "image_mask", "image_hour", "hour_step", "ehr_features", "cxr_features"):
+    listed = ("image_row", "image_mask", "image_slot", "image_time_h", "image_hour")
+    for name in (*listed, "hour_step", "ehr_features", "cxr_features"):
         if name in batch:
             inputs[name] = batch[name]
     if extra := {name.removeprefix("extra_"): x for name, x in batch.items() if name.startswith("extra_")}:

@@ -60,11 +60,12 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def hourly_shards(shards) -> Path:
-    """The hourly tasks of the same cohort."""
+    """The hourly tasks of the same cohort, and phenotyping and mortality with all X-rays of each stay."""
     from data_prep import build
 
     raw, out = shards.parent / "raw", shards.parent / "hourly"
-    build.build(raw / "mimic-iv", raw / "mimic-cxr", out, tasks=["decompensation", "length_of_stay"])
+    tasks = ["decompensation", "length_of_stay", "pheno", "mortality"]
+    build.build(raw / "mimic-iv", raw / "mimic-cxr", out, tasks=tasks, images="all")
     return out
 
 
@@ -72,6 +73,13 @@ def hourly_shards(shards) -> Path:
 def hourly_config(tiny_config, hourly_shards):
     """The tiny config on decompensation."""
     tiny_config.task, tiny_config.data.dir = "decompensation", str(hourly_shards)
+    return tiny_config
+
+
+@pytest.fixture
+def images_config(tiny_config, hourly_shards):
+    """The tiny config on all X-rays of each stay."""
+    tiny_config.data.images, tiny_config.data.dir = "all", str(hourly_shards)
     return tiny_config
 
 

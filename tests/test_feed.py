@@ -83,6 +83,21 @@ def test_hourly_training_has_the_same_numbers_on_one_device_and_on_two_and_in_bo
     _assert_equal(placed, streamed)
 
 
+@pytest.mark.parametrize("method", ["medfuse", "medfuse_attention"])
+def test_all_images_train_to_the_same_numbers_on_one_device_and_on_two_and_in_both_placements(
+    images_config, method, monkeypatch
+):
+    """Raw gradients of the first steps; two devices hold the images together."""
+    images_config.method, images_config.batch_size = method, 64
+    images_config.placement, images_config.parallel = "stream", "shard_map"
+    streamed = _epoch(_open(images_config, 1))
+    images_config.placement, images_config.parallel = "device", "pmap"
+    monkeypatch.setattr(feed, "choose_parts", lambda run, splits: 2)
+    placed = _epoch(_open(images_config, 2))
+    assert len(placed[1]) == len(streamed[1]) > 1
+    _assert_equal(placed, streamed)
+
+
 def test_the_tolerance_would_show_another_stay_in_one_row(config, streamed, monkeypatch):
     deal = device_store.deal
 
@@ -131,6 +146,7 @@ def test_one_program_serves_any_part_of_an_epoch(config):
         ("pheno", "uni_ehr", 2, 1),
         ("radiology", "uni_cxr", 2, 2),
         ("decompensation", "medfuse", 2, 2),
+        ("mortality", "medfuse", 2, 2),
         ("length_of_stay", "uni_ehr", 1, 1),
     ],
 )
@@ -138,6 +154,8 @@ def test_gathered_batches_equal_those_read(config, task, method, num_devices, nu
     config.task, config.method = task, method
     if schema.TASKS[task].hourly:
         config.data.dir = str(hourly_shards)
+    if task == "mortality":
+        config.data.images, config.data.dir = "all", str(hourly_shards)
     if method == "medfuse_attention":
         config.model.modalities = "static"
     monkeypatch.setattr(feed, "choose_parts", lambda run, splits: num_parts)

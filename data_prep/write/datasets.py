@@ -28,11 +28,13 @@ def stay_dataset(
     labels: np.ndarray | Predictions,
     pairs: pl.DataFrame,
     store: ImageStore | None,
+    all_images: bool,
 ) -> tuple[dict, dict]:
     """Return the index and records of a task on stays, by split.
 
     stays, splits: the cohort. labels: int8 [cohort, K], or an hourly task's predictions; then only stays
-    with a prediction get a record. pairs: stay_id, dicom_id, cxr_time of each record's X-rays, by time.
+    with a prediction get a record. pairs: stay_id, dicom_id, cxr_time of each record's X-rays, by time. all_images:
+    whether they are all that a stay has, and records hold their times.
     """
     predicted = labels if isinstance(labels, Predictions) else None
     position_N = predicted.position_N if predicted else np.arange(len(arrays.row))
@@ -52,6 +54,7 @@ def stay_dataset(
         }
         if predicted:
             fields |= {"label": predicted.labels[i], "label_time_h": predicted.times[i]}
+        if all_images:
             fields["cxr_time_h"] = np.array([time_h for _, time_h in images], np.float32)
         return fields
 

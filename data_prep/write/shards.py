@@ -27,16 +27,18 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
     """Write a dataset to `folder`, which must be empty.
 
     index: split -> the fields of records.INDEX_FIELDS. records_of: split -> a function that yields its records in the
-    index's order.
+    index's order. manifest['images']: see records.ALL_IMAGES.
     """
-    features = records.features(len(task.labels), task.hourly)
+    all_images = manifest.get("images") == records.ALL_IMAGES
+    features = records.features(len(task.labels), task.hourly, all_images)
+    times = records.HOURS_FIELDS if task.hourly else ("cxr_time_h",) if all_images else ()
     filled = [split for split in records_of if len(index[split]["stay_id"])]
-    hours_of: dict[str, list[dict]] = {split: [] for split in records_of}
+    times_of: dict[str, list[dict]] = {split: [] for split in records_of}
 
     def rows(split: str) -> Iterator[dict]:
         for row in records_of[split]():
-            if task.hourly:
-                hours_of[split].append({name: row[name] for name in records.HOURS_FIELDS})
+            if times:
+                times_of[split].append({name: row[name] for name in times})
             yield row
 
     splits = [_write_split(folder, task.name, split, features, rows(split)) for split in filled]
@@ -53,8 +55,9 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
     for split, fields in index.items():
         np.savez(folder / f"index_{split}.npz", **{name: fields[name] for name in records.INDEX_FIELDS})
         if task.hourly:
-            hours = records.join_hours(hours_of[split], len(task.labels))
-            np.savez(folder / f"hours_{split}.npz", **hours)
+            np.savez(folder / f"hours_{split}.npz", **records.join_hours(times_of[split], len(task.labels)))
+        elif all_images:
+            np.savez(folder / f"images_{split}.npz", **records.join_image_times(times_of[split]))
     manifest |= {"files": {file.name: files.sha256(file) for file in sorted(folder.iterdir())}}
     manifest |= {"file_bytes": {name: (folder / name).stat().st_size for name in manifest["files"]}}
     manifest |= {"sha256": records.seal(json.loads(json.dumps(manifest)))}

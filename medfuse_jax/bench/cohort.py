@@ -160,7 +160,7 @@ def train_plan(case: Case, data: Dataset) -> plan_lib.Plan:
         seed=0,
         epoch=1,
         buckets=data.buckets,
-        hourly=data.hourly("train"),
+        packing=data.packing("train"),
     )
 
 
@@ -168,7 +168,7 @@ def at_quantiles(plan: plan_lib.Plan, length_N: np.ndarray, num_batches: int) ->
     """Return a plan of `num_batches` batches, at equal quantiles of their longest stay."""
     order = np.argsort(_lengths(plan, length_N).max(1), kind="stable")
     chosen = order[((np.arange(num_batches) + 0.5) / num_batches * len(order)).astype(int)]
-    return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.padded_length_S[chosen], plan.hourly)
+    return plan_lib.Plan(plan.paired_SP[chosen], plan.unpaired_SU[chosen], plan.padded_length_S[chosen], plan.packing)
 
 
 def padded_share_run(plan: plan_lib.Plan, length_N: np.ndarray) -> float:

@@ -71,6 +71,9 @@ FIELDS = {
     "data.val_stays": _fusion(
         "partial", "validation stays that select the model", choices=("partial", "paired"), searchable=False
     ),
+    "data.images": _fusion(
+        "last", "X-rays of a stay that are read: the 'last', or 'all' with their times", choices=("last", "all")
+    ),
     "data.ehr_only_ratio": _fusion(
         1.0, "fraction of EHR-only stays drawn each epoch (OPTIMAL: 0.2 / 0.1)", low=0, high=1, affects_features=False
     ),

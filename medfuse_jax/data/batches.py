@@ -13,8 +13,9 @@ A batch is a dict of arrays, each with a leading device axis D:
     image_mask bool    [D, P]         False: an empty image slot
     extra_NAME float32 [D, B, ...]    a further modality's values, NaN in rows without it
 
-and, in an hourly task, label [D, B, H, K], hour_step, hour_mask [D, B, H], image_hour (data/hours.py) and image_of
-[D, P], an image's number among those of its row.
+and, where a stay may have several images, image_of [D, P], an image's number among those of its row; with
+config.data.images=all also image_time_h [D, P] (data/images.py) and image_slot [D, B, M], the slots of each row's
+images; in an hourly task label [D, B, H, K], hour_step, hour_mask [D, B, H] (data/hours.py) and image_hour.
 
 `ehr` and `length` are left out if the method or task has no EHR, the image fields if the plan has no image slots.
 """
@@ -27,13 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from medfuse_jax import schema
-from medfuse_jax.data import hours
+from medfuse_jax.data import hours, images
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.runtime import cores, watchdog
 from medfuse_jax.runtime.errors import UserError
 
 READ_LIMIT_S = 300.0  # for a batch, or a record that is read for the devices' memory
+OF_SEVERAL = ("hour_", "images_")  # columns that hours.look_up and images.look_up read, not one value a record
 _AHEAD = 16  # batches; a longer queue is not faster
 _MOST_READERS = 8  # unless config.data.readers says otherwise: threads of one process share Python's lock
 
@@ -124,8 +126,10 @@ def assemble(columns: dict, rows: dict, xp=np) -> dict:
     batch = {name: x for name, x in rows.items() if name != "hour"} | {"valid": valid}
     if "hour" in rows:
         batch |= hours.look_up(columns, rows, valid, record, xp)
+    if "image_of" in rows:
+        batch |= images.look_up(columns, rows, record, xp)
     for name, values in columns.items():
-        if name.startswith("hour_"):
+        if name.startswith(OF_SEVERAL):
             continue
         found = values[record]
         mask = valid.reshape(*valid.shape, *[1] * (found.ndim - valid.ndim))

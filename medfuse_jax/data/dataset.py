@@ -12,6 +12,7 @@ import numpy as np
 
 from medfuse_jax import records, schema
 from medfuse_jax.data import hours as hours_lib
+from medfuse_jax.data import images as images_lib
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.runtime import files
@@ -29,6 +30,7 @@ class Dataset:
     splits: the records by split, with stay_id, ehr and image alone.
     needs: the modalities ('ehr', 'cxr') without which a record has no prediction.
     buckets: padded lengths, shared by all splits.
+    stay_images: all X-rays of each stay, by split, if they are read (config.data.images).
     hours: the prediction hours by split, and padded_hours (`hours.padded`), of an hourly task.
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
     digest: hash of the shards, of `extra`, and of the statistics unless they are the train split's.
@@ -53,6 +55,7 @@ class Dataset:
     extra: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     hours: dict[str, hours_lib.Hours] = dataclasses.field(default_factory=dict)
     padded_hours: dict[int, int] = dataclasses.field(default_factory=dict)
+    stay_images: dict[str, images_lib.StayImages] = dataclasses.field(default_factory=dict)
 
     @property
     def mean_hours(self) -> float:
@@ -84,25 +87,32 @@ class Dataset:
         part = self.index[split]
         length = {"length": part["length"]} if self.use_ehr else {}
         extra = {f"extra_{name}": by_split[split] for name, by_split in self.extra.items()}
-        label = self.hours[split].columns() if self.hours else {self.label_field: part["label"]}
-        return label | length | extra
+        several = self.several[split].columns() if self.several else {}
+        label = {} if self.hours else {self.label_field: part["label"]}
+        return label | several | length | extra
+
+    @property
+    def several(self) -> Mapping[str, images_lib.StayImages]:
+        """The X-rays that are read, by split, if a stay may have several; else {}."""
+        return self.hours or self.stay_images
 
     def num_images(self, split: str) -> np.ndarray:
         """Return int [N]: the images of each record that the method reads."""
         paired_N = self.paired(split)
-        return np.where(paired_N, self.hours[split].image_count_N, 0) if self.hours else paired_N.astype(int)
+        return np.where(paired_N, self.several[split].image_count_N, 0) if self.several else paired_N.astype(int)
 
     def images(self, split: str, i: int, record: dict) -> list[np.ndarray]:
         """Return the pixels of the `num_images` images of record i, in order of time."""
-        if not self.hours:
-            return [record["image"]]
-        of = self.hours[split]
-        first = of.image_first_N[i]
-        return [record["images"][n] for n in of.image_of_J[first : first + of.image_count_N[i]]]
+        return self.several[split].of_record(i, record["images"]) if self.several else [record["image"]]
 
-    def hourly(self, split: str) -> plan_lib.Hourly | None:
-        """Return what a plan needs to know of an hourly task."""
-        return plan_lib.Hourly(self.num_images(split), self.padded_hours) if self.hours else None
+    def packing(self, split: str) -> plan_lib.Packing | None:
+        """Return what a plan needs to know where a stay may have several images, or hours."""
+        if not self.several:
+            return None
+        count_N, length_N, padded = self.num_images(split), self.lengths(split), None
+        if self.stay_images:
+            padded = {bucket: int(count_N[length_N <= bucket].max(initial=1)) for bucket in self.buckets}
+        return plan_lib.Packing(count_N, padded, self.padded_hours or None)
 
     def labels_of(self, split: str, include_N: np.ndarray) -> np.ndarray:
         """Return the labels [R, K] of the included records, one row each, or one an hour in an hourly task."""
@@ -121,11 +131,12 @@ def open_dataset(
     statistics: str = "train",
     max_buckets: int = 4,
     modalities: tuple[loading.Modality, ...] = (),
+    images: str = "last",
     to_train: bool = True,
 ) -> Dataset:
     """Open a task's shards; raise UserError if they are missing, damaged or of no use to the method.
 
-    to_train: whether there must be train records.
+    images: config.data.images. to_train: whether there must be train records.
 
     statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
     {"mean": [76], "std": [76]}.
@@ -149,8 +160,7 @@ def open_dataset(
         hours = {split: hours_lib.of(records.hours(data_dir, task, split), timestep_h) for split in schema.SPLITS}
     for split, of in hours.items():  # an X-ray that no hour sees is none
         index[split]["has_cxr"] = of.image_count_N > 0
-    read = (*_READ, "cxr_time_h") if hours else _READ
-    splits = {split: records.open_split(data_dir, task, split, read) for split in schema.SPLITS}
+    splits = {split: records.open_split(data_dir, task, split, _READ) for split in schema.SPLITS}
     for split, part in splits.items():
         if len(part) != len(index[split]["stay_id"]):
             raise UserError(
@@ -177,8 +187,23 @@ def open_dataset(
         needs=needs,
         extra=extra,
         hours=hours,
+        stay_images=_all_images(data_dir, task, manifest) if images == records.ALL_IMAGES else {},
         padded_hours=hours_lib.padded(hours, length_of, buckets) if hours else {},
     )
+
+
+def _all_images(data_dir: str | Path, task: str, manifest: dict) -> dict[str, images_lib.StayImages]:
+    """Return all X-rays of each stay, by split; raise UserError if the dataset holds the last alone."""
+    if manifest.get("images") != records.ALL_IMAGES:
+        folder = records.task_dir(data_dir, task)
+        raise UserError(
+            f"config.data.images is 'all', and {folder} holds each stay's last X-ray alone: build it with "
+            "`python -m data_prep.build --images=all ...`, into another --out, or use 'last'",
+            field="config.data.images",
+            path=folder,
+            value="all",
+        )
+    return {split: images_lib.of(records.image_times(data_dir, task, split)) for split in schema.SPLITS}
 
 
 def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str) -> Dataset:

@@ -12,6 +12,7 @@ Every device holds `shared`:
     image_number int32   [N]            the number of a record's first image, 0 if it has none
     extra_NAME   float32 [N, ...]       a further modality's values
     hour_NAME                           an hourly task's labels and hours instead of `label` (hours.Hours.columns)
+    images_NAME                         the times of X-rays where a stay may have several (images.StayImages.columns)
 
 The images are divided over each `num_parts` neighbouring devices, which send each other what their batches need:
 
@@ -106,7 +107,7 @@ def _layout(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int)
     """Return the shape and type of each array of a device; an empty one has one element, so that it can be indexed."""
     types = {"label": np.int8, "length": np.int32}
     columns = dataset.columns(split)
-    types |= {name: x.dtype.type for name, x in columns.items() if name.startswith("hour_")}
+    types |= {name: x.dtype.type for name, x in columns.items() if name.startswith(batches.OF_SEVERAL)}
     layout = {name: (x.shape, types.get(name, np.float32)) for name, x in columns.items()}
     if dataset.use_ehr:
         num_time_steps = int(dataset.index[split]["length"][include_N].sum())
@@ -130,7 +131,8 @@ def gather(shared: dict, divided: dict, rows: dict, padded_length: int, num_part
 
     divided: {'image': this device's} or {}. axis: of the devices, which exchange images if num_parts > 1.
     """
-    columns = {n: x for n, x in shared.items() if n in ("label", "length") or n.startswith(("extra_", "hour_"))}
+    by_name = ("extra_", *batches.OF_SEVERAL)
+    columns = {n: x for n, x in shared.items() if n in ("label", "length") or n.startswith(by_name)}
     batch = batches.assemble(columns, rows, jnp)
     record_B = jnp.maximum(rows["record"], 0)
     if "ehr" in shared:

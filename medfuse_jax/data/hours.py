@@ -11,18 +11,19 @@ import dataclasses
 
 import numpy as np
 
+from medfuse_jax.data.images import StayImages
+
 _EPSILON_H = 1e-4  # of a time in float32
 _LONGEST_H = 2**14  # above the hours of any stay; a power of two, so that sums with it are exact
 
 
 @dataclasses.dataclass(frozen=True)
-class Hours:
-    """The prediction hours of a split.
+class Hours(StayImages):
+    """The prediction hours of a split, and its X-rays that an hour sees.
 
     first_N, count_N: each record's hours, as places in the S. label_SK int8; time_h_S float32; steps_S: the whole time
     steps before the hour; remaining_h_S: from the hour to the end of the stay; has_cxr_S: whether it sees an X-ray.
-    image_first_N, image_count_N: each record's X-rays, as places in the J. image_of_J: its number among the record's
-    images; image_hour_J: the record's first hour that sees it.
+    image_hour_J: the record's first hour that sees the X-ray.
     """
 
     first_N: np.ndarray
@@ -32,20 +33,16 @@ class Hours:
     steps_S: np.ndarray
     remaining_h_S: np.ndarray
     has_cxr_S: np.ndarray
-    image_first_N: np.ndarray
-    image_count_N: np.ndarray
-    image_of_J: np.ndarray
     image_hour_J: np.ndarray
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Return the columns that `look_up` reads."""
-        return {
+        """Return the columns that `look_up` reads, here and in `images`."""
+        return super().columns() | {
             "hour_first": self.first_N,
             "hour_count": self.count_N,
             "hour_label": self.label_SK,
             "hour_step": self.steps_S,
-            "hour_image_first": self.image_first_N,
-            "hour_of_image": np.append(self.image_hour_J, 0).astype(np.int32),  # never empty
+            "images_hour": np.append(self.image_hour_J, 0).astype(np.int32),  # never empty
         }
 
     def rows(self, include_N: np.ndarray) -> np.ndarray:
@@ -81,6 +78,7 @@ def of(fields: dict[str, np.ndarray], timestep_h: float) -> Hours:
         has_cxr_S=np.arange(len(time_h_S)) - first_N[record_S] >= since_S,
         image_first_N=(np.cumsum(image_count_N) - image_count_N).astype(np.int32),
         image_count_N=image_count_N,
+        image_time_h_J=fields["cxr_time_h"][is_seen_J],
         image_of_J=(np.arange(len(record_J)) - (np.cumsum(num_images_N) - num_images_N)[record_J])[is_seen_J],
         image_hour_J=hour_J[is_seen_J].astype(np.int32),
     )
@@ -94,8 +92,7 @@ def padded(hours: dict[str, Hours], length_of: dict[str, np.ndarray], buckets: t
 
 
 def look_up(columns: dict, rows: dict, valid, record, xp) -> dict:
-    """Return a batch's hours: label float32 [D, B, H, K], hour_step int32 and hour_mask bool [D, B, H], and, with
-    images, image_hour int32 [D, P].
+    """Return a batch's hours: label float32 [D, B, H, K], hour_step int32 and hour_mask bool [D, B, H].
 
     columns: of `Hours.columns`. rows: from `plan.deal`. valid, record [D, B]. xp: numpy or jax.numpy; in a jitted step
     of one device there is no axis D.
@@ -103,13 +100,8 @@ def look_up(columns: dict, rows: dict, valid, record, xp) -> dict:
     hour = rows["hour"][..., None, :]
     mask = hour < xp.where(valid, columns["hour_count"][record], 0)[..., None]
     place = xp.where(mask, columns["hour_first"][record][..., None] + hour, 0)
-    batch = {
+    return {
         "hour_mask": mask,
         "hour_step": xp.where(mask, columns["hour_step"][place], 0).astype(xp.int32),
         "label": xp.where(mask[..., None], columns["hour_label"][place], 0).astype(xp.float32),
     }
-    if "image_row" in rows:
-        first = xp.take_along_axis(columns["hour_image_first"][record], rows["image_row"], axis=-1)
-        image_hour = columns["hour_of_image"][xp.where(rows["image_mask"], first + rows["image_of"], 0)]
-        batch["image_hour"] = xp.where(rows["image_mask"], image_hour, 0).astype(xp.int32)
-    return batch

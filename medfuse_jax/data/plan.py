@@ -16,15 +16,17 @@ PADDING = -1  # in place of a record number: an empty row or image slot
 
 
 @dataclasses.dataclass(frozen=True)
-class Hourly:
-    """What the batches of an hourly task hold besides, by data/hours.py.
+class Packing:
+    """How the batches of a dataset are laid out in which a stay may have several images.
 
     image_count_N: the images of each record; they lie one after another in the slots of its row's device.
-    padded_hours: the hours of a row, by padded_length.
+    padded_images, padded_hours: the images and, in an hourly task, the hours of a row, by padded_length. None if a row
+    is not sent where all of its images are, or has no hours.
     """
 
     image_count_N: np.ndarray
-    padded_hours: dict[int, int]
+    padded_images: dict[int, int] | None = None
+    padded_hours: dict[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Plan:
     paired_SP: record numbers of the stays whose X-ray is used, PADDING in empty slots.
     unpaired_SU: record numbers of the stays used without an X-ray, U = B - P.
     padded_length_S: time steps to which each batch's series are padded (one of the buckets).
-    hourly: None unless the task is. A device's slots of a batch are then as many as the images of its stays, rounded up
-    to a power of two, because each number costs a compilation.
+    packing: None if a paired stay has one image, and a device ceil(P / D) slots. Otherwise its slots of a batch are as
+    many as the images of its stays, rounded up to a power of two, because each number costs a compilation.
     """
 
     paired_SP: np.ndarray
     unpaired_SU: np.ndarray
     padded_length_S: np.ndarray
-    hourly: Hourly | None = None
+    packing: Packing | None = None
 
     def __len__(self) -> int:
         return len(self.padded_length_S)
@@ -138,7 +140,7 @@ def train_plan(
     ehr_only_ratio: float = 1.0,
     ehr_only_N: np.ndarray | None = None,
     window: int = 128,
-    hourly: Hourly | None = None,
+    packing: Packing | None = None,
 ) -> Plan:
     """Return the batches of one training epoch, all with the same number of image slots.
 
@@ -172,7 +174,7 @@ def train_plan(
         paired_SP[block] = _sorted_by_length(paired_SP[block], length_N)
         unpaired_SU[block] = _sorted_by_length(unpaired_SU[block], length_N)
     order = rng.permutation(num_batches)
-    return _with_padded_lengths(paired_SP[order], unpaired_SU[order], length_N, buckets, hourly)
+    return _with_padded_lengths(paired_SP[order], unpaired_SU[order], length_N, buckets, packing)
 
 
 def eval_plans(
@@ -182,7 +184,7 @@ def eval_plans(
     *,
     batch_size: int,
     buckets: tuple[int, ...],
-    hourly: Hourly | None = None,
+    packing: Packing | None = None,
 ) -> list[Plan]:
     """Return plans that score every included record exactly once: one of stays with an X-ray, one of stays without.
 
@@ -201,7 +203,7 @@ def eval_plans(
         rows_SB = rows_SB.reshape(-1, batch_size)
         none_S0 = rows_SB[:, :0]
         parts = (rows_SB, none_S0) if images else (none_S0, rows_SB)
-        plans.append(_with_padded_lengths(*parts, length_N, buckets, hourly))
+        plans.append(_with_padded_lengths(*parts, length_N, buckets, packing))
     return plans
 
 
@@ -210,15 +212,16 @@ def deal(plan: Plan, step: int, num_devices: int) -> dict[str, np.ndarray]:
 
     The image fields are left out if the plan has no image slots. Paired stays are dealt to the devices in turn, so that
     none has more than ceil(P / D) images. image_row counts rows within the device, and is 0 in an empty slot.
-    An hourly task's batch also has hour [D, H], the numbers of a row's hours, and image_of [D, P], the image's number
-    among those of its stay.
+    With plan.packing, a batch also has image_of [D, P], the image's number among those of its stay; image_slot
+    [D, B, M], the slots of each row's images, -1 without; and hour [D, H], the numbers of a row's hours.
     """
     assert plan.batch_size % num_devices == 0, "checked by config.validate"
     num_rows = plan.batch_size // num_devices
     num_slots = math.ceil(plan.images_per_batch / num_devices)
     count_P = (plan.paired_SP[step] != PADDING).astype(int)
-    if plan.hourly:
-        count_P = np.where(count_P, plan.hourly.image_count_N[plan.paired_SP[step]], 0)
+    packing, padded_length = plan.packing, int(plan.padded_length_S[step])
+    if packing:
+        count_P = np.where(count_P, packing.image_count_N[plan.paired_SP[step]], 0)
         most = max(int(count_P[device::num_devices].sum()) for device in range(num_devices))
         num_slots = num_slots and 1 << (max(most, num_slots) - 1).bit_length()
     record_DB = np.full((num_devices, num_rows), PADDING, np.int32)
@@ -226,14 +229,18 @@ def deal(plan: Plan, step: int, num_devices: int) -> dict[str, np.ndarray]:
     image_row_DP = np.zeros((num_devices, num_slots), np.int32)
     image_mask_DP = np.zeros((num_devices, num_slots), bool)
     image_of_DP = np.zeros((num_devices, num_slots), np.int32)
+    most_images = packing.padded_images[padded_length] if packing and packing.padded_images else 1
+    image_slot_DBM = np.full((num_devices, num_rows, most_images), PADDING, np.int32)
     used_D = np.zeros(num_devices, int)
     for i, record in enumerate(plan.paired_SP[step]):
         device, slot = i % num_devices, i // num_devices
-        slot = int(image_mask_DP[device].sum()) if plan.hourly else slot
+        slot = int(image_mask_DP[device].sum()) if packing else slot
         slots = slice(slot, slot + count_P[i])
         record_DB[device, used_D[device]], row_id_DB[device, used_D[device]] = record, i
         image_row_DP[device, slots], image_mask_DP[device, slots] = used_D[device], True
         image_of_DP[device, slots] = np.arange(count_P[i])
+        if packing and packing.padded_images:
+            image_slot_DBM[device, used_D[device], : count_P[i]] = slot + np.arange(count_P[i])
         used_D[device] += 1
     free_DB = np.arange(num_rows)[None] >= used_D[:, None]
     record_DB[free_DB] = plan.unpaired_SU[step]
@@ -241,9 +248,11 @@ def deal(plan: Plan, step: int, num_devices: int) -> dict[str, np.ndarray]:
     rows = {"record": record_DB, "row_id": row_id_DB}
     if num_slots:
         rows |= {"image_row": image_row_DP, "image_mask": image_mask_DP}
-    if plan.hourly:
-        hour_H = np.arange(plan.hourly.padded_hours[int(plan.padded_length_S[step])], dtype=np.int32)
-        rows |= {"hour": np.tile(hour_H, (num_devices, 1))} | ({"image_of": image_of_DP} if num_slots else {})
+        rows |= {"image_of": image_of_DP} if packing else {}
+        rows |= {"image_slot": image_slot_DBM} if packing and packing.padded_images else {}
+    if packing and packing.padded_hours:
+        hour_H = np.arange(packing.padded_hours[padded_length], dtype=np.int32)
+        rows["hour"] = np.tile(hour_H, (num_devices, 1))
     return rows
 
 
@@ -277,10 +286,10 @@ def _with_padded_lengths(
     unpaired_SU: np.ndarray,
     length_N: np.ndarray,
     buckets: tuple[int, ...],
-    hourly: Hourly | None,
+    packing: Packing | None,
 ) -> Plan:
     rows_SB = np.concatenate([paired_SP, unpaired_SU], 1)
     longest_S = np.where(rows_SB == PADDING, 0, length_N[rows_SB]).max(1, initial=0)
     edges = np.asarray(buckets)
     assert longest_S.max(initial=0) <= edges[-1], "the last bucket holds the longest stay"
-    return Plan(paired_SP, unpaired_SU, edges[np.searchsorted(edges, longest_S)], hourly)
+    return Plan(paired_SP, unpaired_SU, edges[np.searchsorted(edges, longest_S)], packing)

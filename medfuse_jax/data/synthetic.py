@@ -13,18 +13,22 @@ def set_data_dir(config: ConfigDict) -> None:
     if not config.data.dir:
         stages = config_lib.stages(config).values()
         tasks = dict.fromkeys([config.task, *(stage.task for stage in stages), config.data.cxr_task])
-        config.data.dir = str(build(config.data.synthetic_stays, config.data.synthetic_cxr_fraction, list(tasks)))
+        cohort = config.data.synthetic_stays, config.data.synthetic_cxr_fraction
+        config.data.dir = str(build(*cohort, list(tasks), config.data.images))
 
 
-def build(num_stays: int, cxr_fraction: float, tasks: list[str]) -> Path:
-    """Build a synthetic cohort in the cache, unless it is there; return the folder of its shards."""
+def build(num_stays: int, cxr_fraction: float, tasks: list[str], images: str = "last") -> Path:
+    """Build a synthetic cohort in the cache, unless it is there; return the folder of its shards.
+
+    images: config.data.images.
+    """
     from data_prep import build
     from data_prep.synthetic import tree
 
     root = files.cache_dir() / f"synthetic_{tree.VERSION}_{num_stays}_{cxr_fraction:g}"
     print(f"no --config.data.dir given: using a synthetic cohort of {num_stays} stays in {root}", flush=True)
-    raw, shards = root / "raw", root / "shards"
+    raw, shards = root / "raw", root / ("shards" if images == "last" else f"shards_{images}")
     # Both skip what is there already; the build replaces what an older version left. One X-ray per stay is enough.
     tree.write(raw, num_stays=num_stays, seed=0, cxr_fraction=cxr_fraction, images_per_stay=1.0)
-    build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards, tasks=tasks)
+    build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards, tasks=tasks, images=images)
     return shards

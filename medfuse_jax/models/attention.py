@@ -1,6 +1,6 @@
 """MedFuse with attention over time steps and over modality tokens; its attention weights can be inspected.
 
-Shapes: B rows, T time, M modality, D token width, A key width, N fused width, K label.
+Shapes: B rows, T time, M modality, L tokens that share a place, D token width, A key width, N fused width, K label.
 
 Both poolings are weighted means, and no other path bypasses the weights: they alone decide how much each time step or
 token contributes to the result.
@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from medfuse_jax.models import fusion
 from medfuse_jax.models.medfuse import TokenModel
 from medfuse_jax.models.model import Inputs
+from medfuse_jax.models.presence import at_slots, last_places
 from medfuse_jax.models.recurrence import cell
+
+EARLIER = "earlier_cxr"  # all X-rays of a stay but the last
 
 # Scores start at zero, so that at first all time steps, and all tokens, have equal weight.
 _equal = nn.initializers.zeros_init()
@@ -50,31 +53,38 @@ class TimeAttention(nn.Module):
 class AttentionFusion(nn.Module):
     """A weighted mean of the tokens' values; the query is the mean key of the tokens that are present.
 
-    Each position has its own key and value weights. A missing modality therefore keeps its position and is masked.
+    Each position has its own key and value weights. A missing modality therefore keeps its position and is masked. The
+    last `num_alike` tokens share one position.
     """
 
     width: int = 512
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, token_BMD: jax.Array, mask_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, token_BMD: jax.Array, mask_BM: jax.Array, num_alike: int = 1) -> tuple[jax.Array, jax.Array]:
         """Return (fused [B, N], weights [B, M]) of tokens [B, M, D] with mask bool [B, M]; zeros if all are missing."""
         clean_BMD = jnp.where(mask_BM[..., None], token_BMD, 0)
-        key_BMA = self._project("key", clean_BMD, token_BMD.shape[-1])
-        value_BMN = nn.relu(self._project("value", clean_BMD, self.width))
+        key_BMA = self._project("key", clean_BMD, token_BMD.shape[-1], num_alike)
+        value_BMN = nn.relu(self._project("value", clean_BMD, self.width, num_alike))
         num_B1 = jnp.maximum(jnp.sum(mask_BM, axis=1, keepdims=True), 1)
         query_BA = jnp.sum(jnp.where(mask_BM[..., None], key_BMA, 0), axis=1) / num_B1
         score_A1 = nn.Dense(1, use_bias=False, kernel_init=_equal, name="score")
         weight_BM = masked_softmax(score_A1(jnp.tanh(key_BMA + query_BA[:, None]))[..., 0], mask_BM)
         return jnp.einsum("bm,bmn->bn", weight_BM, value_BMN), weight_BM
 
-    def _project(self, name: str, token_BMD: jax.Array, width: int) -> jax.Array:
-        num_modalities, token_width = token_BMD.shape[1:]
-        kernel_MDN = self.param(f"{name}_kernel", _by_modality, (num_modalities, token_width, width))
-        bias_MN = self.param(f"{name}_bias", nn.initializers.zeros_init(), (num_modalities, width))
-        # On a CPU, XLA cannot return a batched bfloat16 product as float32: cast it afterwards.
-        product_BMN = jnp.einsum("bmd,mdn->bmn", token_BMD.astype(self.dtype), kernel_MDN.astype(self.dtype))
-        return product_BMN.astype(jnp.float32) + bias_MN
+    def _project(self, name: str, token_BMD: jax.Array, width: int, num_alike: int) -> jax.Array:
+        num_tokens, token_width = token_BMD.shape[1:]
+        num_places = num_tokens - num_alike + 1
+        kernel_MDN = self.param(f"{name}_kernel", _by_modality, (num_places, token_width, width))
+        bias_MN = self.param(f"{name}_bias", nn.initializers.zeros_init(), (num_places, width))
+        token_BMD, kernel_MDN = token_BMD.astype(self.dtype), kernel_MDN.astype(self.dtype)
+        if num_alike == 1:
+            # On a CPU, XLA cannot return a batched bfloat16 product as float32: cast it afterwards.
+            return jnp.einsum("bmd,mdn->bmn", token_BMD, kernel_MDN).astype(jnp.float32) + bias_MN
+        own = num_places - 1
+        own_BMN = jnp.einsum("bmd,mdn->bmn", token_BMD[:, :own], kernel_MDN[:own]).astype(jnp.float32) + bias_MN[:own]
+        alike_BLN = jnp.einsum("bld,dn->bln", token_BMD[:, own:], kernel_MDN[own]).astype(jnp.float32) + bias_MN[own]
+        return jnp.concatenate([own_BMN, alike_BLN], axis=1)
 
 
 class MedFuseAttention(TokenModel):
@@ -82,14 +92,19 @@ class MedFuseAttention(TokenModel):
 
     The weights are in the collection 'intermediates': time_weights [B, T] and modality_weights [B, M], M in the order
     of `token_names`.
+    all_images: whether each X-ray of a stay is a token. The last one has the place that it has alone; those before it
+    share another, so that a change between them can be told.
     """
 
     reads_series = True
     not_causal = "attends over a whole series at once"
 
+    all_images: bool = False
+
     @property
     def token_names(self) -> tuple[str, ...]:
-        return (*(modality.name for modality in self.modalities), "ehr", "cxr")
+        earlier = (EARLIER,) if self.all_images else ()
+        return (*(modality.name for modality in self.modalities), "ehr", "cxr", *earlier)
 
     def setup_fusion(self):
         super().setup_fusion()
@@ -107,9 +122,19 @@ class MedFuseAttention(TokenModel):
         return self.ehr_encoder.drop(pooled_BD, batch.train, batch.dropout_rows_B)
 
     def forward(self, batch: Inputs) -> dict:
-        ehr_BD, cxr_BD = self.encode(batch)
-        tokens = [*self.extra_tokens(batch.extra), (ehr_BD, batch.has_ehr_B), (cxr_BD, batch.has_cxr_B)]
-        fused_BN, weight_BM = self.modality_attention(*fusion.stack_tokens(tokens))
+        earlier: list = []
+        if self.all_images:
+            ehr_BD = self.encode_ehr(batch)
+            token_PD, slot_BL = self.encode_each(batch)
+            cxr_BD, last_B = self.last(token_PD, slot_BL), last_places(slot_BL)
+            earlier = [(at_slots(token_PD, x_B), (x_B >= 0) & (m < last_B)) for m, x_B in enumerate(slot_BL.T)]
+        else:
+            ehr_BD, cxr_BD = self.encode(batch)
+        tokens = [*self.extra_tokens(batch.extra), (ehr_BD, batch.has_ehr_B), (cxr_BD, batch.has_cxr_B), *earlier]
+        fused_BN, weight_BM = self.modality_attention(*fusion.stack_tokens(tokens), max(len(earlier), 1))
+        if earlier:
+            num_own = len(tokens) - len(earlier)
+            weight_BM = jnp.append(weight_BM[:, :num_own], weight_BM[:, num_own:].sum(1, keepdims=True), axis=1)
         self.sow("intermediates", "modality_weights", weight_BM, reduce_fn=_latest, init_fn=tuple)
         return {"logits": self.classifier(fused_BN), "ehr_features": ehr_BD, "cxr_features": cxr_BD}
 

@@ -1,6 +1,6 @@
 """MedFuse: an LSTM over the modality tokens that a stay has.
 
-Shapes: B rows, D LSTM width, N fused width.
+Shapes: B rows, P images, M images of a row at most, D LSTM width, N fused width.
 """
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from medfuse_jax.data.modalities.loading import Modality
 from medfuse_jax.models import fusion
 from medfuse_jax.models.model import Inputs, ProjectedModel, linear
+from medfuse_jax.models.presence import at_slots, last_places
 
 
 class TokenModel(ProjectedModel):
@@ -22,7 +23,30 @@ class TokenModel(ProjectedModel):
     def setup_fusion(self):
         for modality in self.modalities:
             setattr(self, f"{modality.name}_encoder", modality.encoder(self.ehr_hidden))
+        if self.reads_all_images:
+            self.image_time = fusion.TimeEmbedding(self.ehr_hidden)
         self.classifier = linear(self.num_labels)
+
+    @property
+    def reads_all_images(self) -> bool:
+        """Whether a row's images are a token each. A method that can has the field `all_images`."""
+        return getattr(self, "all_images", False)
+
+    def encode_each(self, batch: Inputs) -> tuple[jax.Array, jax.Array]:
+        """Return (tokens of the images [P, D], slots of each row's images in order of time [B, M], -1 for none)."""
+        images = batch.images
+        if images is None:
+            return jnp.zeros((1, self.ehr_hidden)), jnp.full((batch.num_rows, 1), -1)
+        token_PD = self.projection(self.encode_images(batch))
+        time_h_P = jnp.zeros(len(token_PD)) if images.time_h_P is None else images.time_h_P
+        return token_PD + self.image_time(time_h_P), images.slots()
+
+    @staticmethod
+    def last(token_PD: jax.Array, slot_BM: jax.Array) -> jax.Array:
+        """Return the token of each row's last image [B, D]; zeros without one."""
+        last_B1 = last_places(slot_BM)[:, None]
+        slot_B1 = jnp.where(last_B1 >= 0, jnp.take_along_axis(slot_BM, jnp.maximum(last_B1, 0), axis=1), -1)
+        return at_slots(token_PD, slot_B1[:, 0])
 
     def extra_tokens(self, extra: dict) -> list[tuple[jax.Array, jax.Array]]:
         """Return [(token [B, D], present bool [B]), ...] of the further modalities."""
@@ -40,18 +64,28 @@ class TokenModel(ProjectedModel):
 
 
 class MedFuse(TokenModel):
-    """An LSTM over the tokens that a stay has: EHR, then X-ray (Hayat et al. 2022, section 3)."""
+    """An LSTM over the tokens that a stay has: EHR, then X-ray (Hayat et al. 2022, section 3).
+
+    all_images: whether each X-ray of a stay is a token, in order of time; the paper's MedFuse reads the last alone.
+    """
 
     not_causal = ""
+
+    all_images: bool = False
 
     def setup_fusion(self):
         super().setup_fusion()
         self.fusion_lstm = fusion.LstmFusion(self.fusion_hidden, self.dtype)
 
     def forward(self, batch: Inputs) -> dict:
-        ehr_BD, cxr_BD = self.encode(batch)
-        tokens = [*self.extra_tokens(batch.extra), (ehr_BD, batch.has_ehr_B)]
-        if batch.images is not None:
-            tokens.append((cxr_BD, batch.has_cxr_B))
+        if self.all_images and batch.images is not None:
+            ehr_BD = self.encode_ehr(batch)
+            token_PD, slot_BM = self.encode_each(batch)
+            of_images = [(at_slots(token_PD, slot_B), slot_B >= 0) for slot_B in slot_BM.T]
+            cxr_BD = self.last(token_PD, slot_BM)
+        else:
+            ehr_BD, cxr_BD = self.encode(batch)
+            of_images = [] if batch.images is None else [(cxr_BD, batch.has_cxr_B)]
+        tokens = [*self.extra_tokens(batch.extra), (ehr_BD, batch.has_ehr_B), *of_images]
         fused_BN = self.fusion_lstm(*fusion.stack_tokens(tokens))
         return {"logits": self.classifier(fused_BN), "ehr_features": ehr_BD, "cxr_features": cxr_BD}

@@ -137,6 +137,8 @@ class Model(nn.Module):
         *,
         image_row=None,
         image_mask=None,
+        image_slot=None,
+        image_time_h=None,
         ehr_features=None,
         cxr_features=None,
         train: bool = False,
@@ -151,8 +153,10 @@ class Model(nn.Module):
         ehr: float [B, T, F], standardised, with length [B] in time steps (default T; 0: no EHR), or None.
         image: [P, H, W] or [P, H, W, C] (resnet.StemConv says which C), or None.
         Listed images: image_row int [P] is each image's row, and image_mask bool [P] is False in an empty slot; has_cxr
-        is ignored. Dense images (image_row None): P = B, and has_cxr bool [B] says which rows have an image; images of
-        other rows affect no statistic, gradient or output.
+        is ignored. If a row may have several: image_slot int [B, M], the slots of its images in order of time, -1 for
+        none, and image_time_h [P], when each was taken, in hours since the stay began.
+        Dense images (image_row None): P = B, and has_cxr bool [B] says which rows have an image; images of other rows
+        affect no statistic, gradient or output.
         ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, instead of ehr and image.
         train: use batch statistics and dropout. dropout_rows int [B], the rows' ids in the whole batch, seed its masks.
         axis_name: the devices' axis. extra: name -> values [B, ...] of further modalities, NaN in rows without any.
@@ -174,6 +178,8 @@ class Model(nn.Module):
                 has_cxr = None
             presence = {"has_cxr": has_cxr, "image_row": image_row, "image_mask": image_mask}
             images = images_of(num_rows, image, features=cxr_features, **presence)
+        if images is not None and image_slot is not None:
+            images = dataclasses.replace(images, slot_BM=image_slot, time_h_P=image_time_h)
         batch = Inputs(
             ehr, ehr_features, jnp.asarray(length, jnp.int32), images, train, dropout_rows, axis_name, extra or {}
         )

@@ -1,6 +1,6 @@
 """Which image belongs to which row of a batch, and which rows have an image.
 
-Shapes: B rows, P images, H W pixels, C channels, E features of an image.
+Shapes: B rows, P images, M images of a row at most, H W pixels, C channels, E features of an image.
 
 The encoder processes only the images that exist: P of them, not B. Differs from MedFuse (datasets/fusion.py), which
 computes a zero image for every stay without an X-ray.
@@ -19,6 +19,8 @@ class Images:
     Exactly one of image_PHWC and features_PE is given. valid_P: False in an empty slot, whose pixels or features are
     zeros. row_P: each image's row, num_rows in an empty slot; None in the dense form, where image b belongs to row b.
     slot_B: in an hourly task, whose rows are hours: the slot of the latest image by then, or -1.
+    slot_BM: the slots of each row's images in order of time, or -1, where a row may have several. time_h_P: when each
+    was taken, in hours since the stay began.
     """
 
     image_PHWC: jax.Array | None
@@ -27,14 +29,27 @@ class Images:
     row_P: jax.Array | None
     num_rows: int
     slot_B: jax.Array | None = None
+    slot_BM: jax.Array | None = None
+    time_h_P: jax.Array | None = None
 
     def to_rows(self, x_PE: jax.Array) -> jax.Array:
         """Scatter values of images to their rows [B, E]; rows without an image get zeros."""
         if self.slot_B is not None:
-            return jnp.where(self.slot_B[:, None] >= 0, x_PE[jnp.maximum(self.slot_B, 0)], 0)
+            return at_slots(x_PE, self.slot_B)
         if self.row_P is None:
             return jnp.where(self.valid_P[:, None], x_PE, 0)
         return jnp.zeros((self.num_rows, *x_PE.shape[1:]), x_PE.dtype).at[self.row_P].set(x_PE, mode="drop")
+
+    def slots(self) -> jax.Array:
+        """Return the slots of each row's images in order of time [B, M], -1 for none."""
+        if self.slot_BM is not None:
+            return self.slot_BM
+        if self.slot_B is not None:
+            return self.slot_B[:, None]
+        if self.row_P is None:
+            return jnp.where(self.valid_P, jnp.arange(self.num_rows), -1)[:, None]
+        slot_P = jnp.arange(len(self.row_P))
+        return jnp.full(self.num_rows, -1).at[self.row_P].set(slot_P, mode="drop")[:, None]
 
     def from_rows(self, x_BE: jax.Array) -> jax.Array:
         """Gather values of rows for their images [P, E]; empty slots get zeros."""
@@ -49,6 +64,16 @@ class Images:
         if self.row_P is None:
             return self.valid_P
         return rows_with_image(self.row_P, self.valid_P, self.num_rows)
+
+
+def at_slots(x_PE: jax.Array, slot: jax.Array) -> jax.Array:
+    """Gather values of images by their slots, of any shape [..., E]; zeros where a slot is -1."""
+    return jnp.where(slot[..., None] >= 0, x_PE[jnp.maximum(slot, 0)], 0)
+
+
+def last_places(slot_BM: jax.Array) -> jax.Array:
+    """Return the place m of each row's last image, -1 without one."""
+    return jnp.where(slot_BM >= 0, jnp.arange(slot_BM.shape[1]), -1).max(axis=1)
 
 
 def rows_with_image(image_row_P: jax.Array, image_mask_P: jax.Array, num_rows: int) -> jax.Array:

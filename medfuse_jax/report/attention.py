@@ -10,7 +10,7 @@ import numpy as np
 from medfuse_jax.report import html, plots
 from medfuse_jax.report.read_runs import Run, number, section
 
-MODALITY_NAMES = {"ehr": "time series", "cxr": "X-ray"}
+MODALITY_NAMES = {"ehr": "time series", "cxr": "X-ray", "earlier_cxr": "earlier X-rays"}
 _NUM_EXAMPLES = 6
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import parallel, schema
+from medfuse_jax import parallel, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import batches
@@ -100,9 +100,10 @@ def _without_encoders(params: dict) -> dict:
 def can_cache(config: ConfigDict, encoders: dict) -> bool:
     """Return whether a config's features can be computed once for all trials.
 
-    This takes two frozen encoders, a method that reads only their features, an even crop margin, and one score a stay.
+    This takes two frozen encoders, a method that reads only their features, an even crop margin, one score and at most
+    one X-ray a stay.
     """
-    if schema.TASKS[config.task].hourly:
+    if schema.TASKS[config.task].hourly or config.data.images == records.ALL_IMAGES:
         return False
     method = registry.METHODS[config.method]
     is_frozen = method.fields.get("frozen_encoders") or config.model.freeze_encoders

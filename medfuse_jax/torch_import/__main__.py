@@ -11,8 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
+from medfuse_jax import records, torch_import
 from medfuse_jax import run as run_lib
-from medfuse_jax import torch_import
 from medfuse_jax.runs import checkpoints, sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
@@ -40,7 +40,7 @@ def import_weights(checkpoint: Path, config: ConfigDict, workdir: Path) -> list[
     Raises UserError if the file, the config and its data do not match, or the workdir is in use.
     """
     config_lib.validate(config)
-    _check_modalities(config)
+    _check_inputs(config)
     if not config.data.dir:
         raise UserError("config.data.dir is empty: give the folder of the run's shards", field="config.data.dir")
     run = run_lib.open_run(config)
@@ -81,19 +81,22 @@ def export_weights(workdir: Path, path: Path) -> str:
     """Write a run's best checkpoint under the released names, as `write` does; return the line to print."""
     run = sources.reopen(workdir)
     config = run.config
-    _check_modalities(config)
+    _check_inputs(config)
     state = checkpoints.restore_best(workdir, run.abstract_state())
     state_dict = torch_import.export({"params": state.params, "batch_stats": state.batch_stats}, config.method)
     torch_import.write(path, state_dict)
     return f"exported {workdir}, method {config.method}, {len(state_dict)} entries, to {path}"
 
 
-def _check_modalities(config: ConfigDict) -> None:
+def _check_inputs(config: ConfigDict) -> None:
     if config.model.modalities:
         raise UserError(
             f"config.model.modalities is {config.model.modalities!r}; the released models have EHR and X-ray only",
             field="config.model.modalities",
         )
+    if config.data.images == records.ALL_IMAGES:
+        what = "config.data.images is 'all'; the released models read the last X-ray of a stay"
+        raise UserError(what, field="config.data.images", value=config.data.images)
 
 
 def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:

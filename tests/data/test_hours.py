@@ -54,7 +54,7 @@ def test_a_batch_holds_the_hours_and_images_of_its_records(dataset, hourly_shard
         seed=0,
         epoch=1,
         buckets=dataset.buckets,
-        hourly=dataset.hourly("train"),
+        packing=dataset.packing("train"),
     )
     seen, most_images = 0, 0
     for batch in batches.batches(dataset, "train", the_plan, num_devices=num_devices):
@@ -125,5 +125,5 @@ def test_a_plan_without_hours_is_unchanged(dataset):
     arguments = (dataset.lengths("val"), dataset.paired("val"), dataset.usable("val"))
     (paired, _) = plan.eval_plans(*arguments, batch_size=4, buckets=dataset.buckets)
     assert not {"hour", "image_of"} & plan.deal(paired, 0, 1).keys()
-    hourly = dataclasses.replace(paired, hourly=dataset.hourly("val"))
+    hourly = dataclasses.replace(paired, packing=dataset.packing("val"))
     assert plan.deal(hourly, 0, 1)["image_mask"].sum() == dataset.num_images("val")[paired.paired_SP[0]].sum()

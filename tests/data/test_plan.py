@@ -134,6 +134,45 @@ def test_dealing_keeps_every_row_and_image_on_its_device(devices):
         np.testing.assert_array_equal(rows_DB.reshape(-1)[np.argsort(rows["row_id"].reshape(-1))], expected)
 
 
+_COUNTS = np.where(_PAIRED, np.random.default_rng(2).integers(1, 6, _N), 0)
+
+
+def _packed() -> plan_lib.Plan:
+    padded = {bucket: int(_COUNTS[bucket >= _LENGTHS].max()) for bucket in _BUCKETS}
+    return _train(packing=plan_lib.Packing(_COUNTS, padded_images=padded))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_every_image_of_a_stay_has_one_slot(devices):
+    """A stay with five images takes five, one without none; on a device they are rounded up to a power of two."""
+    plan, seen = _packed(), []
+    for step in range(len(plan)):
+        rows = plan_lib.deal(plan, step, devices)
+        mask_DP, slot_DBM = rows["image_mask"], rows["image_slot"]
+        needed_D = np.where(rows["record"] >= 0, _COUNTS[rows["record"]], 0).sum(1)
+        np.testing.assert_array_equal(mask_DP.sum(1), needed_D)
+        num_slots = mask_DP.shape[1]
+        assert num_slots == max(-(-plan.images_per_batch // devices), needed_D.max()) or num_slots.bit_count() == 1
+        assert num_slots < 2 * max(plan.images_per_batch, needed_D.max())
+        for d, b in np.ndindex(rows["record"].shape):
+            record, slots = int(rows["record"][d, b]), slot_DBM[d, b][slot_DBM[d, b] >= 0]
+            count = _COUNTS[record] if record >= 0 else 0
+            assert (slot_DBM[d, b, :count] >= 0).all() and (slot_DBM[d, b, count:] == -1).all()
+            np.testing.assert_array_equal(np.flatnonzero(mask_DP[d] & (rows["image_row"][d] == b)), slots)
+            assert rows["image_of"][d, slots].tolist() == list(range(count))
+            seen += [(record, m) for m in range(count)]
+    assert len(seen) == len(set(seen)) == _COUNTS.sum()
+
+
+def test_several_images_change_no_row_of_a_plan():
+    packed, plain = _packed(), _train()
+    for name in ("paired_SP", "unpaired_SU", "padded_length_S"):
+        np.testing.assert_array_equal(getattr(packed, name), getattr(plain, name))
+    assert not {"image_of", "image_slot"} & plan_lib.deal(plain, 0, 1).keys()
+    padded = {plan_lib.deal(packed, step, 1)["image_slot"].shape[2] for step in range(len(packed))}
+    assert padded <= set(packed.packing.padded_images.values())
+
+
 def test_all_paired_and_none_paired_need_no_mixed_batches():
     plan = plan_lib.train_plan(_LENGTHS, _ALL, _ALL, batch_size=16, seed=0, epoch=1, buckets=_BUCKETS)
     assert plan.images_per_batch == 16 and len(_records(plan)) == _N
