@@ -167,6 +167,7 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
     config = run.config
     manifest = records.manifest(config.data.dir, config.task)
     optional = {"modalities": loading.listed(config.model.modalities), "head": what.head, "dropped": what.dropped}
+    optional["images"] = "" if config.data.images == "last" else config.data.images
     return {
         "name": config.name,
         "task": config.task,

@@ -83,6 +83,7 @@ def test_hourly_training_has_the_same_numbers_on_one_device_and_on_two_and_in_bo
     _assert_equal(placed, streamed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["medfuse", "medfuse_attention"])
 def test_all_images_train_to_the_same_numbers_on_one_device_and_on_two_and_in_both_placements(
     images_config, method, monkeypatch

@@ -16,6 +16,7 @@ from medfuse_jax import evaluate, predict, records
 from medfuse_jax import run as run_lib
 from medfuse_jax.runs import checkpoints, workdir
 from medfuse_jax.runs.progress import Progress
+from medfuse_jax.runs.result import Scored
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results
 
@@ -241,3 +242,24 @@ def test_other_kinds_of_files_are_refused(tmp_path, name):
     with pytest.raises(UserError) as error:
         predict.check_out(tmp_path / name)
     assert (error.value.field, error.value.path) == ("--out", tmp_path / name)
+
+
+def test_all_x_rays_of_a_stay_are_scored(images_config, shards, tmp_path):
+    """By evaluate and predict alike, with attention weights; without its X-rays, a stay is one that had none."""
+    images_config.method = "medfuse_attention"
+    run = _save(images_config, tmp_path)
+    result = evaluate.evaluate(tmp_path)
+    found = predict.predict(tmp_path, images_config.data.dir, "test")
+    with np.load(tmp_path / "predictions_test.npz") as stored:
+        np.testing.assert_allclose(found["scores"], stored["scores"], atol=1e-6)
+        scores, weight_NM, has_cxr_N = stored["scores"], stored["modality_weights"], stored["has_cxr"]
+        assert stored["modalities"].tolist() == ["ehr", "cxr", "earlier_cxr"] and result["images"] == "all"
+    several_N = run.dataset.num_images("test") > 1
+    np.testing.assert_array_equal(weight_NM[:, 1:] > 0, np.stack([has_cxr_N, several_N], 1))
+    assert several_N.any() and not several_N[has_cxr_N].all()
+    evaluate.evaluate(tmp_path, Scored("test", drop_cxr=1.0))
+    with np.load(Scored("test", drop_cxr=1.0).predictions_path(tmp_path)) as stored:
+        assert not stored["has_cxr"].any()
+        changed_N = np.abs(stored["scores"] - scores).max(1) > 1e-5
+        np.testing.assert_array_equal(changed_N, has_cxr_N)
+    assert "data_prep.build --images=all" in str(_refused(tmp_path, shards))

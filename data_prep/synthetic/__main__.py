@@ -14,11 +14,13 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "The same seed gives the same bytes.")
     flags.DEFINE_float("cxr_fraction", 0.19, "Fraction of the stays with an AP X-ray during the stay.")
     flags.DEFINE_float("images_per_stay", 1.5, "X-rays per stay, including those of patients without a stay.")
+    flags.DEFINE_bool("change", False, "Plant a phenotype that only the change between two X-rays shows.")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    report = tree.write(FLAGS.out, FLAGS.stays, FLAGS.seed, FLAGS.cxr_fraction, FLAGS.images_per_stay)
+    counts = (FLAGS.stays, FLAGS.seed, FLAGS.cxr_fraction, FLAGS.images_per_stay)
+    report = tree.write(FLAGS.out, *counts, change=FLAGS.change)
     print(f"{FLAGS.out}: {report['num_stays']} stays, {report['num_images']} X-rays. Best expected AUROC (macro):")
     for task in signal.RULES:
         for subset in ("all", "paired"):

@@ -20,6 +20,7 @@ from data_prep.synthetic.signal import IMAGE_LATENTS
 from medfuse_jax import schema
 
 EARLY_SHARE = 0.85  # of the paired stays: first X-ray in the first 48 h
+CHANGE = 2.0  # of the effusion between the two X-rays of a stay, in standard deviations, if changes are planted
 IMAGE_NOISE = 0.2  # standard deviation of an X-ray's latents around its stay's
 UNCERTAIN_SHARE, MENTIONED_SHARE = 0.06, 0.25  # findings labelled -1; negative findings labelled 0, not blank
 
@@ -46,8 +47,13 @@ VIEWS = {  # procedure, view code
 }
 
 
-def _studies_of_stays(rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: float) -> list[pl.DataFrame]:
+def _studies_of_stays(
+    rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: float, grew_N: np.ndarray | None
+) -> list[pl.DataFrame]:
     """Return studies of patients with a stay: during it (AP, or PA and lateral only), before it and after it."""
+    first_latents_NE = image_latents_NE.copy()
+    if grew_N is not None:
+        first_latents_NE[:, IMAGE_LATENTS.index("effusion")] -= np.where(grew_N, CHANGE, -CHANGE)
     los_h = stays["los_h"].to_numpy()
     kept = (stays["kind"] == "kept").to_numpy()
     num_kept = int(kept.sum())
@@ -57,9 +63,9 @@ def _studies_of_stays(rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: 
     dropped = dropped[rng.random(len(dropped)) < cxr_fraction]
     frames = []
 
-    def add(rows, hours, view, own_state):
+    def add(rows, hours, view, own_state, latents_NE=image_latents_NE):
         noise = rng.standard_normal((len(rows), len(IMAGE_LATENTS)))
-        latents = image_latents_NE[rows] + IMAGE_NOISE * noise if own_state else noise
+        latents = latents_NE[rows] + IMAGE_NOISE * noise if own_state else noise
         frames.append(_studies(stays["subject_id"].to_numpy()[rows], latents, view, rows, hours))
 
     def within(rows, start_h, end_h):
@@ -67,9 +73,9 @@ def _studies_of_stays(rng, stays: pl.DataFrame, image_latents_NE, cxr_fraction: 
 
     late = (rng.random(len(paired)) >= EARLY_SHARE) & (los_h[paired] > 60)
     first_h = within(paired, np.where(late, 48.5, 0), np.where(late, los_h[paired], np.minimum(los_h[paired], 48)))
-    add(paired, first_h, "AP", own_state=True)
+    add(paired, first_h, "AP", True, first_latents_NE)
     add(dropped, within(dropped, 0, los_h[dropped]), "AP", own_state=True)
-    again = paired[rng.random(len(paired)) < 0.5]
+    again = paired[rng.random(len(paired)) < (0.5 if grew_N is None else 1)]
     again_h = first_h[np.isin(paired, again)]
     add(again, within(again, again_h, los_h[again]), "AP", own_state=True)
     standing = np.concatenate([paired[: len(paired) // 10], unpaired[: len(unpaired) // 20]])
@@ -100,13 +106,19 @@ def _studies_without_stay(rng, taken: np.ndarray, num_images: int) -> pl.DataFra
 
 
 def plan(
-    rng: np.random.Generator, stays: pl.DataFrame, image_latents_NE, cxr_fraction: float, num_images: int
+    rng: np.random.Generator,
+    stays: pl.DataFrame,
+    image_latents_NE,
+    cxr_fraction: float,
+    num_images: int,
+    grew_N: np.ndarray | None = None,
 ) -> pl.DataFrame:
     """Plan all X-rays: ids, view, row of the stay (-1: none), hours since its intime, time, and latents as `image_*`.
 
+    grew_N: whether the effusion of each stay grew before its last X-ray or shrank, or None if it did not change.
     Patients without a stay get at least one X-ray, and as many as bring the total to `num_images`.
     """
-    studies = pl.concat(_studies_of_stays(rng, stays, image_latents_NE, cxr_fraction))
+    studies = pl.concat(_studies_of_stays(rng, stays, image_latents_NE, cxr_fraction, grew_N))
     num_so_far = len(studies) + (studies["view"] == "PA").sum()
     taken = stays["subject_id"].unique().to_numpy()
     studies = pl.concat([studies, _studies_without_stay(rng, taken, max(1, num_images - num_so_far))])

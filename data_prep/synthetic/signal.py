@@ -11,6 +11,9 @@ standard normal. A label is Bernoulli(p) with
 
 So the best scores are known: p with both modalities, E[p | vital latents] without an X-ray.
 
+With a planted change (tree.write), the phenotype CHANGED is whether the effusion grew from the first to the last X-ray
+of the stay, independently of all else: only both X-rays together show it.
+
 Shapes: N stays, V vital latents, E image latents, K labels, Q quadrature nodes.
 """
 
@@ -94,6 +97,20 @@ RULES = {
     "pheno": tuple(PHENOTYPE_RULES[p.ccs] for p in schema.PHENOTYPES),
     "mortality": (MORTALITY_RULE,),
 }
+
+
+CHANGED = 130  # by CCS category: "Pleurisy; pneumothorax; pulmonary collapse"
+
+
+def plant_change(rng: np.random.Generator, planted: dict[str, np.ndarray]) -> np.ndarray:
+    """Draw whether each stay's effusion grew, bool [N], and make that its label, in place. planted: see cohort.py."""
+    k = [p.ccs for p in schema.PHENOTYPES].index(CHANGED)
+    grew_N = rng.random(len(planted["pheno_label"])) < 0.5
+    planted["pheno_label"][:, k] = grew_N
+    for name in ("both", "cxr_only"):
+        planted["pheno"][name][:, k] = grew_N
+    planted["pheno"]["ehr_only"][:, k] = 0.5
+    return grew_N
 
 
 def draw_latents(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Write a synthetic MIMIC-IV and MIMIC-CXR with a planted signal of known strength (signal.py).
 
-python -m data_prep.synthetic --out=DIR [--stays=1000] [--seed=0] [--cxr_fraction=0.19]
+python -m data_prep.synthetic --out=DIR [--stays=1000] [--seed=0] [--cxr_fraction=0.19] [--change]
 
 DIR then holds
     mimic-iv/{hosp,icu}/*.csv.gz   tables in the format of MIMIC-IV 2.2
@@ -54,7 +54,7 @@ def _written_before(out_dir: Path, settings: dict) -> dict | None:
         report = files.read_json(out_dir / REPORT, "give another --out")
     except UserError:
         report = {}
-    if any(report.get(name) != value for name, value in settings.items()):
+    if any(report.get(name) != settings.get(name) for name in {*settings, "change"}):
         raise UserError(f"{out_dir} has other content; give another --out, or remove it", field="--out", path=out_dir)
     return report
 
@@ -107,9 +107,10 @@ def _write_all(folder: Path, settings: dict, workers: int | None) -> dict:
     num_stays, seed = settings["num_stays"], settings["seed"]
     rng = np.random.default_rng((seed, 1))
     stays, planted = cohort.draw_stays(rng, num_stays)
+    grew_N = signal.plant_change(np.random.default_rng((seed, 4)), planted) if settings.get("change") else None
     image_rng = np.random.default_rng((seed, 2))
     num_images = round(settings["images_per_stay"] * num_stays)
-    planned = cxr.plan(image_rng, stays, planted["cxr"], settings["cxr_fraction"], num_images)
+    planned = cxr.plan(image_rng, stays, planted["cxr"], settings["cxr_fraction"], num_images, grew_N)
     workers = workers or min(cores.usable(), 1 + len(planned) // IMAGES_PER_PROCESS)
     with cxr.drawing(folder / "mimic-cxr", planned, seed, workers):
         for name, frame in cohort.tables(rng, stays, planted).items():
@@ -132,12 +133,15 @@ def write(
     cxr_fraction: float = 0.19,
     images_per_stay: float = 1.5,
     workers: int | None = None,
+    change: bool = False,
 ) -> dict:
     """Write the synthetic cohort to `out_dir`, a new or empty folder, and return its report.
 
     num_stays: ICU stays that pass the cohort filters (others are added for the filters to drop); cxr_fraction: fraction
     of them with an AP X-ray during the stay; images_per_stay: X-rays per stay, including those of patients without a
-    stay; workers: processes that draw X-rays. The same arguments give the same bytes, for any `workers`; if `out_dir`
+    stay; workers: processes that draw X-rays; change: every stay with an X-ray has two or more, and a phenotype is
+    whether the effusion grew between them (signal.py).
+    The same arguments give the same bytes, for any `workers`; if `out_dir`
     holds that cohort already, nothing is written. Raise UserError for a value out of range, or if the folder has other
     content.
     The report, also best_auroc.json: the settings, and for each task `signal.best_auroc` and the labels' prevalence.
@@ -145,7 +149,7 @@ def write(
     out_dir = Path(out_dir).resolve()
     settings = {"num_stays": num_stays, "seed": seed, "cxr_fraction": cxr_fraction, "images_per_stay": images_per_stay}
     _check(settings)
-    settings = {"version": VERSION, **settings}
+    settings = {"version": VERSION, **settings} | ({"change": True} if change else {})
     if report := _written_before(out_dir, settings):
         return report
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")  # an interrupted run must not look complete

@@ -332,10 +332,9 @@ def task_name(task) -> str:
 
 
 def title(result: dict) -> str:
-    """Return the display name of a result's method, with any further modalities."""
-    return " + ".join(
-        [method_name(result.get("method")), *(Path(name).stem for name in result.get("modalities") or [])]
-    )
+    """Return the display name of a result's method, with any further modalities, and whether it reads all X-rays."""
+    method = method_name(result.get("method")) + (", all X-rays" if result.get("images") == "all" else "")
+    return " + ".join([method, *(Path(name).stem for name in result.get("modalities") or [])])
 
 
 def unit(task: str) -> str:

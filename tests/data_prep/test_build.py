@@ -5,8 +5,9 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from build_cases import HEART_RATE, SECRET, SURNAME, by_stay, file_contents, read_all
+from build_cases import HEART_RATE, SECRET, SURNAME, assert_same_as_tfds, by_stay, file_contents, read_all
 from raw_tables import at, chart, image, image_path, stay, write_mimic_cxr, write_mimic_iv
+from refusals import refused
 
 from data_prep import build
 from data_prep.ehr import discretize
@@ -75,6 +76,32 @@ def test_images_are_in_the_split_of_their_patient(built, raw_tree):
         for split in schema.SPLITS
     ]
     assert not (subjects[0] & subjects[1] or subjects[0] & subjects[2] or subjects[1] & subjects[2])
+
+
+def test_records_may_hold_all_x_rays_of_a_stay(built, raw_tree, id_lists, tmp_path):
+    build.build(*raw_tree, tmp_path, timestep_h=1, tasks=["pheno", "mortality"], images="all", **id_lists)
+    for task in ("pheno", "mortality"):
+        assert records.manifest(tmp_path, task)["images"] == "all" and "images" not in records.manifest(built, task)
+        assert_same_as_tfds(tmp_path, task)
+        before, now = by_stay(built, task), by_stay(tmp_path, task)
+        assert before.keys() == now.keys()
+        for n, record in now.items():
+            names = record["dicom_id"].split()
+            assert len(record["images"]) == len(record["cxr_time_h"]) == len(names)
+            assert names[-1:] == before[n]["dicom_id"].split() and record["has_cxr"] == before[n]["has_cxr"]
+            np.testing.assert_array_equal(record["image"], before[n]["image"])
+            np.testing.assert_array_equal(record["ehr"], before[n]["ehr"])
+        for split, rows in read_all(tmp_path, task).items():
+            times = records.image_times(tmp_path, task, split)
+            assert times["num_images"].tolist() == [len(row["images"]) for row in rows]
+            np.testing.assert_array_equal(
+                times["cxr_time_h"], np.concatenate([np.zeros(0), *(r["cxr_time_h"] for r in rows)])
+            )
+    pheno, mortality = by_stay(tmp_path, "pheno")[6], by_stay(tmp_path, "mortality")[6]
+    assert pheno["dicom_id"] == "image-0006-00 image-0006-01" and pheno["cxr_time_h"].tolist() == [16, 70]
+    assert mortality["cxr_time_h"].tolist() == [16]  # the other came after 48 h
+    with refused(field="--images", value="every"):
+        build.build(*raw_tree, tmp_path, images="every")
 
 
 def test_train_statistics_are_over_the_train_split(built):

@@ -53,6 +53,16 @@ def test_the_same_command_does_nothing_and_other_options_rebuild(
     assert new == old
 
 
+def test_a_build_of_other_images_rebuilds(raw_tree, id_lists, tmp_path, capsys):
+    options = {"timestep_h": 1, "tasks": ["mortality"], **id_lists}
+    for images, was in (("last", ""), ("all", "last"), ("last", "all")):
+        capsys.readouterr()
+        build.build(*raw_tree, tmp_path, images=images, **options)
+        why = f"mortality: {tmp_path / 'mortality'} was built with --images={was} (now {images}); rebuilding it"
+        assert _rebuilt(capsys.readouterr().err) == ([why] if was else [])
+    assert "images" not in records.manifest(tmp_path, "mortality")
+
+
 def test_a_build_killed_in_any_phase_resumes_and_gives_the_same_bytes(raw_tree, id_lists, built, tmp_path):
     killed = 0
     for wait_for in (".cache/images/*.npy", ".cache/shards-mortality.partial/*.partial", "pheno"):

@@ -55,6 +55,14 @@ def test_features_are_shared_where_a_stay_has_one_score(tiny_config, task, share
     assert frozen_encoders.can_cache(tiny_config, dict.fromkeys(("ehr", "cxr"))) == shared
 
 
+def test_features_are_not_shared_if_a_stay_may_have_several_x_rays(tiny_config):
+    tiny_config.method, tiny_config.model.freeze_encoders = "medfuse", True
+    encoders = dict.fromkeys(("ehr", "cxr"))
+    assert frozen_encoders.can_cache(tiny_config, encoders)
+    tiny_config.data.images = "all"
+    assert not frozen_encoders.can_cache(tiny_config, encoders)
+
+
 def _untrained(config, workdir):
     """Return a run with a checkpoint of its initial weights."""
     run = run_lib.open_run(config)
