@@ -84,12 +84,15 @@ def test_hourly_training_has_the_same_numbers_on_one_device_and_on_two_and_in_bo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["medfuse", "medfuse_attention"])
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [("pheno", "medfuse"), ("pheno", "medfuse_attention"), ("decompensation", "medfuse_attention")],
+)
 def test_all_images_train_to_the_same_numbers_on_one_device_and_on_two_and_in_both_placements(
-    images_config, method, monkeypatch
+    images_config, task, method, monkeypatch
 ):
     """Raw gradients of the first steps; two devices hold the images together."""
-    images_config.method, images_config.batch_size = method, 64
+    images_config.task, images_config.method, images_config.batch_size = task, method, 64
     images_config.placement, images_config.parallel = "stream", "shard_map"
     streamed = _epoch(_open(images_config, 1))
     images_config.placement, images_config.parallel = "device", "pmap"
@@ -148,6 +151,7 @@ def test_one_program_serves_any_part_of_an_epoch(config):
         ("radiology", "uni_cxr", 2, 2),
         ("decompensation", "medfuse", 2, 2),
         ("mortality", "medfuse", 2, 2),
+        ("decompensation", "medfuse_attention", 2, 1),
         ("length_of_stay", "uni_ehr", 1, 1),
     ],
 )
@@ -155,7 +159,7 @@ def test_gathered_batches_equal_those_read(config, task, method, num_devices, nu
     config.task, config.method = task, method
     if schema.TASKS[task].hourly:
         config.data.dir = str(hourly_shards)
-    if task == "mortality":
+    if task == "mortality" or (task, method) == ("decompensation", "medfuse_attention"):
         config.data.images, config.data.dir = "all", str(hourly_shards)
     if method == "medfuse_attention":
         config.model.modalities = "static"

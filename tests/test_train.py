@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from refusals import refused
 
+from data_prep.synthetic import signal
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, feed, metrics, records, train
+from medfuse_jax import evaluate, feed, metrics, parallel, records, schema, train
 from medfuse_jax import run as run_lib
+from medfuse_jax.data import missing
 from medfuse_jax.report import pages
-from medfuse_jax.runs import checkpoints
+from medfuse_jax.runs import checkpoints, predictions
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import compilation, hosts, watchdog
@@ -272,6 +274,50 @@ def test_every_hour_is_scored_once(hourly_config, tmp_path):
     assert result["selected_by"].startswith("kappa")
     pages.write([tmp_path], tmp_path / "report")
     assert "by hour of the stay" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def changing_shards(tmp_path_factory):
+    """The shards of a cohort with a phenotype that only the change between two X-rays shows."""
+    from data_prep import build
+    from data_prep.synthetic import tree
+
+    root = tmp_path_factory.mktemp("changing")
+    tree.write(root / "raw", num_stays=320, cxr_fraction=1.0, images_per_stay=0.0, change=True)
+    raw = (root / "raw" / "mimic-iv", root / "raw" / "mimic-cxr")
+    build.build(*raw, root / "shards", tasks=["pheno"], images="all")
+    return root / "shards"
+
+
+def _on_one_label(config, label):
+    """Return a run on one of the task's labels and the first four hours of each stay, to train in seconds."""
+    run = run_lib.open_run(config, jax.devices()[:1])
+    k = run.dataset.labels.index(label)
+    dataset = missing.cut_ehr(run.dataset, num_steps=2)
+    index = {split: part | {"label": part["label"][:, k : k + 1]} for split, part in dataset.index.items()}
+    dataset = dataclasses.replace(dataset, index=index, labels=(label,), buckets=(2,))
+    return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, (), run.devices), run.devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "images"), [("medfuse", "all"), ("medfuse", "last"), ("medfuse_attention", "all")])
+def test_a_change_between_two_x_rays_is_found_by_all_and_not_by_the_last(tiny_config, changing_shards, method, images):
+    config = tiny_config
+    config.method, config.data.dir, config.data.images = method, str(changing_shards), images
+    config.image.rotation_deg, config.image.scale, config.image.translation = 0.0, (1.0, 1.0), 0.0
+    config.model.resnet_width, config.model.fusion_hidden, config.model.dropout = 8, 16, 0.0
+    config.learning_rate = 3e-3
+    planted = {p.ccs: p.name for p in schema.PHENOTYPES}[signal.CHANGED]
+    run = _on_one_label(config, planted)
+    state, train_fn = parallel.replicate(run.fresh_state(), run.devices), feed.open_feed(run)
+    for epoch in range(15):
+        plan = run.train_plan(epoch)
+        for moved, _ in train_fn(state, plan, 0, [len(plan)], jax.random.key(0)):
+            state = moved
+    eval_fn, include_N = parallel.compile_eval(run.options, "pmap", run.devices), run.dataset.usable("test")
+    predicted = predictions.predict(run, eval_fn, state, "test", include_N)
+    (auroc,) = metrics.auroc(predicted.label_NK, predicted.score_NK)
+    assert auroc > 0.85 if images == "all" else 0.3 < auroc < 0.7
 
 
 @pytest.mark.slow

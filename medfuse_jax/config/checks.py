@@ -171,13 +171,10 @@ def _check_causal(config: ConfigDict) -> None:
 
 def _check_all_images(config: ConfigDict) -> None:
     """Refuse a method that reads at most one X-ray a stay."""
-    model_class, what = registry.METHODS[config.method].model_class, ""
+    model_class = registry.METHODS[config.method].model_class
     if not registry.METHODS[config.method].has_field("all_images"):
         reads = "one X-ray a stay" if model_class.uses_cxr else "no X-ray"
         what = f"the method {config.method!r} reads {reads}: use {' or '.join(registry.with_field('all_images'))}"
-    elif schema.TASKS[config.task].hourly:
-        what = f"the hourly task {config.task!r} is trained on the latest X-ray by each hour: leave it out"
-    if what:
         where = "config.data.images"
         raise UserError(f"{where} is {config.data.images!r}, and {what}", field=where, value=config.data.images)
 

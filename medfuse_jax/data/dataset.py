@@ -30,7 +30,8 @@ class Dataset:
     splits: the records by split, with stay_id, ehr and image alone.
     needs: the modalities ('ehr', 'cxr') without which a record has no prediction.
     buckets: padded lengths, shared by all splits.
-    stay_images: all X-rays of each stay, by split, if they are read (config.data.images).
+    all_images: whether all X-rays of a stay are read together (config.data.images). stay_images: these, by split,
+    unless the task is hourly.
     hours: the prediction hours by split, and padded_hours (`hours.padded`), of an hourly task.
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
     digest: hash of the shards, of `extra`, and of the statistics unless they are the train split's.
@@ -55,6 +56,7 @@ class Dataset:
     extra: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     hours: dict[str, hours_lib.Hours] = dataclasses.field(default_factory=dict)
     padded_hours: dict[int, int] = dataclasses.field(default_factory=dict)
+    all_images: bool = False
     stay_images: dict[str, images_lib.StayImages] = dataclasses.field(default_factory=dict)
 
     @property
@@ -110,7 +112,7 @@ class Dataset:
         if not self.several:
             return None
         count_N, length_N, padded = self.num_images(split), self.lengths(split), None
-        if self.stay_images:
+        if self.all_images:
             padded = {bucket: int(count_N[length_N <= bucket].max(initial=1)) for bucket in self.buckets}
         return plan_lib.Packing(count_N, padded, self.padded_hours or None)
 
@@ -156,8 +158,8 @@ def open_dataset(
         )
     hours = {}
     if schema.TASKS[task].hourly:
-        timestep_h = manifest["timestep_h"]
-        hours = {split: hours_lib.of(records.hours(data_dir, task, split), timestep_h) for split in schema.SPLITS}
+        options = (manifest["timestep_h"], images == records.ALL_IMAGES)
+        hours = {split: hours_lib.of(records.hours(data_dir, task, split), *options) for split in schema.SPLITS}
     for split, of in hours.items():  # an X-ray that no hour sees is none
         index[split]["has_cxr"] = of.image_count_N > 0
     splits = {split: records.open_split(data_dir, task, split, _READ) for split in schema.SPLITS}
@@ -187,7 +189,8 @@ def open_dataset(
         needs=needs,
         extra=extra,
         hours=hours,
-        stay_images=_all_images(data_dir, task, manifest) if images == records.ALL_IMAGES else {},
+        all_images=images == records.ALL_IMAGES,
+        stay_images=_all_images(data_dir, task, manifest) if images == records.ALL_IMAGES and not hours else {},
         padded_hours=hours_lib.padded(hours, length_of, buckets) if hours else {},
     )
 

@@ -3,8 +3,9 @@
 Shapes: N records, S hours of all records together, J X-rays that an hour sees, K labels; of a batch: D devices, B rows,
 H hours of a row, P images.
 
-At an hour a model may read the whole time steps before it, and the latest X-ray taken by then. An X-ray that no hour
-sees, because a later one was taken before the next hour or the last hour was over, is never read.
+At an hour a model may read the whole time steps before it, and the latest X-ray taken by then, or all of them. An X-ray
+that no hour sees, because the last hour was over or a later X-ray, which alone is read, came before the next hour, is
+never read.
 """
 
 import dataclasses
@@ -50,8 +51,11 @@ class Hours(StayImages):
         return np.flatnonzero(np.repeat(include_N, self.count_N))
 
 
-def of(fields: dict[str, np.ndarray], timestep_h: float) -> Hours:
-    """Return the hours of a split from what `records.hours` reads."""
+def of(fields: dict[str, np.ndarray], timestep_h: float, all_images: bool = False) -> Hours:
+    """Return the hours of a split from what `records.hours` reads.
+
+    all_images: whether an hour reads all X-rays taken by then, not the latest alone.
+    """
     count_N, num_images_N, time_h_S = fields["num_hours"], fields["num_images"], fields["label_time_h"]
     record_S, record_J = (np.repeat(np.arange(len(n)), n) for n in (count_N, num_images_N))
     # The first hour at or after each X-ray, among the hours of all records in one ascending sequence.
@@ -62,7 +66,8 @@ def of(fields: dict[str, np.ndarray], timestep_h: float) -> Hours:
     place_J = np.searchsorted(at_S, at_J, side="left")
     first_N = np.cumsum(count_N) - count_N
     is_seen_J = place_J < (first_N + count_N)[record_J]
-    is_seen_J[:-1] &= (place_J[1:] != place_J[:-1]) | (record_J[1:] != record_J[:-1])
+    if not all_images:
+        is_seen_J[:-1] &= (place_J[1:] != place_J[:-1]) | (record_J[1:] != record_J[:-1])
     hour_J = place_J - first_N[record_J]
     image_count_N = np.bincount(record_J[is_seen_J], minlength=len(count_N))
     since_N = np.full(len(count_N), _LONGEST_H)  # the first hour of the record that sees any X-ray

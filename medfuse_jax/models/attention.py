@@ -1,6 +1,7 @@
 """MedFuse with attention over time steps and over modality tokens; its attention weights can be inspected.
 
-Shapes: B rows, T time, M modality, L tokens that share a place, D token width, A key width, N fused width, K label.
+Shapes: B rows, T time, H hours, M modality, L tokens that share a place, D token width, A key width, N fused width, K
+label.
 
 Both poolings are weighted means, and no other path bypasses the weights: they alone decide how much each time step or
 token contributes to the result.
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 
 from medfuse_jax.models import fusion
 from medfuse_jax.models.medfuse import TokenModel
-from medfuse_jax.models.model import Inputs
+from medfuse_jax.models.model import Inputs, states_before
 from medfuse_jax.models.presence import at_slots, last_places
 from medfuse_jax.models.recurrence import cell
 
 EARLIER = "earlier_cxr"  # all X-rays of a stay but the last
 
+_HOURS_AT_ONCE = 8  # whose scores over a series are in memory together
 # Scores start at zero, so that at first all time steps, and all tokens, have equal weight.
 _equal = nn.initializers.zeros_init()
 # One kernel per modality: the first axis is a batch axis, not an input axis.
@@ -38,16 +40,34 @@ class TimeAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, hidden_BTD: jax.Array, last_BD: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return (pooled [B, D], weights [B, T]); zeros for a length of 0."""
-        width = last_BD.shape[-1]
-        mask_BT = cell.valid_time_steps(length_B, hidden_BTD.shape[1])
-        clean_BTD = jnp.where(mask_BT[..., None], hidden_BTD, 0)
+    def __call__(self, hidden_BTD: jax.Array, last: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return (pooled [B, D], weights [B, T]) for the last states [B, D] of series of length [B]; zeros for 0.
+
+        last [B, H, D] and length [B, H]: the same at each of H hours, over the time steps before it.
+        """
+        width, num_steps = last.shape[-1], hidden_BTD.shape[1]
+        longest_B = length if length.ndim == 1 else length.max(axis=1)
+        clean_BTD = jnp.where(cell.valid_time_steps(longest_B, num_steps)[..., None], hidden_BTD, 0)
         key_BTA = nn.Dense(width, dtype=self.dtype, name="key")(clean_BTD).astype(jnp.float32)
-        query_BA = nn.Dense(width, use_bias=False, dtype=self.dtype, name="query")(last_BD).astype(jnp.float32)
+        query = nn.Dense(width, use_bias=False, dtype=self.dtype, name="query")(last).astype(jnp.float32)
         score_A1 = nn.Dense(1, use_bias=False, kernel_init=_equal, name="score")
-        weight_BT = masked_softmax(score_A1(jnp.tanh(key_BTA + query_BA[:, None]))[..., 0], mask_BT)
-        return jnp.einsum("bt,btd->bd", weight_BT, clean_BTD), weight_BT
+
+        def pool(score_BT, length_B):
+            weight_BT = masked_softmax(score_BT, cell.valid_time_steps(length_B, num_steps))
+            return jnp.einsum("bt,btd->bd", weight_BT, clean_BTD), weight_BT
+
+        if length.ndim == 1:
+            return pool(score_A1(jnp.tanh(key_BTA + query[:, None]))[..., 0], length)
+        kernel_A = score_A1.variables["params"]["kernel"][:, 0]
+
+        @jax.checkpoint  # else the scores of all hours over all time steps were kept for the gradient
+        def pool_at(of_hour):
+            query_BA, length_B = of_hour
+            return pool(jnp.tanh(key_BTA + query_BA[:, None]) @ kernel_A, length_B)
+
+        hours = (query.swapaxes(0, 1), length.swapaxes(0, 1))
+        pooled_HBD, weight_HBT = jax.lax.map(pool_at, hours, batch_size=_HOURS_AT_ONCE)
+        return pooled_HBD.swapaxes(0, 1), weight_HBT.swapaxes(0, 1)
 
 
 class AttentionFusion(nn.Module):
@@ -90,14 +110,14 @@ class AttentionFusion(nn.Module):
 class MedFuseAttention(TokenModel):
     """MedFuse with attention instead of both last states (suggested as future work by Hayat et al. 2022, section 6).
 
-    The weights are in the collection 'intermediates': time_weights [B, T] and modality_weights [B, M], M in the order
-    of `token_names`.
+    The weights are in the collection 'intermediates': time_weights [B, T] (not of hours) and modality_weights [B, M], M
+    in the order of `token_names`.
     all_images: whether each X-ray of a stay is a token. The last one has the place that it has alone; those before it
     share another, so that a change between them can be told.
     """
 
     reads_series = True
-    not_causal = "attends over a whole series at once"
+    not_causal = ""
 
     all_images: bool = False
 
@@ -117,6 +137,9 @@ class MedFuseAttention(TokenModel):
             return super().encode_ehr(batch)
         # `freeze` covers only the encoder: the attention over its states belongs to the fusion.
         hidden_BTD, last_BD = self.freeze(self.ehr_encoder.states(batch.ehr_BTF, batch.length_B))
+        if batch.hour_step_BH is not None:
+            state_BHD = states_before(hidden_BTD, batch.hour_step_BH)
+            return self.drop_by_hour(self.time_attention(hidden_BTD, state_BHD, batch.hour_step_BH)[0], batch)
         pooled_BD, weight_BT = self.time_attention(hidden_BTD, last_BD, batch.length_B)
         self.sow("intermediates", "time_weights", weight_BT, reduce_fn=_latest, init_fn=tuple)
         return self.ehr_encoder.drop(pooled_BD, batch.train, batch.dropout_rows_B)

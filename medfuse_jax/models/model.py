@@ -17,7 +17,7 @@ from medfuse_jax import schema
 from medfuse_jax.losses import Head, Term
 from medfuse_jax.models import ehr_encoder, resnet
 from medfuse_jax.models.precision import matmul_precision
-from medfuse_jax.models.presence import Images, images_of, latest_slots
+from medfuse_jax.models.presence import Images, images_of, latest_slots, slots_by_hour
 
 MAX_HOURS = 2**14  # of a stay; only tells the rows of dropout apart
 
@@ -179,7 +179,7 @@ class Model(nn.Module):
             presence = {"has_cxr": has_cxr, "image_row": image_row, "image_mask": image_mask}
             images = images_of(num_rows, image, features=cxr_features, **presence)
         if images is not None and image_slot is not None:
-            images = dataclasses.replace(images, slot_BM=image_slot, time_h_P=image_time_h)
+            images = dataclasses.replace(images, slot_BM=jnp.asarray(image_slot), time_h_P=image_time_h)
         batch = Inputs(
             ehr, ehr_features, jnp.asarray(length, jnp.int32), images, train, dropout_rows, axis_name, extra or {}
         )
@@ -204,13 +204,15 @@ class Model(nn.Module):
 
     def _encode_hours(self, batch: Inputs) -> jax.Array:
         """Return the LSTM's state at each hour [R, D], from one pass over each series."""
-        step_BH = batch.hour_step_BH
         hidden_BTD = self.ehr_encoder.states(batch.ehr_BTF, batch.length_B)[0]
-        state_BHD = jnp.take_along_axis(hidden_BTD, jnp.maximum(step_BH - 1, 0)[..., None], axis=1)
-        state_BHD = jnp.where(step_BH[..., None] > 0, state_BHD, 0)
-        rows_B = jnp.arange(len(step_BH)) if batch.dropout_rows_B is None else batch.dropout_rows_B
-        row_R = (rows_B[:, None] * MAX_HOURS + jnp.arange(step_BH.shape[1])).reshape(-1)
-        return self.ehr_encoder.drop(state_BHD.reshape(-1, state_BHD.shape[-1]), batch.train, row_R)
+        return self.drop_by_hour(states_before(hidden_BTD, batch.hour_step_BH), batch)
+
+    def drop_by_hour(self, feature_BHD: jax.Array, batch: Inputs) -> jax.Array:
+        """Apply dropout to the EHR features of each hour; return them by row [R, D]."""
+        num_rows, num_hours, width = feature_BHD.shape
+        rows_B = jnp.arange(num_rows) if batch.dropout_rows_B is None else batch.dropout_rows_B
+        row_R = (rows_B[:, None] * MAX_HOURS + jnp.arange(num_hours)).reshape(-1)
+        return self.ehr_encoder.drop(feature_BHD.reshape(-1, width), batch.train, row_R)
 
     def encode_images(self, batch: Inputs) -> jax.Array:
         """Return the features of the images [P, E]. Call this only if the batch has images."""
@@ -220,13 +222,21 @@ class Model(nn.Module):
         return self.cxr_encoder(images.image_PHWC, batch.train, images.valid_P, batch.axis_name)
 
 
+def states_before(hidden_BTD: jax.Array, step_BH: jax.Array) -> jax.Array:
+    """Return the state after the first `step` time steps at each hour [B, H, D]; zeros for 0."""
+    state_BHD = jnp.take_along_axis(hidden_BTD, jnp.maximum(step_BH - 1, 0)[..., None], axis=1)
+    return jnp.where(step_BH[..., None] > 0, state_BHD, 0)
+
+
 def _by_hour(batch: Inputs, step_BH: jax.Array, image_row, image_mask, image_hour) -> Inputs:
     """Return the batch with a row for each hour, but for what is encoded once a stay."""
-    images = batch.images
-    if images is not None:
+    images, num_hours = batch.images, step_BH.shape[1]
+    if images is not None and images.slot_BM is not None:
+        images = dataclasses.replace(images, slot_BM=slots_by_hour(images.slot_BM, image_hour, num_hours))
+    elif images is not None:
         slot_BH = latest_slots(image_row, image_hour, image_mask, step_BH.shape)
         images = dataclasses.replace(images, slot_B=slot_BH.reshape(-1))
-    extra = {name: jnp.repeat(x, step_BH.shape[1], axis=0) for name, x in batch.extra.items()}
+    extra = {name: jnp.repeat(x, num_hours, axis=0) for name, x in batch.extra.items()}
     return dataclasses.replace(batch, images=images, extra=extra, hour_step_BH=step_BH)
 
 

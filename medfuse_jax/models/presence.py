@@ -59,6 +59,8 @@ class Images:
 
     def present_rows(self) -> jax.Array:
         """Return bool [B]: which rows have an image."""
+        if self.slot_BM is not None:
+            return (self.slot_BM >= 0).any(axis=1)
         if self.slot_B is not None:
             return self.slot_B >= 0
         if self.row_P is None:
@@ -92,6 +94,16 @@ def latest_slots(
     row_P = jnp.where(image_mask_P, image_row_P, shape[0])
     slot_BH = jnp.full(shape, -1).at[row_P, image_hour_P].set(jnp.arange(len(row_P)), mode="drop")
     return jax.lax.cummax(slot_BH, axis=1)
+
+
+def slots_by_hour(slot_BM: jax.Array, image_hour_P: jax.Array, num_hours: int) -> jax.Array:
+    """Return the slots of the images that each hour of each row sees, int [B * H, M], -1 for none.
+
+    image_hour_P: the first hour of its row that sees an image.
+    """
+    hour_BM = jnp.where(slot_BM >= 0, jnp.asarray(image_hour_P)[jnp.maximum(slot_BM, 0)], num_hours)
+    is_seen_BHM = hour_BM[:, None] <= jnp.arange(num_hours)[:, None]
+    return jnp.where(is_seen_BHM, slot_BM[:, None], -1).reshape(-1, slot_BM.shape[1])
 
 
 def images_of(

@@ -79,14 +79,14 @@ def predict_each(run, eval_fn: Callable, num_models: int, split: str, include_N:
 
 
 def attention_weights(run, weights_fn: Callable, state, split: str, include_N: np.ndarray) -> dict:
-    """Return the attention weights of the included records, in record order; {} for a method without attention.
+    """Return the attention weights of the included records, in record order; {} without any, and in an hourly task.
 
     time_weights float16 [N, T], 0 beyond a stay's length; modality_weights float32 [N, M], 0 for a missing modality;
     modalities str [M]; length int [N]. This is a separate pass, so that scoring after each epoch need not return them.
     weights_fn: (state, batch) -> {name: weights [D, B, ...]}.
     """
     names = getattr(run.options.model, "token_names", ())
-    if not names:
+    if not names or run.dataset.hours:
         return {}
     length_N = run.dataset.lengths(split)
     weights = {

@@ -19,6 +19,22 @@ def dataset(hourly_shards):
     return open_dataset(hourly_shards, "decompensation")
 
 
+def test_all_images_are_seen_from_the_hour_after_each(dataset, hourly_shards):
+    of_all = open_dataset(hourly_shards, "decompensation", images="all")
+    of, stored = of_all.hours["train"], records.open_split(hourly_shards, "decompensation", "train")
+    for i, record in enumerate(stored):
+        first, count = of.image_first_N[i], of.image_count_N[i]
+        time_h_P = record["cxr_time_h"][record["cxr_time_h"] <= record["label_time_h"][-1]]
+        assert of.image_of_J[first : first + count].tolist() == list(range(len(time_h_P)))
+        hour_P = np.searchsorted(record["label_time_h"], time_h_P)
+        assert of.image_hour_J[first : first + count].tolist() == hour_P.tolist()
+        np.testing.assert_array_equal(of.image_time_h_J[first : first + count], time_h_P)
+    latest = dataset.hours["train"]
+    np.testing.assert_array_equal(of.has_cxr_S, latest.has_cxr_S)
+    assert of.image_count_N.sum() > latest.image_count_N.sum()
+    assert of_all.packing("train").padded_images and not dataset.packing("train").padded_images
+
+
 def _latest(record: dict) -> list[int]:
     """Return the number of the latest image at each hour of a record, -1 without one."""
     return [int(np.flatnonzero(record["cxr_time_h"] <= h).max(initial=-1)) for h in record["label_time_h"]]

@@ -15,23 +15,32 @@ from medfuse_jax.models import registry
 from medfuse_jax.models.presence import latest_slots
 from medfuse_jax.runtime.errors import UserError
 
+_ALL_IMAGES = [f"{name}, all" for name in registry.with_field("all_images")]
 CAUSAL = [name for name, row in registry.METHODS.items() if not row.model_class.not_causal]
 _STEP_BH = np.array([[1, 2, 2, 5], [1, 2, 2, 0], [2, 3, 4, 4], [1, 1, 0, 0]], np.int32)
 # Row 0 has an X-ray from its second hour on, row 2 one from its first and another from its third.
 _IMAGE_ROW_P, _IMAGE_HOUR_P = np.array([0, 2, 2, 0], np.int32), np.array([1, 0, 2, 0], np.int32)
 _MASK_P = np.array([True, True, True, False])
 _SLOT_BH = np.array([[-1, 0, 0, 0], [-1] * 4, [1, 1, 2, 2], [-1] * 4])
+_IMAGE_SLOT_BM = np.array([[0, -1], [-1, -1], [1, 2], [-1, -1]], np.int32)
 
 
-def _hourly() -> dict:
+def _hourly(method: str = "") -> dict:
     listed = {"image_row": _IMAGE_ROW_P, "image_mask": _MASK_P, "image_hour": _IMAGE_HOUR_P, "hour_step": _STEP_BH}
+    if method.endswith(", all"):
+        listed |= {"image_slot": _IMAGE_SLOT_BM, "image_time_h": np.array([7, 3, 8, 0], np.float32)}
     return batch(slots=4) | listed
+
+
+def _model(method: str, **options):
+    name, _, images = method.partition(", ")
+    return tiny_model(name, **options, **{"all_images": True} if images else {})
 
 
 def _gradients(method: str, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
     """Return the largest gradients of each hour's scores by each time step [R, B, T] and each image [R, P]."""
     # No gradient reaches frozen encoders, but a score depends on what they read.
-    model = tiny_model(method, **{"frozen_encoders": False} if method == "early" else {})
+    model = _model(method, **{"frozen_encoders": False} if method == "early" else {})
     variables, arguments = random_variables(model), (inputs["ehr"], inputs["image"])
 
     def score_R(ehr, image):
@@ -42,34 +51,41 @@ def _gradients(method: str, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.abs(by_ehr).max(-1), np.abs(by_image).max((-1, -2))
 
 
-def _assert_causal(by_ehr_RBT, by_image_RP):
+def _assert_causal(by_ehr_RBT, by_image_RP, all_images=False):
     """Check that an hour's scores depend on exactly what was known by then, of its own stay."""
     row_R, step_R = np.repeat(np.arange(4), 4), _STEP_BH.reshape(-1)
     known_RBT = (np.arange(4) == row_R[:, None])[..., None] & (np.arange(5) < step_R[:, None, None])
     np.testing.assert_array_equal(by_ehr_RBT > 0, known_RBT)
     reads_images = by_image_RP.any()
-    known_RP = (_SLOT_BH.reshape(-1, 1) == np.arange(4)) & reads_images
+    known_RP = _SLOT_BH.reshape(-1, 1) == np.arange(4)
+    if all_images:
+        hour_R = np.tile(np.arange(4), 4)
+        known_RP = (row_R[:, None] == _IMAGE_ROW_P) & (hour_R[:, None] >= _IMAGE_HOUR_P) & _MASK_P
+    known_RP = known_RP & reads_images
     np.testing.assert_array_equal(by_image_RP > 0, known_RP)
 
 
-@pytest.mark.parametrize("method", CAUSAL)
+@pytest.mark.parametrize("method", CAUSAL + _ALL_IMAGES)
 def test_no_score_depends_on_anything_after_its_hour(method):
-    by_ehr_RBT, by_image_RP = _gradients(method, _hourly())
-    _assert_causal(by_ehr_RBT, by_image_RP)
+    by_ehr_RBT, by_image_RP = _gradients(method, _hourly(method))
+    _assert_causal(by_ehr_RBT, by_image_RP, all_images=method in _ALL_IMAGES)
     assert by_image_RP.any() == (method != "uni_ehr")
 
 
-@pytest.mark.parametrize("leak", ["hour_step", "image_hour"])
-def test_a_planted_leak_is_noticed(leak):
-    inputs = _hourly()
+@pytest.mark.parametrize(
+    ("leak", "method"),
+    [("hour_step", "medfuse"), ("image_hour", "medfuse"), ("image_hour", "medfuse_attention, all")],
+)
+def test_a_planted_leak_is_noticed(leak, method):
+    inputs = _hourly(method)
     inputs[leak] = np.maximum(inputs[leak] + (1 if leak == "hour_step" else -1), 0)
     with pytest.raises(AssertionError):
-        _assert_causal(*_gradients("medfuse", inputs))
+        _assert_causal(*_gradients(method, inputs), all_images=method in _ALL_IMAGES)
 
 
-@pytest.mark.parametrize("method", CAUSAL)
+@pytest.mark.parametrize("method", CAUSAL + _ALL_IMAGES)
 def test_one_pass_gives_the_scores_of_a_run_on_each_prefix(method):
-    model, inputs = tiny_model(method), _hourly()
+    model, inputs = _model(method), _hourly(method)
     variables = random_variables(model)
     one_pass_BHK = fast_jit(lambda: model.apply(variables, **inputs, train=False)["logits"])()
     slot_R = _SLOT_BH.reshape(-1)
@@ -79,6 +95,11 @@ def test_one_pass_gives_the_scores_of_a_run_on_each_prefix(method):
         "image": inputs["image"][slot_R],
         "has_cxr": slot_R >= 0,
     }
+    if method in _ALL_IMAGES:
+        prefixes |= {name: inputs[name] for name in ("image", "image_row", "image_mask", "image_time_h")}
+        hour_R1 = np.tile(np.arange(4), 4)[:, None]
+        slot_RM = np.repeat(_IMAGE_SLOT_BM, 4, axis=0)
+        prefixes["image_slot"] = np.where((slot_RM >= 0) & (_IMAGE_HOUR_P[slot_RM] <= hour_R1), slot_RM, -1)
     each_RK = fast_jit(lambda: model.apply(variables, **prefixes, train=False)["logits"])()
     np.testing.assert_allclose(one_pass_BHK.reshape(16, -1), each_RK, atol=1e-5)
     assert np.abs(np.diff(each_RK[:4], axis=0)).max() > 1e-3  # an hour's scores in another's place would show
@@ -122,7 +143,7 @@ def test_a_method_that_is_not_causal_is_refused(method):
 
 
 def test_the_causal_methods_are_known():
-    assert CAUSAL == ["uni_ehr", "early", "joint", "joint_zeros", "joint_learnable", "medfuse"]
+    assert CAUSAL == ["uni_ehr", "early", "joint", "joint_zeros", "joint_learnable", "medfuse", "medfuse_attention"]
     for method in CAUSAL:
         config = config_lib.default()
         config.task, config.method = "length_of_stay", method
