@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from refusals import refused
-from sweep_cases import PRETRAIN, RATES, best_state, read_lines, stop_at_save, sweep
+from sweep_cases import PRETRAIN, RATES, assert_as_alone, best_state, read_lines, stop_at_save, sweep
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, records
@@ -309,3 +309,12 @@ def test_a_sweep_of_an_hourly_task_chooses_by_kappa_over_its_hours(hourly_config
     result = json.loads((results.trial_dir(tmp_path / "sweep", int(rows[0]["trial"])) / "result.json").read_text())
     hours = records.hours(hourly_config.data.dir, "length_of_stay", "test")
     assert result["subsets"]["all"]["num_samples"] == hours["num_hours"].sum()
+
+
+@pytest.mark.slow
+def test_trials_on_all_x_rays_of_a_stay_have_the_results_of_single_runs(images_config, tmp_path, monkeypatch):
+    images_config.num_epochs = 1
+    rows = sweep(images_config, tmp_path / "sweep", RATES, 2, lanes=2)
+    assert [row["status"] for row in rows] == ["finished"] * 2
+    chosen = results.trial_dir(tmp_path / "sweep", int(rows[0]["trial"]))
+    assert_as_alone(chosen, tmp_path / "alone", monkeypatch, tolerance=2e-5)
