@@ -1,7 +1,6 @@
 """Score every stay of a split once and write the metrics: `python -m medfuse_jax.evaluate --workdir=DIR`."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import jax
@@ -241,9 +240,7 @@ def _selected_by(config, note: dict, progress: Progress) -> str:
     if not progress.best_epoch:
         return "not selected: no epoch was validated yet"
     which = "all" if config.data.val_stays == "partial" else "the paired"
-    by = (
-        "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else schema.selected_by(config.task)
-    )
+    by = "loss (no label has both classes)" if progress.by_loss else schema.selected_by(config.task)
     return f"{by} on {which} validation {schema.TASKS[config.task].unit}"
 
 

@@ -167,8 +167,11 @@ def _stop(manager, state, progress: Progress, config: ConfigDict) -> NoReturn:
     raise watchdog.Stopped(f"{config.name}: step {int(state.step)} is saved")
 
 
-def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> None:
-    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training."""
+def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]], says: bool = True) -> None:
+    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training.
+
+    says: whether to print that the validation loss will select a model, where there is no AUROC.
+    """
     run.check_any("test", run.dataset.usable("test"))
     run.check_any("val", run.selects("val"))
     profiled_steps(run)
@@ -177,7 +180,7 @@ def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> 
     for trained in (*(staged for _, staged in stages.values()), run):
         _check_memory(trained)
         feed_lib.choose_parts(trained)
-        if trained.selected_by_loss:
+        if says and trained.selected_by_loss:
             unit = trained.dataset.task.unit
             print(f"{trained.config.name}: no label has both classes in the validation {unit} ", end="")
             print("that select the model, so there is no AUROC: their loss selects it", flush=True)

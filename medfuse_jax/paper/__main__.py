@@ -248,7 +248,7 @@ def _train(plan: Plan, training: Training) -> None:
         seed=plan.settings.seed,
         lanes=flags.FLAGS.lanes or (1 if flags.FLAGS.preset else None),
         listed=_listed(training) if training.values else None,
-        export=range(len(training.values)),
+        export=range(plan.settings.trials if training.is_chosen_twice else len(training.values)),
     )
     command.run(request, time.perf_counter())
 

@@ -118,7 +118,8 @@ def _progress(run: Run) -> str:
     epoch, num_epochs = max([*run.train, *run.val], default=0), run.config.get("num_epochs")
     text = f"epoch {epoch} of at most {num_epochs}" if isinstance(num_epochs, int) else f"epoch {epoch}"
     name, values = run.selecting
-    return text + (f", best validation {name} so far {number(max(values.values()))}" if values else "")
+    best = min if name == "loss" else max
+    return text + (f", best validation {name} so far {number(best(values.values()))}" if values else "")
 
 
 def _problems(runs: list[Run]) -> str:
@@ -172,7 +173,7 @@ def _run_charts(run: Run) -> str:
     charts = []
     if loss_train or loss_val:
         charts.append(html.figure(plots.loss_curves(loss_train, loss_val, *best), "Loss by epoch"))
-    if values:
+    if values and name != "loss":  # which is drawn already
         caption = f"{name[0].upper()}{name[1:]} on the validation set by epoch"
         charts.append(html.figure(plots.auroc_curve(values, *best), caption))
     if run.predictions:
