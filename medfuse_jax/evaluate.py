@@ -178,6 +178,7 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
             "profile": manifest.get("profile"),
             "timestep_h": manifest.get("timestep_h"),
             "synthetic": bool(manifest.get("synthetic", False)),
+            **({"folds": config.data.folds, "fold": config.data.fold} if config.data.folds else {}),
         },
         "labels": list(run.dataset.labels),
     }

@@ -20,7 +20,7 @@ of `ehr`, and those of the stay's P X-rays with cxr_time_h <= label_time_h[i]. T
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +264,29 @@ def digest(data_dir: str | Path, task: str) -> str:
     return hashlib.sha256(json.dumps(manifest(data_dir, task)["files"], sort_keys=True).encode()).hexdigest()
 
 
+def train_statistics(arrays: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
+    """Return the mean and standard deviation of each of the 76 channels, over all time steps of `arrays`.
+
+    A channel that is not continuous gets mean 0 and deviation 1. A constant channel gets deviation 1, because callers
+    divide by it.
+    """
+    channels = list(schema.CONTINUOUS_CHANNELS)
+    count, mean, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
+    for ehr_TF in arrays:
+        values = ehr_TF[:, channels].astype(np.float64)
+        if not len(values):
+            continue
+        # Merge means and sums of squares (Chan et al. 1979): stable for any number of time steps.
+        added, delta = len(values), values.mean(0) - mean
+        squares += ((values - values.mean(0)) ** 2).sum(0) + delta**2 * count * added / (count + added)
+        mean += delta * added / (count + added)
+        count += added
+    std = np.sqrt(squares / max(count, 1))
+    all_mean, all_std = np.zeros(len(schema.CHANNELS)), np.ones(len(schema.CHANNELS))
+    all_mean[channels], all_std[channels] = mean, np.where(std > 1e-8, std, 1.0)
+    return all_mean.tolist(), all_std.tolist()
+
+
 class Split(Sequence):
     """The records of one split, read on demand: len(), [i], iteration. Threads may share it."""
 
@@ -281,6 +304,8 @@ class Split(Sequence):
             record = decode(self._parse(self._source[i % len(self)]), self._fields)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"record {i} of {self._name} is damaged ({error}): {_REBUILD}", value=i) from None
+        if "image" not in self._fields:
+            return record
         if "cxr_time_h" in self._fields:  # an hourly task: all X-rays of the stay, by time
             return record | {"images": record["image"], "image": None}
         return record | {"image": record["image"][0] if len(record["image"]) else None}

@@ -85,6 +85,8 @@ FIELDS = {
         "task whose X-rays and labels train unified's X-ray classifier",
         choices=tuple(name for name, task in schema.TASKS.items() if task.cxr_only),
     ),
+    "data.folds": _shared(0, "divide patients anew into so many folds; 0: the shards' own splits", low=0, high=1000),
+    "data.fold": _shared(0, "which of the folds is tested, from 0", low=0, high=999),
     "data.statistics": Field("train", "EHR mean and std: 'train' split's, or a JSON file with 'mean' and 'std'"),
     "data.max_buckets": Field(4, "padded lengths; each costs a compilation", low=1, high=32),
     "data.order_seed": _shared(-1, "of the data order alone; -1: seed", low=-1),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medfuse_jax import records, schema
+from medfuse_jax.data import folds
 from medfuse_jax.data import hours as hours_lib
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.modalities import loading
@@ -31,7 +32,8 @@ class Dataset:
     buckets: padded lengths, shared by all splits.
     hours: the prediction hours by split, and padded_hours (`hours.padded`), of an hourly task.
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
-    digest: hash of the shards, of `extra`, and of the statistics unless they are the train split's.
+    digest: hash of the shards, of the fold, of `extra`, and of the statistics unless they are the train split's.
+    shards: hash of the shards alone.
     label_field: the labels' name in a batch.
     cxr_dataset: X-rays with labels of their own, in batches that alternate with the stays' in training; or None.
     """
@@ -47,6 +49,7 @@ class Dataset:
     use_cxr: bool
     buckets: tuple[int, ...]
     digest: str
+    shards: str
     needs: tuple[str, ...] = ()
     label_field: str = "label"
     cxr_dataset: "Dataset | None" = None
@@ -122,10 +125,11 @@ def open_dataset(
     max_buckets: int = 4,
     modalities: tuple[loading.Modality, ...] = (),
     to_train: bool = True,
+    fold: folds.Fold | None = None,
 ) -> Dataset:
     """Open a task's shards; raise UserError if they are missing, damaged or of no use to the method.
 
-    to_train: whether there must be train records.
+    to_train: whether there must be train records. fold: the fold to divide the records into; None for their own splits.
 
     statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
     {"mean": [76], "std": [76]}.
@@ -133,7 +137,7 @@ def open_dataset(
     manifest = records.manifest(data_dir, task)
     # Check all files now, because the test split is read only after days of training.
     records.check_files(records.task_dir(data_dir, task), manifest)
-    index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
+    index = folds.indices(data_dir, task, fold)
     if to_train and not len(index["train"]["stay_id"]):
         raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")
     use_ehr = use_ehr and not schema.TASKS[task].cxr_only
@@ -146,17 +150,24 @@ def open_dataset(
     hours = {}
     if schema.TASKS[task].hourly:
         timestep_h = manifest["timestep_h"]
-        hours = {split: hours_lib.of(records.hours(data_dir, task, split), timestep_h) for split in schema.SPLITS}
+        hours = {split: hours_lib.of(of, timestep_h) for split, of in folds.hours(data_dir, task, fold).items()}
     for split, of in hours.items():  # an X-ray that no hour sees is none
         index[split]["has_cxr"] = of.image_count_N > 0
     read = (*_READ, "cxr_time_h") if hours else _READ
-    splits = {split: records.open_split(data_dir, task, split, read) for split in schema.SPLITS}
+    stored = {split: records.open_split(data_dir, task, split, read) for split in schema.SPLITS}
+    splits = folds.divide(stored, data_dir, task, fold)
     for split, part in splits.items():
         if len(part) != len(index[split]["stay_id"]):
             raise UserError(
                 f"{records.task_dir(data_dir, task)} holds {len(part)} {split} records, its index "
                 f"{len(index[split]['stay_id'])}: the folder mixes two builds; build it again"
             )
+    digest = shards = records.digest(data_dir, task)
+    if fold:
+        if use_ehr and statistics == "train":
+            mean, std = folds.statistics(str(data_dir), task, digest, fold)
+            manifest = manifest | {"train_mean": mean, "train_std": std}
+        digest = hashlib.sha256(f"{digest} {fold}".encode()).hexdigest()
     mean_F, std_F = _statistics(manifest, statistics)
     length_N = np.concatenate([index[s]["length"] for s in schema.SPLITS])
     extra = {modality.name: loading.tables(modality, index) for modality in modalities}
@@ -166,7 +177,8 @@ def open_dataset(
         task=schema.TASKS[task],
         labels=tuple(manifest["labels"]),
         splits=splits,
-        digest=loading.digest(_with_statistics(records.digest(data_dir, task), manifest, mean_F, std_F), extra),
+        shards=shards,
+        digest=loading.digest(_with_statistics(digest, manifest, mean_F, std_F), extra),
         index=index,
         manifest=manifest,
         mean_F=mean_F,
@@ -181,9 +193,9 @@ def open_dataset(
     )
 
 
-def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str) -> Dataset:
+def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str, fold: folds.Fold | None = None) -> Dataset:
     """Add the X-rays of an X-ray-only task to a dataset; raise UserError if that task is not built."""
-    cxr_dataset = open_dataset(data_dir, cxr_task, use_ehr=False)
+    cxr_dataset = open_dataset(data_dir, cxr_task, use_ehr=False, fold=fold)
     return dataclasses.replace(dataset, cxr_dataset=dataclasses.replace(cxr_dataset, label_field=CXR_LABEL))
 
 

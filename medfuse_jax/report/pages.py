@@ -8,7 +8,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from medfuse_jax.report import html, plots, read_runs, style, tables, terminal
+from medfuse_jax.report import html, plots, read_runs, repeats, style, tables, terminal
 from medfuse_jax.report.attention import attention
 from medfuse_jax.report.read_runs import HOUR, Run, method_name, number, pair, section, series, task_name
 from medfuse_jax.report.robustness import robustness
@@ -40,6 +40,7 @@ def page(runs: list[Run]) -> str:
     by_task = {task: [run for run in runs if run.task == task] for task in dict.fromkeys(run.task for run in ordered)}
     parts = [_header(ordered, title), _problems(runs)]
     parts += [_task_section(task, group, len(by_task) > 1) for task, group in by_task.items()]
+    parts.append(repeats.section_of(ordered))
     sections = [_run_section(run, runs, is_open=run is ordered[0]) for run in ordered]
     parts.append(f"<section><h2>Each run</h2>{''.join(sections)}</section>")
     now = datetime.datetime.now().astimezone()

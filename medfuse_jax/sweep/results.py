@@ -148,6 +148,8 @@ def _check_unused(workdir: Path) -> None:
         raise UserError(f"{workdir} holds a run, not a sweep: {_CHOOSE}", path=workdir / "config.json")
     if runs := sorted(workdir.glob("*/config.json")):
         raise UserError(f"{workdir} holds other runs, such as {runs[0].parent.name}: {_CHOOSE}", path=runs[0])
+    if sweeps := sorted(workdir.glob("*/sweep.json")):
+        raise UserError(f"{workdir} holds other sweeps, such as {sweeps[0].parent.name}: {_CHOOSE}", path=sweeps[0])
     for name in ("trials", "rounds"):
         if any((workdir / name).glob("*")):
             raise UserError(f"{workdir} holds {name}/ but no sweep.json: {_CHOOSE}", path=workdir / name)
