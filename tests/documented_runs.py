@@ -171,6 +171,8 @@ def _given_encoders(command: Command) -> list[str]:
 def _for_sweep(command: Command) -> list[str]:
     if command.value("workdir") == "sweeps/pheno":
         return list(_SIZES)  # the README's sweep runs all ten trials, and measures the lanes
+    if command.value("folds"):
+        return [*_SIZES, "--config.method=uni_ehr", "--trials=1", "--lanes=1", "--seeds=1", "--folds=2"]
     # One lane: measuring compiles a program for each number of lanes.
     return [*_SIZES, "--trials=3", "--lanes=1", *(["--round=2"] if command.value("round") else [])]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, records
+from medfuse_jax import evaluate
 from medfuse_jax.ensemble import members
 from medfuse_jax.paper import scores
 from medfuse_jax.paper.scores import Model, Scores, TaskResults
@@ -47,16 +47,20 @@ def score(training: Training, folder: Path) -> None:
 
 
 def gather(
-    task: str, data_dir: str, trainings: list[Training], folder_of: Callable[[Training], Path], failed: dict[str, str]
+    task: str,
+    index: dict,
+    labels: list[str],
+    trainings: list[Training],
+    folder_of: Callable[[Training], Path],
+    failed: dict[str, str],
 ) -> TaskResults:
     """Read the results of one task's trainings, scoring on the validation and test stays what is not scored yet.
 
     The depth of MMTM and DAFT, and the share of EHR-only stays, are chosen by the validation AUROC. A rate searched on
     all stays is chosen twice: on all validation stays (E1, ...) and on those with an X-ray (E1_paired, ...).
-    failed: id -> why.
+    index: of the training stays. failed: id -> why.
     """
-    manifest, index = records.manifest(data_dir, task), records.index(data_dir, task, "train")
-    results = TaskResults(task, list(manifest["labels"]), index["label"].mean(0))
+    results = TaskResults(task, labels, index["label"].mean(0))
     own = [t for t in trainings if t.task == task]
     for training in own:
         if training.id in failed:
