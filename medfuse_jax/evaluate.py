@@ -32,9 +32,9 @@ def evaluate(
     """Evaluate a run's best checkpoint on one split; return the result.
 
     Writes two files, named by `what`, both with the checkpoint's step: the result, and the predictions (stay_id,
-    subject_id, scores, labels, has_ehr, has_cxr, age, gender, admission_type, first_careunit; had_ehr and had_cxr if a
-    modality was dropped; attention weights if the model has any). In an hourly task, each has a row for every hour, and
-    also hour, remaining_h and, for exclusive labels, predicted_h (docs/hourly.md).
+    subject_id, scores, labels, has_ehr, has_cxr, age, gender, admission_type, first_careunit, race; had_ehr and had_cxr
+    if a modality was dropped; attention weights if the model has any). In an hourly task, each has a row for every
+    hour, and also hour, remaining_h and, for exclusive labels, predicted_h (docs/hourly.md).
     devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
     resample: what the bootstrap draws, 'patient' or 'stay'; by default see `result.resample_by`.
     """
@@ -138,7 +138,7 @@ def score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: n
     scored = {name: part[name] for name in ("stay_id", "subject_id")}
     scored |= {"scores": predicted.score_NK, "labels": predicted.label_NK}
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
-    scored |= {name: part[name] for name in schema.STATIC_TEXTS}
+    scored |= {name: part[name] for name in (*schema.STATIC_TEXTS, records.RACE)}
     scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
     if run.dataset.hours:
         scored |= _of_hours(run.dataset, split, predicted, scored)

@@ -36,6 +36,7 @@ MISSING = "is missing"
 _REBUILD = "run data_prep.build again"
 _hashes: dict[str, dict] = {}  # path -> files.remembered_sha256, of this process and of earlier ones
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STATIC_TEXTS, "label")
+RACE = "race"  # of the index alone, so that no model can read it from a record; absent in older shards
 
 
 HOURS_FIELDS = ("label_time_h", "label", "cxr_time_h", "los_h")  # of a record, in hours_<split>.npz
@@ -212,14 +213,16 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     """Return the index of one split, each field in record order.
 
     stay_id int64 [N], subject_id int64 [N], length int32 [N] (time steps), has_cxr bool [N], age float32 [N] (years,
-    NaN if unknown), gender, admission_type and first_careunit str [N] ('' if unknown), label int8 [N, K].
+    NaN if unknown), gender, admission_type and first_careunit str [N] ('' if unknown), label int8 [N, K], race str [N]
+    (schema.RACES, or '' where the tables or the shards have none).
     """
     check_choice("split", split, schema.SPLITS)
     content = manifest(data_dir, task)
     path = task_dir(data_dir, task) / f"index_{split}.npz"
     _check_content(path, content)
     with np.load(path) as stored:
-        return {field: stored[field] for field in INDEX_FIELDS}
+        read = {field: stored[field] for field in INDEX_FIELDS}
+        return read | {RACE: stored[RACE] if RACE in stored else np.full(len(read["stay_id"]), "")}
 
 
 def hours(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:

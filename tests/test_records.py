@@ -1,5 +1,7 @@
 """Records as we decode them are those that TFDS reads."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ from build_cases import assert_same_as_tfds
 from refusals import refused
 
 from medfuse_jax import records, schema
+from medfuse_jax.runtime import files
 
 
 @pytest.mark.parametrize("task", ["pheno", "radiology"])
@@ -63,3 +66,30 @@ def test_statistics_are_over_all_time_steps():
     other = [c for c in range(76) if c not in schema.CONTINUOUS_CHANNELS]
     assert not mean[other].any() and (std[other] == 1).all()
     assert records.train_statistics(iter(())) == ([0.0] * 76, [1.0] * 76)
+
+
+def test_race_is_in_the_index_and_in_no_record(shards):
+    """So no model can read it."""
+    groups = set()
+    for task in ("pheno", "radiology"):
+        for split in schema.SPLITS:
+            race = records.index(shards, task, split)["race"]
+            groups |= set(race.tolist())
+            assert len(race) == len(records.open_split(shards, task, split))
+        assert records.RACE not in records.open_split(shards, task, "train")[0]
+    assert {"White", "Black", ""} <= groups <= {*schema.RACES, ""}  # '': X-rays without a stay
+    assert records.RACE not in (*schema.STATIC_TEXTS, *records.layout(1))
+
+
+def test_shards_without_race_are_read(shards, tmp_path):
+    """They were built before."""
+    folder = tmp_path / "pheno"
+    shutil.copytree(shards / "pheno", folder)
+    path = folder / "index_val.npz"
+    with np.load(path) as stored:
+        old = {name: stored[name] for name in records.INDEX_FIELDS}
+    np.savez(path, **old)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["index_val.npz"] = files.sha256(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": records.seal(manifest)}))
+    assert set(records.index(tmp_path, "pheno", "val")["race"].tolist()) == {""}

@@ -58,7 +58,7 @@ def indices(data_dir: str | Path, task: str, fold: Fold | None) -> dict[str, dic
     whole = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
     if not fold:
         return whole
-    joined = {name: np.concatenate([whole[split][name] for split in schema.SPLITS]) for name in records.INDEX_FIELDS}
+    joined = {name: np.concatenate([whole[split][name] for split in schema.SPLITS]) for name in whole["train"]}
     place = _places(joined["subject_id"], fold, records.task_dir(data_dir, task))
     return {split: {name: values[place[split]] for name, values in joined.items()} for split in schema.SPLITS}
 
