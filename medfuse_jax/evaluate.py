@@ -138,7 +138,7 @@ def score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: n
     scored = {name: part[name] for name in ("stay_id", "subject_id")}
     scored |= {"scores": predicted.score_NK, "labels": predicted.label_NK}
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
-    scored |= {name: part[name] for name in (*schema.STATIC_TEXTS, records.RACE)}
+    scored |= {name: part[name] for name in (*schema.STATIC_TEXTS, schema.RACE)}
     scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
     if run.dataset.hours:
         scored |= _of_hours(run.dataset, split, predicted, scored)

@@ -9,6 +9,7 @@ Shapes: N scored records, K labels.
 
 import csv
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -117,9 +118,11 @@ def _score(run: run_lib.Run, state, split: str) -> dict[str, np.ndarray]:
 def _dicom_ids(run: run_lib.Run, split: str, record_N: np.ndarray) -> np.ndarray:
     """Return the X-rays' names, which only the records have."""
     of = (run.config.data.dir, run.config.task)
-    opened = {name: records.open_split(*of, name, ("dicom_id",)) for name in schema.SPLITS}
-    divided = folds.divide(opened, *of, folds.of_config(run.config))[split]
-    return np.array([divided[i]["dicom_id"] for i in record_N.tolist()])
+    opened: dict[str, Sequence] = {name: records.open_split(*of, name, ("dicom_id",)) for name in schema.SPLITS}
+    if fold := folds.of_config(run.config):
+        index = {name: records.index(*of, name) for name in schema.SPLITS}
+        opened = folds.take_records(opened, folds.places(index, fold, records.task_dir(*of)))
+    return np.array([opened[split][i]["dicom_id"] for i in record_N.tolist()])
 
 
 def check_out(path: Path) -> None:

@@ -36,7 +36,6 @@ MISSING = "is missing"
 _REBUILD = "run data_prep.build again"
 _hashes: dict[str, dict] = {}  # path -> files.remembered_sha256, of this process and of earlier ones
 INDEX_FIELDS = ("stay_id", "subject_id", "length", "has_cxr", "age", *schema.STATIC_TEXTS, "label")
-RACE = "race"  # of the index alone, so that no model can read it from a record; absent in older shards
 
 
 HOURS_FIELDS = ("label_time_h", "label", "cxr_time_h", "los_h")  # of a record, in hours_<split>.npz
@@ -222,7 +221,7 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     _check_content(path, content)
     with np.load(path) as stored:
         read = {field: stored[field] for field in INDEX_FIELDS}
-        return read | {RACE: stored[RACE] if RACE in stored else np.full(len(read["stay_id"]), "")}
+        return read | {schema.RACE: stored[schema.RACE] if schema.RACE in stored else np.full(len(read["stay_id"]), "")}
 
 
 def hours(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:

@@ -210,6 +210,7 @@ def reads(command: Command) -> list[str]:
     """Return the paths among a command's flags that it reads."""
     names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
     names += {
+        "medfuse_jax.attribution": ["workdir"],
         "medfuse_jax.compare": ["a", "b"],
         "medfuse_jax.paper": ["data"],
         "medfuse_jax.predict": ["workdir", "data"],
@@ -328,6 +329,8 @@ class Workspace:
         port, running = _free_port(), []
         for command in together:
             flags = [re.sub(r"HOST:\d+$", f"localhost:{port}", flag) for flag in command.flags]
+            if "--stay=STAY_ID" in flags:
+                flags[flags.index("--stay=STAY_ID")] = f"--stay={self._index('test')['stay_id'][0]}"
             running.append(
                 subprocess.Popen(
                     [sys.executable, "-m", command.module, *flags],

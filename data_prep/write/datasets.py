@@ -14,7 +14,7 @@ from data_prep import progress
 from data_prep.ehr.arrays import Arrays
 from data_prep.images.store import ImageStore
 from data_prep.labels.hourly import Predictions
-from medfuse_jax import records, schema
+from medfuse_jax import schema
 
 _NO_IMAGE = np.zeros((0, schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX), np.uint8)
 _NO_STEPS = np.zeros((0, len(schema.CHANNELS)), np.float32)
@@ -38,7 +38,7 @@ def stay_dataset(
     position_N = predicted.position_N if predicted else np.arange(len(arrays.row))
     row_N = arrays.row[position_N]
     label_NK = labels.any_label() if isinstance(labels, Predictions) else labels[row_N]
-    static = stays.select(*_STATIC, records.RACE, *(["los_h"] if predicted else []))[row_N].to_dicts()
+    static = stays.select(*_STATIC, schema.RACE, *(["los_h"] if predicted else []))[row_N].to_dicts()
     images_of = images_by_stay(stays, pairs)
 
     def record(i: int) -> dict:
@@ -106,7 +106,7 @@ def _by_split(
     static: for each record, the fields that the index shares, and its race, which goes to the index alone. record:
     position -> the record's other fields.
     """
-    race = [row.pop(records.RACE, "") for row in static]
+    race = [row.pop(schema.RACE, "") for row in static]
     fields = {
         "stay_id": np.array([row["stay_id"] for row in static], np.int64),
         "subject_id": np.array([row["subject_id"] for row in static], np.int64),
@@ -121,7 +121,7 @@ def _by_split(
         index[split] = {name: values[chosen] for name, values in fields.items()}
         for field in schema.STATIC_TEXTS:
             index[split][field] = np.array([static[i][field] for i in chosen], str)
-        index[split][records.RACE] = np.array([race[i] for i in chosen], str)
+        index[split][schema.RACE] = np.array([race[i] for i in chosen], str)
 
         def generate(positions: Iterable[int] = chosen.tolist(), split: str = split) -> Iterator[dict]:
             for i in progress.bar(positions, f"shards of {split}", "records"):

@@ -51,7 +51,7 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
         check_data=False,  # the check needs TensorFlow
     )
     for split, fields in index.items():
-        race = {records.RACE: fields[records.RACE]} if records.RACE in fields else {}
+        race = {schema.RACE: fields[schema.RACE]} if schema.RACE in fields else {}
         stored = {name: fields[name] for name in records.INDEX_FIELDS} | race
         np.savez(folder / f"index_{split}.npz", **stored)
         if task.hourly:

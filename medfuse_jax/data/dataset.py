@@ -4,6 +4,7 @@ Shapes: N records, F EHR channels.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ def open_dataset(
     manifest = records.manifest(data_dir, task)
     # Check all files now, because the test split is read only after days of training.
     records.check_files(records.task_dir(data_dir, task), manifest)
-    index = folds.indices(data_dir, task, fold)
+    index, place = _index(data_dir, task, fold)
     if to_train and not len(index["train"]["stay_id"]):
         raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")
     use_ehr = use_ehr and not schema.TASKS[task].cxr_only
@@ -150,12 +151,14 @@ def open_dataset(
     hours = {}
     if schema.TASKS[task].hourly:
         timestep_h = manifest["timestep_h"]
-        hours = {split: hours_lib.of(of, timestep_h) for split, of in folds.hours(data_dir, task, fold).items()}
+        read_hours = {split: records.hours(data_dir, task, split) for split in schema.SPLITS}
+        read_hours = folds.take_hours(read_hours, place) if place else read_hours
+        hours = {split: hours_lib.of(of, timestep_h) for split, of in read_hours.items()}
     for split, of in hours.items():  # an X-ray that no hour sees is none
         index[split]["has_cxr"] = of.image_count_N > 0
     read = (*_READ, "cxr_time_h") if hours else _READ
-    stored = {split: records.open_split(data_dir, task, split, read) for split in schema.SPLITS}
-    splits = folds.divide(stored, data_dir, task, fold)
+    splits: dict[str, Sequence] = {s: records.open_split(data_dir, task, s, read) for s in schema.SPLITS}
+    splits = folds.take_records(splits, place) if place else splits
     for split, part in splits.items():
         if len(part) != len(index[split]["stay_id"]):
             raise UserError(
@@ -165,7 +168,7 @@ def open_dataset(
     digest = shards = records.digest(data_dir, task)
     if fold:
         if use_ehr and statistics == "train":
-            mean, std = folds.statistics(str(data_dir), task, digest, fold)
+            mean, std = _fold_statistics(str(data_dir), task, digest, fold)
             manifest = manifest | {"train_mean": mean, "train_std": std}
         digest = hashlib.sha256(f"{digest} {fold}".encode()).hexdigest()
     mean_F, std_F = _statistics(manifest, statistics)
@@ -191,6 +194,29 @@ def open_dataset(
         hours=hours,
         padded_hours=hours_lib.padded(hours, length_of, buckets) if hours else {},
     )
+
+
+def indices(data_dir: str | Path, task: str, fold: folds.Fold | None) -> dict[str, dict[str, np.ndarray]]:
+    """Return the index (records.index) of each split, of the shards' own or of a fold's; see `folds.places`."""
+    return _index(data_dir, task, fold)[0]
+
+
+def _index(data_dir: str | Path, task: str, fold: folds.Fold | None) -> tuple[dict, dict]:
+    """Return the index of each split, and the places of a fold's records; {} for the shards' own splits."""
+    index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
+    place = folds.places(index, fold, records.task_dir(data_dir, task)) if fold else {}
+    return folds.take(index, place) if place else index, place
+
+
+@functools.cache
+def _fold_statistics(data_dir: str, task: str, digest: str, fold: folds.Fold) -> tuple[list[float], list[float]]:
+    """Return the mean and standard deviation of each channel over a fold's training stays, as a manifest has them.
+
+    digest: of the shards. The first call of a process for a fold reads its training stays.
+    """
+    stored = {split: records.open_split(data_dir, task, split, ("ehr",)) for split in schema.SPLITS}
+    train = folds.take_records(stored, _index(data_dir, task, fold)[1])["train"]
+    return records.train_statistics(train[i]["ehr"] for i in range(len(train)))
 
 
 def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str, fold: folds.Fold | None = None) -> Dataset:

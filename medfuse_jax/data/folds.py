@@ -8,14 +8,13 @@ Shapes: N records of a split, M records of all splits, F EHR channels.
 """
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from medfuse_jax import records, schema
+from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
 _VAL_SHARE = 1 / 8  # of the patients that are not tested
@@ -50,21 +49,13 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
-def indices(data_dir: str | Path, task: str, fold: Fold | None) -> dict[str, dict[str, np.ndarray]]:
-    """Return the index of each split (records.index), of the shards or of a fold of them.
+def places(index: Mapping[str, dict], fold: Fold, folder: Path) -> dict[str, np.ndarray]:
+    """Return the places [N] of each split's records in a fold, among the shards' records of all splits.
 
-    Raise UserError if there are more folds than patients, or if the fold leaves a split empty.
+    index: of the shards' own splits. folder: theirs, for messages. Raise UserError if there are more folds than
+    patients, or if the fold leaves a split empty.
     """
-    whole = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
-    if not fold:
-        return whole
-    joined = {name: np.concatenate([whole[split][name] for split in schema.SPLITS]) for name in whole["train"]}
-    place = _places(joined["subject_id"], fold, records.task_dir(data_dir, task))
-    return {split: {name: values[place[split]] for name, values in joined.items()} for split in schema.SPLITS}
-
-
-def _places(subject_id_M: np.ndarray, fold: Fold, folder: Path) -> dict[str, np.ndarray]:
-    """Return the places [N] of each split's records among those of all splits."""
+    subject_id_M = np.concatenate([index[split]["subject_id"] for split in schema.SPLITS])
     if (num_patients := len(np.unique(subject_id_M))) < fold.count:
         message = f"{_FIELD} is {fold.count}, and {folder} has only {num_patients} patients: use fewer folds"
         raise UserError(message, field=_FIELD, path=folder, value=fold.count)
@@ -76,23 +67,31 @@ def _places(subject_id_M: np.ndarray, fold: Fold, folder: Path) -> dict[str, np.
     return {split: np.flatnonzero(split_M == split) for split in schema.SPLITS}
 
 
-def hours(data_dir: str | Path, task: str, fold: Fold | None) -> dict[str, dict[str, np.ndarray]]:
-    """Return the prediction hours of each split (records.hours), of the shards or of a fold of them."""
-    whole = {split: records.hours(data_dir, task, split) for split in schema.SPLITS}
-    if not fold:
-        return whole
-    subject_id_M = np.concatenate([records.index(data_dir, task, split)["subject_id"] for split in schema.SPLITS])
-    place = _places(subject_id_M, fold, records.task_dir(data_dir, task))
-    joined = {name: np.concatenate([of[name] for of in whole.values()]) for name in whole["train"]}
-    taken = {}
+def take(index: Mapping[str, dict], place: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the index of each split of a fold, from that of the shards' own. place: from `places`."""
+    joined = _joined(index)
+    return {split: {name: values[place[split]] for name, values in joined.items()} for split in schema.SPLITS}
+
+
+def take_hours(hours: Mapping[str, dict], place: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the prediction hours of each split of a fold, as records.hours has them."""
+    joined, taken = _joined(hours), {}
     for split in schema.SPLITS:
         hours_of = _ragged(joined["num_hours"], place[split])
-        images_of = _ragged(joined["num_images"], place[split])
-        taken[split] = {
-            name: values[{"label_time_h": hours_of, "label": hours_of, "cxr_time_h": images_of}.get(name, place[split])]
-            for name, values in joined.items()
-        }
+        of = {"label_time_h": hours_of, "label": hours_of, "cxr_time_h": _ragged(joined["num_images"], place[split])}
+        taken[split] = {name: values[of.get(name, place[split])] for name, values in joined.items()}
     return taken
+
+
+def take_records(stored: Mapping[str, Sequence], place: dict[str, np.ndarray]) -> dict[str, Sequence]:
+    """Return the records of each split of a fold, in the order of its index."""
+    parts = [stored[split] for split in schema.SPLITS]
+    return {split: _Pooled(parts, place[split]) for split in schema.SPLITS}
+
+
+def _joined(by_split: Mapping[str, dict]) -> dict[str, np.ndarray]:
+    names = by_split["train"]
+    return {name: np.concatenate([by_split[split][name] for split in schema.SPLITS]) for name in names}
 
 
 def _ragged(count_M: np.ndarray, place_N: np.ndarray) -> np.ndarray:
@@ -100,18 +99,6 @@ def _ragged(count_M: np.ndarray, place_N: np.ndarray) -> np.ndarray:
     first_M = np.cumsum(count_M) - count_M
     parts = [np.arange(first_M[i], first_M[i] + count_M[i]) for i in place_N.tolist()]
     return np.concatenate([np.zeros(0, int), *parts])
-
-
-def divide(
-    splits: Mapping[str, Sequence], data_dir: str | Path, task: str, fold: Fold | None
-) -> Mapping[str, Sequence]:
-    """Return the records of each split, from those of the shards' own, in the order of `indices`."""
-    if not fold:
-        return splits
-    subject_id_M = np.concatenate([records.index(data_dir, task, split)["subject_id"] for split in schema.SPLITS])
-    place = _places(subject_id_M, fold, records.task_dir(data_dir, task))
-    parts = [splits[split] for split in schema.SPLITS]
-    return {split: _Pooled(parts, place[split]) for split in schema.SPLITS}
 
 
 class _Pooled(Sequence):
@@ -128,14 +115,3 @@ class _Pooled(Sequence):
         place = int(self._place_N[i])
         part = int(np.searchsorted(self._ends, place, side="right"))
         return self._parts[part][place - (int(self._ends[part - 1]) if part else 0)]
-
-
-@functools.cache
-def statistics(data_dir: str, task: str, digest: str, fold: Fold) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of each channel over a fold's training stays, as a manifest has them.
-
-    digest: records.digest. The first call of a process for a fold reads its training stays.
-    """
-    stored = {split: records.open_split(data_dir, task, split, ("ehr",)) for split in schema.SPLITS}
-    train = divide(stored, data_dir, task, fold)["train"]
-    return records.train_statistics(train[i]["ehr"] for i in range(len(train)))

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from medfuse_jax import parallel
 from medfuse_jax import run as run_lib
-from medfuse_jax.data import folds
+from medfuse_jax.data import dataset, folds
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.paper.trainings import Training
 
@@ -55,7 +55,7 @@ def _sizes(config: ConfigDict, share: float) -> tuple[int, float]:
 @functools.cache
 def _num_records(data_dir: str, task: str, fold: folds.Fold | None) -> tuple[int, int]:
     """Return how many training records there are, and how many have an X-ray."""
-    has_cxr_N = folds.indices(data_dir, task, fold)["train"]["has_cxr"]
+    has_cxr_N = dataset.indices(data_dir, task, fold)["train"]["has_cxr"]
     return len(has_cxr_N), int(has_cxr_N.sum())
 
 

@@ -32,9 +32,11 @@ class Plan:
 
     def indices(self, task: str) -> dict[str, dict]:
         """Return the index of each split of a task, of the plan's fold if it has one."""
+        from medfuse_jax.data import dataset  # late: it imports jax
+
         fields = self.settings.fields
         fold = folds.Fold(fields["data.fold"], fields["data.folds"]) if fields.get("data.folds") else None
-        return folds.indices(self.data_dir, task, fold)
+        return dataset.indices(self.data_dir, task, fold)
 
     def manifests(self) -> dict[str, dict]:
         """Return the manifest of every task that the plan reads."""

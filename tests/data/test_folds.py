@@ -8,7 +8,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import predict, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import batches, folds
-from medfuse_jax.data.dataset import open_dataset, with_cxr_dataset
+from medfuse_jax.data.dataset import indices, open_dataset, with_cxr_dataset
 from medfuse_jax.data.folds import Fold
 from medfuse_jax.runs import sources, workdir
 from medfuse_jax.runtime import files
@@ -23,11 +23,11 @@ def _subjects(index: dict, split: str) -> set[int]:
 
 @pytest.fixture(scope="module")
 def divided(shards):
-    return [folds.indices(shards, "pheno", Fold(number, _COUNT)) for number in range(_COUNT)]
+    return [indices(shards, "pheno", Fold(number, _COUNT)) for number in range(_COUNT)]
 
 
 def test_every_patient_is_tested_in_one_fold_and_no_stay_is_lost(divided, shards):
-    whole = folds.indices(shards, "pheno", None)
+    whole = indices(shards, "pheno", None)
     patients = set().union(*(_subjects(whole, split) for split in schema.SPLITS))
     tested = [_subjects(index, "test") for index in divided]
     assert set().union(*tested) == patients and sum(map(len, tested)) == len(patients)
@@ -51,10 +51,10 @@ def test_five_folds_divide_patients_as_the_paper_does():
 def test_all_tasks_divide_a_patient_alike(divided, shards, task):
     """So the X-rays that pre-train a fold's encoder are none of its validation or test patients'."""
     for number, index in enumerate(divided):
-        other = folds.indices(shards, task, Fold(number, _COUNT))
+        other = indices(shards, task, Fold(number, _COUNT))
         held_out = _subjects(index, "val") | _subjects(index, "test")
         assert not held_out & _subjects(other, "train")
-    whole = folds.indices(shards, task, None)
+    whole = indices(shards, task, None)
     assert held_out & _subjects(whole, "train")  # as built, they would be: this test can fail
 
 
@@ -80,8 +80,11 @@ def test_the_statistics_are_those_of_the_folds_training_stays(shards):
 
 
 def test_the_hours_of_a_fold_are_those_of_its_stays(hourly_shards):
-    fold = Fold(0, _COUNT)
-    index, hours = (of(hourly_shards, "decompensation", fold) for of in (folds.indices, folds.hours))
+    fold, task = Fold(0, _COUNT), "decompensation"
+    whole = {split: records.index(hourly_shards, task, split) for split in schema.SPLITS}
+    place = folds.places(whole, fold, hourly_shards)
+    index = folds.take(whole, place)
+    hours = folds.take_hours({split: records.hours(hourly_shards, task, split) for split in schema.SPLITS}, place)
     stored = {split: records.open_split(hourly_shards, "decompensation", split) for split in schema.SPLITS}
     by_stay = {r["stay_id"]: r for split in schema.SPLITS for r in stored[split]}
     for split in schema.SPLITS:
@@ -92,7 +95,7 @@ def test_the_hours_of_a_fold_are_those_of_its_stays(hourly_shards):
 
 def test_alternating_x_rays_are_divided_too(shards):
     dataset = with_cxr_dataset(open_dataset(shards, "pheno"), shards, "radiology", Fold(1, _COUNT))
-    expected = folds.indices(shards, "radiology", Fold(1, _COUNT))["train"]["subject_id"]
+    expected = indices(shards, "radiology", Fold(1, _COUNT))["train"]["subject_id"]
     np.testing.assert_array_equal(dataset.cxr_dataset.index["train"]["subject_id"], expected)
 
 
@@ -108,11 +111,11 @@ def test_invalid_folds_are_refused(ehr_config, fields, field):
 
 def test_more_folds_than_patients_or_an_empty_split_are_refused_in_one_line(shards):
     with refused(field="config.data.folds", value=1000):
-        folds.indices(shards, "pheno", Fold(0, 1000))
-    joined = np.arange(30)
+        indices(shards, "pheno", Fold(0, 1000))
+    index = {split: {"subject_id": np.arange(30) + 30 * i} for i, split in enumerate(schema.SPLITS)}
     with pytest.raises(UserError, match=r"has no \w+ patients") as error:
-        for number in range(30):
-            folds._places(joined, Fold(number, 30), shards)
+        for number in range(90):
+            folds.places(index, Fold(number, 90), shards)
     assert "\n" not in str(error.value)
 
 

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from medfuse_jax import records
+from medfuse_jax import schema
 from medfuse_jax.data.modalities import static
 from medfuse_jax.runtime import errors
 from medfuse_jax.runtime.errors import UserError, check_choice
@@ -61,7 +61,7 @@ def load(names: str) -> tuple[Modality, ...]:
 def tables(modality: Modality, index: dict[str, dict]) -> dict[str, np.ndarray]:
     """Return {split: float32 [N, ...]}; raise UserError if `table` gives anything else, or nothing to learn from."""
     made = {}
-    seen = {split: {n: v for n, v in part.items() if n != records.RACE} for split, part in index.items()}
+    seen = {split: {n: v for n, v in part.items() if n != schema.RACE} for split, part in index.items()}
     for split, part in seen.items():
         where = f"config.model.modalities: table() of {modality.name!r}, {split} split"
         with _users_own(modality.file, where):
