@@ -86,25 +86,25 @@ OF_FOLDS = "Every fold tests other patients; training patients overlap, so the d
 
 def table(named: list[tuple[str, list[dict]]]) -> str:
     """Return a table with a row per experiment and subset; '' without any. named: (name, its results)."""
-    rows, columns = [], []
-    for name, results in named:
-        for subset, by_metric in summary(results).items():
-            columns += [metric for metric in by_metric if metric not in columns]
-            rows.append((name, results, subset, by_metric))
-    if not rows:
+    columns: list[str] = []
+    found = [(name, results, summary(results)) for name, results in named]
+    for *_, by_subset in found:
+        columns += [metric for by_metric in by_subset.values() for metric in by_metric]
+    if not columns:
         return ""
-    head = "".join(f'<th scope="col">{text}</th>' for text in ("Method", "Runs", "Test stays"))
+    columns, body = list(dict.fromkeys(columns)), ""
+    head = '<th scope="col">Test stays</th>'
     head += "".join(f'<th scope="col" class="num">{_TITLES[metric]}</th>' for metric in columns)
-    body = []
-    for name, results, subset, by_metric in rows:
-        cells = "".join(
-            f'<td class="num">{by_metric[metric].text() if metric in by_metric else "–"}</td>' for metric in columns
-        )
-        facts = f'<th scope="row">{escape(name)}</th><td>{escape(words(results))}</td><td>{_ON[subset]}</td>'
-        body.append(f"<tr>{facts}{cells}</tr>")
+    for name, results, by_subset in found:
+        group = escape(f"{name}, {words(results)}")
+        body += f'<tr class="group"><th scope="rowgroup" colspan="{len(columns) + 1}">{group}</th></tr>'
+        for subset, by_metric in by_subset.items():
+            cells = (by_metric[metric].text() if metric in by_metric else "–" for metric in columns)
+            shown = "".join(f'<td class="num">{cell}</td>' for cell in cells)
+            body += f'<tr><th scope="row">{_ON[subset]}</th>{shown}</tr>'
     has_folds = any(place(result)[1] is not None for _, results in named for result in results)
     note = f"{NOTE} {OF_FOLDS}" if has_folds else NOTE
-    return html.table(head, "".join(body), "Results over seeds and folds") + f'<p class="note">{note}</p>'
+    return html.table(head, body, "Results over seeds and folds") + f'<p class="note">{note}</p>'
 
 
 def section_of(runs: list[Run]) -> str:
