@@ -149,6 +149,9 @@ FIELDS = {
     "profile_steps": _execution("", "'a:b': trace steps a to b (from 1) into <workdir>/profile", fusion_only=True),
     "eval.batch_size": _shared(64, "rows of an evaluation batch", low=1, high=2**16),
     "eval.num_bootstrap": _shared(1000, "resamples of the confidence intervals", low=1, high=10**6),
+    "eval.modalities_alone": _execution(
+        False, "after each epoch, also score the validation stays with one modality alone", fusion_only=True
+    ),
     "encoders": _shared(
         "pretrained",
         "'random': skip the stages of config.pretrain (the paper's RI)",

@@ -15,6 +15,7 @@ from medfuse_jax.report.robustness import robustness
 from medfuse_jax.runtime import files
 
 _MAX_OVERLAID = 5  # runs in one chart
+_INPUTS = {"both": "both", "ehr": "series", "cxr": "X-ray"}  # of runs/alone.py
 
 
 def write(runs_dirs: list[str | Path], out_dir: str | Path) -> str:
@@ -177,6 +178,7 @@ def _run_charts(run: Run) -> str:
     if values and name != "loss":  # which is drawn already
         caption = f"{name[0].upper()}{name[1:]} on the validation set by epoch"
         charts.append(html.figure(plots.auroc_curve(values, *best), caption))
+    charts += _modalities_alone(run, best)
     if run.predictions:
         args = (run.predictions["labels"], run.predictions["scores"], run.color)
         charts.append(html.figure(plots.curves("ROC", *args), "ROC on the test set"))
@@ -187,6 +189,17 @@ def _run_charts(run: Run) -> str:
         if entry.get("by") == HOUR and (chart := plots.by_hour(entry["groups"], run.color)):
             charts.append(html.figure(chart, "Score on the test set by hour of the stay"))
     return f'<div class="charts">{"".join(charts)}</div>{tables.calibration(run)}' if charts else ""
+
+
+def _modalities_alone(run: Run, best: tuple) -> list[str]:
+    """Return charts of loss and score by epoch of both modalities and of each alone; [] if they were not logged."""
+    charts = []
+    for field, title in (("val_auroc", "AUROC"), ("val_loss", "Loss")):
+        by_name = {name: series(run.val, f"{field}_{key}") for key, name in _INPUTS.items()}
+        if shown := {name: values for name, values in by_name.items() if values}:
+            caption = f"{title} on the validation stays with both modalities, and with one of them alone"
+            charts.append(html.figure(plots.modality_curves(shown, *best), caption))
+    return charts
 
 
 def _provenance(run: Run) -> str:
