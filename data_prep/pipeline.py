@@ -283,13 +283,11 @@ def _pair_readable(
 
 
 def _train_statistics(people: Cohort, arrays: Arrays | None) -> tuple[list[float], list[float]]:
-    from data_prep.write import shards  # imports TFDS (2 s); a build that stops earlier does not need it
-
     if arrays is None:
-        return shards.train_statistics(iter(()))
+        return records.train_statistics(iter(()))
     splits = people.splits(people.stays)
     train = [i for i, row in enumerate(arrays.row.tolist()) if splits[row] == "train"]
-    return shards.train_statistics(arrays[i] for i in train)
+    return records.train_statistics(arrays[i] for i in train)
 
 
 def _manifest(source: Source, fingerprint: dict, task: Task, index: dict, counts: dict, store) -> dict:

@@ -1,7 +1,6 @@
 """Score every stay of a split once and write the metrics: `python -m medfuse_jax.evaluate --workdir=DIR`."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import jax
@@ -33,9 +32,9 @@ def evaluate(
     """Evaluate a run's best checkpoint on one split; return the result.
 
     Writes two files, named by `what`, both with the checkpoint's step: the result, and the predictions (stay_id,
-    subject_id, scores, labels, has_ehr, has_cxr, age, gender, admission_type, first_careunit; had_ehr and had_cxr if a
-    modality was dropped; attention weights if the model has any). In an hourly task, each has a row for every hour, and
-    also hour, remaining_h and, for exclusive labels, predicted_h (docs/hourly.md).
+    subject_id, scores, labels, has_ehr, has_cxr, age, gender, admission_type, first_careunit, race; had_ehr and had_cxr
+    if a modality was dropped; attention weights if the model has any). In an hourly task, each has a row for every
+    hour, and also hour, remaining_h and, for exclusive labels, predicted_h (docs/hourly.md).
     devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
     resample: what the bootstrap draws, 'patient' or 'stay'; by default see `result.resample_by`.
     """
@@ -139,7 +138,7 @@ def score(run: run_lib.Run, state: step_lib.TrainState, split: str, include_N: n
     scored = {name: part[name] for name in ("stay_id", "subject_id")}
     scored |= {"scores": predicted.score_NK, "labels": predicted.label_NK}
     scored |= {"has_ehr": part["length"] > 0, "has_cxr": part["has_cxr"], "age": part["age"]}
-    scored |= {name: part[name] for name in schema.STATIC_TEXTS}
+    scored |= {name: part[name] for name in (*schema.STATIC_TEXTS, schema.RACE)}
     scored |= {name: part[name] for name in ("had_ehr", "had_cxr") if name in part}
     if run.dataset.hours:
         scored |= _of_hours(run.dataset, split, predicted, scored)
@@ -180,6 +179,7 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
             "profile": manifest.get("profile"),
             "timestep_h": manifest.get("timestep_h"),
             "synthetic": bool(manifest.get("synthetic", False)),
+            **({"folds": config.data.folds, "fold": config.data.fold} if config.data.folds else {}),
         },
         "labels": list(run.dataset.labels),
     }
@@ -242,9 +242,7 @@ def _selected_by(config, note: dict, progress: Progress) -> str:
     if not progress.best_epoch:
         return "not selected: no epoch was validated yet"
     which = "all" if config.data.val_stays == "partial" else "the paired"
-    by = (
-        "loss (no label has both classes)" if math.isfinite(progress.selected_loss) else schema.selected_by(config.task)
-    )
+    by = "loss (no label has both classes)" if progress.by_loss else schema.selected_by(config.task)
     return f"{by} on {which} validation {schema.TASKS[config.task].unit}"
 
 

@@ -9,6 +9,7 @@ Shapes: N scored records, K labels.
 
 import csv
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from absl import flags
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, parallel, records, schema
 from medfuse_jax import run as run_lib
+from medfuse_jax.data import folds
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
@@ -72,9 +74,13 @@ def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device]) -> run_lib.Ru
     expected = inputs.read(workdir)
     modalities = _modalities(config.model.modalities)
     method = registry.METHODS[config.method].model_class
+    # Of the run's own shards, the run's fold: their own test split holds patients that it was trained on.
+    if expected.get("shards") != records.digest(data_dir, config.task):
+        config.data.folds = config.data.fold = 0
     dataset = open_dataset(
         data_dir,
         config.task,
+        fold=folds.of_config(config),
         use_ehr=method.uses_ehr,
         use_cxr=method.uses_cxr,
         needs=method.needs,
@@ -112,8 +118,12 @@ def _score(run: run_lib.Run, state, split: str) -> dict[str, np.ndarray]:
 
 def _dicom_ids(run: run_lib.Run, split: str, record_N: np.ndarray) -> np.ndarray:
     """Return the X-rays' names, which only the records have."""
-    opened = records.open_split(run.config.data.dir, run.config.task, split, ("dicom_id", "image"))
-    return np.array([opened[i]["dicom_id"] for i in record_N.tolist()])
+    of = (run.config.data.dir, run.config.task)
+    opened: dict[str, Sequence] = {name: records.open_split(*of, name, ("dicom_id",)) for name in schema.SPLITS}
+    if fold := folds.of_config(run.config):
+        index = {name: records.index(*of, name) for name in schema.SPLITS}
+        opened = folds.take_records(opened, folds.places(index, fold, records.task_dir(*of)))
+    return np.array([opened[split][i]["dicom_id"] for i in record_N.tolist()])
 
 
 def check_out(path: Path) -> None:

@@ -24,7 +24,7 @@ of its X-rays in order of time, with `cxr_time_h` [P] as above.
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,14 +219,16 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     """Return the index of one split, each field in record order.
 
     stay_id int64 [N], subject_id int64 [N], length int32 [N] (time steps), has_cxr bool [N], age float32 [N] (years,
-    NaN if unknown), gender, admission_type and first_careunit str [N] ('' if unknown), label int8 [N, K].
+    NaN if unknown), gender, admission_type and first_careunit str [N] ('' if unknown), label int8 [N, K], race str [N]
+    (schema.RACES, or '' where the tables or the shards have none).
     """
     check_choice("split", split, schema.SPLITS)
     content = manifest(data_dir, task)
     path = task_dir(data_dir, task) / f"index_{split}.npz"
     _check_content(path, content)
     with np.load(path) as stored:
-        return {field: stored[field] for field in INDEX_FIELDS}
+        read = {field: stored[field] for field in INDEX_FIELDS}
+        return read | {schema.RACE: stored[schema.RACE] if schema.RACE in stored else np.full(len(read["stay_id"]), "")}
 
 
 def hours(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
@@ -287,6 +289,29 @@ def digest(data_dir: str | Path, task: str) -> str:
     return hashlib.sha256(json.dumps(manifest(data_dir, task)["files"], sort_keys=True).encode()).hexdigest()
 
 
+def train_statistics(arrays: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
+    """Return the mean and standard deviation of each of the 76 channels, over all time steps of `arrays`.
+
+    A channel that is not continuous gets mean 0 and deviation 1. A constant channel gets deviation 1, because callers
+    divide by it.
+    """
+    channels = list(schema.CONTINUOUS_CHANNELS)
+    count, mean, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
+    for ehr_TF in arrays:
+        values = ehr_TF[:, channels].astype(np.float64)
+        if not len(values):
+            continue
+        # Merge means and sums of squares (Chan et al. 1979): stable for any number of time steps.
+        added, delta = len(values), values.mean(0) - mean
+        squares += ((values - values.mean(0)) ** 2).sum(0) + delta**2 * count * added / (count + added)
+        mean += delta * added / (count + added)
+        count += added
+    std = np.sqrt(squares / max(count, 1))
+    all_mean, all_std = np.zeros(len(schema.CHANNELS)), np.ones(len(schema.CHANNELS))
+    all_mean[channels], all_std[channels] = mean, np.where(std > 1e-8, std, 1.0)
+    return all_mean.tolist(), all_std.tolist()
+
+
 class Split(Sequence):
     """The records of one split, read on demand: len(), [i], iteration. Threads may share it."""
 
@@ -307,6 +332,8 @@ class Split(Sequence):
             record = decode(self._parse(self._source[i % len(self)]), self._fields)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"record {i} of {self._name} is damaged ({error}): {_REBUILD}", value=i) from None
+        if "image" not in self._fields:
+            return record
         images = record["image"]
         record["image"] = images[-1] if len(images) and self._images != "hourly" else None
         return record if self._images == "last" else record | {"images": images}

@@ -14,7 +14,7 @@ from medfuse_jax import augment, losses, optim, parallel, records, schema
 from medfuse_jax import config as config_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.config import ConfigDict
-from medfuse_jax.data import batches, missing
+from medfuse_jax.data import batches, folds, missing
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import CXR_LABEL, Dataset, open_dataset, with_cxr_dataset
 from medfuse_jax.data.modalities import loading
@@ -163,6 +163,7 @@ def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) 
         max_buckets=config.data.max_buckets,
         modalities=modalities,
         images=config.data.images,
+        fold=folds.of_config(config),
     )
     if method.uses_ehr and dataset.task.cxr_only:
         raise UserError(
@@ -175,7 +176,7 @@ def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) 
     for modality in modalities:
         loading.check_encoder(modality, dataset.extra[modality.name]["train"], config.model.ehr_hidden)
     if any(config.loss[head.weight] for head in method.heads if head.label == CXR_LABEL):
-        dataset = with_cxr_dataset(dataset, config.data.dir, config.data.cxr_task)
+        dataset = with_cxr_dataset(dataset, config.data.dir, config.data.cxr_task, folds.of_config(config))
     return dataset
 
 

@@ -217,6 +217,9 @@ def selected_by(task: str) -> str:
 
 SPLITS = ("train", "val", "test")
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown
+RACE = "race"  # in the index alone, so that no model can read it from a record; absent in older shards
+# Groups of the tables' race or ethnicity, for evaluation alone: never an input. 'Unknown' is also what was not told.
+RACES = ("White", "Black", "Hispanic or Latino", "Asian", "Other", "Unknown")
 FEWEST_SHOWN = 10  # stays or X-rays, below which results withhold a group's numbers: they could point to patients
 IMAGE_SIZE_PX = 256  # X-rays are stored square, one grey uint8 channel
 

@@ -16,7 +16,7 @@ from medfuse_jax import parallel, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax.models.model import variable_shapes
 from medfuse_jax.models.recurrence import supported
-from medfuse_jax.runs import checkpoints, warm_start
+from medfuse_jax.runs import alone, checkpoints, warm_start
 from medfuse_jax.runs import predictions as predictions_lib
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.log import NoLog, RunLog
@@ -65,6 +65,7 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
         print(f"{config.name}: batches are streamed, as config.placement=auto decides (docs/performance.md)")
     feed = feed_lib.open_feed(run)
     eval_fn = parallel.compile_eval(run.options, config.parallel, run.devices)
+    apart = alone.views(run)
     key = parallel.replicate(jax.random.key(config.seed), run.devices)
     # Every epoch has the same number of steps: it draws other stays, but equally many.
     steps_per_epoch = len(run.train_plan(epoch=1))
@@ -136,6 +137,7 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                 if must_stop:
                     raise watchdog.Stopped
                 predictions = predictions_lib.predict(run, eval_fn, state, "val", run.selects("val"))
+                of_each = alone.score(run, apart, eval_fn, state)
             except watchdog.Stopped:
                 _stop(manager, state, progress, config)
             answered()
@@ -143,7 +145,7 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
             score, scores = predictions_lib.selecting(run, predictions)
             is_best = progress.update(epoch, predictions.loss, score, config.plateau_epochs)
             state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
-            log.write("val", epoch, step, val_loss=predictions.loss, **scores)
+            log.write("val", epoch, step, val_loss=predictions.loss, **scores, **of_each)
             checkpoints.save(manager, state, progress, is_best)
             log.show(**{"epoch": f"{epoch}/{config.num_epochs}", measure: f"{score:.3f}"})
             log.line(
@@ -167,8 +169,11 @@ def _stop(manager, state, progress: Progress, config: ConfigDict) -> NoReturn:
     raise watchdog.Stopped(f"{config.name}: step {int(state.step)} is saved")
 
 
-def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> None:
-    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training."""
+def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]], says: bool = True) -> None:
+    """Raise UserError now for anything that would otherwise stop the run or its stages after hours of training.
+
+    says: whether to print that the validation loss will select a model, where there is no AUROC.
+    """
     run.check_any("test", run.dataset.usable("test"))
     run.check_any("val", run.selects("val"))
     profiled_steps(run)
@@ -177,7 +182,7 @@ def preflight(run: run_lib.Run, stages: dict[str, tuple[Path, run_lib.Run]]) -> 
     for trained in (*(staged for _, staged in stages.values()), run):
         _check_memory(trained)
         feed_lib.choose_parts(trained)
-        if trained.selected_by_loss:
+        if says and trained.selected_by_loss:
             unit = trained.dataset.task.unit
             print(f"{trained.config.name}: no label has both classes in the validation {unit} ", end="")
             print("that select the model, so there is no AUROC: their loss selects it", flush=True)

@@ -171,6 +171,8 @@ def _given_encoders(command: Command) -> list[str]:
 def _for_sweep(command: Command) -> list[str]:
     if command.value("workdir") == "sweeps/pheno":
         return list(_SIZES)  # the README's sweep runs all ten trials, and measures the lanes
+    if command.value("folds"):
+        return [*_SIZES, "--config.method=uni_ehr", "--trials=1", "--lanes=1", "--seeds=1", "--folds=2"]
     # One lane: measuring compiles a program for each number of lanes.
     return [*_SIZES, "--trials=3", "--lanes=1", *(["--round=2"] if command.value("round") else [])]
 
@@ -208,6 +210,7 @@ def reads(command: Command) -> list[str]:
     """Return the paths among a command's flags that it reads."""
     names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
     names += {
+        "medfuse_jax.attribution": ["workdir"],
         "medfuse_jax.compare": ["a", "b"],
         "medfuse_jax.paper": ["data"],
         "medfuse_jax.predict": ["workdir", "data"],
@@ -326,6 +329,8 @@ class Workspace:
         port, running = _free_port(), []
         for command in together:
             flags = [re.sub(r"HOST:\d+$", f"localhost:{port}", flag) for flag in command.flags]
+            if "--stay=STAY_ID" in flags:
+                flags[flags.index("--stay=STAY_ID")] = f"--stay={self._index('test')['stay_id'][0]}"
             running.append(
                 subprocess.Popen(
                     [sys.executable, "-m", command.module, *flags],

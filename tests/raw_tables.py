@@ -77,14 +77,15 @@ def at(hour: float) -> str:
 def write_mimic_iv(root: Path, stays: list[dict], charts=(), labs=(), codes=(), layout: str = "hosp", gz: bool = True):
     """Write a MIMIC-IV tree. codes: (n, icd_code, icd_version). layout: 'hosp', or 'core' of 1.0. Return `root`."""
 
-    def once(table: str, key: str) -> list[dict]:
-        columns = HEADERS[table].split(",")
-        rows = {row[key]: {c: row[c] for c in columns if c in row} for row in stays}
-        return list(rows.values())
-
     headers = dict(HEADERS)
     if layout == "core":
         headers["admissions"] = "subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,ethnicity"
+
+    def once(table: str, key: str) -> list[dict]:
+        columns = headers[table].split(",")
+        rows = {row[key]: {c: row[c] for c in columns if c in row} for row in stays}
+        return list(rows.values())
+
     columns = headers["admissions"].split(",")
     admissions = [{c: v for c, v in row.items() if c in columns} for row in once("admissions", "hadm_id")]
     diagnoses = [

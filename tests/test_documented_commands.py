@@ -194,6 +194,11 @@ def _check_evaluation(command: Command, outcome: Outcome, root: Path) -> None:
 
 def _check_sweep(command: Command, outcome: Outcome, root: Path) -> None:
     folder = root / command.value("workdir")
+    if command.value("folds"):
+        with (folder / "repeats.csv").open() as file:
+            assert {row["fold"] for row in csv.DictReader(file)} == {"0", "1"}
+        assert "±" in (folder / "repeats.html").read_text()
+        return
     with (folder / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["finished"] * int(command.value("trials"))
@@ -291,6 +296,12 @@ def _check_measured(command: Command, outcome: Outcome, root: Path) -> None:
     assert sum(row.get("images_per_s_core", 0) > 0 for row in rows) == 4, outcome.output
 
 
+def _check_attribution(command: Command, outcome: Outcome, root: Path) -> None:
+    written = list((root / command.value("workdir") / "attributions").iterdir())
+    assert {path.suffix for path in written} == {".html", ".npz"}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in written)
+
+
 def _check_paper(command, outcome, root):
     content = json.loads((root / command.value("out") / "paper.json").read_text())
     assert content["self_checks"]["failed"] == [] and content["tables"]
@@ -307,6 +318,7 @@ _CHECKS = {
     "medfuse_jax.evaluate": _check_evaluation,
     "medfuse_jax.sweep": _check_sweep,
     "medfuse_jax.ensemble": _check_ensemble,
+    "medfuse_jax.attribution": _check_attribution,
     "medfuse_jax.compare": _check_compare,
     "medfuse_jax.predict": _check_predict,
     "medfuse_jax.paper": _check_paper,

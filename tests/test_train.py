@@ -18,8 +18,8 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, feed, metrics, parallel, records, schema, train
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import missing
-from medfuse_jax.report import pages
-from medfuse_jax.runs import checkpoints, predictions
+from medfuse_jax.report import pages, read_runs
+from medfuse_jax.runs import alone, checkpoints, predictions, result
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import compilation, hosts, watchdog
@@ -349,3 +349,23 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, tiny_config):
     config_lib.save(tiny_config, tmp_path / "config.json")
     with refused(path=next((tmp_path / "checkpoints").glob("[0-9]*"))):
         evaluate.evaluate(tmp_path)
+
+
+def test_each_modality_alone_is_logged_and_changes_no_weight(tiny_config, tmp_path):
+    """The score of a stay without its X-ray is that of `evaluate --drop_cxr=1`."""
+    tiny_config.method, tiny_config.encoders, tiny_config.num_epochs = "joint", "random", 1
+    plain = _lines(_train(tiny_config, tmp_path / "plain"))
+    tiny_config.eval.modalities_alone = True
+    folder = _train(tiny_config, tmp_path / "alone")
+    line = _lines(folder)[-1]
+    assert {f"val_{m}_{n}" for m in ("loss", "auroc") for n in ("both", "ehr", "cxr")} <= line.keys()
+    assert (line["val_loss"], line["val_auroc"]) == (plain[-1]["val_loss"], plain[-1]["val_auroc"])
+    dropped = evaluate.evaluate(folder, result.Scored("val", drop_cxr=1.0))
+    expected = dropped["subsets"]["had_both"]["auroc_macro"]
+    assert line["val_auroc_ehr"] == pytest.approx(expected, abs=1e-6) != line["val_auroc_both"]
+    assert "with one of them alone" in pages.page(read_runs.find_runs([folder]))
+
+
+def test_a_method_without_both_modalities_has_none_alone(ehr_config):
+    ehr_config.eval.modalities_alone = True
+    assert alone.views(run_lib.open_run(ehr_config)) == {}

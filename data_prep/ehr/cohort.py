@@ -13,14 +13,14 @@ from data_prep.profiles import PAPER, Rules
 from data_prep.raw import known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 4  # increment when the same tables give other stays, deaths or splits
+VERSION = 5  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
 SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
 _COLUMNS = (
     *("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_h"),
-    *("age", "gender", "admission_type", "first_careunit", "died", "death_h", "expire_flag"),
+    *("age", "gender", "race", "admission_type", "first_careunit", "died", "death_h", "expire_flag"),
     *("alive_until", "has_diagnosis"),
 )
 
@@ -28,7 +28,7 @@ _COLUMNS = (
 def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.DataFrame, list[dict]]:
     """Return the cohort's stays, sorted by `stay_id`, and how many stays each filter kept.
 
-    Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender, admission_type,
+    Columns: stay_id, subject_id, hadm_id, intime, outtime, los_h, age (years), gender, race, admission_type,
     first_careunit (known_words.py), died and death_h (mortality.py), expire_flag (the table's own label of death, 0, 1
     or null), alive_until (time of death, null if none is known or the rules ignore it), has_diagnosis (a row in
     diagnoses_icd). Raises UserError if no stay is left.
@@ -112,8 +112,10 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
 
 
 def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
-    flag = [name for name in ("hospital_expire_flag",) if name in raw["admissions"].columns]
-    admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1], *flag)
+    columns = raw["admissions"].columns
+    flag = [name for name in ("hospital_expire_flag",) if name in columns]
+    race = [name for name in ("race", "ethnicity") if name in columns][:1]  # ethnicity in MIMIC-IV 1.0
+    admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1], *flag, *race)
     return admissions.select(
         parse.integer("hadm_id"),
         parse.integer("subject_id").alias("admitted_id"),
@@ -121,6 +123,7 @@ def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
         times.time("dischtime"),
         times.time("deathtime"),
         known_words.word("admission_type"),
+        race=known_words.race(race[0]) if race else pl.lit(""),
         expire_flag=parse.integer("hospital_expire_flag") if flag else pl.lit(None, pl.Int64),
     ).unique("hadm_id", keep="first", maintain_order=True)
 

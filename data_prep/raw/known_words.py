@@ -6,6 +6,7 @@ A new version of MIMIC-IV may use more words: the build and the audit count unkn
 import polars as pl
 
 from data_prep import progress
+from medfuse_jax import schema
 
 OTHER = "OTHER"  # replaces any other word
 # Sources. gender: MIMIC-IV's documentation. admission_type: code system mimic-admission-type of MIMIC-IV on FHIR 1.3.0.
@@ -41,6 +42,22 @@ def word(column: str) -> pl.Expr:
     """Return a text column with unknown words replaced by 'OTHER' and missing ones by ''."""
     text = pl.col(column).fill_null("").str.strip_chars()
     return pl.when(text.is_in(["", *WORDS[column]])).then(text).otherwise(pl.lit(OTHER)).alias(column)
+
+
+# How the values of MIMIC-IV's race (ethnicity in 1.0) begin. South Americans and Portuguese, which it lists apart, more
+# than one race, and any other text are 'Other'.
+_RACE_STARTS = (("WHITE", "White"), ("BLACK", "Black"), ("HISPANIC", "Hispanic or Latino"), ("ASIAN", "Asian"))
+_RACE_UNKNOWN = ("", "UNKNOWN", "UNABLE TO OBTAIN", "PATIENT DECLINED TO ANSWER")
+
+
+def race(column: str) -> pl.Expr:
+    """Return the groups of schema.RACES of a text column."""
+    text = pl.col(column).fill_null("").str.strip_chars().str.to_uppercase()
+    *_, other, unknown = schema.RACES
+    group = pl.when(text.is_in(_RACE_UNKNOWN)).then(pl.lit(unknown))
+    for start, name in _RACE_STARTS:
+        group = group.when(text.str.starts_with(start)).then(pl.lit(name))
+    return group.otherwise(pl.lit(other)).alias("race")
 
 
 def warn_of_others(frame: pl.DataFrame) -> None:

@@ -39,7 +39,10 @@ MIMIC_CXR = {
     "split": ("dicom_id",),
 }
 # Columns that some versions lack.
-_OPTIONAL = ("admit_provider_id", "anchor_year_group", "hospital_expire_flag", "storetime", *schema.RADIOLOGY_LABELS)
+_OPTIONAL = (
+    *("admit_provider_id", "anchor_year_group", "ethnicity", "hospital_expire_flag", "race", "storetime"),
+    *schema.RADIOLOGY_LABELS,
+)
 _KNOWN = {
     name.lower(): name
     for name in (*_OPTIONAL, *(n for _, names in MIMIC_IV.values() for n in names), *sum(MIMIC_CXR.values(), ()))

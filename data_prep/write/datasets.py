@@ -40,7 +40,7 @@ def stay_dataset(
     position_N = predicted.position_N if predicted else np.arange(len(arrays.row))
     row_N = arrays.row[position_N]
     label_NK = labels.any_label() if isinstance(labels, Predictions) else labels[row_N]
-    static = stays.select(*_STATIC, *(["los_h"] if predicted else []))[row_N].to_dicts()
+    static = stays.select(*_STATIC, schema.RACE, *(["los_h"] if predicted else []))[row_N].to_dicts()
     images_of = images_by_stay(stays, pairs)
 
     def record(i: int) -> dict:
@@ -112,8 +112,10 @@ def _by_split(
 ) -> tuple[dict, dict]:
     """Return each split's index and record generator.
 
-    static: for each record, the fields that the index shares. record: position -> the record's other fields.
+    static: for each record, the fields that the index shares, and its race, which goes to the index alone. record:
+    position -> the record's other fields.
     """
+    race = [row.pop(schema.RACE, "") for row in static]
     fields = {
         "stay_id": np.array([row["stay_id"] for row in static], np.int64),
         "subject_id": np.array([row["subject_id"] for row in static], np.int64),
@@ -128,6 +130,7 @@ def _by_split(
         index[split] = {name: values[chosen] for name, values in fields.items()}
         for field in schema.STATIC_TEXTS:
             index[split][field] = np.array([static[i][field] for i in chosen], str)
+        index[split][schema.RACE] = np.array([race[i] for i in chosen], str)
 
         def generate(positions: Iterable[int] = chosen.tolist(), split: str = split) -> Iterator[dict]:
             for i in progress.bar(positions, f"shards of {split}", "records"):

@@ -53,7 +53,9 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
         check_data=False,  # the check needs TensorFlow
     )
     for split, fields in index.items():
-        np.savez(folder / f"index_{split}.npz", **{name: fields[name] for name in records.INDEX_FIELDS})
+        race = {schema.RACE: fields[schema.RACE]} if schema.RACE in fields else {}
+        stored = {name: fields[name] for name in records.INDEX_FIELDS} | race
+        np.savez(folder / f"index_{split}.npz", **stored)
         if task.hourly:
             np.savez(folder / f"hours_{split}.npz", **records.join_hours(times_of[split], len(task.labels)))
         elif all_images:
@@ -90,26 +92,3 @@ def _write_split(folder: Path, name: str, split: str, features, rows: Iterator[d
     for shard, path in enumerate(unfinished):  # renamed last: the name contains the number of shards
         path.rename(template.sharded_filepath(shard_index=shard, num_shards=len(lengths)))
     return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
-
-
-def train_statistics(arrays: Iterator[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of each of the 76 channels, over all time steps of `arrays`.
-
-    A channel that is not continuous gets mean 0 and deviation 1. A constant channel gets deviation 1, because callers
-    divide by it.
-    """
-    channels = list(schema.CONTINUOUS_CHANNELS)
-    count, mean, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
-    for ehr_TF in arrays:
-        values = ehr_TF[:, channels].astype(np.float64)
-        if not len(values):
-            continue
-        # Merge means and sums of squares (Chan et al. 1979): stable for any number of time steps.
-        added, delta = len(values), values.mean(0) - mean
-        squares += ((values - values.mean(0)) ** 2).sum(0) + delta**2 * count * added / (count + added)
-        mean += delta * added / (count + added)
-        count += added
-    std = np.sqrt(squares / max(count, 1))
-    all_mean, all_std = np.zeros(len(schema.CHANNELS)), np.ones(len(schema.CHANNELS))
-    all_mean[channels], all_std[channels] = mean, np.where(std > 1e-8, std, 1.0)
-    return all_mean.tolist(), all_std.tolist()

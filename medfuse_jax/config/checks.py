@@ -102,6 +102,11 @@ def _check_sizes(config: ConfigDict) -> None:
     """Check ranges that depend on another field, and fields of several numbers."""
     _check_range("config.images_per_batch", config.images_per_batch, 0, config.batch_size)
     _check_range("config.image.crop_px", config.image.crop_px, 32, config.image.resize_px)
+    if config.data.folds == 1 or config.data.fold >= max(config.data.folds, 1):
+        what = (
+            f"config.data.fold is {config.data.fold} and config.data.folds {config.data.folds}; give at least 2 folds"
+        )
+        raise UserError(f"{what}, numbered from 0", field="config.data.fold", value=config.data.fold)
     scale, sizes = config.image.scale, config.model.resnet_stage_sizes
     if len(scale) != 2 or {*map(type, scale)} - {int, float} or not 0.1 <= scale[0] <= scale[1] <= 10:
         what = f"config.image.scale is {scale}; give the smallest and the largest, between 0.1 and 10"

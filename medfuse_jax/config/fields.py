@@ -88,6 +88,8 @@ FIELDS = {
         "task whose X-rays and labels train unified's X-ray classifier",
         choices=tuple(name for name, task in schema.TASKS.items() if task.cxr_only),
     ),
+    "data.folds": _shared(0, "divide patients anew into so many folds; 0: the shards' own splits", low=0, high=1000),
+    "data.fold": _shared(0, "which of the folds is tested, from 0", low=0, high=999),
     "data.statistics": Field("train", "EHR mean and std: 'train' split's, or a JSON file with 'mean' and 'std'"),
     "data.max_buckets": Field(4, "padded lengths; each costs a compilation", low=1, high=32),
     "data.order_seed": _shared(-1, "of the data order alone; -1: seed", low=-1),
@@ -156,6 +158,9 @@ FIELDS = {
     "profile_steps": _execution("", "'a:b': trace steps a to b (from 1) into <workdir>/profile", fusion_only=True),
     "eval.batch_size": _shared(64, "rows of an evaluation batch", low=1, high=2**16),
     "eval.num_bootstrap": _shared(1000, "resamples of the confidence intervals", low=1, high=10**6),
+    "eval.modalities_alone": _execution(
+        False, "after each epoch, also score the validation stays with one modality alone", fusion_only=True
+    ),
     "encoders": _shared(
         "pretrained",
         "'random': skip the stages of config.pretrain (the paper's RI)",

@@ -4,6 +4,7 @@ Shapes: N records, F EHR channels.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from medfuse_jax import records, schema
+from medfuse_jax.data import folds
 from medfuse_jax.data import hours as hours_lib
 from medfuse_jax.data import images as images_lib
 from medfuse_jax.data import plan as plan_lib
@@ -34,7 +36,8 @@ class Dataset:
     unless the task is hourly.
     hours: the prediction hours by split, and padded_hours (`hours.padded`), of an hourly task.
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
-    digest: hash of the shards, of `extra`, and of the statistics unless they are the train split's.
+    digest: hash of the shards, of the fold, of `extra`, and of the statistics unless they are the train split's.
+    shards: hash of the shards alone.
     label_field: the labels' name in a batch.
     cxr_dataset: X-rays with labels of their own, in batches that alternate with the stays' in training; or None.
     """
@@ -50,6 +53,7 @@ class Dataset:
     use_cxr: bool
     buckets: tuple[int, ...]
     digest: str
+    shards: str
     needs: tuple[str, ...] = ()
     label_field: str = "label"
     cxr_dataset: "Dataset | None" = None
@@ -135,10 +139,12 @@ def open_dataset(
     modalities: tuple[loading.Modality, ...] = (),
     images: str = "last",
     to_train: bool = True,
+    fold: folds.Fold | None = None,
 ) -> Dataset:
     """Open a task's shards; raise UserError if they are missing, damaged or of no use to the method.
 
-    images: config.data.images. to_train: whether there must be train records.
+    images: config.data.images. to_train: whether there must be train records. fold: the fold to divide the records
+    into; None for their own splits.
 
     statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
     {"mean": [76], "std": [76]}.
@@ -146,7 +152,7 @@ def open_dataset(
     manifest = records.manifest(data_dir, task)
     # Check all files now, because the test split is read only after days of training.
     records.check_files(records.task_dir(data_dir, task), manifest)
-    index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
+    index, place = _index(data_dir, task, fold)
     if to_train and not len(index["train"]["stay_id"]):
         raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")
     use_ehr = use_ehr and not schema.TASKS[task].cxr_only
@@ -158,17 +164,26 @@ def open_dataset(
         )
     hours = {}
     if schema.TASKS[task].hourly:
+        read = {split: records.hours(data_dir, task, split) for split in schema.SPLITS}
+        read = folds.take_parts(read, place) if place else read
         options = (manifest["timestep_h"], images == records.ALL_IMAGES)
-        hours = {split: hours_lib.of(records.hours(data_dir, task, split), *options) for split in schema.SPLITS}
+        hours = {split: hours_lib.of(of, *options) for split, of in read.items()}
     for split, of in hours.items():  # an X-ray that no hour sees is none
         index[split]["has_cxr"] = of.image_count_N > 0
-    splits = {split: records.open_split(data_dir, task, split, _READ) for split in schema.SPLITS}
+    splits: dict[str, Sequence] = {s: records.open_split(data_dir, task, s, _READ) for s in schema.SPLITS}
+    splits = folds.take_records(splits, place) if place else splits
     for split, part in splits.items():
         if len(part) != len(index[split]["stay_id"]):
             raise UserError(
                 f"{records.task_dir(data_dir, task)} holds {len(part)} {split} records, its index "
                 f"{len(index[split]['stay_id'])}: the folder mixes two builds; build it again"
             )
+    digest = shards = records.digest(data_dir, task)
+    if fold:
+        if use_ehr and statistics == "train":
+            mean, std = _fold_statistics(str(data_dir), task, digest, fold)
+            manifest = manifest | {"train_mean": mean, "train_std": std}
+        digest = hashlib.sha256(f"{digest} {fold}".encode()).hexdigest()
     mean_F, std_F = _statistics(manifest, statistics)
     length_N = np.concatenate([index[s]["length"] for s in schema.SPLITS])
     extra = {modality.name: loading.tables(modality, index) for modality in modalities}
@@ -178,7 +193,8 @@ def open_dataset(
         task=schema.TASKS[task],
         labels=tuple(manifest["labels"]),
         splits=splits,
-        digest=loading.digest(_with_statistics(records.digest(data_dir, task), manifest, mean_F, std_F), extra),
+        shards=shards,
+        digest=loading.digest(_with_statistics(digest, manifest, mean_F, std_F), extra),
         index=index,
         manifest=manifest,
         mean_F=mean_F,
@@ -190,13 +206,18 @@ def open_dataset(
         extra=extra,
         hours=hours,
         all_images=images == records.ALL_IMAGES,
-        stay_images=_all_images(data_dir, task, manifest) if images == records.ALL_IMAGES and not hours else {},
+        stay_images=_all_images(data_dir, task, manifest, place) if images == records.ALL_IMAGES and not hours else {},
         padded_hours=hours_lib.padded(hours, length_of, buckets) if hours else {},
     )
 
 
-def _all_images(data_dir: str | Path, task: str, manifest: dict) -> dict[str, images_lib.StayImages]:
-    """Return all X-rays of each stay, by split; raise UserError if the dataset holds the last alone."""
+def _all_images(
+    data_dir: str | Path, task: str, manifest: dict, place: dict[str, np.ndarray]
+) -> dict[str, images_lib.StayImages]:
+    """Return all X-rays of each stay, by split; raise UserError if the dataset holds the last alone.
+
+    place: of a fold's records (folds.places), or {}.
+    """
     if manifest.get("images") != records.ALL_IMAGES:
         folder = records.task_dir(data_dir, task)
         raise UserError(
@@ -206,12 +227,37 @@ def _all_images(data_dir: str | Path, task: str, manifest: dict) -> dict[str, im
             path=folder,
             value="all",
         )
-    return {split: images_lib.of(records.image_times(data_dir, task, split)) for split in schema.SPLITS}
+    read = {split: records.image_times(data_dir, task, split) for split in schema.SPLITS}
+    read = folds.take_parts(read, place) if place else read
+    return {split: images_lib.of(of) for split, of in read.items()}
 
 
-def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str) -> Dataset:
+def indices(data_dir: str | Path, task: str, fold: folds.Fold | None) -> dict[str, dict[str, np.ndarray]]:
+    """Return the index (records.index) of each split, of the shards' own or of a fold's; see `folds.places`."""
+    return _index(data_dir, task, fold)[0]
+
+
+def _index(data_dir: str | Path, task: str, fold: folds.Fold | None) -> tuple[dict, dict]:
+    """Return the index of each split, and the places of a fold's records; {} for the shards' own splits."""
+    index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
+    place = folds.places(index, fold, records.task_dir(data_dir, task)) if fold else {}
+    return folds.take(index, place) if place else index, place
+
+
+@functools.cache
+def _fold_statistics(data_dir: str, task: str, digest: str, fold: folds.Fold) -> tuple[list[float], list[float]]:
+    """Return the mean and standard deviation of each channel over a fold's training stays, as a manifest has them.
+
+    digest: of the shards. The first call of a process for a fold reads its training stays.
+    """
+    stored = {split: records.open_split(data_dir, task, split, ("ehr",)) for split in schema.SPLITS}
+    train = folds.take_records(stored, _index(data_dir, task, fold)[1])["train"]
+    return records.train_statistics(train[i]["ehr"] for i in range(len(train)))
+
+
+def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str, fold: folds.Fold | None = None) -> Dataset:
     """Add the X-rays of an X-ray-only task to a dataset; raise UserError if that task is not built."""
-    cxr_dataset = open_dataset(data_dir, cxr_task, use_ehr=False)
+    cxr_dataset = open_dataset(data_dir, cxr_task, use_ehr=False, fold=fold)
     return dataclasses.replace(dataset, cxr_dataset=dataclasses.replace(cxr_dataset, label_field=CXR_LABEL))
 
 

@@ -4,11 +4,11 @@ Shapes: N records.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from medfuse_jax.data import folds
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.runtime.errors import UserError
 
@@ -76,4 +76,4 @@ class _Thinned(Sequence):
 
 def hash_fraction(stay_id: int) -> float:
     """Return a number in [0, 1) that depends on the stay alone."""
-    return int.from_bytes(hashlib.sha256(str(stay_id).encode()).digest()[:8]) / 2**64
+    return folds.hash_fraction(str(stay_id))

@@ -8,13 +8,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from medfuse_jax.paper import trainings as trainings_lib
+from medfuse_jax.paper.plan import Plan
 from medfuse_jax.paper.trainings import Settings, Training
 from medfuse_jax.runtime import command_line, files
 from medfuse_jax.runtime.errors import UserError, check_choice
+
+if TYPE_CHECKING:
+    from medfuse_jax.paper.cells import Table
 
 PRESETS = ("", "smoke")
 _PAPER = {"image.crop": "random"}  # beside config.default()
@@ -34,39 +39,63 @@ _SMOKE = {
 _SMOKE_STAYS, _SMOKE_CXR_FRACTION, _SMOKE_TRIALS = 400, 0.4, 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a folder's tables are made of. Another plan is refused there."""
-
-    out: Path
-    data_dir: str
-    tasks: tuple[str, ...]
-    settings: Settings
-    trainings: list[Training]
-
-    def folder_of(self, training: Training) -> Path:
-        return self.out / "runs" / training.task / training.id
-
-    def is_done(self, training: Training) -> bool:
-        return (self.folder_of(training) / "done.json").exists()
-
-    def find(self, id: str, task: str) -> Training:
-        return next(t for t in self.trainings if t.id == id and t.task in (task, "radiology"))
-
-
 def main(argv: list[str]) -> None:
     # Import late, here and below, so that a wrong flag is refused before jax starts.
     from medfuse_jax.runtime import compilation
 
-    plan = open_plan()
+    plans = open_plans()
     compilation.configure()
     if flags.FLAGS.preset == "smoke":
         compilation.optimise_little()
-    print(describe(plan), flush=True)
+    print(describe(plans[0]), flush=True)
+    if len(plans) > 1:
+        print(f"each {len(plans)} times, for {_repeats(plans)}, in {plans[0].out.parent}")
     if flags.FLAGS.estimate:
-        print(_estimate(plan), flush=True)
-    if not flags.FLAGS.dry_run:
-        run(plan)
+        print(_estimate(plans[0], len(plans)), flush=True)
+    if flags.FLAGS.dry_run:
+        return
+    made = [run(plan) for plan in plans]
+    if len(plans) > 1:
+        _write_repeats(plans, made)
+
+
+def open_plans() -> list[Plan]:
+    """Return the flags' plan for each seed and fold; it alone if there is one seed and no fold."""
+    given, plan = flags.FLAGS, open_plan()
+    if given.seeds == 1 and not given.folds:
+        return [plan]
+    from medfuse_jax.sweep import repeats
+
+    if given.imagenet and given.folds:
+        message = "--imagenet starts E0 from a workdir of the shards' own splits, which --folds divides anew"
+        raise UserError(f"{message}: leave one of them out", field="--folds", value=given.folds)
+    if (plan.out / "plan.json").exists():
+        raise UserError(f"{plan.out} holds a plan of one seed and no fold: give another --out", field="--out")
+    plans = [plan.repeated(repeat) for repeat in repeats.plan(given.seed, given.seeds, given.folds)]
+    for task in plan.manifests():
+        for one in plans:
+            one.indices(task)  # raises UserError if a fold leaves a split empty
+    return plans
+
+
+def _repeats(plans: list[Plan]) -> str:
+    given = flags.FLAGS
+    folds = f" and {given.folds} folds of the patients" if given.folds else ""
+    return f"{given.seeds} seed{'s'[: given.seeds != 1]}{folds}"
+
+
+def _write_repeats(plans: list[Plan], made: list[list["Table"]]) -> None:
+    """Write the mean and spread of every table over the plans, in their common folder."""
+    from medfuse_jax.paper import page, repeats
+
+    out, manifests = plans[0].out.parent, plans[0].manifests()
+    notices, synthetic = _notices(plans[0], manifests)
+    tables = repeats.aggregate(made)
+    for table in tables:
+        table.notes = [note for note in table.notes if note not in notices]  # which are added again
+    notices.append(f"Mean ± standard deviation over {_repeats(plans)}.")
+    facts = _facts(plans[0], manifests) | {"repeated": f"{len(plans)} times: {_repeats(plans)}"}
+    print(f"\nmean and spread of {len(plans)} repeats: {page.write(out, tables, [], facts, notices, synthetic)}")
 
 
 def open_plan() -> Plan:
@@ -95,18 +124,9 @@ def _smoke_data(tasks: list[str]) -> str:
     return str(synthetic.build(_SMOKE_STAYS, _SMOKE_CXR_FRACTION, sorted({*tasks, "radiology"})))
 
 
-def _manifests(plan: Plan) -> dict[str, dict]:
-    from medfuse_jax import records
-
-    tasks = dict.fromkeys([*plan.tasks, *(t.task for t in plan.trainings)])
-    if any(t.fields["method"] == "unified" for t in plan.trainings):
-        tasks["radiology"] = None
-    return {task: records.manifest(plan.data_dir, task) for task in tasks}
-
-
 def _check_data(plan: Plan) -> None:
     """Raise UserError if a dataset is missing, or if they were built by different rules."""
-    manifests = _manifests(plan)
+    manifests = plan.manifests()
     for name in ("profile", "timestep_h"):
         values = {task: manifest.get(name) for task, manifest in manifests.items() if task != "radiology"}
         if len(set(values.values())) > 1:
@@ -129,7 +149,7 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, f"{total} trainings in {plan.out}"])
 
 
-def _estimate(plan: Plan) -> str:
+def _estimate(plan: Plan, times: int) -> str:
     from medfuse_jax.paper import estimate
 
     def config_of(training: Training):
@@ -137,8 +157,8 @@ def _estimate(plan: Plan) -> str:
 
     total_s, what = estimate.seconds(plan.trainings, config_of, plan.settings.trials)
     return (
-        f"at most {_duration(total_s)} on this machine, one training after another ({what}); early stopping, trials "
-        "side by side and more devices shorten it"
+        f"at most {_duration(times * total_s)} on this machine, one training after another ({what}); early stopping, "
+        "trials side by side and more devices shorten it"
     )
 
 
@@ -149,8 +169,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def run(plan: Plan) -> None:
-    """Run every training that is not done, then make the tables.
+def run(plan: Plan) -> list["Table"]:
+    """Run every training that is not done, then make the tables and return them.
 
     Processes that share the folder, on any number of hosts, divide the work by leases. A training that cannot run is
     named in the tables; those that do not need it go on.
@@ -167,7 +187,7 @@ def run(plan: Plan) -> None:
             if waiting and not ended:
                 time.sleep(leases_lib.POLL_S)
         with leases.held("tables"):
-            _make_tables(plan, failed)
+            return _make_tables(plan, failed)
 
 
 def _end(plan: Plan, training: Training, leases, failed: dict[tuple[str, str], str]) -> bool:
@@ -199,7 +219,7 @@ def _claim(plan: Plan) -> None:
     """Claim the folder for this plan. Raise UserError if it holds another."""
     from medfuse_jax import records
 
-    digests = {task: records.digest(plan.data_dir, task) for task in _manifests(plan)}
+    digests = {task: records.digest(plan.data_dir, task) for task in plan.manifests()}
     content = {
         "trainings": [dataclasses.asdict(t) for t in plan.trainings],
         "settings": dataclasses.asdict(plan.settings),
@@ -214,6 +234,8 @@ def _claim(plan: Plan) -> None:
             message = f"{plan.out} holds another plan (its {different[0]} differ): give another --out"
             raise UserError(message, field="--out", path=path, value=different)
     else:
+        if any(plan.out.glob("seed*/plan.json")):
+            raise UserError(f"{plan.out} holds plans for seeds or folds: give another --out", field="--out")
         if (plan.out / "config.json").exists() or (plan.out / "sweep.json").exists():
             raise UserError(f"{plan.out} holds a run or a sweep: give another --out", field="--out", path=plan.out)
         with files.must_write(f"--out={plan.out}"):
@@ -248,7 +270,7 @@ def _train(plan: Plan, training: Training) -> None:
         seed=plan.settings.seed,
         lanes=flags.FLAGS.lanes or (1 if flags.FLAGS.preset else None),
         listed=_listed(training) if training.values else None,
-        export=range(len(training.values)),
+        export=range(plan.settings.trials if training.is_chosen_twice else len(training.values)),
     )
     command.run(request, time.perf_counter())
 
@@ -269,16 +291,17 @@ def _listed(training: Training) -> Callable:
     return sweep
 
 
-def _make_tables(plan: Plan, failed: dict[tuple[str, str], str]) -> None:
+def _make_tables(plan: Plan, failed: dict[tuple[str, str], str]) -> list["Table"]:
     from medfuse_jax.paper import contents, page, results
     from medfuse_jax.paper.cells import Maker
     from medfuse_jax.paper.scores import Evaluation
 
-    given = flags.FLAGS
+    given, manifests = flags.FLAGS, plan.manifests()
     of_tasks = [
         results.gather(
             task,
-            plan.data_dir,
+            plan.indices(task)["train"],
+            list(manifests[task]["labels"]),
             plan.trainings,
             plan.folder_of,
             {id: why for (of, id), why in failed.items() if of in (task, "radiology")},
@@ -287,7 +310,6 @@ def _make_tables(plan: Plan, failed: dict[tuple[str, str], str]) -> None:
     ]
     bootstrap = plan.settings.fields.get("eval.num_bootstrap", 1000)
     make = Maker(of_tasks, Evaluation(bootstrap, plan.settings.seed, given.resample))
-    manifests = _manifests(plan)
     made, checks = contents.make_all(make, _counts(plan, manifests))
     path = page.write(plan.out, made, checks, _facts(plan, manifests), *_notices(plan, manifests))
     wrong = [check for check in checks if not check.holds]
@@ -296,15 +318,14 @@ def _make_tables(plan: Plan, failed: dict[tuple[str, str], str]) -> None:
     if wrong:
         first = wrong[0]
         raise UserError(f"{first.what} differ ({first.a:.6f}, {first.b:.6f}): some result is of older weights")
+    return made
 
 
 def _counts(plan: Plan, manifests: dict[str, dict]) -> dict[str, dict[str, tuple[int, int]]]:
-    from medfuse_jax import records, schema
-
     counts: dict[str, dict[str, tuple[int, int]]] = {}
     for task in manifests:
-        indices = {split: records.index(plan.data_dir, task, split)["has_cxr"] for split in schema.SPLITS}
-        counts[task] = {split: (len(has_cxr_N), int(has_cxr_N.sum())) for split, has_cxr_N in indices.items()}
+        has_cxr = {split: index["has_cxr"] for split, index in plan.indices(task).items()}
+        counts[task] = {split: (len(has_cxr_N), int(has_cxr_N.sum())) for split, has_cxr_N in has_cxr.items()}
     return counts
 
 
@@ -349,6 +370,8 @@ if __name__ == "__main__":
         "resample", "", "What the intervals resample: patient or stay; default: see docs/evaluation.md."
     )
     flags.DEFINE_integer("seed", 0, "Of the search and of all trainings.", lower_bound=0)
+    flags.DEFINE_integer("seeds", 1, "Repeat everything with so many seeds, from --seed on.", lower_bound=1)
+    flags.DEFINE_integer("folds", 0, "Repeat it on so many folds of the patients (docs/sweeps.md).", lower_bound=0)
     flags.DEFINE_integer("epochs", None, "At most so many epochs; by default the paper's 50.", lower_bound=1)
     flags.DEFINE_integer("lanes", None, "Trials per device in one call; by default the fastest.", lower_bound=1)
     flags.DEFINE_string("preset", "", "smoke: everything on a synthetic cohort with tiny models.")

@@ -23,6 +23,7 @@ class Value:
     """One number of ours, with its 95 % interval and the paper's number, where there are any.
 
     p: of a difference. digits: after the point; None for scientific notation. is_change: whether it is a difference.
+    spread: the standard deviation over seeds and folds, if the number is a mean over them.
     """
 
     ours: float
@@ -31,6 +32,7 @@ class Value:
     p: float = math.nan
     digits: int | None = 3
     is_change: bool = False
+    spread: float = math.nan
 
     @property
     def low(self) -> float:
@@ -39,6 +41,11 @@ class Value:
     @property
     def high(self) -> float:
         return float(self.ci[1])
+
+    @property
+    def drawn(self) -> tuple[float, float]:
+        """The ends of the band around it in a chart."""
+        return (self.low, self.high) if math.isnan(self.spread) else (self.ours - self.spread, self.ours + self.spread)
 
     @property
     def is_outside(self) -> bool:

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import parallel, records
+from medfuse_jax import parallel
 from medfuse_jax import run as run_lib
+from medfuse_jax.data import dataset, folds
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.paper.trainings import Training
 
@@ -41,7 +42,7 @@ def seconds(trainings: list[Training], config_of: Callable[[Training], ConfigDic
 
 def _sizes(config: ConfigDict, share: float) -> tuple[int, float]:
     """Return the steps of an epoch, and the slots for X-rays of a mean step. share: of the EHR-only stays."""
-    (num_all, num_paired), size = _num_records(config.data.dir, config.task), config.batch_size
+    (num_all, num_paired), size = _num_records(config.data.dir, config.task, folds.of_config(config)), config.batch_size
     if config.method == "uni_cxr" or config.data.train_stays == "paired":
         return math.ceil(num_paired / size), size
     num_stays = num_paired + round(share * (num_all - num_paired))
@@ -52,9 +53,9 @@ def _sizes(config: ConfigDict, share: float) -> tuple[int, float]:
 
 
 @functools.cache
-def _num_records(data_dir: str, task: str) -> tuple[int, int]:
+def _num_records(data_dir: str, task: str, fold: folds.Fold | None) -> tuple[int, int]:
     """Return how many training records there are, and how many have an X-ray."""
-    has_cxr_N = records.index(data_dir, task, "train")["has_cxr"]
+    has_cxr_N = dataset.indices(data_dir, task, fold)["train"]["has_cxr"]
     return len(has_cxr_N), int(has_cxr_N.sum())
 
 

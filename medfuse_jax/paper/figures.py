@@ -111,7 +111,7 @@ def chart(table: Table) -> str:
         for color, head in enumerate(head for head in table.head[1:] if "AUPRC" not in head):
             column = table.head.index(head)
             points = [(float(row[0].removesuffix("%")), row[column]) for row in table.rows]
-            drawn = [(x, value.ours, value.low, value.high) for x, value in points if isinstance(value, Value)]
+            drawn = [(x, value.ours, *value.drawn) for x, value in points if isinstance(value, Value)]
             if drawn:
                 draw_bounded(axes, drawn, run_color(color), head.removesuffix(", AUROC"))
         axes.set(xlabel=f"{table.head[0]}, %", ylabel="AUROC")

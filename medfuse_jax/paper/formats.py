@@ -1,6 +1,7 @@
 """A table as Markdown, CSV, LaTeX, JSON and HTML."""
 
 import csv
+import dataclasses
 import io
 import math
 from html import escape
@@ -10,7 +11,8 @@ from medfuse_jax.report import html
 
 OUTSIDE = "†"  # marks a number of ours outside the paper's interval
 _LATEX = str.maketrans(
-    {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "†": r"$^\dagger$", "−": "$-$", "→": r"$\to$", "–": "--"}
+    {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "†": r"$^\dagger$", "±": r"$\pm$"}
+    | {"−": "$-$", "→": r"$\to$", "–": "--"}
 )
 
 
@@ -19,6 +21,8 @@ def text(value: Value) -> str:
     shown = _number(value.ours, value)
     if not math.isnan(value.low):
         shown += f" ({_number(value.low, value)}, {_number(value.high, value)})"
+    if not math.isnan(value.spread):
+        shown += f" ± {_number(value.spread, dataclasses.replace(value, is_change=False))}"
     if not math.isnan(value.p):
         shown += f", p {'< 0.001' if value.p < 0.001 else f'{value.p:.3f}'}"
     return shown + (OUTSIDE if value.is_outside else "")
@@ -59,8 +63,8 @@ def _row(cells) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Return one column per text and up to seven per number: value, low, high, p, and the paper's three."""
-    fields = ("", "low", "high", "p", "paper", "paper low", "paper high")
+    """Return one column per text and up to eight per number: value, low, high, p, spread, and the paper's three."""
+    fields = ("", "low", "high", "p", "sd", "paper", "paper low", "paper high")
     columns = []  # (column of the table, index into the values, head)
     for c, head in enumerate(table.head):
         values = [_values(row[c]) for row in table.rows]
@@ -76,9 +80,9 @@ def csv_text(table: Table) -> str:
 
 def _values(cell) -> list[str]:
     if not isinstance(cell, Value):
-        return [str(cell)] + [""] * 6
+        return [str(cell)] + [""] * 7
     paper = cell.paper or (math.nan,) * 3
-    numbers = (cell.ours, cell.low, cell.high, cell.p, *paper)
+    numbers = (cell.ours, cell.low, cell.high, cell.p, cell.spread, *paper)
     return ["" if x is None or math.isnan(x) else f"{x:.6g}" for x in numbers]
 
 
@@ -112,7 +116,7 @@ def json_object(table: Table) -> dict:
     def cell(of):
         if not isinstance(of, Value):
             return of
-        known = {"value": of.ours, "low": of.low, "high": of.high, "p": of.p}
+        known = {"value": of.ours, "low": of.low, "high": of.high, "p": of.p, "sd": of.spread}
         known = {name: x for name, x in known.items() if not math.isnan(x)}
         if of.paper:
             known |= {"paper": list(of.paper), "outside": of.is_outside}

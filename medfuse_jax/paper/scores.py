@@ -14,6 +14,7 @@ from medfuse_jax import metrics
 from medfuse_jax.data import missing
 from medfuse_jax.runs import result as result_lib
 
+_LEAST = 1e-7  # of a probability, so that its logarithm is finite
 _FIELDS = ("stay_id", "subject_id", "labels", "scores", "has_cxr", "age")
 
 
@@ -93,9 +94,30 @@ def drawn(stay_id_N: np.ndarray, share: float) -> np.ndarray:
 
 
 def auroc(val: Scores) -> float:
-    """Return the macro AUROC on validation stays, by which models are chosen; -1 if no label has both classes."""
-    value = metrics.macro(metrics.auroc(val.labels, val.scores)) if len(val.stay_id) else math.nan
-    return -1.0 if math.isnan(value) else value
+    """Return the macro AUROC on validation stays, by which models are chosen; NaN if no label has both classes."""
+    return metrics.macro(metrics.auroc(val.labels, val.scores)) if len(val.stay_id) else math.nan
+
+
+def rank(val: Scores) -> float:
+    """Return what a model is chosen by among others on the same validation stays, higher for better.
+
+    It is the macro AUROC, or minus the mean binary cross-entropy where there is none, as in training.
+    """
+    if not len(val.stay_id):
+        return -math.inf
+    value = auroc(val)
+    return -_loss(val) if math.isnan(value) else value
+
+
+def _loss(of: Scores) -> float:
+    right_NK = np.where(of.labels == 1, of.scores, 1 - of.scores.astype(np.float64))
+    return float(-np.log(np.clip(right_NK, _LEAST, 1)).mean())
+
+
+def chosen_on(val: Scores, words: str) -> str:
+    """Say on what a model was chosen, and that it was by loss if there is no AUROC. words: names the stays."""
+    by_loss = "by loss, as no label has both classes, " if math.isnan(auroc(val)) else ""
+    return f"chosen {by_loss}on {words}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Tables 1 to 5 and A1 to A3 of Hayat et al. 2022, from the results of its tasks."""
 
+import itertools
 import math
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
 from medfuse_jax.paper.cells import BOTH, BOTH_HEADS, KINDS, METRICS, TASK_NAMES, Maker, Table, Value, macro_values
-from medfuse_jax.paper.scores import TaskResults, auroc
+from medfuse_jax.paper.scores import Scores, TaskResults, auroc
 
 OPT_TITLE = "MedFuse (OPTIMAL)"
+_ON_PAIRED = "chosen on paired validation stays"
 _TABLE_2 = ("M1", "M2", "M3", "M4", "M5", "M6", "M7", "M8", "M9")
 _TABLE_3 = ("M2", "M4", "M9")
 _TABLE_A1 = ("E2", "E1", "M2", "M1", "M4", "M3", "M5", "M6", "M7", "M8", "M9")
@@ -28,6 +30,9 @@ def table_1(make: Maker) -> Table:
     for row, name, trained, on, of_tasks in rows:
         if cells := make.row(of_tasks, "table1", row):
             body.append([name, trained, on, *cells])
+        of_tasks = _chosen_on_paired(make, "E1", on) if row in ("lstm_partial", "lstm_all") else []
+        if cells := make.row(of_tasks, "table1", row):
+            body.append([f"{name}, {_ON_PAIRED}", trained, on, *cells])
     for on in ("paired", "all"):
         if cells := make.differences(make.test("OPT", on), make.test("E1", on)):
             body.append([f"{OPT_TITLE} − LSTM", "partial", on, *cells])
@@ -53,13 +58,14 @@ def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) 
         of_tasks = make.test(id, on)
         if cells := make.row(of_tasks, paper, id):
             body.append([make.title(id), *cells])
+        if cells := make.row(_chosen_on_paired(make, id, on), paper, id):
+            body.append([f"{make.title(id)}, {_ON_PAIRED}", *cells])
         if cells := make.differences(optimal, of_tasks):
             differences.append([f"{OPT_TITLE} − {make.title(id)}", *cells])
     if cells := make.row(optimal, paper, "OPT"):
         body.append([OPT_TITLE, *cells])
-    other = [s if _differs(r) else None for r, s in zip(make.tasks, make.test("OPT_paired", on))]
-    if cells := make.row(other, paper, "OPT"):
-        body.append([f"{OPT_TITLE}, chosen on paired validation stays", *cells])
+    if cells := make.row(_chosen_on_paired(make, "OPT", on), paper, "OPT"):
+        body.append([f"{OPT_TITLE}, {_ON_PAIRED}", *cells])
     notes = make.missing() + [
         f"{TASK_NAMES[r.task]}: {OPT_TITLE} trained with {r.models[id].choice}."
         for r in make.tasks
@@ -69,9 +75,14 @@ def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) 
     return Table(name, title, ["Method", *make.heads()], body + differences, notes)
 
 
-def _differs(r: TaskResults) -> bool:
-    """Return whether the validation stays with an X-ray choose another share of EHR-only stays than all do."""
-    return "OPT_paired" in r.models and r.models["OPT_paired"].folder != r.models["OPT"].folder
+def _chosen_on_paired(make: Maker, id: str, on: str) -> list[Scores | None]:
+    """Return the test scores of the runs that the validation stays with an X-ray choose, where they are others."""
+    tested = make.test(f"{id}_paired", on)
+    return [test if test and _differs(r, id) else None for r, test in zip(make.tasks, tested)]
+
+
+def _differs(r: TaskResults, id: str) -> bool:
+    return id in r.models and r.models[f"{id}_paired"].folder != r.models[id].folder
 
 
 def table_4(make: Maker) -> Table:
@@ -135,18 +146,31 @@ def table_a1(make: Maker) -> Table:
     for r in make.tasks:
         columns = ("learning rate", "validation AUROC, all stays", "validation AUROC, paired stays")
         head += [f"{TASK_NAMES[r.task]}, {column}" for column in columns]
-    for id in _TABLE_A1:
+    for id in itertools.chain.from_iterable((first, f"{first}_paired") for first in _TABLE_A1):
         cells = []
         for r in make.tasks:
             if model := r.models.get(id):
-                rate = Value(model.rate, paper=published.number("table_a1", r.task, id, "rate"), digits=None)
+                paper = published.number("table_a1", r.task, id.removesuffix("_paired"), "rate")
+                rate = Value(model.rate, paper=paper, digits=None)
                 cells += [rate, Value(auroc(model.val)), Value(auroc(model.val.paired))]
             else:
                 cells += [""] * 3
         if any(cells):
-            body.append([make.title(id), *cells])
+            also = f", {_ON_PAIRED}" if id.endswith("_paired") else ""
+            body.append([make.title(id) + also, *cells])
     notes = ["Each model is chosen on the kind of validation stays that it is trained on, paired or all (partial)."]
-    return Table("table_a1", title, head, body, notes)
+    if any(id.endswith("_paired") for r in make.tasks for id in r.models):
+        notes.append(f"A rate searched on all stays is also {_ON_PAIRED}, as the released code does.")
+    return Table("table_a1", title, head, body, notes + _by_loss(make))
+
+
+def _by_loss(make: Maker) -> list[str]:
+    """Return a note for each task whose validation stays have no AUROC."""
+    return [
+        f"{TASK_NAMES[r.task]}: no label of the validation stays has both classes, so the loss chose every model."
+        for r in make.tasks
+        if r.models and all(math.isnan(auroc(model.val)) for model in r.models.values())
+    ]
 
 
 def table_a2(make: Maker) -> Table:

@@ -57,6 +57,11 @@ class Training:
     def is_sweep(self) -> bool:
         return bool(self.values) or self.rate is None
 
+    @property
+    def is_chosen_twice(self) -> bool:
+        """Whether its rate is searched on all stays, so that all validation stays and the paired ones may differ."""
+        return self.rate is None and not (self.values or self.is_paired)
+
     def num_runs(self, trials: int) -> int:
         if self.values:
             return len(self.values)

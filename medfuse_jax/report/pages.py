@@ -8,13 +8,14 @@ import json
 from html import escape
 from pathlib import Path
 
-from medfuse_jax.report import html, plots, read_runs, style, tables, terminal
+from medfuse_jax.report import html, plots, read_runs, repeats, style, tables, terminal
 from medfuse_jax.report.attention import attention
 from medfuse_jax.report.read_runs import HOUR, Run, method_name, number, pair, section, series, task_name
 from medfuse_jax.report.robustness import robustness
 from medfuse_jax.runtime import files
 
 _MAX_OVERLAID = 5  # runs in one chart
+_INPUTS = {"both": "both", "ehr": "series", "cxr": "X-ray"}  # of runs/alone.py
 
 
 def write(runs_dirs: list[str | Path], out_dir: str | Path) -> str:
@@ -40,6 +41,7 @@ def page(runs: list[Run]) -> str:
     by_task = {task: [run for run in runs if run.task == task] for task in dict.fromkeys(run.task for run in ordered)}
     parts = [_header(ordered, title), _problems(runs)]
     parts += [_task_section(task, group, len(by_task) > 1) for task, group in by_task.items()]
+    parts.append(repeats.section_of(ordered))
     sections = [_run_section(run, runs, is_open=run is ordered[0]) for run in ordered]
     parts.append(f"<section><h2>Each run</h2>{''.join(sections)}</section>")
     now = datetime.datetime.now().astimezone()
@@ -118,7 +120,8 @@ def _progress(run: Run) -> str:
     epoch, num_epochs = max([*run.train, *run.val], default=0), run.config.get("num_epochs")
     text = f"epoch {epoch} of at most {num_epochs}" if isinstance(num_epochs, int) else f"epoch {epoch}"
     name, values = run.selecting
-    return text + (f", best validation {name} so far {number(max(values.values()))}" if values else "")
+    best = min if name == "loss" else max
+    return text + (f", best validation {name} so far {number(best(values.values()))}" if values else "")
 
 
 def _problems(runs: list[Run]) -> str:
@@ -172,9 +175,10 @@ def _run_charts(run: Run) -> str:
     charts = []
     if loss_train or loss_val:
         charts.append(html.figure(plots.loss_curves(loss_train, loss_val, *best), "Loss by epoch"))
-    if values:
+    if values and name != "loss":  # which is drawn already
         caption = f"{name[0].upper()}{name[1:]} on the validation set by epoch"
         charts.append(html.figure(plots.auroc_curve(values, *best), caption))
+    charts += _modalities_alone(run, best)
     if run.predictions:
         args = (run.predictions["labels"], run.predictions["scores"], run.color)
         charts.append(html.figure(plots.curves("ROC", *args), "ROC on the test set"))
@@ -185,6 +189,17 @@ def _run_charts(run: Run) -> str:
         if entry.get("by") == HOUR and (chart := plots.by_hour(entry["groups"], run.color)):
             charts.append(html.figure(chart, "Score on the test set by hour of the stay"))
     return f'<div class="charts">{"".join(charts)}</div>{tables.calibration(run)}' if charts else ""
+
+
+def _modalities_alone(run: Run, best: tuple) -> list[str]:
+    """Return charts of loss and score by epoch of both modalities and of each alone; [] if they were not logged."""
+    charts = []
+    for field, title in (("val_auroc", "AUROC"), ("val_loss", "Loss")):
+        by_name = {name: series(run.val, f"{field}_{key}") for key, name in _INPUTS.items()}
+        if shown := {name: values for name, values in by_name.items() if values}:
+            caption = f"{title} on the validation stays with both modalities, and with one of them alone"
+            charts.append(html.figure(plots.modality_curves(shown, *best), caption))
+    return charts
 
 
 def _provenance(run: Run) -> str:

@@ -61,6 +61,20 @@ def auroc_curve(val: dict[int, float], best_epoch: int | None, color: int, best_
         return svg(axes.figure, "Validation AUROC by epoch")
 
 
+def modality_curves(by_name: dict[str, dict[int, float]], best_epoch: int | None, color: int, best_label: str) -> str:
+    """Draw one validation score by epoch for each of several inputs, named at their ends."""
+    with mpl.rc_context(STYLE):
+        axes = _epoch_axes(best_epoch, right=0.8)
+        ends = []
+        for i, (name, values) in enumerate(by_name.items()):
+            line_color = run_color(color + i)
+            _plot_by_epoch(axes, values, line_color)
+            ends.append((list(values.values())[-1], name, line_color))
+        _label_ends(axes, ends)
+        _label_best_epoch(axes, best_epoch, best_label)
+        return svg(axes.figure, "Validation score of both modalities and of each alone, by epoch")
+
+
 def _epoch_axes(best_epoch: int | None, right: float) -> Axes:
     axes = new_figure(WIDTH_PX, LOW_PX).add_axes((0.13, 0.16, right - 0.13, 0.75))
     axes.grid(axis="x", visible=False)

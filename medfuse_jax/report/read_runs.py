@@ -89,14 +89,16 @@ class Run:
         """The epoch of the best checkpoint (so far, if the run is unfinished); None if there is none."""
         if self.result and isinstance(self.result.get("best_epoch"), int):
             return self.result["best_epoch"] or None  # 0 if imported, or evaluated before the first validation
-        _, values = self.selecting
-        return max(values, key=values.get) if values else None
+        name, values = self.selecting
+        best = min if name == "loss" else max
+        return best(values, key=values.get) if values else None
 
     @property
     def selecting(self) -> tuple[str, dict[int, float]]:
-        """The name of the validation score that selects the model, and its values by epoch."""
+        """The name of the validation score that selects the model, and its values by epoch: the loss without AUROC."""
         name = schema.selected_by(self.task)
-        return name, series(self.val, f"val_{name.lower()}")
+        values = series(self.val, f"val_{name.lower()}")
+        return (name, values) if values or not self.val else ("loss", series(self.val, "val_loss"))
 
     def scores(self, subset: str = "all") -> dict:
         """Return the result's scores on a subset of the test split; {} if there are none."""

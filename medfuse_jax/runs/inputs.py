@@ -20,9 +20,10 @@ _SHOWN = 3  # names in a message
 
 
 def describe(dataset) -> dict:
-    """Return what `read` returns for a run that trains on this dataset, and the dataset's 'digest'."""
+    """Return what `read` returns for a run that trains on this dataset, and the hashes 'digest' and 'shards'."""
     return {
         "digest": dataset.digest,
+        "shards": dataset.shards,
         "task": dataset.task.name,
         "labels": list(dataset.labels),
         "channels": list(dataset.manifest["channels"]),

@@ -63,6 +63,20 @@ class Progress:
         self.best_epoch = epoch if is_best else self.best_epoch
         return is_best
 
+    @property
+    def by_loss(self) -> bool:
+        """Whether the validation loss selects the epoch, because there is no AUROC."""
+        return math.isfinite(self.selected_loss)
+
+    @property
+    def rank(self) -> float:
+        """The score of the selected epoch, higher for better: of two runs with the same validation records."""
+        return -self.selected_loss if self.by_loss else self.best_auroc
+
+    def describe(self, measure: str) -> str:
+        """Return the selected epoch's score in words. measure: what selects where labels have both classes."""
+        return f"loss {self.selected_loss:.4f}" if self.by_loss else f"{measure} {self.best_auroc:.4f}"
+
     def should_stop(self, early_stop_epochs: int) -> bool:
         return self.epoch - self.best_epoch >= early_stop_epochs
 

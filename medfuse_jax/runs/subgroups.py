@@ -1,4 +1,4 @@
-"""Metrics by group of patients (age, sex, admission type, first care unit), and the gaps between groups.
+"""Metrics by group of patients (age, sex, race, admission type, first care unit), and the gaps between groups.
 
 Shapes: N scored records.
 """
@@ -12,7 +12,8 @@ import numpy as np
 from medfuse_jax import metrics, schema
 from medfuse_jax.runs import calibration
 
-_NAMES = {"age": "Age", "gender": "Sex", "admission_type": "Admission type", "first_careunit": "First care unit"}
+_NAMES = {"age": "Age", "gender": "Sex", "race": "Race or ethnicity"}
+_NAMES |= {"admission_type": "Admission type", "first_careunit": "First care unit"}
 _NAMES["hour"] = "Hour of the stay"  # read by the report
 _HOURS = (0, 24, 48, 72, 120, 168, 336, math.inf)  # low < hour <= high
 

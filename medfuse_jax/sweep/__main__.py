@@ -3,6 +3,7 @@
 Rerunning the command resumes a stopped sweep; running it on further hosts shares the trials. See docs/sweeps.md.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from medfuse_jax.runtime.errors import UserError
 
 def main(argv: list[str]) -> None:
     # Imported here, so that absl checks the flags before jax is imported.
-    from medfuse_jax.sweep import command
+    from medfuse_jax.sweep import command, repeats
 
     given = flags.FLAGS
     request = command.Request(
@@ -32,7 +33,15 @@ def main(argv: list[str]) -> None:
         divide_trials=given.divide_trials,
         export=_parse_numbers(given.export),
     )
-    command.run(request, _START_S)
+    if given.seeds == 1 and not given.folds:
+        command.run(request, _START_S)
+        return
+    of = repeats.plan(given.config.seed, given.seeds, given.folds)
+
+    def sweep(config, folder: Path) -> None:
+        command.run(dataclasses.replace(request, config=config, workdir=folder), time.perf_counter())
+
+    repeats.run(of, request.workdir, given.config, sweep)
 
 
 def _parse_numbers(texts: list[str]) -> list[int]:
@@ -68,6 +77,12 @@ if __name__ == "__main__":
     flags.DEFINE_string("pruning", "none", "Which trials to end early: 'none', 'median' or 'asha' (docs/sweeps.md).")
     flags.DEFINE_integer(
         "seed", 0, "Seed of the search. The trials train with config.seed, unless it is searched.", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "seeds", 1, "Repeat the sweep with so many seeds of the trials, from config.seed on.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "folds", 0, "Repeat it on so many folds of the patients (docs/sweeps.md); 0: the shards' splits.", lower_bound=0
     )
     flags.DEFINE_integer(
         "lanes",

@@ -73,8 +73,7 @@ def run(request: Request, start_s: float) -> None:
         costs = Costs(compiled=closing.enter_context(compilation.counted()))
         base = run_lib.open_run(config, parallel.devices()[:1])
         if base.selected_by_loss:
-            message = f"no label of the validation {base.dataset.task.unit} has both classes, so there is no AUROC to "
-            raise UserError(f"{message}choose a trial by: build shards of more patients", field="config.data.dir")
+            _check_without_auroc(request)
         pretrained = list(dict.fromkeys(name for trial in trials.initial for name in _pretrained(trial, config)))
         given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
         train.preflight(base, stages)
@@ -106,6 +105,19 @@ def _check_single_run_fields(config: ConfigDict) -> None:
     if config.recurrence == "cudnn":
         message = "config.recurrence='cudnn' cannot run trials side by side: use pallas or chunks"
         raise UserError(message, field="config.recurrence", value="cudnn")
+
+
+def _check_without_auroc(request: Request) -> None:
+    """Raise UserError for flags that compare trials by a validation AUROC, which there is not."""
+    for flag, value, default in (
+        ("--algorithm", request.algorithm, "random"),
+        ("--pruning", request.pruning, pruning.NONE),
+    ):
+        if value != default:
+            message = (
+                f"{flag}={value} compares validation AUROCs, and no label of the validation stays has both classes"
+            )
+            raise UserError(f"{message}: leave it out", field=flag, value=value)
 
 
 def _pretrain(stages: dict, leases: leases_lib.Leases, costs: Costs) -> None:
@@ -212,7 +224,7 @@ def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> Non
         config = sweep.config_of(trial)
         encoders = sweep.encoders_of(config)
         run = run_lib.open_run(config, parallel.devices()[:1])
-        train.preflight(run, {})  # any trial may be chosen and scored on the test split
+        train.preflight(run, {}, says=False)  # any trial may be chosen and scored on the test split
         frozen_encoders.check_values(trial.values, config, encoders)
         if (run.options.model, *encoders) not in checked_models:
             for name, (folder, source) in encoders.items():
@@ -254,7 +266,7 @@ def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequenc
     chosen = results.choose(records)
     if chosen is None:
         page.write(workdir, sweep.config.to_dict(), records)
-        message = f"no trial of {workdir} finished with a validation AUROC: see the reasons in sweep.csv"
+        message = f"no trial of {workdir} finished: see the reasons in sweep.csv"
         raise UserError(message, path=workdir / "sweep.csv")
     best = trials[records.index(chosen)]
     best_config = results.write_best_config(workdir, chosen, sweep.config_of(best))

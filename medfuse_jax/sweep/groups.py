@@ -391,10 +391,11 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
             continue
         t.log.write("val", epoch, t.step, val_loss=predictions.loss, **scores)
         t.progress.update(epoch, predictions.loss, score, run.config.plateau_epochs)
-    best, measure = max(trials, key=lambda t: t.progress.best_auroc), schema.selected_by(run.config.task)
+    best = max(trials, key=lambda t: t.progress.rank)
     print(
         f"epoch {epoch}/{run.config.num_epochs}  {len(trials)} trials  best: trial {best.trial.number} "
-        f"({best.trial.describe()})  val {measure} {best.progress.best_auroc:.4f}  {stays_per_s:.1f} stays/s each",
+        f"({best.trial.describe()})  val {best.progress.describe(schema.selected_by(run.config.task))}  "
+        f"{stays_per_s:.1f} stays/s each",
         flush=True,
     )
 
@@ -405,6 +406,8 @@ def _record_ended(sweep: Sweep, trials: list[RunningTrial]) -> list[RunningTrial
     for t in trials:
         reached = t.progress
         numbers: dict = {"val_auroc": reached.best_auroc, "best_epoch": reached.best_epoch, "epochs": reached.epoch}
+        if reached.by_loss:
+            numbers["val_loss"] = reached.selected_loss
         if not _is_held(sweep, t.trial):
             continue
         if t.failure:

@@ -8,7 +8,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from medfuse_jax import schema
 from medfuse_jax.report import html, read_runs, style
 from medfuse_jax.report.html import CHART_STYLE, INK, MUTED, run_color
 from medfuse_jax.report.read_runs import method_name, number, task_name
@@ -33,7 +32,7 @@ def write(workdir: Path, config: dict, records: list[dict]) -> Path:
     chosen = results.choose(records)
     methods = {r["values"].get("method", config["method"]) for r in records}
     by = method_name(methods.pop()) if len(methods) == 1 else f"{len(methods)} methods"
-    score = schema.selected_by(config["task"])
+    score = results.score_name(records, config["task"])
     title = f"Sweep: {task_name(config['task'])} with {by}"
     charts = [
         html.figure(_scatter(field, records, chosen, score), f"Best validation {score} by {_name(field)}")
@@ -66,7 +65,7 @@ def _lead(runs: dict[int, read_runs.Run], records: list[dict], chosen: dict | No
     values = ", ".join(f"{_name(field)} {_format(field, value)}" for field, value in chosen["values"].items())
     text += (
         f"Trial {chosen['trial']} ({values}) was chosen on validation alone: {score} "
-        f"{number(chosen['val_auroc'])} at epoch {chosen['best_epoch']}."
+        f"{number(results.score_of(chosen))} at epoch {chosen['best_epoch']}."
     )
     if scores := runs[chosen["trial"]].scores():
         low, high = read_runs.pair(scores.get("auroc_macro_ci"))
@@ -93,7 +92,7 @@ def _varied_fields(records: list[dict]) -> list[str]:
 def _scatter(field: str, records: list[dict], chosen: dict | None, score: str) -> str:
     with mpl.rc_context(_STYLE):
         axes = _new_axes(_name(field), f"validation {score}")
-        shown = [r for r in records if r.get("val_auroc") is not None and field in r["values"]]
+        shown = [r for r in records if results.score_of(r) is not None and field in r["values"]]
         values = [r["values"][field] for r in shown]
         are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
         if not are_numbers:
@@ -102,15 +101,15 @@ def _scatter(field: str, records: list[dict], chosen: dict | None, score: str) -
             look = {"color": run_color(0), "markersize": 6, "zorder": 2}
             if r is chosen:
                 look = {"color": _CHOSEN, "markersize": 9, "zorder": 3}
-            axes.plot([value], [r["val_auroc"]], "o", **look)
+            axes.plot([value], [results.score_of(r)], "o", **look)
         axes.margins(x=0.08, y=0.2)
         if not are_numbers:
             _tilt_long_names(axes, list(dict.fromkeys(values)))
         elif values and min(values) > 0 and (field == "learning_rate" or max(values) / min(values) > _MIN_LOG_RATIO):
             _set_log_scale(axes)
         if chosen in shown:
-            point = (axes.convert_xunits(values[shown.index(chosen)]), chosen["val_auroc"])
-            _label_point(axes, point, f"trial {chosen['trial']}: {chosen['val_auroc']:.3f}")
+            point = (axes.convert_xunits(values[shown.index(chosen)]), results.score_of(chosen))
+            _label_point(axes, point, f"trial {chosen['trial']}: {results.score_of(chosen):.3f}")
         return html.svg(axes.figure, f"Best validation {score} of each trial by {_name(field)}")
 
 
@@ -198,7 +197,7 @@ def _table(records: list[dict], chosen: dict | None, score: str) -> str:
     rows = []
     for r in results.ranked(records):
         cells = [_format(field, r["values"].get(field)) for field in fields]
-        cells += [number(r.get("val_auroc"), 4), *(_format(field, r.get(field)) for field in ("best_epoch", "epochs"))]
+        cells += [number(results.score_of(r), 4), *(_format(field, r.get(field)) for field in ("best_epoch", "epochs"))]
         rows.append(
             f'<tr class="{"main" if r is chosen else ""}">'
             f'<th scope="row">{r["trial"]}{", chosen" if r is chosen else ""}</th>'

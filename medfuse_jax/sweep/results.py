@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -43,7 +44,10 @@ def chosen_dir(workdir: Path) -> Path:
 
 
 def record(workdir: Path, trial: Trial) -> dict | None:
-    """Return how a trial ended: 'status', 'reason', 'val_auroc', 'best_epoch', 'epochs'; None if it has not ended."""
+    """Return how a trial ended: 'status', 'reason', 'val_auroc', 'best_epoch', 'epochs'; None if it has not ended.
+
+    Also 'val_loss', of the best epoch, where it selects because no validation label has both classes.
+    """
     path = trial_dir(workdir, trial.number) / "trial.json"
     if not path.exists():
         return None
@@ -65,8 +69,10 @@ def _find_problem(content: dict, expected: dict) -> str:
     for field, value in expected.items():
         if content.get(field) != value:
             return f"{field} is {content.get(field)}, not {value}"
-    reached = {name: content[name] for name in ("val_auroc", "best_epoch", "epochs") if name in content}
-    is_complete = content.get("status") == FAILED or (content.get("status") in (FINISHED, PRUNED) and len(reached) == 3)
+    names = ("val_auroc", "best_epoch", "epochs")
+    reached = {name: content[name] for name in (*names, "val_loss") if name in content}
+    has_ended = content.get("status") in (FINISHED, PRUNED)
+    is_complete = content.get("status") == FAILED or (has_ended and set(names) <= set(reached))
     if not is_complete or not isinstance(content.get("reason"), str):
         return "the result is missing"
     invalid = [name for name, value in reached.items() if type(value) not in (int, float, type(None))]
@@ -78,7 +84,7 @@ def _as_json(value):
 
 
 def write_record(workdir: Path, trial: Trial, status: str, reason: str = "", **reached) -> None:
-    """Write how a trial ended. reached: val_auroc, best_epoch, epochs."""
+    """Write how a trial ended. reached: val_auroc, best_epoch, epochs, val_loss."""
     reached = {k: v if math.isfinite(v) else None for k, v in reached.items()}
     content = {"trial": trial.number, "values": trial.values, "status": status, "reason": reason, **reached}
     write_json(trial_dir(workdir, trial.number) / "trial.json", content)
@@ -142,6 +148,8 @@ def _check_unused(workdir: Path) -> None:
         raise UserError(f"{workdir} holds a run, not a sweep: {_CHOOSE}", path=workdir / "config.json")
     if runs := sorted(workdir.glob("*/config.json")):
         raise UserError(f"{workdir} holds other runs, such as {runs[0].parent.name}: {_CHOOSE}", path=runs[0])
+    if sweeps := sorted(workdir.glob("*/sweep.json")):
+        raise UserError(f"{workdir} holds other sweeps, such as {sweeps[0].parent.name}: {_CHOOSE}", path=sweeps[0])
     for name in ("trials", "rounds"):
         if any((workdir / name).glob("*")):
             raise UserError(f"{workdir} holds {name}/ but no sweep.json: {_CHOOSE}", path=workdir / name)
@@ -164,23 +172,48 @@ def _search_difference(existing: dict, current: dict) -> str:
 
 
 def choose(records: list[dict]) -> dict | None:
-    """Return the finished trial with the highest validation AUROC (the first in a tie); None if none finished."""
-    finished = [r for r in records if r["status"] == FINISHED and r["val_auroc"] is not None]
-    return max(finished, key=lambda r: (r["val_auroc"], -r["trial"]), default=None)
+    """Return the finished trial with the best validation score (the first in a tie); None if none finished."""
+    finished = [r for r in records if r["status"] == FINISHED and score_of(r) is not None]
+    return min(finished, key=_worse_last(by_loss(records)), default=None)
+
+
+def by_loss(records: list[dict]) -> bool:
+    """Return whether the validation loss chooses the trial, because no validation label has both classes."""
+    return any(r.get("val_loss") is not None for r in records)
+
+
+def score_name(records: list[dict], task: str) -> str:
+    """Return the name of the validation score that chooses the trial: 'AUROC', 'kappa' or 'loss'."""
+    return "loss" if by_loss(records) else schema.selected_by(task)
+
+
+def score_of(r: dict) -> float | None:
+    """Return a trial's validation score; None if it has none."""
+    return r.get("val_auroc") if r.get("val_loss") is None else r["val_loss"]
+
+
+def _worse_last(is_loss: bool) -> Callable[[dict], tuple]:
+    """Return a sort key: the best score first, then the lowest number; trials without a score last."""
+
+    def key(r: dict) -> tuple:
+        score = score_of(r)
+        return score is None, (score or 0.0) * (1 if is_loss else -1), r["trial"]
+
+    return key
 
 
 def write_table(workdir: Path, records: list[dict], task: str) -> str:
     """Write sweep.csv, one row per trial, best first; return it as aligned text.
 
-    A record's val_auroc is the score that selects the task's models; its column is named after it.
+    The column of the score that selects the task's models is named after it (`score_name`).
     """
     chosen = choose(records)
     fields = list(dict.fromkeys(field for r in records for field in r["values"]))
-    score = f"val_{schema.selected_by(task).lower()}"
+    score = f"val_{score_name(records, task).lower()}"
     rows = [["trial", *(short_name(f) for f in fields), score, "best_epoch", "epochs", "status", "chosen"]]
     for r in ranked(records):
-        auroc = "" if r.get("val_auroc") is None else f"{r['val_auroc']:.6f}"
-        reached = [auroc, r.get("best_epoch", ""), r.get("epochs", "")]
+        value = score_of(r)
+        reached = ["" if value is None else f"{value:.6f}", r.get("best_epoch", ""), r.get("epochs", "")]
         values = [r["values"].get(field, "") for field in fields]
         rows.append([r["trial"], *values, *reached, status_text(r), "yes" if r is chosen else ""])
     text = io.StringIO()
@@ -193,8 +226,7 @@ def write_table(workdir: Path, records: list[dict], task: str) -> str:
 
 def ranked(records: list[dict]) -> list[dict]:
     """Sort the records by the validation score that selects models, best first and those without one last."""
-    scores = {r["trial"]: r.get("val_auroc") for r in records}
-    return sorted(records, key=lambda r: (scores[r["trial"]] is None, -(scores[r["trial"]] or 0.0), r["trial"]))
+    return sorted(records, key=_worse_last(by_loss(records)))
 
 
 def status_text(r: dict) -> str:
@@ -213,7 +245,7 @@ def write_best_config(workdir: Path, chosen: dict, config: ConfigDict) -> Path:
     )
     path = workdir / "best_config.py"
     values = ", ".join(f"{short_name(k)} {v}" for k, v in chosen["values"].items())
-    reached = f"validation {schema.selected_by(config.task)} {chosen['val_auroc']:.4f}"
+    reached = f"validation {score_name([chosen], config.task)} {score_of(chosen):.4f}"
     write_text(
         path,
         f'"""Trial {chosen["trial"]} of a sweep ({values}): {reached}.\n\n'

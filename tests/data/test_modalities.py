@@ -357,3 +357,14 @@ def test_an_encoder_that_makes_no_token_is_refused_in_one_line(tmp_path, monkeyp
 def test_our_own_errors_keep_their_traceback():
     with pytest.raises(KeyError):
         loading.tables(loading.load("static")[0], {"train": {"stay_id": np.arange(3)}})
+
+
+def test_no_modality_can_read_the_race(shards, tmp_path):
+    path = tmp_path / "theirs.py"
+    path.write_text(
+        "from medfuse_jax.data.modalities.static import Encoder\n\n\n"
+        "def table(part, train):\n    return (part['race'] == 'White')[:, None]\n"
+    )
+    (modality,) = loading.load(str(path))
+    with pytest.raises(UserError, match="race"):
+        open_dataset(shards, "pheno", modalities=(modality,))

@@ -31,11 +31,36 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(shards, tmp_path):
         (["--data=nowhere"], "nowhere"),
         (["--preset=huge"], "--preset"),
         (["--tasks=sepsis", "--data=x"], "--tasks"),
+        (["--folds=1", "--data=SHARDS"], "--folds"),
+        (["--folds=1000", "--data=SHARDS"], "patients: use fewer folds"),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line(given, expected, tmp_path):
+def test_wrong_flags_are_refused_in_one_line(given, expected, shards, tmp_path):
+    given = [flag.replace("SHARDS", str(shards)) for flag in given]
     message = _run(f"--out={tmp_path}", *given, status=2)
     assert expected in message and message.count("\n") == 1
+
+
+def test_a_dry_run_names_the_seeds_and_folds(shards, tmp_path):
+    out = tmp_path / "paper"
+    printed = _run(f"--data={shards}", f"--out={out}", "--dry_run", "--noestimate", "--seeds=2", "--folds=3")
+    assert f"each 6 times, for 2 seeds and 3 folds of the patients, in {out}" in printed
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_two_seeds_give_the_mean_and_spread_of_every_table(shards, tmp_path):
+    given = ("--preset=smoke", f"--data={shards}", "--tasks=mortality", "--methods=lstm", "--noestimate", "--trials=1")
+    _run(*given, f"--out={tmp_path}", "--seeds=2")
+    whole, *each = (json.loads((tmp_path / of / "paper.json").read_text()) for of in ("", "seed0", "seed1"))
+    rows = [next(t for t in content["tables"] if t["name"] == "table_1")["rows"] for content in (whole, *each)]
+    for of_whole, *of_each in zip(*rows):
+        values = [row[3]["value"] for row in of_each]
+        assert of_whole[3]["value"] == pytest.approx(sum(values) / 2)
+        assert of_whole[3]["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert "±" in (tmp_path / "index.html").read_text()
+    message = _run(*given, f"--out={tmp_path}", status=2)
+    assert "--out" in message and message.count("\n") == 1
 
 
 @pytest.mark.slow

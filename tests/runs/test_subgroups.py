@@ -82,3 +82,12 @@ def test_resamples_draw_patients_where_told(scored):
     stays, patients = (_by(scored, "Sex", groups)["groups"][0] for groups in (None, scored["subject_id"]))
     assert stays["auroc_macro"] == patients["auroc_macro"]
     assert not np.array_equal(stays["auroc_macro_ci"], patients["auroc_macro_ci"])
+
+
+def test_race_is_a_group_and_a_small_one_is_withheld(scored):
+    race = np.where(np.arange(400) < 9, "Asian", np.where(np.arange(400) % 3, "White", "Unknown"))
+    entry = _by(scored | {"race": race}, "Race or ethnicity")
+    assert [g["name"] for g in entry["groups"] if not g.get("withheld")] == ["Unknown", "White"]
+    assert {"name": "Asian", "withheld": True} in entry["groups"]
+    nothing = scored | {"race": np.full(400, "")}  # the tables have no such column
+    assert not any(e["by"] == "Race or ethnicity" for e in subgroups.describe(nothing, 2, 0, None))

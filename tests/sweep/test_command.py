@@ -318,3 +318,24 @@ def test_trials_on_all_x_rays_of_a_stay_have_the_results_of_single_runs(images_c
     assert [row["status"] for row in rows] == ["finished"] * 2
     chosen = results.trial_dir(tmp_path / "sweep", int(rows[0]["trial"]))
     assert_as_alone(chosen, tmp_path / "alone", monkeypatch, tolerance=2e-5)
+
+
+def test_without_a_validation_auroc_the_loss_chooses_and_is_named(ehr_config, tmp_path, monkeypatch, capsys):
+    """No label of a validation stay is true."""
+    read = records.index
+    without = {"label": np.zeros_like(read(ehr_config.data.dir, "pheno", "val")["label"])}
+    monkeypatch.setattr(records, "index", lambda *of: read(*of) | (without if of[-1] == "val" else {}))
+    for flag, value in (("algorithm", "optuna"), ("pruning", "median")):
+        with refused(field=f"--{flag}", value=value):
+            sweep(ehr_config, tmp_path / flag, RATES, 2, **{flag: value})
+    assert capsys.readouterr().out.count("their loss selects it") == 0
+    rows = sweep(ehr_config, tmp_path / "sweep", RATES, 2)
+    assert capsys.readouterr().out.count("their loss selects it") == 1
+    losses = [float(row["val_loss"]) for row in rows]
+    assert losses == sorted(losses) and rows[0]["chosen"] == "yes" and "val_auroc" not in rows[0]
+    folder = results.chosen_dir(tmp_path / "sweep")
+    lines = [line["val_loss"] for line in read_lines(folder) if line["phase"] == "val"]
+    assert losses[0] == pytest.approx(min(lines), abs=1e-6)
+    assert json.loads((folder / "result.json").read_text())["selected_by"].startswith("loss")
+    assert "validation loss 0." in (tmp_path / "sweep" / "best_config.py").read_text()
+    assert "validation loss by epoch" in (tmp_path / "sweep" / "sweep.html").read_text().lower()

@@ -151,3 +151,16 @@ def test_a_record_that_was_edited_or_belongs_to_another_trial_is_refused(tmp_pat
     with pytest.raises(UserError) as error:
         results.record(tmp_path, _TRIAL)
     assert error.value.path == path and "\n" not in str(error.value)
+
+
+def test_without_a_validation_auroc_the_lowest_loss_is_chosen(tmp_path):
+    trials = [
+        {"trial": i, "values": {"learning_rate": 10.0**-i}, "status": "finished", "reason": ""}
+        | {"val_auroc": None, "val_loss": loss, "best_epoch": 1, "epochs": 1}
+        for i, loss in enumerate((0.6, 0.5, 0.5, 0.7))
+    ]
+    failed = {"trial": 4, "values": {"learning_rate": 1.0}, "status": "failed", "reason": "NaN", "epochs": 1}
+    assert results.choose([*trials, failed])["trial"] == 1  # the first in a tie
+    assert [r["trial"] for r in results.ranked([failed, *trials])] == [1, 2, 0, 3, 4]
+    assert "val_loss" in results.write_table(tmp_path, [*trials, failed], "pheno").splitlines()[0]
+    assert results.chosen_dir(tmp_path).name == "001"

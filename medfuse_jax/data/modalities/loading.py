@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from medfuse_jax import schema
 from medfuse_jax.data.modalities import static
 from medfuse_jax.runtime import errors
 from medfuse_jax.runtime.errors import UserError, check_choice
@@ -60,10 +61,11 @@ def load(names: str) -> tuple[Modality, ...]:
 def tables(modality: Modality, index: dict[str, dict]) -> dict[str, np.ndarray]:
     """Return {split: float32 [N, ...]}; raise UserError if `table` gives anything else, or nothing to learn from."""
     made = {}
-    for split, part in index.items():
+    seen = {split: {n: v for n, v in part.items() if n != schema.RACE} for split, part in index.items()}
+    for split, part in seen.items():
         where = f"config.model.modalities: table() of {modality.name!r}, {split} split"
         with _users_own(modality.file, where):
-            given = modality.table(part, index["train"])
+            given = modality.table(part, seen["train"])
         try:
             values_N = np.asarray(given, np.float32)
         except (TypeError, ValueError) as error:

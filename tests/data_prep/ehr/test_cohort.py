@@ -316,3 +316,10 @@ def test_an_empty_cohort_names_the_filter(tmp_path):
     with pytest.raises(UserError) as caught:
         _read(tmp_path, [stay(1, anchor_age=3)])
     assert caught.value.value == "18 years or older"
+
+
+def test_race_is_that_of_the_admission_in_every_version(tmp_path):
+    for layout, column in (("hosp", "race"), ("core", "ethnicity")):
+        rows = [stay(1, **{column: "WHITE - RUSSIAN"}), stay(3, **{column: "Mr Smith"}), stay(6)]
+        raw = tables.mimic_iv(write_mimic_iv(tmp_path / layout, rows, layout=layout))
+        assert cohort.read_stays(raw)[0]["race"].to_list() == ["White", "Other", "Unknown"]

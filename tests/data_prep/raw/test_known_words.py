@@ -29,3 +29,19 @@ def test_the_demo_and_the_synthetic_cohort_use_known_words(real_data):
     raw = tables.mimic_iv(real_data / "mimic-iv-demo-2.2")
     for field, table in (("gender", "patients"), ("admission_type", "admissions"), ("first_careunit", "icustays")):
         assert not (raw[table].read(field).select(known_words.word(field))[field] == known_words.OTHER).any()
+
+
+def test_races_are_grouped_and_no_other_text_is_kept():
+    groups = {
+        "White": ["WHITE", "White - Russian", " WHITE - BRAZILIAN"],
+        "Black": ["BLACK/AFRICAN AMERICAN", "BLACK/CAPE VERDEAN"],
+        "Hispanic or Latino": ["HISPANIC/LATINO - PUERTO RICAN", "HISPANIC OR LATINO"],
+        "Asian": ["ASIAN", "ASIAN - CHINESE"],
+        "Other": ["PORTUGUESE", "AMERICAN INDIAN/ALASKA NATIVE", "MULTIPLE RACE/ETHNICITY", "Mr Smith", "OTHER"],
+        "Unknown": ["UNKNOWN", "UNABLE TO OBTAIN", "PATIENT DECLINED TO ANSWER", "", None],
+    }
+    assert tuple(groups) == schema.RACES
+    for name, texts in groups.items():
+        assert pl.DataFrame({"ethnicity": texts}).select(known_words.race("ethnicity"))["race"].to_list() == (
+            [name] * len(texts)
+        )

@@ -154,22 +154,3 @@ def test_a_split_over_a_gigabyte_needs_little_memory_and_no_tensorflow(tmp_path)
     assert done.returncode == 0, done.stderr
     assert sum(p.stat().st_size for p in tmp_path.glob("*array_record*")) > 1.1e9
     assert int(done.stdout) < 400, "MiB"
-
-
-def test_statistics_are_over_all_time_steps():
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(1e4, 3, (n, 76)).astype(np.float32) for n in (5, 0, 1, 200)]
-    constant = schema.CHANNELS.index("Height")
-    for array in arrays:
-        array[:, constant] = 170
-    mean, std = map(np.array, shards.train_statistics(iter(arrays)))
-    steps = np.concatenate(arrays).astype(np.float64)
-    moving = [c for c in schema.CONTINUOUS_CHANNELS if c != constant]
-    np.testing.assert_allclose(mean[moving], steps.mean(0)[moving], rtol=1e-12)
-    np.testing.assert_allclose(std[moving], steps.std(0)[moving], rtol=1e-9)
-    # A likely mistake, the mean of the arrays' deviations, is outside the tolerance.
-    assert abs(np.mean([a.std(0)[moving] for a in arrays if len(a)]) / steps.std(0)[moving].mean() - 1) > 1e-2
-    assert (mean[constant], std[constant]) == (170, 1)
-    other = [c for c in range(76) if c not in schema.CONTINUOUS_CHANNELS]
-    assert not mean[other].any() and (std[other] == 1).all()
-    assert shards.train_statistics(iter(())) == ([0.0] * 76, [1.0] * 76)

@@ -1,0 +1,103 @@
+"""How the paper's models are chosen: rates on all validation stays and on paired ones, depths and shares."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from medfuse_jax import schema
+from medfuse_jax.paper import results, scores, tables
+from medfuse_jax.paper.cells import Maker
+from medfuse_jax.paper.scores import Evaluation, Model, Scores, TaskResults
+from medfuse_jax.paper.trainings import SHARES, Training
+
+_TRAINING = Training("M4", "mortality", "Joint (partial)", {})
+_HAS_CXR = np.arange(40) < 16
+
+
+def _scores(labels, values, has_cxr=_HAS_CXR) -> Scores:
+    ids = np.arange(len(labels))
+    return Scores(ids, ids, np.array(labels)[:, None], np.array(values)[:, None], has_cxr, np.full(len(ids), 50.0))
+
+
+def _labels(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2, 40)
+
+
+def _noisy(labels, noise_paired: float, noise_rest: float) -> Scores:
+    noise = np.random.default_rng(1).normal(size=40) * np.where(_HAS_CXR, noise_paired, noise_rest)
+    return _scores(labels, 1 / (1 + np.exp(1 - 2 * labels - noise)))
+
+
+@pytest.fixture
+def chosen_from(monkeypatch, tmp_path):
+    """Choose among runs with these validation scores, by name."""
+
+    def choose(by_name: dict, chooser, training=_TRAINING, first=""):
+        vals = {tmp_path / name: val for name, val in by_name.items()}
+        monkeypatch.setattr(results, "_val", lambda folder: vals[folder])
+        monkeypatch.setattr(results, "finished_trials", lambda folder: list(vals))
+        monkeypatch.setattr(
+            results, "_model", lambda t, folder: Model(t.id, t.title, folder, 1e-4, vals[folder], vals[folder])
+        )
+        found = TaskResults("mortality", list(schema.TASKS["mortality"].labels), np.array([0.5]))
+        first = tmp_path / (first or next(iter(by_name)))
+        found.models = {
+            id: Model(id, training.title, first, 1e-4, vals[first], vals[first]) for id in (training.id, "M9")
+        }
+        chooser(found, training, tmp_path)
+        return found
+
+    return choose
+
+
+def test_a_rate_is_chosen_on_all_validation_stays_and_on_the_paired_ones(chosen_from):
+    labels = _labels()
+    by_name = {"good_on_all": _noisy(labels, 4.0, 0.1), "good_on_paired": _noisy(labels, 0.1, 4.0)}
+    assert scores.auroc(by_name["good_on_all"]) > scores.auroc(by_name["good_on_paired"])
+    found = chosen_from(by_name, results._choose_rate)
+    assert found.models["M4"].folder.name == "good_on_all"
+    assert found.models["M4_paired"].folder.name == "good_on_paired"
+    assert found.models["M4_paired"].choice == "chosen on the validation stays with an X-ray"
+
+    make = Maker([found], Evaluation(num_bootstrap=2))
+    rows = {row[0]: row for row in tables.table_2(make).rows}
+    assert rows["Joint (partial), chosen on paired validation stays"][1].ours > rows["Joint (partial)"][1].ours
+    assert [row[0] for row in tables.table_a1(make).rows][:2] == [
+        "Joint (partial)",
+        "Joint (partial), chosen on paired validation stays",
+    ]
+    same = dataclasses.replace(found, models=found.models | {"M4_paired": found.models["M4"]})
+    assert not any("chosen on" in row[0] for row in tables.table_2(Maker([same], Evaluation(2))).rows)
+
+
+def test_without_a_validation_auroc_the_loss_chooses_and_is_named(chosen_from, monkeypatch):
+    """The paired validation stays have no positive label: only their loss tells the trials apart."""
+    labels = np.where(_HAS_CXR, 0, _labels())
+    sure, unsure = (_scores(labels, np.where(_HAS_CXR, p, labels * 0.9)) for p in (0.1, 0.4))
+    assert math.isnan(scores.auroc(sure.paired)) and scores.rank(sure.paired) == pytest.approx(math.log(0.9))
+    for order in ((("unsure", unsure), ("sure", sure)), (("sure", sure), ("unsure", unsure))):
+        found = chosen_from(dict(order), results._choose_rate)
+        assert found.models["M4_paired"].folder.name == "sure"
+        assert found.models["M4_paired"].choice.startswith("chosen by loss, as no label has both classes,")
+
+
+def test_the_share_of_ehr_only_stays_is_chosen_by_loss_without_an_auroc(chosen_from, monkeypatch, tmp_path):
+    """It was always 0 % before, because no share had an AUROC."""
+    training = Training("OPT", "mortality", "MedFuse", {}, values=SHARES, field="data.ehr_only_ratio", rate_of="M9")
+    by_name = {f"{share:g}": _scores(np.zeros(40, int), np.full(40, 0.1 + abs(share - 0.3))) for share in SHARES}
+    folders = {share: tmp_path / f"{share:g}" for share in SHARES}
+    monkeypatch.setattr(results, "folders_by_value", lambda training, folder: dict(folders))
+    dropped = dataclasses.replace(by_name["0.3"])
+    monkeypatch.setattr(results.evaluate, "evaluate", lambda *of: None)
+    monkeypatch.setattr(scores, "read_dropped", lambda path: dropped)
+    found = chosen_from(by_name | {"m9": _scores(np.zeros(40, int), np.full(40, 0.9))}, results._choose_share, training)
+    for id in ("OPT", "OPT_paired"):
+        assert found.models[id].folder.name == "0.3"
+        assert "30 % of the EHR-only stays, chosen by loss" in found.models[id].choice
+
+
+def test_no_paired_validation_stay_leaves_one_choice(chosen_from):
+    val = dataclasses.replace(_noisy(_labels(), 1, 1), has_cxr=np.zeros(40, bool))
+    assert "M4_paired" not in chosen_from({"a": val}, results._choose_rate).models

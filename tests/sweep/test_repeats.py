@@ -1,0 +1,62 @@
+"""A sweep for each seed and fold: its folders, its table, and what it refuses."""
+
+import csv
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+from refusals import refused
+from sweep_cases import CONFIG_FILE, RATES
+
+from medfuse_jax import config as config_lib
+from medfuse_jax.report import read_runs
+from medfuse_jax.runtime import files
+from medfuse_jax.sweep import command, repeats, results
+
+
+def test_seeds_and_folds_are_crossed_from_the_first_seed_on():
+    assert [r.name for r in repeats.plan(3, 2, 0)] == ["seed3", "seed4"]
+    names = [r.name for r in repeats.plan(0, 2, 3)]
+    assert names[:3] == ["seed0_fold0of3", "seed0_fold1of3", "seed0_fold2of3"] and len(set(names)) == 6
+    with refused(field="--folds", value=1):
+        repeats.plan(0, 1, 1)
+
+
+def test_every_fold_is_a_sweep_of_its_own_and_tests_its_own_patients(ehr_config, tmp_path):
+    ehr_config.num_epochs = 1
+    request = command.Request(ehr_config, CONFIG_FILE, tmp_path, RATES, num_trials=1)
+    started = []
+
+    def sweep(config, folder):
+        started.append((config.seed, config.data.fold, config.data.folds))
+        command.run(dataclasses.replace(request, config=config, workdir=folder), time.perf_counter())
+
+    of = repeats.plan(0, 1, 2)
+    repeats.run(of, tmp_path, ehr_config, sweep)
+    assert started == [(0, 0, 2), (0, 1, 2)] and ehr_config.data.folds == 0
+    tested, values = [], []
+    for repeat in of:
+        chosen = results.chosen_dir(tmp_path / repeat.name)
+        with np.load(chosen / "predictions_test.npz") as predictions:
+            tested.append(set(predictions["subject_id"].tolist()))
+        result = files.read_json(chosen / "result.json", "")
+        assert result["data"]["fold"] == repeat.fold
+        values.append(result["subsets"]["all"]["auroc_macro"])
+    assert all(tested) and not tested[0] & tested[1]
+    rows = list(csv.DictReader((tmp_path / "repeats.csv").open()))
+    assert [float(row["auroc_macro"]) for row in rows if row["subset"] == "all"] == values
+    assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in (tmp_path / "repeats.html").read_text()
+    assert len(read_runs.find_runs([tmp_path])) == 2
+
+    with refused(field="config.data.folds", value=2):
+        repeats.run(of, tmp_path, of[0].set(ehr_config), sweep)
+    with pytest.raises(Exception, match="holds other sweeps"):
+        results.claim(tmp_path, ehr_config, "digest", {"algorithm": "random", "trials": []})
+
+
+@pytest.mark.parametrize("name", ["config.json", "sweep.json"])
+def test_a_folder_of_a_run_or_sweep_is_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    with refused(field="--workdir", path=tmp_path):
+        repeats.run([], tmp_path, config_lib.default(), lambda config, folder: None)
