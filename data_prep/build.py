@@ -34,11 +34,12 @@ from medfuse_jax.schema import CHANNELS, TASKS
 
 # The paper's tasks; hourly tasks are built on request.
 DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if not task.hourly)
-# A longer step would not fit into mortality's 48 h; a shorter one would give a long stay millions of steps.
+# What records of phenotyping and mortality hold: --images.
 IMAGES = {
     "last": "each stay's last X-ray",
     records.ALL_IMAGES: "all of a stay's X-rays with their times, for config.data.images=all (hourly tasks always)",
 }
+# A longer step would not fit into mortality's 48 h; a shorter one would give a long stay millions of steps.
 SHORTEST_STEP_H, LONGEST_STEP_H = 1 / 60, 48.0
 
 
