@@ -30,8 +30,9 @@ def masked_softmax(score_BM: jax.Array, mask_BM: jax.Array) -> jax.Array:
     """Compute the softmax over the unmasked positions of the last axis [..., M]; 0 for fully masked rows."""
     highest_B1 = jnp.max(jnp.where(mask_BM, score_BM, -jnp.inf), axis=-1, keepdims=True, initial=-1e30)
     exp_BM = jnp.where(mask_BM, jnp.exp(jnp.where(mask_BM, score_BM - jax.lax.stop_gradient(highest_B1), 0)), 0)
-    # A row with any unmasked position sums to at least 1, as its highest score adds 1.
-    return exp_BM / jnp.maximum(jnp.sum(exp_BM, axis=-1, keepdims=True), 1)
+    sum_B1 = jnp.sum(exp_BM, axis=-1, keepdims=True)
+    # Not a maximum of the sum and 1: at a single position, whose sum is 1, its gradient would be half of the sum's.
+    return exp_BM / jnp.where(sum_B1 > 0, sum_B1, 1)
 
 
 class TimeAttention(nn.Module):

@@ -131,3 +131,13 @@ def test_a_missing_x_ray_changes_no_weight_of_another_row(weigh):
     np.testing.assert_array_equal(after["time_weights"], before["time_weights"])
     changed_B = (after["modality_weights"] != before["modality_weights"]).any(1)
     np.testing.assert_array_equal(changed_B, [False, False, True, False])
+
+
+def test_a_single_position_has_all_weight_and_no_gradient():
+    mask = np.array([[True, False], [True, True]])
+    weight, pull_back = jax.vjp(
+        lambda score: attention.masked_softmax(score, mask), jnp.array([[2.0, 9.0], [1.0, 0.0]])
+    )
+    np.testing.assert_array_equal(weight[0], [1, 0])
+    (gradient,) = pull_back(jnp.array([[1.0, 0.0], [1.0, 0.0]]))
+    assert not np.any(gradient[0]) and np.all(gradient[1] != 0)
