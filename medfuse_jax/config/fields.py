@@ -126,8 +126,8 @@ FIELDS = {
     "loss.divergence": _fusion(1.0, "weight of the shared features' divergence (drfuse)", low=0, high=1e6),
     "loss.orthogonal": _fusion(1.0, "weight of shared and distinct features' cosine (drfuse)", low=0, high=1e6),
     "loss.ranking": _fusion(1.0, "weight of the attention's ranking loss (drfuse)", low=0, high=1e6),
-    "loss.distance": _fusion(0.1, "weight of the shared features' distance (shaspec); the paper's", low=0, high=1e6),
-    "loss.domain": _fusion(0.02, "weight of the modality classifier's loss (shaspec); the paper's", low=0, high=1e6),
+    "loss.distance": _fusion(0.1, "weight of the shared features' distance (shaspec); our choice", low=0, high=1e6),
+    "loss.domain": _fusion(0.02, "weight of the modality classifier's loss (shaspec); our choice", low=0, high=1e6),
     "loss.weighting": _training(
         "hour", "what the loss is a mean over in hourly tasks: every 'hour', or every 'stay'", choices=("hour", "stay")
     ),

@@ -66,7 +66,7 @@ class DrFuse(ProjectedModel):
 
     Ours: both branches of a modality read the features of one encoder, the LSTM's or the ResNet's as in all methods
     (in the paper, they leave the modality's encoder inside it). Each label's query is a learnt vector. All losses have
-    weight 1 by default, because the paper searches theirs, and the ranking's margin is 0.1.
+    weight 1 by default, and the ranking's margin is 0.1.
 
     Further outputs: 'ehr_only_logits', 'shared_only_logits', 'cxr_only_logits' [B, K], 'attention' [B, K, R].
     """

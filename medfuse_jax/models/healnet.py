@@ -43,7 +43,7 @@ class HealNet(transformer.SequenceModel):
     As in the paper, both updates are repeated with the same weights, a missing modality's are skipped, and the mean of
     the latent vectors is scored. Ours: the tokens are those of the encoders that all our methods have, the LSTM's state
     at each time step and the cells of the ResNet's last feature map, where the paper's are raw values and features of
-    patches. The paper searches the sizes; ours are 16 vectors of the EHR encoder's width and three layers.
+    patches. The sizes are ours: 16 vectors of the EHR encoder's width and three layers.
     """
 
     not_causal = "attends over a whole series at once"
