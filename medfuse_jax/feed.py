@@ -100,11 +100,13 @@ def open_feed(run, one_call: bool | None = None) -> Feed:
 
     one_call: whether one call runs all steps up to the next stop, where the records are held; by default only on
     accelerators. On a CPU each step is a call, because XLA's CPU runs the gradients of convolutions inside a loop far
-    more slowly (docs/performance.md); where a stay may have several images too, because batches differ in them.
+    more slowly (docs/performance.md); so where a stay may have several images, because batches differ in them, and
+    for a method that pays for padding, because all steps of a call are padded alike.
     """
     if one_call is None:
         one_call = run.devices[0].platform != "cpu"
-    if one_call and not run.dataset.several and (held := run.held.get("train")):
+    is_alike = not run.dataset.several and not run.options.model.pays_for_padding
+    if one_call and is_alike and (held := run.held.get("train")):
         train_fn = compile_epoch(run.options, run.config.parallel, run.devices, held.num_parts)
         return functools.partial(_calls, train_fn, held)
     return functools.partial(_steps, parallel.compile_train(run.options, run.config.parallel, run.devices), run)

@@ -75,7 +75,12 @@ def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device]) -> run_lib.Ru
     modalities = _modalities(config.model.modalities)
     method = registry.METHODS[config.method].model_class
     # Of the run's own shards, the run's fold: their own test split holds patients that it was trained on.
-    if expected.get("shards") != records.digest(data_dir, config.task):
+    if config.data.folds and expected.get("shards") != records.digest(data_dir, config.task):
+        what = (
+            f"{data_dir} is not the build that {workdir} was trained on: its own splits are scored, not those of fold "
+        )
+        what += f"{config.data.fold} of {config.data.folds}; any of them may hold patients that the run was trained on"
+        print(f"warning: {what}", flush=True)
         config.data.folds = config.data.fold = 0
     dataset = open_dataset(
         data_dir,

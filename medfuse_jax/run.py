@@ -244,6 +244,7 @@ def check_unseen(run: Run, what: str, seen_N: np.ndarray) -> None:
     if leaked := len(np.intersect1d(held_out, seen_N)):
         raise UserError(
             f"{what} was trained on {leaked} patients of the val and test splits of {run.config.data.dir}/"
-            f"{run.config.task}: build both tasks with the same --seed, or the same --val_ids and --test_ids",
+            f"{run.config.task}: build both tasks with the same --seed, or the same --val_ids and --test_ids, and "
+            "train on the same config.data.fold of the same config.data.folds",
             path=run.config.data.dir,
         )

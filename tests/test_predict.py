@@ -172,6 +172,18 @@ def test_shards_without_train_records_are_scored(finished, tmp_path, shards):
     np.testing.assert_allclose(scores, own["scores"][order], rtol=0, atol=1e-5)
 
 
+def test_the_splits_of_another_build_are_said_not_to_be_the_folds(tiny_config, others, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict.evaluate, "restore", lambda run, folder: (None, None))
+    scored = []
+    monkeypatch.setattr(predict, "_score", lambda run, state, split: scored.append(run) or {"stay_id": np.zeros(1)})
+    tiny_config.method, tiny_config.data.folds = "uni_ehr", 5
+    workdir.claim(tmp_path, run_lib.open_run(tiny_config))
+    for data_dir, is_said in ((tiny_config.data.dir, False), (others, True)):
+        predict.predict(tmp_path, data_dir, "test")
+        assert ("not those of fold 0 of 5" in capsys.readouterr().out) == is_said
+        assert bool(scored[-1].config.data.folds) != is_said
+
+
 def _refused(folder, data_dir, split="test"):
     with pytest.raises(UserError) as error:
         predict.predict(folder, data_dir, split)

@@ -3,6 +3,7 @@
 The output is one patient's data, readable by its owner alone. See docs/evaluation.md.
 """
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(given.workdir)
     found = stay.explain(workdir, given.stay, given.label, given.data_dir)
     folder = Path(given.out) if given.out else workdir / "attributions"
+    os.umask(0o077)  # one patient's data, also while it is being written
     with files.must_write(f"--out={folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"stay_{found.stay_id}.html"

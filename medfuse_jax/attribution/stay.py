@@ -15,6 +15,7 @@ from medfuse_jax.attribution import methods
 from medfuse_jax.attribution.result import Attribution
 from medfuse_jax.data import batches
 from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.models.precision import matmul_precision
 from medfuse_jax.run import Run
 from medfuse_jax.runs import sources
 from medfuse_jax.runtime.errors import UserError, check_choice
@@ -52,7 +53,8 @@ def explain(workdir: Path, stay_id: int, label: str = "", data_dir: str = "") ->
 
     logit_K = np.asarray(logits({}))
     k = run.dataset.labels.index(label) if label else int(logit_K.argmax())
-    ehr_TF, baseline, gap = _series(logits, inputs, int(batch.get("length", [0])[0]), k)
+    with matmul_precision(jnp.float32):  # for the gradients; the model sets its own
+        ehr_TF, baseline, gap = _series(logits, inputs, int(batch.get("length", [0])[0]), k)
     image_PCC, shown_PCC = _images(logits, inputs, batch, k)
     hour = None
     if last is not None:

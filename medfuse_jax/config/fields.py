@@ -54,6 +54,7 @@ class Field:
 _shared = functools.partial(Field, searchable=False)
 _fusion = functools.partial(Field, fusion_only=True)
 _training = functools.partial(Field, affects_features=False)  # how the fusion is trained
+_loss = functools.partial(_fusion, affects_features=False, low=0, high=1e6)
 _execution = functools.partial(Field, execution_only=True, searchable=False)
 
 # Defaults are the paper's values (Hayat et al. 2022, 4.4 and A.1), except where the help says otherwise.
@@ -119,15 +120,15 @@ FIELDS = {
         affects_features=False,
     ),
     "model.freeze_encoders": _fusion(False, "train the fusion alone; 'early' always does", affects_features=False),
-    "loss.ehr_only": _fusion(1.0, "weight of the EHR classifier's loss (mmtm, unified, drfuse)", low=0, high=1e6),
-    "loss.cxr_only": _fusion(1.0, "weight of the X-ray classifier's loss (mmtm, unified, drfuse)", low=0, high=1e6),
-    "loss.shared_only": _fusion(1.0, "weight of the loss of the shared features' classifier (drfuse)", low=0, high=1e6),
-    "loss.align": _fusion(0.0, "weight of the alignment loss (mmtm); 0 as released", low=0, high=1e6),
-    "loss.divergence": _fusion(1.0, "weight of the shared features' divergence (drfuse)", low=0, high=1e6),
-    "loss.orthogonal": _fusion(1.0, "weight of shared and distinct features' cosine (drfuse)", low=0, high=1e6),
-    "loss.ranking": _fusion(1.0, "weight of the attention's ranking loss (drfuse)", low=0, high=1e6),
-    "loss.distance": _fusion(0.1, "weight of the shared features' distance (shaspec); our choice", low=0, high=1e6),
-    "loss.domain": _fusion(0.02, "weight of the modality classifier's loss (shaspec); our choice", low=0, high=1e6),
+    "loss.ehr_only": _loss(1.0, "weight of the EHR classifier's loss (mmtm, unified, drfuse)"),
+    "loss.cxr_only": _loss(1.0, "weight of the X-ray classifier's loss (mmtm, unified, drfuse)"),
+    "loss.shared_only": _loss(1.0, "weight of the loss of the shared features' classifier (drfuse)"),
+    "loss.align": _loss(0.0, "weight of the alignment loss (mmtm); 0 as released"),
+    "loss.divergence": _loss(1.0, "weight of the shared features' divergence (drfuse)"),
+    "loss.orthogonal": _loss(1.0, "weight of shared and distinct features' cosine (drfuse)"),
+    "loss.ranking": _loss(1.0, "weight of the attention's ranking loss (drfuse)"),
+    "loss.distance": _loss(0.1, "weight of the shared features' distance (shaspec); our choice"),
+    "loss.domain": _loss(0.02, "weight of the modality classifier's loss (shaspec); our choice"),
     "loss.weighting": _training(
         "hour", "what the loss is a mean over in hourly tasks: every 'hour', or every 'stay'", choices=("hour", "stay")
     ),

@@ -221,7 +221,7 @@ def _all_images(
     if manifest.get("images") != records.ALL_IMAGES:
         folder = records.task_dir(data_dir, task)
         raise UserError(
-            f"config.data.images is 'all', and {folder} holds each stay's last X-ray alone: build it with "
+            f"config.data.images is 'all', and {folder} holds at most the last X-ray of each stay: build it with "
             "`python -m data_prep.build --images=all ...`, into another --out, or use 'last'",
             field="config.data.images",
             path=folder,

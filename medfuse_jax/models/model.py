@@ -87,6 +87,8 @@ class Model(nn.Module):
     uses_cxr = True
     # Whether the fusion reads every time step of the EHR encoder, not only its features (bench.flops).
     reads_series = False
+    # Whether more padding takes more time: the recurrence stops at the batch's longest series, attention does not.
+    pays_for_padding = False
     # The modalities that a row needs for a prediction: evaluation leaves out rows without them.
     needs: ClassVar[tuple[str, ...]] = ()
     # The classifiers that are trained, and their losses (losses.objective).

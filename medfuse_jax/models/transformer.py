@@ -112,6 +112,7 @@ class SequenceModel(ProjectedModel):
     """Base class of fusions that read every time step and every cell of the X-ray's last feature map."""
 
     reads_series = True
+    pays_for_padding = True
 
     def setup_fusion(self):
         self.ehr_norm = nn.LayerNorm()

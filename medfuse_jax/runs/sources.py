@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
+from medfuse_jax import schema
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
 from medfuse_jax.run import Run, check_unseen, open_run
@@ -152,7 +153,9 @@ def _check_modalities(what: str, run: Run, source: Run) -> None:
     if names != source_names:  # a token's weights depend on its position
         why = f"its modalities, in order, are {', '.join(source_names)}, not {', '.join(names)}"
         raise _cannot_start(what, "model", why, source_names)
-    index, source_index = run.dataset.index["train"], source.dataset.index["train"]
+    # Without race, which no model reads.
+    trained = (r.dataset.index["train"].items() for r in (run, source))
+    index, source_index = ({name: values for name, values in of if name != schema.RACE} for of in trained)
     for modality in getattr(run.options.model, "modalities", ()):
         if not np.array_equal(modality.table(index, index), modality.table(index, source_index), equal_nan=True):
             raise _cannot_start(what, "model", f"its modality {modality.name!r} has other values", modality.name)

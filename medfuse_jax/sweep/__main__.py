@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
     if given.seeds == 1 and not given.folds:
         command.run(request, _START_S)
         return
+    if any(text.partition(":")[0] in ("seed", "data.fold", "data.folds") for text in given.search):
+        raise UserError("--search varies what --seeds and --folds set: leave one of them out", field="--search")
     of = repeats.plan(given.config.seed, given.seeds, given.folds)
 
     def sweep(config, folder: Path) -> None:

@@ -81,7 +81,7 @@ def run(request: Request, start_s: float) -> None:
         sweep = groups.Sweep(
             config, workdir, given | stages, leases, request.lanes, request.pruning, request.divide_trials
         )
-        check = functools.partial(_check, sweep=sweep, checked_models=set())
+        check = functools.partial(_check, sweep=sweep, by_loss=base.selected_by_loss, checked_models=set())
         for trial in trials.initial:
             check(trial)
         identity = (config, base.dataset.digest, trials.identity)
@@ -212,10 +212,11 @@ def _stored_round(workdir: Path) -> int:
     return stored["search"].get("round") or max(_DEFAULT_ROUND, len(jax.devices()))
 
 
-def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> None:
+def _check(trial: search.Trial, sweep: groups.Sweep, by_loss: bool, checked_models: set) -> None:
     """Raise UserError if a trial cannot run because of its values or the encoders that it starts from.
 
-    checked_models: the models whose encoders were checked already, with the encoders' names; this trial's is added.
+    by_loss: whether the validation loss, not an AUROC, chooses the sweep's trial. checked_models: the models whose
+    encoders were checked already, with the encoders' names; this trial's is added.
     """
     with _trial_named(trial):
         if missing := [name for name in _pretrained(trial, sweep.config) if name not in sweep.encoders]:
@@ -225,6 +226,9 @@ def _check(trial: search.Trial, sweep: groups.Sweep, checked_models: set) -> Non
         encoders = sweep.encoders_of(config)
         run = run_lib.open_run(config, parallel.devices()[:1])
         train.preflight(run, {}, says=False)  # any trial may be chosen and scored on the test split
+        if run.selected_by_loss != by_loss:
+            message = "its validation stays have an AUROC and those of the sweep's config have none, or the reverse"
+            raise UserError(f"{message}: do not search config.method", field="config.method")
         frozen_encoders.check_values(trial.values, config, encoders)
         if (run.options.model, *encoders) not in checked_models:
             for name, (folder, source) in encoders.items():
@@ -267,7 +271,7 @@ def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequenc
     if chosen is None:
         page.write(workdir, sweep.config.to_dict(), records)
         message = f"no trial of {workdir} finished: see the reasons in sweep.csv"
-        raise UserError(message, path=workdir / "sweep.csv")
+        raise results.NoneFinished(message, path=workdir / "sweep.csv")
     best = trials[records.index(chosen)]
     best_config = results.write_best_config(workdir, chosen, sweep.config_of(best))
     folder = results.trial_dir(workdir, best.number)

@@ -176,13 +176,18 @@ def _encode_split(run: run_lib.Run, encode_fn: Callable, split: str) -> Features
 
 
 def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
-    """Write the best state in a trial's state.npz as a checkpoint that `medfuse_jax.evaluate` and `main` read."""
+    """Write the best state in a trial's state.npz as a checkpoint that `medfuse_jax.evaluate` and `main` read.
+
+    A checkpoint of that state is left as it is: another process may be reading it.
+    """
     run, store = run_lib.open_run(config, jax.local_devices()[:1]), trial_store.FileStore(workdir)
-    if can_cache(config, encoders):
-        state, progress = store.best(with_features(run, {}).abstract_state())
+    is_part = can_cache(config, encoders)
+    state, progress = store.best((with_features(run, {}) if is_part else run).abstract_state())
+    with contextlib.suppress(UserError):
+        if checkpoints.reached(workdir)[1] == progress:
+            return
+    if is_part:
         state = _with_encoders(state, warm_start.begin(run.fresh_state(), encoders))
-    else:
-        state, progress = store.best(run.abstract_state())
     # Existing checkpoints come from an earlier export; state.npz may be newer.
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from medfuse_jax.data import dataset, folds, synthetic
 from medfuse_jax.report import html, read_runs, repeats, style
 from medfuse_jax.report.read_runs import method_name, number, section, task_name
 from medfuse_jax.runtime.errors import UserError
@@ -49,15 +50,30 @@ def plan(first_seed: int, seeds: int, folds: int) -> list[Repeat]:
 
 
 def run(of: list[Repeat], workdir: Path, config: ConfigDict, sweep: Callable[[ConfigDict, Path], None]) -> None:
-    """Run or resume every repeat's sweep, then write repeats.csv and repeats.html. sweep: runs one, in a folder."""
+    """Run or resume every repeat's sweep, then write repeats.csv and repeats.html. sweep: runs one, in a folder.
+
+    The others go on after a sweep in which no trial finished, whose error is raised at the end.
+    """
     if config.data.folds:
-        message = f"config.data.folds is {config.data.folds}, and --folds sets it: leave one of them out"
+        message = f"config.data.folds is {config.data.folds}: leave it out, and give --folds for sweeps over folds"
         raise UserError(message, field="config.data.folds", value=config.data.folds)
     check_unused(workdir)
+    synthetic.set_data_dir(config)
+    for repeat in of:  # before any of them trains: a fold may leave a split empty
+        dataset.indices(config.data.dir, config.task, folds.of_config(repeat.set(config)))
+    ended, error = [], None
     for number_of, repeat in enumerate(of, start=1):
         print(f"\n{repeat.name} ({number_of} of {len(of)})", flush=True)
-        sweep(repeat.set(config), workdir / repeat.name)
-    print("\n" + write(of, workdir))
+        try:
+            sweep(repeat.set(config), workdir / repeat.name)
+            ended.append(repeat)
+        except results.NoneFinished as none_finished:
+            error = none_finished
+            print(f"{error}; the other sweeps go on", flush=True)
+    if ended:
+        print("\n" + write(ended, workdir))
+    if error:
+        raise error
 
 
 def check_unused(workdir: Path) -> None:
@@ -73,20 +89,25 @@ def write(of: list[Repeat], workdir: Path) -> str:
     runs = [read_runs.read_run(results.chosen_dir(workdir / repeat.name)) for repeat in of]
     tested = [run.result or {} for run in runs]
     fields = ("auroc_macro", "auprc_macro")
-    rows = [["seed", "fold", "trial", "learning_rate", "subset", "num_samples", *fields]]
+    rows = [["seed", "fold", "trial", "method", "learning_rate", "subset", "num_samples", *fields]]
     for repeat, run in zip(of, runs):
         for subset, scores in read_runs.comparable_subsets(run.result or {"subsets": {}}).items():
-            facts = [repeat.seed, repeat.fold if repeat.folds else "", int(run.folder.name)]
+            facts = [repeat.seed, repeat.fold if repeat.folds else "", int(run.folder.name), run.method]
             rows.append([*facts, run.config["learning_rate"], subset, scores["num_samples"], *map(scores.get, fields)])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     results.write_text(workdir / f"{FILE}.csv", text.getvalue())
-    title = f"{task_name(runs[0].task)} with {method_name(runs[0].method)}, {repeats.words(tested)}"
+    title = f"{task_name(runs[0].task)} with {_methods(runs)}, {repeats.words(tested)}"
     results.write_text(workdir / f"{FILE}.html", _page(title, of, runs, tested))
     lines = [title]
     for subset, by_metric in repeats.summary(tested).items():
         lines.append(f"  {subset:<10}" + "  ".join(f"{name} {found.text()}" for name, found in by_metric.items()))
     return "\n".join([*lines, f"written: {workdir / FILE}.csv, {workdir / FILE}.html"])
+
+
+def _methods(runs: list[read_runs.Run]) -> str:
+    """Return the methods of the chosen trials: several, if the sweeps search the method."""
+    return " or ".join(dict.fromkeys(method_name(run.method) for run in runs))
 
 
 def _page(title: str, of: list[Repeat], runs: list[read_runs.Run], tested: list[dict]) -> str:
@@ -102,7 +123,7 @@ def _page(title: str, of: list[Repeat], runs: list[read_runs.Run], tested: list[
     synthetic = sum(bool(section(result, "data").get("synthetic")) for result in tested)
     content = (
         f"<header><h1>{escape(title)}</h1>{html.synthetic_notice(synthetic, len(runs))}</header>"
-        f"<section><h2>Mean and spread</h2>{repeats.table([(method_name(runs[0].method), tested)])}</section>"
+        f"<section><h2>Mean and spread</h2>{repeats.table([(_methods(runs), tested)])}</section>"
         f"<section><h2>Each sweep</h2>{html.table(head, body, 'The chosen trial of each sweep')}</section>"
     )
     return html.document(title, content, style.CSS)

@@ -23,6 +23,10 @@ FINISHED, FAILED, PRUNED = "finished", "failed", "pruned"
 _CHOOSE = "choose another --workdir"
 
 
+class NoneFinished(UserError):
+    """No trial of a sweep finished, so that none can be chosen."""
+
+
 def trial_dir(workdir: Path, number: int) -> Path:
     """Return a trial's folder, a workdir like that of a single run."""
     return workdir / "trials" / f"{number:03d}"
@@ -39,7 +43,8 @@ def chosen_dir(workdir: Path) -> Path:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}): rerun the sweep's command", path=path) from None
     if chosen is None:
-        raise UserError(f"no trial of {workdir} finished, so none was chosen: see the reasons in {path}", path=path)
+        message = f"no trial of {workdir} finished, so none was chosen: see the reasons in {path}"
+        raise NoneFinished(message, path=path)
     return trial_dir(workdir, chosen)
 
 

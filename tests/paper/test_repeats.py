@@ -33,8 +33,19 @@ def test_a_row_that_a_repeat_lacks_is_the_mean_of_the_others():
     (table,) = repeats.aggregate([_repeat(0.7, 3, more), _repeat(0.8, 3)])
     assert [row[0] for row in table.rows] == ["18-40", "chosen on paired"]
     assert table.rows[1][2].ours == 0.6 and math.isnan(table.rows[1][2].spread)
+    assert table.notes[1:] == ["chosen on paired: over 1 of 2 repeats; the others have no such row."]
     (table,) = repeats.aggregate([[_table([["a", "", Value(math.nan)]])], [_table([["a", "", Value(0.5)]])]])
     assert table.rows[0][2].ours == 0.5
+
+
+def test_a_row_without_a_number_in_one_repeat_stays_one_row():
+    """As where the choices for one of two tasks differ in one fold alone."""
+    first, second = (
+        _table([["chosen on paired", *numbers]]) for numbers in (["", Value(0.9)], [Value(0.7), Value(0.8)])
+    )
+    (table,) = repeats.aggregate([[first], [second]])
+    ((_, one, both),) = table.rows
+    assert one.ours == 0.7 and both.ours == pytest.approx(0.85)
 
 
 def test_every_format_shows_the_deviation(tmp_path):

@@ -169,3 +169,13 @@ def test_a_trial_that_does_not_match_the_shared_encoders_is_refused(frozen_confi
 def test_a_stopped_sweep_on_frozen_encoders_resumes_to_the_same_table(frozen_config, tmp_path, monkeypatch):
     specs = [*RATES, "dropout:uniform(0,0.5)", "seed:int(0,50)"]
     assert_resumes(frozen_config, tmp_path, monkeypatch, specs, 2, num_trials=3, store_class=trial_store.FileStore)
+
+
+def test_weights_of_losses_share_features(tiny_config):
+    """Only what the frozen encoders compute counts."""
+    key = frozen_encoders.features_key(tiny_config)
+    for name in tiny_config.loss:
+        tiny_config.loss[name] = "stay" if name == "weighting" else 0.5
+    assert frozen_encoders.features_key(tiny_config) == key
+    tiny_config.model.ehr_hidden += 1
+    assert frozen_encoders.features_key(tiny_config) != key

@@ -55,6 +55,28 @@ def test_every_fold_is_a_sweep_of_its_own_and_tests_its_own_patients(ehr_config,
         results.claim(tmp_path, ehr_config, "digest", {"algorithm": "random", "trials": []})
 
 
+def test_the_others_go_on_after_a_sweep_without_a_finished_trial(ehr_config, tmp_path, monkeypatch):
+    written, started = [], []
+    monkeypatch.setattr(repeats, "write", lambda of, workdir: written.append(of) or "")
+
+    def sweep(config, folder):
+        started.append(config.data.fold)
+        if config.data.fold == 0:
+            raise results.NoneFinished("no trial finished")
+
+    of = repeats.plan(0, 1, 3)
+    with pytest.raises(results.NoneFinished):
+        repeats.run(of, tmp_path, ehr_config, sweep)
+    assert started == [0, 1, 2] and written == [of[1:]]
+
+
+def test_a_fold_without_patients_is_refused_before_any_sweep(ehr_config, tmp_path):
+    started = []
+    with refused(field="config.data.folds", value=1000):
+        repeats.run(repeats.plan(0, 1, 1000), tmp_path, ehr_config, lambda *of: started.append(of))
+    assert not started
+
+
 @pytest.mark.parametrize("name", ["config.json", "sweep.json"])
 def test_a_folder_of_a_run_or_sweep_is_refused(tmp_path, name):
     (tmp_path / name).touch()
