@@ -16,6 +16,7 @@ from pathlib import Path
 from reliability import signals
 from reliability.signals import Attacked
 
+_PAGE = 4096  # bytes that a tmpfs gives a file at least
 _ROOM = 2**30  # bytes: enough for every command
 
 
@@ -45,7 +46,8 @@ def fill(attacked: Attacked, folder: Path, fractions: list[float], say: Callable
     process = signals.run(attacked, folder / "undisturbed")
     assert process.wait() == 0, (folder / "log").read_text()[-3000:]
     expected = attacked.content(folder / "undisturbed")
-    needed = sum(path.stat().st_size for path in (folder / "undisturbed").rglob("*") if path.is_file())
+    sizes = (path.stat().st_size for path in (folder / "undisturbed").rglob("*") if path.is_file())
+    needed = sum(-(-size // _PAGE) * _PAGE for size in sizes)  # a checkpoint has many small files
     for fraction in fractions:
         disk = folder / "disk"
         with mounted(disk, int(needed * fraction)):
