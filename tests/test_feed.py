@@ -73,7 +73,7 @@ def test_placement_on_the_device_trains_to_the_same_numbers_as_the_stream(
     _assert_equal(placed, streamed)
 
 
-@pytest.mark.parametrize("weighting", ["hour", "stay"])
+@pytest.mark.parametrize("weighting", [pytest.param("hour", marks=pytest.mark.slow), "stay"])
 def test_hourly_training_has_the_same_numbers_on_one_device_and_on_two_and_in_both_placements(
     hourly_config, weighting, monkeypatch
 ):

@@ -58,6 +58,7 @@ def test_the_options_are_those_of_a_run_with_the_default_config():
     assert program.run.options == run_lib.step_options(config, program.run.dataset, (), on)
 
 
+@pytest.mark.slow
 def test_the_step_computes_what_a_run_computes():
     jitted, args = compiled.train_step("cpu", dtype="float32", **_SMALL)
     program = programs.step(jax.local_devices(), programs.Sizes(dtype="float32", **_SMALL))

@@ -19,6 +19,7 @@ def _case(kind, **changes):
     return dataclasses.replace(_TINY[kind], **{"repeats": 1, **changes})
 
 
+@pytest.mark.slow
 def test_record_of_the_step_is_consistent():
     case = _case("step", max_buckets=2, num_batches=6, repeats=2)
     (row,) = step.measure(case)

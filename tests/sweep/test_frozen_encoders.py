@@ -90,6 +90,7 @@ def frozen_config(tiny_config, encoders):
     return tiny_config
 
 
+@pytest.mark.slow
 def test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model(frozen_config, encoders, tmp_path):
     """The config with another modality needs features of its own."""
     trials = [search.Trial(i, {"method": name}) for i, name in enumerate(registry.with_field("frozen_encoders"))]
