@@ -12,6 +12,7 @@ import numpy as np
 from medfuse_jax import config as config_lib
 from medfuse_jax import metrics, schema
 from medfuse_jax.runs import calibration, subgroups
+from medfuse_jax.runtime import files
 
 PROVENANCE = "simulated by tests/example_runs.py"
 
@@ -78,7 +79,7 @@ def write_training(workdir: Path, num_epochs: int = 20, seed: int = 0) -> int:
             val = {"val_loss": val_loss[i], "val_auroc": val_auroc[i]}
             for line in ({"phase": "train", **place, **train}, {"phase": "val", **place, **val}):
                 line["time_s"] = 30.0 * e
-                file.write(json.dumps(line) + "\n")
+                file.write(files.json_line(line))
     return int(epoch[val_auroc.argmax()])
 
 
@@ -104,7 +105,7 @@ def write_evaluation(
         has_ehr=np.full(len(labels), not schema.TASKS[task].cxr_only),
         has_cxr=has_cxr,
         age=data["age"].astype(np.float32),
-        **dict.fromkeys(schema.STATIC_TEXTS, np.full(len(labels), "unknown")),
+        **dict.fromkeys((*schema.STATIC_TEXTS, schema.RACE), np.full(len(labels), "unknown")),
         step=100 * best_epoch,
     )
     masks = {"all": np.ones_like(has_cxr)} | ({} if has_cxr.all() else {"paired": has_cxr, "unpaired": ~has_cxr})

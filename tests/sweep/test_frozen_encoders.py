@@ -103,7 +103,7 @@ def test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model(
         run = groups.open_program(together, trial, costs, groups._devices(together, [trial])).run
         score_BK = _scorer(run)(run.fresh_state())
         assert np.isfinite(score_BK).all()
-    assert cached == ["early", "joint", "joint_zeros", "joint_learnable", "medfuse", "medfuse"]
+    assert cached == ["early", "joint", "joint_zeros", "joint_learnable", "medfuse", "drfuse", "shaspec", "medfuse"]
     assert len(together.features) == 2 and costs.encode_s > 0
     whole = run_lib.open_run(together.config_of(trials[-1]), jax.local_devices()[:1])
     state, scorer = whole.fresh_state(), _scorer(whole)
