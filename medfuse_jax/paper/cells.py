@@ -49,8 +49,8 @@ class Value:
 
     @property
     def is_outside(self) -> bool:
-        """Whether our number lies outside the paper's interval."""
-        return self.paper is not None and self.paper.excludes(self.ours)
+        """Whether our number, if there is one, lies outside the paper's interval."""
+        return self.paper is not None and not math.isnan(self.ours) and self.paper.excludes(self.ours)
 
 
 @dataclasses.dataclass

@@ -50,7 +50,7 @@ def test_a_dry_run_names_the_seeds_and_folds(shards, tmp_path):
 
 @pytest.mark.slow
 def test_two_seeds_give_the_mean_and_spread_of_every_table(shards, tmp_path):
-    given = ("--preset=smoke", f"--data={shards}", "--tasks=mortality", "--methods=lstm", "--noestimate", "--trials=1")
+    given = ("--preset=smoke", f"--data={shards}", "--tasks=pheno", "--methods=lstm", "--noestimate", "--trials=1")
     _run(*given, f"--out={tmp_path}", "--seeds=2")
     whole, *each = (json.loads((tmp_path / of / "paper.json").read_text()) for of in ("", "seed0", "seed1"))
     rows = [next(t for t in content["tables"] if t["name"] == "table_1")["rows"] for content in (whole, *each)]
@@ -79,7 +79,8 @@ def test_the_command_trains_resumes_and_refuses_another_plan(shards, tmp_path):
     content = json.loads((out / "paper.json").read_text())
     assert {"table_1", "table_a1"} <= {t["name"] for t in content["tables"]} and content["synthetic"]
     rows = content["tables"][1]["rows"]
-    assert [row[0] for row in rows] == ["LSTM"] * 3 and 0 <= rows[0][3]["value"] <= 1
+    assert [row[0] for row in rows if "chosen on paired" not in row[0]] == ["LSTM"] * 3
+    assert all(0 <= row[3]["value"] <= 1 for row in rows)
 
     written = os.stat(checkpoint).st_mtime_ns
     (out / "index.html").unlink()

@@ -36,6 +36,7 @@ def test_a_row_that_a_repeat_lacks_is_the_mean_of_the_others():
     assert table.notes[-1:] == ["chosen on paired: over 1 of 2 repeats; the others have no such row."]
     (table,) = repeats.aggregate([[_table([["a", "", Value(math.nan)]])], [_table([["a", "", Value(0.5)]])]])
     assert table.rows[0][2].ours == 0.5
+    assert not Value(math.nan, paper=_PAPER).is_outside and Value(0.6, paper=_PAPER).is_outside
 
 
 def test_a_row_without_a_number_in_one_repeat_stays_one_row():
