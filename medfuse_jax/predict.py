@@ -9,7 +9,6 @@ Shapes: N scored records, K labels.
 
 import csv
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +19,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, parallel, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import folds
-from medfuse_jax.data.dataset import open_dataset
+from medfuse_jax.data.dataset import open_dataset, open_splits
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
 from medfuse_jax.runs import inputs
@@ -123,12 +122,8 @@ def _score(run: run_lib.Run, state, split: str) -> dict[str, np.ndarray]:
 
 def _dicom_ids(run: run_lib.Run, split: str, record_N: np.ndarray) -> np.ndarray:
     """Return the X-rays' names, which only the records have."""
-    of = (run.config.data.dir, run.config.task)
-    opened: dict[str, Sequence] = {name: records.open_split(*of, name, ("dicom_id",)) for name in schema.SPLITS}
-    if fold := folds.of_config(run.config):
-        index = {name: records.index(*of, name) for name in schema.SPLITS}
-        opened = folds.take_records(opened, folds.places(index, fold, records.task_dir(*of)))
-    return np.array([opened[split][i]["dicom_id"] for i in record_N.tolist()])
+    opened = open_splits(run.config.data.dir, run.config.task, folds.of_config(run.config), ("dicom_id",))[split]
+    return np.array([opened[i]["dicom_id"] for i in record_N.tolist()])
 
 
 def check_out(path: Path) -> None:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     folder = Path(given.out) if given.out else workdir / "attributions"
     os.umask(0o077)  # one patient's data, also while it is being written
     with files.must_write(f"--out={folder}"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"stay_{found.stay_id}.html"
         files.write_text(path, page.write(found))
         with files.written_whole(path.with_suffix(".npz")) as unfinished:
@@ -35,8 +35,6 @@ def main(argv: list[str]) -> None:
                 channels=np.array(schema.CHANNELS),
                 **{name: value for name, value in vars(found).items() if value is not None},
             )
-        for written in (path, path.with_suffix(".npz")):
-            written.chmod(0o600)
     print(f"{found.label}: {found.score:.3f} in logits, {found.baseline:.3f} with an average series")
     print(f"written, with one patient's data: {path}, {path.with_suffix('.npz')}")
 

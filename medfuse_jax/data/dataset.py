@@ -170,8 +170,7 @@ def open_dataset(
         hours = {split: hours_lib.of(of, *options) for split, of in read.items()}
     for split, of in hours.items():  # an X-ray that no hour sees is none
         index[split]["has_cxr"] = of.image_count_N > 0
-    splits: dict[str, Sequence] = {s: records.open_split(data_dir, task, s, _READ) for s in schema.SPLITS}
-    splits = folds.take_records(splits, place) if place else splits
+    splits = _open_splits(data_dir, task, place, _READ)
     for split, part in splits.items():
         if len(part) != len(index[split]["stay_id"]):
             raise UserError(
@@ -237,6 +236,16 @@ def indices(data_dir: str | Path, task: str, fold: folds.Fold | None) -> dict[st
     return _index(data_dir, task, fold)[0]
 
 
+def open_splits(data_dir: str | Path, task: str, fold: folds.Fold | None, only: tuple[str, ...]) -> dict[str, Sequence]:
+    """Return the records (records.open_split) of each split, in the order of `indices`. only: the fields to decode."""
+    return _open_splits(data_dir, task, _index(data_dir, task, fold)[1] if fold else {}, only)
+
+
+def _open_splits(data_dir: str | Path, task: str, place: dict, only: tuple[str, ...]) -> dict[str, Sequence]:
+    splits: dict[str, Sequence] = {s: records.open_split(data_dir, task, s, only) for s in schema.SPLITS}
+    return folds.take_records(splits, place) if place else splits
+
+
 def _index(data_dir: str | Path, task: str, fold: folds.Fold | None) -> tuple[dict, dict]:
     """Return the index of each split, and the places of a fold's records; {} for the shards' own splits."""
     index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
@@ -250,8 +259,7 @@ def _fold_statistics(data_dir: str, task: str, digest: str, fold: folds.Fold) ->
 
     digest: of the shards. The first call of a process for a fold reads its training stays.
     """
-    stored = {split: records.open_split(data_dir, task, split, ("ehr",)) for split in schema.SPLITS}
-    train = folds.take_records(stored, _index(data_dir, task, fold)[1])["train"]
+    train = open_splits(data_dir, task, fold, ("ehr",))["train"]
     return records.train_statistics(train[i]["ehr"] for i in range(len(train)))
 
 
