@@ -169,6 +169,15 @@ def reached(workdir: Path) -> tuple[int, Progress]:
     return _check_best(folder, steps, progress), progress
 
 
+def is_best(workdir: Path, state, progress: Progress) -> bool:
+    """Return whether the best checkpoint, as its note says, is this state with this progress."""
+    folder = workdir / "checkpoints"
+    with contextlib.suppress(UserError):
+        note = _note(folder, reached(workdir)[0])
+        return _progress(note) == progress and note["state_sha256"] == _digest(state)
+    return False
+
+
 def any_saved(workdir: Path) -> bool:
     """Return whether there is a checkpoint to resume from, without creating a folder."""
     return bool(_steps(workdir / "checkpoints"))

@@ -183,11 +183,10 @@ def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
     run, store = run_lib.open_run(config, jax.local_devices()[:1]), trial_store.FileStore(workdir)
     is_part = can_cache(config, encoders)
     state, progress = store.best((with_features(run, {}) if is_part else run).abstract_state())
-    with contextlib.suppress(UserError):
-        if checkpoints.reached(workdir)[1] == progress:
-            return
     if is_part:
         state = _with_encoders(state, warm_start.begin(run.fresh_state(), encoders))
+    if checkpoints.is_best(workdir, state, progress):
+        return
     # Existing checkpoints come from an earlier export; state.npz may be newer.
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
