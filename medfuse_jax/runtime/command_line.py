@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from medfuse_jax.runtime import files, watchdog
+from medfuse_jax.runtime import allocator, files, watchdog
 from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full, is_out_of_memory, of_a_path, of_file
 
 # Flags of any command that name a local folder.
@@ -41,6 +41,7 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
                 watchdog.leave(line, status(error))
             raise
 
+    allocator.limit_arenas()
     watchdog.start(in_one_line(watchdog.Stopped(), resumes))
     threading.excepthook = _report_thread
     try:
