@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,16 +26,22 @@ from medfuse_jax.runtime import compilation, hosts, watchdog
 from medfuse_jax.runtime.errors import UserError
 
 
+class TakenOver(Exception):
+    """Another process trains this run now."""
+
+
 def train(
     run: run_lib.Run,
     workdir: Path,
     encoders: dict[str, tuple[Path, run_lib.Run]] | None = None,
+    is_ours: Callable[[], bool] = lambda: True,
 ) -> None:
     """Train one run to its end, resuming from its latest checkpoint.
 
     Write metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the latest) into the workdir,
-    and profile/ if config.profile_steps is set. encoders: 'ehr' and 'cxr' -> the finished run to start from.
-    Raise UserError if a checkpoint cannot be read or the loss is not finite.
+    and profile/ if config.profile_steps is set. encoders: 'ehr' and 'cxr' -> the finished run to start from. is_ours:
+    False if another process has taken the run over; asked before anything is written.
+    Raise UserError if a checkpoint cannot be read or the loss is not finite; TakenOver.
     """
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
         resumed = checkpoints.resume(manager, run.abstract_state())
@@ -47,17 +54,17 @@ def train(
             state = warm_start.begin(run.fresh_state(), encoders or {})
             progress = Progress(learning_rate=run.config.learning_rate)
         if not progress.is_finished(run.config):
-            _loop(run, workdir, manager, state, progress)
+            _loop(run, workdir, manager, state, progress, is_ours)
 
 
-def pretrain(stages: dict[str, tuple[Path, run_lib.Run]], by_sweep: bool = False) -> None:
-    """Train the given pre-training stages, each in its folder. by_sweep: see `workdir.claim`."""
+def pretrain(stages: dict[str, tuple[Path, run_lib.Run]], by_sweep: bool = False, **options) -> None:
+    """Train the given pre-training stages, each in its folder. by_sweep: see `workdir.claim`. options: of `train`."""
     for folder, staged in stages.values():
         workdir_lib.claim(folder, staged, by_sweep)
-        train(staged, folder)
+        train(staged, folder, **options)
 
 
-def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -> None:
+def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress, is_ours: Callable[[], bool]) -> None:
     config = run.config
     state = parallel.replicate(state, run.devices)
     run = feed_lib.place(run)
@@ -90,6 +97,10 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
             """Return the time on a clock that stops while XLA compiles, so that rates cover steps and tracing only."""
             return time.perf_counter() - compiled.seconds
 
+        def check_ours() -> None:
+            if not is_ours():
+                raise TakenOver(f"another process trains {workdir}")
+
         _profile(profile, profiled, workdir, step, state)
         while not progress.is_finished(config):
             epoch = progress.epoch + 1
@@ -111,13 +122,16 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress) -
                 _profile(profile, profiled, workdir, step, state)
                 must_stop = hosts.must_stop()
                 if must_stop and step < epoch_end:
+                    check_ours()
                     check_finite(losses[-1], step, config)
                     progress.add(losses)
                     _stop(manager, state, progress, config)
                 if step < epoch_end and _saves_at(step, config):
+                    check_ours()
                     check_finite(losses[-1], step, config)  # never save weights that are not finite
                     progress.add(losses)
                     checkpoints.save(manager, state, progress, is_best=False)
+            check_ours()
             speed = ""
             if losses:  # empty if a signal came before this epoch was validated: its training is logged already
                 check_finite(losses[-1], step, config)

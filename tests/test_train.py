@@ -98,6 +98,14 @@ def test_a_signal_at_any_point_of_an_epoch_costs_nothing(ehr_config, tmp_path, m
     assert rows_a == rows_b
 
 
+def test_a_run_that_another_process_has_taken_over_writes_nothing_more(ehr_config, tmp_path):
+    still_ours = iter([True, False])  # at the end of the first epoch, and of the second
+    with pytest.raises(train.TakenOver):
+        _train(ehr_config, tmp_path, is_ours=lambda: next(still_ours))
+    assert [line["epoch"] for line in _lines(tmp_path)] == [1, 1]
+    assert _latest(ehr_config, tmp_path)[1].epoch == 1
+
+
 @pytest.mark.parametrize("placement", [pytest.param("stream", marks=pytest.mark.slow), "device"])
 @pytest.mark.slow
 def test_a_trace_of_the_wanted_steps_is_written(tiny_config, tmp_path, monkeypatch, placement):

@@ -133,9 +133,11 @@ def _pretrain(stages: dict, leases: leases_lib.Leases, costs: Costs) -> None:
         workdir_lib.claim(folder, staged, by_sweep=True)
     with costs.timed("pretrain_s"):
         for name in leases.claimed(claim, missing, "encoders"):
-            train.pretrain({name: stages[name]}, by_sweep=True)
-            results.write_json(stages[name][0] / "trained.json", {})
-            leases.release(f"pretrain_{name}")
+            is_ours = functools.partial(leases.holds, f"pretrain_{name}")
+            with contextlib.suppress(train.TakenOver):  # which `holds` has said
+                train.pretrain({name: stages[name]}, by_sweep=True, is_ours=is_ours)
+                results.write_json(stages[name][0] / "trained.json", {})
+                leases.release(f"pretrain_{name}")
 
 
 def _train(sweep: groups.Sweep, rounds: Iterable[list[search.Trial]], costs: Costs) -> list[search.Trial]:

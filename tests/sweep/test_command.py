@@ -16,7 +16,7 @@ from refusals import refused
 from sweep_cases import PRETRAIN, RATES, assert_as_alone, best_state, read_lines, stop_at_save, sweep
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import evaluate, records
+from medfuse_jax import evaluate, records, train
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import device_store
 from medfuse_jax.runs import sources
@@ -233,7 +233,7 @@ def _skip_training(monkeypatch, pretrained, configs=None):
             if configs is not None:
                 configs.append(sweep.config_of(trial))
 
-    monkeypatch.setattr(command.train, "pretrain", lambda stages, by_sweep: pretrained.extend(stages))
+    monkeypatch.setattr(command.train, "pretrain", lambda stages, **options: pretrained.extend(stages))
     monkeypatch.setattr(groups, "train_group", train_group)
     monkeypatch.setattr(command, "_conclude", lambda sweep, trials, exported: (sweep.workdir / "sweep.csv").touch())
 
@@ -261,6 +261,24 @@ def test_encoders_that_added_trials_need_are_trained(tiny_config, tmp_path, monk
     (tmp_path / "pretrain_cxr" / "trained.json").unlink()
     sweep(tiny_config, tmp_path, specs, num_trials=2)
     assert sorted(trained) == ["cxr", "cxr", "ehr"]
+
+
+def test_encoders_that_another_process_has_taken_over_are_left_to_it(tiny_config, tmp_path, monkeypatch):
+    """As after a suspension: the lease has another owner, which finishes the encoder."""
+    tiny_config.pretrain.update(PRETRAIN)
+    _skip_training(monkeypatch, [])
+
+    def pretrain(stages, by_sweep, is_ours):
+        ((name, (folder, _)),) = stages.items()
+        assert is_ours()
+        (tmp_path / "leases" / f"pretrain_{name}.1").write_text("of the other process")
+        assert not is_ours()
+        (folder / "trained.json").write_text("{}")
+        raise train.TakenOver
+
+    monkeypatch.setattr(command.train, "pretrain", pretrain)
+    sweep(tiny_config, tmp_path, RATES, num_trials=2)
+    assert (tmp_path / "sweep.csv").exists()
 
 
 @pytest.mark.parametrize(

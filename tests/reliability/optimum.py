@@ -1,0 +1,132 @@
+"""Train on a large synthetic cohort, whose best reachable AUROC is known: is what is there found, and nothing else?
+
+    PYTHONPATH=.:tests python -m reliability.optimum --dir=DIR [--stays=40000] [--runs=lstm,cxr,medfuse] [--json=FILE]
+
+Prints one line a run as it ends; rerun the command to go on with the others. docs/reliability.md has the result.
+
+A run's scores are judged by the true probabilities of the labels (data_prep/synthetic/signal.py): the expected AUROC,
+without the noise of the labels drawn. Shapes: N test stays, K labels.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from sweep_commands import ROOT
+
+from data_prep import build
+from data_prep.synthetic import draw, signal, tree
+
+SHARE = 0.19  # of the stays with an X-ray, as in MIMIC
+_ENCODERS = ("--config.init.ehr={dir}/runs/lstm", "--config.init.cxr={dir}/runs/cxr")
+_TUNED = (
+    *_ENCODERS,
+    *("--config.model.freeze_encoders=False", "--config.num_epochs=4", "--config.learning_rate=5e-4"),
+)
+NO_SIGNAL = "no_signal"  # of a cohort whose phenotypes depend on nothing
+RUNS = {  # name -> flags of `main` beside configs/demo.py, in the order in which they need each other
+    "lstm": (
+        *("--config.method=uni_ehr", "--config.batch_size=32", "--config.learning_rate=2e-3"),
+        *("--config.model.freeze_encoders=False", "--config.num_epochs=8"),
+    ),
+    "cxr": (
+        *("--config.method=uni_cxr", "--config.task=radiology", "--config.learning_rate=2e-3"),
+        *("--config.model.freeze_encoders=False", "--config.num_epochs=20"),
+    ),
+    "medfuse": (*_ENCODERS, "--config.num_epochs=8"),
+    **{
+        f"{norm}_{share}": (*_TUNED, f"--config.model.batch_norm={norm}", f"--config.data.ehr_only_ratio={share}")
+        for share in (0.0, 0.18, 1.0)  # 16, 9 and 3 X-rays in a batch of 16
+        for norm in ("batch", "frozen")
+    },
+    NO_SIGNAL: (),
+}
+
+
+def expected(raw: Path, task: str, predictions: dict) -> dict:
+    """Return the expected AUROC of a run's scores, and the best there is, of all stays and those with an X-ray.
+
+    predictions: as in predictions_test.npz. Of each group of labels too: signal.Rule.group. 'best' has both modalities
+    where there is an X-ray; 'best_ehr' and 'best_cxr' have one.
+    """
+    truth = pl.DataFrame({"stay_id": predictions["stay_id"]}).join(
+        pl.read_csv(raw / "truth.csv.gz"), on="stay_id", how="left", maintain_order="left"
+    )
+    vitals = truth.select([f"vital_{name}" for name in signal.VITAL_LATENTS]).to_numpy()
+    image = truth.select([f"image_{name}" for name in draw.IMAGE_LATENTS]).to_numpy()
+    by_input = signal.probabilities(task, vitals, image)
+    has_cxr_N = predictions["has_cxr"]
+    best_NK = np.where(has_cxr_N[:, None], by_input["both"], by_input["ehr_only"])
+    found = {}
+    for subset, rows in (("all", np.full(len(truth), True)), ("paired", has_cxr_N), ("unpaired", ~has_cxr_N)):
+        if not rows.any():
+            continue
+        scores = {"found": predictions["scores"], "best": best_NK, "best_ehr": by_input["ehr_only"]}
+        if subset == "paired":
+            scores["best_cxr"] = by_input["cxr_only"]
+        auroc = {name: _by_group(task, by_input["both"][rows], score_NK[rows]) for name, score_NK in scores.items()}
+        found[subset] = {"num_stays": int(rows.sum()), **auroc}
+    return found
+
+
+def _by_group(task: str, true_p_NK: np.ndarray, score_NK: np.ndarray) -> dict[str, float]:
+    """Return the mean expected AUROC of all labels, 'macro', and of each group of labels."""
+    of_label: dict[str, list[float]] = {"macro": []}
+    for rule, true_p_N, score_N in zip(signal.RULES[task], true_p_NK.T, score_NK.T, strict=True):
+        auroc = signal.expected_auroc(true_p_N, score_N)
+        for name in ("macro", rule.group):
+            of_label.setdefault(name, []).append(auroc)
+    return {name: round(float(np.mean(of)), 4) for name, of in of_label.items()}
+
+
+def cohort(folder: Path, num_stays: int, scale: float) -> Path:
+    """Write and build a cohort, unless it is there; return the folder of its shards. scale: see signal.SCALE."""
+    signal.SCALE = scale
+    raw, shards = folder / "raw", folder / "shards"
+    tree.write(raw, num_stays=num_stays, seed=7, cxr_fraction=SHARE, images_per_stay=0.25)
+    tasks = ["pheno", "mortality", "radiology"]
+    build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards, tasks=tasks)
+    return shards
+
+
+def train(shards: Path, workdir: Path, flags: list[str]) -> None:
+    """Run `main` to its end; what it prints goes to stderr."""
+    command = [sys.executable, "-m", "medfuse_jax.main", "--config=configs/demo.py", "--config.model.ehr_hidden=128"]
+    command += [f"--config.data.dir={shards}", f"--workdir={workdir}", *flags]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+
+
+def judge(raw: Path, workdir: Path) -> dict:
+    with np.load(workdir / "predictions_test.npz") as stored:
+        found = expected(raw, "pheno", {name: stored[name] for name in ("stay_id", "scores", "has_cxr")})
+    measured = json.loads((workdir / "result.json").read_text())["subsets"]["all"]
+    return found | {"measured": {name: measured[name] for name in ("auroc_macro", "auroc_macro_ci")}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--stays", type=int, default=40_000)
+    parser.add_argument("--runs", default=",".join(RUNS), help="which runs, with commas between")
+    parser.add_argument("--json", type=Path, help="where to write the result too")
+    given = parser.parse_args()
+    folder, scale, result = given.dir.absolute(), signal.SCALE, {}
+    for name in given.runs.split(","):
+        is_empty = name == NO_SIGNAL
+        of = folder / name if is_empty else folder
+        shards = cohort(of, given.stays // 4, 0.0) if is_empty else cohort(of, given.stays, scale)
+        workdir = of / "runs" / name
+        train(shards, workdir, [flag.format(dir=folder) for flag in RUNS[name]])
+        if name != "cxr":
+            result[name] = judge(of / "raw", workdir)
+            print(json.dumps({name: result[name]}), flush=True)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
