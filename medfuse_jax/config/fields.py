@@ -26,6 +26,7 @@ from medfuse_jax import schema
 from medfuse_jax.models import registry
 
 PRETRAIN_STAGES = ("ehr", "cxr")
+CXR_ENCODERS = ("resnet34", "resnet50")
 INFINITY = float("inf")
 
 
@@ -107,8 +108,13 @@ FIELDS = {
     "model.ehr_hidden": Field(256, "units of each LSTM layer of the EHR encoder", low=1, high=2**13),
     "model.fusion_hidden": _training(512, "units of the fusion LSTM", low=1, high=2**13),
     "model.dropout": _training(0.3, "dropout rate of the EHR features", low=0, high=0.99),
-    "model.resnet_stage_sizes": Field((3, 4, 6, 3), "blocks of each ResNet stage; (3, 4, 6, 3) is ResNet-34"),
-    "model.resnet_width": Field(64, "channels of the first ResNet stage", low=1, high=2**10),
+    "model.cxr_encoder": Field(
+        "resnet34", "encoder of X-rays: the kind of a ResNet's blocks, basic or bottleneck", choices=CXR_ENCODERS
+    ),
+    "model.resnet_stage_sizes": Field(
+        (3, 4, 6, 3), "blocks of each ResNet stage; (3, 4, 6, 3) is that of ResNet-34 and ResNet-50"
+    ),
+    "model.resnet_width": Field(64, "channels of the first ResNet stage; ResNet-50: a quarter", low=1, high=2**10),
     "model.batch_norm": _fusion(
         "batch", "statistics in training: of the 'batch', or 'frozen' pre-trained ones", choices=("batch", "frozen")
     ),

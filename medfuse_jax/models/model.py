@@ -76,10 +76,10 @@ class Inputs:
 class Model(nn.Module):
     """Base class of all methods. A method builds its layers in `setup` and computes its outputs in `forward`.
 
-    num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs are float32.
-    frozen_stats: batch normalisation uses its running statistics in training too, and does not update them.
-    recurrence: the EHR encoder's LSTM kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: the forms in which the encoders
-    compute, see `resnet.ops_for`.
+    num_labels: K. cxr_kind: of the X-ray encoder, a key of `resnet.BLOCKS`. dtype: of the encoders' products;
+    parameters, statistics, heads and outputs are float32. frozen_stats: batch normalisation uses its running statistics
+    in training too, and does not update them. recurrence: the EHR encoder's LSTM kernel, one of
+    `ehr_encoder.LSTM_KERNELS`. ops: the forms in which the encoders compute, see `resnet.ops_for`.
     """
 
     # The modalities that the method reads: the input pipeline leaves out the others.
@@ -104,6 +104,7 @@ class Model(nn.Module):
     ehr_hidden: int = 256
     fusion_hidden: int = 512
     dropout: float = 0.3
+    cxr_kind: str = "resnet34"
     resnet_stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
     resnet_width: int = 64
     dtype: jnp.dtype = jnp.float32
@@ -120,11 +121,12 @@ class Model(nn.Module):
         return ehr_encoder.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence, self.ops)
 
     def new_cxr_encoder(self) -> resnet.ResNet:
-        return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats, self.ops)
+        sizes = (self.resnet_stage_sizes, self.resnet_width)
+        return resnet.ResNet(*sizes, self.dtype, self.frozen_stats, self.ops, self.cxr_kind)
 
     @property
     def num_cxr_features(self) -> int:
-        return self.resnet_width * 2 ** (len(self.resnet_stage_sizes) - 1)
+        return resnet.num_features(self.cxr_kind, self.resnet_stage_sizes, self.resnet_width)
 
     def forward(self, batch: Inputs) -> dict:
         """Return 'logits' [B, K] and the method's other outputs."""

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from model_cases import NUM_LABELS, batch, dense, equations, fast_jit, random_variables, shapes, tiny_model
 
+from medfuse_jax import config as config_lib
 from medfuse_jax import schema
-from medfuse_jax.models import registry
+from medfuse_jax.models import registry, resnet
 from medfuse_jax.models.model import Inputs, ProjectedModel, init_variables, linear
 from medfuse_jax.report import read_runs
 from medfuse_jax.runtime.errors import UserError
@@ -104,6 +105,23 @@ def test_parameter_counts_are_golden(method):
     params = shapes(registry.build(method, num_labels))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == _PARAMETERS[method]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_resnet_50_adds_its_own_parameters_and_a_wider_projection():
+    params = shapes(registry.build("medfuse", 25, cxr_kind="resnet50"))["params"]
+    of_encoders = 23_508_032 - 21_284_672
+    assert sum(x.size for x in jax.tree.leaves(params)) == _PARAMETERS["medfuse"] + of_encoders + (2048 - 512) * 256
+
+
+@pytest.mark.parametrize("method", _WITH_IMAGE)
+def test_every_method_reads_the_wider_features_of_a_resnet_50(method):
+    model = tiny_model(method, cxr_kind="resnet50")
+    variables = shapes(model)
+    assert jax.eval_shape(lambda v: model.apply(v, **batch()), variables)["logits"].shape == (4, NUM_LABELS)
+
+
+def test_the_config_offers_every_encoder():
+    assert set(resnet.BLOCKS) == set(config_lib.FIELDS["model.cxr_encoder"].choices)
 
 
 def test_every_method_has_its_golden_count():
