@@ -14,7 +14,7 @@ from medfuse_jax import step as step_lib
 from medfuse_jax.data import missing
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.data.modalities import loading
-from medfuse_jax.report import terminal
+from medfuse_jax.report import read_runs, terminal
 from medfuse_jax.runs import calibration, checkpoints, predictions, result, robustness, sources
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
@@ -166,6 +166,9 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
     config = run.config
     manifest = records.manifest(config.data.dir, config.task)
     optional = {"modalities": loading.listed(config.model.modalities), "head": what.head, "dropped": what.dropped}
+    optional |= {
+        name: config.model[name] for name in read_runs.ENCODERS if config.model[name] in read_runs.ENCODERS[name]
+    }
     optional["images"] = "" if config.data.images == "last" else config.data.images
     return {
         "name": config.name,

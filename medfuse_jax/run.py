@@ -198,6 +198,7 @@ def _build_model(
         ehr_hidden=config.model.ehr_hidden,
         fusion_hidden=config.model.fusion_hidden,
         dropout=config.model.dropout,
+        ehr_kind=config.model.ehr_encoder,
         cxr_kind=config.model.cxr_encoder,
         resnet_stage_sizes=tuple(config.model.resnet_stage_sizes),
         resnet_width=config.model.resnet_width,

@@ -53,9 +53,17 @@ def _assert_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=_TOLERANCE), a[0].params, b[0].params)
 
 
-@pytest.mark.parametrize(("method", "one_call"), [("medfuse", True), ("metra", False), ("healnet", False)])
-def test_steps_of_attention_over_padding_have_their_own_padded_length(config, method, one_call):
-    config.method, config.placement = method, "device"
+@pytest.mark.parametrize(
+    ("method", "encoder", "one_call"),
+    [
+        ("medfuse", "lstm", True),
+        ("metra", "lstm", False),
+        ("healnet", "lstm", False),
+        ("medfuse", "transformer", False),
+    ],
+)
+def test_steps_of_attention_over_padding_have_their_own_padded_length(config, method, encoder, one_call):
+    config.method, config.placement, config.model.ehr_encoder = method, "device", encoder
     opened = feed.open_feed(feed.place(_open(config)), one_call=True)
     assert opened.func is (feed._calls if one_call else feed._steps)
 

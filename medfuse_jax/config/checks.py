@@ -131,6 +131,8 @@ def _check_method(config: ConfigDict) -> None:
                 field=f"config.{field}",
                 value=value,
             )
+    if model.ehr_encoder != "lstm":
+        _check_needs_no_lstm(config)
     if model.modalities:
         from medfuse_jax.data.modalities import loading  # late: imports flax
 
@@ -172,6 +174,14 @@ def _check_causal(config: ConfigDict) -> None:
             field="config.method",
             value=config.method,
         )
+
+
+def _check_needs_no_lstm(config: ConfigDict) -> None:
+    """Refuse a method that acts within the LSTM."""
+    if reason := registry.METHODS[config.method].model_class.needs_lstm:
+        value = config.model.ehr_encoder
+        what = f"config.model.ehr_encoder is {value!r}, and the method {config.method!r} {reason}: use 'lstm'"
+        raise UserError(what, field="config.model.ehr_encoder", value=value, nearest="lstm")
 
 
 def _check_all_images(config: ConfigDict) -> None:

@@ -105,7 +105,10 @@ FIELDS = {
     "image.rotation_deg": Field(45.0, "largest rotation either way in training", low=0, high=180),
     "image.scale": Field((0.85, 1.15), "smallest and largest scale in training, between 0.1 and 10"),
     "image.translation": Field(0.15, "largest translation in training, as a fraction of the side", low=0, high=1),
-    "model.ehr_hidden": Field(256, "units of each LSTM layer of the EHR encoder", low=1, high=2**13),
+    "model.ehr_encoder": Field(
+        "lstm", "encoder of series: two LSTM layers, or two of a causal transformer", choices=("lstm", "transformer")
+    ),
+    "model.ehr_hidden": Field(256, "units of each layer of the EHR encoder", low=1, high=2**13),
     "model.fusion_hidden": _training(512, "units of the fusion LSTM", low=1, high=2**13),
     "model.dropout": _training(0.3, "dropout rate of the EHR features", low=0, high=0.99),
     "model.cxr_encoder": Field(

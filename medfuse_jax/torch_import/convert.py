@@ -38,6 +38,9 @@ def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **o
 
 def fill(model: Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
     """Return the variables of a model that `registry.build` made for `method`. Raise UserError as `load` does."""
+    if model.uses_ehr and model.ehr_kind != "lstm":
+        what = f"config.model.ehr_encoder is {model.ehr_kind!r}; the released models have an LSTM: use 'lstm'"
+        raise UserError(what, field="config.model.ehr_encoder", value=model.ehr_kind, nearest="lstm")
     state_dict = unwrapped(state_dict)
     stages, kind = model.resnet_stage_sizes, model.cxr_kind
     rows = table(method, stages, getattr(model, "missing", ""), kind)
