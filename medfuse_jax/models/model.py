@@ -7,7 +7,7 @@ of each hour, and so needs no code of its own.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -78,10 +78,10 @@ class Model(nn.Module):
     """Base class of all methods. A method builds its layers in `setup` and computes its outputs in `forward`.
 
     num_labels: K. ehr_kind: of the EHR encoder, 'lstm' or 'transformer'. cxr_kind: of the X-ray encoder, a key of
-    `resnet.BLOCKS`. dtype: of the encoders' products; parameters, statistics, heads and outputs are float32.
-    frozen_stats: batch normalisation uses its running statistics in training too, and does not update them. recurrence:
-    the LSTM's kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: the forms in which the encoders compute, see
-    `resnet.ops_for`.
+    `resnet.BLOCKS`, or 'features' for none: X-rays come as given_features numbers each, computed elsewhere. dtype: of
+    the encoders' products; parameters, statistics, heads and outputs are float32. frozen_stats: batch normalisation
+    uses its running statistics in training too, and does not update them. recurrence: the LSTM's kernel, one of
+    `ehr_encoder.LSTM_KERNELS`. ops: the forms in which the encoders compute, see `resnet.ops_for`.
     """
 
     # The modalities that the method reads: the input pipeline leaves out the others.
@@ -99,6 +99,8 @@ class Model(nn.Module):
     not_causal: ClassVar[str] = "is not known to be causal (models/model.py)"
     # Why the method needs the layers of the LSTM; '' if any encoder of series will do.
     needs_lstm: ClassVar[str] = ""
+    # Why the method needs the feature maps of a ResNet; '' if features will do.
+    needs_maps: ClassVar[str] = ""
     # Whether evaluation scores every image of a dense batch, regardless of has_cxr.
     scores_every_image = False
 
@@ -108,6 +110,7 @@ class Model(nn.Module):
     dropout: float = 0.3
     ehr_kind: str = "lstm"
     cxr_kind: str = "resnet34"
+    given_features: int = 0
     resnet_stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
     resnet_width: int = 64
     dtype: jnp.dtype = jnp.float32
@@ -131,12 +134,18 @@ class Model(nn.Module):
             return ehr_transformer.EhrTransformer(self.ehr_hidden, self.dropout, self.dtype)
         return ehr_encoder.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence, self.ops)
 
-    def new_cxr_encoder(self) -> resnet.ResNet:
+    def new_cxr_encoder(self) -> Any:
+        """Return the ResNet; None if X-rays come as features."""
+        if self.cxr_kind == "features":
+            assert not self.needs_maps, "checked by config.validate"
+            return None
         sizes = (self.resnet_stage_sizes, self.resnet_width)
         return resnet.ResNet(*sizes, self.dtype, self.frozen_stats, self.ops, self.cxr_kind)
 
     @property
     def num_cxr_features(self) -> int:
+        if self.cxr_kind == "features":
+            return self.given_features
         return resnet.num_features(self.cxr_kind, self.resnet_stage_sizes, self.resnet_width)
 
     def forward(self, batch: Inputs) -> dict:
@@ -172,7 +181,8 @@ class Model(nn.Module):
         none, and image_time_h [P], when each was taken, in hours since the stay began.
         Dense images (image_row None): P = B, and has_cxr bool [B] says which rows have an image; images of other rows
         affect no statistic, gradient or output.
-        ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, instead of ehr and image.
+        ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, or of X-rays computed elsewhere, instead
+        of ehr and image.
         train: use batch statistics and dropout. dropout_rows int [B], the rows' ids in the whole batch, seed its masks.
         axis_name: the devices' axis. extra: name -> values [B, ...] of further modalities, NaN in rows without any.
         hour_step int [B, H]: score every hour of an hourly task, from its number of first time steps; image_hour int
@@ -293,17 +303,19 @@ def init_variables(model: Model, key: jax.Array, extra: dict | None = None) -> d
     An `rbg` key compiles faster than a threefry key.
     """
     # lazy_init traces the forward pass without compiling it.
-    return model.lazy_init(key, **_smallest_inputs(extra))
+    return model.lazy_init(key, **_smallest_inputs(model, extra))
 
 
 def variable_shapes(model: Model, extra: dict | None = None) -> dict:
     """Return the shapes and types of what `init_variables` returns, computing nothing, in half of its time."""
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    return jax.eval_shape(model.init, key, **_smallest_inputs(extra))
+    return jax.eval_shape(model.init, key, **_smallest_inputs(model, extra))
 
 
-def _smallest_inputs(extra: dict | None) -> dict:
+def _smallest_inputs(model: Model, extra: dict | None) -> dict:
     """Return shapes of inputs: no parameter's shape depends on the size of a batch, a series or an image."""
     ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(schema.CHANNELS)), jnp.float32)
-    image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
-    return {"ehr": ehr_BTF, "image": image_PHW} | ({"extra": extra} if extra else {})
+    image = {"image": jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)}
+    if model.cxr_kind == "features":
+        image = {"cxr_features": jax.ShapeDtypeStruct((1, model.given_features), jnp.float32)}
+    return {"ehr": ehr_BTF} | image | ({"extra": extra} if extra else {})

@@ -14,6 +14,7 @@ from medfuse_jax.models.transformer import grid_positions, positions
 class SequenceModel(ProjectedModel):
     """Base class of these fusions."""
 
+    needs_maps = "reads every cell of a ResNet's feature maps"
     reads_series = True
     pays_for_padding = True
 

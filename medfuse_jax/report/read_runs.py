@@ -24,7 +24,10 @@ _ENSEMBLE_NAMES = {
     "ensemble": "Ensemble, by X-ray",
 }
 # Fields of a result, for encoders that are not the paper's: value -> name.
-ENCODERS = {"ehr_encoder": {"transformer": "transformer"}, "cxr_encoder": {"resnet50": "ResNet-50"}}
+ENCODERS = {
+    "ehr_encoder": {"transformer": "transformer"},
+    "cxr_encoder": {"resnet50": "ResNet-50", "features": "given features"},
+}
 _USUAL = {"ehr_encoder": "LSTM", "cxr_encoder": "ResNet"}  # as methods' titles call them
 SUBSETS = ("all", "paired", "unpaired", "cxr_only", "had_both")
 OUTSIDE_ITS_CI = (
