@@ -242,7 +242,7 @@ def dicom_ids(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarr
     with np.load(path) as stored:
         if "dicom_id" not in stored:
             raise UserError(f"{path} is of an earlier version, which has no names of X-rays: {_REBUILD}", path=path)
-        return {"num_images": stored["num_images"], "dicom_id": np.char.decode(stored["dicom_id"], "ascii")}
+        return {"num_images": stored["num_images"], "dicom_id": np.char.decode(stored["dicom_id"], "utf-8")}
 
 
 def hours(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
@@ -287,7 +287,7 @@ def join_image_times(rows: list[dict]) -> dict[str, np.ndarray]:
 
 def join_names(names: list[list[str]]) -> dict[str, np.ndarray]:
     """Return what `dicom_ids` reads, from the names of each record's X-rays; as bytes, a quarter of the size."""
-    flat = [name.encode("ascii") for of_record in names for name in of_record]
+    flat = [name.encode() for of_record in names for name in of_record]
     num_images = np.array([len(of_record) for of_record in names], np.int32)
     return {"num_images": num_images, "dicom_id": np.array(flat, np.bytes_)}
 
