@@ -14,6 +14,7 @@ from medfuse_jax import step as step_lib
 from medfuse_jax.data import missing
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.data.modalities import loading
+from medfuse_jax.models import registry
 from medfuse_jax.report import read_runs, terminal
 from medfuse_jax.runs import calibration, checkpoints, predictions, result, robustness, sources
 from medfuse_jax.runs.progress import Progress
@@ -168,9 +169,10 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
     config = run.config
     manifest = records.manifest(config.data.dir, config.task)
     optional = {"modalities": loading.listed(config.model.modalities), "head": what.head, "dropped": what.dropped}
-    optional |= {
-        name: config.model[name] for name in read_runs.ENCODERS if config.model[name] in read_runs.ENCODERS[name]
-    }
+    for encoder in registry.METHODS[config.method].encoders:
+        name = f"{encoder}_encoder"
+        if config.model[name] in read_runs.ENCODERS[name]:
+            optional[name] = config.model[name]
     optional["images"] = "" if config.data.images == "last" else config.data.images
     return {
         "name": config.name,

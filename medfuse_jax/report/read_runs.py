@@ -344,11 +344,17 @@ def title(result: dict) -> str:
     modalities."""
     method = method_name(result.get("method"))
     for field, names in ENCODERS.items():
-        if name := names.get(result.get(field, "")):
+        if name := names.get(result.get(field) or ""):
             usual = f"({_USUAL[field]})"
             method = method.replace(usual, f"({name})") if usual in method else f"{method}, {name}"
     method += ", all X-rays" if result.get("images") == "all" else ""
     return " + ".join([method, *(Path(name).stem for name in result.get("modalities") or [])])
+
+
+def against(result: dict, comparison: dict) -> str:
+    """Return the display name of the run that a result is compared with: a stage of the same run, or another method."""
+    method = comparison.get("against")
+    return title({"method": method} | {f: result.get(f) for f in ENCODERS if f == f"{str(method)[4:]}_encoder"})
 
 
 def unit(task: str) -> str:
