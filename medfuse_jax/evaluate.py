@@ -14,7 +14,8 @@ from medfuse_jax import step as step_lib
 from medfuse_jax.data import missing
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.data.modalities import loading
-from medfuse_jax.report import terminal
+from medfuse_jax.models import registry
+from medfuse_jax.report import read_runs, terminal
 from medfuse_jax.runs import calibration, checkpoints, predictions, result, robustness, sources
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
@@ -28,6 +29,7 @@ def evaluate(
     devices: list[jax.Device] | None = None,
     data_dir: str = "",
     resample: str = "",
+    cxr_features: str = "",
 ) -> dict:
     """Evaluate a run's best checkpoint on one split; return the result.
 
@@ -35,12 +37,13 @@ def evaluate(
     subject_id, scores, labels, has_ehr, has_cxr, age, gender, admission_type, first_careunit, race; had_ehr and had_cxr
     if a modality was dropped; attention weights if the model has any). In an hourly task, each has a row for every
     hour, and also hour, remaining_h and, for exclusive labels, predicted_h (docs/hourly.md).
-    devices: by default all of this process. data_dir: the new folder of the run's shards, if they were moved.
+    devices: by default all of this process. data_dir, cxr_features: the new places of the run's shards, and of its file
+    of X-rays' features, if they were moved.
     resample: what the bootstrap draws, 'patient' or 'stay'; by default see `result.resample_by`.
     """
     check_choice("--split", what.split, schema.SPLITS)
     check_choice("--resample", resample, ("", *result.RESAMPLES))
-    run = sources.reopen(workdir, devices, data_dir)
+    run = sources.reopen(workdir, devices, data_dir, cxr_features)
     run = dataclasses.replace(run, dataset=missing.drop_modalities(run.dataset, what.drop_ehr, what.drop_cxr))
     state, progress = restore(run, workdir)
     note = checkpoints.imported(workdir)
@@ -166,6 +169,10 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
     config = run.config
     manifest = records.manifest(config.data.dir, config.task)
     optional = {"modalities": loading.listed(config.model.modalities), "head": what.head, "dropped": what.dropped}
+    for encoder in registry.METHODS[config.method].encoders:
+        name = f"{encoder}_encoder"
+        if config.model[name] in read_runs.ENCODERS[name]:
+            optional[name] = config.model[name]
     optional["images"] = "" if config.data.images == "last" else config.data.images
     return {
         "name": config.name,
@@ -254,7 +261,8 @@ def main(argv: list[str]) -> None:
         _print_robustness(workdir, write_robustness(workdir, options.data_dir, options.resample))
         return
     what = Scored(options.split, options.head, options.drop_ehr, options.drop_cxr)
-    print(terminal.table([evaluate(workdir, what, data_dir=options.data_dir, resample=options.resample)]))
+    moved = {"data_dir": options.data_dir, "cxr_features": options.cxr_features}
+    print(terminal.table([evaluate(workdir, what, resample=options.resample, **moved)]))
     print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")
 
 
@@ -270,6 +278,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "test", "train, val or test.")
     flags.DEFINE_string("head", "", "Classifier head to score, such as ehr_only; by default the model's main head.")
     flags.DEFINE_string("data_dir", "", "New folder of the run's shards, if they were moved; saved in its config.")
+    flags.DEFINE_string("cxr_features", "", "New place of the run's file of X-rays' features; saved in its config.")
     flags.DEFINE_float("drop_ehr", 0.0, "Fraction of paired stays scored without their EHR.")
     flags.DEFINE_float("drop_cxr", 0.0, "Fraction of paired stays scored without their X-ray.")
     flags.DEFINE_bool("robustness", False, "Score the test stays with fewer X-rays and fewer hours of EHR instead.")

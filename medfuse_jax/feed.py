@@ -59,7 +59,8 @@ def place(run, splits: tuple[str, ...] = _SPLITS):
     for split in splits:
         shared, images = device_store.load(run.dataset, split, run.selects(split), num_parts, parts, readers)
         shared = parallel.replicate(shared, run.devices)
-        divided = {"image": parallel.place_parts(images, num_parts, run.devices)} if images else {}
+        name = run.dataset.image_field[0]
+        divided = {name: parallel.place_parts(images, num_parts, run.devices)} if images else {}
         held[split] = Held(shared, divided, num_parts, run.devices, gather_fn)
     return dataclasses.replace(run, held=held)
 

@@ -18,6 +18,7 @@ from absl import flags
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, parallel, records, schema
 from medfuse_jax import run as run_lib
+from medfuse_jax.data import cxr_features as features_lib
 from medfuse_jax.data import folds
 from medfuse_jax.data.dataset import open_dataset, open_splits
 from medfuse_jax.data.modalities import loading
@@ -34,12 +35,17 @@ _FACTS = ("split", "stay_id", "subject_id", "dicom_id", "hour", "has_ehr", "has_
 
 
 def predict(
-    workdir: Path | str, data_dir: Path | str, split: str = "test", devices: list[jax.Device] | None = None
+    workdir: Path | str,
+    data_dir: Path | str,
+    split: str = "test",
+    devices: list[jax.Device] | None = None,
+    cxr_features: Path | str = "",
 ) -> dict[str, np.ndarray]:
     """Score the records of a dataset with a run's best checkpoint; return arrays in record order.
 
     workdir: of a run, or of a sweep, which stands for its chosen trial. data_dir: the folder that holds the run's task.
     split: train, val or test, or 'all' for the three after one another. devices: by default all of this process.
+    cxr_features: the features of the dataset's X-rays, for a run that reads those; by default the run's own file.
 
     Returns a dict of arrays:
         scores float32 [N, K]: probabilities; label_names str [K]
@@ -54,7 +60,7 @@ def predict(
     if workdir_lib.is_ensemble(folder):
         raise UserError(f"{folder} holds an ensemble, which has no weights: give a run's workdir", path=folder)
     folder = sweep_results.chosen_dir(folder) if workdir_lib.is_sweep(folder) else folder
-    run = _open_run(folder, Path(data_dir), devices or parallel.devices())
+    run = _open_run(folder, Path(data_dir), devices or parallel.devices(), cxr_features)
     splits = [s for s in schema.SPLITS if run.dataset.usable(s).any()] if split == ALL else [split]
     if not splits:
         place = Path(data_dir) / run.config.task
@@ -66,7 +72,7 @@ def predict(
     return found | {"label_names": np.array(run.dataset.labels)}
 
 
-def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device]) -> run_lib.Run:
+def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device], cxr_features: Path | str = "") -> run_lib.Run:
     """Return the run with other shards and its own statistics."""
     config = config_lib.load(workdir / "config.json")
     config_lib.check_devices(config, len(on))
@@ -81,6 +87,10 @@ def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device]) -> run_lib.Ru
         what += f"{config.data.fold} of {config.data.folds}; any of them may hold patients that the run was trained on"
         print(f"warning: {what}", flush=True)
         config.data.folds = config.data.fold = 0
+    reads_features = config.model.cxr_encoder == "features" and method.uses_cxr
+    if cxr_features and not reads_features:
+        what = f"--cxr_features={cxr_features}, and {workdir} does not read features of X-rays: leave it out"
+        raise UserError(what, field="--cxr_features", value=str(cxr_features))
     dataset = open_dataset(
         data_dir,
         config.task,
@@ -91,6 +101,8 @@ def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device]) -> run_lib.Ru
         max_buckets=config.data.max_buckets,
         images=config.data.images,
         to_train=False,
+        features=features_lib.read(cxr_features or config.data.cxr_features) if reads_features else None,
+        feature_statistics=expected.get("cxr_features"),
     )
     inputs.check(expected, dataset, data_dir / config.task)
     # What stands for the train split's index: its categories.
@@ -154,7 +166,7 @@ def main(argv: list[str]) -> None:
     out = Path(options.out)
     check_out(out)
     compilation.configure()
-    predicted = predict(options.workdir, options.data, options.split)
+    predicted = predict(options.workdir, options.data, options.split, cxr_features=options.cxr_features)
     write(out, predicted)
     num_labels = len(predicted["label_names"])
     print(f"written: {out}, {len(predicted['scores'])} records, {num_labels} label{'s'[: num_labels != 1]}")
@@ -164,5 +176,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a finished run, or of a sweep: its chosen trial.", required=True)
     flags.DEFINE_string("data", None, "Folder of the shards to score, as data_prep.build wrote it.", required=True)
     flags.DEFINE_string("out", None, "File to write: .npz or .csv.", required=True)
+    flags.DEFINE_string("cxr_features", "", "Features of these X-rays, for a run on features; default: its own file.")
     flags.DEFINE_string("split", ALL, "train, val, test, or all of them.")
     command_line.run(main)

@@ -4,7 +4,8 @@ On disk, one folder per task, written by `data_prep` and renamed into place when
 
     <data_dir>/<task>/dataset_info.json, features.json   (TFDS)
     <data_dir>/<task>/<task>-<split>.array_record-*      one record per stay or X-ray
-    <data_dir>/<task>/index_<split>.npz                  length, pairing, ids, static facts and labels, in record order
+    <data_dir>/<task>/index_<split>.npz                  length, pairing, ids, static facts and labels, in record order,
+                                                         and the names of all X-rays
     <data_dir>/<task>/hours_<split>.npz                  labels and times of all prediction hours, for an hourly task
     <data_dir>/<task>/images_<split>.npz                 times of all X-rays, if the records hold all of a stay's
     <data_dir>/<task>/manifest.json                      source, profile, counts, train statistics, hashes
@@ -231,6 +232,19 @@ def index(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
         return read | {schema.RACE: stored[schema.RACE] if schema.RACE in stored else np.full(len(read["stay_id"]), "")}
 
 
+def dicom_ids(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
+    """Return the names of all X-rays of a split, one record's after another's, in order of time.
+
+    num_images int [N]; dicom_id str [J]. Raise UserError for a dataset of an earlier version, whose index has no names.
+    """
+    path = task_dir(data_dir, task) / f"index_{split}.npz"
+    _check_content(path, manifest(data_dir, task))
+    with np.load(path) as stored:
+        if "dicom_id" not in stored:
+            raise UserError(f"{path} is of an earlier version, which has no names of X-rays: {_REBUILD}", path=path)
+        return {"num_images": stored["num_images"], "dicom_id": np.char.decode(stored["dicom_id"], "utf-8")}
+
+
 def hours(data_dir: str | Path, task: str, split: str) -> dict[str, np.ndarray]:
     """Return the prediction hours of an hourly task's split, one record's after another's.
 
@@ -269,6 +283,13 @@ def join_image_times(rows: list[dict]) -> dict[str, np.ndarray]:
     """Return what `image_times` reads, from the cxr_time_h of each record."""
     num_images = np.array([len(row["cxr_time_h"]) for row in rows], np.int32)
     return {"num_images": num_images, "cxr_time_h": _joined(rows, "cxr_time_h", (), np.float32)}
+
+
+def join_names(names: list[list[str]]) -> dict[str, np.ndarray]:
+    """Return what `dicom_ids` reads, from the names of each record's X-rays; as bytes, a quarter of the size."""
+    flat = [name.encode() for of_record in names for name in of_record]
+    num_images = np.array([len(of_record) for of_record in names], np.int32)
+    return {"num_images": num_images, "dicom_id": np.array(flat, np.bytes_)}
 
 
 def _joined(rows: list[dict], name: str, shape: tuple, dtype: type) -> np.ndarray:

@@ -14,7 +14,7 @@ from medfuse_jax import augment, losses, optim, parallel, records, schema
 from medfuse_jax import config as config_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.config import ConfigDict
-from medfuse_jax.data import batches, folds, missing
+from medfuse_jax.data import batches, cxr_features, folds, missing
 from medfuse_jax.data import plan as plan_lib
 from medfuse_jax.data.dataset import CXR_LABEL, Dataset, open_dataset, with_cxr_dataset
 from medfuse_jax.data.modalities import loading
@@ -153,6 +153,7 @@ def step_options(
 
 def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) -> Dataset:
     method = registry.METHODS[config.method].model_class
+    features = cxr_features.read(config.data.cxr_features) if config.data.cxr_features and method.uses_cxr else None
     dataset = open_dataset(
         config.data.dir,
         config.task,
@@ -164,6 +165,7 @@ def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) 
         modalities=modalities,
         images=config.data.images,
         fold=folds.of_config(config),
+        features=features,
     )
     if method.uses_ehr and dataset.task.cxr_only:
         raise UserError(
@@ -176,7 +178,7 @@ def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) 
     for modality in modalities:
         loading.check_encoder(modality, dataset.extra[modality.name]["train"], config.model.ehr_hidden)
     if any(config.loss[head.weight] for head in method.heads if head.label == CXR_LABEL):
-        dataset = with_cxr_dataset(dataset, config.data.dir, config.data.cxr_task, folds.of_config(config))
+        dataset = with_cxr_dataset(dataset, config.data.dir, config.data.cxr_task, folds.of_config(config), features)
     return dataset
 
 
@@ -198,6 +200,9 @@ def _build_model(
         ehr_hidden=config.model.ehr_hidden,
         fusion_hidden=config.model.fusion_hidden,
         dropout=config.model.dropout,
+        ehr_kind=config.model.ehr_encoder,
+        cxr_kind=config.model.cxr_encoder,
+        given_features=len(dataset.cxr_statistics.mean_E) if dataset.cxr_statistics else 0,
         resnet_stage_sizes=tuple(config.model.resnet_stage_sizes),
         resnet_width=config.model.resnet_width,
         frozen_stats=config.model.batch_norm == "frozen",

@@ -84,6 +84,7 @@ _PROVIDED = {
     "val_ids.csv": "shards",
     "test_ids.csv": "shards",
     "notes.py": "shards",
+    "features.npz": "shards",
     "moved/shards": "shards",
     "resnet34.pth": "best_checkpoint.pth.tar",
     "mimic3.json": "",
@@ -209,6 +210,7 @@ PathFinder.find_spec = lambda name, *others: None if name == "torch" else _find(
 def reads(command: Command) -> list[str]:
     """Return the paths among a command's flags that it reads."""
     names = ["mimic_iv", "mimic_cxr", "val_ids", "test_ids", "phenotypes", "checkpoint", "data_dir"]
+    names += ["cxr_features", "config.data.cxr_features"]
     names += {
         "medfuse_jax.attribution": ["workdir"],
         "medfuse_jax.compare": ["a", "b"],
@@ -391,6 +393,8 @@ class Workspace:
                 stay_id = self._index("train")["stay_id"][::2]
                 vector = np.random.default_rng(0).normal(size=(len(stay_id), 5)).astype(np.float32)
                 np.savez(self.root / "notes.npz", stay_id=stay_id, vector=vector)
+            elif path == "features.npz":
+                self.run_block(self.python_block("docs/encoders.md", '"""embed.py'), "shards", path)
             elif path == "listed.py":
                 block = self.python_block("docs/sweeps.md", "def sweep(add)")
                 target.write_text(f"{(self.root / 'configs' / 'pheno.py').read_text()}\n\n{block}")

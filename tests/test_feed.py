@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import feature_cases
 import jax
 import numpy as np
 import optax
@@ -53,9 +54,17 @@ def _assert_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=_TOLERANCE), a[0].params, b[0].params)
 
 
-@pytest.mark.parametrize(("method", "one_call"), [("medfuse", True), ("metra", False), ("healnet", False)])
-def test_steps_of_attention_over_padding_have_their_own_padded_length(config, method, one_call):
-    config.method, config.placement = method, "device"
+@pytest.mark.parametrize(
+    ("method", "encoder", "one_call"),
+    [
+        ("medfuse", "lstm", True),
+        ("metra", "lstm", False),
+        ("healnet", "lstm", False),
+        ("medfuse", "transformer", False),
+    ],
+)
+def test_steps_of_attention_over_padding_have_their_own_padded_length(config, method, encoder, one_call):
+    config.method, config.placement, config.model.ehr_encoder = method, "device", encoder
     opened = feed.open_feed(feed.place(_open(config)), one_call=True)
     assert opened.func is (feed._calls if one_call else feed._steps)
 
@@ -71,6 +80,22 @@ def test_placement_on_the_device_trains_to_the_same_numbers_as_the_stream(
     placed = _epoch(_open(config), one_call=one_call)
     assert len(placed[1]) == (1 if one_call else len(streamed[1])) and len(streamed[1]) > 2
     _assert_equal(placed, streamed)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_features_of_x_rays_train_to_the_same_numbers_in_both_placements(config, tmp_path, num_parts, monkeypatch):
+    names = feature_cases.names(config.data.dir, "pheno")
+    config.data.cxr_features = str(feature_cases.write(tmp_path / "features.npz", names))
+    config.model.cxr_encoder, config.placement, config.learning_rate = "features", "stream", 0.5
+    streamed = _epoch(_open(config))
+    config.placement = "device"
+    monkeypatch.setattr(feed, "choose_parts", lambda run, splits: num_parts)
+    _assert_equal(_epoch(_open(config), one_call=True), streamed)
+    other = _open(config)
+    zeros = {s: dataclasses.replace(of, feature_JE=0 * of.feature_JE) for s, of in other.dataset.cxr_features.items()}
+    other = dataclasses.replace(other, dataset=dataclasses.replace(other.dataset, cxr_features=zeros))
+    moved = np.abs(_epoch(other)[0].params["projection"]["kernel"] - streamed[0].params["projection"]["kernel"])
+    assert moved.max() > 20 * _TOLERANCE
 
 
 @pytest.mark.parametrize("weighting", [pytest.param("hour", marks=pytest.mark.slow), "stay"])

@@ -81,6 +81,16 @@ def test_race_is_in_the_index_and_in_no_record(shards):
     assert schema.RACE not in (*schema.STATIC_TEXTS, *records.layout(1))
 
 
+@pytest.mark.parametrize(("folder", "task"), [("shards", "pheno"), ("shards", "radiology"), ("hourly_shards", "pheno")])
+def test_the_names_of_all_x_rays_are_in_the_index(request, folder, task):
+    data_dir = request.getfixturevalue(folder)
+    for split in schema.SPLITS:
+        listed = records.dicom_ids(data_dir, task, split)
+        names = [record["dicom_id"].split() for record in records.open_split(data_dir, task, split, ("dicom_id",))]
+        assert listed["num_images"].tolist() == [len(of_record) for of_record in names]
+        assert listed["dicom_id"].tolist() == [name for of_record in names for name in of_record]
+
+
 def test_shards_without_race_are_read(shards, tmp_path):
     """They were built before."""
     folder = tmp_path / "pheno"
@@ -93,3 +103,5 @@ def test_shards_without_race_are_read(shards, tmp_path):
     manifest["files"]["index_val.npz"] = files.sha256(path)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": records.seal(manifest)}))
     assert set(records.index(tmp_path, "pheno", "val")["race"].tolist()) == {""}
+    with refused(path=path):  # nor names of X-rays
+        records.dicom_ids(tmp_path, "pheno", "val")

@@ -130,18 +130,19 @@ def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "mode"),
+    ("method", "mode", "fields"),
     [
-        ("metra", "pmap"),
-        ("drfuse", "shard_map"),
-        ("shaspec", "pmap"),
-        ("healnet", "shard_map"),
-        ("m3care", "pmap"),
+        ("metra", "pmap", {}),
+        ("drfuse", "shard_map", {}),
+        ("shaspec", "pmap", {}),
+        ("healnet", "shard_map", {}),
+        ("m3care", "pmap", {}),
+        ("medfuse", "pmap", {"ehr_kind": "transformer", "cxr_kind": "resnet50"}),
     ],
 )
-def test_two_devices_give_the_numbers_of_one_with_further_losses_and_a_bank(method, mode):
+def test_two_devices_give_the_numbers_of_one_with_further_losses_and_a_bank(method, mode, fields):
     """Two steps: in the second one, M3Care has neighbours. A padded row and an empty slot change nothing."""
-    options, batch = _options(method=method, resnet_stage_sizes=(1, 1)), _batch()
+    options, batch = _options(method=method, resnet_stage_sizes=(1, 1), **fields), _batch()
     state = step_lib.state_maker(options)(jax.random.key(0, impl="rbg"), 0.5)
     one = _run(options, state, "shard_map", 1, batch)
     batch["ehr"][1, 3], batch["image"][1, 1], batch["label"][1, 3] = np.nan, 255, 1

@@ -34,9 +34,11 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
     times = records.HOURS_FIELDS if task.hourly else ("cxr_time_h",) if all_images else ()
     filled = [split for split in records_of if len(index[split]["stay_id"])]
     times_of: dict[str, list[dict]] = {split: [] for split in records_of}
+    names_of: dict[str, list[list[str]]] = {split: [] for split in records_of}  # of the X-rays of each record
 
     def rows(split: str) -> Iterator[dict]:
         for row in records_of[split]():
+            names_of[split].append(row["dicom_id"].split())
             if times:
                 times_of[split].append({name: row[name] for name in times})
             yield row
@@ -54,7 +56,7 @@ def write(folder: Path, task: schema.Task, index: dict[str, dict], records_of: d
     )
     for split, fields in index.items():
         race = {schema.RACE: fields[schema.RACE]} if schema.RACE in fields else {}
-        stored = {name: fields[name] for name in records.INDEX_FIELDS} | race
+        stored = {name: fields[name] for name in records.INDEX_FIELDS} | race | records.join_names(names_of[split])
         np.savez(folder / f"index_{split}.npz", **stored)
         if task.hourly:
             np.savez(folder / f"hours_{split}.npz", **records.join_hours(times_of[split], len(task.labels)))

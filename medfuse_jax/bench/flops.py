@@ -53,22 +53,25 @@ def _table_row(method: str) -> str:
     )
 
 
-def num_params(method: str) -> int:
-    """Count the parameters at the released sizes."""
-    model = _build(method)
+def num_params(method: str, **options) -> int:
+    """Count the parameters at the released sizes. options: fields of the model, such as cxr_kind."""
+    model = _build(method, **options)
     return sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(model)["params"]))
 
 
-def training_flops(method: str) -> dict[str, float]:
+def training_flops(method: str, **options) -> dict[str, float]:
     """Return the operations that one more 'time_step' or 'cxr' (X-ray) adds to a training step, in float32.
 
     A time step's cost is that of the LSTM's matrix products, and that of a fusion that reads every time step. An
     X-ray's cost includes augmentation, fusion and classifiers. The costs of fusions are differences between XLA's
-    counts of lowered steps, in which the optimizer and the LSTM cancel.
+    counts of lowered steps, in which the optimizer and the LSTM cancel. options: as of `num_params`.
     """
-    model = _build(method)
+    model = _build(method, **options)
     time_step = lstm_flops(1, model.ehr_hidden, trained=not getattr(model, "frozen_encoders", False))
-    row = functools.partial(_row_flops, method)
+
+    def row(has_cxr: bool, num_steps: int) -> float:
+        return _row_flops(method, has_cxr, num_steps, **options)
+
     if model.reads_series:
         time_step += row(False, 2) - row(False, 1) - _row_flops("uni_ehr", False, 2) + _row_flops("uni_ehr", False, 1)
     steps = int(model.uses_ehr)
@@ -107,14 +110,15 @@ def compiled_cost(compiled: jax.stages.Compiled | None) -> dict:
     return (compiled and compiled.cost_analysis()) or {}
 
 
-def _build(method: str):
+def _build(method: str, **options):
     """Build the method at the released sizes, with 14 radiology labels for uni_cxr, else the 25 phenotypes."""
-    return registry.build(method, len(schema.TASKS["radiology" if method == "uni_cxr" else "pheno"].labels))
+    task = schema.TASKS["radiology" if method == "uni_cxr" else "pheno"]
+    return registry.build(method, len(task.labels), **options)
 
 
-def _row_flops(method: str, has_cxr: bool, num_steps: int) -> float:
-    """Return the operations that one more row adds, with or without an X-ray."""
-    model = _build(method)
+def _row_flops(method: str, has_cxr: bool, num_steps: int, **fields) -> float:
+    """Return the operations that one more row adds, with or without an X-ray. fields: of the model."""
+    model = _build(method, **fields)
     options = step.StepOptions(
         model=model,
         optimizer=adam(0.999),

@@ -57,11 +57,16 @@ def load(path: Path) -> ConfigDict:
 def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str:
     """Describe the first field in which two configs differ: 'field is X there and Y here', or '' for none.
 
-    Task and method come first: most other differences follow from them. Execution-only fields, data.dir and the
-    `ignored` fields are not compared.
+    Task and method come first: most other differences follow from them. Execution-only fields, data.dir,
+    data.cxr_features and the `ignored` fields are not compared.
     """
     flat_a, flat_b = (flat(c) for c in (a, b))
-    fields = {name for name in flat_a.keys() | flat_b.keys() if not is_execution_only(name)} - {"data.dir", *ignored}
+    ignored = {
+        "data.dir",
+        "data.cxr_features",
+        *ignored,
+    }  # files that may be moved; their content is compared elsewhere
+    fields = {name for name in flat_a.keys() | flat_b.keys() if not is_execution_only(name)} - ignored
     differing = sorted(f for f in fields if flat_a.get(f) != flat_b.get(f))
     if not differing:
         return ""

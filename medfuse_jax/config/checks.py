@@ -131,6 +131,9 @@ def _check_method(config: ConfigDict) -> None:
                 field=f"config.{field}",
                 value=value,
             )
+    if model.ehr_encoder != "lstm":
+        _check_needs_no_lstm(config)
+    _check_features(config)
     if model.modalities:
         from medfuse_jax.data.modalities import loading  # late: imports flax
 
@@ -172,6 +175,38 @@ def _check_causal(config: ConfigDict) -> None:
             field="config.method",
             value=config.method,
         )
+
+
+def _check_needs_no_lstm(config: ConfigDict) -> None:
+    """Refuse a method that acts within the LSTM."""
+    if reason := registry.METHODS[config.method].model_class.needs_lstm:
+        value = config.model.ehr_encoder
+        what = f"config.model.ehr_encoder is {value!r}, and the method {config.method!r} {reason}: use 'lstm'"
+        raise UserError(what, field="config.model.ehr_encoder", value=value, nearest="lstm")
+
+
+def _check_features(config: ConfigDict) -> None:
+    """Check what goes together with features of X-rays that were computed elsewhere."""
+    encoder, file = config.model.cxr_encoder, config.data.cxr_features
+    files.check_local("config.data.cxr_features", file)
+    if encoder != "features" and file:
+        what = f"config.data.cxr_features is {file!r}, and config.model.cxr_encoder {encoder!r}, which reads X-rays"
+        raise UserError(f"{what}: use 'features', or leave the file out", field="config.data.cxr_features", value=file)
+    if encoder != "features":
+        return
+    if not file:
+        what = "config.model.cxr_encoder is 'features', and config.data.cxr_features names no file: give one"
+        raise UserError(f"{what} (docs/encoders.md)", field="config.data.cxr_features", value=file)
+    if reason := registry.METHODS[config.method].model_class.needs_maps:
+        what = f"config.model.cxr_encoder is 'features', and the method {config.method!r} {reason}"
+        raise UserError(f"{what}: use 'resnet34' or 'resnet50'", field="config.model.cxr_encoder", value=encoder)
+    for field, value, default in (
+        ("init.cxr", config.init.cxr, FIELDS["init.cxr"].default),
+        ("model.batch_norm", config.model.batch_norm, FIELDS["model.batch_norm"].default),
+    ):
+        if value != default:
+            what = f"config.{field} is {value!r}, and with config.model.cxr_encoder='features' there is no encoder of "
+            raise UserError(f"{what}X-rays: leave it out", field=f"config.{field}", value=value)
 
 
 def _check_all_images(config: ConfigDict) -> None:

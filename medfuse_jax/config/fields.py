@@ -26,6 +26,7 @@ from medfuse_jax import schema
 from medfuse_jax.models import registry
 
 PRETRAIN_STAGES = ("ehr", "cxr")
+CXR_ENCODERS = ("resnet34", "resnet50", "features")
 INFINITY = float("inf")
 
 
@@ -92,6 +93,7 @@ FIELDS = {
     "data.folds": _shared(0, "divide patients anew into so many folds; 0: the shards' own splits", low=0, high=1000),
     "data.fold": _shared(0, "which of the folds is tested, from 0", low=0, high=999),
     "data.statistics": Field("train", "EHR mean and std: 'train' split's, or a JSON file with 'mean' and 'std'"),
+    "data.cxr_features": Field("", "file of X-rays' features by dicom_id (.npz, .parquet, .csv); see docs/encoders.md"),
     "data.max_buckets": Field(4, "padded lengths; each costs a compilation", low=1, high=32),
     "data.order_seed": _shared(-1, "of the data order alone; -1: seed", low=-1),
     "data.readers": _execution(0, "threads that read shards; 0: one a core, at most 8", low=0, high=256),
@@ -104,11 +106,21 @@ FIELDS = {
     "image.rotation_deg": Field(45.0, "largest rotation either way in training", low=0, high=180),
     "image.scale": Field((0.85, 1.15), "smallest and largest scale in training, between 0.1 and 10"),
     "image.translation": Field(0.15, "largest translation in training, as a fraction of the side", low=0, high=1),
-    "model.ehr_hidden": Field(256, "units of each LSTM layer of the EHR encoder", low=1, high=2**13),
+    "model.ehr_encoder": Field(
+        "lstm", "encoder of series: two LSTM layers, or two of a causal transformer", choices=("lstm", "transformer")
+    ),
+    "model.ehr_hidden": Field(256, "units of each layer of the EHR encoder", low=1, high=2**13),
     "model.fusion_hidden": _training(512, "units of the fusion LSTM", low=1, high=2**13),
     "model.dropout": _training(0.3, "dropout rate of the EHR features", low=0, high=0.99),
-    "model.resnet_stage_sizes": Field((3, 4, 6, 3), "blocks of each ResNet stage; (3, 4, 6, 3) is ResNet-34"),
-    "model.resnet_width": Field(64, "channels of the first ResNet stage", low=1, high=2**10),
+    "model.cxr_encoder": Field(
+        "resnet34",
+        "encoder of X-rays: a ResNet of this kind, or 'features': none, they come from data.cxr_features",
+        choices=CXR_ENCODERS,
+    ),
+    "model.resnet_stage_sizes": Field(
+        (3, 4, 6, 3), "blocks of each ResNet stage; (3, 4, 6, 3) is that of ResNet-34 and ResNet-50"
+    ),
+    "model.resnet_width": Field(64, "channels of the first ResNet stage; ResNet-50: a quarter", low=1, high=2**10),
     "model.batch_norm": _fusion(
         "batch", "statistics in training: of the 'batch', or 'frozen' pre-trained ones", choices=("batch", "frozen")
     ),
@@ -216,10 +228,14 @@ def section(name: str, **changes) -> dict:
 
 
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Return the pre-training stages by the encoder they train ('ehr', 'cxr'), except any equal to the run itself."""
+    """Return the pre-training stages by the encoder they train ('ehr', 'cxr'), except any equal to the run itself.
+
+    Features of X-rays come from an encoder that is trained already.
+    """
     if config.encoders != "pretrained":
         return {}
-    staged = {name: stage(config, name) for name in config.pretrain}
+    trained = [name for name in config.pretrain if name != "cxr" or config.model.cxr_encoder != "features"]
+    staged = {name: stage(config, name) for name in trained}
     return {name: s for name, s in staged.items() if (s.method, s.task) != (config.method, config.task)}
 
 

@@ -8,7 +8,7 @@ A batch is a dict of arrays, each with a leading device axis D:
     valid      bool    [D, B]         False: a padded row, no record
     row_id     int32   [D, B]         the row's number in the whole batch, whatever D is
     record     int32   [D, B]         the record's number in its split, -1 in a padded row
-    image      uint8   [D, P, 256, 256]
+    image      uint8   [D, P, 256, 256]; or cxr_features float32 [D, P, E], features of X-rays computed elsewhere
     image_row  int32   [D, P]         the row that an image belongs to
     image_mask bool    [D, P]         False: an empty image slot
     extra_NAME float32 [D, B, ...]    a further modality's values, NaN in rows without it
@@ -146,9 +146,11 @@ def read(dataset: Dataset, split: str, rows: dict, padded_length: int) -> dict[s
         batch["ehr"] = np.zeros((*record_DB.shape, padded_length, len(schema.CHANNELS)), np.float32)
     slots_of: dict[tuple[int, int], list[int]] = {}
     if "image_row" in rows:
-        size = schema.IMAGE_SIZE_PX
-        batch["image"] = np.zeros((*rows["image_row"].shape, size, size), np.uint8)
-        for d, p in np.argwhere(rows["image_mask"]).tolist():
+        image_name, shape, dtype = dataset.image_field
+        batch[image_name] = np.zeros((*rows["image_row"].shape, *shape), dtype)
+        if dataset.cxr_features:
+            batch[image_name] = dataset.cxr_features[split].of_batch(record_DB, rows)
+        for d, p in np.argwhere(rows["image_mask"] & (not dataset.cxr_features)).tolist():
             slots_of.setdefault((d, int(rows["image_row"][d, p])), []).append(p)
     if not dataset.use_ehr:
         wanted_DB = np.zeros_like(wanted_DB)

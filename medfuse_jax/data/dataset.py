@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from medfuse_jax import records, schema
+from medfuse_jax.data import cxr_features as features_lib
 from medfuse_jax.data import folds
 from medfuse_jax.data import hours as hours_lib
 from medfuse_jax.data import images as images_lib
@@ -21,6 +22,7 @@ from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 _READ = ("stay_id", "ehr", "image")  # of a record; the index has the rest
+_READ_BESIDE_FEATURES = ("stay_id", "ehr")
 CXR_LABEL = "cxr_label"  # the field of a batch for the labels of X-rays without a stay
 
 
@@ -36,7 +38,10 @@ class Dataset:
     unless the task is hourly.
     hours: the prediction hours by split, and padded_hours (`hours.padded`), of an hourly task.
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
-    digest: hash of the shards, of the fold, of `extra`, and of the statistics unless they are the train split's.
+    cxr_features: features of the X-rays computed elsewhere, by split, instead of their pixels, and what they were
+    standardised by; or {} and None.
+    digest: hash of the shards, of the fold, of `extra` and `cxr_features`, and of the statistics unless they are the
+    train split's.
     shards: hash of the shards alone.
     label_field: the labels' name in a batch.
     cxr_dataset: X-rays with labels of their own, in batches that alternate with the stays' in training; or None.
@@ -62,6 +67,8 @@ class Dataset:
     padded_hours: dict[int, int] = dataclasses.field(default_factory=dict)
     all_images: bool = False
     stay_images: dict[str, images_lib.StayImages] = dataclasses.field(default_factory=dict)
+    cxr_features: dict[str, features_lib.CxrFeatures] = dataclasses.field(default_factory=dict)
+    cxr_statistics: features_lib.Statistics | None = None
 
     @property
     def mean_hours(self) -> float:
@@ -107,8 +114,22 @@ class Dataset:
         paired_N = self.paired(split)
         return np.where(paired_N, self.several[split].image_count_N, 0) if self.several else paired_N.astype(int)
 
+    @property
+    def reads_records(self) -> bool:
+        """Whether a batch takes anything from its records."""
+        return self.use_ehr or not self.cxr_features
+
+    @property
+    def image_field(self) -> tuple[str, tuple[int, ...], type]:
+        """The name in a batch of what is read of an image, its shape and type."""
+        if self.cxr_features:
+            return "cxr_features", self.cxr_features["train"].feature_JE.shape[1:], np.float32
+        return "image", (schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX), np.uint8
+
     def images(self, split: str, i: int, record: dict) -> list[np.ndarray]:
-        """Return the pixels of the `num_images` images of record i, in order of time."""
+        """Return the pixels, or the features, of the `num_images` images of record i, in order of time."""
+        if self.cxr_features:
+            return self.cxr_features[split].of_record(i)
         return self.several[split].of_record(i, record["images"]) if self.several else [record["image"]]
 
     def packing(self, split: str) -> plan_lib.Packing | None:
@@ -140,11 +161,14 @@ def open_dataset(
     images: str = "last",
     to_train: bool = True,
     fold: folds.Fold | None = None,
+    features: features_lib.Table | None = None,
+    feature_statistics: features_lib.Statistics | None = None,
 ) -> Dataset:
     """Open a task's shards; raise UserError if they are missing, damaged or of no use to the method.
 
     images: config.data.images. to_train: whether there must be train records. fold: the fold to divide the records
-    into; None for their own splits.
+    into; None for their own splits. features: of the X-rays, to be read instead of them, with the statistics of the
+    run that was trained on them; None for those of the train split.
 
     statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
     {"mean": [76], "std": [76]}.
@@ -170,7 +194,8 @@ def open_dataset(
         hours = {split: hours_lib.of(of, *options) for split, of in read.items()}
     for split, of in hours.items():  # an X-ray that no hour sees is none
         index[split]["has_cxr"] = of.image_count_N > 0
-    splits = _open_splits(data_dir, task, place, _READ)
+    read_features = features if use_cxr else None
+    splits = _open_splits(data_dir, task, place, _READ if read_features is None else _READ_BESIDE_FEATURES)
     for split, part in splits.items():
         if len(part) != len(index[split]["stay_id"]):
             raise UserError(
@@ -188,12 +213,22 @@ def open_dataset(
     extra = {modality.name: loading.tables(modality, index) for modality in modalities}
     buckets = plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,)
     length_of = {split: part["length"] for split, part in index.items()}
+    stay_images = _all_images(data_dir, task, manifest, place) if images == records.ALL_IMAGES and not hours else {}
+    digest = loading.digest(_with_statistics(digest, manifest, mean_F, std_F), extra)
+    cxr_features: dict[str, features_lib.CxrFeatures] = {}
+    if read_features:
+        names = {split: records.dicom_ids(data_dir, task, split) for split in schema.SPLITS}
+        names = folds.take_parts(names, place) if place else names
+        folder = str(records.task_dir(data_dir, task))
+        of_read = (read_features, names, hours or stay_images, folder, feature_statistics)
+        cxr_features, feature_statistics, of_features = features_lib.of_splits(*of_read)
+        digest = hashlib.sha256(f"{digest} {of_features}".encode()).hexdigest()
     return Dataset(
         task=schema.TASKS[task],
         labels=tuple(manifest["labels"]),
         splits=splits,
         shards=shards,
-        digest=loading.digest(_with_statistics(digest, manifest, mean_F, std_F), extra),
+        digest=digest,
         index=index,
         manifest=manifest,
         mean_F=mean_F,
@@ -205,7 +240,9 @@ def open_dataset(
         extra=extra,
         hours=hours,
         all_images=images == records.ALL_IMAGES,
-        stay_images=_all_images(data_dir, task, manifest, place) if images == records.ALL_IMAGES and not hours else {},
+        stay_images=stay_images,
+        cxr_features=cxr_features,
+        cxr_statistics=feature_statistics if cxr_features else None,
         padded_hours=hours_lib.padded(hours, length_of, buckets) if hours else {},
     )
 
@@ -263,9 +300,21 @@ def _fold_statistics(data_dir: str, task: str, digest: str, fold: folds.Fold) ->
     return records.train_statistics(train[i]["ehr"] for i in range(len(train)))
 
 
-def with_cxr_dataset(dataset: Dataset, data_dir: str | Path, cxr_task: str, fold: folds.Fold | None = None) -> Dataset:
-    """Add the X-rays of an X-ray-only task to a dataset; raise UserError if that task is not built."""
-    cxr_dataset = open_dataset(data_dir, cxr_task, use_ehr=False, fold=fold)
+def with_cxr_dataset(
+    dataset: Dataset,
+    data_dir: str | Path,
+    cxr_task: str,
+    fold: folds.Fold | None = None,
+    features: features_lib.Table | None = None,
+) -> Dataset:
+    """Add the X-rays of an X-ray-only task to a dataset; raise UserError if that task is not built.
+
+    features: of its X-rays, standardised as the dataset's are.
+    """
+    statistics = dataset.cxr_statistics
+    cxr_dataset = open_dataset(
+        data_dir, cxr_task, use_ehr=False, fold=fold, features=features, feature_statistics=statistics
+    )
     return dataclasses.replace(dataset, cxr_dataset=dataclasses.replace(cxr_dataset, label_field=CXR_LABEL))
 
 

@@ -16,7 +16,8 @@ Every device holds `shared`:
 
 The images are divided over each `num_parts` neighbouring devices, which send each other what their batches need:
 
-    image        uint8   [D, I, 256, 256]   image j is number j // num_parts of device j % num_parts among them
+    image        uint8   [D, I, 256, 256]   image j is number j // num_parts of device j % num_parts among them;
+                                            or cxr_features float32 [D, I, E], as in `batches`
 
 What the method or the run does not use is left out.
 """
@@ -58,11 +59,11 @@ def load(
     parts: Sequence[int] = (0,),
     readers: int = 1,
 ) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
-    """Read the included records by threads; return `shared`, and part -> images [I, 256, 256] of the wanted parts."""
+    """Read the included records by threads; return `shared`, and part -> images [I, ...] of the wanted parts."""
     layout = _layout(dataset, split, include_N, num_parts)
-    image_shape = layout.pop("image", ((), None))[0]
+    image_shape, image_type = layout.pop(dataset.image_field[0], ((), np.uint8))
     shared = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
-    images = {part: np.zeros(image_shape, np.uint8) for part in parts if image_shape}
+    images = {part: np.zeros(image_shape, image_type) for part in parts if image_shape}
     num_images_N = np.where(include_N, dataset.num_images(split), 0)
     has_cxr_N = num_images_N > 0
     for name, values in dataset.columns(split).items():
@@ -80,9 +81,11 @@ def load(
 
     def read(numbers: np.ndarray) -> None:
         for i in numbers.tolist():
-            with batches.arrives(dataset, split):
-                record = dataset.splits[split][i]
-            batches.check(record, dataset.index[split], i, split)
+            record: dict = {}
+            if dataset.reads_records:
+                with batches.arrives(dataset, split):
+                    record = dataset.splits[split][i]
+                batches.check(record, dataset.index[split], i, split)
             if "ehr" in shared:
                 first = shared["first"][i]
                 shared["ehr"][first : first + len(record["ehr"])] = record["ehr"]
@@ -99,8 +102,9 @@ def load(
 def shapes(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int, num_devices: int) -> tuple[dict, dict]:
     """Return the shapes and types of what all devices hold, `shared` and {'image'}, without reading any record."""
     shared = {n: jax.ShapeDtypeStruct(*spec) for n, spec in _layout(dataset, split, include_N, num_parts).items()}
-    image = shared.pop("image", None)
-    return shared, {"image": jax.ShapeDtypeStruct((num_devices, *image.shape), image.dtype)} if image else {}
+    name = dataset.image_field[0]
+    image = shared.pop(name, None)
+    return shared, {name: jax.ShapeDtypeStruct((num_devices, *image.shape), image.dtype)} if image else {}
 
 
 def _layout(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int) -> dict[str, tuple[tuple, type]]:
@@ -114,9 +118,9 @@ def _layout(dataset: Dataset, split: str, include_N: np.ndarray, num_parts: int)
         layout["first"] = ((len(include_N),), np.int32)
         layout["ehr"] = ((max(num_time_steps, 1), len(schema.CHANNELS)), np.float32)
     if num_images := int(dataset.num_images(split)[include_N].sum()):
-        size = schema.IMAGE_SIZE_PX
+        name, shape, dtype = dataset.image_field
         layout["image_number"] = ((len(include_N),), np.int32)
-        layout["image"] = ((-(-num_images // num_parts), size, size), np.uint8)
+        layout[name] = ((-(-num_images // num_parts), *shape), dtype)
     return layout
 
 
@@ -129,7 +133,8 @@ def deal(plan: plan_lib.Plan, steps: range, num_devices: int) -> dict[str, np.nd
 def gather(shared: dict, divided: dict, rows: dict, padded_length: int, num_parts: int = 1, axis: str = "") -> dict:
     """Gather the batch of one step's rows, as `batches.read` does, in a jitted step of one device.
 
-    divided: {'image': this device's} or {}. axis: of the devices, which exchange images if num_parts > 1.
+    divided: {'image' or 'cxr_features': this device's} or {}. axis: of the devices, which exchange images if
+    num_parts > 1.
     """
     by_name = ("extra_", *batches.OF_SEVERAL)
     columns = {n: x for n, x in shared.items() if n in ("label", "length") or n.startswith(by_name)}
@@ -144,18 +149,20 @@ def gather(shared: dict, divided: dict, rows: dict, padded_length: int, num_part
         number_P = shared["image_number"][record_B[rows["image_row"]]]
         if "image_of" in rows:
             number_P = jnp.where(rows["image_mask"], number_P + rows["image_of"], 0)
-        image_PHW = _look_up(divided["image"], number_P, num_parts, axis)
-        batch["image"] = jnp.where(rows["image_mask"][:, None, None], image_PHW, 0)
+        for name, image_I in divided.items():
+            image_P = _look_up(image_I, number_P, num_parts, axis)
+            mask_P = rows["image_mask"].reshape(-1, *[1] * (image_P.ndim - 1))
+            batch[name] = jnp.where(mask_P, image_P, 0)
     return batch
 
 
-def _look_up(image_IHW: jax.Array, number_P: jax.Array, num_parts: int, axis: str) -> jax.Array:
-    """Return the images [P, 256, 256] of these numbers, which `num_parts` neighbouring devices hold together."""
+def _look_up(image_I: jax.Array, number_P: jax.Array, num_parts: int, axis: str) -> jax.Array:
+    """Return the images [P, ...] of these numbers, which `num_parts` neighbouring devices hold together."""
     if num_parts == 1:
-        return image_IHW[number_P]
+        return image_I[number_P]
     groups = np.arange(jax.lax.axis_size(axis)).reshape(-1, num_parts).tolist()
     wanted_DP = jax.lax.all_gather(number_P, axis, axis_index_groups=groups)
     # For an image that another device holds, any of ours is sent, and not read.
-    sent_DPHW = image_IHW[wanted_DP // num_parts]
-    got_DPHW = jax.lax.all_to_all(sent_DPHW, axis, split_axis=0, concat_axis=0, axis_index_groups=groups)
-    return got_DPHW[number_P % num_parts, jnp.arange(len(number_P))]
+    sent_DP = image_I[wanted_DP // num_parts]
+    got_DP = jax.lax.all_to_all(sent_DP, axis, split_axis=0, concat_axis=0, axis_index_groups=groups)
+    return got_DP[number_P % num_parts, jnp.arange(len(number_P))]

@@ -74,10 +74,10 @@ def take(index: Mapping[str, dict], place: dict[str, np.ndarray]) -> dict[str, d
 
 
 def take_parts(parts: Mapping[str, dict], place: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the prediction hours, or the times of X-rays, of each split of a fold, as records.hours or image_times has
-    them."""
+    """Return the prediction hours, or the times or names of X-rays, of each split of a fold, as records.hours,
+    image_times or dicom_ids has them."""
     joined, taken = _joined(parts), {}
-    counts = {"label_time_h": "num_hours", "label": "num_hours", "cxr_time_h": "num_images"}
+    counts = {"label_time_h": "num_hours", "label": "num_hours", "cxr_time_h": "num_images", "dicom_id": "num_images"}
     for split in schema.SPLITS:
         of = {name: _ragged(joined[counts[name]], place[split]) for name in joined if name in counts}
         taken[split] = {name: values[of.get(name, place[split])] for name, values in joined.items()}

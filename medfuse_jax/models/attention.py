@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 from medfuse_jax.models import fusion
 from medfuse_jax.models.medfuse import TokenModel
-from medfuse_jax.models.model import Inputs, states_before
+from medfuse_jax.models.model import Inputs
 from medfuse_jax.models.presence import at_slots, last_places
 from medfuse_jax.models.recurrence import cell
+from medfuse_jax.models.series_encoder import states_before
+from medfuse_jax.models.transformer import masked_softmax
 
 EARLIER = "earlier_cxr"  # all X-rays of a stay but the last
 
@@ -24,15 +26,6 @@ _HOURS_AT_ONCE = 8  # whose scores over a series are in memory together
 _equal = nn.initializers.zeros_init()
 # One kernel per modality: the first axis is a batch axis, not an input axis.
 _by_modality = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
-
-
-def masked_softmax(score_BM: jax.Array, mask_BM: jax.Array) -> jax.Array:
-    """Compute the softmax over the unmasked positions of the last axis [..., M]; 0 for fully masked rows."""
-    highest_B1 = jnp.max(jnp.where(mask_BM, score_BM, -jnp.inf), axis=-1, keepdims=True, initial=-1e30)
-    exp_BM = jnp.where(mask_BM, jnp.exp(jnp.where(mask_BM, score_BM - jax.lax.stop_gradient(highest_B1), 0)), 0)
-    sum_B1 = jnp.sum(exp_BM, axis=-1, keepdims=True)
-    # Not a maximum of the sum and 1: at a single position, whose sum is 1, its gradient would be half of the sum's.
-    return exp_BM / jnp.where(sum_B1 > 0, sum_B1, 1)
 
 
 class TimeAttention(nn.Module):

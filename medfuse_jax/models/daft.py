@@ -45,6 +45,8 @@ class DaftModel(Model):
 
     needs = ("ehr",)  # an X-ray alone has nothing to rescale
     not_causal = "rescales every time step by the mean over the whole series"
+    needs_maps = "reads the feature maps after a stage of a ResNet"
+    needs_lstm = "rescales the hidden states between the LSTM's two layers"
 
     stage: int = 4
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from medfuse_jax.losses import Head, Term, output
-from medfuse_jax.models.attention import masked_softmax
 from medfuse_jax.models.model import Inputs, ProjectedModel, TwoLayers, linear
+from medfuse_jax.models.transformer import masked_softmax
 
 RANKING_MARGIN = 0.1
 _PAIRS = ((0, 1), (0, 2), (1, 2))  # of representations

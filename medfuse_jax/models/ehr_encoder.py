@@ -1,14 +1,14 @@
-"""The EHR encoder: two LSTM layers over a stay's series.
+"""The EHR encoder: two LSTM layers over a stay's series. ehr_transformer.py has the other one.
 
 Shapes: B batch, T time, F input channel, D LSTM width, G = 4 D gates in the order i, f, g, o.
 """
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from medfuse_jax.models.recurrence.chunks import chunked_lstm
 from medfuse_jax.models.recurrence.weights import LstmWeights
+from medfuse_jax.models.series_encoder import SeriesEncoder
 
 
 def _pallas_lstm(*args):
@@ -52,34 +52,12 @@ def lstm(
     return LSTM_KERNELS[kernel](*arrays, x_BTF, length_B, jnp.dtype(dtype), *options)
 
 
-def row_dropout(key: jax.Array, x_BD: jax.Array, rate: float | jax.Array, row_B: jax.Array) -> jax.Array:
-    """Drop features with a mask that depends only on the key and the row's id.
-
-    One device with 16 rows and eight devices with 2 rows each therefore drop the same features. rate: a number, or a
-    traced array, which lets a sweep's trials have different rates.
-    """
-    if _is_off(rate):
-        return x_BD
-
-    def keep(row):
-        return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - rate, x_BD.shape[1:])
-
-    return jnp.where(jax.vmap(keep)(row_B), x_BD / (1 - rate), 0)
-
-
-def _is_off(rate: float | jax.Array) -> bool:
-    return not isinstance(rate, jax.Array) and rate == 0
-
-
-class EhrEncoder(nn.Module):
+class EhrEncoder(SeriesEncoder):
     """Two LSTM layers over a stay; the last hidden state is its feature vector.
 
     recurrence: one of `LSTM_KERNELS`. ops: 'plain', or 'cpu' for devices that are CPUs.
     """
 
-    width: int = 256
-    dropout: float = 0.3
-    dtype: jnp.dtype = jnp.float32
     recurrence: str = "chunks"
     ops: str = "plain"
 
@@ -107,15 +85,3 @@ class EhrEncoder(nn.Module):
         dropout_rows_B: ids of the rows in the whole batch, for dropout (train only).
         """
         return self.drop(self.second_layer(hidden_BTD, length_B)[1], train, dropout_rows_B)
-
-    def drop(self, last_BD: jax.Array, train: bool = False, dropout_rows_B: jax.Array | None = None) -> jax.Array:
-        """Apply the encoder's dropout to features, whether computed now or earlier."""
-        if not train or _is_off(self.dropout):
-            return last_BD
-        if dropout_rows_B is None:
-            dropout_rows_B = jnp.arange(last_BD.shape[0])
-        return row_dropout(self.make_rng("dropout"), last_BD, self.dropout, dropout_rows_B)
-
-    def __call__(self, ehr_BTF, length_B, train: bool = False, dropout_rows_B=None) -> jax.Array:
-        """Turn stays [B, T, F] with `length` valid time steps into features [B, D], float32."""
-        return self.last_state(self.first_layer(ehr_BTF, length_B), length_B, train, dropout_rows_B)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from medfuse_jax.models import transformer
 from medfuse_jax.models.model import Inputs, linear
+from medfuse_jax.models.sequence import SequenceModel
 
 NUM_LATENTS = 16
 NUM_LAYERS = 3
@@ -37,7 +38,7 @@ class Update(nn.Module):
         return read_BLD + nn.Dense(width, dtype=self.dtype, name="down")(hidden).astype(jnp.float32)
 
 
-class HealNet(transformer.SequenceModel):
+class HealNet(SequenceModel):
     """Latent vectors, the same for all rows at first, which cross-attention updates by EHR and X-ray in turn.
 
     As in the paper, both updates are repeated with the same weights, a missing modality's are skipped, and the mean of

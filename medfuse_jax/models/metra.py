@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from medfuse_jax.models import transformer
 from medfuse_jax.models.model import Inputs, linear
+from medfuse_jax.models.sequence import SequenceModel
 
 NUM_LAYERS = 2
 
 
-class MeTra(transformer.SequenceModel):
+class MeTra(SequenceModel):
     """Encoders of both modalities give tokens; a transformer over all of them ends in a class token, which is scored.
 
     As in the paper, each modality has an encoder of its own before the transformer that fuses them. Ours are those of

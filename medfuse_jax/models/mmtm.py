@@ -64,6 +64,8 @@ class MmtmModel(Model):
     """
 
     not_causal = "gates every time step by the mean over the whole series"
+    needs_maps = "gates the feature maps of a ResNet"
+    needs_lstm = "gates the hidden states between the LSTM's two layers"
     # Differs from MedFuse (trainers/mmtm_trainer.py): one update with the summed losses instead of three updates in
     # turn. There, the EHR loss updates only the image encoder, because its optimiser is given no other parameters.
     heads = (

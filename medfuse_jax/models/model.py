@@ -7,7 +7,7 @@ of each hour, and so needs no code of its own.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from medfuse_jax import schema
 from medfuse_jax.losses import Head, Term
-from medfuse_jax.models import ehr_encoder, resnet
+from medfuse_jax.models import ehr_encoder, ehr_transformer, resnet
 from medfuse_jax.models.precision import matmul_precision
 from medfuse_jax.models.presence import Images, images_of, latest_slots, slots_by_hour
+from medfuse_jax.models.series_encoder import states_before
 
 MAX_HOURS = 2**14  # of a stay; only tells the rows of dropout apart
 
@@ -76,10 +77,11 @@ class Inputs:
 class Model(nn.Module):
     """Base class of all methods. A method builds its layers in `setup` and computes its outputs in `forward`.
 
-    num_labels: K. dtype: of the encoders' products; parameters, statistics, heads and outputs are float32.
-    frozen_stats: batch normalisation uses its running statistics in training too, and does not update them.
-    recurrence: the EHR encoder's LSTM kernel, one of `ehr_encoder.LSTM_KERNELS`. ops: the forms in which the encoders
-    compute, see `resnet.ops_for`.
+    num_labels: K. ehr_kind: of the EHR encoder, 'lstm' or 'transformer'. cxr_kind: of the X-ray encoder, a key of
+    `resnet.BLOCKS`, or 'features' for none: X-rays come as given_features numbers each, computed elsewhere. dtype: of
+    the encoders' products; parameters, statistics, heads and outputs are float32. frozen_stats: batch normalisation
+    uses its running statistics in training too, and does not update them. recurrence: the LSTM's kernel, one of
+    `ehr_encoder.LSTM_KERNELS`. ops: the forms in which the encoders compute, see `resnet.ops_for`.
     """
 
     # The modalities that the method reads: the input pipeline leaves out the others.
@@ -87,8 +89,6 @@ class Model(nn.Module):
     uses_cxr = True
     # Whether the fusion reads every time step of the EHR encoder, not only its features (bench.flops).
     reads_series = False
-    # Whether more padding takes more time: the recurrence stops at the batch's longest series, attention does not.
-    pays_for_padding = False
     # The modalities that a row needs for a prediction: evaluation leaves out rows without them.
     needs: ClassVar[tuple[str, ...]] = ()
     # The classifiers that are trained, and their losses (losses.objective).
@@ -97,6 +97,10 @@ class Model(nn.Module):
     terms: ClassVar[tuple[Term, ...]] = ()
     # Why the method cannot score every hour of a stay in one pass; '' if it can.
     not_causal: ClassVar[str] = "is not known to be causal (models/model.py)"
+    # Why the method needs the layers of the LSTM; '' if any encoder of series will do.
+    needs_lstm: ClassVar[str] = ""
+    # Why the method needs the feature maps of a ResNet; '' if features will do.
+    needs_maps: ClassVar[str] = ""
     # Whether evaluation scores every image of a dense batch, regardless of has_cxr.
     scores_every_image = False
 
@@ -104,6 +108,9 @@ class Model(nn.Module):
     ehr_hidden: int = 256
     fusion_hidden: int = 512
     dropout: float = 0.3
+    ehr_kind: str = "lstm"
+    cxr_kind: str = "resnet34"
+    given_features: int = 0
     resnet_stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
     resnet_width: int = 64
     dtype: jnp.dtype = jnp.float32
@@ -116,15 +123,30 @@ class Model(nn.Module):
         """Return the fields of config.loss that the method's training reads."""
         return ({head.weight for head in cls.heads} | {term.weight for term in cls.terms}) - {""}
 
-    def new_ehr_encoder(self) -> ehr_encoder.EhrEncoder:
+    @property
+    def pays_for_padding(self) -> bool:
+        """Whether more padding takes more time: the LSTM stops at the batch's longest series, attention does not."""
+        return self.ehr_kind == "transformer"
+
+    def new_ehr_encoder(self) -> ehr_encoder.EhrEncoder | ehr_transformer.EhrTransformer:
+        if self.ehr_kind == "transformer":
+            assert not self.needs_lstm, "checked by config.validate"
+            return ehr_transformer.EhrTransformer(self.ehr_hidden, self.dropout, self.dtype)
         return ehr_encoder.EhrEncoder(self.ehr_hidden, self.dropout, self.dtype, self.recurrence, self.ops)
 
-    def new_cxr_encoder(self) -> resnet.ResNet:
-        return resnet.ResNet(self.resnet_stage_sizes, self.resnet_width, self.dtype, self.frozen_stats, self.ops)
+    def new_cxr_encoder(self) -> Any:
+        """Return the ResNet; None if X-rays come as features."""
+        if self.cxr_kind == "features":
+            assert not self.needs_maps, "checked by config.validate"
+            return None
+        sizes = (self.resnet_stage_sizes, self.resnet_width)
+        return resnet.ResNet(*sizes, self.dtype, self.frozen_stats, self.ops, self.cxr_kind)
 
     @property
     def num_cxr_features(self) -> int:
-        return self.resnet_width * 2 ** (len(self.resnet_stage_sizes) - 1)
+        if self.cxr_kind == "features":
+            return self.given_features
+        return resnet.num_features(self.cxr_kind, self.resnet_stage_sizes, self.resnet_width)
 
     def forward(self, batch: Inputs) -> dict:
         """Return 'logits' [B, K] and the method's other outputs."""
@@ -159,7 +181,8 @@ class Model(nn.Module):
         none, and image_time_h [P], when each was taken, in hours since the stay began.
         Dense images (image_row None): P = B, and has_cxr bool [B] says which rows have an image; images of other rows
         affect no statistic, gradient or output.
-        ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, instead of ehr and image.
+        ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, or of X-rays computed elsewhere, instead
+        of ehr and image.
         train: use batch statistics and dropout. dropout_rows int [B], the rows' ids in the whole batch, seed its masks.
         axis_name: the devices' axis. extra: name -> values [B, ...] of further modalities, NaN in rows without any.
         hour_step int [B, H]: score every hour of an hourly task, from its number of first time steps; image_hour int
@@ -205,7 +228,7 @@ class Model(nn.Module):
         return self.ehr_encoder(batch.ehr_BTF, batch.length_B, batch.train, batch.dropout_rows_B)
 
     def _encode_hours(self, batch: Inputs) -> jax.Array:
-        """Return the LSTM's state at each hour [R, D], from one pass over each series."""
+        """Return the EHR encoder's state at each hour [R, D], from one pass over each series."""
         hidden_BTD = self.ehr_encoder.states(batch.ehr_BTF, batch.length_B)[0]
         return self.drop_by_hour(states_before(hidden_BTD, batch.hour_step_BH), batch)
 
@@ -222,12 +245,6 @@ class Model(nn.Module):
         if images.features_PE is not None:
             return images.features_PE
         return self.cxr_encoder(images.image_PHWC, batch.train, images.valid_P, batch.axis_name)
-
-
-def states_before(hidden_BTD: jax.Array, step_BH: jax.Array) -> jax.Array:
-    """Return the state after the first `step` time steps at each hour [B, H, D]; zeros for 0."""
-    state_BHD = jnp.take_along_axis(hidden_BTD, jnp.maximum(step_BH - 1, 0)[..., None], axis=1)
-    return jnp.where(step_BH[..., None] > 0, state_BHD, 0)
 
 
 def _by_hour(batch: Inputs, step_BH: jax.Array, image_row, image_mask, image_hour) -> Inputs:
@@ -286,17 +303,19 @@ def init_variables(model: Model, key: jax.Array, extra: dict | None = None) -> d
     An `rbg` key compiles faster than a threefry key.
     """
     # lazy_init traces the forward pass without compiling it.
-    return model.lazy_init(key, **_smallest_inputs(extra))
+    return model.lazy_init(key, **_smallest_inputs(model, extra))
 
 
 def variable_shapes(model: Model, extra: dict | None = None) -> dict:
     """Return the shapes and types of what `init_variables` returns, computing nothing, in half of its time."""
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    return jax.eval_shape(model.init, key, **_smallest_inputs(extra))
+    return jax.eval_shape(model.init, key, **_smallest_inputs(model, extra))
 
 
-def _smallest_inputs(extra: dict | None) -> dict:
+def _smallest_inputs(model: Model, extra: dict | None) -> dict:
     """Return shapes of inputs: no parameter's shape depends on the size of a batch, a series or an image."""
     ehr_BTF = jax.ShapeDtypeStruct((1, 1, len(schema.CHANNELS)), jnp.float32)
-    image_PHW = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
-    return {"ehr": ehr_BTF, "image": image_PHW} | ({"extra": extra} if extra else {})
+    image = {"image": jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)}
+    if model.cxr_kind == "features":
+        image = {"cxr_features": jax.ShapeDtypeStruct((1, model.given_features), jnp.float32)}
+    return {"ehr": ehr_BTF} | image | ({"extra": extra} if extra else {})

@@ -1,9 +1,11 @@
-"""ResNet-34 without its classifier head (He et al. 2016, as in torchvision), over the X-rays of a batch.
+"""ResNet-34 and ResNet-50 without their classifier head (He et al. 2016, as in torchvision), over a batch's X-rays.
 
-Shapes: P X-rays, H W pixels, C channels, E X-ray features (8 * width).
+Shapes: P X-rays, H W pixels, C channels, E X-ray features.
 
 All padding is explicit: torch pads (3, 3) and (1, 1), which differs from `SAME` at stride 2.
 """
+
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -93,6 +95,8 @@ class StemConv(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, which is projected if the shape changes."""
 
+    expansion: ClassVar[int] = 1  # output channels for each of `features`
+
     features: int
     stride: int = 1
     ops: str = "plain"
@@ -109,13 +113,48 @@ class BasicBlock(nn.Module):
         return BatchNorm(True, self.ops, name="norm2")(y_PHWC, *norm_args, shortcut_PHWC=shortcut_PHWC)
 
 
-class ResNet(nn.Module):
-    """The stem, four stages of basic blocks, and the mean over the pixels.
+class BottleneckBlock(nn.Module):
+    """A 3x3 convolution between two 1x1 ones, and a shortcut, which is projected if the shape changes.
 
-    stage_sizes: blocks per stage; (3, 4, 6, 3) is ResNet-34. width: channels of the first stage; each later stage
-    doubles them. dtype: of the convolutions; parameters and statistics are float32. frozen_stats: training uses the
-    running statistics and leaves them unchanged. ops: 'plain' for XLA's own operations, or the forms that suit a 'cpu',
-    'gpu' or 'tpu'.
+    As in torchvision (ResNet v1.5), the 3x3 convolution has the stride; He et al. give it to the first 1x1 one.
+    """
+
+    expansion: ClassVar[int] = 4
+
+    features: int
+    stride: int = 1
+    ops: str = "plain"
+
+    @nn.compact
+    def __call__(self, x_PHWC: jax.Array, *norm_args) -> jax.Array:
+        shortcut_PHWC, num_out = x_PHWC, self.features * self.expansion
+        if self.stride != 1 or x_PHWC.shape[-1] != num_out:
+            shortcut_PHWC = Conv(num_out, 1, self.stride, self.ops, name="shortcut_conv")(x_PHWC)
+            shortcut_PHWC = BatchNorm(ops=self.ops, name="shortcut_norm")(shortcut_PHWC, *norm_args)
+        y_PHWC = Conv(self.features, 1, ops=self.ops, name="conv1")(x_PHWC)
+        y_PHWC = BatchNorm(True, self.ops, name="norm1")(y_PHWC, *norm_args)
+        y_PHWC = Conv(self.features, 3, self.stride, self.ops, name="conv2")(y_PHWC)
+        y_PHWC = BatchNorm(True, self.ops, name="norm2")(y_PHWC, *norm_args)
+        y_PHWC = Conv(num_out, 1, ops=self.ops, name="conv3")(y_PHWC)
+        return BatchNorm(True, self.ops, name="norm3")(y_PHWC, *norm_args, shortcut_PHWC=shortcut_PHWC)
+
+
+# By config.model.cxr_encoder. Both have (3, 4, 6, 3) blocks; only their kind differs.
+BLOCKS: dict[str, type[BasicBlock | BottleneckBlock]] = {"resnet34": BasicBlock, "resnet50": BottleneckBlock}
+
+
+def num_features(kind: str, stage_sizes: tuple[int, ...], width: int) -> int:
+    """Return E, the channels after the last stage."""
+    return width * 2 ** (len(stage_sizes) - 1) * BLOCKS[kind].expansion
+
+
+class ResNet(nn.Module):
+    """The stem, four stages of blocks, and the mean over the pixels.
+
+    stage_sizes: blocks per stage. width: channels of the first stage (ResNet-50: a quarter of them); each later stage
+    doubles them. kind: of the blocks, a key of `BLOCKS`. dtype: of the convolutions; parameters and statistics are
+    float32. frozen_stats: training uses the running statistics and leaves them unchanged. ops: 'plain' for XLA's own
+    operations, or the forms that suit a 'cpu', 'gpu' or 'tpu'.
     """
 
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
@@ -123,6 +162,7 @@ class ResNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
     frozen_stats: bool = False
     ops: str = "plain"
+    kind: str = "resnet34"
 
     def setup(self):
         self.stem_conv = StemConv(self.width, self.ops)
@@ -130,7 +170,7 @@ class ResNet(nn.Module):
         for i, num_blocks in enumerate(self.stage_sizes, start=1):
             for j in range(num_blocks):
                 stride = 2 if i > 1 and j == 0 else 1
-                setattr(self, f"stage{i}_block{j}", BasicBlock(self.width * 2 ** (i - 1), stride, self.ops))
+                setattr(self, f"stage{i}_block{j}", BLOCKS[self.kind](self.width * 2 ** (i - 1), stride, self.ops))
 
     def stem(self, image_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
         """Turn X-rays into the input of stage 1, at a quarter of their height and width."""

@@ -11,13 +11,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medfuse_jax.models.attention import masked_softmax
-from medfuse_jax.models.model import Inputs, ProjectedModel
 from medfuse_jax.models.presence import Images
-from medfuse_jax.models.recurrence import cell
 
 _MAX_HEADS = 4
 _LONGEST_PERIOD = 10_000  # of the positions' sines, in tokens (Vaswani et al. 2017)
+
+
+def masked_softmax(score_BM: jax.Array, mask_BM: jax.Array) -> jax.Array:
+    """Compute the softmax over the unmasked positions of the last axis [..., M]; 0 for fully masked rows."""
+    highest_B1 = jnp.max(jnp.where(mask_BM, score_BM, -jnp.inf), axis=-1, keepdims=True, initial=-1e30)
+    exp_BM = jnp.where(mask_BM, jnp.exp(jnp.where(mask_BM, score_BM - jax.lax.stop_gradient(highest_B1), 0)), 0)
+    sum_B1 = jnp.sum(exp_BM, axis=-1, keepdims=True)
+    # Not a maximum of the sum and 1: at a single position, whose sum is 1, its gradient would be half of the sum's.
+    return exp_BM / jnp.where(sum_B1 > 0, sum_B1, 1)
 
 
 def num_heads(width: int) -> int:
@@ -40,12 +46,18 @@ def grid_positions(height: int, width: int, channels: int) -> jax.Array:
     return jnp.concatenate([of_row, of_column], axis=-1)
 
 
-def attend(query_BQD, key_BCD, value_BCD, mask_BC, dtype=jnp.float32) -> jax.Array:
-    """Return each query's weighted mean of the values [B, Q, D], by heads; zeros for rows without an unmasked key."""
+def attend(query_BQD, key_BCD, value_BCD, mask_BC, dtype=jnp.float32, causal: bool = False) -> jax.Array:
+    """Return each query's weighted mean of the values [B, Q, D], by heads; zeros for rows without an unmasked key.
+
+    causal: a query reads no key after its own place.
+    """
     heads = num_heads(query_BQD.shape[-1])
     query, key, value = (x.reshape(*x.shape[:2], heads, -1).astype(dtype) for x in (query_BQD, key_BCD, value_BCD))
     score_BHQC = jnp.einsum("bqhd,bchd->bhqc", query, key).astype(jnp.float32) / math.sqrt(query.shape[-1])
-    weight_BHQC = masked_softmax(score_BHQC, mask_BC[:, None, None])
+    mask = mask_BC[:, None, None]
+    if causal:
+        mask = mask & jnp.tril(jnp.ones(score_BHQC.shape[2:], bool))
+    weight_BHQC = masked_softmax(score_BHQC, mask)
     mean = jnp.einsum("bhqc,bchd->bqhd", weight_BHQC.astype(dtype), value).astype(jnp.float32)
     return mean.reshape(query_BQD.shape)
 
@@ -63,11 +75,13 @@ def from_rows(images: Images, x_BSD: jax.Array) -> jax.Array:
 class Layer(nn.Module):
     """A pre-norm transformer layer in which a row's tokens and those of its image attend to each other.
 
-    hidden: units of the feed-forward part. dtype: of the products; the tokens stay float32.
+    hidden: units of the feed-forward part. dtype: of the products; the tokens stay float32. causal: a token reads none
+    that comes after it; for rows alone, without images.
     """
 
     hidden: int
     dtype: jnp.dtype = jnp.float32
+    causal: bool = False
 
     @nn.compact
     def __call__(self, row_BSD, mask_BS, image_PND, images: Images | None) -> tuple[jax.Array, jax.Array | None]:
@@ -90,7 +104,8 @@ class Layer(nn.Module):
 
         query_BSD, key_BSD, value_BSD = project(row_BSD)
         if images is None:
-            return finish(row_BSD, attend(query_BSD, key_BSD, value_BSD, mask_BS, self.dtype)), None
+            return finish(row_BSD, attend(query_BSD, key_BSD, value_BSD, mask_BS, self.dtype, self.causal)), None
+        assert not self.causal, "an image has no place among a row's tokens"
         query_PND, key_PND, value_PND = project(image_PND)
         has_image_BN = jnp.repeat(images.present_rows()[:, None], image_PND.shape[1], axis=1)
         has_image_PN = jnp.repeat(images.valid_P[:, None], image_PND.shape[1], axis=1)
@@ -106,49 +121,3 @@ class Layer(nn.Module):
         mean_BSD = attend(query_BSD, of_rows(key_BSD, key_PND), of_rows(value_BSD, value_PND), mask_BC, self.dtype)
         mean_PND = attend(query_PND, of_images(key_BSD, key_PND), of_images(value_BSD, value_PND), mask_PC, self.dtype)
         return finish(row_BSD, mean_BSD), finish(image_PND, mean_PND)
-
-
-class SequenceModel(ProjectedModel):
-    """Base class of fusions that read every time step and every cell of the X-ray's last feature map."""
-
-    reads_series = True
-    pays_for_padding = True
-
-    def setup_fusion(self):
-        self.ehr_norm = nn.LayerNorm()
-        self.cxr_norm = nn.LayerNorm()
-
-    def encode_tokens(self, batch: Inputs) -> dict:
-        """Return a dict of the tokens and features of a batch.
-
-        ehr_tokens [B, T, D], or None if no row has EHR, and ehr_mask [B, T]; cxr_tokens [P, N, D], or None if the batch
-        has no image. features: {'ehr_features', 'cxr_features': [B, D]}, zeros in rows without the modality.
-        """
-        ehr_BTD, ehr_BD, mask_BT = self._encode_series(batch)
-        cxr_PND, cxr_BD = self._encode_cells(batch)
-        features = {"ehr_features": ehr_BD, "cxr_features": cxr_BD}
-        return {"ehr_tokens": ehr_BTD, "ehr_mask": mask_BT, "cxr_tokens": cxr_PND, "features": features}
-
-    def _encode_series(self, batch: Inputs) -> tuple:
-        if batch.ehr_BTF is None:
-            return None, jnp.zeros((batch.num_rows, self.ehr_hidden)), jnp.zeros((batch.num_rows, 0), bool)
-        hidden_BTD, last_BD = self.freeze(self.ehr_encoder.states(batch.ehr_BTF, batch.length_B))
-        hidden_BTD = self.ehr_encoder.drop(hidden_BTD, batch.train, batch.dropout_rows_B)
-        num_time_steps = hidden_BTD.shape[1]
-        token_BTD = self.ehr_norm(hidden_BTD) + positions(num_time_steps, self.ehr_hidden)
-        return token_BTD, last_BD, cell.valid_time_steps(batch.length_B, num_time_steps)
-
-    def _encode_cells(self, batch: Inputs) -> tuple:
-        images = batch.images
-        if images is None:
-            return None, jnp.zeros((batch.num_rows, self.ehr_hidden))
-        # As in ProjectedModel.encode_images: frozen encoders freeze their batch statistics too.
-        train = batch.train and not self.frozen_encoders
-        last_stage = len(self.resnet_stage_sizes)
-        map_PHWE = self.freeze(
-            self.cxr_encoder.until(last_stage, images.image_PHWC, train, images.valid_P, batch.axis_name)
-        )
-        height, width = map_PHWE.shape[1:3]
-        cell_PND = self.projection(map_PHWE.astype(jnp.float32).reshape(len(map_PHWE), height * width, -1))
-        token_PND = self.cxr_norm(cell_PND) + grid_positions(height, width, self.ehr_hidden)
-        return token_PND, images.to_rows(cell_PND.mean(axis=1))

@@ -107,7 +107,7 @@ def _lead(main: Run) -> str:
         low, high = pair(other.get("auroc_macro_ci"))
         if other.get("subset") == "all" and low is not None and high is not None:
             text += (
-                f" The difference from {method_name(other.get('against'))} on the same {unit} is "
+                f" The difference from {read_runs.against(main.result, other)} on the same {unit} is "
                 f"{number(other.get('auroc_macro'), sign=True)} "
                 f"({number(low, sign=True)} to {number(high, sign=True)})"
             )

@@ -23,6 +23,12 @@ _ENSEMBLE_NAMES = {
     "weighted_average": "Weighted average",
     "ensemble": "Ensemble, by X-ray",
 }
+# Fields of a result, for encoders that are not the paper's: value -> name.
+ENCODERS = {
+    "ehr_encoder": {"transformer": "transformer"},
+    "cxr_encoder": {"resnet50": "ResNet-50", "features": "given features"},
+}
+_USUAL = {"ehr_encoder": "LSTM", "cxr_encoder": "ResNet"}  # as methods' titles call them
 SUBSETS = ("all", "paired", "unpaired", "cxr_only", "had_both")
 OUTSIDE_ITS_CI = (
     "A value lies outside its own interval. With few positives, resamples that repeat them score higher, so such an "
@@ -334,9 +340,21 @@ def task_name(task) -> str:
 
 
 def title(result: dict) -> str:
-    """Return the display name of a result's method, with any further modalities, and whether it reads all X-rays."""
-    method = method_name(result.get("method")) + (", all X-rays" if result.get("images") == "all" else "")
+    """Return the display name of a result's method, with unusual encoders, whether it reads all X-rays, and further
+    modalities."""
+    method = method_name(result.get("method"))
+    for field, names in ENCODERS.items():
+        if name := names.get(result.get(field) or ""):
+            usual = f"({_USUAL[field]})"
+            method = method.replace(usual, f"({name})") if usual in method else f"{method}, {name}"
+    method += ", all X-rays" if result.get("images") == "all" else ""
     return " + ".join([method, *(Path(name).stem for name in result.get("modalities") or [])])
+
+
+def against(result: dict, comparison: dict) -> str:
+    """Return the display name of the run that a result is compared with: a stage of the same run, or another method."""
+    method = comparison.get("against")
+    return title({"method": method} | {f: result.get(f) for f in ENCODERS if f == f"{str(method)[4:]}_encoder"})
 
 
 def unit(task: str) -> str:

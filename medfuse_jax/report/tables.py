@@ -10,7 +10,7 @@ import numpy as np
 
 from medfuse_jax import schema
 from medfuse_jax.report import html, plots, read_runs
-from medfuse_jax.report.read_runs import SUBSETS, Run, method_name, number, pair, section
+from medfuse_jax.report.read_runs import SUBSETS, Run, number, pair, section
 
 _SUBSET_TITLES = {
     "all": "All test {unit}",
@@ -72,7 +72,7 @@ def differences(runs: list[Run]) -> str:
     axis = _axis([x for _, s in pairs for x in (0.0, s.get("auroc_macro"), *pair(s.get("auroc_macro_ci")))], step=0.02)
 
     def row(run: Run, other: dict) -> str:
-        name = f"{run.name} − {method_name(other.get('against'))}"
+        name = f"{run.name} − {read_runs.against(run.result or {}, other)}"
         cells = _score_cells(_macro(other), axis, run.color, reference=0.0, sign=True)
         return f"<tr>{_run_head(run, name)}{cells}</tr>"
 

@@ -3,7 +3,7 @@
 import textwrap
 
 from medfuse_jax.report import read_runs
-from medfuse_jax.report.read_runs import OUTSIDE_ITS_CI, SUBSETS, method_name, number, pair, section
+from medfuse_jax.report.read_runs import OUTSIDE_ITS_CI, SUBSETS, number, pair, section
 
 _WIDTH = 100
 _METRICS = ("AUROC", "AUPRC")
@@ -40,7 +40,7 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
             if scores := subsets.get(subset):
                 rows.append((name, _SUBSET_NAMES[subset], str(scores.get("num_samples", "")), *_values(scores)))
     differences = [
-        (f"{name} − {method_name(scores.get('against'))}", _SUBSET_NAMES[scores["subset"]], "", *_values(scores, True))
+        (f"{name} − {read_runs.against(result, scores)}", _SUBSET_NAMES[scores["subset"]], "", *_values(scores, True))
         for name, result in named
         for scores in read_runs.comparisons(result)
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medfuse_jax.data.cxr_features import Statistics
 from medfuse_jax.data.modalities import static
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
@@ -32,11 +33,16 @@ def describe(dataset) -> dict:
         "mean": dataset.mean_F.tolist(),  # exact: a float32 is a float64
         "std": dataset.std_F.tolist(),
         "categories": static.categories(dataset.index["train"]) if "static" in dataset.extra else {},
-    }
+    } | ({"cxr_features": _as_lists(dataset.cxr_statistics)} if dataset.cxr_statistics else {})
+
+
+def _as_lists(statistics: Statistics) -> dict[str, list[float]]:
+    return {"mean": statistics.mean_E.tolist(), "std": statistics.std_E.tolist()}
 
 
 def read(workdir: Path) -> dict:
-    """Return task, labels, channels, timestep_h, profile, mean, std [F], and categories of the static features.
+    """Return task, labels, channels, timestep_h, profile, mean, std [F], and categories of the static features; with
+    features of X-rays (data/cxr_features.py) also cxr_features, their Statistics.
 
     Raises UserError if the run was trained before data.json held them.
     """
@@ -49,6 +55,9 @@ def read(workdir: Path) -> dict:
     mean_F, std_F = (np.asarray(content[name], np.float32) for name in ("mean", "std"))
     if not mean_F.shape == std_F.shape == (len(content["channels"]),) or not (std_F > 0).all():
         raise UserError(f"{path} is damaged (mean and std): {how}", field="--workdir", path=path, value="mean")
+    if "cxr_features" in content:
+        of_features = (np.asarray(content["cxr_features"][name], np.float32) for name in ("mean", "std"))
+        content["cxr_features"] = Statistics(*of_features)
     return content | {"mean": mean_F, "std": std_F}
 
 

@@ -19,10 +19,11 @@ from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 
-def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str = "") -> Run:
+def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str = "", cxr_features: str = "") -> Run:
     """Open the run in a workdir. Raise UserError if there is none, or if its data changed.
 
-    devices: by default all of this process. data_dir: its shards' new folder if moved; saved in the workdir's config.
+    devices: by default all of this process. data_dir, cxr_features: the new places of its shards and of its file of
+    X-rays' features, if moved; saved in the workdir's config.
     """
     if workdir_lib.is_ensemble(workdir):
         raise UserError(f"{workdir} holds an ensemble, which has no weights: give a run's workdir", path=workdir)
@@ -36,12 +37,21 @@ def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
         message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new folder once: {how}"
         raise UserError(message, field="--data_dir", path=config.data.dir)
+    if cxr_features:
+        if config.model.cxr_encoder != "features":
+            what = f"--cxr_features={cxr_features}, and {workdir} reads X-rays: leave it out"
+            raise UserError(what, field="--cxr_features", value=cxr_features)
+        config.data.cxr_features = cxr_features
+    elif (file := config.data.cxr_features) and not Path(file).is_file():
+        how = f"python -m medfuse_jax.evaluate --workdir={workdir} --cxr_features=NEW"
+        message = f"the features of X-rays of {workdir}, {file}, are gone: give the new file once: {how}"
+        raise UserError(message, field="--cxr_features", path=file)
     for name in loading.listed(config.model.modalities):
         if name.endswith(".py"):
             files.say_code_of_another(Path(name), workdir)
     run = open_run(config, devices)
     workdir_lib.check_data(workdir, run)
-    if data_dir:
+    if data_dir or cxr_features:
         config_lib.save(config, path)
     return run
 
@@ -80,6 +90,8 @@ def check_frozen(run: Run, source_names: Iterable[str]) -> None:
     """
     model, names = run.options.model, set(source_names)
     for name in ("ehr", "cxr"):
+        if name == "cxr" and model.cxr_kind == "features":
+            continue
         if getattr(model, "frozen_encoders", False) and not {name, "model"} & names:
             raise UserError(
                 f"the {name} encoder is frozen (method {run.config.method}) and nothing pre-trains it, so it "

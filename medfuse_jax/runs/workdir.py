@@ -77,6 +77,8 @@ def check_data(workdir: Path, run) -> None:
     config, sources = run.config, [f"{run.config.data.dir}/{run.config.task}"]
     if run.dataset.extra:
         sources.append(f"the tables of config.model.modalities={config.model.modalities}")
+    if run.dataset.cxr_features:
+        sources.append(f"config.data.cxr_features={config.data.cxr_features}")
     if config.data.statistics != "train":
         sources.append(f"config.data.statistics={config.data.statistics}")
     raise UserError(

@@ -106,7 +106,8 @@ def _fill(model, method: str, state_dict: dict) -> tuple[dict, list[str]]:
         unused = [name for name in state_dict if name.startswith("fc.")]
     else:
         variables = torch_import.fill(model, method, state_dict)
-        unused = torch_import.unused(state_dict, method, model.resnet_stage_sizes, getattr(model, "missing", ""))
+        missing = getattr(model, "missing", "")
+        unused = torch_import.unused(state_dict, method, model.resnet_stage_sizes, missing, model.cxr_kind)
     return variables, [name for name in unused if not name.endswith("num_batches_tracked")]  # counters, not weights
 
 

@@ -17,6 +17,7 @@ from medfuse_jax.torch_import.names import (
     WRAPPER,
     Row,
     backbone_rows,
+    kind_of,
     known_names,
     released_methods,
     table,
@@ -37,10 +38,16 @@ def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **o
 
 def fill(model: Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dict:
     """Return the variables of a model that `registry.build` made for `method`. Raise UserError as `load` does."""
+    if model.uses_ehr and model.ehr_kind != "lstm":
+        what = f"config.model.ehr_encoder is {model.ehr_kind!r}; the released models have an LSTM: use 'lstm'"
+        raise UserError(what, field="config.model.ehr_encoder", value=model.ehr_kind, nearest="lstm")
     state_dict = unwrapped(state_dict)
-    stages = model.resnet_stage_sizes
-    rows = table(method, stages, getattr(model, "missing", ""))
-    _check_names(state_dict, rows, method, known_names(stages), _hint(state_dict, stages))
+    stages, kind = model.resnet_stage_sizes, model.cxr_kind
+    rows = table(method, stages, getattr(model, "missing", ""), kind)
+    if model.uses_cxr and not is_backbone(state_dict):
+        _check_kind(state_dict, kind)
+    known = known_names(stages, kind_of(state_dict))
+    _check_names(state_dict, rows, method, known, _hint(state_dict, stages, kind))
     expected = _shapes(model)
     assert {row.path for row in rows} == set(expected), "the table and the model differ"
     return traverse_util.unflatten_dict({row.path: _to_flax(row, state_dict, expected[row.path]) for row in rows})
@@ -58,12 +65,13 @@ def fill_backbone(model: Model, state_dict: Mapping[str, np.ndarray]) -> dict:
     """
     state_dict = unwrapped(state_dict)
     expected = _shapes(model)
-    rows = backbone_rows(model.resnet_stage_sizes, prefix="")
+    rows = backbone_rows(model.resnet_stage_sizes, model.cxr_kind, prefix="")
     known = {name for row in rows for name in row.names} | {"fc.weight", "fc.bias"}
     known |= {name.replace("running_mean", "num_batches_tracked") for name in known}
     rows = [row for row in rows if row.path in expected]
     if not rows:
         raise UserError("the checkpoint is an X-ray encoder (a ResNet), and config.method has none", field="method")
+    _check_kind(state_dict, model.cxr_kind)
     _check_names(state_dict, rows, "the X-ray encoder", known)
     return traverse_util.unflatten_dict({row.path: _to_flax(row, state_dict, expected[row.path]) for row in rows})
 
@@ -73,12 +81,13 @@ def unused(
     method: str,
     stage_sizes: Iterable[int] = RESNET34_STAGES,
     missing: str = "",
+    kind: str = "resnet34",
 ) -> list[str]:
     """Return the entries of a released checkpoint that a method does not read, in file order.
 
-    missing: as in `table`.
+    missing, kind: as in `table`.
     """
-    used = {name for row in table(method, stage_sizes, missing) for name in row.names}
+    used = {name for row in table(method, stage_sizes, missing, kind) for name in row.names}
     return [name for name in state_dict if name not in used]
 
 
@@ -92,7 +101,8 @@ def export(variables: Mapping, method: str) -> dict[str, np.ndarray]:
     stage_sizes = tuple(sum(name.startswith(f"stage{i}_") for name in blocks) for i in range(1, 5))
     flat = traverse_util.flatten_dict(dict(variables))
     missing = "learnt" if "missing_token" in variables["params"] else "zeros"
-    rows = table(method, stage_sizes, missing)
+    kind = "resnet50" if "conv3" in blocks.get("stage1_block0", {}) else "resnet34"
+    rows = table(method, stage_sizes, missing, kind)
     if unnamed := sorted("/".join(path) for path in flat.keys() - {row.path for row in rows}):
         raise UserError(
             f"the run cannot be exported: a released {method} has no {_listed(unnamed)}", field="method", value=unnamed
@@ -131,12 +141,29 @@ def _check_names(state_dict, rows: list[Row], reader: str, known: set[str], hint
         raise UserError(f"the checkpoint holds {_listed(unknown)}, which no released model has", value=unknown)
 
 
-def _hint(state_dict, stages) -> str:
+def _check_kind(state_dict, kind: str) -> None:
+    """Raise UserError if the checkpoint's ResNet has blocks of another kind; it may have none at all."""
+    if not any(name.endswith("layer1.0.conv1.weight") for name in state_dict) or kind_of(state_dict) == kind:
+        return
+    raise UserError(
+        f"the checkpoint's X-ray encoder has the blocks of a {kind_of(state_dict)}, and config.model.cxr_encoder is "
+        f"{kind!r}: use --config.model.cxr_encoder={kind_of(state_dict)}",
+        field="config.model.cxr_encoder",
+        value=kind,
+        nearest=kind_of(state_dict),
+    )
+
+
+def _hint(state_dict, stages, kind) -> str:
     """Return a hint at what the checkpoint does hold, judging by its names; '' if they match no method."""
     if is_backbone(state_dict):
         return "; it is a bare ResNet, from which an X-ray encoder can start"
-    methods = [m for m in released_methods() if all(n in state_dict for row in table(m, stages) for n in row.names)]
+    methods = [m for m in released_methods() if _has_all(state_dict, table(m, stages, kind=kind))]
     return f"; it has all weights of {', '.join(methods)}" if methods else ""
+
+
+def _has_all(state_dict, rows: list[Row]) -> bool:
+    return all(name in state_dict for row in rows for name in row.names)
 
 
 def _listed(names: list[str]) -> str:

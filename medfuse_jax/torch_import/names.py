@@ -81,15 +81,21 @@ def _conv_norm_rows(conv: str, norm: str, path: tuple[str, ...], flax_conv: str,
     return [kernel, *_norm_rows(norm, *path, flax_norm)]
 
 
-def backbone_rows(stage_sizes: Iterable[int] = RESNET34_STAGES, prefix: str = _BACKBONE) -> list[Row]:
-    """Return the rows of torchvision's ResNet of basic blocks; torchvision and flax both number stages from 1."""
+def backbone_rows(
+    stage_sizes: Iterable[int] = RESNET34_STAGES, kind: str = "resnet34", prefix: str = _BACKBONE
+) -> list[Row]:
+    """Return the rows of torchvision's ResNet; torchvision and flax both number stages from 1.
+
+    kind: config.model.cxr_encoder. A block has as many convolutions as its kind, in order.
+    """
+    num_convs, first_projected = {"resnet34": (2, 2), "resnet50": (3, 1)}[kind]
     rows = _conv_norm_rows(f"{prefix}conv1", f"{prefix}bn1", ("cxr_encoder",), "stem_conv", "stem_norm")
     for i, num_blocks in enumerate(stage_sizes, start=1):
         for j in range(num_blocks):
             block, path = f"{prefix}layer{i}.{j}.", ("cxr_encoder", f"stage{i}_block{j}")
-            rows += _conv_norm_rows(f"{block}conv1", f"{block}bn1", path, "conv1", "norm1")
-            rows += _conv_norm_rows(f"{block}conv2", f"{block}bn2", path, "conv2", "norm2")
-            if i > 1 and j == 0:
+            for n in range(1, num_convs + 1):
+                rows += _conv_norm_rows(f"{block}conv{n}", f"{block}bn{n}", path, f"conv{n}", f"norm{n}")
+            if i >= first_projected and j == 0:
                 shortcut = f"{block}downsample."
                 rows += _conv_norm_rows(f"{shortcut}0", f"{shortcut}1", path, "shortcut_conv", "shortcut_norm")
     return rows
@@ -110,27 +116,36 @@ def _daft_rows(stage: int) -> list[Row]:
     return [r for name, ours in layers.items() for r in _linear_rows(f"{prefix}.{name}", "daft", ours, bias=False)]
 
 
-def _layout(released: str, stage_sizes: tuple[int, ...], stage: int) -> list[Row]:
-    """Return the rows of a released checkpoint.
+def kind_of(names: Iterable[str]) -> str:
+    """Return the kind of the ResNet in a checkpoint, whole or bare; that of the released ones if it has none."""
+    return "resnet50" if any(name.endswith("layer1.0.conv3.weight") for name in names) else "resnet34"
+
+
+def _layout(released: str, stage_sizes: tuple[int, ...], stage: int, kind: str) -> list[Row]:
+    """Return the rows of a released checkpoint, or of one with another kind of ResNet, which has the same names.
 
     released: as in registry.Method. stage: the ResNet stage of MMTM or DAFT.
     """
+    backbone = backbone_rows(stage_sizes, kind)
 
     def head(torch_name: str, name: str = "classifier") -> list[Row]:
         return _linear_rows(torch_name, name)
 
-    both = _EHR_ENCODER + backbone_rows(stage_sizes) + _linear_rows("projection", "projection")
+    both = _EHR_ENCODER + backbone + _linear_rows("projection", "projection")
     concat = both + head("fused_cls.0")
     own_heads = head("ehr_model.dense_layer", "ehr_classifier") + head("cxr_model.classifier.0", "cxr_classifier")
     return {
         "ehr": _EHR_ENCODER + head("ehr_model.dense_layer"),
-        "cxr": backbone_rows(stage_sizes) + head("cxr_model.classifier.0"),
+        "cxr": backbone + head("cxr_model.classifier.0"),
         "concat": concat,
         "medfuse": both + _lstm_rows("lstm_fusion_layer", "fusion_lstm", "cell") + head("lstm_fused_cls.0"),
         "unified": concat + own_heads,
         "mmtm": both + _mmtm_rows(stage) + own_heads + head("joint_cls.0"),
         # DAFT does not use the ResNet's later stages.
-        "daft": _EHR_ENCODER + backbone_rows(stage_sizes[:stage]) + _daft_rows(stage) + head("ehr_model.dense_layer"),
+        "daft": _EHR_ENCODER
+        + backbone_rows(stage_sizes[:stage], kind)
+        + _daft_rows(stage)
+        + head("ehr_model.dense_layer"),
     }[released]
 
 
@@ -139,10 +154,13 @@ _RELEASED_STAGES = range(5)
 _UNUSED_TOKENS = {"sep_token", "cls_token"}
 
 
-def table(method: str, stage_sizes: Iterable[int] = RESNET34_STAGES, missing: str = "") -> list[Row]:
+def table(
+    method: str, stage_sizes: Iterable[int] = RESNET34_STAGES, missing: str = "", kind: str = "resnet34"
+) -> list[Row]:
     """Return the rows that a method needs.
 
     missing: what replaces a missing X-ray in early and joint fusion: 'zeros', 'learnt' or '', the method's default.
+    kind: config.model.cxr_encoder.
     Raises UserError for a method that was not released.
     """
     check_choice("method", method, registry.METHODS)
@@ -152,16 +170,16 @@ def table(method: str, stage_sizes: Iterable[int] = RESNET34_STAGES, missing: st
             f"the method {method!r} was never released: it cannot be imported or exported", field="method", value=method
         )
     has_token = row.released == "concat" and (missing or row.fields.get("missing")) == "learnt"
-    return _layout(row.released, tuple(stage_sizes), row.fields.get("stage", 0)) + _MISSING_TOKEN * has_token
+    return _layout(row.released, tuple(stage_sizes), row.fields.get("stage", 0), kind) + _MISSING_TOKEN * has_token
 
 
 def released_methods() -> list[str]:
     return [method for method, row in registry.METHODS.items() if row.released]
 
 
-def known_names(stage_sizes: Iterable[int] = RESNET34_STAGES) -> set[str]:
+def known_names(stage_sizes: Iterable[int] = RESNET34_STAGES, kind: str = "resnet34") -> set[str]:
     """Return every name that a released checkpoint of any method may hold."""
-    rows = [row for method in released_methods() for row in table(method, stage_sizes)]
+    rows = [row for method in released_methods() for row in table(method, stage_sizes, kind=kind)]
     rows += [row for stage in _RELEASED_STAGES for row in _mmtm_rows(stage) + _daft_rows(stage)]
     names = {name for row in rows for name in row.names}
     counters = {name.replace("running_mean", "num_batches_tracked") for name in names if "running_mean" in name}

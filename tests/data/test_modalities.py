@@ -199,7 +199,7 @@ def test_a_run_with_static_features_trains_evaluates_and_can_be_started_from(tin
 
 
 def _example() -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", _PAGE.read_text(), re.DOTALL)
+    (block,) = re.findall(r"```python\n(\"\"\"notes.py.*?)```", _PAGE.read_text(), re.DOTALL)
     return block
 
 

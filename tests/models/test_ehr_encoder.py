@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from model_cases import fast_jit
 
-from medfuse_jax.models import ehr_encoder
+from medfuse_jax.models import ehr_encoder, series_encoder
 from medfuse_jax.models.recurrence import scan
 from medfuse_jax.models.recurrence.weights import LstmWeights
 
@@ -109,7 +109,7 @@ def test_mean_over_time_counts_valid_time_steps_only():
 
 def test_dropout_depends_on_the_row_id_not_on_the_layout():
     key, x_BD = jax.random.key(3), np.ones((8, 256), np.float32)
-    dropped = fast_jit(lambda x_BD, row_B: ehr_encoder.row_dropout(key, x_BD, 0.3, row_B))
+    dropped = fast_jit(lambda x_BD, row_B: series_encoder.row_dropout(key, x_BD, 0.3, row_B))
     whole_BD = dropped(x_BD, np.arange(8))
     halves = [dropped(x_BD[:4], np.arange(4) + start) for start in (0, 4)]
     np.testing.assert_array_equal(whole_BD, np.concatenate(halves))

@@ -16,6 +16,7 @@ from medfuse_jax.models.presence import latest_slots
 from medfuse_jax.runtime.errors import UserError
 
 _ALL_IMAGES = [f"{name}, all" for name in registry.with_field("all_images")]
+_TRANSFORMER = [f"{name}, transformer" for name in ("uni_ehr", "medfuse", "medfuse_attention")]
 CAUSAL = [name for name, row in registry.METHODS.items() if not row.model_class.not_causal]
 _STEP_BH = np.array([[1, 2, 2, 5], [1, 2, 2, 0], [2, 3, 4, 4], [1, 1, 0, 0]], np.int32)
 # Row 0 has an X-ray from its second hour on, row 2 one from its first and another from its third.
@@ -33,8 +34,9 @@ def _hourly(method: str = "") -> dict:
 
 
 def _model(method: str, **options):
-    name, _, images = method.partition(", ")
-    return tiny_model(name, **options, **{"all_images": True} if images else {})
+    name, _, variant = method.partition(", ")
+    of_variant: dict = {"all": {"all_images": True}, "transformer": {"ehr_kind": "transformer"}}.get(variant, {})
+    return tiny_model(name, **options, **of_variant)
 
 
 def _gradients(method: str, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -65,11 +67,11 @@ def _assert_causal(by_ehr_RBT, by_image_RP, all_images=False):
     np.testing.assert_array_equal(by_image_RP > 0, known_RP)
 
 
-@pytest.mark.parametrize("method", CAUSAL + _ALL_IMAGES)
+@pytest.mark.parametrize("method", CAUSAL + _ALL_IMAGES + _TRANSFORMER)
 def test_no_score_depends_on_anything_after_its_hour(method):
     by_ehr_RBT, by_image_RP = _gradients(method, _hourly(method))
     _assert_causal(by_ehr_RBT, by_image_RP, all_images=method in _ALL_IMAGES)
-    assert by_image_RP.any() == (method != "uni_ehr")
+    assert by_image_RP.any() == (not method.startswith("uni_ehr"))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_a_planted_leak_is_noticed(leak, method):
         _assert_causal(*_gradients(method, inputs), all_images=method in _ALL_IMAGES)
 
 
-@pytest.mark.parametrize("method", CAUSAL + _ALL_IMAGES)
+@pytest.mark.parametrize("method", CAUSAL + _ALL_IMAGES + _TRANSFORMER)
 def test_one_pass_gives_the_scores_of_a_run_on_each_prefix(method):
     model, inputs = _model(method), _hourly(method)
     variables = random_variables(model)

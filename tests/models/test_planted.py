@@ -33,11 +33,11 @@ def _batch(seed: int) -> dict:
     }
 
 
-def _auroc(method: str) -> np.ndarray:
+def _auroc(method: str, **fields) -> np.ndarray:
     """Train a tiny model; return the AUROC of both labels on new rows with an X-ray [2]."""
     still = {"flip": False, "rotation_deg": 0.0, "scale": (1.0, 1.0), "translation": 0.0}
     options = step_lib.StepOptions(
-        model=registry.build(method, 2, **TINIER, dropout=0.0),
+        model=registry.build(method, 2, **TINIER, dropout=0.0, **fields),
         optimizer=optim.adam(0.999),
         image=augment.ImageOptions(**config_lib.section("image", resize_px=32, crop_px=32, **still)),
         weights=losses.Weights(**config_lib.section("loss")),
@@ -53,6 +53,12 @@ def _auroc(method: str) -> np.ndarray:
     scores = np.concatenate([np.asarray(score(state, batch))[:_IMAGES] for batch in new])
     labels = np.concatenate([batch["label"][:_IMAGES] for batch in new])
     return np.array(metrics.evaluate(labels, scores, num_bootstrap=1)["auroc"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"ehr_kind": "transformer"}, {"cxr_kind": "resnet50"}])
+def test_other_encoders_find_the_labels_of_their_modality(fields):
+    assert _auroc("medfuse", **fields).min() > 0.85
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from model_cases import NUM_LABELS, batch, dense, equations, fast_jit, random_variables, shapes, tiny_model
 
+from medfuse_jax import config as config_lib
 from medfuse_jax import schema
-from medfuse_jax.models import registry
+from medfuse_jax.models import registry, resnet
 from medfuse_jax.models.model import Inputs, ProjectedModel, init_variables, linear
 from medfuse_jax.report import read_runs
 from medfuse_jax.runtime.errors import UserError
@@ -22,6 +23,7 @@ _DISTINCT = (
     *("metra", "drfuse", "shaspec", "healnet", "m3care"),
 )
 _WITH_IMAGE = _DISTINCT[1:]
+_TRANSFORMER = {"ehr_kind": "transformer"}
 _WITH_EHR = tuple(m for m in _DISTINCT if m != "uni_cxr")
 
 # Summed up by hand from the released shapes. 25 labels, but for uni_cxr: the 14 of the pre-training.
@@ -53,12 +55,12 @@ def _inputs(batch: dict) -> dict:
 
 
 @functools.cache
-def _functions(method: str):
-    """Return (variables, train, evaluate) of a tiny model, compiled once.
+def _functions(method: str, **options):
+    """Return (variables, train, evaluate) of a tiny model, compiled once. options: its other fields.
 
     train(variables, batch) -> (outputs, statistics, gradients of parameters, ehr and image).
     """
-    model = tiny_model(method)
+    model = tiny_model(method, **options)
     variables = random_variables(model)
 
     def loss(params, ehr, image, variables, rest):
@@ -106,6 +108,27 @@ def test_parameter_counts_are_golden(method):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
 
+def test_a_resnet_50_adds_its_own_parameters_and_a_wider_projection():
+    params = shapes(registry.build("medfuse", 25, cxr_kind="resnet50"))["params"]
+    of_encoders = 23_508_032 - 21_284_672
+    assert sum(x.size for x in jax.tree.leaves(params)) == _PARAMETERS["medfuse"] + of_encoders + (2048 - 512) * 256
+
+
+@pytest.mark.parametrize("method", _WITH_IMAGE)
+def test_every_method_reads_the_wider_features_of_a_resnet_50(method):
+    model = tiny_model(method, cxr_kind="resnet50")
+    variables = shapes(model)
+    assert jax.eval_shape(lambda v: model.apply(v, **batch()), variables)["logits"].shape == (4, NUM_LABELS)
+
+
+def test_the_config_offers_every_encoder():
+    unusual = {
+        name: {*config_lib.FIELDS[f"model.{name}"].choices} - {"lstm", "resnet34"} for name in read_runs.ENCODERS
+    }
+    assert {name: set(shown) for name, shown in read_runs.ENCODERS.items()} == unusual
+    assert {*resnet.BLOCKS, "features"} == set(config_lib.FIELDS["model.cxr_encoder"].choices)
+
+
 def test_every_method_has_its_golden_count():
     assert set(_PARAMETERS) == set(registry.METHODS)
 
@@ -133,9 +156,11 @@ def test_listed_and_dense_images_give_the_same_outputs(method):
     _assert_same(a, b, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", _DISTINCT)
-def test_missing_modalities_change_no_number_and_no_gradient(method):
-    variables, train, _ = _functions(method)
+@pytest.mark.parametrize(
+    ("method", "options"), [*((m, {}) for m in _DISTINCT), *((m, _TRANSFORMER) for m in ("medfuse", "metra"))]
+)
+def test_missing_modalities_change_no_number_and_no_gradient(method, options):
+    variables, train, _ = _functions(method, **options)
     clean = batch()
     clean["length"][1] = 0  # row 1: no stay, no X-ray; row 3: no X-ray
     padding_BT1 = (np.arange(5) >= clean["length"][:, None])[..., None]
@@ -189,9 +214,9 @@ def test_without_an_x_ray_its_encoder_gets_no_gradient_and_keeps_its_statistics(
     assert _largest(train(variables, some)["gradients"][0]["cxr_encoder"]) > 0
 
 
-@pytest.mark.parametrize("method", _WITH_EHR)
-def test_without_ehr_its_encoder_gets_no_gradient(method):
-    variables, train, _ = _functions(method)
+@pytest.mark.parametrize(("method", "options"), [*((m, {}) for m in _WITH_EHR), ("medfuse", _TRANSFORMER)])
+def test_without_ehr_its_encoder_gets_no_gradient(method, options):
+    variables, train, _ = _functions(method, **options)
     none = {**batch(), "length": np.zeros(4, np.int32)}
     assert _largest(train(variables, none)["gradients"][0]["ehr_encoder"]) == 0
     assert _largest(train(variables, batch())["gradients"][0]["ehr_encoder"]) > 0

@@ -143,6 +143,49 @@ def test_bfloat16_compute_keeps_float32_statistics(tiny):
     assert 1e-5 < np.linalg.norm(exact_PE - rounded_PE) / np.linalg.norm(exact_PE) < 0.03
 
 
+@pytest.fixture(scope="module")
+def tiny_50():
+    net = resnet.ResNet(stage_sizes=(1, 2, 1, 1), width=4, kind="resnet50")
+    image_PHWC = np.random.default_rng(0).standard_normal((3, 32, 32, 1)).astype(np.float32)
+    return net, fast_jit(net.init)(jax.random.key(0), image_PHWC), image_PHWC
+
+
+def test_the_stages_of_a_resnet_50_are_four_times_as_wide(tiny_50):
+    net, variables, image_PHWC = tiny_50
+    shapes = [
+        jax.eval_shape(lambda v, i=i: net.apply(v, i, image_PHWC, method="until"), variables) for i in range(1, 5)
+    ]
+    assert [s.shape[1:] for s in shapes] == [(8, 8, 16), (4, 4, 32), (2, 2, 64), (1, 1, 128)]
+    assert resnet.num_features("resnet50", net.stage_sizes, net.width) == 128
+    block = variables["params"]["stage2_block0"]
+    assert [block[f"conv{n}"]["kernel"].shape for n in (1, 2, 3)] == [(1, 1, 16, 8), (3, 3, 8, 8), (1, 1, 8, 32)]
+
+
+def _num_params(kind: str) -> int:
+    net = resnet.ResNet(kind=kind)
+    made = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32))
+    return sum(leaf.size for leaf in jax.tree.leaves(made["params"]))
+
+
+def test_parameter_counts_are_torchvisions_without_the_classifier():
+    assert _num_params("resnet34") == 21_797_672 - (512 * 1000 + 1000)
+    assert _num_params("resnet50") == 25_557_032 - (2048 * 1000 + 1000)
+
+
+def test_the_3x3_convolution_of_a_bottleneck_has_the_stride():
+    """He et al. give it to the first 1x1 convolution, and an output then reads every second pixel of five by five."""
+    block, x_PHWC = resnet.BottleneckBlock(2, stride=2), np.random.default_rng(1).standard_normal((1, 6, 6, 3), "f4")
+    variables = block.init(jax.random.key(0), x_PHWC)
+    read = fast_jit(jax.grad(lambda x: block.apply(variables, x)[0, 1, 1].sum()))(x_PHWC)
+    pixels = np.abs(np.asarray(read)[0]).sum(axis=-1) > 0
+    assert pixels.sum() == 9 and pixels[1:4, 1:4].all()
+
+
+@pytest.mark.parametrize("ops", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
+def test_every_form_of_a_resnet_50_gives_the_same_features_and_gradients(tiny_50, ops):
+    _assert_same_as_plain(tiny_50, ops)
+
+
 def _custom_rules(net, variables, image_PHWC) -> set[str]:
     def loss(params):
         variables_ = {**variables, "params": params}
@@ -160,6 +203,10 @@ def test_the_plain_program_has_no_custom_rule(tiny):
 
 
 def test_both_ops_give_the_same_features_and_gradients(tiny):
+    _assert_same_as_plain(tiny, "cpu")
+
+
+def _assert_same_as_plain(tiny, ops: str):
     net, variables, image_PHWC = tiny
 
     def run(ops):
@@ -170,5 +217,7 @@ def test_both_ops_give_the_same_features_and_gradients(tiny):
 
         return fast_jit(jax.value_and_grad(loss))(variables["params"])
 
-    plain, cpu = run("plain"), run("cpu")
-    jax.tree.map(lambda a, b: np.testing.assert_array_less(np.linalg.norm(a - b), 2e-3 * np.linalg.norm(a)), plain, cpu)
+    plain, other = run("plain"), run(ops)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_less(np.linalg.norm(a - b), 2e-3 * np.linalg.norm(a)), plain, other
+    )

@@ -105,6 +105,29 @@ def test_a_title_names_further_modalities():
     )
 
 
+@pytest.mark.parametrize(
+    ("result", "title"),
+    [
+        ({"method": "uni_ehr", "ehr_encoder": "transformer"}, "EHR only (transformer)"),
+        ({"method": "uni_cxr", "cxr_encoder": "resnet50"}, "X-ray only (ResNet-50)"),
+        (
+            {"method": "medfuse", "ehr_encoder": "transformer", "cxr_encoder": "resnet50"},
+            "MedFuse, transformer, ResNet-50",
+        ),
+        ({"method": "medfuse", "ehr_encoder": "lstm"}, "MedFuse"),
+    ],
+)
+def test_a_title_names_unusual_encoders(result, title):
+    assert read_runs.title(result) == title
+
+
+def test_the_stage_that_a_run_is_compared_with_has_the_runs_encoder():
+    result = {"method": "medfuse", "ehr_encoder": "transformer", "cxr_encoder": "resnet50"}
+    names = [read_runs.against(result, {"against": method}) for method in ("uni_ehr", "uni_cxr", "joint")]
+    assert names == ["EHR only (transformer)", "X-ray only (ResNet-50)", "Joint fusion"]
+    assert read_runs.against({"method": "medfuse"}, {"against": "uni_ehr"}) == "EHR only (LSTM)"
+
+
 def test_series_drop_nan(tmp_path):
     lines = [{"phase": "val", "epoch": e, "step": e, "val_auroc": v} for e, v in enumerate((0.5, float("nan"), None))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

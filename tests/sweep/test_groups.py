@@ -19,20 +19,23 @@ from medfuse_jax.sweep.costs import Costs
 
 
 @pytest.mark.parametrize(
-    ("method", "lanes"),
+    ("method", "encoder", "lanes"),
     [
-        ("uni_ehr", 2),
-        pytest.param("medfuse", 1, marks=pytest.mark.slow),
-        pytest.param("medfuse", 2, marks=pytest.mark.slow),
+        ("uni_ehr", "lstm", 2),
+        pytest.param("uni_ehr", "transformer", 2, marks=pytest.mark.slow),
+        pytest.param("medfuse", "lstm", 1, marks=pytest.mark.slow),
+        pytest.param("medfuse", "lstm", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_trial_has_the_results_of_a_single_run_with_its_config(tiny_config, tmp_path, monkeypatch, method, lanes):
+def test_a_trial_has_the_results_of_a_single_run_with_its_config(
+    tiny_config, tmp_path, monkeypatch, method, encoder, lanes
+):
     """Four trials on two devices, with one or two lanes, different rates, dropouts and seeds, and augmentation.
 
     By plain gradient descent: Adam turns the rounding of a gradient near zero into a whole step.
     """
     monkeypatch.setattr(optim, "adam", lambda beta2: optax.identity())
-    tiny_config.method, tiny_config.image.crop = method, "random"
+    tiny_config.method, tiny_config.model.ehr_encoder, tiny_config.image.crop = method, encoder, "random"
     specs = ["lr:loguniform(0.03,0.3)", "dropout:uniform(0.0,0.5)", "seed:int(0,100)"]
     rows = sweep(tiny_config, tmp_path / "sweep", specs, num_trials=4, lanes=lanes)
     assert [row["status"] for row in rows] == ["finished"] * 4

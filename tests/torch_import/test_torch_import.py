@@ -54,8 +54,14 @@ def _tiny_state_dict(method: str = "medfuse") -> dict:
     return torch_import.export(_tiny(method)[1], method)
 
 
-def _bare_resnet() -> dict:
-    released = _tiny_state_dict("uni_cxr")
+@functools.cache
+def _tiny_50(method: str):
+    model = registry.build(method, NUM_LABELS, **TINY, cxr_kind="resnet50")
+    return model, random_variables(model)
+
+
+def _bare_resnet(tiny=_tiny) -> dict:
+    released = torch_import.export(tiny("uni_cxr")[1], "uni_cxr")
     return {n.removeprefix(_BACKBONE): v for n, v in released.items() if n.startswith(_BACKBONE)}
 
 
@@ -91,6 +97,29 @@ def test_load_inverts_export_to_the_bit(method):
     assert loaded_model == model
     jax.tree.map(_assert_same_bits, loaded, variables)
     assert {v.dtype for v in state_dict.values()} <= {np.dtype("float32"), np.dtype("int64")}
+
+
+@pytest.mark.parametrize("method", ["uni_cxr", "medfuse", "mmtm3", "daft3"])
+def test_a_resnet_50_is_exported_and_read_back(method):
+    _, variables = _tiny_50(method)
+    state_dict = torch_import.export(variables, method)
+    assert (
+        f"{_BACKBONE}layer1.0.downsample.0.weight" in state_dict and f"{_BACKBONE}layer1.0.conv3.weight" in state_dict
+    )
+    _, loaded = torch_import.load(state_dict, method, NUM_LABELS, **TINY, cxr_kind="resnet50")
+    jax.tree.map(_assert_same_bits, loaded, variables)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(("tiny", "other"), [(_tiny, "resnet50"), (_tiny_50, "resnet34")])
+def test_a_resnet_of_another_kind_is_refused_by_the_field_to_set(tiny, other, bare):
+    model = registry.build("uni_cxr", NUM_LABELS, **TINY, cxr_kind=other)
+    if bare:
+        error = _refused(torch_import.fill_backbone, model, _bare_resnet(tiny))
+    else:
+        error = _refused(torch_import.fill, model, "uni_cxr", torch_import.export(tiny("uni_cxr")[1], "uni_cxr"))
+    assert (error.field, error.value) == ("config.model.cxr_encoder", other)
+    assert {error.nearest, other} == {"resnet34", "resnet50"}
 
 
 @pytest.mark.parametrize(
@@ -225,10 +254,14 @@ def test_imagenet_weights_that_do_not_match_are_refused(method, changes, field, 
     assert (error.field, error.value) == (field, value)
 
 
-def test_tiny_resnet_equals_torchs():
+@pytest.mark.parametrize("kind", ["resnet34", "resnet50"])
+def test_tiny_resnet_equals_torchs(kind):
+    """As torchvision's ResNet, whose bottleneck has its stride in the 3x3 convolution."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     functional = torch.nn.functional
-    state_dict = {n: torch.from_numpy(np.array(v)) for n, v in _tiny_state_dict("uni_cxr").items()}
+    model, variables = {"resnet34": _tiny, "resnet50": _tiny_50}[kind]("uni_cxr")
+    released = torch_import.export(variables, "uni_cxr")
+    state_dict = {n: torch.from_numpy(np.array(v)) for n, v in released.items()}
 
     def norm(x, name):
         mean, var, scale, bias = (state_dict[f"{_BACKBONE}{name}.{p}"] for p in _NORM_PARTS)
@@ -243,11 +276,13 @@ def test_tiny_resnet_equals_torchs():
     x = functional.max_pool2d(x, 3, 2, 1)
     for i in range(1, 5):
         block, stride = f"layer{i}.0.", 2 if i > 1 else 1
-        y = functional.relu(norm(conv(x, f"{block}conv1", stride), f"{block}bn1"))
-        y = norm(conv(y, f"{block}conv2"), f"{block}bn2")
-        shortcut = norm(conv(x, f"{block}downsample.0", stride), f"{block}downsample.1") if i > 1 else x
+        strides, is_projected = ([stride, 1], i > 1) if kind == "resnet34" else ([1, stride, 1], True)
+        y = x
+        for n, stride_n in enumerate(strides, start=1):
+            y = norm(conv(y, f"{block}conv{n}", stride_n), f"{block}bn{n}")
+            y = functional.relu(y) if n < len(strides) else y
+        shortcut = norm(conv(x, f"{block}downsample.0", stride), f"{block}downsample.1") if is_projected else x
         x = functional.relu(y + shortcut)
-    model, variables = _tiny("uni_cxr")
     got = fast_jit(model.apply)(variables, image=image_PHW)
     np.testing.assert_allclose(got["cxr_features"], x.mean((2, 3)).numpy(), rtol=1e-4, atol=1e-4)
 

@@ -21,6 +21,8 @@ def choose(config: ConfigDict, devices: list[jax.Device]) -> str:
     'auto' is 'pallas', one launch per layer and direction, where it is supported and passes a test on the device. A
     kernel that is not supported falls back to 'chunks'.
     """
+    if config.model.ehr_encoder != "lstm":
+        return "chunks"  # there is no LSTM to run
     kernel = "pallas" if config.recurrence == "auto" else config.recurrence
     if _why_unsupported(kernel, config, devices):
         return "chunks"
@@ -61,7 +63,8 @@ def _problem_of_pallas(units: int, interpret: bool = False) -> str:
 
 def why_unsupported(config: ConfigDict, devices: list[jax.Device]) -> str:
     """Return why the configured LSTM kernel cannot run on these devices, or ''. 'auto' always can."""
-    return "" if config.recurrence == "auto" else _why_unsupported(config.recurrence, config, devices)
+    is_any = config.recurrence == "auto" or config.model.ehr_encoder != "lstm"
+    return "" if is_any else _why_unsupported(config.recurrence, config, devices)
 
 
 def _why_unsupported(kernel: str, config: ConfigDict, devices: list[jax.Device]) -> str:
