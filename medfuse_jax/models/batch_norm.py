@@ -50,7 +50,7 @@ class BatchNorm(nn.Module):
             valid_P = jnp.ones(x_PHWC.shape[0], bool)
         args = (x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)
         normalise = _normalise_by_rule if self.ops in ("gpu", "tpu") else _normalise
-        y_PHWC, (mean_C, var_C, count) = normalise(self.relu, axis_name, *args)
+        y_PHWC, (mean_C, var_C, count) = normalise(self.relu, self.ops == "gpu", axis_name, *args)
         if self.is_mutable_collection("batch_stats"):
             unbiased_C = var_C * count / jnp.maximum(count - 1, 1)
             mean.value = jnp.where(count > 0, _updated(mean.value, mean_C), mean.value)
@@ -62,23 +62,26 @@ def _updated(running_C: jax.Array, batch_C: jax.Array) -> jax.Array:
     return MOMENTUM * running_C + (1 - MOMENTUM) * batch_C
 
 
-def _normalise(relu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P):
+def _normalise(relu, is_gpu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P):
     """Return the output, and the mean, biased variance [C] and pixel count that it used.
 
     No gradient reaches the statistics. running: (mean, variance), used if no X-ray is valid.
     """
-    return _forward(relu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)[0]
+    return _forward(relu, is_gpu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)[0]
 
 
-def _forward(relu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P):
+def _forward(relu, is_gpu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P):
     mean_C, var_C, count = _moments(x_PHWC, valid_P, running, axis_name)
     y_PHWC = _output(relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, mean_C, var_C)
+    if relu and is_gpu:
+        # Otherwise XLA computes a block's output again for the next block's sum, or writes it in float32 too.
+        y_PHWC = jax.lax.optimization_barrier(y_PHWC)
     has_shortcut = None if shortcut_PHWC is None else ()  # a truth value would become an array
     saved = (x_PHWC, y_PHWC if relu else None, has_shortcut, scale_C, mean_C, var_C, count, valid_P)
     return (y_PHWC, (mean_C, var_C, count)), saved
 
 
-def _backward(relu, axis_name, saved, cotangents):
+def _backward(relu, is_gpu, axis_name, saved, cotangents):
     x_PHWC, y_PHWC, has_shortcut, scale_C, mean_C, var_C, count, valid_P = saved
     d_PHWC, _ = cotangents
     if relu:
@@ -95,7 +98,7 @@ def _backward(relu, axis_name, saved, cotangents):
     return d_x_PHWC, None if has_shortcut is None else d_PHWC, d_scale_C, d_bias_C, None, None
 
 
-_normalise_by_rule = jax.custom_vjp(_normalise, nondiff_argnums=(0, 1))
+_normalise_by_rule = jax.custom_vjp(_normalise, nondiff_argnums=(0, 1, 2))
 _normalise_by_rule.defvjp(_forward, _backward)
 
 
