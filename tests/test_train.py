@@ -98,8 +98,9 @@ def test_a_signal_at_any_point_of_an_epoch_costs_nothing(ehr_config, tmp_path, m
     assert rows_a == rows_b
 
 
-@pytest.mark.parametrize("placement", [pytest.param("stream", marks=pytest.mark.slow), "device"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "placement", [pytest.param("stream", marks=pytest.mark.slow), pytest.param("device", marks=pytest.mark.nightly)]
+)
 def test_a_trace_of_the_wanted_steps_is_written(tiny_config, tmp_path, monkeypatch, placement):
     tiny_config.method, tiny_config.num_epochs, tiny_config.placement = "uni_ehr", 1, placement
     tiny_config.profile_steps = "2:3"
@@ -299,8 +300,14 @@ def _on_one_label(config, label):
     return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, (), run.devices), run.devices)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "images"), [("medfuse", "all"), ("medfuse", "last"), ("medfuse_attention", "all")])
+@pytest.mark.parametrize(
+    ("method", "images"),
+    [
+        pytest.param("medfuse", "all", marks=pytest.mark.slow),
+        pytest.param("medfuse", "last", marks=pytest.mark.slow),
+        pytest.param("medfuse_attention", "all", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_change_between_two_x_rays_is_found_by_all_and_not_by_the_last(tiny_config, changing_shards, method, images):
     config = tiny_config
     config.method, config.data.dir, config.data.images = method, str(changing_shards), images

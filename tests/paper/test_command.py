@@ -48,7 +48,7 @@ def test_a_dry_run_names_the_seeds_and_folds(shards, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_seeds_give_the_mean_and_spread_of_every_table(shards, tmp_path):
     given = ("--preset=smoke", f"--data={shards}", "--tasks=pheno", "--methods=lstm", "--noestimate", "--trials=1")
     _run(*given, f"--out={tmp_path}", "--seeds=2")

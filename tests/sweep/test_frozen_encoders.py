@@ -20,7 +20,7 @@ from medfuse_jax.sweep import frozen_encoders, groups, results, search, trial_st
 from medfuse_jax.sweep.costs import Costs
 
 
-@pytest.mark.slow  # the fast version is test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model
+@pytest.mark.nightly  # the fast version is test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model
 def test_trials_on_frozen_encoders_have_the_results_of_single_runs(tiny_config, tmp_path, monkeypatch):
     for name, changes in {
         "ehr": {"method": "uni_ehr", "seed": 5},
