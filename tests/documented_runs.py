@@ -107,14 +107,15 @@ def all_commands() -> list[Command]:
 
 
 def first_of_each_kind(commands: list[Command]) -> set[Command]:
-    """Return the commands of the README, and of the others the first of each module and config file.
+    """Return the commands that the README shows, and of the others the first of each module and page's config.
 
     Those left differ from one of these in values that other tests cover, such as the method.
     """
-    kinds = {}
+    kinds, shown = {}, [as_run(command) for command in documented.commands() if command.where == "README.md"]
     for command in commands:
-        kinds.setdefault((command.module, command.value("config")), command)
-    return {*kinds.values(), *(command for command in commands if command.where == "README.md")}
+        if not command.value("config") or command.value("config").startswith("configs/"):
+            kinds.setdefault((command.module, command.value("config")), command)
+    return {*kinds.values(), *(command for command in commands if command in shown)}
 
 
 def as_run(command: Command) -> Command:

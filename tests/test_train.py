@@ -44,7 +44,12 @@ def _latest(config, workdir):
 
 @pytest.mark.parametrize(
     ("method", "placement", "task"),
-    [("medfuse", "stream", "tiny"), ("uni_ehr", "device", "tiny"), ("uni_ehr", "device", "hourly")],
+    [
+        pytest.param("medfuse", "stream", "tiny", marks=pytest.mark.slow),
+        ("uni_ehr", "stream", "tiny"),
+        ("uni_ehr", "device", "tiny"),
+        ("uni_ehr", "device", "hourly"),
+    ],
 )
 def test_a_stopped_run_resumes_exactly(request, tmp_path, monkeypatch, method, placement, task):
     """Stopped within the second epoch, it has the numbers of an undisturbed run, and each line is written once."""

@@ -115,7 +115,7 @@ def test_half_of_the_image_encoder_excludes_the_later_stages():
     assert largest["stage1_block0"] > 0 == largest["stage2_block0"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_batches_of_shards_are_measured(shards):
     from medfuse_jax.data import dataset
 

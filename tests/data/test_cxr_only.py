@@ -117,12 +117,12 @@ def _without(batch, part):
     "method",
     [
         *("uni_cxr", "medfuse"),
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("unified", "mmtm3", "m3care")),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("unified",)),
         *(
             pytest.param(m, marks=pytest.mark.nightly)
             for m in (
-                *("uni_ehr", "joint_learnable", "daft3", "medfuse_attention"),
-                *("metra", "drfuse", "shaspec", "healnet"),
+                *("uni_ehr", "joint_learnable", "daft3", "medfuse_attention", "mmtm3"),
+                *("metra", "drfuse", "shaspec", "healnet", "m3care"),
             )
         ),
     ],

@@ -63,7 +63,7 @@ def test_two_seeds_give_the_mean_and_spread_of_every_table(shards, tmp_path):
     assert "--out" in message and message.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_trains_resumes_and_refuses_another_plan(shards, tmp_path):
     out = tmp_path / "paper"
     given = (

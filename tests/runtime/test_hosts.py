@@ -34,7 +34,7 @@ command_line.run(main)
     ("statement", "sent", "status", "printed"),
     [
         pytest.param("pass", signal.SIGINT, 1, "interrupted", marks=pytest.mark.nightly),
-        pytest.param("raise KeyError('a bug')", None, 1, "KeyError: 'a bug'", marks=pytest.mark.slow),
+        pytest.param("raise KeyError('a bug')", None, 1, "KeyError: 'a bug'", marks=pytest.mark.nightly),
         pytest.param("raise OSError('No space left on device')", None, 1, "error: the disk", marks=pytest.mark.nightly),
         pytest.param(
             "import jax; raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo AllGather failed: Connection closed by peer')",

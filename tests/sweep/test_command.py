@@ -85,6 +85,7 @@ def test_trials_can_be_added_and_another_may_be_chosen(finished):
     assert error.value.value == "--trials was 4 and is now 3"
 
 
+@pytest.mark.slow
 def test_a_sweep_pretrains_its_encoders_in_its_own_folder(tiny_config, tmp_path):
     """Rerunning trains nothing, and no other command can write to a trial or a stage."""
     tiny_config.num_epochs = 1
@@ -121,7 +122,7 @@ def test_a_stopped_sweep_resumes_after_its_folder_was_moved(tiny_config, tmp_pat
     assert config.init.cxr == str(tmp_path / "moved" / "pretrain_cxr"), "an absolute path, from a relative --workdir"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_trials_are_exported_and_chosen_after_the_shards_were_moved(tiny_config, shards, tmp_path):
     """Trials on frozen encoders are stored in files and encode the data again."""
     tiny_config.method, tiny_config.num_epochs = "early", 1

@@ -166,7 +166,7 @@ def test_a_trial_that_does_not_match_the_shared_encoders_is_refused(frozen_confi
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stopped_sweep_on_frozen_encoders_resumes_to_the_same_table(frozen_config, tmp_path, monkeypatch):
     specs = [*RATES, "dropout:uniform(0,0.5)", "seed:int(0,50)"]
     assert_resumes(frozen_config, tmp_path, monkeypatch, specs, 2, num_trials=3, store_class=trial_store.FileStore)

@@ -191,13 +191,15 @@ def test_trials_that_stop_early_free_their_lanes(ehr_config, tmp_path, monkeypat
     assert sizes == [5, epochs.count(3)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "unified"},  # alternates batches of stays and of X-rays
-        {"method": "uni_cxr", "task": "radiology"},  # has no series
-        {"method": "medfuse_attention", "model.modalities": "static", "checkpoint_every_steps": 2},
+        pytest.param({"method": "unified"}, marks=pytest.mark.nightly),  # alternates batches of stays and of X-rays
+        pytest.param({"method": "uni_cxr", "task": "radiology"}, marks=pytest.mark.nightly),  # has no series
+        pytest.param(
+            {"method": "medfuse_attention", "model.modalities": "static", "checkpoint_every_steps": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
