@@ -108,9 +108,17 @@ def open_feed(run, one_call: bool | None = None) -> Feed:
         one_call = run.devices[0].platform != "cpu"
     is_alike = not run.dataset.several and not run.options.model.pays_for_padding
     if one_call and is_alike and (held := run.held.get("train")):
-        train_fn = compile_epoch(run.options, run.config.parallel, run.devices, held.num_parts)
-        return functools.partial(_calls, train_fn, held)
-    return functools.partial(_steps, parallel.compile_train(run.options, run.config.parallel, run.devices), run)
+        return functools.partial(_calls, _compiled(compile_epoch, run, held.num_parts), held)
+    return functools.partial(_steps, _compiled(parallel.compile_train, run), run)
+
+
+def _compiled(compile_fn: Callable, run, *more) -> Callable:
+    return _compiled_once(compile_fn, run.options, run.config.parallel, tuple(run.devices), *more)
+
+
+@functools.lru_cache(maxsize=2)  # runs that differ in their seed or learning rate share a program, and trace it once
+def _compiled_once(compile_fn: Callable, options: step_lib.StepOptions, mode: str, on: tuple, *more) -> Callable:
+    return compile_fn(options, mode, list(on), *more)
 
 
 def compile_gather(mode: str, on: list[jax.Device], num_parts: int) -> Callable:

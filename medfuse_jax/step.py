@@ -60,12 +60,7 @@ def state_maker(
     extra_shapes: of the values of further modalities, by name (see `model.init_variables`). run_once: minimise
     compile time rather than run time; only for calls outside other traced functions.
     """
-    extra = {name: np.zeros(shape) for name, shape in extra_shapes}
-
-    def init(key):
-        return init_variables(options.model, key, extra)
-
-    init = jax.jit(init, compiler_options=compilation.RUN_ONCE if run_once else None)
+    init = jax.jit(_init_fn(options.model, extra_shapes), compiler_options=compilation.RUN_ONCE if run_once else None)
 
     def make(key, learning_rate):
         variables = init(key)
@@ -81,6 +76,12 @@ def state_maker(
         )
 
     return make
+
+
+@functools.lru_cache(maxsize=8)  # one function, so that a state and its shapes are traced once
+def _init_fn(model: flax.linen.Module, extra_shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Callable:
+    extra = {name: np.zeros(shape) for name, shape in extra_shapes}
+    return lambda key: init_variables(model, key, extra)
 
 
 def model_inputs(options: StepOptions, batch: dict, key: jax.Array | None) -> dict:

@@ -1,17 +1,13 @@
 """Shared fixtures. Two CPU devices are simulated, so that every step is tested on more than one."""
 
+import gc
 import os
-from importlib import metadata
+
+import xla_flags
 
 # Before jax starts. NPROC: several CPU devices on two cores can otherwise abort at an all-reduce.
 os.environ.setdefault("NPROC", "16")
-# The models are tiny, and compiling them is what tests wait for: 3.5 s instead of 8 s for a training step.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    # Later versions do not know this flag, and end where a flag is unknown.
-    + (" --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else ""),
-)
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=2 {xla_flags.QUICK}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # 1 s else, which is the whole of a program
 if "MEDFUSE_TEST_CACHE" not in os.environ:  # else a worker of pytest-xdist: it shares the one of its parent
@@ -29,6 +25,16 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+
+
+def pytest_collection_finish():
+    """Save a tenth of the time of tracing, in which Python's garbage collector would walk through all modules."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    from medfuse_jax.runtime import compilation
+
+    compilation.RUN_ONCE = {"xla_backend_optimization_level": 0}  # draws the weights of tiny models, which is quick
 
 
 @pytest.fixture(scope="session", autouse=True)

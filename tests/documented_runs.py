@@ -18,11 +18,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import documented
 import numpy as np
+import xla_flags
 import yaml
 from documented import Command
 
@@ -108,14 +108,15 @@ def all_commands() -> list[Command]:
 
 
 def first_of_each_kind(commands: list[Command]) -> set[Command]:
-    """Return the commands of the README, and of the others the first of each module, config file and method.
+    """Return the commands that the README shows, and of the others the first of each module and page's config.
 
-    Those left differ from one of these in values that other tests cover.
+    Those left differ from one of these in values that other tests cover, such as the method.
     """
-    kinds = {}
+    kinds, shown = {}, [as_run(command) for command in documented.commands() if command.where == "README.md"]
     for command in commands:
-        kinds.setdefault((command.module, command.value("config"), command.value("config.method")), command)
-    return {*kinds.values(), *(command for command in commands if command.where == "README.md")}
+        if not command.value("config") or command.value("config").startswith("configs/"):
+            kinds.setdefault((command.module, command.value("config")), command)
+    return {*kinds.values(), *(command for command in commands if command in shown)}
 
 
 def as_run(command: Command) -> Command:
@@ -353,13 +354,10 @@ class Workspace:
 
     def _environment(self, command: Command) -> dict[str, str]:
         """Return a reader's environment, without simulated devices. All commands share a compilation cache."""
-        flags = "--xla_backend_optimization_level=0"
-        if metadata.version("jaxlib").startswith("0.10."):
-            flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
         more = dict(setting.split("=", 1) for setting in command.environment)
         if command.module in ("medfuse_jax.main", "medfuse_jax.sweep"):
             more["PYTHONPATH"] = str(self.root / _WITHOUT_TORCH)
-        flags = f"{flags} {more.pop('XLA_FLAGS', '')}"
+        flags = f"{xla_flags.QUICK} {more.pop('XLA_FLAGS', '')}"
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
         return (
             kept

@@ -121,7 +121,7 @@ def test_a_process_that_dies_ends_the_others(config, tmp_path):
     assert statuses[0] != 0 and time.monotonic() - start_s < 120
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_with_different_configs_are_refused(config, tmp_path):
     statuses, _, errors = _end(_start(config, tmp_path / "run", 2, [["--config.seed=0"], ["--config.seed=1"]]))
     assert statuses == [2, 2], errors

@@ -16,17 +16,20 @@ from medfuse_jax.data import batches, device_store
 from medfuse_jax.runtime import hosts
 
 _TOLERANCE = 1e-5
+_STAGES = (1, 1)  # half of what a ResNet takes to compile
+_PLAIN = optax.identity()  # one object, so that equal options are equal, and runs share a program
 
 
 @pytest.fixture
 def config(tiny_config):
+    tiny_config.model.resnet_stage_sizes = _STAGES
     return tiny_config
 
 
 def _open(config, num_devices=2):
     """Open a run with plain gradient descent: Adam would hide a gradient that is n times too large."""
     run = run_lib.open_run(config)
-    options = dataclasses.replace(run.options, optimizer=optax.identity())
+    options = dataclasses.replace(run.options, optimizer=_PLAIN)
     return dataclasses.replace(run, options=options, devices=run.devices[:num_devices])
 
 
@@ -45,7 +48,7 @@ def _epoch(run, start=0, stops=None, state=None, one_call=None):
 @pytest.fixture(scope="module")
 def streamed(shared_tiny_config):
     config = shared_tiny_config.copy_and_resolve_references()
-    config.placement = "stream"
+    config.placement, config.model.resnet_stage_sizes = "stream", _STAGES
     return _epoch(_open(config))
 
 
@@ -70,7 +73,7 @@ def test_steps_of_attention_over_padding_have_their_own_padded_length(config, me
 
 
 @pytest.mark.parametrize("one_call", [False, True])
-@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("num_parts", [1, 2])
 def test_placement_on_the_device_trains_to_the_same_numbers_as_the_stream(
     config, streamed, mode, one_call, num_parts, monkeypatch
@@ -115,10 +118,13 @@ def test_hourly_training_has_the_same_numbers_on_one_device_and_on_two_and_in_bo
     _assert_equal(placed, streamed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "method"),
-    [("pheno", "medfuse"), ("pheno", "medfuse_attention"), ("decompensation", "medfuse_attention")],
+    [
+        pytest.param("pheno", "medfuse", marks=pytest.mark.nightly),
+        pytest.param("pheno", "medfuse_attention", marks=pytest.mark.nightly),
+        pytest.param("decompensation", "medfuse_attention", marks=pytest.mark.slow),
+    ],
 )
 def test_all_images_train_to_the_same_numbers_on_one_device_and_on_two_and_in_both_placements(
     images_config, task, method, monkeypatch

@@ -15,7 +15,7 @@ import pytest
 from refusals import refused
 
 from medfuse_jax import config as config_lib
-from medfuse_jax import main, train
+from medfuse_jax import evaluate, main, train
 from medfuse_jax import run as run_lib
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.runs import sources, workdir
@@ -87,7 +87,7 @@ def _fields(folder) -> dict:
     }
 
 
-def test_the_commands_train_evaluate_and_report_as_typed(ehr_config, tmp_path):
+def test_the_commands_train_and_report_as_typed_and_a_run_is_evaluated_again(ehr_config, tmp_path):
     """They run as processes. Their files have the same fields as the simulated runs that other tests read."""
     sizes = ["--config.data.max_buckets=1", "--config.model.ehr_hidden=8", "--config.num_epochs=1"]
     sizes += ["--config.eval.num_bootstrap=20", f"--config.data.dir={ehr_config.data.dir}"]
@@ -106,7 +106,7 @@ def test_the_commands_train_evaluate_and_report_as_typed(ehr_config, tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("pheno_") and printed.endswith(f"runs/{folder.name}/report/index.html\n")
     scored = json.loads((folder / "result.json").read_text())
-    run("medfuse_jax.evaluate", f"--workdir={folder}")
+    evaluate.evaluate(folder)
     assert json.loads((folder / "result.json").read_text()) == scored
     assert "EHR only (LSTM)" in run("medfuse_jax.report", "--runs=runs", "--out=report")
     assert (tmp_path / "report" / "index.html").exists()

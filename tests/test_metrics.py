@@ -380,7 +380,7 @@ def measure_speed() -> dict:
     return {"ours_s": min(ours_s), "sklearn_s": min(sklearn_s), "error": float(error)}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bounds_of_a_full_test_split_are_100_times_faster_than_the_sklearn_loop():
     # In its own process: the tests' XLA_FLAGS trade speed for compile time.
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "NPROC")}

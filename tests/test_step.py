@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model_cases import equations
+from model_cases import TINIER, equations
 
 from medfuse_jax import augment, losses, optim, parallel
 from medfuse_jax import config as config_lib
@@ -15,6 +15,8 @@ from medfuse_jax import step as step_lib
 from medfuse_jax.models import registry
 
 _D, _B, _T, _P, _K = 2, 4, 9, 2, 3
+# Plain gradients: Adam would hide a gradient that is n times too large. One object, so that equal options are equal.
+_PLAIN = optax.identity()
 
 
 def _merge(batch: dict) -> dict:
@@ -43,11 +45,9 @@ def _batch(seed=0):
 
 
 def _options(optimizer=None, method="medfuse", **model_options):
-    sizes = {"ehr_hidden": 8, "fusion_hidden": 8, "resnet_stage_sizes": (1, 1, 1, 1), "resnet_width": 4}
     return step_lib.StepOptions(
-        model=registry.build(method, _K, **(sizes | model_options)),
-        # Plain gradients: Adam would hide a gradient that is n times too large.
-        optimizer=optimizer or optax.identity(),
+        model=registry.build(method, _K, **(TINIER | model_options)),
+        optimizer=optimizer or _PLAIN,
         image=augment.ImageOptions(**config_lib.section("image", resize_px=64, crop_px=56)),
         weights=losses.Weights(**config_lib.section("loss")),
         mean_F=(0.5,) * 76,
@@ -64,12 +64,17 @@ def test_a_fresh_optimizer_state_is_the_optimizers_own(fresh):
     jax.tree.map(np.testing.assert_array_equal, fresh.opt_state, _options().optimizer.init(fresh.params))
 
 
+@functools.cache
+def _train_fn(options, mode, num_devices):
+    return parallel.compile_train(options, mode, parallel.devices(num_devices))
+
+
 def _run(options, state, mode, num_devices, batch, steps=2):
     if num_devices == 1:
         batch = {name: np.asarray(x)[None] for name, x in _merge(batch).items()}
     on = parallel.devices(num_devices)
     state = parallel.replicate(jax.tree.map(jnp.copy, state), on)
-    train_fn, eval_fn = (make(options, mode, on) for make in (parallel.compile_train, parallel.compile_eval))
+    train_fn, eval_fn = _train_fn(options, mode, num_devices), parallel.compile_eval(options, mode, on)
     for sent in parallel.prefetch([batch] * steps, on):
         state, metrics = train_fn(state, sent, jax.random.key(1))
     scores, loss = eval_fn(state, next(parallel.prefetch([batch], on)))
@@ -89,7 +94,7 @@ def test_one_device_sums_nothing(fresh):
 
     def num_sums(num_devices: int) -> int:
         sent = {name: np.asarray(x)[None] for name, x in _merge(batch).items()} if num_devices == 1 else batch
-        step = parallel.compile_train(_options(), "pmap", parallel.devices(num_devices))
+        step = _train_fn(_options(), "pmap", num_devices)
         return step.lower(fresh, sent, jax.random.key(1)).as_text().count("stablehlo.all_reduce")
 
     assert num_sums(1) == 0 < num_sums(2)
@@ -128,21 +133,20 @@ def test_two_devices_give_the_numbers_of_one(fresh, on_one_device, mode):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "mode", "fields"),
     [
-        ("metra", "pmap", {}),
-        ("drfuse", "shard_map", {}),
-        ("shaspec", "pmap", {}),
-        ("healnet", "shard_map", {}),
-        ("m3care", "pmap", {}),
-        ("medfuse", "pmap", {"ehr_kind": "transformer", "cxr_kind": "resnet50"}),
+        pytest.param("metra", "pmap", {}, marks=pytest.mark.nightly),
+        pytest.param("drfuse", "shard_map", {}, marks=pytest.mark.slow),
+        pytest.param("shaspec", "pmap", {}, marks=pytest.mark.nightly),
+        pytest.param("healnet", "shard_map", {}, marks=pytest.mark.nightly),
+        pytest.param("m3care", "pmap", {}, marks=pytest.mark.slow),
+        pytest.param("medfuse", "pmap", {"ehr_kind": "transformer", "cxr_kind": "resnet50"}, marks=pytest.mark.nightly),
     ],
 )
 def test_two_devices_give_the_numbers_of_one_with_further_losses_and_a_bank(method, mode, fields):
     """Two steps: in the second one, M3Care has neighbours. A padded row and an empty slot change nothing."""
-    options, batch = _options(method=method, resnet_stage_sizes=(1, 1), **fields), _batch()
+    options, batch = _options(method=method, **fields), _batch()
     state = step_lib.state_maker(options)(jax.random.key(0, impl="rbg"), 0.5)
     one = _run(options, state, "shard_map", 1, batch)
     batch["ehr"][1, 3], batch["image"][1, 1], batch["label"][1, 3] = np.nan, 255, 1
@@ -155,7 +159,7 @@ def test_two_devices_give_the_numbers_of_one_with_further_losses_and_a_bank(meth
 
 
 def test_the_tolerance_would_show_a_gradient_twice_too_large(fresh, on_one_device):
-    doubled = _run(_options(optax.scale(2.0)), fresh, "shard_map", 1, _batch())
+    doubled = _run(_options(), fresh.replace(learning_rate=2 * fresh.learning_rate), "shard_map", 1, _batch())
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), doubled["params"], on_one_device["params"])
     assert max(jax.tree.leaves(moved)) > 1e-3
 
@@ -175,23 +179,19 @@ def test_padding_values_change_no_number(fresh, on_one_device):
 def test_an_x_ray_changes_only_its_own_row_in_evaluation(fresh):
     batch, other = _batch(), _batch()
     other["image"][0, 1] = 255 - other["image"][0, 1]
-    eval_fn = jax.jit(lambda b: step_lib.eval_step(_options(), fresh, _merge(b))[0])
-    changed = np.abs(np.asarray(eval_fn(batch)) - np.asarray(eval_fn(other))).max(1) > 0
+    eval_fn = parallel.compile_eval(_options(), "pmap", parallel.devices(2))
+    scores = [np.asarray(eval_fn(fresh, b)[0]).reshape(8, _K) for b in (batch, other)]
+    changed = np.abs(scores[0] - scores[1]).max(1) > 0
     np.testing.assert_array_equal(np.flatnonzero(changed), [2])
 
 
 def test_the_learning_rate_is_an_argument_not_a_constant(fresh):
-    step = jax.jit(lambda s, b, k: step_lib.train_step(_options(), s, b, k))
-    batch, key = _merge(_batch()), jax.random.key(1)
-    half = step(fresh.replace(learning_rate=jnp.float32(0.25)), batch, key)[0]
-    full = step(fresh, batch, key)[0]
-    assert step._cache_size() == 1
-    jax.tree.map(
-        lambda p, h, f: np.testing.assert_allclose(2 * (h - p), f - p, atol=1e-6),
-        fresh.params,
-        half.params,
-        full.params,
+    half, full = (
+        _run(_options(), fresh.replace(learning_rate=jnp.float32(rate)), "shard_map", 1, _batch(), steps=1)["params"]
+        for rate in (0.25, 0.5)
     )
+    assert _train_fn(_options(), "shard_map", 1)._cache_size() == 1
+    jax.tree.map(lambda p, h, f: np.testing.assert_allclose(2 * (h - p), f - p, atol=1e-6), fresh.params, half, full)
 
 
 def test_adam_lowers_the_loss_of_a_batch(fresh):

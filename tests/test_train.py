@@ -44,7 +44,12 @@ def _latest(config, workdir):
 
 @pytest.mark.parametrize(
     ("method", "placement", "task"),
-    [("medfuse", "stream", "tiny"), ("uni_ehr", "device", "tiny"), ("uni_ehr", "device", "hourly")],
+    [
+        pytest.param("medfuse", "stream", "tiny", marks=pytest.mark.slow),
+        ("uni_ehr", "stream", "tiny"),
+        ("uni_ehr", "device", "tiny"),
+        ("uni_ehr", "device", "hourly"),
+    ],
 )
 def test_a_stopped_run_resumes_exactly(request, tmp_path, monkeypatch, method, placement, task):
     """Stopped within the second epoch, it has the numbers of an undisturbed run, and each line is written once."""
@@ -106,8 +111,9 @@ def test_a_run_that_another_process_has_taken_over_writes_nothing_more(ehr_confi
     assert _latest(ehr_config, tmp_path)[1].epoch == 1
 
 
-@pytest.mark.parametrize("placement", [pytest.param("stream", marks=pytest.mark.slow), "device"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "placement", [pytest.param("stream", marks=pytest.mark.slow), pytest.param("device", marks=pytest.mark.nightly)]
+)
 def test_a_trace_of_the_wanted_steps_is_written(tiny_config, tmp_path, monkeypatch, placement):
     tiny_config.method, tiny_config.num_epochs, tiny_config.placement = "uni_ehr", 1, placement
     tiny_config.profile_steps = "2:3"
@@ -307,8 +313,14 @@ def _on_one_label(config, label):
     return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, (), run.devices), run.devices)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "images"), [("medfuse", "all"), ("medfuse", "last"), ("medfuse_attention", "all")])
+@pytest.mark.parametrize(
+    ("method", "images"),
+    [
+        pytest.param("medfuse", "all", marks=pytest.mark.slow),
+        pytest.param("medfuse", "last", marks=pytest.mark.slow),
+        pytest.param("medfuse_attention", "all", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_change_between_two_x_rays_is_found_by_all_and_not_by_the_last(tiny_config, changing_shards, method, images):
     config = tiny_config
     config.method, config.data.dir, config.data.images = method, str(changing_shards), images

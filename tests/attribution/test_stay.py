@@ -80,7 +80,7 @@ def test_stays_and_labels_that_there_are_not_are_refused(fusion):
         stay.explain(folder, stay_id, "Shok")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_writes_for_its_owner_alone(fusion):
     run, folder = fusion
     index = run.dataset.index["test"]

@@ -76,8 +76,14 @@ def _bench(folder: Path, *arguments: str, hidden=()) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("only", ["^(lstm|feed.*stream|reading)", "^[^lf]", "^feed|first"])
+@pytest.mark.parametrize(
+    "only",
+    [
+        pytest.param("^(lstm|feed.*stream|reading)", marks=pytest.mark.slow),
+        pytest.param("^[^lf]", marks=pytest.mark.nightly),
+        pytest.param("^feed|first", marks=pytest.mark.nightly),
+    ],
+)
 def test_needs_only_jax_flax_optax_numpy_and_absl(tmp_path, only):
     json_file = tmp_path / "new" / "bench.json"
     done = _bench(tmp_path, "--repeats=1", f"--only={only}", f"--json={json_file}", hidden=_NOT_NEEDED)
@@ -194,7 +200,7 @@ def test_environment_has_what_a_repeat_needs_and_names_no_folder():
     assert str(_ROOT) not in json.dumps(environment)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_peers_are_timed_where_torch_is_and_the_records_make_a_page(tmp_path):
     records = tmp_path / "results" / "2026-01-01_tiny" / "tiny.json"
     bench = ["medfuse_jax.bench", "--preset=tiny", "--only=^(step|lstm)", "--repeats=1", f"--json={records}"]

@@ -1,5 +1,6 @@
 """The programs that `bench.compiled` compiles are those of a run; what it refuses; the real compilers, if installed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -58,7 +59,7 @@ def test_the_options_are_those_of_a_run_with_the_default_config():
     assert program.run.options == run_lib.step_options(config, program.run.dataset, (), on)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_step_computes_what_a_run_computes():
     jitted, args = compiled.train_step("cpu", dtype="float32", **_SMALL)
     program = programs.step(jax.local_devices(), programs.Sizes(dtype="float32", **_SMALL))
@@ -77,7 +78,7 @@ def test_the_step_computes_what_a_run_computes():
 
 
 def test_arguments_on_one_device_make_a_program_for_that_device():
-    jitted, args = compiled.train_step("cpu", **_SMALL)
+    jitted, args = compiled.train_step("cpu", "uni_ehr", **_SMALL)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone), args)
     lowered = jitted.trace(*placed).lower()
@@ -94,7 +95,7 @@ def test_figures_of_a_program_that_fits_and_of_one_that_does_not():
     assert row["argument_bytes"] > 3 * 4 * sum(x.size for x in jax.tree.leaves(state.params))  # weights and two moments
     assert row["collectives_written"] > 10 and row["flops"] > 1e9
     small = compilers.Target("cpu", target.devices, compilers.Chip(1e6, 1e9, 1e9))
-    row = compiled.measure(case, small)
+    row = compiled.measure(dataclasses.replace(case, sizes=programs.Sizes("uni_ehr", **_SMALL)), small)
     assert not row["fits"] and row["rows_per_s_device"] == pytest.approx(4 / len(target.devices) / row["ms"] * 1000)
 
 

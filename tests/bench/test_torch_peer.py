@@ -16,6 +16,7 @@ torch_peer = pytest.importorskip("medfuse_jax.bench.torch_peer")
 
 _SIZES = {**model_cases.TINY, "resnet_stage_sizes": (1, 1, 1, 1), "dropout": 0.0}
 _TOLERANCE = 2e-5
+_ALIKE = ("early", "joint", "joint_zeros", "mmtm3", "daft4")  # each differs from another method in one value
 _ROWS = 4
 
 
@@ -69,7 +70,9 @@ def _placed(variant, batch, image_PCHW):
 
 
 @pytest.mark.parametrize("variant", torch_peer.VARIANTS.values(), ids=torch_peer.VARIANTS)
-@pytest.mark.parametrize("method", torch_peer.PEERS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow) if m in _ALIKE else m for m in torch_peer.PEERS]
+)
 def test_peer_scores_as_ours(method, variant):
     variables, ours_BK = _our_scores(method)
     placed = _placed(variant, *_batch())

@@ -117,10 +117,11 @@ def _without(batch, part):
     "method",
     [
         *("uni_cxr", "medfuse"),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("unified",)),
         *(
-            pytest.param(m, marks=pytest.mark.slow)
+            pytest.param(m, marks=pytest.mark.nightly)
             for m in (
-                *("uni_ehr", "joint_learnable", "unified", "daft3", "medfuse_attention", "mmtm3"),
+                *("uni_ehr", "joint_learnable", "daft3", "medfuse_attention", "mmtm3"),
                 *("metra", "drfuse", "shaspec", "healnet", "m3care"),
             )
         ),

@@ -3,6 +3,8 @@
 Shapes: B rows, T time steps, H hours, P images, R = B * H.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,17 +41,24 @@ def _model(method: str, **options):
     return tiny_model(name, **options, **of_variant)
 
 
-def _gradients(method: str, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest gradients of each hour's scores by each time step [R, B, T] and each image [R, P]."""
+@functools.cache
+def _jacobian(method: str):
+    """Compile (ehr, image, the other inputs) -> the gradients of each hour's scores by the first two."""
     # No gradient reaches frozen encoders, but a score depends on what they read.
     model = _model(method, **{"frozen_encoders": False} if method == "early" else {})
-    variables, arguments = random_variables(model), (inputs["ehr"], inputs["image"])
+    variables = random_variables(model)
 
-    def score_R(ehr, image):
-        logits_BHK = model.apply(variables, **inputs | {"ehr": ehr, "image": image}, train=False)["logits"]
+    def score_R(ehr, image, others):
+        logits_BHK = model.apply(variables, ehr=ehr, image=image, **others, train=False)["logits"]
         return logits_BHK.sum(-1).reshape(-1)
 
-    by_ehr, by_image = fast_jit(jax.jacrev(score_R, argnums=(0, 1)))(*arguments)
+    return fast_jit(jax.jacrev(score_R, argnums=(0, 1)))
+
+
+def _gradients(method: str, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return the largest gradients of each hour's scores by each time step [R, B, T] and each image [R, P]."""
+    others = {name: x for name, x in inputs.items() if name not in ("ehr", "image")}
+    by_ehr, by_image = _jacobian(method)(inputs["ehr"], inputs["image"], others)
     return np.abs(by_ehr).max(-1), np.abs(by_image).max((-1, -2))
 
 

@@ -55,14 +55,19 @@ def _auroc(method: str, **fields) -> np.ndarray:
     return np.array(metrics.evaluate(labels, scores, num_bootstrap=1)["auroc"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("fields", [{"ehr_kind": "transformer"}, {"cxr_kind": "resnet50"}])
 def test_other_encoders_find_the_labels_of_their_modality(fields):
     assert _auroc("medfuse", **fields).min() > 0.85
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["uni_ehr", "medfuse", "metra", "drfuse", "shaspec", "healnet", "m3care"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("uni_ehr", "medfuse")),
+        *(pytest.param(m, marks=pytest.mark.nightly) for m in ("metra", "drfuse", "shaspec", "healnet", "m3care")),
+    ],
+)
 def test_a_label_that_only_the_x_ray_shows_is_found(method):
     """The LSTM alone is the control: it cannot find it."""
     of_image, of_ehr = _auroc(method)

@@ -48,7 +48,7 @@ def test_a_dry_run_names_the_seeds_and_folds(shards, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_seeds_give_the_mean_and_spread_of_every_table(shards, tmp_path):
     given = ("--preset=smoke", f"--data={shards}", "--tasks=pheno", "--methods=lstm", "--noestimate", "--trials=1")
     _run(*given, f"--out={tmp_path}", "--seeds=2")
@@ -63,7 +63,7 @@ def test_two_seeds_give_the_mean_and_spread_of_every_table(shards, tmp_path):
     assert "--out" in message and message.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_trains_resumes_and_refuses_another_plan(shards, tmp_path):
     out = tmp_path / "paper"
     given = (

@@ -4,7 +4,7 @@ import pytest
 from reliability import damage_fuzz
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_damage_is_refused_or_changes_nothing_or_costs_one_checkpoint(ehr_config, shards, tmp_path):
     ehr_config.num_epochs = 2
     whole = damage_fuzz.make(tmp_path / "whole", shards, ehr_config)

@@ -110,7 +110,10 @@ def _resume(workdir):
         return checkpoints.resume(manager, _state(0))
 
 
-@pytest.mark.parametrize("spoil", [damage.cut, damage.flip, lambda path: path.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize(
+    "spoil",
+    [damage.cut, damage.flip, Path.unlink, pytest.param(lambda path: path.write_bytes(b""), marks=pytest.mark.nightly)],
+)
 def test_damage_to_any_file_is_one_line_or_changes_nothing(saved, tmp_path, spoil):
     """Restoring does not read every file: then the state must be exact."""
     names = [p.relative_to(saved) for p in saved.rglob("*") if p.is_file()]

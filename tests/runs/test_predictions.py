@@ -51,7 +51,7 @@ def _perturbed(state):
     return state.replace(params=jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), state.params))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_attention_weights_are_the_same_on_one_device_and_on_two(attention_config):
     run = run_lib.open_run(attention_config)
     state, include_N = _perturbed(run.fresh_state()), run.dataset.usable("test")

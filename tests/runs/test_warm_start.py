@@ -28,7 +28,10 @@ def test_encoders_start_from_their_pretraining(tiny_config, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [m if m in ("uni_ehr", "medfuse", "daft3") else pytest.param(m, marks=pytest.mark.slow) for m in registry.METHODS],
+    [
+        m if m in ("uni_ehr", "medfuse", "daft3") else pytest.param(m, marks=pytest.mark.nightly)
+        for m in registry.METHODS
+    ],
 )
 def test_every_method_starts_from_the_part_of_an_encoder_that_it_has(tiny_config, tmp_path, monkeypatch, method):
     """Checked on shapes alone: instead of weights, each leaf holds the name of its source."""

@@ -33,15 +33,15 @@ command_line.run(main)
 @pytest.mark.parametrize(
     ("statement", "sent", "status", "printed"),
     [
-        pytest.param("pass", signal.SIGINT, 1, "interrupted", marks=pytest.mark.slow),
-        pytest.param("raise KeyError('a bug')", None, 1, "KeyError: 'a bug'", marks=pytest.mark.slow),
-        pytest.param("raise OSError('No space left on device')", None, 1, "error: the disk", marks=pytest.mark.slow),
+        pytest.param("pass", signal.SIGINT, 1, "interrupted", marks=pytest.mark.nightly),
+        pytest.param("raise KeyError('a bug')", None, 1, "KeyError: 'a bug'", marks=pytest.mark.nightly),
+        pytest.param("raise OSError('No space left on device')", None, 1, "error: the disk", marks=pytest.mark.nightly),
         pytest.param(
             "import jax; raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo AllGather failed: Connection closed by peer')",
             None,
             1,
             "another process of this training has ended",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
         ("raise errors.UserError('a wrong field')", None, 2, "a wrong field"),
     ],

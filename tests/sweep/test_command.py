@@ -85,6 +85,7 @@ def test_trials_can_be_added_and_another_may_be_chosen(finished):
     assert error.value.value == "--trials was 4 and is now 3"
 
 
+@pytest.mark.slow
 def test_a_sweep_pretrains_its_encoders_in_its_own_folder(tiny_config, tmp_path):
     """Rerunning trains nothing, and no other command can write to a trial or a stage."""
     tiny_config.num_epochs = 1
@@ -107,7 +108,7 @@ def test_a_sweep_pretrains_its_encoders_in_its_own_folder(tiny_config, tmp_path)
         assert error.value.path == tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stopped_sweep_resumes_after_its_folder_was_moved(tiny_config, tmp_path, monkeypatch):
     tiny_config.pretrain.update(PRETRAIN)
     whole = sweep(tiny_config, tmp_path / "whole", RATES, num_trials=2, lanes=1)
@@ -121,7 +122,7 @@ def test_a_stopped_sweep_resumes_after_its_folder_was_moved(tiny_config, tmp_pat
     assert config.init.cxr == str(tmp_path / "moved" / "pretrain_cxr"), "an absolute path, from a relative --workdir"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_trials_are_exported_and_chosen_after_the_shards_were_moved(tiny_config, shards, tmp_path):
     """Trials on frozen encoders are stored in files and encode the data again."""
     tiny_config.method, tiny_config.num_epochs = "early", 1
@@ -298,7 +299,7 @@ def test_a_trial_that_freezes_random_encoders_is_refused(tiny_config, tmp_path, 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_costs_are_those_of_the_current_start(ehr_config, tmp_path, monkeypatch):
     """Pre-training is not part of start-up, and trials trained by an earlier start are not counted."""
     ahead_s, clock, claimed = [0.0], time.perf_counter, leases.Leases.claimed
@@ -329,7 +330,7 @@ def test_a_sweep_of_an_hourly_task_chooses_by_kappa_over_its_hours(hourly_config
     assert result["subsets"]["all"]["num_samples"] == hours["num_hours"].sum()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_trials_on_all_x_rays_of_a_stay_have_the_results_of_single_runs(images_config, tmp_path, monkeypatch):
     images_config.num_epochs = 1
     rows = sweep(images_config, tmp_path / "sweep", RATES, 2, lanes=2)

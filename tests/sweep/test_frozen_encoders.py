@@ -20,7 +20,7 @@ from medfuse_jax.sweep import frozen_encoders, groups, results, search, trial_st
 from medfuse_jax.sweep.costs import Costs
 
 
-@pytest.mark.slow  # the fast version is test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model
+@pytest.mark.nightly  # the fast version is test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model
 def test_trials_on_frozen_encoders_have_the_results_of_single_runs(tiny_config, tmp_path, monkeypatch):
     for name, changes in {
         "ehr": {"method": "uni_ehr", "seed": 5},
@@ -166,7 +166,7 @@ def test_a_trial_that_does_not_match_the_shared_encoders_is_refused(frozen_confi
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stopped_sweep_on_frozen_encoders_resumes_to_the_same_table(frozen_config, tmp_path, monkeypatch):
     specs = [*RATES, "dropout:uniform(0,0.5)", "seed:int(0,50)"]
     assert_resumes(frozen_config, tmp_path, monkeypatch, specs, 2, num_trials=3, store_class=trial_store.FileStore)

@@ -17,13 +17,15 @@ from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import frozen_encoders, groups, results, search, stacked_step
 from medfuse_jax.sweep.costs import Costs
 
+_PLAIN = optax.identity()  # one object, so that equal options are equal, and runs share a program
+
 
 @pytest.mark.parametrize(
     ("method", "encoder", "lanes"),
     [
         ("uni_ehr", "lstm", 2),
-        pytest.param("uni_ehr", "transformer", 2, marks=pytest.mark.slow),
-        pytest.param("medfuse", "lstm", 1, marks=pytest.mark.slow),
+        pytest.param("uni_ehr", "transformer", 2, marks=pytest.mark.nightly),
+        pytest.param("medfuse", "lstm", 1, marks=pytest.mark.nightly),
         pytest.param("medfuse", "lstm", 2, marks=pytest.mark.slow),
     ],
 )
@@ -34,7 +36,7 @@ def test_a_trial_has_the_results_of_a_single_run_with_its_config(
 
     By plain gradient descent: Adam turns the rounding of a gradient near zero into a whole step.
     """
-    monkeypatch.setattr(optim, "adam", lambda beta2: optax.identity())
+    monkeypatch.setattr(optim, "adam", lambda beta2: _PLAIN)
     tiny_config.method, tiny_config.model.ehr_encoder, tiny_config.image.crop = method, encoder, "random"
     specs = ["lr:loguniform(0.03,0.3)", "dropout:uniform(0.0,0.5)", "seed:int(0,100)"]
     rows = sweep(tiny_config, tmp_path / "sweep", specs, num_trials=4, lanes=lanes)
@@ -116,7 +118,7 @@ def test_out_of_memory_fewer_trials_run_at_once(ehr_config, tmp_path, monkeypatc
     assert [row["status"] for row in rows] == ["finished"] * 9 and max(tried) == (2, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_out_of_memory_fewer_lanes_run_together_first(ehr_config, tmp_path, monkeypatch):
     ehr_config.num_epochs = 1
     tried = _limit_memory(monkeypatch, lambda trials, lanes: lanes < 2)
@@ -125,7 +127,7 @@ def test_out_of_memory_fewer_lanes_run_together_first(ehr_config, tmp_path, monk
     assert list(dict.fromkeys(tried)) == [(5, 3), (5, 2), (5, 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_trial_that_ran_out_of_memory_can_be_tried_again(ehr_config, tmp_path, monkeypatch):
     ehr_config.num_epochs = 1
     with monkeypatch.context() as small:
@@ -192,13 +194,15 @@ def test_trials_that_stop_early_free_their_lanes(ehr_config, tmp_path, monkeypat
     assert sizes == [5, epochs.count(3)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "unified"},  # alternates batches of stays and of X-rays
-        {"method": "uni_cxr", "task": "radiology"},  # has no series
-        {"method": "medfuse_attention", "model.modalities": "static", "checkpoint_every_steps": 2},
+        pytest.param({"method": "unified"}, marks=pytest.mark.nightly),  # alternates batches of stays and of X-rays
+        pytest.param({"method": "uni_cxr", "task": "radiology"}, marks=pytest.mark.nightly),  # has no series
+        pytest.param(
+            {"method": "medfuse_attention", "model.modalities": "static", "checkpoint_every_steps": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -267,10 +271,10 @@ def test_devices_are_divided_evenly_over_few_trials(num_devices, num_trials, siz
     assert [device for one in divided for device in one] == list(range(num_devices))
 
 
-@pytest.mark.parametrize("method", ["uni_ehr", pytest.param("medfuse", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["uni_ehr", pytest.param("medfuse", marks=pytest.mark.nightly)])
 def test_a_divided_trial_has_the_results_of_one_device(tiny_config, tmp_path, monkeypatch, method):
     """Up to rounding, by plain gradient descent; with augmentation and dropout."""
-    monkeypatch.setattr(optim, "adam", lambda beta2: optax.identity())
+    monkeypatch.setattr(optim, "adam", lambda beta2: _PLAIN)
     tiny_config.method, tiny_config.image.crop, tiny_config.num_epochs = method, "random", 2
     opened, open_program = [], groups.open_program
 
@@ -312,7 +316,7 @@ def test_the_last_trial_takes_the_devices_of_those_that_ended(ehr_config, tmp_pa
         assert len(lines) == 2 * int(row["epochs"]), "no epoch is trained twice"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_batch_need_not_divide_over_the_devices(ehr_config, tmp_path):
     """A trial runs on one device."""
     ehr_config.batch_size = ehr_config.eval.batch_size = 31

@@ -29,7 +29,7 @@ def test_processes_share_the_trials(tmp_path, shards):
     assert table(tmp_path / "alone") == rows
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_processes_are_replaced(tmp_path, shards):
     """Two of four, each with a trial that it has saved and not ended, on hosts of their own: their leases go stale."""
     swept = command(tmp_path, shards, "killed", num_epochs=8)
@@ -87,6 +87,7 @@ def test_processes_export_trials_on_encoders_that_either_trained(tmp_path, shard
         assert auroc == pytest.approx(float(rows[number]["val_auroc"]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_passes_its_flags_on(tmp_path, shards):
     printed = run(command(tmp_path, shards, "swept", "--seed=3", "--export=1", num_epochs=1, trials=2))
     drawn = search.draw(search.parse(["lr:loguniform(1e-3,1e-2)"], config_lib.default()), 2, seed=3)

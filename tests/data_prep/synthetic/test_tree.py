@@ -373,7 +373,14 @@ def test_a_folder_with_other_content_is_rejected_and_the_same_cohort_is_kept(tmp
         assert raised.value.path == path
 
 
-@pytest.mark.parametrize(("stop", "left"), [(signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGKILL, ["partial"])])
+@pytest.mark.parametrize(
+    ("stop", "left"),
+    [
+        pytest.param(signal.SIGINT, [], marks=pytest.mark.nightly),
+        (signal.SIGTERM, []),
+        (signal.SIGKILL, ["partial"]),
+    ],
+)
 def test_a_stopped_command_leaves_no_process_and_no_cohort(tmp_path, stop, left):
     command = [sys.executable, "-m", "data_prep.synthetic", f"--out={tmp_path / 'out'}", "--stays=2000"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -148,7 +148,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_split_over_a_gigabyte_needs_little_memory_and_no_tensorflow(tmp_path):
     done = subprocess.run([sys.executable, "-c", _LARGE, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
