@@ -40,7 +40,7 @@ def train(
 
     Write metrics.jsonl, tensorboard/ and checkpoints/ (the best by validation AUROC, and the latest) into the workdir,
     and profile/ if config.profile_steps is set. encoders: 'ehr' and 'cxr' -> the finished run to start from. is_ours:
-    False if another process has taken the run over; asked before anything is written.
+    False if another process has taken the run over; asked before each line of the log and each checkpoint.
     Raise UserError if a checkpoint cannot be read or the loss is not finite; TakenOver.
     """
     with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
@@ -155,6 +155,7 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress, i
             except watchdog.Stopped:
                 _stop(manager, state, progress, config)
             answered()
+            check_ours()
             train_loss = progress.train_loss
             score, scores = predictions_lib.selecting(run, predictions)
             is_best = progress.update(epoch, predictions.loss, score, config.plateau_epochs)

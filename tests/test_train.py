@@ -103,11 +103,13 @@ def test_a_signal_at_any_point_of_an_epoch_costs_nothing(ehr_config, tmp_path, m
     assert rows_a == rows_b
 
 
-def test_a_run_that_another_process_has_taken_over_writes_nothing_more(ehr_config, tmp_path):
-    still_ours = iter([True, False])  # at the end of the first epoch, and of the second
+@pytest.mark.parametrize(("still_ours", "phases"), [(2, ["train", "val"]), (3, ["train", "val", "train"])])
+def test_a_run_that_another_process_has_taken_over_writes_nothing_more(ehr_config, tmp_path, still_ours, phases):
+    """It is asked before and after each validation."""
+    answers = iter([True] * still_ours + [False])
     with pytest.raises(train.TakenOver):
-        _train(ehr_config, tmp_path, is_ours=lambda: next(still_ours))
-    assert [line["epoch"] for line in _lines(tmp_path)] == [1, 1]
+        _train(ehr_config, tmp_path, is_ours=lambda: next(answers))
+    assert [line["phase"] for line in _lines(tmp_path)] == phases
     assert _latest(ehr_config, tmp_path)[1].epoch == 1
 
 

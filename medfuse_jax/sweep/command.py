@@ -16,7 +16,7 @@ from medfuse_jax.data import synthetic
 from medfuse_jax.report import read_runs, terminal
 from medfuse_jax.runs import sources, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
-from medfuse_jax.runtime import compilation
+from medfuse_jax.runtime import compilation, watchdog
 from medfuse_jax.runtime.errors import UserError, check_choice
 from medfuse_jax.sweep import adaptive, frozen_encoders, groups, page, pruning, results, search
 from medfuse_jax.sweep import leases as leases_lib
@@ -134,10 +134,12 @@ def _pretrain(stages: dict, leases: leases_lib.Leases, costs: Costs) -> None:
     with costs.timed("pretrain_s"):
         for name in leases.claimed(claim, missing, "encoders"):
             is_ours = functools.partial(leases.holds, f"pretrain_{name}")
-            with contextlib.suppress(train.TakenOver):  # which `holds` has said
+            with contextlib.suppress(train.TakenOver):  # `holds` has already printed it
                 train.pretrain({name: stages[name]}, by_sweep=True, is_ours=is_ours)
-                results.write_json(stages[name][0] / "trained.json", {})
-                leases.release(f"pretrain_{name}")
+                if is_ours():
+                    results.write_json(stages[name][0] / "trained.json", {})
+                    leases.release(f"pretrain_{name}")
+            watchdog.check()  # a signal that came meanwhile
 
 
 def _train(sweep: groups.Sweep, rounds: Iterable[list[search.Trial]], costs: Costs) -> list[search.Trial]:
