@@ -132,7 +132,7 @@ def recurrence(case: Case) -> str:
     """Return the LSTM kernel that a run with the default config uses on this machine."""
     width: int = dict(case.sizes).get("ehr_hidden", 256)
     fields = types.SimpleNamespace(
-        recurrence="auto", parallel=case.parallel, model=types.SimpleNamespace(ehr_hidden=width)
+        recurrence="auto", parallel=case.parallel, model=types.SimpleNamespace(ehr_hidden=width, ehr_encoder="lstm")
     )
     return supported.choose(fields, parallel.devices(case.num_devices))
 

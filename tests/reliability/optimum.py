@@ -129,7 +129,7 @@ def main() -> None:
             result[name] = judge(of / "raw", workdir)
             print(json.dumps({name: result[name]}), flush=True)
             if given.json:
-                given.json.write_text(json.dumps(result, indent=1) + "\n")
+                given.json.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
