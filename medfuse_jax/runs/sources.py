@@ -124,6 +124,12 @@ def check(run: Run, name: str, workdir: Path, source: Run) -> None:
             f"{what} cannot start the method {method}: for its encoders, use config.init.ehr and config.init.cxr",
             field="config.init.model",
         )
+    for encoder in ("ehr", "cxr") if name == "model" else (name,):
+        models = [side.options.model for side in (run, source)]
+        kind, source_kind = (getattr(model, f"{encoder}_kind") for model in models)
+        if kind != source_kind and all(getattr(model, f"uses_{encoder}") for model in models):
+            field = f"config.model.{encoder}_encoder"
+            raise _cannot_start(what, name, f"its {field} is {source_kind!r}, not {kind!r}", source_kind)
     params, source_params = (side.abstract_state().params for side in (run, source))
     for module in sorted(params.keys() | source_params.keys()) if name == "model" else [f"{name}_encoder"]:
         if note and module not in note["modules"]:

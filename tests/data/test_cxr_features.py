@@ -1,4 +1,4 @@
-"""Features of X-rays from a file: which X-ray each is of, what is refused, and runs on them.
+"""Precomputed features of X-rays: which X-ray each is of, what is refused, and runs on them.
 
 Shapes: E features, J X-rays.
 """
@@ -21,6 +21,7 @@ from sweep_cases import RATES, sweep
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, predict, records, schema, train
 from medfuse_jax import run as run_lib
+from medfuse_jax.attribution import stay
 from medfuse_jax.data import batches, cxr_features, folds
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.models import registry
@@ -364,6 +365,14 @@ def test_a_run_on_features_trains_is_scored_and_travels_with_its_file(features_c
         sources.reopen(folder)
 
 
+def test_a_run_on_x_rays_does_not_start_from_one_on_features(features_config, tmp_path):
+    source = run_lib.open_run(features_config)
+    features_config.update_from_flattened_dict({"model.cxr_encoder": "resnet34", "data.cxr_features": ""})
+    with refused(field="config.init.cxr", value="features") as caught:
+        sources.check(run_lib.open_run(features_config), "cxr", tmp_path, source)
+    assert "config.model.cxr_encoder" in str(caught.value)
+
+
 def test_a_run_that_reads_no_x_ray_needs_no_features(features_config, tmp_path):
     """As the stage of series, which inherits the field."""
     features_config.method = "uni_ehr"
@@ -374,6 +383,20 @@ def test_a_run_that_reads_no_x_ray_needs_no_features(features_config, tmp_path):
     assert not sources.reopen(tmp_path).dataset.cxr_features
     with refused(field="--cxr_features"):
         sources.reopen(tmp_path, cxr_features="more.npz")
+
+
+def test_each_command_on_a_run_passes_the_files_new_place_on(tmp_path, monkeypatch):
+    passed = []
+
+    def reopen(workdir, devices, data_dir, cxr_features):
+        passed.append(cxr_features)
+        raise UserError("opened")
+
+    monkeypatch.setattr(sources, "reopen", reopen)
+    for command, arguments in ((evaluate.evaluate, []), (evaluate.write_robustness, []), (stay.explain, [1])):
+        with refused():
+            command(tmp_path, *arguments, cxr_features="new.npz")
+    assert passed == ["new.npz"] * 3
 
 
 def test_a_run_on_x_rays_refuses_features(tiny_config, tmp_path, file):
