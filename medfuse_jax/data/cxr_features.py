@@ -55,8 +55,8 @@ class Table:
 
     def rows(self, dicom_id_J: np.ndarray) -> np.ndarray:
         """Return the row of each X-ray in the file, -1 for one that it lacks."""
-        if not len(dicom_id_J):
-            return np.zeros(0, int)
+        if not len(dicom_id_J) or not len(self.dicom_id_M):
+            return np.full(len(dicom_id_J), -1)
         place_J = np.minimum(np.searchsorted(self.dicom_id_M, dicom_id_J), len(self.dicom_id_M) - 1)
         return np.where(self.dicom_id_M[place_J] == dicom_id_J, self.row_M[place_J], -1)
 

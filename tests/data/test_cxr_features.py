@@ -150,6 +150,10 @@ def test_a_table_of_columns_gives_the_same_as_arrays(file, tmp_path):
         np.testing.assert_allclose(found.feature_ME[rows[0]], expected.feature_ME[rows[1]], rtol=1e-6)
 
 
+def test_a_table_without_x_rays_has_none():
+    assert cxr_features.nothing(3).rows(np.array(["a", "b"])).tolist() == [-1, -1]
+
+
 _IDS, _ROWS = ["a", "b", "c"], np.ones((3, 2))
 
 
