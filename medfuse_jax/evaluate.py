@@ -38,7 +38,7 @@ def evaluate(
     if a modality was dropped; attention weights if the model has any). In an hourly task, each has a row for every
     hour, and also hour, remaining_h and, for exclusive labels, predicted_h (docs/hourly.md).
     devices: by default all of this process. data_dir, cxr_features: the new places of the run's shards, and of its file
-    of X-rays' features, if they were moved.
+    of precomputed features, if they were moved.
     resample: what the bootstrap draws, 'patient' or 'stay'; by default see `result.resample_by`.
     """
     check_choice("--split", what.split, schema.SPLITS)
@@ -80,14 +80,14 @@ def evaluate(
     return evaluated
 
 
-def write_robustness(workdir: Path, data_dir: str = "", resample: str = "") -> list[dict]:
+def write_robustness(workdir: Path, data_dir: str = "", resample: str = "", cxr_features: str = "") -> list[dict]:
     """Score a run's test stays with fewer X-rays and fewer hours of EHR; write robustness.json and return its curves.
 
     Each curve has a 'name' ('cxr_dropped', 'ehr_only', 'ehr_hours') and 'points'; see `robustness`. Raise UserError for
-    X-rays without stays. data_dir, resample: as for `evaluate`.
+    X-rays without stays. data_dir, resample, cxr_features: as for `evaluate`.
     """
     check_choice("--resample", resample, ("", *result.RESAMPLES))
-    run = sources.reopen(workdir, None, data_dir)
+    run = sources.reopen(workdir, None, data_dir, cxr_features)
     if run.dataset.task.cxr_only or run.dataset.task.hourly:
         raise UserError(
             f"--robustness needs a task with one set of labels per stay; {workdir} has the task {run.config.task}",
@@ -257,11 +257,11 @@ def main(argv: list[str]) -> None:
     options = flags.FLAGS
     workdir = Path(options.workdir)
     compilation.configure()
+    moved = {"data_dir": options.data_dir, "cxr_features": options.cxr_features}
     if options.robustness:
-        _print_robustness(workdir, write_robustness(workdir, options.data_dir, options.resample))
+        _print_robustness(workdir, write_robustness(workdir, resample=options.resample, **moved))
         return
     what = Scored(options.split, options.head, options.drop_ehr, options.drop_cxr)
-    moved = {"data_dir": options.data_dir, "cxr_features": options.cxr_features}
     print(terminal.table([evaluate(workdir, what, resample=options.resample, **moved)]))
     print(f"\nwritten: {what.result_path(workdir)}, {what.predictions_path(workdir)}")
 
@@ -278,7 +278,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "test", "train, val or test.")
     flags.DEFINE_string("head", "", "Classifier head to score, such as ehr_only; by default the model's main head.")
     flags.DEFINE_string("data_dir", "", "New folder of the run's shards, if they were moved; saved in its config.")
-    flags.DEFINE_string("cxr_features", "", "New place of the run's file of X-rays' features; saved in its config.")
+    flags.DEFINE_string("cxr_features", "", "New place of the run's precomputed features; saved in its config.")
     flags.DEFINE_float("drop_ehr", 0.0, "Fraction of paired stays scored without their EHR.")
     flags.DEFINE_float("drop_cxr", 0.0, "Fraction of paired stays scored without their X-ray.")
     flags.DEFINE_bool("robustness", False, "Score the test stays with fewer X-rays and fewer hours of EHR instead.")

@@ -9,18 +9,20 @@ Shapes: N scored records, K labels.
 
 import csv
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, parallel, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import cxr_features as features_lib
 from medfuse_jax.data import folds
-from medfuse_jax.data.dataset import open_dataset, open_splits
+from medfuse_jax.data.dataset import indices, open_dataset, open_splits
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
 from medfuse_jax.runs import inputs
@@ -45,7 +47,8 @@ def predict(
 
     workdir: of a run, or of a sweep, which stands for its chosen trial. data_dir: the folder that holds the run's task.
     split: train, val or test, or 'all' for the three after one another. devices: by default all of this process.
-    cxr_features: the features of the dataset's X-rays, for a run that reads those; by default the run's own file.
+    cxr_features: a file with the features of the X-rays that are scored, for a run on precomputed features; by default
+    the run's own file.
 
     Returns a dict of arrays:
         scores float32 [N, K]: probabilities; label_names str [K]
@@ -60,7 +63,8 @@ def predict(
     if workdir_lib.is_ensemble(folder):
         raise UserError(f"{folder} holds an ensemble, which has no weights: give a run's workdir", path=folder)
     folder = sweep_results.chosen_dir(folder) if workdir_lib.is_sweep(folder) else folder
-    run = _open_run(folder, Path(data_dir), devices or parallel.devices(), cxr_features)
+    scored = schema.SPLITS if split == ALL else (split,)
+    run = _open_run(folder, Path(data_dir), devices or parallel.devices(), scored, cxr_features)
     splits = [s for s in schema.SPLITS if run.dataset.usable(s).any()] if split == ALL else [split]
     if not splits:
         place = Path(data_dir) / run.config.task
@@ -72,8 +76,10 @@ def predict(
     return found | {"label_names": np.array(run.dataset.labels)}
 
 
-def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device], cxr_features: Path | str = "") -> run_lib.Run:
-    """Return the run with other shards and its own statistics."""
+def _open_run(
+    workdir: Path, data_dir: Path, on: list[jax.Device], splits: Sequence[str], cxr_features: Path | str = ""
+) -> run_lib.Run:
+    """Return the run with other shards and its own statistics. splits: those that are scored."""
     config = config_lib.load(workdir / "config.json")
     config_lib.check_devices(config, len(on))
     expected = inputs.read(workdir)
@@ -89,8 +95,11 @@ def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device], cxr_features:
         config.data.folds = config.data.fold = 0
     reads_features = config.model.cxr_encoder == "features" and method.uses_cxr
     if cxr_features and not reads_features:
-        what = f"--cxr_features={cxr_features}, and {workdir} does not read features of X-rays: leave it out"
+        what = f"--cxr_features={cxr_features}, and {workdir} reads no precomputed features: leave it out"
         raise UserError(what, field="--cxr_features", value=str(cxr_features))
+    features, statistics = None, expected.get("cxr_features")
+    if reads_features:
+        features = _features(config, data_dir, splits, statistics, cxr_features)
     dataset = open_dataset(
         data_dir,
         config.task,
@@ -101,8 +110,9 @@ def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device], cxr_features:
         max_buckets=config.data.max_buckets,
         images=config.data.images,
         to_train=False,
-        features=features_lib.read(cxr_features or config.data.cxr_features) if reads_features else None,
-        feature_statistics=expected.get("cxr_features"),
+        features=features,
+        feature_statistics=statistics,
+        feature_splits=splits,
     )
     inputs.check(expected, dataset, data_dir / config.task)
     # What stands for the train split's index: its categories.
@@ -111,6 +121,16 @@ def _open_run(workdir: Path, data_dir: Path, on: list[jax.Device], cxr_features:
     dataset = dataclasses.replace(dataset, mean_F=expected["mean"], std_F=expected["std"], extra=extra)
     config.data.dir = str(data_dir)
     return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, modalities, on), on)
+
+
+def _features(
+    config: ConfigDict, data_dir: Path, splits: Sequence[str], statistics: features_lib.Statistics, given: Path | str
+) -> features_lib.Table:
+    """Return the features in the given file, or in the run's own; read neither if the splits have no X-rays."""
+    index = indices(data_dir, config.task, folds.of_config(config))
+    if not any(index[split]["has_cxr"].any() for split in splits):
+        return features_lib.nothing(len(statistics.mean_E))
+    return features_lib.read(given, "--cxr_features") if given else features_lib.read(config.data.cxr_features)
 
 
 def _modalities(names: str) -> tuple[loading.Modality, ...]:
@@ -176,6 +196,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a finished run, or of a sweep: its chosen trial.", required=True)
     flags.DEFINE_string("data", None, "Folder of the shards to score, as data_prep.build wrote it.", required=True)
     flags.DEFINE_string("out", None, "File to write: .npz or .csv.", required=True)
-    flags.DEFINE_string("cxr_features", "", "Features of these X-rays, for a run on features; default: its own file.")
+    flags.DEFINE_string("cxr_features", "", "Precomputed features of these X-rays; default: the file of the run.")
     flags.DEFINE_string("split", ALL, "train, val, test, or all of them.")
     command_line.run(main)

@@ -1,4 +1,4 @@
-"""Files of X-rays' features for tests: a few numbers for each dicom_id, which depend on it alone."""
+"""Files of precomputed features for tests: a few numbers for each dicom_id, which depend on it alone."""
 
 from pathlib import Path
 

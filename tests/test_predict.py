@@ -6,6 +6,7 @@ import json
 import shutil
 
 import damage
+import feature_cases
 import jax
 import numpy as np
 import pytest
@@ -96,6 +97,15 @@ def test_shards_of_another_split_without_x_rays_are_scored_with_the_runs_statist
     path.write_text(json.dumps(damage.unsealed(path) | changes))
     wrong = predict.predict(tmp_path, others, "all")["scores"][theirs]
     assert np.abs(wrong - scores[0])[no_cxr_N].max() > 1e-4
+
+
+def test_shards_without_x_rays_need_no_precomputed_features(tiny_config, tmp_path, shards, others):
+    file = feature_cases.write(tmp_path / "f.npz", feature_cases.names(shards, "pheno"))
+    tiny_config.model.cxr_encoder, tiny_config.data.cxr_features = "features", str(file)
+    _save(tiny_config, tmp_path / "run")
+    file.unlink()
+    found = predict.predict(tmp_path / "run", others, "val")
+    assert len(found["scores"]) > 0 and not found["has_cxr"].any() and np.isfinite(found["scores"]).all()
 
 
 def test_static_features_keep_the_runs_categories(tiny_config, tmp_path, shards, monkeypatch):

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     compilation.configure()
     workdir = Path(given.workdir)
-    found = stay.explain(workdir, given.stay, given.label, given.data_dir)
+    found = stay.explain(workdir, given.stay, given.label, given.data_dir, given.cxr_features)
     folder = Path(given.out) if given.out else workdir / "attributions"
     os.umask(0o077)  # one patient's data, also while it is being written
     with files.must_write(f"--out={folder}"):
@@ -45,4 +45,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("label", "", "The label whose score to explain; by default the one with the highest score.")
     flags.DEFINE_string("out", "", "Folder for the page and the arrays; by default attributions/ in the workdir.")
     flags.DEFINE_string("data_dir", "", "New folder of the run's shards, if they were moved; saved in its config.")
+    flags.DEFINE_string("cxr_features", "", "New place of the run's precomputed features; saved in its config.")
     command_line.run(main)

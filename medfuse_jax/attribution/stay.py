@@ -23,15 +23,16 @@ from medfuse_jax.runtime.errors import UserError, check_choice
 _PATCHES = 7  # a patch's side is a seventh of the image's, and it moves by half of that
 
 
-def explain(workdir: Path, stay_id: int, label: str = "", data_dir: str = "") -> Attribution:
-    """Return what a run's score of a stay rests on. label: by default the one with the highest score.
+def explain(workdir: Path, stay_id: int, label: str = "", data_dir: str = "", cxr_features: str = "") -> Attribution:
+    """Return what a run's score of a stay rests on. label: by default the one with the highest score. data_dir,
+    cxr_features: as for `evaluate.evaluate`.
 
     Time series: integrated gradients from a series of the same length whose standardised channels are all 0: the
     training stays' mean values, and no class and no observed-mask set. X-rays: occlusion. Further modalities keep their
     values. In an hourly task, the score of the last hour. Raises UserError if the stay is not in the run's shards, or
     the method cannot score it.
     """
-    run = sources.reopen(workdir, None, data_dir)
+    run = sources.reopen(workdir, None, data_dir, cxr_features)
     if run.dataset.task.cxr_only:
         message = f"{workdir} has the task {run.config.task}, whose X-rays have no stay"
         raise UserError(f"{message}: give a run of another task", field="--workdir", path=workdir)

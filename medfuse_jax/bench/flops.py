@@ -20,7 +20,7 @@ from medfuse_jax.models import registry
 from medfuse_jax.models.model import variable_shapes
 from medfuse_jax.optim import adam
 from medfuse_jax.runtime import command_line, files
-from medfuse_jax.runtime.errors import check_choice
+from medfuse_jax.runtime.errors import UserError, check_choice
 
 STAY_STEPS = 24  # time steps of the table's stay: 48 h at 2 h a step
 BEGIN, END = "<!-- made by python -m medfuse_jax.bench.flops --write=docs/methods.md -->", "<!-- end -->"
@@ -64,9 +64,12 @@ def training_flops(method: str, **options) -> dict[str, float]:
 
     A time step's cost is that of the LSTM's matrix products, and that of a fusion that reads every time step. An
     X-ray's cost includes augmentation, fusion and classifiers. The costs of fusions are differences between XLA's
-    counts of lowered steps, in which the optimizer and the LSTM cancel. options: as of `num_params`.
+    counts of lowered steps, in which the optimizer and the LSTM cancel. options: as of `num_params`. Raise
+    UserError for a transformer of series, whose cost of a time step depends on the stay's length.
     """
     model = _build(method, **options)
+    if model.uses_ehr and model.ehr_kind != "lstm":
+        raise UserError(f"ehr_kind is {model.ehr_kind!r}: only the LSTM's operations can be counted", field="ehr_kind")
     time_step = lstm_flops(1, model.ehr_hidden, trained=not getattr(model, "frozen_encoders", False))
 
     def row(has_cxr: bool, num_steps: int) -> float:

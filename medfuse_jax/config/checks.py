@@ -186,11 +186,11 @@ def _check_needs_no_lstm(config: ConfigDict) -> None:
 
 
 def _check_features(config: ConfigDict) -> None:
-    """Check what goes together with features of X-rays that were computed elsewhere."""
+    """Check what goes together with precomputed features of X-rays."""
     encoder, file = config.model.cxr_encoder, config.data.cxr_features
     files.check_local("config.data.cxr_features", file)
     if encoder != "features" and file:
-        what = f"config.data.cxr_features is {file!r}, and config.model.cxr_encoder {encoder!r}, which reads X-rays"
+        what = f"config.data.cxr_features is set, but config.model.cxr_encoder={encoder!r} does not read it"
         raise UserError(f"{what}: use 'features', or leave the file out", field="config.data.cxr_features", value=file)
     if encoder != "features":
         return
@@ -205,8 +205,8 @@ def _check_features(config: ConfigDict) -> None:
         ("model.batch_norm", config.model.batch_norm, FIELDS["model.batch_norm"].default),
     ):
         if value != default:
-            what = f"config.{field} is {value!r}, and with config.model.cxr_encoder='features' there is no encoder of "
-            raise UserError(f"{what}X-rays: leave it out", field=f"config.{field}", value=value)
+            what = f"config.{field} is {value!r}, and with config.model.cxr_encoder='features' there is no X-ray "
+            raise UserError(f"{what}encoder to apply it to; leave it out", field=f"config.{field}", value=value)
 
 
 def _check_all_images(config: ConfigDict) -> None:

@@ -93,7 +93,9 @@ FIELDS = {
     "data.folds": _shared(0, "divide patients anew into so many folds; 0: the shards' own splits", low=0, high=1000),
     "data.fold": _shared(0, "which of the folds is tested, from 0", low=0, high=999),
     "data.statistics": Field("train", "EHR mean and std: 'train' split's, or a JSON file with 'mean' and 'std'"),
-    "data.cxr_features": Field("", "file of X-rays' features by dicom_id (.npz, .parquet, .csv); see docs/encoders.md"),
+    "data.cxr_features": Field(
+        "", "precomputed features of X-rays by dicom_id (.npz, .parquet, .csv); see docs/encoders.md"
+    ),
     "data.max_buckets": Field(4, "padded lengths; each costs a compilation", low=1, high=32),
     "data.order_seed": _shared(-1, "of the data order alone; -1: seed", low=-1),
     "data.readers": _execution(0, "threads that read shards; 0: one a core, at most 8", low=0, high=256),
@@ -114,13 +116,18 @@ FIELDS = {
     "model.dropout": _training(0.3, "dropout rate of the EHR features", low=0, high=0.99),
     "model.cxr_encoder": Field(
         "resnet34",
-        "encoder of X-rays: a ResNet of this kind, or 'features': none, they come from data.cxr_features",
+        "encoder of X-rays: a ResNet of this kind; 'features': no encoder; read them from data.cxr_features",
         choices=CXR_ENCODERS,
     ),
     "model.resnet_stage_sizes": Field(
-        (3, 4, 6, 3), "blocks of each ResNet stage; (3, 4, 6, 3) is that of ResNet-34 and ResNet-50"
+        (3, 4, 6, 3), "blocks of each ResNet stage, here ResNet-34's and ResNet-50's; not read with 'features'"
     ),
-    "model.resnet_width": Field(64, "channels of the first ResNet stage; ResNet-50: a quarter", low=1, high=2**10),
+    "model.resnet_width": Field(
+        64,
+        "channels of the first ResNet stage; ResNet-50 outputs four times as many; not read with 'features'",
+        low=1,
+        high=2**10,
+    ),
     "model.batch_norm": _fusion(
         "batch", "statistics in training: of the 'batch', or 'frozen' pre-trained ones", choices=("batch", "frozen")
     ),
@@ -230,7 +237,7 @@ def section(name: str, **changes) -> dict:
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:
     """Return the pre-training stages by the encoder they train ('ehr', 'cxr'), except any equal to the run itself.
 
-    Features of X-rays come from an encoder that is trained already.
+    Precomputed features come from an encoder that is trained already.
     """
     if config.encoders != "pretrained":
         return {}

@@ -8,7 +8,7 @@ A batch is a dict of arrays, each with a leading device axis D:
     valid      bool    [D, B]         False: a padded row, no record
     row_id     int32   [D, B]         the row's number in the whole batch, whatever D is
     record     int32   [D, B]         the record's number in its split, -1 in a padded row
-    image      uint8   [D, P, 256, 256]; or cxr_features float32 [D, P, E], features of X-rays computed elsewhere
+    image      uint8   [D, P, 256, 256]; or cxr_features float32 [D, P, E], precomputed features of X-rays
     image_row  int32   [D, P]         the row that an image belongs to
     image_mask bool    [D, P]         False: an empty image slot
     extra_NAME float32 [D, B, ...]    a further modality's values, NaN in rows without it

@@ -1,4 +1,4 @@
-"""Features of X-rays that were computed elsewhere (config.data.cxr_features), which stand for their pixels.
+"""Precomputed features of X-rays (config.data.cxr_features), which are read instead of their pixels.
 
 Shapes: M X-rays of the file, N records of a split, J X-rays that are read, of all records together, E features; of a
 batch: D devices, B rows, P images.
@@ -6,18 +6,29 @@ batch: D devices, B rows, P images.
 
 import dataclasses
 import hashlib
+import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from medfuse_jax import schema
 from medfuse_jax.data.images import StayImages
 from medfuse_jax.runtime.errors import UserError
 
 FIELD = "config.data.cxr_features"
 SUFFIXES = (".npz", ".parquet", ".csv")
 _ID = "dicom_id"
+# Numbers of a table that are no features: ids, and the index that pandas writes unless told not to.
+_NOT_FEATURES = ("", "index", "level_0", "subject_id", "study_id", "stay_id", "hadm_id")
+_PANDAS_INDEX = ("Unnamed: ", "__index_level_")  # and a number
+_NOT_UTF8 = f"has a {_ID} that is not UTF-8 text"
+_CHUNK_ROWS = 4096
+# What numpy, zipfile and zlib raise for damaged files.
+_DAMAGED = (AttributeError, EOFError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
+_DAMAGED += (struct.error, zipfile.BadZipFile, zlib.error)
 _HOW = "docs/encoders.md shows how to make the file"
 
 
@@ -31,17 +42,21 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What a file holds. dicom_id_M is sorted; row_M is the row of each in feature_ME, which is as in the file."""
+    """What a file holds. dicom_id_M is sorted; row_M is the row of each in feature_ME, which is as in the file.
+
+    given_by: the config field or flag that names the file, for messages.
+    """
 
     path: Path
     dicom_id_M: np.ndarray
     row_M: np.ndarray
     feature_ME: np.ndarray
+    given_by: str = FIELD
 
     def rows(self, dicom_id_J: np.ndarray) -> np.ndarray:
         """Return the row of each X-ray in the file, -1 for one that it lacks."""
-        if not len(dicom_id_J):
-            return np.zeros(0, int)
+        if not len(dicom_id_J) or not len(self.dicom_id_M):
+            return np.full(len(dicom_id_J), -1)
         place_J = np.minimum(np.searchsorted(self.dicom_id_M, dicom_id_J), len(self.dicom_id_M) - 1)
         return np.where(self.dicom_id_M[place_J] == dicom_id_J, self.row_M[place_J], -1)
 
@@ -68,33 +83,55 @@ class CxrFeatures:
         return self.feature_JE[np.where(rows["image_mask"], place_DP, -1)]
 
 
-def read(path: str | Path) -> Table:
+def read(path: str | Path, given_by: str = FIELD) -> Table:
     """Read a file of features; raise UserError unless it has one row of finite numbers for each dicom_id.
 
     .npz: arrays dicom_id str [M] and features [M, E]. .parquet, .csv: a column dicom_id, and E columns of numbers.
+    given_by: the config field or flag that names the file.
     """
     path = Path(path)
+    try:
+        return dataclasses.replace(_read(path), given_by=given_by)
+    except _Refused as error:
+        raise _user_error(given_by, path, str(error)) from None
+
+
+def nothing(width: int) -> Table:
+    """Return a table without X-rays, for a dataset that has none."""
+    return Table(Path(), np.zeros(0, str), np.zeros(0, int), np.zeros((0, width), np.float32))
+
+
+class _Refused(Exception):
+    """What is wrong with a file."""
+
+
+def _read(path: Path) -> Table:
     if path.suffix not in SUFFIXES:
-        raise _refused(path, f"must end in {', '.join(SUFFIXES)}")
+        raise _Refused(f"must end in {', '.join(SUFFIXES)}")
     if not path.is_file():
-        raise _refused(path, "does not exist")
+        raise _Refused("does not exist")
+    if not path.stat().st_size:
+        raise _Refused("is empty")
     dicom_id_M, feature_ME = _read_npz(path) if path.suffix == ".npz" else _read_columns(path)
+    if dicom_id_M.dtype.kind not in "SU" or dicom_id_M.ndim != 1:
+        raise _Refused(f"{_ID} must be a 1-D array of strings, not {_shape(dicom_id_M)}")
     if dicom_id_M.dtype.kind == "S":
-        dicom_id_M = np.char.decode(dicom_id_M, "utf-8", "replace")
-    if dicom_id_M.dtype.kind != "U" or dicom_id_M.ndim != 1:
-        raise _refused(path, f"must have text of one axis as {_ID}, not {dicom_id_M.dtype} {list(dicom_id_M.shape)}")
+        try:
+            dicom_id_M = np.char.decode(dicom_id_M, "utf-8")
+        except UnicodeDecodeError:
+            raise _Refused(_NOT_UTF8) from None
     if feature_ME.dtype.kind not in "fiu" or feature_ME.ndim != 2 or not feature_ME.size:
-        raise _refused(path, f"must have features of shape [X-rays, width], not {_shape(feature_ME)}")
+        raise _Refused(f"features must be a 2-D array of numbers, [X-rays, width], not {_shape(feature_ME)}")
     if len(dicom_id_M) != len(feature_ME):
-        raise _refused(path, f"has {len(dicom_id_M)} values of {_ID} for {len(feature_ME)} rows of features")
+        raise _Refused(f"has {len(dicom_id_M)} values of {_ID} for {len(feature_ME)} rows of features")
     with np.errstate(over="ignore"):
         feature_ME = feature_ME.astype(np.float32, copy=False)  # overflow becomes infinite and is refused below
     if broken := int((~np.isfinite(feature_ME)).any(1).sum()):
-        raise _refused(path, f"has NaN or infinite numbers in {broken} of {len(feature_ME)} rows")
+        raise _Refused(f"has missing, NaN or infinite numbers in {broken} of {len(feature_ME)} rows")
     row_M = np.argsort(dicom_id_M, kind="stable")
     dicom_id_M = dicom_id_M[row_M]
     if twice := int((dicom_id_M[1:] == dicom_id_M[:-1]).sum()):
-        raise _refused(path, f"has {twice} rows whose {_ID} another row has too")
+        raise _Refused(f"has {twice} duplicate {_ID}{'s'[: twice != 1]}")
     return Table(path, dicom_id_M, row_M, feature_ME)
 
 
@@ -104,21 +141,27 @@ def of_splits(
     several: Mapping[str, StayImages],
     where: str,
     statistics: Statistics | None = None,
+    splits: Sequence[str] = schema.SPLITS,
 ) -> tuple[dict[str, CxrFeatures], Statistics, str]:
     """Return the features of each split's X-rays, what they are standardised by, and a hash of those that are read.
 
     names: by split, what `records.dicom_ids` reads. several: which X-rays of a record are read, by split, if not its
     last alone. where: the dataset, for messages. statistics: of a trained run; None for those of the train split.
-    Raise UserError if the file lacks an X-ray, or has another width than the run.
+    splits: those to read. Raise UserError if the file lacks an X-ray, or has another width than the run.
     """
     width = table.feature_ME.shape[1]
     if statistics and len(statistics.mean_E) != width:
-        raise _refused(
-            table.path, f"has {width} features an X-ray, and the run was trained on {len(statistics.mean_E)}"
-        )
-    taken = {
-        split: _taken(table, of, several.get(split), f"the {split} split of {where}") for split, of in names.items()
-    }
+        what = f"has {width} features an X-ray, and the run was trained on {len(statistics.mean_E)}"
+        raise _user_error(table.given_by, table.path, what)
+    taken = {}
+    for split in splits:
+        taken[split], lacking = _taken(table, names[split], several.get(split))
+        if lacking:
+            what = f"lacks {lacking} of the {len(taken[split].feature_JE) - 1} X-rays that are read from the {split} "
+            what += f"split of {where}"
+            if not any((table.rows(of["dicom_id"]) >= 0).any() for of in names.values()):
+                what += f": none of its {_ID} values occurs in the shards"
+            raise _user_error(table.given_by, table.path, what, lacking)
     if statistics is None:
         statistics = _statistics(taken["train"].feature_JE[:-1])
     content = hashlib.sha256()
@@ -131,8 +174,8 @@ def of_splits(
     return taken, statistics, content.hexdigest()
 
 
-def _taken(table: Table, names: dict, several: StayImages | None, where: str) -> CxrFeatures:
-    """Return the features of a split's X-rays that are read, as the file has them."""
+def _taken(table: Table, names: dict, several: StayImages | None) -> tuple[CxrFeatures, int]:
+    """Return the features of a split's X-rays that are read, as the file has them, and how many it lacks."""
     num_N = names["num_images"]
     first_N = np.cumsum(num_N) - num_N
     if several:  # some or all X-rays of each record
@@ -142,19 +185,22 @@ def _taken(table: Table, names: dict, several: StayImages | None, where: str) ->
         count_N = (num_N > 0).astype(int)
         place_J = (first_N + num_N - 1)[num_N > 0]
     row_J = table.rows(names["dicom_id"][place_J])
-    if lacking := int((row_J < 0).sum()):
-        what = f"lacks {lacking} of the {len(row_J)} X-rays of {where}: it must hold every X-ray that is read; {_HOW}"
-        raise UserError(f"{FIELD}={table.path} {what}", field=FIELD, path=table.path, value=lacking)
     feature_JE = np.zeros((len(row_J) + 1, table.feature_ME.shape[1]), np.float32)
-    np.take(table.feature_ME, row_J, axis=0, out=feature_JE[:-1], mode="clip")
-    return CxrFeatures(feature_JE, (np.cumsum(count_N) - count_N).astype(np.int32), count_N)
+    if len(row_J):
+        np.take(table.feature_ME, row_J, axis=0, out=feature_JE[:-1], mode="clip")
+    taken = CxrFeatures(feature_JE, (np.cumsum(count_N) - count_N).astype(np.int32), count_N)
+    return taken, int((row_J < 0).sum())
 
 
 def _statistics(feature_JE: np.ndarray) -> Statistics:
     if not len(feature_JE):
         width = feature_JE.shape[1]
         return Statistics(np.zeros(width, np.float32), np.ones(width, np.float32))
-    mean_E, std_E = feature_JE.mean(0, dtype=np.float64), feature_JE.std(0, dtype=np.float64)
+    mean_E = feature_JE.mean(0, dtype=np.float64)
+    total_E = np.zeros_like(mean_E)
+    for first in range(0, len(feature_JE), _CHUNK_ROWS):  # `std` would copy all rows as float64
+        total_E += ((feature_JE[first : first + _CHUNK_ROWS] - mean_E) ** 2).sum(0)
+    std_E = np.sqrt(total_E / len(feature_JE))
     # A constant feature gets deviation 1, because features are divided by it.
     is_constant_E = std_E <= 1e-6 * np.maximum(np.abs(mean_E), 1e-30)
     return Statistics(mean_E.astype(np.float32), np.where(is_constant_E, 1, std_E).astype(np.float32))
@@ -162,37 +208,72 @@ def _statistics(feature_JE: np.ndarray) -> Statistics:
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise _Refused(f"is one array: save {_ID} and features together, with np.savez")
+        with stored:
             if lacking := [name for name in (_ID, "features") if name not in stored]:
-                raise _refused(path, f"has no array {lacking[0]!r}")
+                raise _Refused(f"has no array {lacking[0]!r}")
             return stored[_ID], stored["features"]
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        why = "an array of Python objects: save text as str and rows of one width" if "pickle" in str(error) else error
-        raise _refused(path, f"cannot be read ({why})") from None
+    except _DAMAGED as error:
+        if "Object arrays" in str(error):
+            how = f"save {_ID} as a string array and features as a 2-D float array"
+            raise _Refused(f"it holds pickled objects; {how}") from None
+        why = "it is no zip file" if "pickle" in str(error) else " ".join(str(error).split())[:200]
+        raise _Refused(f"cannot be read ({why})") from None
 
 
 def _read_columns(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import polars as pl
 
     try:
-        read_one = pl.read_parquet if path.suffix == ".parquet" else pl.read_csv
-        frame = read_one(path, **({} if path.suffix == ".parquet" else {"schema_overrides": {_ID: pl.String}}))
+        if path.suffix == ".parquet":
+            frame = pl.read_parquet(path)
+        else:  # the types of all rows: the first may all be 0
+            frame = pl.read_csv(path, schema_overrides={_ID: pl.String}, infer_schema_length=None)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise _refused(path, f"cannot be read ({type(error).__name__}): each row needs the same columns") from None
+        raise _Refused(_why_unreadable(error)) from None
     if _ID not in frame.columns:
-        raise _refused(path, f"has no column {_ID!r}")
+        raise _Refused(f"has no column {_ID!r}")
+    if not len(frame):
+        raise _Refused("has no rows")
     of_features = frame.drop(_ID)
-    if others := [name for name, kind in of_features.schema.items() if not kind.is_numeric()]:
-        raise _refused(path, f"has no numbers in column {others[0]!r}: give {_ID!r} and the features alone")
-    if frame[_ID].null_count():
-        raise _refused(path, f"has {frame[_ID].null_count()} rows without {_ID}")
-    dicom_id_M = np.array(frame[_ID].cast(pl.String).to_list(), str)
-    return dicom_id_M, of_features.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+    for name, kind in of_features.schema.items():
+        if name.strip().lower() in _NOT_FEATURES or name.startswith(_PANDAS_INDEX):
+            raise _Refused(f"has a column {name!r}, which is an index or an id and no feature: leave it out")
+        if not kind.is_numeric():
+            raise _Refused(f"has no numbers in column {name!r}: give {_ID!r} and the features alone")
+    return _column_of_ids(frame[_ID]), of_features.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+
+
+def _column_of_ids(column) -> np.ndarray:
+    import polars as pl
+
+    if column.null_count():
+        raise _Refused(f"has {column.null_count()} rows without {_ID}")
+    if column.dtype not in (pl.String, pl.Categorical, pl.Enum, pl.Binary) and not column.dtype.is_integer():
+        raise _Refused(f"{_ID} must be a column of strings, not {column.dtype}")
+    try:
+        return np.array(column.cast(pl.String).to_list(), str)
+    except pl.exceptions.PolarsError:
+        raise _Refused(_NOT_UTF8) from None
+
+
+def _why_unreadable(error: Exception) -> str:
+    """Return why polars cannot read a file, without its message, which may quote a row."""
+    text = str(error).lower()
+    if "empty" in text:
+        return "is empty"
+    if "utf-8" in text or "utf8" in text:
+        return "is not UTF-8 text: save it as UTF-8"
+    if "more fields" in text:
+        return "has a row with more values than the header has names: each row needs the same columns"
+    return f"cannot be read ({type(error).__name__})"
 
 
 def _shape(array: np.ndarray) -> str:
     return f"{array.dtype} {list(array.shape)}"
 
 
-def _refused(path: Path, what: str) -> UserError:
-    return UserError(f"{FIELD}={path} {what}; {_HOW}", field=FIELD, path=path)
+def _user_error(given_by: str, path: Path, what: str, value: object = None) -> UserError:
+    return UserError(f"{given_by}={path}: {what}; {_HOW}", field=given_by, path=path, value=value)

@@ -38,7 +38,7 @@ class Dataset:
     unless the task is hourly.
     hours: the prediction hours by split, and padded_hours (`hours.padded`), of an hourly task.
     extra: name -> split -> values [N, ...] of further modalities (modalities/loading.py).
-    cxr_features: features of the X-rays computed elsewhere, by split, instead of their pixels, and what they were
+    cxr_features: precomputed features of the X-rays, by split, instead of their pixels, and what they were
     standardised by; or {} and None.
     digest: hash of the shards, of the fold, of `extra` and `cxr_features`, and of the statistics unless they are the
     train split's.
@@ -123,7 +123,7 @@ class Dataset:
     def image_field(self) -> tuple[str, tuple[int, ...], type]:
         """The name in a batch of what is read of an image, its shape and type."""
         if self.cxr_features:
-            return "cxr_features", self.cxr_features["train"].feature_JE.shape[1:], np.float32
+            return "cxr_features", next(iter(self.cxr_features.values())).feature_JE.shape[1:], np.float32
         return "image", (schema.IMAGE_SIZE_PX, schema.IMAGE_SIZE_PX), np.uint8
 
     def images(self, split: str, i: int, record: dict) -> list[np.ndarray]:
@@ -163,12 +163,13 @@ def open_dataset(
     fold: folds.Fold | None = None,
     features: features_lib.Table | None = None,
     feature_statistics: features_lib.Statistics | None = None,
+    feature_splits: Sequence[str] = schema.SPLITS,
 ) -> Dataset:
     """Open a task's shards; raise UserError if they are missing, damaged or of no use to the method.
 
     images: config.data.images. to_train: whether there must be train records. fold: the fold to divide the records
     into; None for their own splits. features: of the X-rays, to be read instead of them, with the statistics of the
-    run that was trained on them; None for those of the train split.
+    run that was trained on them; None for those of the train split. feature_splits: the splits whose features are read.
 
     statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
     {"mean": [76], "std": [76]}.
@@ -220,7 +221,7 @@ def open_dataset(
         names = {split: records.dicom_ids(data_dir, task, split) for split in schema.SPLITS}
         names = folds.take_parts(names, place) if place else names
         folder = str(records.task_dir(data_dir, task))
-        of_read = (read_features, names, hours or stay_images, folder, feature_statistics)
+        of_read = (read_features, names, hours or stay_images, folder, feature_statistics, feature_splits)
         cxr_features, feature_statistics, of_features = features_lib.of_splits(*of_read)
         digest = hashlib.sha256(f"{digest} {of_features}".encode()).hexdigest()
     return Dataset(

@@ -78,7 +78,7 @@ class Model(nn.Module):
     """Base class of all methods. A method builds its layers in `setup` and computes its outputs in `forward`.
 
     num_labels: K. ehr_kind: of the EHR encoder, 'lstm' or 'transformer'. cxr_kind: of the X-ray encoder, a key of
-    `resnet.BLOCKS`, or 'features' for none: X-rays come as given_features numbers each, computed elsewhere. dtype: of
+    `resnet.BLOCKS`, or 'features' for none: X-rays come as given_features precomputed numbers each. dtype: of
     the encoders' products; parameters, statistics, heads and outputs are float32. frozen_stats: batch normalisation
     uses its running statistics in training too, and does not update them. recurrence: the LSTM's kernel, one of
     `ehr_encoder.LSTM_KERNELS`. ops: the forms in which the encoders compute, see `resnet.ops_for`.
@@ -181,7 +181,7 @@ class Model(nn.Module):
         none, and image_time_h [P], when each was taken, in hours since the stay began.
         Dense images (image_row None): P = B, and has_cxr bool [B] says which rows have an image; images of other rows
         affect no statistic, gradient or output.
-        ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, or of X-rays computed elsewhere, instead
+        ehr_features [B, D], cxr_features [P, E]: features of frozen encoders, or precomputed ones of X-rays, instead
         of ehr and image.
         train: use batch statistics and dropout. dropout_rows int [B], the rows' ids in the whole batch, seed its masks.
         axis_name: the devices' axis. extra: name -> values [B, ...] of further modalities, NaN in rows without any.

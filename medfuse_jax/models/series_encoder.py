@@ -46,7 +46,8 @@ class SeriesEncoder(nn.Module):
     def states(self, ehr_BTF: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the state at each time step [B, T, D] and the last one [B, D], without dropout.
 
-        A state depends on no later time step. They are zeros past a series' end, and the last one for a length of 0.
+        A state depends on no later time step. States past the end are zero; so is the last state of an empty
+        series.
         """
         raise NotImplementedError
 

@@ -26,7 +26,7 @@ _ENSEMBLE_NAMES = {
 # Fields of a result, for encoders that are not the paper's: value -> name.
 ENCODERS = {
     "ehr_encoder": {"transformer": "transformer"},
-    "cxr_encoder": {"resnet50": "ResNet-50", "features": "given features"},
+    "cxr_encoder": {"resnet50": "ResNet-50", "features": "precomputed features"},
 }
 _USUAL = {"ehr_encoder": "LSTM", "cxr_encoder": "ResNet"}  # as methods' titles call them
 SUBSETS = ("all", "paired", "unpaired", "cxr_only", "had_both")

@@ -42,7 +42,7 @@ def _as_lists(statistics: Statistics) -> dict[str, list[float]]:
 
 def read(workdir: Path) -> dict:
     """Return task, labels, channels, timestep_h, profile, mean, std [F], and categories of the static features; with
-    features of X-rays (data/cxr_features.py) also cxr_features, their Statistics.
+    precomputed features (data/cxr_features.py) also cxr_features, their Statistics.
 
     Raises UserError if the run was trained before data.json held them.
     """

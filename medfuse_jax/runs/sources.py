@@ -23,7 +23,7 @@ def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str
     """Open the run in a workdir. Raise UserError if there is none, or if its data changed.
 
     devices: by default all of this process. data_dir, cxr_features: the new places of its shards and of its file of
-    X-rays' features, if moved; saved in the workdir's config.
+    precomputed features, if moved; saved in the workdir's config.
     """
     if workdir_lib.is_ensemble(workdir):
         raise UserError(f"{workdir} holds an ensemble, which has no weights: give a run's workdir", path=workdir)
@@ -37,14 +37,15 @@ def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
         message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new folder once: {how}"
         raise UserError(message, field="--data_dir", path=config.data.dir)
+    reads_features = config.model.cxr_encoder == "features" and registry.METHODS[config.method].model_class.uses_cxr
     if cxr_features:
-        if config.model.cxr_encoder != "features":
-            what = f"--cxr_features={cxr_features}, and {workdir} reads X-rays: leave it out"
+        if not reads_features:
+            what = f"--cxr_features={cxr_features}, and {workdir} reads no precomputed features: leave it out"
             raise UserError(what, field="--cxr_features", value=cxr_features)
         config.data.cxr_features = cxr_features
-    elif (file := config.data.cxr_features) and not Path(file).is_file():
+    elif reads_features and not Path(file := config.data.cxr_features).is_file():
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --cxr_features=NEW"
-        message = f"the features of X-rays of {workdir}, {file}, are gone: give the new file once: {how}"
+        message = f"{file}, the X-ray features of {workdir}, does not exist; if it moved, pass its new path once: {how}"
         raise UserError(message, field="--cxr_features", path=file)
     for name in loading.listed(config.model.modalities):
         if name.endswith(".py"):
@@ -123,6 +124,12 @@ def check(run: Run, name: str, workdir: Path, source: Run) -> None:
             f"{what} cannot start the method {method}: for its encoders, use config.init.ehr and config.init.cxr",
             field="config.init.model",
         )
+    for encoder in ("ehr", "cxr") if name == "model" else (name,):
+        models = [side.options.model for side in (run, source)]
+        kind, source_kind = (getattr(model, f"{encoder}_kind") for model in models)
+        if kind != source_kind and all(getattr(model, f"uses_{encoder}") for model in models):
+            field = f"config.model.{encoder}_encoder"
+            raise _cannot_start(what, name, f"its {field} is {source_kind!r}, not {kind!r}", source_kind)
     params, source_params = (side.abstract_state().params for side in (run, source))
     for module in sorted(params.keys() | source_params.keys()) if name == "model" else [f"{name}_encoder"]:
         if note and module not in note["modules"]:

@@ -290,13 +290,15 @@ def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequenc
 
 
 def _update_paths(sweep: groups.Sweep, trial: search.Trial) -> None:
-    """Set the paths of shards and encoders in a trial's config, in case they were moved."""
+    """Set the paths of shards, features and encoders in a trial's config, in case they were moved."""
     path = results.trial_dir(sweep.workdir, trial.number) / "config.json"
     if not path.exists():  # the trial failed before its first step
         return
     config, current = config_lib.load(path), sweep.config_of(trial)
-    if (config.data.dir, config.init) != (current.data.dir, current.init):
-        config.data.dir, config.init = current.data.dir, current.init
+    before = config.copy_and_resolve_references()
+    config.data.dir, config.data.cxr_features = current.data.dir, current.data.cxr_features
+    config.init = current.init
+    if config != before:
         config_lib.save(config, path)
 
 

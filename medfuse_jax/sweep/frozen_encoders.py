@@ -113,7 +113,12 @@ def can_cache(config: ConfigDict, encoders: dict) -> bool:
 
 
 def check_values(values: dict, config: ConfigDict, encoders: dict) -> None:
-    """Raise UserError if a trial varies the augmentation of images that are encoded once."""
+    """Raise UserError if a trial varies what is done to images that are encoded once, or that it does not read."""
+    of_images = sorted(name for name in values if name.startswith("image."))
+    uses_cxr = registry.METHODS[config.method].model_class.uses_cxr or "method" in values  # another trial's may
+    if of_images and (not uses_cxr or config.model.cxr_encoder == "features"):
+        message = f"{of_images[0]} has no effect: the trial reads no image; do not vary it"
+        raise UserError(message, field=of_images[0], value=values[of_images[0]])
     varied = sorted(values.keys() & NO_AUGMENTATION.keys())
     if varied and can_cache(config, encoders):
         message = (

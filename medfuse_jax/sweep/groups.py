@@ -61,7 +61,8 @@ class Sweep:
         It has no pre-training: the sweep has done it already, and the trial starts from the shared encoders.
         """
         config = trial.config(self.config)
-        config.data.dir = str(Path(config.data.dir).absolute())
+        for name in ("dir", "cxr_features"):
+            config.data[name] = config.data[name] and str(Path(config.data[name]).absolute())
         for name in warm_start.staged(config):
             config.init[name] = str(self.encoders[name][0].absolute())
         config.pretrain = ConfigDict()
@@ -74,11 +75,12 @@ class Sweep:
         return {name: self.encoders[name] for name, path in config.init.items() if path}
 
     def group_key(self, trial: Trial) -> str:
-        """Return the key of the trial's group, which stays the same if the shards or the sweep are moved."""
+        """Return the key of the trial's group, which stays the same if shards, features or the sweep are moved."""
         fields = config_lib.flat(self.config_of(trial))
         names = {str(folder.absolute()): folder.name for folder, _ in self.encoders.values()}
         fields |= {k: names.get(v, v) for k, v in fields.items() if k.startswith("init.")}
-        ignored = {*_WITHIN_A_GROUP, "data.dir"}
+        may_move = {"data.dir", "data.cxr_features"} - trial.values.keys()  # a search may compare files of features
+        ignored = {*_WITHIN_A_GROUP, *may_move}
         return json.dumps({k: v for k, v in fields.items() if k not in ignored}, sort_keys=True)
 
 

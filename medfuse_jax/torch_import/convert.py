@@ -47,7 +47,7 @@ def fill(model: Model, method: str, state_dict: Mapping[str, np.ndarray]) -> dic
     if model.uses_cxr and not is_backbone(state_dict):
         _check_kind(state_dict, kind)
     known = known_names(stages, kind_of(state_dict))
-    _check_names(state_dict, rows, method, known, _hint(state_dict, stages, kind))
+    _check_names(state_dict, rows, method, known, _hint(state_dict, stages))
     expected = _shapes(model)
     assert {row.path for row in rows} == set(expected), "the table and the model differ"
     return traverse_util.unflatten_dict({row.path: _to_flax(row, state_dict, expected[row.path]) for row in rows})
@@ -63,14 +63,14 @@ def fill_backbone(model: Model, state_dict: Mapping[str, np.ndarray]) -> dict:
 
     Ignores its ImageNet head (fc.weight, fc.bias) and the stages that the model lacks. Raises UserError as `load` does.
     """
+    if not model.uses_cxr:
+        raise UserError("the checkpoint is an X-ray encoder (a ResNet), and config.method has none", field="method")
     state_dict = unwrapped(state_dict)
     expected = _shapes(model)
     rows = backbone_rows(model.resnet_stage_sizes, model.cxr_kind, prefix="")
     known = {name for row in rows for name in row.names} | {"fc.weight", "fc.bias"}
     known |= {name.replace("running_mean", "num_batches_tracked") for name in known}
     rows = [row for row in rows if row.path in expected]
-    if not rows:
-        raise UserError("the checkpoint is an X-ray encoder (a ResNet), and config.method has none", field="method")
     _check_kind(state_dict, model.cxr_kind)
     _check_names(state_dict, rows, "the X-ray encoder", known)
     return traverse_util.unflatten_dict({row.path: _to_flax(row, state_dict, expected[row.path]) for row in rows})
@@ -154,10 +154,11 @@ def _check_kind(state_dict, kind: str) -> None:
     )
 
 
-def _hint(state_dict, stages, kind) -> str:
+def _hint(state_dict, stages) -> str:
     """Return a hint at what the checkpoint does hold, judging by its names; '' if they match no method."""
     if is_backbone(state_dict):
         return "; it is a bare ResNet, from which an X-ray encoder can start"
+    kind = kind_of(state_dict)
     methods = [m for m in released_methods() if _has_all(state_dict, table(m, stages, kind=kind))]
     return f"; it has all weights of {', '.join(methods)}" if methods else ""
 

@@ -169,6 +169,8 @@ def table(
         raise UserError(
             f"the method {method!r} was never released: it cannot be imported or exported", field="method", value=method
         )
+    if not row.model_class.uses_cxr:  # it may be 'features'
+        kind = "resnet34"
     has_token = row.released == "concat" and (missing or row.fields.get("missing")) == "learnt"
     return _layout(row.released, tuple(stage_sizes), row.fields.get("stage", 0), kind) + _MISSING_TOKEN * has_token
 

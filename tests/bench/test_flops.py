@@ -7,6 +7,7 @@ import documented
 import jax
 import jax.numpy as jnp
 import pytest
+from refusals import refused
 
 from medfuse_jax import schema
 from medfuse_jax.bench import flops
@@ -39,6 +40,11 @@ def test_table_shows_the_lstm_flops_of_trained_and_of_frozen_encoders():
     assert flops.training_flops("uni_ehr") == {"time_step": flops.lstm_flops(1), "cxr": 0.0}
     assert float(_ROWS["uni_ehr"][3]) == pytest.approx(flops.lstm_flops(1) / 1e6, abs=0.005)
     assert float(_ROWS["early"][3]) == pytest.approx(flops.lstm_flops(1, trained=False) / 1e6, abs=0.005)
+
+
+def test_the_cost_of_a_transformer_is_not_reported_as_the_lstms():
+    with refused(field="ehr_kind"):
+        flops.training_flops("uni_ehr", ehr_kind="transformer")
 
 
 def test_table_is_written_between_its_marks(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Features of X-rays from a file: which X-ray each is of, what is refused, and runs on them.
+"""Precomputed features of X-rays: which X-ray each is of, what is refused, and runs on them.
 
 Shapes: E features, J X-rays.
 """
@@ -21,11 +21,13 @@ from sweep_cases import RATES, sweep
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, predict, records, schema, train
 from medfuse_jax import run as run_lib
+from medfuse_jax.attribution import stay
 from medfuse_jax.data import batches, cxr_features, folds
 from medfuse_jax.data.dataset import open_dataset
 from medfuse_jax.models import registry
 from medfuse_jax.models.model import variable_shapes
 from medfuse_jax.runs import sources, warm_start, workdir
+from medfuse_jax.runtime.errors import UserError
 
 _PAGE = Path(__file__).parents[2] / "docs" / "encoders.md"
 _NEED_MAPS = ["mmtm3", "mmtm4", "daft3", "daft4", "metra", "healnet"]
@@ -148,6 +150,10 @@ def test_a_table_of_columns_gives_the_same_as_arrays(file, tmp_path):
         np.testing.assert_allclose(found.feature_ME[rows[0]], expected.feature_ME[rows[1]], rtol=1e-6)
 
 
+def test_a_table_without_x_rays_has_none():
+    assert cxr_features.nothing(3).rows(np.array(["a", "b"])).tolist() == [-1, -1]
+
+
 _IDS, _ROWS = ["a", "b", "c"], np.ones((3, 2))
 
 
@@ -165,6 +171,7 @@ _IDS, _ROWS = ["a", "b", "c"], np.ones((3, 2))
         {"dicom_id": _IDS, "features": np.array([[1, 2], [3], [4, 5]], dtype=object)},
         {"dicom_id": np.array(_IDS, object), "features": _ROWS},
         {"dicom_id": [1, 2, 3], "features": _ROWS},
+        {"dicom_id": np.array([b"a", b"\xff", b"\xfe"]), "features": _ROWS},
         {"dicom_id": _IDS, "features": np.array([["x", "y"]] * 3)},
     ],
 )
@@ -175,26 +182,83 @@ def test_arrays_that_are_no_features_are_refused_in_one_line(tmp_path, arrays):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "why"),
     [
-        ("bad.csv", "dicom_id,f0\na,1,2\nb,3\n"),
-        ("bad.csv", "dicom_id,f0,f1\na,1,2\nb,3\n"),
-        ("bad.csv", "dicom_id,f0\na,x\nb,3\n"),
-        ("bad.csv", "name,f0\na,1\nb,3\n"),
-        ("bad.csv", "dicom_id\na\n"),
-        ("bad.csv", ""),
-        ("bad.npz", "not a zip file"),
-        ("bad.parquet", "not parquet"),
-        ("bad.pt", "another kind"),
-        ("missing.npz", None),
+        ("bad.csv", b"dicom_id,f0\nx-ray-0,1,2\nb,3\n", "same columns"),
+        ("bad.csv", b"dicom_id,f0,f1\nx-ray-0,1,2\nb,3\n", "missing"),
+        ("bad.csv", b"dicom_id,f0\nx-ray-0,x\nb,3\n", "no numbers in column 'f0'"),
+        ("bad.csv", b"name,f0\nx-ray-0,1\nb,3\n", "no column 'dicom_id'"),
+        ("bad.csv", b"dicom_id\nx-ray-0\n", "features"),
+        ("bad.csv", b"dicom_id,f0\n", "no rows"),
+        ("bad.csv", b"dicom_id,f0\nx-ray-0\xe9,1\n", "UTF-8"),
+        ("bad.csv", b"", "empty"),
+        ("bad.npz", b"not a zip file", "no zip file"),
+        ("bad.npz", b"", "empty"),
+        ("bad.parquet", b"not parquet", "cannot be read"),
+        ("bad.pt", b"another kind", "must end in"),
+        ("missing.npz", None, "does not exist"),
     ],
 )
-def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path, name, content):
+def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path, name, content, why):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content)
     with refused(field="config.data.cxr_features", path=tmp_path / name) as caught:
         cxr_features.read(tmp_path / name)
-    assert "x-ray-0" not in str(caught.value)
+    assert why in str(caught.value) and "x-ray-0" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "column", ["", "Unnamed: 0", "index", "__index_level_0__", "subject_id", "study_id", "stay_id", "hadm_id"]
+)
+def test_a_column_of_numbers_that_is_no_feature_is_refused_by_name(tmp_path, column):
+    (tmp_path / "f.csv").write_text(f"{column},dicom_id,f0\n0,a,1\n1,b,2\n")
+    with refused(path=tmp_path / "f.csv") as caught:
+        cxr_features.read(tmp_path / "f.csv")
+    assert repr(column) in str(caught.value)
+
+
+def test_a_column_whose_first_rows_are_whole_numbers_is_read(tmp_path):
+    rows = [f"{i},{0.25 if i == 500 else 0}" for i in range(501)]
+    (tmp_path / "f.csv").write_text("\n".join(["dicom_id,f0", *rows]))
+    assert cxr_features.read(tmp_path / "f.csv").feature_ME[-1] == 0.25
+
+
+@pytest.mark.parametrize("ids", [[b"a", b"\xff"], [["a"], ["b"]], [1.0, 2.0]])
+def test_ids_of_a_table_that_are_no_text_are_refused(tmp_path, ids):
+    pl.DataFrame({"dicom_id": ids, "f0": [1.0, 2.0]}).write_parquet(tmp_path / "f.parquet")
+    with refused(path=tmp_path / "f.parquet") as caught:
+        cxr_features.read(tmp_path / "f.parquet")
+    assert "dicom_id" in str(caught.value)
+
+
+def test_damaged_or_renamed_arrays_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "f.npz"
+    with path.open("wb") as opened:
+        np.save(opened, _ROWS)
+    with refused(path=path):
+        cxr_features.read(path)
+    ids = [str(i) for i in range(99)]
+    np.savez_compressed(path, dicom_id=ids, features=np.random.default_rng(0).normal(size=(99, 9)))
+    content = path.read_bytes()
+    for place in range(0, len(content), len(content) // 40):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        try:
+            cxr_features.read(path)  # a byte that does not matter
+        except UserError as error:
+            assert error.path == path and "\n" not in str(error)
+
+
+def test_the_deviation_over_chunks_of_rows_is_that_of_all(monkeypatch):
+    feature_JE = np.random.default_rng(0).normal(3, [1e-3, 1, 1e3], (50, 3)).astype(np.float32)
+    monkeypatch.setattr(cxr_features, "_CHUNK_ROWS", 7)
+    np.testing.assert_allclose(cxr_features._statistics(feature_JE).std_E, feature_JE.std(0, dtype=float), rtol=1e-6)
+
+
+def test_a_file_of_another_dataset_is_told_apart_from_an_incomplete_one(shards, tmp_path):
+    path = feature_cases.write(tmp_path / "f.npz", ["a", "b"])
+    with refused(path=path) as caught:
+        open_dataset(shards, "pheno", features=cxr_features.read(path))
+    assert "none of its dicom_id values" in str(caught.value)
 
 
 def test_x_rays_that_the_file_lacks_are_counted_and_not_named(features_config, tmp_path):
@@ -204,7 +268,8 @@ def test_x_rays_that_the_file_lacks_are_counted_and_not_named(features_config, t
     features_config.data.cxr_features = str(path)
     with refused(field="config.data.cxr_features", path=path, value=2) as caught:
         run_lib.open_run(features_config)
-    assert "test split" in str(caught.value) and not any(name in str(caught.value) for name in names)
+    assert "test split" in str(caught.value) and "none of" not in str(caught.value)
+    assert not any(name in str(caught.value) for name in names)
     features_config.method = "uni_ehr"
     run_lib.open_run(features_config)  # which reads no X-ray
 
@@ -282,8 +347,15 @@ def test_a_run_on_features_trains_is_scored_and_travels_with_its_file(features_c
     with np.load(folder / "predictions_test.npz") as stored:
         scores = stored["scores"]
 
-    with refused(field="config.data.cxr_features"):
+    with refused(field="--cxr_features", path=file):
         predict.predict(folder, config.data.dir, cxr_features=file)  # of another width
+    of_test = records.dicom_ids(config.data.dir, "radiology", "test")["dicom_id"].tolist()
+    kept = [i for i, name in enumerate(label_of) if name in of_test]
+    part = tmp_path / "test.npz"
+    np.savez(part, dicom_id=np.array(list(label_of))[kept], features=np.array(features)[kept])
+    np.testing.assert_array_equal(predict.predict(folder, config.data.dir, cxr_features=part)["scores"], scores)
+    with refused(field="--cxr_features", path=part):
+        predict.predict(folder, config.data.dir, "all", cxr_features=part)
     moved = path.rename(tmp_path / "moved.npz")
     with refused(field="--cxr_features"):
         evaluate.evaluate(folder)
@@ -295,6 +367,40 @@ def test_a_run_on_features_trains_is_scored_and_travels_with_its_file(features_c
     np.savez(moved, dicom_id=list(label_of), features=np.array(features) * 2)
     with refused(path=folder / "data.json"):
         sources.reopen(folder)
+
+
+def test_a_run_on_x_rays_does_not_start_from_one_on_features(features_config, tmp_path):
+    source = run_lib.open_run(features_config)
+    features_config.update_from_flattened_dict({"model.cxr_encoder": "resnet34", "data.cxr_features": ""})
+    with refused(field="config.init.cxr", value="features") as caught:
+        sources.check(run_lib.open_run(features_config), "cxr", tmp_path, source)
+    assert "config.model.cxr_encoder" in str(caught.value)
+
+
+def test_a_run_that_reads_no_x_ray_needs_no_features(features_config, tmp_path):
+    """As the stage of series, which inherits the field."""
+    features_config.method = "uni_ehr"
+    workdir.claim(tmp_path, run_lib.open_run(features_config))
+    config = config_lib.load(tmp_path / "config.json")
+    config.data.cxr_features = str(tmp_path / "gone.npz")
+    config_lib.save(config, tmp_path / "config.json")
+    assert not sources.reopen(tmp_path).dataset.cxr_features
+    with refused(field="--cxr_features"):
+        sources.reopen(tmp_path, cxr_features="more.npz")
+
+
+def test_each_command_on_a_run_passes_the_files_new_place_on(tmp_path, monkeypatch):
+    passed = []
+
+    def reopen(workdir, devices, data_dir, cxr_features):
+        passed.append(cxr_features)
+        raise UserError("opened")
+
+    monkeypatch.setattr(sources, "reopen", reopen)
+    for command, arguments in ((evaluate.evaluate, []), (evaluate.write_robustness, []), (stay.explain, [1])):
+        with refused():
+            command(tmp_path, *arguments, cxr_features="new.npz")
+    assert passed == ["new.npz"] * 3
 
 
 def test_a_run_on_x_rays_refuses_features(tiny_config, tmp_path, file):

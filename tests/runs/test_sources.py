@@ -107,6 +107,16 @@ def test_an_encoder_that_the_method_or_the_source_lacks_is_refused(tiny_config, 
         sources.check(run, name, tmp_path / "source", source)
 
 
+@pytest.mark.parametrize("name", ["ehr", "model"])
+def test_an_encoder_of_another_kind_is_refused_by_its_field(tiny_config, tmp_path, name):
+    other = tiny_config.copy_and_resolve_references()
+    other.model.ehr_encoder = "transformer"
+    run, source = (run_lib.open_run(config) for config in (tiny_config, other))
+    with refused(field=f"config.init.{name}", value="transformer") as caught:
+        sources.check(run, name, tmp_path, source)
+    assert "config.model.ehr_encoder" in str(caught.value)
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [("joint", "early"), ("mmtm3", "mmtm4"), ("medfuse", "medfuse_attention")])
 def test_starting_from_a_whole_model_of_another_method_is_refused(tiny_config, tmp_path, theirs, ours):
     source, run = (run_lib.open_run(_with_method(tiny_config, method)) for method in (theirs, ours))

@@ -22,7 +22,7 @@ from medfuse_jax.data import device_store
 from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import command, groups, leases, results
+from medfuse_jax.sweep import command, groups, leases, results, search
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,17 @@ def test_trials_are_exported_and_chosen_after_the_shards_were_moved(tiny_config,
     best = runpy.run_path(str(tmp_path / "sweep" / "best_config.py"))["get_config"]()
     assert best.data.dir == str(tmp_path / "after")
     assert sources.find(run_lib.open_run(best), tmp_path / "run")[0].keys() == {"ehr", "cxr"}
+
+
+def test_a_trials_config_follows_files_that_were_moved(tiny_config, tmp_path):
+    tiny_config.data.cxr_features, tiny_config.model.cxr_encoder = "before.npz", "features"
+    trial = search.Trial(0, {})
+    path = results.trial_dir(tmp_path, 0) / "config.json"
+    path.parent.mkdir(parents=True)
+    config_lib.save(groups.Sweep(tiny_config, tmp_path, {}).config_of(trial), path)
+    tiny_config.data.cxr_features = "after.npz"
+    command._update_paths(groups.Sweep(tiny_config, tmp_path, {}), trial)
+    assert config_lib.load(path).data.cxr_features == str(Path("after.npz").absolute())
 
 
 @pytest.mark.parametrize(("field", "value"), [("profile_steps", "1:2"), ("recurrence", "cudnn")])

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from model_cases import equations
+from refusals import refused
 from sweep_cases import PRETRAIN, RATES, assert_as_alone, assert_resumes, sweep, train_alone
 
 from medfuse_jax import parallel, step
@@ -38,6 +39,15 @@ def test_trials_on_frozen_encoders_have_the_results_of_single_runs(tiny_config, 
     assert_as_alone(chosen, tmp_path / "alone", monkeypatch, tolerance=2e-5)
     with_checkpoint = [path.parent for path in (tmp_path / "sweep" / "trials").glob("*/checkpoints")]
     assert with_checkpoint == [chosen], "only the chosen trial is exported"
+
+
+@pytest.mark.parametrize("changes", [{"model.cxr_encoder": "features"}, {"method": "uni_ehr"}])
+def test_varying_images_that_are_not_read_is_refused(tiny_config, changes):
+    values = {"image.crop_px": 28, "learning_rate": 1e-3}
+    frozen_encoders.check_values(values, tiny_config, {})
+    tiny_config.update_from_flattened_dict(changes)
+    with refused(field="image.crop_px"):
+        frozen_encoders.check_values(values, tiny_config, {})
 
 
 def test_varying_the_augmentation_of_frozen_encoders_is_refused(tiny_config, tmp_path):

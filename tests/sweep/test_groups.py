@@ -1,6 +1,7 @@
 """Trials side by side: results of single runs, failures of one trial alone, and the same table after a restart."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -232,9 +233,14 @@ def test_a_group_keeps_its_key_if_the_sweep_and_the_shards_are_moved(tiny_config
     trial, keys = search.Trial(0, {"learning_rate": 1e-3}), []
     for folder in ("before", "after"):
         tiny_config.data.dir = str(tmp_path / folder / "shards")
+        tiny_config.data.cxr_features = str(tmp_path / folder / "features.npz")
         encoders = {"ehr": (tmp_path / folder / "pretrain_ehr", None)}
         keys.append(groups.Sweep(tiny_config, tmp_path / folder, encoders).group_key(trial))
     assert keys[0] == keys[1] and "pretrain_ehr" in keys[0]
+    files = [search.Trial(i, {"data.cxr_features": f"{i}.npz"}) for i in range(2)]  # a search over files
+    of_files = groups.Sweep(tiny_config, tmp_path, encoders)
+    assert of_files.config_of(files[0]).data.cxr_features == str(Path("0.npz").absolute())
+    assert len({of_files.group_key(trial) for trial in files}) == 2
     tiny_config.init.cxr = str(tmp_path / "given")
     encoders["cxr"] = (tmp_path / "given", None)
     assert groups.Sweep(tiny_config, tmp_path / "after", encoders).group_key(trial) != keys[1]

@@ -156,6 +156,20 @@ def test_weights_that_do_not_match_the_config_leave_no_workdir(imported, tiny_co
     assert not (tmp_path / "run").exists()
 
 
+def test_precomputed_features_matter_only_to_a_method_that_reads_x_rays(imported, tiny_config, tmp_path):
+    tiny_config.model.cxr_encoder, tiny_config.data.cxr_features = "features", "gone.npz"
+    error = _refused(command.import_weights, imported.file, tiny_config, tmp_path / "run")
+    assert error.field == "config.model.cxr_encoder" and not (tmp_path / "run").exists()
+    tiny_config.method = "uni_ehr"
+    variables = random_variables(run_lib.open_run(tiny_config).options.model, seed=0)
+    torch_import.write(tmp_path / "ehr.safetensors", torch_import.export(variables, "uni_ehr"))
+    command.import_weights(tmp_path / "ehr.safetensors", tiny_config, tmp_path / "run")
+    command.export_weights(tmp_path / "run", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "ehr.safetensors").read_bytes()
+    error = _refused(command.import_weights, imported.file, tiny_config, tmp_path / "other")
+    assert "it has all weights of" in str(error)  # of other methods
+
+
 def test_workdir_in_use_is_left_alone(imported, tiny_config, tmp_path):
     (tmp_path / "notes.txt").touch()
     assert _refused(command.import_weights, imported.file, tiny_config, tmp_path).path == tmp_path
