@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medfuse_jax.report import html, plots, read_runs, repeats, style, tables, terminal
 from medfuse_jax.report.attention import attention
-from medfuse_jax.report.read_runs import HOUR, Run, method_name, number, pair, section, series, task_name
+from medfuse_jax.report.read_runs import HOUR, Run, number, pair, section, series, task_name
 from medfuse_jax.report.robustness import robustness
 from medfuse_jax.runtime import files
 
@@ -58,7 +58,7 @@ def _main_first(runs: list[Run]) -> list[Run]:
 
 def _title(runs: list[Run]) -> str:
     main = [run for run in runs if not run.is_pretraining] or runs
-    methods = list(dict.fromkeys(method_name(run.method) for run in main))
+    methods = list(dict.fromkeys(read_runs.title(run.result or {"method": run.method}) for run in main))
     tasks = " and ".join(dict.fromkeys(task_name(run.task) for run in main))
     return f"{tasks} with {methods[0]}" if len(methods) == 1 else f"{tasks} by {len(methods)} methods"
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import example_runs
@@ -123,6 +124,16 @@ def test_the_page_names_tasks_methods_cohort_and_provenance(pheno_page):
         "1,234,567",
     ):
         assert part in text
+
+
+def test_the_title_tells_runs_with_other_encoders_apart():
+    def run(**encoders):
+        result = {"method": "medfuse", **encoders}
+        return types.SimpleNamespace(result=result, method="medfuse", task="pheno", is_pretraining=False)
+
+    assert pages._title([run(), run()]) == "Phenotyping with MedFuse"
+    assert pages._title([run(cxr_encoder="resnet50")]) == "Phenotyping with MedFuse, ResNet-50"
+    assert pages._title([run(), run(cxr_encoder="resnet50")]) == "Phenotyping by 2 methods"
 
 
 def test_every_run_has_its_charts(pheno_page):
