@@ -147,7 +147,7 @@ def test_predicting_the_runs_own_shards_keeps_to_its_fold(ehr_config, shards, tm
     workdir.claim(tmp_path, run)
 
     def tested() -> list[int]:
-        opened = predict._open_run(tmp_path, shards, run.devices)
+        opened = predict._open_run(tmp_path, shards, run.devices, ("test",))
         return opened.dataset.index["test"]["stay_id"].tolist()
 
     assert tested() == run.dataset.index["test"]["stay_id"].tolist()
