@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 
 import jax
 import numpy as np
@@ -65,8 +66,13 @@ def test_feed_is_compared_with_the_step_alone(placement):
 @pytest.mark.slow
 def test_trials_are_compared_with_single_runs(monkeypatch):
     passes = []
-    monkeypatch.setattr(step.Trainer, "run", lambda trainer: passes.append("single"))
-    monkeypatch.setattr(trials.Trials, "run", lambda trials: passes.append("together"))
+
+    def note(name: str) -> None:
+        passes.append(name)
+        time.sleep(0.001)  # a time that is not rounded to 0
+
+    monkeypatch.setattr(step.Trainer, "run", lambda trainer: note("single"))
+    monkeypatch.setattr(trials.Trials, "run", lambda trials: note("together"))
     case = _case("trials", method="uni_ehr", repeats=2, num_batches=1, num_trials=3)
     ours, alone, one = trials.measure(case)
     assert ours["samples_per_s"] == pytest.approx(3 * ours["samples_per_repeat"] / ours["seconds"], rel=0.01)
