@@ -93,7 +93,7 @@ def _open_run(
         what += f"{config.data.fold} of {config.data.folds}; any of them may hold patients that the run was trained on"
         print(f"warning: {what}", flush=True)
         config.data.folds = config.data.fold = 0
-    reads_features = config.model.cxr_encoder == "features" and method.uses_cxr
+    reads_features = config_lib.reads_features(config)
     if cxr_features and not reads_features:
         what = f"--cxr_features={cxr_features}, and {workdir} reads no precomputed features: leave it out"
         raise UserError(what, field="--cxr_features", value=str(cxr_features))

@@ -153,7 +153,7 @@ def step_options(
 
 def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) -> Dataset:
     method = registry.METHODS[config.method].model_class
-    features = cxr_features.read(config.data.cxr_features) if config.data.cxr_features and method.uses_cxr else None
+    features = cxr_features.read(config.data.cxr_features) if config_lib.reads_features(config) else None
     dataset = open_dataset(
         config.data.dir,
         config.task,

@@ -9,6 +9,7 @@ from pathlib import Path
 from medfuse_jax.config.checks import check_devices, profile_steps, validate
 from medfuse_jax.config.fields import (
     FIELDS,
+    MOVABLE,
     ConfigDict,
     Field,
     default,
@@ -17,6 +18,7 @@ from medfuse_jax.config.fields import (
     is_execution_only,
     names,
     pretraining,
+    reads_features,
     section,
     set_fields,
     stage,
@@ -27,8 +29,9 @@ from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 __all__ = [
-    "FIELDS", "Field", "check_devices", "default", "describe", "difference", "flat", "is_execution_only", "load",
-    "names", "pretraining", "profile_steps", "save", "section", "stage", "stages", "table", "validate",
+    "FIELDS", "MOVABLE", "Field", "check_devices", "default", "describe", "difference", "flat", "is_execution_only",
+    "load", "names", "pretraining", "profile_steps", "reads_features", "save", "section", "stage", "stages", "table",
+    "validate",
 ]  # fmt: skip
 
 
@@ -57,16 +60,11 @@ def load(path: Path) -> ConfigDict:
 def difference(a: ConfigDict, b: ConfigDict, ignored: Iterable[str] = ()) -> str:
     """Describe the first field in which two configs differ: 'field is X there and Y here', or '' for none.
 
-    Task and method come first: most other differences follow from them. Execution-only fields, data.dir,
-    data.cxr_features and the `ignored` fields are not compared.
+    Task and method come first: most other differences follow from them. Execution-only fields, those of MOVABLE and the
+    `ignored` fields are not compared.
     """
     flat_a, flat_b = (flat(c) for c in (a, b))
-    ignored = {
-        "data.dir",
-        "data.cxr_features",
-        *ignored,
-    }  # files that may be moved; their content is compared elsewhere
-    fields = {name for name in flat_a.keys() | flat_b.keys() if not is_execution_only(name)} - ignored
+    fields = {name for name in flat_a.keys() | flat_b.keys() if not is_execution_only(name)} - {*MOVABLE, *ignored}
     differing = sorted(f for f in fields if flat_a.get(f) != flat_b.get(f))
     if not differing:
         return ""

@@ -27,6 +27,7 @@ from medfuse_jax.models import registry
 
 PRETRAIN_STAGES = ("ehr", "cxr")
 CXR_ENCODERS = ("resnet34", "resnet50", "features")
+MOVABLE = ("data.dir", "data.cxr_features")  # places of data, whose content is compared instead
 INFINITY = float("inf")
 
 
@@ -232,6 +233,11 @@ def section(name: str, **changes) -> dict:
     fields = {n.removeprefix(prefix): field.default for n, field in FIELDS.items() if n.startswith(prefix)}
     assert not changes.keys() - fields.keys(), f"no such field of {name}: {sorted(changes.keys() - fields.keys())}"
     return fields | changes
+
+
+def reads_features(config: ConfigDict) -> bool:
+    """Return whether a run reads precomputed features of X-rays instead of their pixels."""
+    return config.model.cxr_encoder == "features" and registry.METHODS[config.method].model_class.uses_cxr
 
 
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:

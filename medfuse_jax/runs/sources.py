@@ -37,7 +37,7 @@ def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
         message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new folder once: {how}"
         raise UserError(message, field="--data_dir", path=config.data.dir)
-    reads_features = config.model.cxr_encoder == "features" and registry.METHODS[config.method].model_class.uses_cxr
+    reads_features = config_lib.reads_features(config)
     if cxr_features:
         if not reads_features:
             what = f"--cxr_features={cxr_features}, and {workdir} reads no precomputed features: leave it out"

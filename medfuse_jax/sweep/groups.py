@@ -79,7 +79,7 @@ class Sweep:
         fields = config_lib.flat(self.config_of(trial))
         names = {str(folder.absolute()): folder.name for folder, _ in self.encoders.values()}
         fields |= {k: names.get(v, v) for k, v in fields.items() if k.startswith("init.")}
-        may_move = {"data.dir", "data.cxr_features"} - trial.values.keys()  # a search may compare files of features
+        may_move = {*config_lib.MOVABLE} - trial.values.keys()  # a search may compare files of features
         ignored = {*_WITHIN_A_GROUP, *may_move}
         return json.dumps({k: v for k, v in fields.items() if k not in ignored}, sort_keys=True)
 

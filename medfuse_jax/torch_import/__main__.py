@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from medfuse_jax import config as config_lib
 from medfuse_jax import records, torch_import
 from medfuse_jax import run as run_lib
-from medfuse_jax.models import registry
 from medfuse_jax.runs import checkpoints, sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
@@ -98,7 +97,7 @@ def _check_inputs(config: ConfigDict) -> None:
     if config.data.images == records.ALL_IMAGES:
         what = "config.data.images is 'all'; the released models read the last X-ray of a stay"
         raise UserError(what, field="config.data.images", value=config.data.images)
-    if config.model.cxr_encoder == "features" and registry.METHODS[config.method].model_class.uses_cxr:
+    if config_lib.reads_features(config):
         what = "config.model.cxr_encoder is 'features'; the released models have a ResNet: use 'resnet34'"
         raise UserError(what, field="config.model.cxr_encoder", value="features", nearest="resnet34")
 
