@@ -55,6 +55,8 @@ class Case:
             return f"sweep {self.method} {self.num_trials} trials"
         if self.kind == "rates":
             return "rates of the device"
+        if self.kind == "dispatch":
+            return f"dispatch {self.parallel}"
         if self.kind == "reading":
             paired = "" if self.method.startswith("uni_") else f" {self.cxr_share:.0%} paired"
             return f"reading {self.method} B={self.batch_size}{paired}"
@@ -171,6 +173,7 @@ def _tiny() -> list[Case]:
     """Return every kind of case but 'sweep', tiny, to check in seconds that each runs. The numbers mean nothing."""
     kinds = [Case(kind=kind, **_TINY) for kind in ("step", "feed", "lstm", "first_step", "parts", "trials")]
     kinds += [Case(kind=kind, **_TINY) for kind in ("rates", "trace", "reading", "hourly")]
+    kinds.append(Case(kind="dispatch", **_TINY, repeats=2))
     kinds.append(Case(kind="feed", **_TINY, placement="device"))
     return [*kinds, Case(kind="bootstrap", num_stays=500, repeats=5)]
 
@@ -182,6 +185,11 @@ def _devices() -> list[Case]:
     """
     one = Case(batch_size=64, cxr_share=0.25, resize_px=64, crop_px=64, max_buckets=1, num_batches=2, peers=())
     return [dataclasses.replace(one, num_devices=n, parallel=mode) for n in (1, 2, 8) for mode in ("pmap", "shard_map")]
+
+
+def _dispatch() -> list[Case]:
+    """Return the case that compares a call of a step in one process with a call in two."""
+    return [Case(kind="dispatch", peers=())]
 
 
 def _growth() -> list[Case]:
@@ -224,6 +232,7 @@ PRESETS = {
     "tpu": (_tpu, 540.0),
     "h200": (_gpu, 540.0),  # the older name of 'gpu'
     "devices": (_devices, None),
+    "dispatch": (_dispatch, None),
     "growth": (_growth, None),
     "hourly": (_hourly, None),
     "methods": (_methods, None),
