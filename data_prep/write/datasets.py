@@ -155,8 +155,9 @@ def split_counts(index: dict[str, dict], labels: tuple[str, ...]) -> dict[str, d
 
 
 def check_splits_disjoint(index: dict[str, dict]) -> None:
-    """Assert that no patient is in two splits."""
+    """Raise AssertionError if a patient is in two splits, also under `python -O`."""
     split_of: dict[int, str] = {}
     for split, fields in index.items():
         for subject in np.unique(fields["subject_id"]).tolist():
-            assert split_of.setdefault(subject, split) == split, f"a patient is in {split_of[subject]} and {split}"
+            if split_of.setdefault(subject, split) != split:
+                raise AssertionError(f"a patient is in the splits {split_of[subject]} and {split}")
