@@ -4,10 +4,9 @@
         [--whole_build] [--json=FILE]
 
 The input is a MIMIC-IV tree (--mimic_iv, for example the demo; by default the synthetic cohort), repeated --copies
-times with new ids in `<out>/raw-<copies>`, and again at an eighth of that size. Each measurement runs in its own
-process, so that peak memory is its own, and is repeated --repeats times, alternating with `zcat`. --whole_build also
-measures the command `data_prep.build` at the larger size, including hashes of the tables, labels, checks, shards and
-the audit.
+times with new ids in `<out>/raw-<copies>`, and again at an eighth of that size. Each measurement has a process of its
+own, so that the peak of memory is its own too; it takes turns with `zcat`, --repeats times. --whole_build also measures
+the command `data_prep.build` at the larger size: hashes of the tables, labels, checks, shards and the audit.
 Prints one JSON line per measurement. On a busy machine compare `cpu_seconds`; `load` is the machine's load average.
 """
 
@@ -40,8 +39,8 @@ from medfuse_jax.runtime.errors import UserError
 IDS = ("subject_id", "hadm_id", "stay_id")
 ID_STEP = 100_000_000  # added per copy; larger than every id of MIMIC
 MAX_COPIES = 1_000_000
-SMALLER = 8
-MEMBER_BYTES = 64 << 20
+SMALLER_BY = 8  # the factor between the two sizes
+MEMBER_BYTES = 64 << 20  # of text in a member of a gzip file
 IMAGE_PX = (2544, 3056)
 IMAGE_ROUNDS = 5
 _MAXRSS_PER_GB = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
@@ -181,7 +180,7 @@ def _compare_decoders(which: str, paths: list[Path]) -> list[dict]:
     ]
 
 
-def _in_process(root: Path, out: Path, *arguments: str) -> dict:
+def _in_new_process(root: Path, out: Path, *arguments: str) -> dict:
     command = [sys.executable, "-m", "data_prep.bench", f"--out={out / 'work'}", f"--one={root}", *arguments]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
@@ -200,7 +199,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the command's flags."""
     flags.DEFINE_string("out", None, "Folder for the input and temporary files.", flag_values=values)
     flags.DEFINE_integer(
-        "copies", 200, "Repetitions of the tables at the larger size.", lower_bound=SMALLER, flag_values=values
+        "copies", 200, "Repetitions of the tables at the larger size.", lower_bound=SMALLER_BY, flag_values=values
     )
     flags.DEFINE_integer("repeats", 1, "How often to repeat each measurement.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("mimic_iv", None, "MIMIC-IV tree to repeat; default: the synthetic cohort.", flag_values=values)
@@ -223,16 +222,16 @@ def main(argv: list[str]) -> None:
         return
     source = _source(values.mimic_iv, out)
     results = []
-    for copies in (values.copies // SMALLER, values.copies):
+    for copies in (values.copies // SMALLER_BY, values.copies):
         root = out / f"raw-{copies}"
         if not (root / "complete").exists():
             progress.say(f"writing {root}")
             repeat(source, root, copies)
             (root / "complete").touch()
         for _ in range(values.repeats):
-            results += [_in_process(root, out) | {"copies": copies}, zcat(root) | {"copies": copies}]
+            results += [_in_new_process(root, out) | {"copies": copies}, zcat(root) | {"copies": copies}]
     if values.whole_build:
-        results.append(_in_process(root, out, "--whole_build") | {"copies": values.copies})
+        results.append(_in_new_process(root, out, "--whole_build") | {"copies": values.copies})
     mimic_cxr = values.mimic_cxr or (None if values.mimic_iv else out / "synthetic" / "mimic-cxr")
     if mimic_cxr:
         results += images(Path(mimic_cxr), out / "images")

@@ -198,7 +198,7 @@ def _stay_task(
         rows = arrays.row[predicted.position_N]
         pairs = pairs.filter(pl.col("stay_id").is_in(people.stays[rows]["stay_id"].implode()))
         counts["predictions"] = hourly.counts(predicted, np.array(splits)[rows], task.labels)
-    labels = predicted or (people.pheno_label_NK if task.name == "pheno" else mortality.labels(people.stays))
+    labels = predicted or _stay_labels(people, task)
     all_images = source.holds_all_images(task)
     index, records_of = datasets.stay_dataset(people.stays, splits, arrays, labels, pairs, store, all_images)
     counts["variables"] = describe.variables(arrays)
@@ -209,6 +209,15 @@ def _stay_task(
     if task.name == "pheno":
         counts["diagnosis_codes"] = people.icd_counts
     return index, records_of, counts
+
+
+def _stay_labels(people: Cohort, task: Task) -> np.ndarray:
+    """Return a task's labels, int8 [cohort, K], a row for each stay. A new task gets its own case here."""
+    if task.name == "pheno":
+        return people.pheno_label_NK
+    if task.name == "mortality":
+        return mortality.labels(people.stays)
+    raise AssertionError(f"data_prep.pipeline._stay_labels has no labels for the task {task.name!r}")
 
 
 def _read_cohort(source: Source) -> Cohort:

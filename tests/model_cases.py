@@ -21,6 +21,11 @@ TINY = {"resnet_stage_sizes": (1, 1, 1, 1), "resnet_width": 4, "ehr_hidden": 8, 
 # Two stages compile in half the time of four; the exchange of MMTM and DAFT is then after the first.
 TINIER = {**TINY, "resnet_stage_sizes": (1, 1)}
 
+# Every method but those that are another with a number or a part less: the first three are joint_learnable without its
+# vector, and the two stages of a method differ in a number only.
+_ALIKE = ("early", "joint", "joint_zeros", "mmtm4", "daft4")
+DISTINCT_METHODS = tuple(name for name in registry.METHODS if name not in _ALIKE)
+
 # Compiled often and run once: the time to optimise a tiny model is not worth its while.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from refusals import refused
 
 from medfuse_jax import config as config_lib
+from medfuse_jax.config import __main__ as config_page
 from medfuse_jax.runtime.errors import UserError
 
 _ROOT = Path(__file__).parent.parent
@@ -246,7 +247,17 @@ def test_a_new_field_is_one_row(monkeypatch, tmp_path):
 
 def test_the_page_lists_every_field():
     page = (_ROOT / "docs" / "config.md").read_text()
-    assert config_lib.table() in page, "python -m medfuse_jax.config prints the table of docs/config.md"
+    assert config_lib.table() in page, "run python -m medfuse_jax.config --write=docs/config.md"
+
+
+def test_writing_the_table_leaves_the_rest_of_the_page(tmp_path):
+    page = tmp_path / "config.md"
+    page.write_text("before\n\n| field | default |\n|---|---|\n| `lost` | 1 |\n\nafter\n")
+    config_page.write(page)
+    assert page.read_text() == f"before\n\n{config_lib.table()}\n\nafter\n"
+    page.write_text("no table")
+    with refused(field="--write"):
+        config_page.write(page)
 
 
 def test_init_takes_a_whole_model_or_a_part_but_not_both():

@@ -1,7 +1,7 @@
-"""Who died, and when: in the admission (the label), and at all (nothing after it enters a record).
+"""Deaths: in the admission, which is the label, and at any time, after which nothing enters a record.
 
-The one rule (docs/data.md): a patient died in an admission if `deathtime` is from its beginning to its end, where an
-unknown beginning or end excludes nothing, or if `dod`, a date at 00:00, is from its known beginning to its known end.
+The rule of docs/data.md: a patient died in an admission if `deathtime` is between its beginning and its end (an unknown
+one sets no limit), or if `dod`, a date that counts as 00:00, is between them (both must be known).
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import polars as pl
 
 
 def add_deaths(stays: pl.DataFrame) -> pl.DataFrame:
-    """Add `died` (in the admission) and `death_h`, hours from intime to that death (null if unknown or none).
+    """Add `died` (in the admission) and `death_h`, the hours from intime to that death, null if unknown or none.
 
     stays: intime, admittime, dischtime, deathtime, dod.
     """
@@ -27,7 +27,8 @@ def add_deaths(stays: pl.DataFrame) -> pl.DataFrame:
 def alive_until(admissions: pl.DataFrame, patients: pl.DataFrame) -> pl.DataFrame:
     """Return subject_id and `alive_until`, the time of death, for each patient who is known to have died.
 
-    It is the first `deathtime` of any admission that is not before that admission, or else the end of the day `dod`.
+    This is the earliest `deathtime` of the patient's admissions, without those that precede their own admission; if
+    there is none, the end of the day `dod`.
     admissions: admitted_id, admittime, deathtime. patients: subject_id, dod.
     """
     valid = (pl.col("deathtime") >= pl.col("admittime")).fill_null(True)

@@ -1,6 +1,7 @@
 """The 25 phenotype labels, from diagnosis codes.
 
-Codes map to labels by the route `gem` (icd.py), or by a phenotype table, as in the released extraction.
+A route maps each code to CCS categories, which are the labels: the route `gem` (icd.py), or that of a phenotype table,
+as in the released extraction.
 """
 
 from collections import Counter
@@ -17,10 +18,11 @@ from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 3  # increment when the same codes give other labels, or known_words.py other static texts
-# A table has lost its leading zeros if more than this share of its ICD-9 rows needs one, or if none of so many codes
-# has one. In the MIMIC-IV demo (740 ICD-9 codes) no row needs one; 1.6 % would, had they been lost.
-_MAX_LOST_ZEROS, _MANY_CODES = 0.005, 200
+VERSION = 3  # increment if the same codes give other labels, or known_words.py turns the same words into other texts
+# A table has lost the leading zeros of its ICD-9 codes if more than this share of its rows lacks one. In the MIMIC-IV
+# demo no row does; 1.6 % of them would.
+_MAX_LOST_ZEROS = 0.005
+_MANY_CODES = 200  # with at least so many distinct ICD-9 codes, some must begin with a zero; the demo has 740
 # A code of either version, without its dot. The second character is a digit, so no word matches.
 CODE = r"^[A-Z0-9][0-9][A-Z0-9]{1,5}$"
 
@@ -76,8 +78,8 @@ def _read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.D
 def _check_leading_zeros(icd9_codes: pl.Series, path: Path) -> None:
     counts = icd9_codes.drop_nulls().alias("code").value_counts(name="rows")
     lost = counts.filter(pl.Series([icd.lost_zero(code) for code in counts["code"]], dtype=pl.Boolean))["rows"].sum()
-    none_left = len(counts) >= _MANY_CODES and not counts["code"].str.starts_with("0").any()
-    if none_left or lost > _MAX_LOST_ZEROS * counts["rows"].sum():
+    no_zero_left = len(counts) >= _MANY_CODES and not counts["code"].str.starts_with("0").any()
+    if no_zero_left or lost > _MAX_LOST_ZEROS * counts["rows"].sum():
         message = (
             f"{path}: the ICD-9 codes have lost their leading zeros (0389, septicaemia, is now 389), as when pandas or "
             "a spreadsheet reads them as numbers; other codes now mean another disease. Download the table again"

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from data_prep.synthetic import events, signal
-from data_prep.synthetic import tables as names
+from data_prep.synthetic import tables as definitions
 from medfuse_jax import schema
 
 DROPPED_SHARES = {"transfer": 0.03, "twin": 0.02, "minor": 0.005, "empty": 0.005}  # relative to the kept stays
@@ -53,20 +53,24 @@ def _kinds(num_stays: int) -> np.ndarray:
 
 
 def _patients_and_times(rng, kind: np.ndarray, died: np.ndarray, los_h: np.ndarray) -> dict[str, np.ndarray]:
-    """Draw the patient, admission and start of each stay; nobody returns after death."""
+    """Draw the patient, admission and start of each stay; nobody returns after death.
+
+    The stays of a patient are neighbours, as are those of an admission: a cumulative sum numbers them.
+    """
     num = len(kind)
     second_twin = (kind == "twin") & (np.cumsum(kind == "twin") % 2 == 0)
     returning = (rng.random(num) < RETURNING_SHARE) & (kind == "kept") & ~np.roll(died, 1)
     returning[0] = False
     patient = np.cumsum(~(returning | second_twin)) - 1
     admission = np.cumsum(~second_twin) - 1
-    opened = FIRST_DAY + _hours(rng.uniform(0, 90 * 365 * 24, num))[np.searchsorted(patient, patient)]
-    visit = np.arange(num) - np.searchsorted(patient, patient)
+    first_of_patient = np.searchsorted(patient, patient)  # the row of the patient's first stay
+    opened = FIRST_DAY + _hours(rng.uniform(0, 90 * 365 * 24, num))[first_of_patient]
+    visit = np.arange(num) - first_of_patient
     intime = opened + _hours(visit * 330 * 24 + rng.uniform(0, 60 * 24, num))
     before_h = np.minimum(rng.exponential(8, num), 72)
     before_h = np.where(rng.random(num) < 0.05, 0.0, before_h)  # admitted straight to the ICU
-    first = np.flatnonzero(second_twin) - 1
-    intime[second_twin] = intime[first] + _hours(los_h[first] + rng.uniform(12, 60, len(first)))
+    first_twin = np.flatnonzero(second_twin) - 1
+    intime[second_twin] = intime[first_twin] + _hours(los_h[first_twin] + rng.uniform(12, 60, len(first_twin)))
     return {
         "subject_id": unique_ids(rng, 10_000_000, patient[-1] + 1)[patient],
         "hadm_id": unique_ids(rng, 20_000_000, admission[-1] + 1)[admission],
@@ -79,9 +83,9 @@ def _patients_and_times(rng, kind: np.ndarray, died: np.ndarray, los_h: np.ndarr
 def draw_stays(rng: np.random.Generator, num_stays: int) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
     """Draw all ICU stays, in order of patient and time, and the latents and labels planted in them.
 
-    The frame: kind, ids, times, los_h, died, age, gender, units, icd_version. The dict: 'vitals' [N, V] and
-    'cxr' [N, E] latents, and by task the true probabilities ('pheno', 'mortality': as `signal.probabilities`) and
-    drawn labels ('pheno_label', 'mortality_label' [N, K] bool).
+    The frame: kind, ids, times, los_h, died, age, gender, units, icd_version. The dict: the latents 'vitals' [N, V] and
+    'cxr' [N, E]; for each task the true probabilities ('pheno', 'mortality'), as `signal.probabilities` returns them,
+    and the labels drawn from them ('pheno_label', 'mortality_label': bool [N, K]).
     """
     kind = _kinds(num_stays)
     num = len(kind)
@@ -121,11 +125,11 @@ def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
     by_admission = stays.group_by("hadm_id", maintain_order=True)
     stays = by_admission.agg(pl.all().exclude("outtime").first(), pl.col("outtime").last())
     num = len(stays)
-    died, outtime, admitted = (stays[name].to_numpy() for name in ("died", "outtime", "admittime"))
+    died, outtime, admittime = (stays[name].to_numpy() for name in ("died", "outtime", "admittime"))
     in_unit = rng.random(num) < 0.75
     death = _whole_minutes(outtime + _hours(np.where(in_unit, rng.uniform(-0.5, 0, num), rng.uniform(4, 96, num))))
     discharge = _whole_minutes(outtime + _hours(rng.exponential(96, num)))
-    dated = (rng.random(num) >= UNDATED_DEATH_SHARE) | (death.astype("datetime64[D]") <= admitted)
+    dated = (rng.random(num) >= UNDATED_DEATH_SHARE) | (death.astype("datetime64[D]") <= admittime)
     emergency = rng.random(num) < 0.6
     last_visit = (pl.Series(stays["subject_id"]) != stays["subject_id"].shift(-1).fill_null(-1)).to_numpy()
     dies_later = ~died & last_visit & (rng.random(num) < 0.15)
@@ -137,7 +141,7 @@ def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
         {
             "subject_id": stays["subject_id"],
             "hadm_id": stays["hadm_id"],
-            "admittime": admitted,
+            "admittime": admittime,
             "dischtime": np.where(died, death, discharge),
             "deathtime": np.where(died & dated, death, never),
             "admission_type": np.where(emergency, "EW EMER.", rng.choice(["URGENT", "OBSERVATION ADMIT"], num)),
@@ -148,18 +152,18 @@ def admissions(rng: np.random.Generator, stays: pl.DataFrame) -> pl.DataFrame:
             "language": rng.choice(["ENGLISH", "?"], num, p=[0.9, 0.1]),
             "marital_status": rng.choice(["MARRIED", "SINGLE", "WIDOWED", "DIVORCED"], num),
             "race": rng.choice(["WHITE", "BLACK/AFRICAN AMERICAN", "ASIAN", "UNKNOWN"], num, p=[0.7, 0.15, 0.05, 0.1]),
-            "edregtime": np.where(emergency, admitted - _HOUR * 5, never),
-            "edouttime": np.where(emergency, admitted + _HOUR, never),
+            "edregtime": np.where(emergency, admittime - _HOUR * 5, never),
+            "edouttime": np.where(emergency, admittime + _HOUR, never),
             "hospital_expire_flag": died.astype(int),
             "dod": np.where(died | dies_later, dod, np.datetime64("NaT", "D")),
         }
     )
 
 
-def patients(rng: np.random.Generator, stays: pl.DataFrame, admitted: pl.DataFrame) -> pl.DataFrame:
+def patients(rng: np.random.Generator, stays: pl.DataFrame, admission_rows: pl.DataFrame) -> pl.DataFrame:
     """Return one row per patient, with the columns of the real table."""
     people = stays.group_by("subject_id", maintain_order=True).first()
-    died = admitted.group_by("subject_id").agg(pl.col("dod").max())
+    died = admission_rows.group_by("subject_id").agg(pl.col("dod").max())
     groups = [f"{year} - {year + 2}" for year in range(2008, 2020, 3)]
     return people.join(died, on="subject_id", how="left", maintain_order="left").select(
         "subject_id",
@@ -180,9 +184,9 @@ def diagnoses(rng: np.random.Generator, stays: pl.DataFrame, label_NK: np.ndarra
         codes = []
         for phenotype, present in zip(schema.PHENOTYPES, label_NK[row], strict=True):
             if present:
-                known = names.CODES[phenotype.ccs, version]
+                known = definitions.CODES[phenotype.ccs, version]
                 codes += rng.permutation([code for code, _ in known])[: 1 + int(rng.random() < 0.2)].tolist()
-        others = [code for code, _ in names.CODES[0, version]]
+        others = [code for code, _ in definitions.CODES[0, version]]
         codes += rng.permutation(others)[: rng.integers(1, len(others))].tolist()
         for place, code in enumerate(rng.permutation(codes).tolist(), start=1):
             rows.append((subject_id, hadm_id, place, code, version))
@@ -202,14 +206,16 @@ def _timed(rows: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
 def tables(rng: np.random.Generator, stays: pl.DataFrame, planted: dict[str, np.ndarray]) -> dict[str, pl.DataFrame]:
     """Return every MIMIC-IV table of the cohort, by its path without suffix."""
     courses = events.draw_courses(rng, planted["vitals"])
-    admitted = admissions(rng, stays)
-    codes = [(code, version, title) for (_, version), known in names.CODES.items() for code, title in known]
+    admission_rows = admissions(rng, stays)
+    codes = [(code, version, title) for (_, version), known in definitions.CODES.items() for code, title in known]
     codes = pl.DataFrame(codes, schema=["icd_code", "icd_version", "long_title"], orient="row")
-    items = pl.DataFrame(names.ITEMS, schema=dict.fromkeys(names.ITEM_COLUMNS, pl.String), orient="row")
-    lab_items = pl.DataFrame(names.LAB_ITEMS, schema=dict.fromkeys(names.LAB_ITEM_COLUMNS, pl.String), orient="row")
+    items = pl.DataFrame(definitions.ITEMS, schema=dict.fromkeys(definitions.ITEM_COLUMNS, pl.String), orient="row")
+    lab_items = pl.DataFrame(
+        definitions.LAB_ITEMS, schema=dict.fromkeys(definitions.LAB_ITEM_COLUMNS, pl.String), orient="row"
+    )
     return {
-        "hosp/patients": patients(rng, stays, admitted),
-        "hosp/admissions": admitted.drop("dod"),
+        "hosp/patients": patients(rng, stays, admission_rows),
+        "hosp/admissions": admission_rows.drop("dod"),
         "hosp/diagnoses_icd": diagnoses(rng, stays, planted["pheno_label"]),
         "hosp/d_icd_diagnoses": codes.sort("icd_code", "icd_version"),
         "hosp/d_labitems": lab_items,
@@ -227,6 +233,7 @@ def tables(rng: np.random.Generator, stays: pl.DataFrame, planted: dict[str, np.
 
 
 def _icu_table(rows: pl.DataFrame, stored_min: int, *columns: str, **added: pl.Expr) -> pl.DataFrame:
+    """Return rows with the columns that ICU tables share, and others. stored_min: minutes until a row is stored."""
     return rows.select(
         *("subject_id", "hadm_id", "stay_id"),
         (10_000 + pl.col("row") % 997).alias("caregiver_id"),

@@ -11,8 +11,8 @@ standard normal. A label is Bernoulli(p) with
 
 So the best scores are known: p with both modalities, E[p | vital latents] without an X-ray.
 
-With a planted change (tree.write), the phenotype CHANGED is whether the effusion grew from the first to the last X-ray
-of the stay, independently of all else: only both X-rays together show it.
+With a planted change (tree.write), the label of the phenotype CHANGED says whether the effusion grew from the first to
+the last X-ray of the stay. It depends on nothing else, so that only the two X-rays together show it.
 
 Shapes: N stays, V vital latents, E image latents, K labels, Q quadrature nodes.
 """
@@ -59,7 +59,7 @@ class Rule:
 
     @property
     def group(self) -> str:
-        """'vitals', 'cxr', 'sum' or 'and'."""
+        """Which of the module's four formulas applies: 'vitals', 'cxr', 'sum' or 'and'."""
         if not self.image:
             return "vitals"
         return self.both if self.vitals else "cxr"
@@ -103,7 +103,10 @@ CHANGED = 130  # by CCS category: "Pleurisy; pneumothorax; pulmonary collapse"
 
 
 def plant_change(rng: np.random.Generator, planted: dict[str, np.ndarray]) -> np.ndarray:
-    """Draw whether each stay's effusion grew, bool [N], and make that its label, in place. planted: see cohort.py."""
+    """Draw whether each stay's effusion grew, bool [N], and write that into the labels and probabilities of CHANGED.
+
+    planted: from `cohort.draw_stays`.
+    """
     k = [p.ccs for p in schema.PHENOTYPES].index(CHANGED)
     grew_N = rng.random(len(planted["pheno_label"])) < 0.5
     planted["pheno_label"][:, k] = grew_N
@@ -118,7 +121,8 @@ def draw_latents(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.nda
     return rng.standard_normal((num, len(VITAL_LATENTS))), rng.standard_normal((num, len(IMAGE_LATENTS)))
 
 
-def _along(weights: dict[str, float], names: tuple[str, ...], latents: np.ndarray) -> np.ndarray:
+def _projection(weights: dict[str, float], names: tuple[str, ...], latents: np.ndarray) -> np.ndarray:
+    """Return the latents' projection on the direction of the weights [N], standard normal; zeros without weights."""
     vector = np.zeros(len(names))
     for name, weight in weights.items():
         vector[names.index(name)] = weight
@@ -146,8 +150,8 @@ def probabilities(task: str, vitals_NV: np.ndarray, cxr_NE: np.ndarray) -> dict[
     """Return the true label probabilities, each [N, K], given 'both', 'ehr_only' and 'cxr_only' latents."""
     by_input = {"both": [], "ehr_only": [], "cxr_only": []}
     for rule in RULES[task]:
-        u_v = _along(rule.vitals, VITAL_LATENTS, vitals_NV)
-        u_x = _along(rule.image, IMAGE_LATENTS, cxr_NE)
+        u_v = _projection(rule.vitals, VITAL_LATENTS, vitals_NV)
+        u_x = _projection(rule.image, IMAGE_LATENTS, cxr_NE)
         bias = _bias(rule)
         by_input["both"].append(expit(_logit(rule, u_v, u_x) + bias))
         by_input["ehr_only"].append(expit(_logit(rule, u_v[:, None], _NODES[None, :]) + bias) @ _WEIGHTS)
@@ -168,8 +172,9 @@ def expected_auroc(true_p: np.ndarray, score: np.ndarray) -> float:
 def best_auroc(task: str, by_input: dict[str, np.ndarray], has_cxr_N: np.ndarray) -> dict:
     """Return the best expected AUROC on these stays, per label and macro.
 
-    by_input: from `probabilities`; has_cxr_N: bool, the stays with an X-ray. 'all': every stay; where there is
-    no X-ray, 'both' scores without it. 'paired': stays with an X-ray. None with fewer than two stays.
+    by_input: from `probabilities`. has_cxr_N: bool, the stays with an X-ray. In the result, 'all' is of every stay,
+    where the score of 'both' is that of 'ehr_only' if there is no X-ray, and 'paired' of the stays with an X-ray. A
+    score is None with fewer than two stays.
     """
     available = np.where(has_cxr_N[:, None], by_input["both"], by_input["ehr_only"])
     scores = {

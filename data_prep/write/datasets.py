@@ -34,7 +34,7 @@ def stay_dataset(
 
     stays, splits: the cohort. labels: int8 [cohort, K], or an hourly task's predictions; then only stays
     with a prediction get a record. pairs: stay_id, dicom_id, cxr_time of each record's X-rays, by time. all_images:
-    whether they are all that a stay has, and records hold their times.
+    whether these are all X-rays of a stay, so that records hold their times too.
     """
     predicted = labels if isinstance(labels, Predictions) else None
     position_N = predicted.position_N if predicted else np.arange(len(arrays.row))
@@ -74,9 +74,10 @@ def images_by_stay(stays: pl.DataFrame, pairs: pl.DataFrame) -> dict[int, list[t
 
 
 def _stored_time(time_h: float) -> np.float32:
-    """Return a time as records store it: after any whole hour, at which predictions are made, that it is after."""
+    """Round a time to float32, but not from after a whole hour to that hour: a prediction then would see the X-ray."""
     stored_h = np.float32(time_h)
-    return np.nextafter(stored_h, np.float32(np.inf)) if stored_h == np.floor(time_h) < time_h else stored_h
+    hour = np.floor(time_h)
+    return np.nextafter(stored_h, np.float32(np.inf)) if stored_h == hour and time_h > hour else stored_h
 
 
 def image_dataset(
@@ -112,8 +113,8 @@ def _by_split(
 ) -> tuple[dict, dict]:
     """Return each split's index and record generator.
 
-    static: for each record, the fields that the index shares, and its race, which goes to the index alone. record:
-    position -> the record's other fields.
+    static: for each record, the fields that its index has too, and its race, which is taken out: it goes to the index
+    alone. record: position -> the record's other fields.
     """
     race = [row.pop(schema.RACE, "") for row in static]
     fields = {
@@ -155,8 +156,9 @@ def split_counts(index: dict[str, dict], labels: tuple[str, ...]) -> dict[str, d
 
 
 def check_splits_disjoint(index: dict[str, dict]) -> None:
-    """Assert that no patient is in two splits."""
+    """Raise AssertionError if a patient is in two splits, also under `python -O`."""
     split_of: dict[int, str] = {}
     for split, fields in index.items():
         for subject in np.unique(fields["subject_id"]).tolist():
-            assert split_of.setdefault(subject, split) == split, f"a patient is in {split_of[subject]} and {split}"
+            if split_of.setdefault(subject, split) != split:
+                raise AssertionError(f"a patient is in the splits {split_of[subject]} and {split}")

@@ -1,8 +1,8 @@
 """Check that no record contains anything from after its cut-off, by comparing it with the raw events.
 
-The check computes each event's time step independently of the code that wrote the arrays. Every value must then come
-from an event of its own step, or be carried forward, so arrays that are a step early, or contain one later event, fail.
-It works on one bucket of stays at a time, so memory does not grow with the cohort.
+The check computes each event's time step independently of the code that wrote the arrays. A value must come from an
+event of its own step, or be the value of the step before. Arrays that are shifted by one step, or hold a single event
+from after the cut-off, fail. One bucket of stays is checked at a time, so memory does not grow with the cohort.
 
 Shape key: N stays of the task, S stays of one bucket, R their time steps, E their events, V 17 variables, F channels,
 L labels with a time.
@@ -30,8 +30,8 @@ _FIRST_CHANNEL_V = np.cumsum([0, *(len(v.classes) or 1 for v in schema.VARIABLES
 class Inputs:
     """The inputs of a task's records.
 
-    stays: the cohort. pairs: stay_id, dicom_id, cxr_time of every X-ray. window_h, image_window_h: hours from `intime`
-    from which events and X-rays may come, None for the whole stay. timestep_h: hours per time step.
+    stays: the cohort. pairs: stay_id, dicom_id, cxr_time of every X-ray. window_h, image_window_h: how many hours after
+    `intime` an event or an X-ray may be from, None for the whole stay. timestep_h: hours per time step.
     """
 
     stays: pl.DataFrame
@@ -45,23 +45,23 @@ class Inputs:
 def check(inputs: Inputs, events_dir: Path, predictions: Predictions | None) -> dict:
     """Return counts of what was checked; raise AssertionError on any violation, also under `python -O`.
 
-    predictions: those of an hourly task, whose labels have their own times as cut-offs.
+    predictions: of an hourly task, in which each label is a cut-off of its own.
     """
     los_h_N = inputs.stays["los_h"].to_numpy()[inputs.arrays.row]
-    end_h_N = los_h_N if inputs.window_h is None else np.minimum(los_h_N, inputs.window_h)  # the cut-offs
+    cut_off_h_N = los_h_N if inputs.window_h is None else np.minimum(los_h_N, inputs.window_h)
     stays = inputs.stays[inputs.arrays.row]
     alive_h = ((stays["alive_until"] - stays["intime"]).dt.total_seconds() / 3600.0).fill_null(np.inf)
-    alive_h_N = np.minimum(end_h_N, alive_h.to_numpy())
-    margin_h_N = np.zeros(len(end_h_N))
+    last_h_N = np.minimum(cut_off_h_N, alive_h.to_numpy())  # nothing from after death either
+    margin_h_N = np.zeros(len(cut_off_h_N))
     wrong_cells = 0
     for bucket in np.unique(inputs.arrays.bucket).tolist():
         positions_S = np.flatnonzero(inputs.arrays.bucket == bucket)
         bucket_events = events.read_bucket(events_dir, bucket)
-        latest_s_R, wrong = _check_bucket(inputs, bucket_events, bucket, positions_S, alive_h_N[positions_S])
+        latest_s_R, wrong = _check_bucket(inputs, bucket_events, bucket, positions_S, last_h_N[positions_S])
         wrong_cells += wrong
         latest_s_S = np.maximum.reduceat(latest_s_R, inputs.arrays.start[positions_S])
-        margin_h_N[positions_S] = end_h_N[positions_S] - latest_s_S / 3600.0
-    labels_outside = 0 if predictions is None else _labels_outside(inputs, alive_h_N, predictions)
+        margin_h_N[positions_S] = cut_off_h_N[positions_S] - latest_s_S / 3600.0
+    labels_outside = 0 if predictions is None else _labels_outside(inputs, last_h_N, predictions)
     image_margin_h, late_images = _check_images(inputs, predictions)
     if wrong_cells or labels_outside or late_images:
         raise AssertionError(
@@ -83,9 +83,12 @@ def check(inputs: Inputs, events_dir: Path, predictions: Predictions | None) -> 
 
 
 def _check_bucket(
-    inputs: Inputs, bucket_events: pl.DataFrame, bucket: int, positions_S: np.ndarray, end_h_S: np.ndarray
+    inputs: Inputs, bucket_events: pl.DataFrame, bucket: int, positions_S: np.ndarray, last_h_S: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Return each time step's latest event in seconds (float64 [R], -1 for none) and the number of wrong cells."""
+    """Return each time step's latest event in seconds (float64 [R], -1 for none) and the number of wrong cells.
+
+    last_h_S: no event after this hour of a stay may be in its record.
+    """
     start_S, length_S = inputs.arrays.start[positions_S], inputs.arrays.length[positions_S]
     first = bucket * events.STAYS_PER_BUCKET
     position_of_stay = np.full(events.STAYS_PER_BUCKET, -1)
@@ -93,24 +96,25 @@ def _check_bucket(
     stay_E = position_of_stay[bucket_events["stay"].to_numpy().astype(np.int64) - first]
     hours_E = bucket_events["time_s"].to_numpy() / 3600.0
     # The benchmark's tolerance, at the ends of stays and time steps.
-    known_E = (stay_E >= 0) & (hours_E > -EPSILON_H) & (hours_E <= end_h_S[stay_E] + EPSILON_H)
+    admitted_E = (stay_E >= 0) & (hours_E > -EPSILON_H) & (hours_E <= last_h_S[stay_E] + EPSILON_H)
     if "stored_s" in bucket_events.columns:
         stored_h_E = bucket_events["stored_s"].fill_null(0).to_numpy() / 3600.0
-        known_E &= stored_h_E <= end_h_S[stay_E] + EPSILON_H
-    # An event on an edge belongs to the time step that ends there, an event at 0 to the first.
+        admitted_E &= stored_h_E <= last_h_S[stay_E] + EPSILON_H
+    # An event on an edge belongs to the time step that ends there; one at 0, to the first; one that is after the last
+    # edge by no more than the tolerance, to the last.
     step_E = np.maximum(np.ceil(hours_E / inputs.timestep_h - EPSILON_H).astype(np.int64) - 1, 0)
-    on_last_edge_E = hours_E <= length_S[stay_E] * inputs.timestep_h + EPSILON_H * (1 + inputs.timestep_h)
-    known_E &= (step_E < length_S[stay_E]) | on_last_edge_E
-    row_E = (start_S[stay_E] + np.minimum(step_E, length_S[stay_E] - 1))[known_E]
+    at_last_edge_E = hours_E <= length_S[stay_E] * inputs.timestep_h + EPSILON_H * (1 + inputs.timestep_h)
+    admitted_E &= (step_E < length_S[stay_E]) | at_last_edge_E
+    row_E = (start_S[stay_E] + np.minimum(step_E, length_S[stay_E] - 1))[admitted_E]
 
     shape = (int(length_S.sum()), len(schema.VARIABLES))
     low_RV, high_RV = (np.full(shape, extreme, np.float32) for extreme in (np.inf, -np.inf))
-    cell_E = row_E * len(schema.VARIABLES) + bucket_events["variable"].to_numpy()[known_E]
-    value_E = bucket_events["value"].to_numpy()[known_E]
+    cell_E = row_E * len(schema.VARIABLES) + bucket_events["variable"].to_numpy()[admitted_E]
+    value_E = bucket_events["value"].to_numpy()[admitted_E]
     np.minimum.at(low_RV.reshape(-1), cell_E, value_E)
     np.maximum.at(high_RV.reshape(-1), cell_E, value_E)
     latest_s_R = np.full(len(low_RV), -1.0)
-    np.maximum.at(latest_s_R, row_E, bucket_events["time_s"].to_numpy()[known_E].astype(np.float64))
+    np.maximum.at(latest_s_R, row_E, bucket_events["time_s"].to_numpy()[admitted_E].astype(np.float64))
     ehr_RF = inputs.arrays.of_bucket(bucket)
     assert len(ehr_RF) == len(low_RV)
     return latest_s_R, int(_wrong_cells(ehr_RF, start_S, low_RV, high_RV).sum())
@@ -129,7 +133,7 @@ def _wrong_cells(ehr_RF: np.ndarray, start_S: np.ndarray, low_RV: np.ndarray, hi
     changed_RV = np.logical_or.reduceat(value_RF != before_RF, _FIRST_CHANNEL_V, axis=1)
     wrong_RV = changed_RV & ~observed_RV
     for i, (variable, channel) in enumerate(zip(schema.VARIABLES, _FIRST_CHANNEL_V, strict=True)):
-        # A mean of simultaneous rows lies between them. A class is compared by its index.
+        # Rows of one time are averaged, and a mean lies between them. A class is compared by its index.
         value_R = value_RF[:, channel]
         if variable.classes:
             value_R = value_RF[:, channel : channel + len(variable.classes)].argmax(1)
@@ -148,8 +152,8 @@ def _defaults() -> np.ndarray:
     return default_F
 
 
-def _labels_outside(inputs: Inputs, end_h_N: np.ndarray, predictions: Predictions) -> int:
-    """Count labels without a completed time step, or after their stay's cut-off.
+def _labels_outside(inputs: Inputs, last_h_N: np.ndarray, predictions: Predictions) -> int:
+    """Count labels before the end of the first time step, after the last step, or after the last hour of their stay.
 
     A label may use the time steps that end by its time, and no step contains an event from after its own end.
     """
@@ -159,11 +163,11 @@ def _labels_outside(inputs: Inputs, end_h_N: np.ndarray, predictions: Prediction
     time_h_L = np.concatenate(predictions.times).astype(np.float64)
     steps_L = np.floor(time_h_L / inputs.timestep_h + EPSILON_H)  # completed by then (records.py)
     too_many_L = steps_L > inputs.arrays.length[position_L]
-    return int(((steps_L < 1) | too_many_L | (time_h_L > end_h_N[position_L] + EPSILON_H)).sum())
+    return int(((steps_L < 1) | too_many_L | (time_h_L > last_h_N[position_L] + EPSILON_H)).sum())
 
 
 def _check_images(inputs: Inputs, predictions: Predictions | None) -> tuple[np.ndarray, int]:
-    """Return hours from each X-ray to its stay's cut-off, and how many X-rays violate it or are recorded too early."""
+    """Return hours from each X-ray to its stay's cut-off, and how many are outside it or later than recorded."""
     end = pl.min_horizontal("outtime", "alive_until")
     if inputs.image_window_h is not None:
         end = pl.min_horizontal(end, pl.col("intime") + datetime.timedelta(hours=inputs.image_window_h))

@@ -1,4 +1,4 @@
-"""What one stay's score rests on: its record as a batch, the score as a function of its parts, and their shares.
+"""Explain one stay's score: read its record as a batch, and find how much each time step and X-ray adds to the score.
 
 Shapes: T time steps, F EHR channel, V variables, P images, C side of an image as the model sees it, K labels.
 """
@@ -24,13 +24,13 @@ _PATCHES = 7  # a patch's side is a seventh of the image's, and it moves by half
 
 
 def explain(workdir: Path, stay_id: int, label: str = "", data_dir: str = "", cxr_features: str = "") -> Attribution:
-    """Return what a run's score of a stay rests on. label: by default the one with the highest score. data_dir,
-    cxr_features: as for `evaluate.evaluate`.
+    """Return what a run's score of a stay rests on; in an hourly task, its score at the last hour.
 
-    Time series: integrated gradients from a series of the same length whose standardised channels are all 0: the
-    training stays' mean values, and no class and no observed-mask set. X-rays: occlusion. Further modalities keep their
-    values. In an hourly task, the score of the last hour. Raises UserError if the stay is not in the run's shards, or
-    the method cannot score it.
+    Time series: integrated gradients, from a baseline of the same length with 0 in every standardised channel. There,
+    each continuous variable has the mean of the training stays, no class is set, and nothing is marked as observed.
+    X-rays: occlusion. Further modalities keep their values.
+    label: by default the one with the highest score. data_dir, cxr_features: as for `evaluate.evaluate`. Raises
+    UserError if the stay is not in the run's shards, or the method cannot score it.
     """
     run = sources.reopen(workdir, None, data_dir, cxr_features)
     if run.dataset.task.cxr_only:
@@ -62,18 +62,18 @@ def explain(workdir: Path, stay_id: int, label: str = "", data_dir: str = "", cx
         hours = run.dataset.hours[split]
         hour = float(hours.time_h_S[hours.first_N[number] + last])
     return Attribution(
-        stay_id,
-        run.config.task,
-        run.config.method,
-        run.dataset.labels[k],
-        float(logit_K[k]),
-        baseline,
-        gap,
-        ehr_TF,
-        image_PCC,
-        shown_PCC,
-        float(records.manifest(run.config.data.dir, run.config.task)["timestep_h"]),
-        hour,
+        stay_id=stay_id,
+        task=run.config.task,
+        method=run.config.method,
+        label=run.dataset.labels[k],
+        score=float(logit_K[k]),
+        baseline=baseline,
+        gap=gap,
+        ehr_TF=ehr_TF,
+        image_PCC=image_PCC,
+        shown_PCC=shown_PCC,
+        timestep_h=float(records.manifest(run.config.data.dir, run.config.task)["timestep_h"]),
+        hour=hour,
     )
 
 
@@ -82,7 +82,7 @@ def _find(run: Run, stay_id: int) -> tuple[str, int]:
     for split in schema.SPLITS:
         places = np.flatnonzero(run.dataset.index[split]["stay_id"] == stay_id)
         if len(places) and not run.dataset.usable(split)[places[0]]:
-            message = f"--stay={stay_id}: the method {run.config.method} cannot score it, as it lacks what that reads"
+            message = f"--stay={stay_id}: it lacks a modality that the method {run.config.method} needs for a score"
             raise UserError(message, field="--stay", value=stay_id)
         if len(places):
             return split, int(places[0])
@@ -112,14 +112,14 @@ def _series(logits, inputs: dict, length: int, k: int) -> tuple[np.ndarray, floa
         return np.zeros((0, len(schema.CHANNELS)), np.float32), float(logits({})[k]), 0.0
     series = np.asarray(inputs["ehr"])
     baseline = np.zeros_like(series)
-    given, gap = methods.integrated_gradients(lambda ehr: logits({"ehr": ehr})[k], series, baseline)
-    return given[0, :length], float(logits({"ehr": baseline})[k]), gap
+    share_1TF, gap = methods.integrated_gradients(lambda ehr: logits({"ehr": ehr})[k], series, baseline)
+    return share_1TF[0, :length], float(logits({"ehr": baseline})[k]), gap
 
 
 def _images(logits, inputs: dict, batch: dict, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the occlusion and the grey values [P, C, C] of the stay's X-rays."""
-    real = np.flatnonzero(batch.get("image_mask", np.zeros(0, bool)))
-    if "image" not in inputs or not len(real):
+    slots = np.flatnonzero(batch.get("image_mask", np.zeros(0, bool)))
+    if "image" not in inputs or not len(slots):
         return np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.float32)
     image = jnp.asarray(inputs["image"])
     patch_px = max(image.shape[1] // _PATCHES, 1)
@@ -127,5 +127,5 @@ def _images(logits, inputs: dict, batch: dict, k: int) -> tuple[np.ndarray, np.n
     def score(p: int):
         return lambda grey_CC: logits({"image": image.at[p, :, :, 0].set(grey_CC)})[k]
 
-    found = [methods.occlusion(score(p), image[p, :, :, 0], patch_px, max(patch_px // 2, 1)) for p in real.tolist()]
-    return np.stack(found), np.asarray(image[real, :, :, 0])
+    found = [methods.occlusion(score(p), image[p, :, :, 0], patch_px, max(patch_px // 2, 1)) for p in slots.tolist()]
+    return np.stack(found), np.asarray(image[slots, :, :, 0])

@@ -1,6 +1,6 @@
 """A run's config: its fields (fields.py), what they must satisfy (checks.py), and configs in files.
 
-Each of `configs/*.py` starts from `default()` and sets what differs. `python -m medfuse_jax.config` lists all fields.
+Each of `configs/*.py` starts from `default()` and sets what differs. docs/config.md lists all fields.
 """
 
 from collections.abc import Iterable

@@ -287,9 +287,10 @@ def describe() -> str:
 def _values(field: Field) -> str:
     if field.choices:
         return ", ".join(f"`{choice or repr(choice)}`" for choice in field.choices)
+    low, high = (f"{limit:.10g}" for limit in (field.low, field.high))
     if field.low > -INFINITY and field.high < INFINITY:
-        return f"{field.low:g} to {field.high:g}"
-    return f"at least {field.low:g}" if field.low > -INFINITY else ""
+        return f"{low} to {high}"
+    return f"at least {low}" if field.low > -INFINITY else ""
 
 
 def _nested(fields: dict) -> ConfigDict:

@@ -142,7 +142,7 @@ class MedFuseAttention(TokenModel):
         earlier: list = []
         if self.all_images:
             ehr_BD = self.encode_ehr(batch)
-            token_PD, slot_BL = self.encode_each(batch)
+            token_PD, slot_BL = self.image_tokens(batch)
             cxr_BD, last_B = self.last(token_PD, slot_BL), last_places(slot_BL)
             earlier = [(at_slots(token_PD, x_B), (x_B >= 0) & (m < last_B)) for m, x_B in enumerate(slot_BL.T)]
         else:

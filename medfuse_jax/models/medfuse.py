@@ -29,11 +29,11 @@ class TokenModel(ProjectedModel):
 
     @property
     def reads_all_images(self) -> bool:
-        """Whether a row's images are a token each. A method that can has the field `all_images`."""
+        """Whether each image of a row is a token of its own: the field `all_images`, which not all methods have."""
         return getattr(self, "all_images", False)
 
-    def encode_each(self, batch: Inputs) -> tuple[jax.Array, jax.Array]:
-        """Return (tokens of the images [P, D], slots of each row's images in order of time [B, M], -1 for none)."""
+    def image_tokens(self, batch: Inputs) -> tuple[jax.Array, jax.Array]:
+        """Return (each image's token [P, D], slots of each row's images in order of time [B, M], -1 for none)."""
         images = batch.images
         if images is None:
             return jnp.zeros((1, self.ehr_hidden)), jnp.full((batch.num_rows, 1), -1)
@@ -52,14 +52,15 @@ class TokenModel(ProjectedModel):
         """Return [(token [B, D], present bool [B]), ...] of the further modalities."""
         assert {m.name for m in self.modalities} == set(extra), "each modality has its values"
         tokens = []
-        for name in (modality.name for modality in self.modalities):
-            values_B = jnp.asarray(extra[name])
+        for modality in self.modalities:
+            values_B = jnp.asarray(extra[modality.name])
             absent_B = jnp.isnan(values_B).any(axis=tuple(range(1, values_B.ndim)), keepdims=True)
             present_B = ~absent_B.reshape(-1)
-            # An absent row is encoded too, and its token is masked. It gets another row's values, which are valid
-            # inputs. NaN, or zeros in a norm, would make the encoder's gradient NaN despite the mask: NaN * 0 is NaN.
+            # Absent rows are encoded too, and their tokens masked. They get the values of a present row, which the
+            # encoder can take. NaN, or zeros in a norm, would make its gradient NaN despite the mask: NaN * 0 is NaN.
             filler = jnp.where(present_B.any(), jax.lax.stop_gradient(values_B[jnp.argmax(present_B)]), 1.0)
-            tokens.append((getattr(self, f"{name}_encoder")(jnp.where(absent_B, filler, values_B)), present_B))
+            encode = getattr(self, f"{modality.name}_encoder")
+            tokens.append((encode(jnp.where(absent_B, filler, values_B)), present_B))
         return tokens
 
 
@@ -80,7 +81,7 @@ class MedFuse(TokenModel):
     def forward(self, batch: Inputs) -> dict:
         if self.all_images and batch.images is not None:
             ehr_BD = self.encode_ehr(batch)
-            token_PD, slot_BM = self.encode_each(batch)
+            token_PD, slot_BM = self.image_tokens(batch)
             of_images = [(at_slots(token_PD, slot_B), slot_B >= 0) for slot_B in slot_BM.T]
             cxr_BD = self.last(token_PD, slot_BM)
         else:

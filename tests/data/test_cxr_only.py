@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from model_cases import DISTINCT_METHODS
 
 from medfuse_jax import augment, evaluate, records, schema, step
 from medfuse_jax import config as config_lib
@@ -113,18 +114,15 @@ def _without(batch, part):
     return {**batch, "length": np.zeros(_ROWS, np.int32)}
 
 
+_FAST, _SLOW = ("uni_cxr", "medfuse"), ("unified",)
+
+
 @pytest.mark.parametrize(
     "method",
     [
-        *("uni_cxr", "medfuse"),
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("unified",)),
-        *(
-            pytest.param(m, marks=pytest.mark.nightly)
-            for m in (
-                *("uni_ehr", "joint_learnable", "daft3", "medfuse_attention", "mmtm3"),
-                *("metra", "drfuse", "shaspec", "healnet", "m3care"),
-            )
-        ),
+        *_FAST,
+        *(pytest.param(m, marks=pytest.mark.slow) for m in _SLOW),
+        *(pytest.param(m, marks=pytest.mark.nightly) for m in DISTINCT_METHODS if m not in _FAST + _SLOW),
     ],
 )
 def test_absent_modalities_change_no_number_of_a_step_and_get_no_gradient(method):

@@ -4,6 +4,8 @@ Shapes: B rows, T time steps, H hours, P images, R = B * H.
 """
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -153,8 +155,9 @@ def test_a_method_that_is_not_causal_is_refused(method):
     assert (caught.value.field, caught.value.value) == ("config.method", method)
 
 
-def test_the_causal_methods_are_known():
-    assert CAUSAL == ["uni_ehr", "early", "joint", "joint_zeros", "joint_learnable", "medfuse", "medfuse_attention"]
+def test_the_page_lists_the_causal_methods():
+    page = (Path(__file__).parents[2] / "docs" / "hourly.md").read_text()
+    assert re.findall(r"`(\w+)`", page.partition("\nMethods: ")[2].partition(".")[0]) == CAUSAL
     for method in CAUSAL:
         config = config_lib.default()
         config.task, config.method = "length_of_stay", method
