@@ -22,9 +22,8 @@ from medfuse_jax import evaluate, parallel, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import cxr_features as features_lib
 from medfuse_jax.data import folds
-from medfuse_jax.data.dataset import indices, open_dataset, open_splits
 from medfuse_jax.data.modalities import loading
-from medfuse_jax.models import registry
+from medfuse_jax.data.shards import Shards
 from medfuse_jax.runs import inputs
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import command_line, compilation, files
@@ -84,7 +83,6 @@ def _open_run(
     config_lib.check_devices(config, len(on))
     expected = inputs.read(workdir)
     modalities = _modalities(config.model.modalities)
-    method = registry.METHODS[config.method].model_class
     # Of the run's own shards, the run's fold: their own test split holds patients that it was trained on.
     if config.data.folds and expected.get("shards") != records.digest(data_dir, config.task):
         what = (
@@ -97,29 +95,17 @@ def _open_run(
     if cxr_features and not reads_features:
         what = f"--cxr_features={cxr_features}, and {workdir} reads no precomputed features: leave it out"
         raise UserError(what, field="--cxr_features", value=str(cxr_features))
-    features, statistics = None, expected.get("cxr_features")
+    features = None
     if reads_features:
-        features = _features(config, data_dir, splits, statistics, cxr_features)
-    dataset = open_dataset(
-        data_dir,
-        config.task,
-        fold=folds.of_config(config),
-        use_ehr=method.uses_ehr,
-        use_cxr=method.uses_cxr,
-        needs=method.needs,
-        max_buckets=config.data.max_buckets,
-        images=config.data.images,
-        to_train=False,
-        features=features,
-        feature_statistics=statistics,
-        feature_splits=splits,
-    )
+        features = _features(config, data_dir, splits, expected["cxr_features"], cxr_features)
+    config.data.dir = str(data_dir)
+    statistics = (expected["mean"], expected["std"])
+    dataset = run_lib.open_data(config, features=features, statistics=statistics, to_train=False)
     inputs.check(expected, dataset, data_dir / config.task)
     # What stands for the train split's index: its categories.
     train = {name: np.array(values) for name, values in expected["categories"].items()}
     extra = {m.name: {s: m.table(part, train) for s, part in dataset.index.items()} for m in modalities}
-    dataset = dataclasses.replace(dataset, mean_F=expected["mean"], std_F=expected["std"], extra=extra)
-    config.data.dir = str(data_dir)
+    dataset = dataclasses.replace(dataset, extra=extra)
     return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, modalities, on), on)
 
 
@@ -127,10 +113,12 @@ def _features(
     config: ConfigDict, data_dir: Path, splits: Sequence[str], statistics: features_lib.Statistics, given: Path | str
 ) -> features_lib.Table:
     """Return the features in the given file, or in the run's own; read neither if the splits have no X-rays."""
-    index = indices(data_dir, config.task, folds.of_config(config))
+    index = Shards(data_dir, config.task, folds.of_config(config)).index
     if not any(index[split]["has_cxr"].any() for split in splits):
-        return features_lib.nothing(len(statistics.mean_E))
-    return features_lib.read(given, "--cxr_features") if given else features_lib.read(config.data.cxr_features)
+        table = features_lib.nothing(len(statistics.mean_E))
+    else:
+        table = features_lib.read(given, "--cxr_features") if given else features_lib.read(config.data.cxr_features)
+    return dataclasses.replace(table, statistics=statistics, splits=splits)
 
 
 def _modalities(names: str) -> tuple[loading.Modality, ...]:
@@ -154,7 +142,8 @@ def _score(run: run_lib.Run, state, split: str) -> dict[str, np.ndarray]:
 
 def _dicom_ids(run: run_lib.Run, split: str, record_N: np.ndarray) -> np.ndarray:
     """Return the X-rays' names, which only the records have."""
-    opened = open_splits(run.config.data.dir, run.config.task, folds.of_config(run.config), ("dicom_id",))[split]
+    config = run.config
+    opened = Shards(config.data.dir, config.task, folds.of_config(config)).open(("dicom_id",))[split]
     return np.array([opened[i]["dicom_id"] for i in record_N.tolist()])
 
 

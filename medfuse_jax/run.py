@@ -69,6 +69,15 @@ class Run:
         of_cxr = (cxr.lengths("train"), cxr.paired("train"), cxr.usable("train"))
         return plan_lib.alternate(stays, plan_lib.train_plan(*of_cxr, buckets=cxr.buckets, **drawn))
 
+    def profiled_steps(self) -> tuple[int, int]:
+        """Return the first and last step to profile, or (0, 0) for none; raise UserError if the run has fewer steps."""
+        config = self.config
+        first, last = config_lib.parse_profile_steps(config)
+        if last and last > (num_steps := len(self.train_plan(epoch=1)) * config.num_epochs):
+            what = f"config.profile_steps is {config.profile_steps}, and {config.name} has {num_steps} steps"
+            raise UserError(what, field="config.profile_steps", value=config.profile_steps)
+        return first, last
+
     def eval_plans(self, split: str, include_N: np.ndarray) -> list[plan_lib.Plan]:
         """Return batches that hold every included record of a split once; raise UserError if there is none."""
         self.check_any(split, include_N)
@@ -151,22 +160,26 @@ def step_options(
     )
 
 
-def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) -> Dataset:
-    method = registry.METHODS[config.method].model_class
-    features = cxr_features.read(config.data.cxr_features) if config_lib.reads_features(config) else None
-    dataset = open_dataset(
-        config.data.dir,
+def open_data(config: ConfigDict, **options) -> Dataset:
+    """Open what a config's method reads of its shards. options: of `open_dataset`."""
+    method, data = registry.METHODS[config.method].model_class, config.data
+    return open_dataset(
+        data.dir,
         config.task,
         use_ehr=method.uses_ehr,
         use_cxr=method.uses_cxr,
         needs=method.needs,
-        statistics=config.data.statistics,
-        max_buckets=config.data.max_buckets,
-        modalities=modalities,
-        images=config.data.images,
+        max_buckets=data.max_buckets,
+        images=data.images,
         fold=folds.of_config(config),
-        features=features,
+        **options,
     )
+
+
+def _open_dataset(config: ConfigDict, modalities: tuple[loading.Modality, ...]) -> Dataset:
+    method = registry.METHODS[config.method].model_class
+    features = cxr_features.read(config.data.cxr_features) if config_lib.reads_features(config) else None
+    dataset = open_data(config, statistics=config.data.statistics, modalities=modalities, features=features)
     if method.uses_ehr and dataset.task.cxr_only:
         raise UserError(
             f"config.method is {config.method!r}, which reads EHR; the task {config.task!r} has none: use 'uni_cxr'",

@@ -84,7 +84,7 @@ def of_stays(
         use_ehr=use_ehr,
         use_cxr=model_class.uses_cxr,
         buckets=plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,),
-        shards="",
+        shards_digest="",
         digest="",  # there are no shards
     )
 

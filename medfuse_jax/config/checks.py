@@ -33,7 +33,7 @@ def validate(config: ConfigDict) -> None:
     if missing := [name for name in FIELDS if name not in given]:
         raise UserError(f"config.{missing[0]} is missing", field=f"config.{missing[0]}")
     files.check_local("config.data.dir", config.data.dir)
-    profile_steps(config)
+    parse_profile_steps(config)
     _check_sizes(config)
     _check_method(config)
     _check_init(config)
@@ -228,7 +228,7 @@ def _check_init(config: ConfigDict) -> None:
         )
 
 
-def profile_steps(config: ConfigDict) -> tuple[int, int]:
+def parse_profile_steps(config: ConfigDict) -> tuple[int, int]:
     """Return the first and last step to profile, or (0, 0) for none."""
     if not config.profile_steps:
         return 0, 0

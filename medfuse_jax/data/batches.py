@@ -57,7 +57,8 @@ def batches(
 ) -> Iterator:
     """Return the plan's batches from step `start` on, read ahead by threads.
 
-    part: of the devices; of these alone. readers: config.data.readers. A batch that does not arrive ends the command.
+    part: read only these devices' part of each batch. readers: config.data.readers. A batch that does not arrive ends
+    the command.
     """
     if start >= len(plan):
         return iter(())

@@ -5,6 +5,7 @@ batch: D devices, B rows, P images.
 """
 
 import dataclasses
+import functools
 import hashlib
 import struct
 import zipfile
@@ -42,9 +43,11 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What a file holds. dicom_id_M is sorted; row_M is the row of each in feature_ME, which is as in the file.
+    """A file of features, and how a run reads it.
 
-    given_by: the config field or flag that names the file, for messages.
+    dicom_id_M is sorted; row_M is the row of each in feature_ME, which is as in the file.
+    given_by: the config field or flag that names the file, for messages. statistics: those of a trained run, to
+    standardise by; None for those of the train split. splits: those whose X-rays the file must have.
     """
 
     path: Path
@@ -52,6 +55,8 @@ class Table:
     row_M: np.ndarray
     feature_ME: np.ndarray
     given_by: str = FIELD
+    statistics: Statistics | None = None
+    splits: Sequence[str] = schema.SPLITS
 
     def rows(self, dicom_id_J: np.ndarray) -> np.ndarray:
         """Return the row of each X-ray in the file, -1 for one that it lacks."""
@@ -91,7 +96,7 @@ def read(path: str | Path, given_by: str = FIELD) -> Table:
     """
     path = Path(path)
     try:
-        return dataclasses.replace(_read(path), given_by=given_by)
+        return dataclasses.replace(_read_once(path, _stamp(path)), given_by=given_by)
     except _Refused as error:
         raise _user_error(given_by, path, str(error)) from None
 
@@ -103,6 +108,20 @@ def nothing(width: int) -> Table:
 
 class _Refused(Exception):
     """What is wrong with a file."""
+
+
+@functools.lru_cache(maxsize=1)  # the trials of a sweep read the same file
+def _read_once(path: Path, stamp: tuple) -> Table:
+    return _read(path)
+
+
+def _stamp(path: Path) -> tuple:
+    """Return what changes if a file does."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read(path: Path) -> Table:
@@ -140,21 +159,19 @@ def of_splits(
     names: Mapping[str, dict],
     several: Mapping[str, StayImages],
     where: str,
-    statistics: Statistics | None = None,
-    splits: Sequence[str] = schema.SPLITS,
 ) -> tuple[dict[str, CxrFeatures], Statistics, str]:
     """Return the features of each split's X-rays, what they are standardised by, and a hash of those that are read.
 
     names: by split, what `records.dicom_ids` reads. several: which X-rays of a record are read, by split, if not its
-    last alone. where: the dataset, for messages. statistics: of a trained run; None for those of the train split.
-    splits: those to read. Raise UserError if the file lacks an X-ray, or has another width than the run.
+    last alone. where: the dataset, for messages. Raise UserError if the file lacks an X-ray, or has another width than
+    the run.
     """
-    width = table.feature_ME.shape[1]
+    width, statistics = table.feature_ME.shape[1], table.statistics
     if statistics and len(statistics.mean_E) != width:
         what = f"has {width} features an X-ray, and the run was trained on {len(statistics.mean_E)}"
         raise _user_error(table.given_by, table.path, what)
     taken = {}
-    for split in splits:
+    for split in table.splits:
         taken[split], lacking = _taken(table, names[split], several.get(split))
         if lacking:
             what = f"lacks {lacking} of the {len(taken[split].feature_JE) - 1} X-rays that are read from the {split} "

@@ -4,7 +4,6 @@ Shapes: N records, F EHR channels.
 """
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from medfuse_jax.data import folds
 from medfuse_jax.data import hours as hours_lib
 from medfuse_jax.data import images as images_lib
 from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.data import shards as shards_lib
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
@@ -42,7 +42,7 @@ class Dataset:
     standardised by; or {} and None.
     digest: hash of the shards, of the fold, of `extra` and `cxr_features`, and of the statistics unless they are the
     train split's.
-    shards: hash of the shards alone.
+    shards_digest: hash of the shards alone.
     label_field: the labels' name in a batch.
     cxr_dataset: X-rays with labels of their own, in batches that alternate with the stays' in training; or None.
     """
@@ -58,7 +58,7 @@ class Dataset:
     use_cxr: bool
     buckets: tuple[int, ...]
     digest: str
-    shards: str
+    shards_digest: str
     needs: tuple[str, ...] = ()
     label_field: str = "label"
     cxr_dataset: "Dataset | None" = None
@@ -155,80 +155,55 @@ def open_dataset(
     use_ehr: bool = True,
     use_cxr: bool = True,
     needs: tuple[str, ...] = (),
-    statistics: str = "train",
+    statistics: str | tuple[np.ndarray, np.ndarray] = "train",
     max_buckets: int = 4,
     modalities: tuple[loading.Modality, ...] = (),
     images: str = "last",
     to_train: bool = True,
     fold: folds.Fold | None = None,
     features: features_lib.Table | None = None,
-    feature_statistics: features_lib.Statistics | None = None,
-    feature_splits: Sequence[str] = schema.SPLITS,
 ) -> Dataset:
     """Open a task's shards; raise UserError if they are missing, damaged or of no use to the method.
 
     images: config.data.images. to_train: whether there must be train records. fold: the fold to divide the records
-    into; None for their own splits. features: of the X-rays, to be read instead of them, with the statistics of the
-    run that was trained on them; None for those of the train split. feature_splits: the splits whose features are read.
+    into; None for their own splits. features: of the X-rays, to be read instead of them.
 
     statistics: 'train' (mean and standard deviation of the train split, from the manifest), or the path of a JSON file
     {"mean": [76], "std": [76]}.
     """
-    manifest = records.manifest(data_dir, task)
+    shards = shards_lib.Shards(data_dir, task, fold)
     # Check all files now, because the test split is read only after days of training.
-    records.check_files(records.task_dir(data_dir, task), manifest)
-    index, place = _index(data_dir, task, fold)
-    if to_train and not len(index["train"]["stay_id"]):
-        raise UserError(f"{records.task_dir(data_dir, task)} has no train records: nothing to learn from")
+    records.check_files(shards.folder, shards.manifest)
     use_ehr = use_ehr and not schema.TASKS[task].cxr_only
-    if not use_ehr and not any(part["has_cxr"].any() for part in index.values()):
-        raise UserError(
-            f"{records.task_dir(data_dir, task)} has no X-rays, and the method reads nothing else: "
-            "build with --mimic_cxr, or choose a method that reads EHR",
-            path=records.task_dir(data_dir, task),
-        )
-    hours = {}
+    _check_of_use(shards, use_ehr, to_train)
+    manifest, index = shards.manifest, {split: dict(part) for split, part in shards.index.items()}
+    hours, stay_images = {}, {}
     if schema.TASKS[task].hourly:
-        read = {split: records.hours(data_dir, task, split) for split in schema.SPLITS}
-        read = folds.take_parts(read, place) if place else read
         options = (manifest["timestep_h"], images == records.ALL_IMAGES)
-        hours = {split: hours_lib.of(of, *options) for split, of in read.items()}
-    for split, of in hours.items():  # an X-ray that no hour sees is none
-        index[split]["has_cxr"] = of.image_count_N > 0
-    read_features = features if use_cxr else None
-    splits = _open_splits(data_dir, task, place, _READ if read_features is None else _READ_BESIDE_FEATURES)
-    for split, part in splits.items():
-        if len(part) != len(index[split]["stay_id"]):
-            raise UserError(
-                f"{records.task_dir(data_dir, task)} holds {len(part)} {split} records, its index "
-                f"{len(index[split]['stay_id'])}: the folder mixes two builds; build it again"
-            )
-    digest = shards = records.digest(data_dir, task)
-    if fold:
-        if use_ehr and statistics == "train":
-            mean, std = _fold_statistics(str(data_dir), task, digest, fold)
-            manifest = manifest | {"train_mean": mean, "train_std": std}
-        digest = hashlib.sha256(f"{digest} {fold}".encode()).hexdigest()
+        hours = {split: hours_lib.of(of, *options) for split, of in shards.parts(records.hours).items()}
+        for split, of in hours.items():  # an X-ray that no hour sees is none
+            index[split]["has_cxr"] = of.image_count_N > 0
+    elif images == records.ALL_IMAGES:
+        stay_images = {split: images_lib.of(of) for split, of in shards.all_images().items()}
+    if use_ehr and statistics == "train":
+        manifest = manifest | dict(zip(("train_mean", "train_std"), shards.train_statistics()))
     mean_F, std_F = _statistics(manifest, statistics)
-    length_N = np.concatenate([index[s]["length"] for s in schema.SPLITS])
     extra = {modality.name: loading.tables(modality, index) for modality in modalities}
-    buckets = plan_lib.buckets(length_N, max_buckets) if use_ehr else (0,)
-    length_of = {split: part["length"] for split, part in index.items()}
-    stay_images = _all_images(data_dir, task, manifest, place) if images == records.ALL_IMAGES and not hours else {}
-    digest = loading.digest(_with_statistics(digest, manifest, mean_F, std_F), extra)
+    digest = loading.digest(_with_statistics(shards.digest_of_fold, manifest, mean_F, std_F), extra)
     cxr_features: dict[str, features_lib.CxrFeatures] = {}
-    if read_features:
-        names = {split: records.dicom_ids(data_dir, task, split) for split in schema.SPLITS}
-        names = folds.take_parts(names, place) if place else names
-        folder = str(records.task_dir(data_dir, task))
-        of_read = (read_features, names, hours or stay_images, folder, feature_statistics, feature_splits)
-        cxr_features, feature_statistics, of_features = features_lib.of_splits(*of_read)
+    cxr_statistics = None
+    if use_cxr and features:
+        names = shards.parts(records.dicom_ids)
+        of_read = features_lib.of_splits(features, names, hours or stay_images, str(shards.folder))
+        cxr_features, cxr_statistics, of_features = of_read
         digest = hashlib.sha256(f"{digest} {of_features}".encode()).hexdigest()
+    length_of = {split: part["length"] for split, part in index.items()}
+    buckets = plan_lib.buckets(np.concatenate([*length_of.values()]), max_buckets) if use_ehr else (0,)
     return Dataset(
         task=schema.TASKS[task],
         labels=tuple(manifest["labels"]),
-        splits=splits,
-        shards=shards,
+        splits=shards.open(_READ_BESIDE_FEATURES if cxr_features else _READ),
+        shards_digest=shards.digest,
         digest=digest,
         index=index,
         manifest=manifest,
@@ -243,62 +218,21 @@ def open_dataset(
         all_images=images == records.ALL_IMAGES,
         stay_images=stay_images,
         cxr_features=cxr_features,
-        cxr_statistics=feature_statistics if cxr_features else None,
+        cxr_statistics=cxr_statistics,
         padded_hours=hours_lib.padded(hours, length_of, buckets) if hours else {},
     )
 
 
-def _all_images(
-    data_dir: str | Path, task: str, manifest: dict, place: dict[str, np.ndarray]
-) -> dict[str, images_lib.StayImages]:
-    """Return all X-rays of each stay, by split; raise UserError if the dataset holds the last alone.
-
-    place: of a fold's records (folds.places), or {}.
-    """
-    if manifest.get("images") != records.ALL_IMAGES:
-        folder = records.task_dir(data_dir, task)
+def _check_of_use(shards: shards_lib.Shards, use_ehr: bool, to_train: bool) -> None:
+    """Raise UserError if there is nothing to learn from, or nothing that the method reads."""
+    if to_train and not len(shards.index["train"]["stay_id"]):
+        raise UserError(f"{shards.folder} has no train records: nothing to learn from", path=shards.folder)
+    if not use_ehr and not any(part["has_cxr"].any() for part in shards.index.values()):
         raise UserError(
-            f"config.data.images is 'all', and {folder} holds at most the last X-ray of each stay: build it with "
-            "`python -m data_prep.build --images=all ...`, into another --out, or use 'last'",
-            field="config.data.images",
-            path=folder,
-            value="all",
+            f"{shards.folder} has no X-rays, and the method reads nothing else: build with --mimic_cxr, or choose a "
+            "method that reads EHR",
+            path=shards.folder,
         )
-    read = {split: records.image_times(data_dir, task, split) for split in schema.SPLITS}
-    read = folds.take_parts(read, place) if place else read
-    return {split: images_lib.of(of) for split, of in read.items()}
-
-
-def indices(data_dir: str | Path, task: str, fold: folds.Fold | None) -> dict[str, dict[str, np.ndarray]]:
-    """Return the index (records.index) of each split, of the shards' own or of a fold's; see `folds.places`."""
-    return _index(data_dir, task, fold)[0]
-
-
-def open_splits(data_dir: str | Path, task: str, fold: folds.Fold | None, only: tuple[str, ...]) -> dict[str, Sequence]:
-    """Return the records (records.open_split) of each split, in the order of `indices`. only: the fields to decode."""
-    return _open_splits(data_dir, task, _index(data_dir, task, fold)[1] if fold else {}, only)
-
-
-def _open_splits(data_dir: str | Path, task: str, place: dict, only: tuple[str, ...]) -> dict[str, Sequence]:
-    splits: dict[str, Sequence] = {s: records.open_split(data_dir, task, s, only) for s in schema.SPLITS}
-    return folds.take_records(splits, place) if place else splits
-
-
-def _index(data_dir: str | Path, task: str, fold: folds.Fold | None) -> tuple[dict, dict]:
-    """Return the index of each split, and the places of a fold's records; {} for the shards' own splits."""
-    index = {split: records.index(data_dir, task, split) for split in schema.SPLITS}
-    place = folds.places(index, fold, records.task_dir(data_dir, task)) if fold else {}
-    return folds.take(index, place) if place else index, place
-
-
-@functools.cache
-def _fold_statistics(data_dir: str, task: str, digest: str, fold: folds.Fold) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of each channel over a fold's training stays, as a manifest has them.
-
-    digest: of the shards. The first call of a process for a fold reads its training stays.
-    """
-    train = open_splits(data_dir, task, fold, ("ehr",))["train"]
-    return records.train_statistics(train[i]["ehr"] for i in range(len(train)))
 
 
 def with_cxr_dataset(
@@ -312,14 +246,15 @@ def with_cxr_dataset(
 
     features: of its X-rays, standardised as the dataset's are.
     """
-    statistics = dataset.cxr_statistics
-    cxr_dataset = open_dataset(
-        data_dir, cxr_task, use_ehr=False, fold=fold, features=features, feature_statistics=statistics
-    )
+    if features:
+        features = dataclasses.replace(features, statistics=dataset.cxr_statistics)
+    cxr_dataset = open_dataset(data_dir, cxr_task, use_ehr=False, fold=fold, features=features)
     return dataclasses.replace(dataset, cxr_dataset=dataclasses.replace(cxr_dataset, label_field=CXR_LABEL))
 
 
-def _statistics(manifest: dict, statistics: str) -> tuple[np.ndarray, np.ndarray]:
+def _statistics(manifest: dict, statistics: str | tuple) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(statistics, tuple):
+        return statistics
     if statistics == "train":
         mean, std, where = manifest["train_mean"], manifest["train_std"], "manifest.json"
     else:

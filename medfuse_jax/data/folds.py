@@ -49,6 +49,11 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
+def hash_fractions(stay_id_N: np.ndarray) -> np.ndarray:
+    """Return `hash_fraction` of each stay, [N]: the stays below a share include those below any smaller share."""
+    return np.array([hash_fraction(str(stay_id)) for stay_id in stay_id_N.tolist()])
+
+
 def places(index: Mapping[str, dict], fold: Fold, folder: Path) -> dict[str, np.ndarray]:
     """Return the places [N] of each split's records in a fold, among the shards' records of all splits.
 
@@ -74,8 +79,7 @@ def take(index: Mapping[str, dict], place: dict[str, np.ndarray]) -> dict[str, d
 
 
 def take_parts(parts: Mapping[str, dict], place: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the prediction hours, or the times or names of X-rays, of each split of a fold, as records.hours,
-    image_times or dicom_ids has them."""
+    """Return what records.hours, image_times or dicom_ids has, of each split of a fold. place: from `places`."""
     joined, taken = _joined(parts), {}
     counts = {"label_time_h": "num_hours", "label": "num_hours", "cxr_time_h": "num_images", "dicom_id": "num_images"}
     for split in schema.SPLITS:

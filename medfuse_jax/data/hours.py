@@ -4,8 +4,8 @@ Shapes: N records, S hours of all records together, J X-rays that an hour sees, 
 H hours of a row, P images.
 
 At an hour a model may read the whole time steps before it, and the latest X-ray taken by then, or all of them. An X-ray
-that no hour sees, because the last hour was over or a later X-ray, which alone is read, came before the next hour, is
-never read.
+is never read if no hour sees it: it was taken after the last hour or, where only the latest is read, another followed
+before the next hour.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ def drop_modalities(dataset: Dataset, drop_ehr: float, drop_cxr: float) -> Datas
     index, splits = {}, {}
     for split, part in dataset.index.items():
         has_both_N = part["has_cxr"] & (part["length"] > 0)
-        hash_N = np.array([hash_fraction(stay_id) for stay_id in part["stay_id"].tolist()])
+        hash_N = folds.hash_fractions(part["stay_id"])
         without_cxr_N = has_both_N & (hash_N < drop_cxr)
         without_ehr_N = has_both_N & (hash_N >= 1 - drop_ehr)
         had = {"had_ehr": part["length"] > 0, "had_cxr": part["has_cxr"]}
@@ -72,8 +72,3 @@ class _Thinned(Sequence):
         if self._without_cxr_N[i]:
             record = record | {"image": None}
         return record
-
-
-def hash_fraction(stay_id: int) -> float:
-    """Return a number in [0, 1) that depends on the stay alone."""
-    return folds.hash_fraction(str(stay_id))

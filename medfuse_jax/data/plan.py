@@ -17,11 +17,11 @@ PADDING = -1  # in place of a record number: an empty row or image slot
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How the batches of a dataset are laid out in which a stay may have several images.
+    """How batches are laid out where a stay may have several images.
 
     image_count_N: the images of each record; they lie one after another in the slots of its row's device.
-    padded_images, padded_hours: the images and, in an hourly task, the hours of a row, by padded_length. None if a row
-    is not sent where all of its images are, or has no hours.
+    padded_images: the images of a row, by padded_length; None if a row reads one image at most. padded_hours: the hours
+    of a row, by padded_length; None unless the task is hourly.
     """
 
     image_count_N: np.ndarray

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from medfuse_jax import records
 from medfuse_jax.data import folds
+from medfuse_jax.data.shards import Shards
 from medfuse_jax.paper.trainings import Settings, Training
 
 
@@ -32,11 +33,9 @@ class Plan:
 
     def indices(self, task: str) -> dict[str, dict]:
         """Return the index of each split of a task, of the plan's fold if it has one."""
-        from medfuse_jax.data import dataset  # late: it imports jax
-
         fields = self.settings.fields
         fold = folds.Fold(fields["data.fold"], fields["data.folds"]) if fields.get("data.folds") else None
-        return dataset.indices(self.data_dir, task, fold)
+        return Shards(self.data_dir, task, fold).index
 
     def manifests(self) -> dict[str, dict]:
         """Return the manifest of every task that the plan reads."""

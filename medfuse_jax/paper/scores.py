@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medfuse_jax import metrics
-from medfuse_jax.data import missing
+from medfuse_jax.data import folds
 from medfuse_jax.runs import result as result_lib
 
 _LEAST = 1e-7  # of a probability, so that its logarithm is finite
@@ -90,7 +90,7 @@ def combine(first: Scores, second: Scores, from_second_N: np.ndarray) -> Scores:
 
 def drawn(stay_id_N: np.ndarray, share: float) -> np.ndarray:
     """Return a mask of a share of the stays, the same for every model: a larger share includes a smaller one."""
-    return np.array([missing.hash_fraction(stay_id) < share for stay_id in stay_id_N.tolist()], bool)
+    return folds.hash_fractions(stay_id_N) < share
 
 
 def auroc(val: Scores) -> float:

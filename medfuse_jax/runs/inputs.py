@@ -24,7 +24,7 @@ def describe(dataset) -> dict:
     """Return what `read` returns for a run that trains on this dataset, and the hashes 'digest' and 'shards'."""
     return {
         "digest": dataset.digest,
-        "shards": dataset.shards,
+        "shards": dataset.shards_digest,
         "task": dataset.task.name,
         "labels": list(dataset.labels),
         "channels": list(dataset.manifest["channels"]),

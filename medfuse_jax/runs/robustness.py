@@ -6,7 +6,7 @@ The first two curves are Figures A2 and A3 of Hayat et al. 2022. Shapes: N score
 import numpy as np
 
 from medfuse_jax import metrics
-from medfuse_jax.data import missing
+from medfuse_jax.data import folds
 from medfuse_jax.runs import subgroups
 
 FILE = "robustness.json"  # in a run's workdir
@@ -26,7 +26,7 @@ def by_share(scored: dict, without_cxr: dict | None, options: tuple[int, int, st
     them cannot be. options: number of resamples, seed, what they draw (`result.RESAMPLES`).
     """
     paired_N = scored["has_cxr"] & scored["has_ehr"]
-    draw_N = np.array([missing.hash_fraction(stay_id) for stay_id in scored["stay_id"].tolist()])
+    draw_N = folds.hash_fractions(scored["stay_id"])
     curves = []
     if without_cxr is not None and paired_N.any():
         points = []

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from medfuse_jax.data import dataset, folds, synthetic
+from medfuse_jax.data import folds, synthetic
+from medfuse_jax.data.shards import Shards
 from medfuse_jax.report import html, read_runs, repeats, style
 from medfuse_jax.report.read_runs import method_name, number, section, task_name
 from medfuse_jax.runtime.errors import UserError
@@ -59,8 +60,8 @@ def run(of: list[Repeat], workdir: Path, config: ConfigDict, sweep: Callable[[Co
         raise UserError(message, field="config.data.folds", value=config.data.folds)
     check_unused(workdir)
     synthetic.set_data_dir(config)
-    for repeat in of:  # before any of them trains: a fold may leave a split empty
-        dataset.indices(config.data.dir, config.task, folds.of_config(repeat.set(config)))
+    for repeat in of:  # before any of them trains
+        Shards(config.data.dir, config.task, folds.of_config(repeat.set(config))).check_fold()
     ended, error = [], None
     for number_of, repeat in enumerate(of, start=1):
         print(f"\n{repeat.name} ({number_of} of {len(of)})", flush=True)

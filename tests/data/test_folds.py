@@ -8,8 +8,9 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import predict, records, schema
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import batches, folds
-from medfuse_jax.data.dataset import indices, open_dataset, with_cxr_dataset
+from medfuse_jax.data.dataset import open_dataset, with_cxr_dataset
 from medfuse_jax.data.folds import Fold
+from medfuse_jax.data.shards import Shards
 from medfuse_jax.runs import sources, workdir
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
@@ -23,11 +24,11 @@ def _subjects(index: dict, split: str) -> set[int]:
 
 @pytest.fixture(scope="module")
 def divided(shards):
-    return [indices(shards, "pheno", Fold(number, _COUNT)) for number in range(_COUNT)]
+    return [Shards(shards, "pheno", Fold(number, _COUNT)).index for number in range(_COUNT)]
 
 
 def test_every_patient_is_tested_in_one_fold_and_no_stay_is_lost(divided, shards):
-    whole = indices(shards, "pheno", None)
+    whole = Shards(shards, "pheno", None).index
     patients = set().union(*(_subjects(whole, split) for split in schema.SPLITS))
     tested = [_subjects(index, "test") for index in divided]
     assert set().union(*tested) == patients and sum(map(len, tested)) == len(patients)
@@ -51,10 +52,10 @@ def test_five_folds_divide_patients_as_the_paper_does():
 def test_all_tasks_divide_a_patient_alike(divided, shards, task):
     """So the X-rays that pre-train a fold's encoder are none of its validation or test patients'."""
     for number, index in enumerate(divided):
-        other = indices(shards, task, Fold(number, _COUNT))
+        other = Shards(shards, task, Fold(number, _COUNT)).index
         held_out = _subjects(index, "val") | _subjects(index, "test")
         assert not held_out & _subjects(other, "train")
-    whole = indices(shards, task, None)
+    whole = Shards(shards, task, None).index
     assert held_out & _subjects(whole, "train")  # as built, they would be: this test can fail
 
 
@@ -103,7 +104,7 @@ def test_the_x_rays_of_a_fold_are_those_of_its_stays(images_config):
 
 def test_alternating_x_rays_are_divided_too(shards):
     dataset = with_cxr_dataset(open_dataset(shards, "pheno"), shards, "radiology", Fold(1, _COUNT))
-    expected = indices(shards, "radiology", Fold(1, _COUNT))["train"]["subject_id"]
+    expected = Shards(shards, "radiology", Fold(1, _COUNT)).index["train"]["subject_id"]
     np.testing.assert_array_equal(dataset.cxr_dataset.index["train"]["subject_id"], expected)
 
 
@@ -119,7 +120,7 @@ def test_invalid_folds_are_refused(ehr_config, fields, field):
 
 def test_more_folds_than_patients_or_an_empty_split_are_refused_in_one_line(shards):
     with refused(field="config.data.folds", value=1000):
-        indices(shards, "pheno", Fold(0, 1000))
+        Shards(shards, "pheno", Fold(0, 1000)).check_fold()
     index = {split: {"subject_id": np.arange(30) + 30 * i} for i, split in enumerate(schema.SPLITS)}
     with pytest.raises(UserError, match=r"has no \w+ patients") as error:
         for number in range(90):
