@@ -45,8 +45,8 @@ class Held:
 def place(run, splits: tuple[str, ...] = _SPLITS):
     """Return the run (run.Run) with these splits in its devices' memory, if config.placement says so and they fit.
 
-    Raise UserError if it is 'device' and they do not fit. Of several processes, each reads the images that its devices
-    hold.
+    Raise UserError if config.placement is 'device' and they do not fit. Of several processes, each reads the images
+    that its devices hold.
     """
     num_parts = choose_parts(run, splits)
     hosts.check_same("placements of the records (by the memory of their devices)", str(num_parts))
@@ -69,7 +69,8 @@ def choose_parts(run, splits: tuple[str, ...] = _SPLITS, device_bytes: float | N
     """Return how many devices hold the images together, as few as their memory allows; 0 if batches are streamed.
 
     Reads no record. With config.placement=auto, what a host reads must fit in its memory too. device_bytes: the memory
-    of a device that cannot be asked, on another host. Raise UserError if it is 'device' and the splits do not fit.
+    of a device that cannot be asked, on another host. Raise UserError if config.placement is 'device' and the splits
+    do not fit.
     """
     placement = run.config.placement
     if placement == "stream" or (placement == "auto" and run.dataset.cxr_dataset):

@@ -1,8 +1,7 @@
 """The training and evaluation steps, written once.
 
-Pure functions of (state, batch, key). With axis=None they run on one device or, under jit with shardings, on many;
-with an axis name they run under pmap, where every sum over the batch is summed over the devices too. Batches are
-described in data/batches.py.
+Pure functions of (state, batch, key). With axis=None they run on one device; with an axis name, under pmap or shard_map
+(parallel.py), where every sum over the batch is summed over the devices too. Batches are described in data/batches.py.
 """
 
 import dataclasses

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from medfuse_jax import evaluate, train
+from medfuse_jax import evaluate
 from medfuse_jax import run as run_lib
+from medfuse_jax.runs import preflight
 from medfuse_jax.runs.progress import Progress
 
 
@@ -32,7 +33,7 @@ def test_a_cpu_falls_back_to_chunks_and_a_gpu_runs_the_configured_kernel(ehr_con
     assert on_cpus.options.model.recurrence == "chunks" and on_gpu.options.model.recurrence == kernel
     assert on_cpus.options.model.ops == "cpu" and on_gpu.options.model.ops == "gpu"
     for run in (on_cpus, on_gpu):
-        train.preflight(run, {})
+        preflight.check(run, {})
 
 
 def test_a_gpu_that_cannot_run_the_lstm_kernel_is_rejected_for_training_only(ehr_config):
@@ -40,9 +41,9 @@ def test_a_gpu_that_cannot_run_the_lstm_kernel_is_rejected_for_training_only(ehr
     run = run_lib.open_run(ehr_config, _gpus("7.5"))
     assert run.options.model.recurrence == "chunks" and run.options.model.ops == "gpu"
     with refused(field="config.recurrence", value="pallas", nearest="chunks"):
-        train.preflight(run, {})
+        preflight.check(run, {})
     ehr_config.method = "uni_cxr"
-    train.preflight(run_lib.open_run(ehr_config, _gpus("7.5")), {})
+    preflight.check(run_lib.open_run(ehr_config, _gpus("7.5")), {})
 
 
 def test_every_included_record_is_planned_once(ehr_run):
@@ -71,9 +72,9 @@ def test_without_a_validation_auroc_the_loss_selects(ehr_run, capsys):
     index = ehr_run.dataset.index | {"val": val | {"label": np.zeros_like(val["label"])}}
     run = dataclasses.replace(ehr_run, dataset=dataclasses.replace(ehr_run.dataset, index=index))
     assert not ehr_run.selected_by_loss and run.selected_by_loss
-    train.preflight(ehr_run, {})
+    preflight.check(ehr_run, {})
     assert capsys.readouterr().out == ""
-    train.preflight(run, {})
+    preflight.check(run, {})
     assert "no label has both classes in the validation stays" in capsys.readouterr().out
     progress = Progress()
     progress.update(1, val_loss=0.5, val_auroc=math.nan, plateau_epochs=10)

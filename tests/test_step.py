@@ -1,4 +1,4 @@
-"""The step gives the same numbers under pmap, under jit with shardings and on one device, and ignores padding."""
+"""The step gives the same numbers under pmap, under shard_map and on one device, and ignores padding."""
 
 import functools
 

@@ -19,7 +19,7 @@ from medfuse_jax import evaluate, feed, metrics, parallel, records, schema, trai
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import missing
 from medfuse_jax.report import pages, read_runs
-from medfuse_jax.runs import alone, checkpoints, predictions, result
+from medfuse_jax.runs import alone, checkpoints, predictions, preflight, result
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import compilation, hosts, watchdog
@@ -129,6 +129,17 @@ def test_a_trace_of_the_wanted_steps_is_written(tiny_config, tmp_path, monkeypat
     assert numbers == ({"2", "3"} if placement == "stream" else {"2"})
 
 
+def test_processes_that_write_no_trace_stop_at_the_same_steps(tiny_config, tmp_path, monkeypatch):
+    tiny_config.method, tiny_config.profile_steps = "uni_ehr", "2:3"
+    run = run_lib.open_run(tiny_config)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    with contextlib.closing(train._Trace(run, tmp_path, 0)) as trace:
+        assert [step for step in range(1, 6) if trace.needs(step)] == [1, 3]
+        trace.reached(1, np.zeros(()))
+        trace.reached(3, np.zeros(()))
+    assert not (tmp_path / "profile").exists()
+
+
 def test_tracing_steps_beyond_the_last_is_refused(tiny_config, tmp_path):
     tiny_config.method, tiny_config.num_epochs, tiny_config.profile_steps = "uni_ehr", 1, "2:300"
     with refused(field="config.profile_steps", value="2:300"):
@@ -139,13 +150,13 @@ def test_weights_beyond_the_machines_memory_are_refused(ehr_config, monkeypatch)
     """They are counted alike on a kernel that this machine cannot trace."""
     run = run_lib.open_run(ehr_config)
     elsewhere = dataclasses.replace(run.options, model=run.options.model.clone(recurrence="cudnn"))
-    shapes = [train._state_shapes(r) for r in (run, dataclasses.replace(run, options=elsewhere))]
+    shapes = [preflight._state_shapes(r) for r in (run, dataclasses.replace(run, options=elsewhere))]
     of_run, of_other = (sum(x.size for x in jax.tree.leaves(tree)) for tree in shapes)
     assert of_run == pytest.approx(of_other, abs=10)
-    train.preflight(run, {})
+    preflight.check(run, {})
     monkeypatch.setattr(hosts, "memory_bytes", lambda: 10_000)
     with refused(field="config.model"):
-        train.preflight(run, {})
+        preflight.check(run, {})
 
 
 def test_a_finished_run_is_not_trained_again(tiny_config, tmp_path, capsys):

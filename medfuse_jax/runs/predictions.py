@@ -36,7 +36,7 @@ def selecting(run, predictions: Predictions) -> tuple[float, dict]:
     logged = {"val_auroc": metrics.macro(metrics.auroc(labels_NK, scores_NK))}
     if run.dataset.task.exclusive:
         logged["val_kappa"] = metrics.kappa(labels_NK, scores_NK)
-    return list(logged.values())[-1], logged
+    return logged["val_kappa" if run.dataset.task.exclusive else "val_auroc"], logged
 
 
 def predict(run, eval_fn: Callable, state, split: str, include_N: np.ndarray) -> Predictions:

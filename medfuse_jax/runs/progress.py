@@ -6,6 +6,8 @@ import math
 import numpy as np
 from ml_collections import ConfigDict
 
+from medfuse_jax.runtime.errors import UserError
+
 # The smallest relative improvement that counts, as in torch's ReduceLROnPlateau, which the released code uses.
 _PLATEAU_THRESHOLD = 1e-4
 
@@ -14,8 +16,8 @@ _PLATEAU_THRESHOLD = 1e-4
 class Progress:
     """State of a run at its last validation, and the losses since then, saved with each checkpoint.
 
-    best_auroc: validation AUROC of the selected epoch, or kappa (`predictions.selecting`), which is best_epoch (0: none
-    yet). selected_loss: the validation loss that selected it, where no label has both classes and so there is no AUROC.
+    best_epoch: the selected epoch, 0 for none yet. best_auroc: its validation AUROC, or kappa
+    (`predictions.selecting`). selected_loss: its validation loss, if that selected it because there is no AUROC.
     loss_sum, num_steps: of the epoch in progress.
     """
 
@@ -83,3 +85,17 @@ class Progress:
     def is_finished(self, config: ConfigDict) -> bool:
         """Return whether the run has reached its last epoch or should stop early."""
         return self.epoch >= config.num_epochs or self.should_stop(config.early_stop_epochs)
+
+
+def check_finite(loss, step: int, config: ConfigDict) -> float:
+    """Return the last of the given losses, that of `step`; raise UserError if any is not finite."""
+    losses = np.atleast_1d(loss)
+    if not np.isfinite(losses).all():
+        first = int(np.argmin(np.isfinite(losses)))
+        raise UserError(
+            f"{config.name}: the loss of step {step - len(losses) + 1 + first} is {losses[first]}; try a lower "
+            f"config.learning_rate (now {config.learning_rate}) or config.precision=float32",
+            field="config.learning_rate",
+            value=config.learning_rate,
+        )
+    return float(losses[-1])
