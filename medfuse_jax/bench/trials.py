@@ -64,7 +64,11 @@ class Trials:
         say("trials: measuring how many to compute together")
         # Measure on the longest batch, which needs the most memory.
         longest = max(self._batches, key=lambda batch: batch["ehr"].shape[2] if "ehr" in batch else 0)
-        times_s = lanes_lib.measure(self._train_fn, stack_with, case.num_trials, longest, self._on)
+
+        def seconds_with(lanes: int) -> float:
+            return stacked_step.step_s(self._train_fn, stack_with(lanes), longest, self._on)
+
+        times_s = lanes_lib.measure(seconds_with, case.num_trials)
         self.lanes = min(times_s, key=times_s.get)
         self.lanes_step_s = {str(lanes): round(step_s, 6) for lanes, step_s in times_s.items()}
         self._stacks = stack_with(self.lanes)

@@ -13,7 +13,8 @@ import numpy as np
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results
-from medfuse_jax.sweep.search import Parameter, Trial
+from medfuse_jax.sweep.search import Parameter
+from medfuse_jax.sweep.trial import Trial
 
 _MAX_PROPOSALS = 100
 _WORST = -1.0  # of AUROC and kappa, for a trial that failed, so that the search leaves its region

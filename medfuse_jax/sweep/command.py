@@ -14,13 +14,15 @@ from medfuse_jax import evaluate, parallel, train
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import synthetic
 from medfuse_jax.report import read_runs, terminal
-from medfuse_jax.runs import sources, warm_start
+from medfuse_jax.runs import preflight, sources, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import compilation, watchdog
 from medfuse_jax.runtime.errors import UserError, check_choice
-from medfuse_jax.sweep import adaptive, frozen_encoders, groups, page, pruning, results, search
+from medfuse_jax.sweep import adaptive, caching, frozen_encoders, groups, page, pruning, results, search
 from medfuse_jax.sweep import leases as leases_lib
 from medfuse_jax.sweep.costs import Costs
+from medfuse_jax.sweep.sweep import Sweep
+from medfuse_jax.sweep.trial import Trial
 
 ALGORITHMS = ("random", "optuna")
 _DEFAULT_TRIALS = 10
@@ -76,11 +78,9 @@ def run(request: Request, start_s: float) -> None:
             _check_without_auroc(request)
         pretrained = list(dict.fromkeys(name for trial in trials.initial for name in _pretrained(trial, config)))
         given, stages = sources.open_sources(config, workdir, pretrained, base.devices)
-        train.preflight(base, stages)
+        preflight.check(base, stages)
         leases = leases_lib.Leases(workdir / "leases")
-        sweep = groups.Sweep(
-            config, workdir, given | stages, leases, request.lanes, request.pruning, request.divide_trials
-        )
+        sweep = Sweep(config, workdir, given | stages, leases, request.lanes, request.pruning, request.divide_trials)
         check = functools.partial(_check, sweep=sweep, by_loss=base.selected_by_loss, checked_models=set())
         for trial in trials.initial:
             check(trial)
@@ -142,7 +142,7 @@ def _pretrain(stages: dict, leases: leases_lib.Leases, costs: Costs) -> None:
             watchdog.check()  # a signal that came meanwhile
 
 
-def _train(sweep: groups.Sweep, rounds: Iterable[list[search.Trial]], costs: Costs) -> list[search.Trial]:
+def _train(sweep: Sweep, rounds: Iterable[list[Trial]], costs: Costs) -> list[Trial]:
     """Train the trials of each round that no other process trains, and wait for the rest; return all trials."""
     trials = []
     for of_round in rounds:
@@ -164,8 +164,8 @@ class _Trials:
     """
 
     identity: dict
-    initial: list[search.Trial]
-    rounds: Callable[[Callable[[search.Trial], None]], Iterable[list[search.Trial]]]
+    initial: list[Trial]
+    rounds: Callable[[Callable[[Trial], None]], Iterable[list[Trial]]]
 
 
 def _plan_trials(request: Request) -> _Trials:
@@ -216,7 +216,7 @@ def _stored_round(workdir: Path) -> int:
     return stored["search"].get("round") or max(_DEFAULT_ROUND, len(jax.devices()))
 
 
-def _check(trial: search.Trial, sweep: groups.Sweep, by_loss: bool, checked_models: set) -> None:
+def _check(trial: Trial, sweep: Sweep, by_loss: bool, checked_models: set) -> None:
     """Raise UserError if a trial cannot run because of its values or the encoders that it starts from.
 
     by_loss: whether the validation loss, not an AUROC, chooses the sweep's trial. checked_models: the models whose
@@ -229,11 +229,11 @@ def _check(trial: search.Trial, sweep: groups.Sweep, by_loss: bool, checked_mode
         config = sweep.config_of(trial)
         encoders = sweep.encoders_of(config)
         run = run_lib.open_run(config, parallel.devices()[:1])
-        train.preflight(run, {}, says=False)  # any trial may be chosen and scored on the test split
+        preflight.check(run, {}, says=False)  # any trial may be chosen and scored on the test split
         if run.selected_by_loss != by_loss:
             message = "its validation stays have an AUROC and those of the sweep's config have none, or the reverse"
             raise UserError(f"{message}: do not search config.method", field="config.method")
-        frozen_encoders.check_values(trial.values, config, encoders)
+        caching.check_values(trial.values, config, encoders)
         if (run.options.model, *encoders) not in checked_models:
             for name, (folder, source) in encoders.items():
                 sources.check(run, name, folder, source)
@@ -241,7 +241,7 @@ def _check(trial: search.Trial, sweep: groups.Sweep, by_loss: bool, checked_mode
             checked_models.add((run.options.model, *encoders))
 
 
-def _pretrained(trial: search.Trial, config: ConfigDict) -> list[str]:
+def _pretrained(trial: Trial, config: ConfigDict) -> list[str]:
     """Return the encoders that the trial's config pre-trains; raise UserError if the config is invalid."""
     with _trial_named(trial):
         config = trial.config(config)
@@ -250,7 +250,7 @@ def _pretrained(trial: search.Trial, config: ConfigDict) -> list[str]:
 
 
 @contextlib.contextmanager
-def _trial_named(trial: search.Trial) -> Iterator[None]:
+def _trial_named(trial: Trial) -> Iterator[None]:
     """Add the trial's number and values to a UserError raised inside."""
     try:
         yield
@@ -259,7 +259,7 @@ def _trial_named(trial: search.Trial) -> Iterator[None]:
         raise
 
 
-def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequence[int]) -> None:
+def _conclude(sweep: Sweep, trials: list[Trial], exported: Sequence[int]) -> None:
     """Write the table, score the chosen trial on the test split, and write the page. exported: from --export."""
     workdir = sweep.workdir
     records = [results.record(workdir, trial) for trial in trials]
@@ -289,7 +289,7 @@ def _conclude(sweep: groups.Sweep, trials: list[search.Trial], exported: Sequenc
     print(f"\nchosen: trial {chosen['trial']} in {folder}; its config: {best_config}; all trials: {path}")
 
 
-def _update_paths(sweep: groups.Sweep, trial: search.Trial) -> None:
+def _update_paths(sweep: Sweep, trial: Trial) -> None:
     """Set the paths of shards, features and encoders in a trial's config, in case they were moved."""
     path = results.trial_dir(sweep.workdir, trial.number) / "config.json"
     if not path.exists():  # the trial failed before its first step
@@ -302,7 +302,7 @@ def _update_paths(sweep: groups.Sweep, trial: search.Trial) -> None:
         config_lib.save(config, path)
 
 
-def _export(sweep: groups.Sweep, trial: search.Trial) -> None:
+def _export(sweep: Sweep, trial: Trial) -> None:
     """Write the checkpoint of a trial stored as state.npz."""
     folder = results.trial_dir(sweep.workdir, trial.number)
     if (folder / "state.npz").exists():

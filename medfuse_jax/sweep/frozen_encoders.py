@@ -9,7 +9,6 @@ off in the trials' configs, and `medfuse_jax.main` gives the same results with s
 import contextlib
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,27 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medfuse_jax import config as config_lib
-from medfuse_jax import parallel, records, schema
+from medfuse_jax import parallel
 from medfuse_jax import run as run_lib
 from medfuse_jax import step as step_lib
 from medfuse_jax.data import batches
 from medfuse_jax.data import plan as plan_lib
-from medfuse_jax.models import registry
 from medfuse_jax.models.precision import matmul_precision
 from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runtime import compilation
-from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import trial_store
+from medfuse_jax.sweep import caching, trial_store
 
 _ENCODERS = ("ehr_encoder", "cxr_encoder")
-NO_AUGMENTATION = {
-    "image.flip": False,
-    "image.rotation_deg": 0.0,
-    "image.scale": (1.0, 1.0),
-    "image.translation": 0.0,
-    "image.crop": "center",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,42 +86,6 @@ def _without_encoders(params: dict) -> dict:
     return {name: part for name, part in params.items() if name not in _ENCODERS}
 
 
-def can_cache(config: ConfigDict, encoders: dict) -> bool:
-    """Return whether a config's features can be computed once for all trials.
-
-    This takes two frozen encoders, a method that reads only their features, an even crop margin, one score and at most
-    one X-ray a stay.
-    """
-    if schema.TASKS[config.task].hourly or config.data.images == records.ALL_IMAGES:
-        return False
-    method = registry.METHODS[config.method]
-    is_frozen = method.fields.get("frozen_encoders") or config.model.freeze_encoders
-    # With an odd margin, the centre crop in training is half a pixel off the one in evaluation.
-    is_even = (config.image.resize_px - config.image.crop_px) % 2 == 0
-    return bool(method.features_only and is_frozen and is_even) and set(encoders) == {"ehr", "cxr"}
-
-
-def check_values(values: dict, config: ConfigDict, encoders: dict) -> None:
-    """Raise UserError if a trial varies what is done to images that are encoded once, or that it does not read."""
-    of_images = sorted(name for name in values if name.startswith("image."))
-    uses_cxr = registry.METHODS[config.method].model_class.uses_cxr or "method" in values  # another trial's may
-    if of_images and (not uses_cxr or config.model.cxr_encoder == "features"):
-        message = f"{of_images[0]} has no effect: the trial reads no image; do not vary it"
-        raise UserError(message, field=of_images[0], value=values[of_images[0]])
-    varied = sorted(values.keys() & NO_AUGMENTATION.keys())
-    if varied and can_cache(config, encoders):
-        message = (
-            f"{varied[0]} has no effect: frozen encoders see each X-ray once, without augmentation; do not vary it"
-        )
-        raise UserError(message, field=varied[0], value=values[varied[0]])
-
-
-def features_key(config: ConfigDict) -> str:
-    """Return a key for the features, made of all config fields that may change them."""
-    without_effect = config_lib.names(affects_features=False)
-    return json.dumps({k: v for k, v in config_lib.flat(config).items() if k not in without_effect}, sort_keys=True)
-
-
 def with_features(run: run_lib.Run, features: dict[str, Features]) -> FrozenEncoderRun:
     return FrozenEncoderRun(run.config, run.dataset, run.options, run.devices, features=features)
 
@@ -186,7 +139,7 @@ def export(config: ConfigDict, workdir: Path, encoders: dict) -> None:
     A checkpoint of that state is left as it is: another process may be reading it.
     """
     run, store = run_lib.open_run(config, jax.local_devices()[:1]), trial_store.FileStore(workdir)
-    is_part = can_cache(config, encoders)
+    is_part = caching.can_cache(config, encoders)
     state, progress = store.best((with_features(run, {}) if is_part else run).abstract_state())
     if is_part:
         state = _with_encoders(state, warm_start.begin(run.fresh_state(), encoders))

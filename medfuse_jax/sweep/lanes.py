@@ -6,16 +6,11 @@ The time of one step of all trials is measured for several numbers of lanes, and
 import dataclasses
 import hashlib
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from medfuse_jax.runtime import errors, files
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import stacked_step
 
 _HINT = "delete it to measure the lanes again"
 
@@ -99,37 +94,21 @@ def lanes_for(num_trials: int, max_lanes: int, num_devices: int) -> int:
     return min(max_lanes, per_device if per_device >= max_lanes else 2 ** math.ceil(math.log2(per_device)))
 
 
-def measure(
-    train_fn: Callable,
-    stack_with: Callable[[int], list[stacked_step.Stack]],
-    max_lanes: int,
-    batch: dict,
-    on: stacked_step.Devices,
-) -> dict[int, float]:
-    """Return the seconds per step of all trials (median of five), by lanes: 1, then about double, up to `max_lanes`.
+def measure(seconds_with: Callable[[int], float], max_lanes: int) -> dict[int, float]:
+    """Return the seconds per step of all trials, by lanes: 1, then about double, up to `max_lanes`.
 
     Each number divides the trials into 2 ** n stacks with as little padding as possible (ten trials: 1, 2, 3, 5, 10).
     Stops after the first number that is slower than an earlier one, and before one that runs out of memory.
-    stack_with: lanes -> newly stacked trials. The measured updates are discarded.
+    seconds_with: lanes -> seconds, of trials that it stacks anew.
     """
     times_s = {}
     for lanes in sorted({math.ceil(max_lanes / 2**n) for n in range(max_lanes.bit_length() + 1)}):
         try:
-            times_s[lanes] = _time_step(train_fn, stack_with(lanes), batch, on)
-        except stacked_step.OUT_OF_MEMORY as error:
+            times_s[lanes] = seconds_with(lanes)
+        except (RuntimeError, MemoryError) as error:  # jax's error is a RuntimeError
             if not errors.is_out_of_memory(error):
                 raise
             break
         if times_s[lanes] > min(times_s.values()):
             break
     return times_s
-
-
-def _time_step(train_fn: Callable, stacks: list[stacked_step.Stack], batch: dict, on: stacked_step.Devices) -> float:
-    jax.block_until_ready(stacked_step.train_all(train_fn, stacks, batch, on))  # compile first
-    taken_s = []
-    for _ in range(5):
-        start_s = time.perf_counter()
-        jax.block_until_ready(stacked_step.train_all(train_fn, stacks, batch, on))
-        taken_s.append(time.perf_counter() - start_s)
-    return float(np.median(taken_s))

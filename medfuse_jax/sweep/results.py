@@ -17,7 +17,7 @@ from medfuse_jax import schema
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep.search import Trial, short_name
+from medfuse_jax.sweep.trial import Trial, short_name
 
 FINISHED, FAILED, PRUNED = "finished", "failed", "pruned"
 _CHOOSE = "choose another --workdir"
@@ -117,7 +117,7 @@ def claim(workdir: Path, config: ConfigDict, digest: str, search: dict, writes: 
         _check_unused(workdir)
     else:
         different = _search_difference(existing["search"], _as_json(search))
-        different = different or config_lib.difference(ConfigDict(existing["config"]), config)
+        different = different or config_lib.difference(config_lib.with_defaults(existing["config"]), config)
         if different:
             raise UserError(f"{workdir} holds another sweep ({different}): {_CHOOSE}", path=workdir, value=different)
         if existing["data"] != digest:

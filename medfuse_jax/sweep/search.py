@@ -18,9 +18,8 @@ from ml_collections import ConfigDict
 
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime.errors import UserError, check_choice, of_file
+from medfuse_jax.sweep.trial import ALIASES, Trial, short_name
 
-# Short names; other parameters go by the name of their config field.
-ALIASES = {"lr": "learning_rate", "dropout": "model.dropout", "ehr_only_ratio": "data.ehr_only_ratio"}
 # Hayat et al. 2022, 4.4: 10 learning rates, log-uniform in [1e-5, 1e-3].
 PAPER_SEARCH = "lr:loguniform(1e-5,1e-3)"
 _KINDS = ("loguniform", "uniform", "int", "choice")
@@ -61,37 +60,6 @@ class Parameter:
             return any(type(value) is type(choice) and value == choice for choice in self.values)
         low, high = self.values
         return type(value) is (int if self.kind == "int" else float) and low <= value <= high
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One trial: its number, and the fields in which its config differs from the sweep's."""
-
-    number: int
-    values: dict
-
-    def config(self, base: ConfigDict) -> ConfigDict:
-        """Return the sweep's config with the trial's values; raise UserError for a value of the wrong type."""
-        config = base.copy_and_resolve_references()
-        for field, value in self.values.items():
-            try:
-                config.update_from_flattened_dict({field: value})
-            except TypeError:
-                example = config_lib.flat(base)[field]
-                message = f"config.{field} is {value!r}; give a value like {example!r}"
-                raise UserError(message, field=f"config.{field}", value=value) from None
-        return config
-
-    @property
-    def lease(self) -> str:
-        return f"trial_{self.number:03d}"
-
-    def describe(self) -> str:
-        return ", ".join(f"{short_name(field)} {value}" for field, value in self.values.items())
-
-
-def short_name(field: str) -> str:
-    return {full: alias for alias, full in ALIASES.items()}.get(field, field)
 
 
 def parse(specs: list[str], config: ConfigDict) -> list[Parameter]:

@@ -11,6 +11,7 @@ divided, are a mesh of D x G for shard_map.
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable
 
 import jax
@@ -144,6 +145,17 @@ def train_all(train_fn: Callable, stacks: list[Stack], batch: dict, on: Devices)
         one.state, metrics = train_fn(one.state, batch, key=one.key, dropout=one.dropout)
         losses.append(metrics["loss"])
     return losses
+
+
+def step_s(train_fn: Callable, stacks: list[Stack], batch: dict, on: Devices) -> float:
+    """Return the seconds of a step of all trials, the median of five. The updates are discarded."""
+    jax.block_until_ready(train_all(train_fn, stacks, batch, on))  # compile first
+    taken_s = []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        jax.block_until_ready(train_all(train_fn, stacks, batch, on))
+        taken_s.append(time.perf_counter() - start_s)
+    return float(np.median(taken_s))
 
 
 def eval_all(eval_fn: Callable, stacks: list[Stack], batch: dict, on: Devices) -> tuple:

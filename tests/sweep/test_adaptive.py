@@ -9,6 +9,7 @@ import pytest
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import adaptive, command, results, search
+from medfuse_jax.sweep.trial import Trial
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed: pip install optuna")
 
@@ -141,7 +142,7 @@ def test_a_proposal_that_cannot_run_is_drawn_again(tmp_path):
         if trial.values["learning_rate"] > 0.5:
             raise UserError("too high", field="config.learning_rate")
 
-    random_trials = [search.Trial(t.number, {"learning_rate": t.values["learning_rate"] / 2}) for t in random_trials]
+    random_trials = [Trial(t.number, {"learning_rate": t.values["learning_rate"] / 2}) for t in random_trials]
     unchecked = _run(tmp_path / "unchecked", parameters, random_trials, 5)
     assert max(trial.values["learning_rate"] for trials in unchecked for trial in trials) > 0.5
     rounds = _run(tmp_path / "checked", parameters, random_trials, 5, check=check)

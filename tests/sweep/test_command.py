@@ -22,7 +22,9 @@ from medfuse_jax.data import device_store
 from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import command, groups, leases, results, search
+from medfuse_jax.sweep import command, groups, leases, results
+from medfuse_jax.sweep.sweep import Sweep
+from medfuse_jax.sweep.trial import Trial
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +148,12 @@ def test_trials_are_exported_and_chosen_after_the_shards_were_moved(tiny_config,
 
 def test_a_trials_config_follows_files_that_were_moved(tiny_config, tmp_path):
     tiny_config.data.cxr_features, tiny_config.model.cxr_encoder = "before.npz", "features"
-    trial = search.Trial(0, {})
+    trial = Trial(0, {})
     path = results.trial_dir(tmp_path, 0) / "config.json"
     path.parent.mkdir(parents=True)
-    config_lib.save(groups.Sweep(tiny_config, tmp_path, {}).config_of(trial), path)
+    config_lib.save(Sweep(tiny_config, tmp_path, {}).config_of(trial), path)
     tiny_config.data.cxr_features = "after.npz"
-    command._update_paths(groups.Sweep(tiny_config, tmp_path, {}), trial)
+    command._update_paths(Sweep(tiny_config, tmp_path, {}), trial)
     assert config_lib.load(path).data.cxr_features == str(Path("after.npz").absolute())
 
 

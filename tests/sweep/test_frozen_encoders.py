@@ -17,8 +17,10 @@ from medfuse_jax.runs import checkpoints, warm_start
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import frozen_encoders, groups, results, search, trial_store
+from medfuse_jax.sweep import caching, frozen_encoders, groups, results, trial_store, wave
 from medfuse_jax.sweep.costs import Costs
+from medfuse_jax.sweep.sweep import Sweep
+from medfuse_jax.sweep.trial import Trial
 
 
 @pytest.mark.nightly  # the fast version is test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model
@@ -44,10 +46,10 @@ def test_trials_on_frozen_encoders_have_the_results_of_single_runs(tiny_config, 
 @pytest.mark.parametrize("changes", [{"model.cxr_encoder": "features"}, {"method": "uni_ehr"}])
 def test_varying_images_that_are_not_read_is_refused(tiny_config, changes):
     values = {"image.crop_px": 28, "learning_rate": 1e-3}
-    frozen_encoders.check_values(values, tiny_config, {})
+    caching.check_values(values, tiny_config, {})
     tiny_config.update_from_flattened_dict(changes)
     with refused(field="image.crop_px"):
-        frozen_encoders.check_values(values, tiny_config, {})
+        caching.check_values(values, tiny_config, {})
 
 
 def test_varying_the_augmentation_of_frozen_encoders_is_refused(tiny_config, tmp_path):
@@ -62,15 +64,15 @@ def test_varying_the_augmentation_of_frozen_encoders_is_refused(tiny_config, tmp
 @pytest.mark.parametrize(("task", "shared"), [("pheno", True), ("decompensation", False)])
 def test_features_are_shared_where_a_stay_has_one_score(tiny_config, task, shared):
     tiny_config.method, tiny_config.task = "early", task
-    assert frozen_encoders.can_cache(tiny_config, dict.fromkeys(("ehr", "cxr"))) == shared
+    assert caching.can_cache(tiny_config, dict.fromkeys(("ehr", "cxr"))) == shared
 
 
 def test_features_are_not_shared_if_a_stay_may_have_several_x_rays(tiny_config):
     tiny_config.method, tiny_config.model.freeze_encoders = "medfuse", True
     encoders = dict.fromkeys(("ehr", "cxr"))
-    assert frozen_encoders.can_cache(tiny_config, encoders)
+    assert caching.can_cache(tiny_config, encoders)
     tiny_config.data.images = "all"
-    assert not frozen_encoders.can_cache(tiny_config, encoders)
+    assert not caching.can_cache(tiny_config, encoders)
 
 
 def _untrained(config, workdir):
@@ -103,14 +105,14 @@ def frozen_config(tiny_config, encoders):
 @pytest.mark.slow
 def test_methods_on_frozen_encoders_share_features_and_score_as_the_whole_model(frozen_config, encoders, tmp_path):
     """The config with another modality needs features of its own."""
-    trials = [search.Trial(i, {"method": name}) for i, name in enumerate(registry.with_field("frozen_encoders"))]
-    trials.append(search.Trial(len(trials), {"method": "medfuse", "model.modalities": "static"}))
-    together, costs, cached = groups.Sweep(frozen_config, tmp_path, encoders), Costs(), []
+    trials = [Trial(i, {"method": name}) for i, name in enumerate(registry.with_field("frozen_encoders"))]
+    trials.append(Trial(len(trials), {"method": "medfuse", "model.modalities": "static"}))
+    together, costs, cached = Sweep(frozen_config, tmp_path, encoders), Costs(), []
     for trial in trials:
-        if not frozen_encoders.can_cache(trial.config(frozen_config), encoders):
+        if not caching.can_cache(trial.config(frozen_config), encoders):
             continue
         cached.append(trial.values["method"])
-        run = groups.open_program(together, trial, costs, groups._devices(together, [trial])).run
+        run = groups.open_program(together, trial, costs, wave.devices_for(together, [trial])).run
         score_BK = _scorer(run)(run.fresh_state())
         assert np.isfinite(score_BK).all()
     assert cached == ["early", "joint", "joint_zeros", "joint_learnable", "medfuse", "drfuse", "shaspec", "medfuse"]
@@ -159,10 +161,10 @@ def test_features_are_computed_once_for_all_groups_that_share_them(frozen_config
     monkeypatch.setattr(frozen_encoders, "encode", lambda run, encoders: encoded.append(run.config) or {})
     values = [{}, {"beta2": 0.9}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16}, {"model.fusion_hidden": 4}]
     values += [{"method": "early"}, {"image.resize_px": 48, "image.crop_px": 48}, {"data.val_stays": "paired"}]
-    together, costs = groups.Sweep(frozen_config, tmp_path, encoders), Costs()
-    trials = [search.Trial(i, changed) for i, changed in enumerate(values)]
+    together, costs = Sweep(frozen_config, tmp_path, encoders), Costs()
+    trials = [Trial(i, changed) for i, changed in enumerate(values)]
     for trial in trials:
-        groups.open_program(together, trial, costs, groups._devices(together, [trial]))
+        groups.open_program(together, trial, costs, wave.devices_for(together, [trial]))
     assert [config.image.resize_px for config in encoded] == [32, 48, 32]
     assert len({together.group_key(trial) for trial in trials}) == len(trials)
 
@@ -184,9 +186,9 @@ def test_a_stopped_sweep_on_frozen_encoders_resumes_to_the_same_table(frozen_con
 
 def test_weights_of_losses_share_features(tiny_config):
     """Only what the frozen encoders compute counts."""
-    key = frozen_encoders.features_key(tiny_config)
+    key = caching.features_key(tiny_config)
     for name in tiny_config.loss:
         tiny_config.loss[name] = "stay" if name == "weighting" else 0.5
-    assert frozen_encoders.features_key(tiny_config) == key
+    assert caching.features_key(tiny_config) == key
     tiny_config.model.ehr_hidden += 1
-    assert frozen_encoders.features_key(tiny_config) != key
+    assert caching.features_key(tiny_config) != key

@@ -15,8 +15,10 @@ from medfuse_jax.runs import checkpoints
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import watchdog
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import frozen_encoders, groups, results, search, stacked_step
+from medfuse_jax.sweep import caching, groups, results, stacked_step, wave
 from medfuse_jax.sweep.costs import Costs
+from medfuse_jax.sweep.sweep import Sweep
+from medfuse_jax.sweep.trial import Trial
 
 _PLAIN = optax.identity()  # one object, so that equal options are equal, and runs share a program
 
@@ -55,7 +57,7 @@ def test_a_sweep_stopped_by_signals_resumes_to_the_same_table(ehr_config, tmp_pa
     """Within an epoch, and in a validation, which the resumed sweep then does first."""
     whole = sweep(ehr_config, tmp_path / "whole", RATES, 2, lanes=1)
     reached = []
-    for module, name in ((stacked_step, "train_all"), (groups, "_validate"), (groups, "_validate")):
+    for module, name in ((stacked_step, "train_all"), (wave, "_validate"), (wave, "_validate")):
         call = getattr(module, name)
 
         def signalled(*args, call=call):
@@ -147,16 +149,16 @@ def test_a_trial_that_ran_out_of_memory_can_be_tried_again(ehr_config, tmp_path,
 @pytest.mark.parametrize(
     ("module", "name", "error"),
     [
-        (frozen_encoders, "can_cache", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")),
+        (caching, "can_cache", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")),
         (stacked_step, "stack", MemoryError("Unable to allocate")),
     ],
     ids=["while frozen encoders run", "on the host"],
 )
 def test_trials_fail_wherever_memory_runs_out(ehr_config, tmp_path, monkeypatch, module, name, error):
-    trials = [search.Trial(i, {"learning_rate": 1e-3}) for i in range(2)]
-    sweep = groups.Sweep(ehr_config, tmp_path, {})
+    trials = [Trial(i, {"learning_rate": 1e-3}) for i in range(2)]
+    sweep = Sweep(ehr_config, tmp_path, {})
     config = sweep.config_of(trials[0])
-    monkeypatch.setattr(groups.Sweep, "config_of", lambda self, trial: config)
+    monkeypatch.setattr(Sweep, "config_of", lambda self, trial: config)
 
     def fails(*args):
         raise error
@@ -222,38 +224,38 @@ def test_trials_that_differ_in_model_or_data_are_in_different_groups(tiny_config
         {"data.ehr_only_ratio": 0.2},
         {"method": "mmtm3", "seed": 1},
     ]
-    trials = [search.Trial(i, v) for i, v in enumerate(values)]
-    split = groups.split_into_groups(groups.Sweep(tiny_config, tmp_path, {}), trials)
+    trials = [Trial(i, v) for i, v in enumerate(values)]
+    split = groups.split_into_groups(Sweep(tiny_config, tmp_path, {}), trials)
     assert [[trial.number for trial in group] for group in split] == [[0, 2], [1, 4], [3]]
 
 
 def test_a_group_keeps_its_key_if_the_sweep_and_the_shards_are_moved(tiny_config, tmp_path):
     """Its lanes are then found again. Other encoders are another group."""
     tiny_config.pretrain.ehr = {"method": "uni_ehr"}
-    trial, keys = search.Trial(0, {"learning_rate": 1e-3}), []
+    trial, keys = Trial(0, {"learning_rate": 1e-3}), []
     for folder in ("before", "after"):
         tiny_config.data.dir = str(tmp_path / folder / "shards")
         tiny_config.data.cxr_features = str(tmp_path / folder / "features.npz")
         encoders = {"ehr": (tmp_path / folder / "pretrain_ehr", None)}
-        keys.append(groups.Sweep(tiny_config, tmp_path / folder, encoders).group_key(trial))
+        keys.append(Sweep(tiny_config, tmp_path / folder, encoders).group_key(trial))
     assert keys[0] == keys[1] and "pretrain_ehr" in keys[0]
-    files = [search.Trial(i, {"data.cxr_features": f"{i}.npz"}) for i in range(2)]  # a search over files
-    of_files = groups.Sweep(tiny_config, tmp_path, encoders)
+    files = [Trial(i, {"data.cxr_features": f"{i}.npz"}) for i in range(2)]  # a search over files
+    of_files = Sweep(tiny_config, tmp_path, encoders)
     assert of_files.config_of(files[0]).data.cxr_features == str(Path("0.npz").absolute())
     assert len({of_files.group_key(trial) for trial in files}) == 2
     tiny_config.init.cxr = str(tmp_path / "given")
     encoders["cxr"] = (tmp_path / "given", None)
-    assert groups.Sweep(tiny_config, tmp_path / "after", encoders).group_key(trial) != keys[1]
+    assert Sweep(tiny_config, tmp_path / "after", encoders).group_key(trial) != keys[1]
 
 
 def _open(sweep, trial):
-    return groups.open_program(sweep, trial, Costs(), groups._devices(sweep, [trial]))
+    return groups.open_program(sweep, trial, Costs(), wave.devices_for(sweep, [trial]))
 
 
 def test_groups_with_equal_steps_share_their_programs(ehr_config, tmp_path):
-    sweep = groups.Sweep(ehr_config, tmp_path, {})
+    sweep = Sweep(ehr_config, tmp_path, {})
     values = [{}, {"data.ehr_only_ratio": 0.5}, {"batch_size": 16, "model.dropout": 0.1}, {"beta2": 0.9}]
-    programs = [_open(sweep, search.Trial(i, changed)) for i, changed in enumerate(values)]
+    programs = [_open(sweep, Trial(i, changed)) for i, changed in enumerate(values)]
     assert [program.train_fn is programs[0].train_fn for program in programs] == [True, True, True, False]
     assert [program.eval_fn is programs[0].eval_fn for program in programs] == [True, True, True, False]
 
@@ -367,9 +369,9 @@ class _Others:
     ],
 )
 def test_a_process_claims_its_share(ehr_config, tmp_path, idle, divides, taken, claimed):
-    trials = [search.Trial(i, {"beta2": 0.9 if i < 8 else 0.99}) for i in range(20)]
-    leases = _Others(idle, [search.Trial(i, {}).lease for i in taken])
-    sweep = groups.Sweep(ehr_config, tmp_path, {}, leases, divides=divides)
+    trials = [Trial(i, {"beta2": 0.9 if i < 8 else 0.99}) for i in range(20)]
+    leases = _Others(idle, [Trial(i, {}).lease for i in taken])
+    sweep = Sweep(ehr_config, tmp_path, {}, leases, divides=divides)
     assert [trial.number for trial in groups.claim(sweep, [trials[:8], trials[8:]])] == list(claimed)
     assert leases.held == [trials[i].lease for i in claimed]
 
@@ -377,9 +379,9 @@ def test_a_process_claims_its_share(ehr_config, tmp_path, idle, divides, taken, 
 @pytest.mark.slow
 def test_trials_are_given_up_to_idle_processes_and_can_be_resumed(ehr_config, tmp_path):
     """After the first save. A trial that this process does not hold is not trained."""
-    trials = [search.Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(6)]
+    trials = [Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(6)]
     leases = _Others(idle=1)
-    sweep = groups.Sweep(ehr_config, tmp_path, {}, leases, lanes=1)
+    sweep = Sweep(ehr_config, tmp_path, {}, leases, lanes=1)
     for trial in trials[:5]:
         leases.claim(trial.lease)
     ehr_config.num_epochs = 2
@@ -388,5 +390,5 @@ def test_trials_are_given_up_to_idle_processes_and_can_be_resumed(ehr_config, tm
     assert leases.released[:2] == [trials[3].lease, trials[4].lease], "half of five, at the first save"
     epochs = [json.loads(line)["epoch"] for line in (results.trial_dir(tmp_path, 4) / "metrics.jsonl").open()]
     assert epochs == [1, 1] and not results.trial_dir(tmp_path, 5).exists()
-    groups.train_group(groups.Sweep(ehr_config, tmp_path, {}), trials[4:5], Costs())
+    groups.train_group(Sweep(ehr_config, tmp_path, {}), trials[4:5], Costs())
     assert len((results.trial_dir(tmp_path, 4) / "metrics.jsonl").read_text().splitlines()) == 4

@@ -8,8 +8,10 @@ import pytest
 
 from medfuse_jax import run as run_lib
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import groups, lanes, search, stacked_step
+from medfuse_jax.sweep import groups, lanes, stacked_step
 from medfuse_jax.sweep.costs import Costs
+from medfuse_jax.sweep.sweep import Sweep
+from medfuse_jax.sweep.trial import Trial
 
 
 @pytest.mark.parametrize(
@@ -29,44 +31,35 @@ def test_lanes_shrink_by_powers_of_two(num_trials, max_lanes, num_devices, expec
         ({1: MemoryError()}, []),
     ],
 )
-def test_more_lanes_are_measured_while_they_are_faster(monkeypatch, step_s, measured):
-    class Stacked:
-        """A placeholder for the stacked states, which fill the device's memory."""
+def test_more_lanes_are_measured_while_they_are_faster(step_s, measured):
+    def seconds_with(num_lanes):
+        if isinstance(step_s[num_lanes], Exception):
+            raise step_s[num_lanes]
+        return step_s[num_lanes]
 
-    alive = weakref.WeakSet()
-
-    def stack_with(num_lanes):
-        assert not alive, "only one stack at a time"
-        alive.add(stacked := Stacked())
-        stacked.lanes = num_lanes
-        return stacked
-
-    def time_step(train_fn, stacked, batch, devices):
-        if isinstance(step_s[stacked.lanes], Exception):
-            raise step_s[stacked.lanes]
-        return step_s[stacked.lanes]
-
-    monkeypatch.setattr(lanes, "_time_step", time_step)
-    assert list(lanes.measure(None, stack_with, 10, {}, [])) == measured
+    assert list(lanes.measure(seconds_with, 10)) == measured
 
 
 def test_measuring_leaves_the_states_unchanged(ehr_config, tmp_path, monkeypatch):
     alone = [[device] for device in jax.local_devices()]
-    program = groups.open_program(groups.Sweep(ehr_config, tmp_path, {}), search.Trial(0, {}), Costs(), alone)
+    program = groups.open_program(Sweep(ehr_config, tmp_path, {}), Trial(0, {}), Costs(), alone)
     states = [jax.device_get(program.run.fresh_state())] * 4
     before = jax.tree.map(np.copy, states)
     batch = next(program.run.batches("train", program.run.train_plan(epoch=1)))
-    train_all, calls = stacked_step.train_all, []
+    train_all, calls, stacked = stacked_step.train_all, [], []
 
     def counted(train_fn, stacks, batch, devices):
         calls.append((len(stacks), stacks[0].dropout.shape[1]))
         return train_all(train_fn, stacks, batch, devices)
 
-    def stack_with(num_lanes):
-        return stacked_step.stack(states, [0, 1, 2, 3], [0.1] * 4, num_lanes, program.devices)
+    def seconds_with(num_lanes):
+        assert all(stack() is None for stack in stacked), "only one stack at a time: each fills the device's memory"
+        stacks = stacked_step.stack(states, [0, 1, 2, 3], [0.1] * 4, num_lanes, program.devices)
+        stacked.append(weakref.ref(stacks[0]))
+        return stacked_step.step_s(program.train_fn, stacks, batch, program.devices)
 
     monkeypatch.setattr(stacked_step, "train_all", counted)
-    times_s = lanes.measure(program.train_fn, stack_with, 2, batch, program.devices)
+    times_s = lanes.measure(seconds_with, 2)
     assert set(times_s) == {1, 2} and min(times_s.values()) > 0
     assert calls == [(2, 1)] * 6 + [(1, 2)] * 6, "one call to compile and five to time"
     jax.tree.map(np.testing.assert_array_equal, states, before)
@@ -86,19 +79,20 @@ def test_a_group_measures_its_lanes_once_on_its_longest_batch(ehr_config, tmp_pa
     """Later rounds and resumed sweeps use the stored number."""
     measured = []
 
-    def measure(train_fn, stack_with, max_lanes, batch, devices):
-        measured.append((max_lanes, batch["ehr"].shape[2]))
-        return {1: 1.0, max_lanes: 0.5}
+    def step_s(train_fn, stacks, batch, devices):
+        num_lanes = stacks[0].dropout.shape[1]
+        measured.append((num_lanes, batch["ehr"].shape[2]))
+        return 1 / num_lanes
 
-    monkeypatch.setattr(lanes, "measure", measure)
+    monkeypatch.setattr(stacked_step, "step_s", step_s)
     ehr_config.num_epochs, ehr_config.data.max_buckets = 1, 3
     padded_length_S = _shuffle_short_batch_first(ehr_config)
-    trials = [search.Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(9)]
-    sweep = groups.Sweep(ehr_config, tmp_path, {})
+    trials = [Trial(i, {"learning_rate": 1e-3 * (i + 1)}) for i in range(9)]
+    sweep = Sweep(ehr_config, tmp_path, {})
     groups.train_group(sweep, trials[:3], Costs())
     groups.train_group(sweep, trials[3:6], Costs())
-    groups.train_group(groups.Sweep(ehr_config, tmp_path, {}), trials[2:9], Costs())
-    assert measured == [(2, padded_length_S.max())]
+    groups.train_group(Sweep(ehr_config, tmp_path, {}), trials[2:9], Costs())
+    assert measured == [(1, padded_length_S.max()), (2, padded_length_S.max())]
 
 
 def _never():

@@ -7,7 +7,8 @@ from sweep_cases import sweep
 
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime.errors import UserError
-from medfuse_jax.sweep import command, pruning, results, search
+from medfuse_jax.sweep import command, pruning, results
+from medfuse_jax.sweep.trial import Trial
 
 _APART = ["lr:choice(0.00001,0.001,0.01)"]  # no two trials reach the same AUROC
 
@@ -20,7 +21,7 @@ def _write(workdir, number, aurocs, status=None):
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"phase": "tr')
     if status:
         reached = {"val_auroc": max(aurocs), "best_epoch": 1, "epochs": len(aurocs)}
-        results.write_record(workdir, search.Trial(number, {}), status, **reached)
+        results.write_record(workdir, Trial(number, {}), status, **reached)
 
 
 def _pruned(workdir, rule, epoch):

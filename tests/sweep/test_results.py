@@ -9,7 +9,7 @@ import pytest
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results
-from medfuse_jax.sweep.search import Trial
+from medfuse_jax.sweep.trial import Trial
 
 _SEARCH = {"algorithm": "random", "trials": [{"learning_rate": 1e-3}, {"learning_rate": 1e-4}]}
 _OPTUNA = {"algorithm": "optuna", "search": ["lr"], "round": 2, "trials": 3, "seed": 0}
@@ -32,6 +32,16 @@ def test_a_sweep_resumes_only_on_the_build_of_the_data_it_started_with(config, t
     results.claim(tmp_path, config, "digest", _SEARCH)
     config.data.dir = "shards"
     assert str(_refusal(tmp_path, config, digest="another").path) == "shards/pheno"
+
+
+def test_a_sweep_from_before_a_field_existed_resumes(config, tmp_path):
+    results.claim(tmp_path, config, "digest", _SEARCH)
+    stored = json.loads((tmp_path / "sweep.json").read_text())
+    del stored["seal"], stored["config"]["model"]["cxr_encoder"]
+    (tmp_path / "sweep.json").write_text(json.dumps(stored))
+    results.claim(tmp_path, config, "digest", _SEARCH)
+    config.model.cxr_encoder = "resnet50"
+    assert "config.model.cxr_encoder is resnet34 there" in str(_refusal(tmp_path, config))
 
 
 def test_a_folder_of_runs_is_refused(config, tmp_path):

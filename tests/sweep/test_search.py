@@ -8,6 +8,7 @@ import pytest
 from medfuse_jax import config as config_lib
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import search
+from medfuse_jax.sweep.trial import Trial
 
 _CONFIG = config_lib.default()
 
@@ -109,7 +110,7 @@ def test_a_parameter_named_twice_is_refused():
 
 
 def test_a_trial_leaves_the_config_of_the_sweep_unchanged():
-    trial = search.Trial(0, {"learning_rate": 0.5, "image.flip": False, "method": "mmtm3"})
+    trial = Trial(0, {"learning_rate": 0.5, "image.flip": False, "method": "mmtm3"})
     config = trial.config(_CONFIG)
     assert (config.learning_rate, config.image.flip, config.method) == (0.5, False, "mmtm3")
     assert (_CONFIG.learning_rate, _CONFIG.image.flip, _CONFIG.method) == (1e-4, True, "medfuse")
@@ -139,7 +140,7 @@ def test_a_config_can_list_its_trials(tmp_path):
 
 def test_a_value_of_the_wrong_type_is_refused():
     with pytest.raises(UserError) as error:
-        search.Trial(0, {"learning_rate": "x"}).config(_CONFIG)
+        Trial(0, {"learning_rate": "x"}).config(_CONFIG)
     assert (error.value.field, error.value.value) == ("config.learning_rate", "x")
 
 
