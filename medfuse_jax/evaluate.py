@@ -15,7 +15,7 @@ from medfuse_jax.data import missing
 from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
-from medfuse_jax.report import read_runs, terminal
+from medfuse_jax.report import terminal
 from medfuse_jax.runs import calibration, checkpoints, predictions, result, robustness, sources
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
@@ -171,7 +171,7 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
     optional = {"modalities": loading.listed(config.model.modalities), "head": what.head, "dropped": what.dropped}
     for encoder in registry.METHODS[config.method].encoders:
         name = f"{encoder}_encoder"
-        if config.model[name] in read_runs.ENCODERS[name]:
+        if config.model[name] != config_lib.FIELDS[f"model.{name}"].default:
             optional[name] = config.model[name]
     optional["images"] = "" if config.data.images == "last" else config.data.images
     return {

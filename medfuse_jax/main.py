@@ -32,7 +32,7 @@ def run_all(config: ConfigDict, given_folder: str | None) -> None:
     from medfuse_jax import run as run_lib
     from medfuse_jax.data import synthetic
     from medfuse_jax.report import pages
-    from medfuse_jax.runs import sources, workdir
+    from medfuse_jax.runs import preflight, sources, workdir
     from medfuse_jax.runtime import hosts
 
     hosts.check_same("configs", json.dumps(config_lib.flat(config), sort_keys=True))
@@ -47,7 +47,7 @@ def run_all(config: ConfigDict, given_folder: str | None) -> None:
     hosts.check_same("data", run.dataset.digest)
     workdir.check(folder, run)
     given, stages = sources.find(run, folder)
-    train.preflight(run, stages)
+    preflight.check(run, stages)
 
     with workdir.locked(folder):
         workdir.claim(folder, run)
@@ -64,9 +64,10 @@ def run_all(config: ConfigDict, given_folder: str | None) -> None:
 
 
 def _default_workdir(config: ConfigDict) -> str:
-    """Return one folder per config, so that rerunning the command resumes it."""
+    """Return one folder per config, so that rerunning the command resumes it, also after a field was added."""
+    default = config_lib.flat(config_lib.default())
     fields = {name: value for name, value in config_lib.flat(config).items() if not config_lib.is_execution_only(name)}
-    content = json.dumps(fields, sort_keys=True)
+    content = json.dumps({name: v for name, v in fields.items() if v != default.get(name)}, sort_keys=True)
     return f"runs/{config.name}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 

@@ -6,7 +6,7 @@ Each of `configs/*.py` starts from `default()` and sets what differs. docs/confi
 from collections.abc import Iterable
 from pathlib import Path
 
-from medfuse_jax.config.checks import check_devices, profile_steps, validate
+from medfuse_jax.config.checks import check_devices, parse_profile_steps, validate
 from medfuse_jax.config.fields import (
     FIELDS,
     MOVABLE,
@@ -30,9 +30,12 @@ from medfuse_jax.runtime.errors import UserError
 
 __all__ = [
     "FIELDS", "MOVABLE", "Field", "check_devices", "default", "describe", "difference", "flat", "is_execution_only",
-    "load", "names", "pretraining", "profile_steps", "reads_features", "save", "section", "stage", "stages", "table",
-    "validate",
+    "load", "names", "parse_profile_steps", "pretraining", "reads_features", "save", "section", "stage", "stages",
+    "table", "validate", "with_defaults",
 ]  # fmt: skip
+
+
+_IN_EVERY_VERSION = {"name", "task", "method"}
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -41,19 +44,30 @@ def save(config: ConfigDict, path: Path) -> None:
 
 
 def load(path: Path) -> ConfigDict:
-    """Read what `save` wrote; raise UserError if it is missing or not a valid config."""
+    """Read what `save` wrote; raise UserError if it is missing or not a valid config.
+
+    A field that it lacks gets its default (`with_defaults`).
+    """
     content = files.read_json(path, f"{path.parent} is not the workdir of a run, or was damaged: use another --workdir")
-    config = ConfigDict(_lists_to_tuples(content))
-    for name in names(execution_only=True):  # a run of an older version may lack some; they change no result
-        section, _, key = name.rpartition(".")
-        part = config.get(section, {}) if section else config
-        if isinstance(part, ConfigDict) and key not in part:
-            part[key] = FIELDS[name].default
+    config = with_defaults(_lists_to_tuples(content))
     try:
         validate(config)
     except UserError as error:
         what = f"{path} is of another version or was edited: {error}"
         raise UserError(what, field=error.field, path=path, value=error.value) from None
+    return config
+
+
+def with_defaults(content: dict) -> ConfigDict:
+    """Return a stored config, in which a field that an earlier version did not have is what was done until then."""
+    config = ConfigDict(content)
+    for name in (name for name in FIELDS if name not in _IN_EVERY_VERSION):
+        section, _, key = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        part = config[section] if section else config
+        if isinstance(part, ConfigDict) and key not in part:
+            part[key] = FIELDS[name].default
     return config
 
 
