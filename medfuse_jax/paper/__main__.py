@@ -155,10 +155,13 @@ def _estimate(plan: Plan, times: int) -> str:
     def config_of(training: Training):
         return trainings_lib.config_of(training, plan.settings, {}, training.rate)
 
-    total_s, what = estimate.seconds(plan.trainings, config_of, plan.settings.trials)
+    of = estimate.estimate(plan.trainings, config_of, plan.settings.trials)
+    measured = f"{1000 * of.ehr_s:.0f} ms for the series of a batch and {1000 * of.image_s:.0f} ms for an X-ray"
     return (
-        f"at most {_duration(times * total_s)} on this machine, one training after another ({what}); early stopping, "
-        "trials side by side and more devices shorten it"
+        f"one training after another, at most {_duration(times * of.steps_s)} of training steps on this machine "
+        f"({measured}, measured here), and about {_duration(times * of.start_s)} to start, compile and score "
+        f"{times * len(plan.trainings)} runs and sweeps; early stopping, trials side by side and more devices "
+        "shorten it"
     )
 
 
