@@ -93,6 +93,13 @@ class Cohort:
         return [self.split_of.get(subject, "train") for subject in frame["subject_id"]]
 
 
+# The labels of a task, int8 [cohort, K], a row for each stay. Those of hourly tasks are in labels/hourly.py.
+_LABELS = {
+    "pheno": lambda people: people.pheno_label_NK,
+    "mortality": lambda people: mortality.labels(people.stays),
+}
+
+
 def image_hashes(source: Source, images: pl.DataFrame | None, names: list[str]) -> dict[str, str | None]:
     """Map each task to a hash of the files of all X-rays it may use."""
     if images is None:
@@ -118,8 +125,10 @@ def make(
 
     images: from `metadata.read_metadata`, None without X-rays. inputs: task -> the manifest fields that identify it.
     """
-    people = _read_cohort(source)
     stay_tasks = [TASKS[name] for name in inputs if not TASKS[name].cxr_only]
+    if unlabelled := [task.name for task in stay_tasks if not task.hourly and task.name not in _LABELS]:
+        raise AssertionError(f"data_prep.pipeline._LABELS has no labels for the task {unlabelled[0]!r}")
+    people = _read_cohort(source)
     arrays, events_dir = {}, None
     if stay_tasks:
         events_dir = _extract_events(cache_dir, source, fingerprint, people)
@@ -198,7 +207,7 @@ def _stay_task(
         rows = arrays.row[predicted.position_N]
         pairs = pairs.filter(pl.col("stay_id").is_in(people.stays[rows]["stay_id"].implode()))
         counts["predictions"] = hourly.counts(predicted, np.array(splits)[rows], task.labels)
-    labels = predicted or _stay_labels(people, task)
+    labels = predicted or _LABELS[task.name](people)
     all_images = source.holds_all_images(task)
     index, records_of = datasets.stay_dataset(people.stays, splits, arrays, labels, pairs, store, all_images)
     counts["variables"] = describe.variables(arrays)
@@ -209,15 +218,6 @@ def _stay_task(
     if task.name == "pheno":
         counts["diagnosis_codes"] = people.icd_counts
     return index, records_of, counts
-
-
-def _stay_labels(people: Cohort, task: Task) -> np.ndarray:
-    """Return a task's labels, int8 [cohort, K], a row for each stay. A new task gets its own case here."""
-    if task.name == "pheno":
-        return people.pheno_label_NK
-    if task.name == "mortality":
-        return mortality.labels(people.stays)
-    raise AssertionError(f"data_prep.pipeline._stay_labels has no labels for the task {task.name!r}")
 
 
 def _read_cohort(source: Source) -> Cohort:
