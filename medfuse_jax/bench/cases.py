@@ -188,8 +188,8 @@ def _devices() -> list[Case]:
 
 
 def _dispatch() -> list[Case]:
-    """Return the case that compares a call of a step in one process with a call in two."""
-    return [Case(kind="dispatch", peers=())]
+    """Return the cases that compare a call of a step in one process, by pmap and by shard_map, with a call in two."""
+    return [Case(kind="dispatch", peers=(), parallel=mode) for mode in ("pmap", "shard_map")]
 
 
 def _growth() -> list[Case]:

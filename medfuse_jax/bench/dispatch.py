@@ -1,8 +1,9 @@
-"""What a call of a step costs the host: one process with its default, against two that train one run together.
+"""What a call of a step costs the host: in one process, against one of two that train one run together.
 
-The step touches as many arrays as MedFuse's and computes next to nothing, so that its time is that of the call. The
-processes have one device each and exchange nothing within the step: how long that takes depends on the network. CPUs
-stand for any device, because the call's cost is the host's.
+One process calls as config.parallel says; the devices of two are always a mesh, as by shard_map (parallel.py). The step
+touches as many arrays as MedFuse's and computes next to nothing, so that its time is that of the call. The processes
+have one device each and exchange nothing within the step: how long that takes depends on the network. CPUs stand for
+any device, because the call's cost is the host's.
 
 Each start is a separate process: `python -m medfuse_jax.bench.dispatch NUM_PROCESSES PROCESS PORT PARALLEL`.
 """
