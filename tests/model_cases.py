@@ -21,8 +21,8 @@ TINY = {"resnet_stage_sizes": (1, 1, 1, 1), "resnet_width": 4, "ehr_hidden": 8, 
 # Two stages compile in half the time of four; the exchange of MMTM and DAFT is then after the first.
 TINIER = {**TINY, "resnet_stage_sizes": (1, 1)}
 
-# Every method but those that are another with a number or a part less: the first three are joint_learnable without its
-# vector, and the two stages of a method differ in a number only.
+# All methods but those whose code another covers: early, joint and joint_zeros are joint_learnable without its vector;
+# mmtm4 and daft4 are mmtm3 and daft3 at another stage.
 _ALIKE = ("early", "joint", "joint_zeros", "mmtm4", "daft4")
 DISTINCT_METHODS = tuple(name for name in registry.METHODS if name not in _ALIKE)
 
