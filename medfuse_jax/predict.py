@@ -59,8 +59,7 @@ def predict(
     """
     check_choice("--split", split, (*schema.SPLITS, ALL))
     folder = Path(workdir)
-    if workdir_lib.is_ensemble(folder):
-        raise UserError(f"{folder} holds an ensemble, which has no weights: give a run's workdir", path=folder)
+    workdir_lib.check_has_weights(folder)
     folder = sweep_results.chosen_dir(folder) if workdir_lib.is_sweep(folder) else folder
     scored = schema.SPLITS if split == ALL else (split,)
     run = _open_run(folder, Path(data_dir), devices or parallel.devices(), scored, cxr_features)
@@ -91,12 +90,9 @@ def _open_run(
         what += f"{config.data.fold} of {config.data.folds}; any of them may hold patients that the run was trained on"
         print(f"warning: {what}", flush=True)
         config.data.folds = config.data.fold = 0
-    reads_features = config_lib.reads_features(config)
-    if cxr_features and not reads_features:
-        what = f"--cxr_features={cxr_features}, and {workdir} reads no precomputed features: leave it out"
-        raise UserError(what, field="--cxr_features", value=str(cxr_features))
+    workdir_lib.check_reads_features(workdir, config, cxr_features)
     features = None
-    if reads_features:
+    if config_lib.reads_features(config):
         features = _features(config, data_dir, splits, expected["cxr_features"], cxr_features)
     config.data.dir = str(data_dir)
     statistics = (expected["mean"], expected["std"])

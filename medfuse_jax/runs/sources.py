@@ -25,8 +25,7 @@ def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str
     devices: by default all of this process. data_dir, cxr_features: the new places of its shards and of its file of
     precomputed features, if moved; saved in the workdir's config.
     """
-    if workdir_lib.is_ensemble(workdir):
-        raise UserError(f"{workdir} holds an ensemble, which has no weights: give a run's workdir", path=workdir)
+    workdir_lib.check_has_weights(workdir)
     if workdir_lib.is_sweep(workdir):
         raise UserError(f"{workdir} holds a sweep: give a trial, such as {workdir / 'trials' / '000'}", path=workdir)
     path = workdir / "config.json"
@@ -37,13 +36,10 @@ def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --data_dir=NEW"
         message = f"the shards of {workdir}, {config.data.dir}, are gone: give their new folder once: {how}"
         raise UserError(message, field="--data_dir", path=config.data.dir)
-    reads_features = config_lib.reads_features(config)
+    workdir_lib.check_reads_features(workdir, config, cxr_features)
     if cxr_features:
-        if not reads_features:
-            what = f"--cxr_features={cxr_features}, and {workdir} reads no precomputed features: leave it out"
-            raise UserError(what, field="--cxr_features", value=cxr_features)
         config.data.cxr_features = cxr_features
-    elif reads_features and not Path(file := config.data.cxr_features).is_file():
+    elif config_lib.reads_features(config) and not Path(file := config.data.cxr_features).is_file():
         how = f"python -m medfuse_jax.evaluate --workdir={workdir} --cxr_features=NEW"
         message = f"{file}, the X-ray features of {workdir}, does not exist; if it moved, pass its new path once: {how}"
         raise UserError(message, field="--cxr_features", path=file)

@@ -89,6 +89,19 @@ def check_data(workdir: Path, run) -> None:
     )
 
 
+def check_has_weights(workdir: Path) -> None:
+    """Raise UserError for the workdir of an ensemble."""
+    if is_ensemble(workdir):
+        raise UserError(f"{workdir} holds an ensemble, which has no weights: give a run's workdir", path=workdir)
+
+
+def check_reads_features(workdir: Path, config, cxr_features: Path | str) -> None:
+    """Raise UserError if --cxr_features is given, and the run of this config reads no precomputed features."""
+    if cxr_features and not config_lib.reads_features(config):
+        what = f"--cxr_features={cxr_features}, and {workdir} reads no precomputed features: leave it out"
+        raise UserError(what, field="--cxr_features", value=str(cxr_features))
+
+
 def is_ensemble(workdir: Path) -> bool:
     """Return whether medfuse_jax.ensemble created the workdir."""
     try:
