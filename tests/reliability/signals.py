@@ -187,11 +187,11 @@ def _phase(attacked: Attacked, out: Path) -> str:
     return "training" if any(out.rglob("metrics.jsonl")) else "opening"
 
 
-def shards(folder: Path) -> Path:
+def shards(folder: Path, stays: int = 400) -> Path:
     """Build a synthetic cohort in the folder, unless it is there; return its shards."""
     raw, built = folder / "raw", folder / "shards"
     if not built.exists():
-        for command in (["data_prep.synthetic", f"--out={raw}", "--stays=400"], of_build(raw).arguments(built)):
+        for command in (["data_prep.synthetic", f"--out={raw}", f"--stays={stays}"], of_build(raw).arguments(built)):
             subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
     return built
 
