@@ -1,9 +1,10 @@
 """Train for hours with a kill or a signal every few minutes, beside an undisturbed run, and compare the two.
 
-    PYTHONPATH=.:tests python -m reliability.endurance --minutes=120 --seed=0 --dir=DIR [--json=FILE]
+    PYTHONPATH=.:tests python -m reliability.endurance --minutes=120 --seed=0 --dir=DIR [--stays=4000] [--json=FILE]
 
-The epoch to end with is chosen when the time is over, so that the length does not depend on the machine. Prints one
-line a life of the process and, as JSON, what came of them: docs/reliability.md.
+--stays, --width and --save_every set the length of an epoch, and how many steps a kill may cost. The epoch to end with
+is chosen when the time is over, so that the length does not depend on the machine. Prints one line a life of the
+process and, as JSON, what came of them: docs/reliability.md.
 """
 
 import argparse
@@ -18,13 +19,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from reliability import signals
 from sweep_commands import ROOT, write_config
 
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _ENDLESS = 10**6  # epochs
-_MOST_AHEAD = 20  # epochs: the undisturbed run waits for the other
-_SETTLED = 20  # epochs of a life after which its memory is compared
+_MOST_AHEAD = 4  # epochs: the undisturbed run waits for the other
+_FEWEST = 5  # epochs of a life whose memory is compared
 # Run `main` until the epoch in the file LAST, which is written while it trains.
 _MAIN = f"""
 import pathlib, runpy
@@ -146,14 +148,19 @@ def _end(life: Life, number: signal.Signals, counts: collections.Counter) -> lis
     return [f"{number.name}: {status}: {printed[-500:]}"] if status != expected or "Traceback" in printed else []
 
 
-def memory(life: Life) -> dict[str, float]:
-    """Return the megabytes of a process: when it has settled, at most after that, and at its end."""
-    later = {epochs: rss / 1e6 for epochs, rss in life.rss.items() if epochs >= _SETTLED}
-    if not later:
-        return {}
-    first, last = min(later), max(later)
-    found = {"epochs": last, "settled": later[first], "most": max(later.values()), "last": later[last]}
-    return {name: round(value, 1) for name, value in found.items()}
+def memory(life: Life) -> dict:
+    """Return the megabytes of a process: each tenth's median, the third's (settled) and the last one's, and the most.
+
+    settled: after a fifth of the epochs. most: after that.
+    """
+    mb = [life.rss[epochs] / 1e6 for epochs in sorted(life.rss) if epochs]
+    if len(mb) < _FEWEST:
+        return {"epochs": len(mb)}
+    tenths = [round(float(np.median(tenth)), 1) for tenth in np.array_split(mb, 10) if len(tenth)]
+    fifth = len(mb) // 5
+    settled, last = mb[fifth : max(3 * len(mb) // 10, fifth + 1)], mb[-max(len(mb) // 10, 1) :]
+    found = {"settled": np.median(settled), "most": max(mb[fifth:]), "last": np.median(last)}
+    return {"epochs": max(life.rss)} | {name: round(float(v), 1) for name, v in found.items()} | {"tenths": tenths}
 
 
 def main() -> None:
@@ -162,17 +169,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--between_s", default="120,240", help="least and most seconds from a start to its end")
+    parser.add_argument("--stays", type=int, default=400, help="of the synthetic cohort")
+    parser.add_argument("--width", type=int, default=8, help="of the LSTMs, and twice the width of the ResNet")
+    parser.add_argument("--save_every", type=int, default=0, help="config.checkpoint_every_steps")
     parser.add_argument("--json", type=Path, help="where to write the result too")
     given = parser.parse_args()
     given.dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore it
-    shards = signals.shards(given.dir)
+    shards = signals.shards(given.dir, given.stays)
     fields: dict = {"method": "medfuse", "placement": "stream", "early_stop_epochs": _ENDLESS}
+    fields["model"] = {"ehr_hidden": given.width, "fusion_hidden": given.width, "resnet_width": given.width // 2}
+    fields["checkpoint_every_steps"] = given.save_every
     fields["plateau_epochs"] = _ENDLESS  # else the rate would be halved to nothing, and all later states the same
     fields["pretrain"] = {"cxr": {"method": "uni_cxr", "task": "radiology", "num_epochs": 2}}
     config = write_config(given.dir, shards, _ENDLESS, fields)
     least_s, most_s = map(float, given.between_s.split(","))
-    result = {"seed": given.seed} | endure(config, given.dir, given.minutes, (least_s, most_s), given.seed)
+    settings = {name: getattr(given, name) for name in ("seed", "stays", "width", "save_every")}
+    result = settings | endure(config, given.dir, given.minutes, (least_s, most_s), given.seed)
     text = json.dumps(result)
     print(text)
     if given.json:

@@ -2,7 +2,8 @@
 
     PYTHONPATH=.:tests python -m reliability.signals --signals=200 --seed=0 --dir=DIR [--commands=build,main,sweep]
 
-Prints one line a signal and, as JSON, what came of them: docs/reliability.md.
+With --within_s=8, it attacks how they start. Prints one line a signal and, as JSON, what came of them:
+docs/reliability.md.
 """
 
 import argparse
@@ -98,9 +99,12 @@ def of_cache(config: Path) -> Attacked:
     )
 
 
-def attack(attacked: Attacked, folder: Path, num_signals: int, seed: int, say: Callable = print) -> dict[str, int]:
+def attack(
+    attacked: Attacked, folder: Path, num_signals: int, seed: int, within_s: float | None = None, say: Callable = print
+) -> dict[str, int]:
     """Send signals to a command, resume it after each, and start anew when it has ended; return counts.
 
+    within_s: seconds from a start to its signal at most; by default those that the whole command takes.
     obeyed: ended within 30 s. finished: it had just done its work. hangs, tracebacks, losses (results that differ from
     the undisturbed run's, or a step that is said to be saved and is not) are failures.
     """
@@ -114,7 +118,7 @@ def attack(attacked: Attacked, folder: Path, num_signals: int, seed: int, say: C
     counts = collections.Counter(dict.fromkeys(("obeyed", "finished", "hangs", "tracebacks", "losses"), 0))
     times_s, out, left = [], folder / "disturbed", num_signals
     while left or out.exists():
-        number, delay_s = draw.choice(_SIGNALS), draw.uniform(0, longest_s)
+        number, delay_s = draw.choice(_SIGNALS), draw.uniform(0, within_s or longest_s)
         process = run(attacked, out)
         if not left:
             delay_s = 10 * longest_s + 600  # to its end
@@ -187,11 +191,11 @@ def _phase(attacked: Attacked, out: Path) -> str:
     return "training" if any(out.rglob("metrics.jsonl")) else "opening"
 
 
-def shards(folder: Path) -> Path:
+def shards(folder: Path, stays: int = 400) -> Path:
     """Build a synthetic cohort in the folder, unless it is there; return its shards."""
     raw, built = folder / "raw", folder / "shards"
     if not built.exists():
-        for command in (["data_prep.synthetic", f"--out={raw}", "--stays=400"], of_build(raw).arguments(built)):
+        for command in (["data_prep.synthetic", f"--out={raw}", f"--stays={stays}"], of_build(raw).arguments(built)):
             subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
     return built
 
@@ -222,6 +226,7 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--within_s", type=float, help="the latest second of a signal, to attack how commands start")
     parser.add_argument("--commands", default="build,main,sweep")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--method", default="medfuse", help="of the run: uni_ehr is the fastest")
@@ -230,7 +235,7 @@ def main() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start then compiles nothing
     attacked, names = commands(given.dir, given.epochs, given.method), given.commands.split(",")
     for name in names:
-        counts = attack(attacked[name](), given.dir / name, given.signals // len(names), given.seed)
+        counts = attack(attacked[name](), given.dir / name, given.signals // len(names), given.seed, given.within_s)
         print(json.dumps({"command": name, "seed": given.seed, **counts}), flush=True)
 
 
