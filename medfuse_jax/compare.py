@@ -92,11 +92,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--json={options.json} is a folder: give a file", field="--json", path=options.json)
     compared = compare(options.a, options.b, options.split, options.num_bootstrap, resample=options.resample)
     compared = metrics.to_json(compared)
-    print(terminal.differences(compared))
     if options.json:
         with files.must_write(f"--json={options.json}"):
             Path(options.json).parent.mkdir(parents=True, exist_ok=True)
             files.write_json(Path(options.json), compared)
+    print(terminal.differences(compared))  # last: `| head` ends the command here
+    if options.json:
         print(f"\nwritten: {options.json}")
 
 

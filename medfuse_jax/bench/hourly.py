@@ -1,7 +1,8 @@
 """An hourly task: training on all hours of a stay in one pass, against training on its prefixes, one sample an hour.
 
-Both train the same stays, an epoch of them, with our step; every repeat runs the same few batches of each, whose time
-is multiplied by an epoch's batches over theirs. A prefix is read from its start, and encodes the X-ray that it sees.
+All train the same stays, an epoch of them; every repeat runs the same few batches of each, whose time is multiplied by
+an epoch's batches over theirs. A prefix is read from its start, and encodes the X-ray that it sees. 'prefixes' trains
+them with our step, 'torch_prefixes' with that of the tuned PyTorch peer, on the same batches.
 """
 
 import dataclasses
@@ -14,14 +15,21 @@ from medfuse_jax.data.dataset import Dataset
 
 
 def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> list[dict]:
-    """Return the records of 'ours' and 'prefixes', in seconds an epoch. data: opened shards of decompensation."""
+    """Return a record for each contender, in seconds an epoch. data: opened shards of decompensation.
+
+    case.peers: () to leave PyTorch out.
+    """
     say("reading")
     data = data or cohort.dataset(case)
     hours = data.hours["train"]
     prefixes = cohort.of_stays(hours.steps_S, hours.has_cxr_S, case.method, data.task.name, case.max_buckets)
     samples = {clock.OURS: _sample(case, data), "prefixes": _sample(case, prefixes)}
     trainers = {name: step.Trainer(case, sample, say) for name, sample in samples.items()}
-    seconds = clock.interleave({name: t.run for name, t in trainers.items()}, case.warm_up, case.repeats, say)
+    runs = {name: trainer.run for name, trainer in trainers.items()}
+    tuned = dataclasses.replace(case, peers=("torch_tuned",) if case.peers else ())
+    for run in step.torch_runs(tuned, samples["prefixes"], say)[0].values():
+        runs["torch_prefixes"], samples["torch_prefixes"] = run, samples["prefixes"]
+    seconds = clock.interleave(runs, case.warm_up, case.repeats, say)
     for name, sample in samples.items():
         share = len(sample.epoch) / len(sample.plan)
         seconds[name] = [s * share for s in seconds[name]]
@@ -29,7 +37,8 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
     cxr_flops = flops.training_flops(case.method)["cxr"] if data.use_cxr and not case.sizes else 0.0
     for name, sample in samples.items():
         lengths, num_images = sample.data.lengths("train"), int(sample.data.num_images("train").sum())
-        total = flops.lstm_flops(int(lengths.sum()), trainers[name].options.model.ehr_hidden) + num_images * cxr_flops
+        width = trainers[clock.OURS].options.model.ehr_hidden
+        total = flops.lstm_flops(int(lengths.sum()), width) + num_images * cxr_flops
         rows[name] |= {
             "scaled_from_batches": len(sample.plan),
             "batches_an_epoch": len(sample.epoch),
@@ -40,7 +49,8 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
             "seconds_a_stay": round(rows[name]["seconds"] / num_stays, 6),
             "gflop_a_stay": round(total / num_stays / 1e9, 4),
         }
-    rows["prefixes"]["flops_over_ours"] = round(rows["prefixes"]["gflop_a_stay"] / rows[clock.OURS]["gflop_a_stay"], 2)
+    for name in samples.keys() - {clock.OURS}:
+        rows[name]["flops_over_ours"] = round(rows[name]["gflop_a_stay"] / rows[clock.OURS]["gflop_a_stay"], 2)
     return list(rows.values())
 
 

@@ -55,7 +55,7 @@ _TAIL = """## How to read it
 - `lstm`: the EHR encoder's recurrence alone, forward and backward. `bootstrap`: 1000 resamples of the test metrics;
   `sklearn_loop` is one resample of scikit-learn's functions, times 1000.
 - `hourly`: an epoch of decompensation on the MIMIC-IV demo's stays ([docs/hourly.md](docs/hourly.md)), all hours of a
-  stay in one pass, against one sample an hour (`prefixes`).
+  stay in one pass, against one sample an hour, with our step (`prefixes`) and with `torch_tuned`'s (`torch_prefixes`).
 - `dispatch`: what a call of a step costs the host in one process, and in one of two that train together
   (`two_processes`).
 - `trials`: the steps of ten trials of a sweep, against ten single runs (`runs_alone`) or one (`one_run`).

@@ -26,7 +26,7 @@ def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> l
     say("reading")
     sample = cohort.sample(case, data)
     trainer = Trainer(case, sample, say)
-    peers, facts = _peers(case, sample, say)
+    peers, facts = torch_runs(case, sample, say)
     rows = records(
         case, sample, trainer, clock.interleave({clock.OURS: trainer.run} | peers, case.warm_up, case.repeats, say)
     )
@@ -142,7 +142,7 @@ def fresh_state(options: step_lib.StepOptions) -> step_lib.TrainState:
     return step_lib.state_maker(options, run_once=True)(jax.random.key(0, impl="rbg"), 1e-4)
 
 
-def _peers(case: Case, sample: cohort.Sample, say) -> tuple[dict[str, Callable[[], None]], dict[str, dict]]:
+def torch_runs(case: Case, sample: cohort.Sample, say) -> tuple[dict[str, Callable[[], None]], dict[str, dict]]:
     """Return the case's PyTorch peers on the same batches, and how each runs; none on several devices."""
     if case.num_devices > 1 or not case.peers:
         return {}, {}

@@ -18,24 +18,30 @@ NUM_LAYERS = 3
 class Update(nn.Module):
     """What a modality adds to the latent vectors: cross-attention to its tokens, then a self-normalising network.
 
-    hidden: units of that network. dtype: of the products.
+    width: D. hidden: units of that network. dtype: of the products.
     """
 
+    width: int
     hidden: int
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, latent_BLD: jax.Array, token_BSD: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    def setup(self):
+        for name in ("query", "key", "value", "out", "down"):
+            setattr(self, name, nn.Dense(self.width, dtype=self.dtype))
+        self.up = nn.Dense(self.hidden, dtype=self.dtype)
+        self.latent_norm, self.network_norm = nn.LayerNorm(), nn.LayerNorm()
+
+    def keys_and_values(self, token_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return what is read of the tokens, [B, S, D] each. Every layer reads the same: compute it once."""
+        return self.key(token_BSD), self.value(token_BSD)
+
+    def __call__(self, latent_BLD, key_BSD, value_BSD, mask_BS) -> jax.Array:
         """Return the latent vectors' change [B, L, D]. mask_BS: which tokens are there, at least one of each row."""
-        width = latent_BLD.shape[-1]
-        query_BLD = nn.Dense(width, dtype=self.dtype, name="query")(nn.LayerNorm(name="latent_norm")(latent_BLD))
-        key_BSD = nn.Dense(width, dtype=self.dtype, name="key")(token_BSD)
-        value_BSD = nn.Dense(width, dtype=self.dtype, name="value")(token_BSD)
+        query_BLD = self.query(self.latent_norm(latent_BLD))
         mean_BLD = transformer.attend(query_BLD, key_BSD, value_BSD, mask_BS, self.dtype)
-        read_BLD = nn.Dense(width, dtype=self.dtype, name="out")(mean_BLD).astype(jnp.float32)
-        norm_BLD = nn.LayerNorm(name="network_norm")(latent_BLD + read_BLD)
-        hidden = nn.selu(nn.Dense(self.hidden, dtype=self.dtype, name="up")(norm_BLD))
-        return read_BLD + nn.Dense(width, dtype=self.dtype, name="down")(hidden).astype(jnp.float32)
+        read_BLD = self.out(mean_BLD).astype(jnp.float32)
+        hidden = nn.selu(self.up(self.network_norm(latent_BLD + read_BLD)))
+        return read_BLD + self.down(hidden).astype(jnp.float32)
 
 
 class HealNet(SequenceModel):
@@ -52,21 +58,24 @@ class HealNet(SequenceModel):
     def setup_fusion(self):
         super().setup_fusion()
         self.latents = self.param("latents", nn.initializers.normal(0.02), (NUM_LATENTS, self.ehr_hidden))
-        self.ehr_update = Update(self.fusion_hidden, self.dtype)
-        self.cxr_update = Update(self.fusion_hidden, self.dtype)
+        self.ehr_update = Update(self.ehr_hidden, self.fusion_hidden, self.dtype)
+        self.cxr_update = Update(self.ehr_hidden, self.fusion_hidden, self.dtype)
         self.norm = nn.LayerNorm()
         self.classifier = linear(self.num_labels)
 
     def forward(self, batch: Inputs) -> dict:
         tokens, images = self.encode_tokens(batch), batch.images
         latent_BLD = jnp.broadcast_to(self.latents, (batch.num_rows, *self.latents.shape))
+        if tokens["ehr_tokens"] is not None:
+            ehr_read = (*self.ehr_update.keys_and_values(tokens["ehr_tokens"]), tokens["ehr_mask"])
+        if images is not None:
+            cxr_read = self.cxr_update.keys_and_values(tokens["cxr_tokens"])
+            cxr_read = (*cxr_read, jnp.ones(tokens["cxr_tokens"].shape[:2], bool))
         for _ in range(NUM_LAYERS):
             if tokens["ehr_tokens"] is not None:
-                change_BLD = self.ehr_update(latent_BLD, tokens["ehr_tokens"], tokens["ehr_mask"])
+                change_BLD = self.ehr_update(latent_BLD, *ehr_read)
                 latent_BLD += jnp.where(batch.has_ehr_B[:, None, None], change_BLD, 0)
             if images is not None:
-                token_PND = tokens["cxr_tokens"]
-                mask_PN = jnp.ones(token_PND.shape[:2], bool)
-                change_PLD = self.cxr_update(transformer.from_rows(images, latent_BLD), token_PND, mask_PN)
+                change_PLD = self.cxr_update(transformer.from_rows(images, latent_BLD), *cxr_read)
                 latent_BLD += transformer.to_rows(images, change_PLD)  # zeros in rows without an image
         return {"logits": self.classifier(self.norm(latent_BLD.mean(axis=1))), **tokens["features"]}

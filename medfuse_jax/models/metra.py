@@ -41,5 +41,6 @@ class MeTra(SequenceModel):
             mask_BS = jnp.concatenate([mask_BS, tokens["ehr_mask"]], axis=1)
         image_PND = tokens["cxr_tokens"]
         for layer in self.layers:
-            row_BSD, image_PND = layer(row_BSD, mask_BS, image_PND, batch.images)
+            is_last = layer is self.layers[-1]  # of which only the class token is read
+            row_BSD, image_PND = layer(row_BSD, mask_BS, image_PND, batch.images, is_last)
         return {"logits": self.classifier(self.norm(row_BSD[:, 0])), **tokens["features"]}

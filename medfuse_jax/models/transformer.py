@@ -84,10 +84,13 @@ class Layer(nn.Module):
     causal: bool = False
 
     @nn.compact
-    def __call__(self, row_BSD, mask_BS, image_PND, images: Images | None) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, row_BSD, mask_BS, image_PND, images: Images | None, first_only: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Return the next tokens of rows and images. mask_BS: which tokens of a row are there.
 
         image_PND: the tokens of all image slots, or None for a batch without any. Those of empty slots mean nothing.
+        first_only: compute each row's first token alone [B, 1, D], and none of images: a class token in the last layer.
         """
         width = row_BSD.shape[-1]
         dense = {"dtype": self.dtype}
@@ -103,6 +106,8 @@ class Layer(nn.Module):
             return x + down(nn.gelu(up(mlp_norm(x)))).astype(jnp.float32)
 
         query_BSD, key_BSD, value_BSD = project(row_BSD)
+        if first_only:
+            row_BSD, query_BSD = row_BSD[:, :1], query_BSD[:, :1]
         if images is None:
             return finish(row_BSD, attend(query_BSD, key_BSD, value_BSD, mask_BS, self.dtype, self.causal)), None
         assert not self.causal, "an image has no place among a row's tokens"
@@ -117,7 +122,9 @@ class Layer(nn.Module):
             return jnp.concatenate([from_rows(images, x_BSD), x_PND], axis=1)
 
         mask_BC = jnp.concatenate([mask_BS, has_image_BN], axis=1)
-        mask_PC = jnp.concatenate([from_rows(images, mask_BS[..., None])[..., 0], has_image_PN], axis=1)
         mean_BSD = attend(query_BSD, of_rows(key_BSD, key_PND), of_rows(value_BSD, value_PND), mask_BC, self.dtype)
+        if first_only:
+            return finish(row_BSD, mean_BSD), None
+        mask_PC = jnp.concatenate([from_rows(images, mask_BS[..., None])[..., 0], has_image_PN], axis=1)
         mean_PND = attend(query_PND, of_images(key_BSD, key_PND), of_images(value_BSD, value_PND), mask_PC, self.dtype)
         return finish(row_BSD, mean_BSD), finish(image_PND, mean_PND)

@@ -36,6 +36,7 @@ def run(main: Callable[[list[str]], None], pass_on_unknown: bool = False, resume
         os.umask(0o077)  # output is patient data: only its owner may read it
         try:
             main(argv)
+            sys.stdout.flush()  # here, so that a closed pipe or a full disk is one line too
         except Exception as error:
             if line := in_one_line(error, resumes):
                 watchdog.leave(line, status(error))
@@ -75,6 +76,8 @@ def in_one_line(error: BaseException, resumes: bool = False) -> str:
     if isinstance(error, KeyboardInterrupt):
         saved = f" ({error})" if str(error) else ""
         return "interrupted" + ("; rerun the command to resume" if resumes else "") + saved
+    if isinstance(error, BrokenPipeError):  # `| head` ends after its last line
+        return "interrupted: what reads the output has ended" + ("; rerun the command to resume" if resumes else "")
     if is_out_of_memory(error):
         hint = ": reduce --config.batch_size or --config.eval.batch_size" if "config" in flags.FLAGS else ""
         return f"error: out of memory{hint} ({' '.join(str(error).split())[:200]})"

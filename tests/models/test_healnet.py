@@ -27,16 +27,18 @@ def test_a_row_without_any_modality_is_scored_by_the_latent_vectors_alone(model)
     assert np.abs(logits_BK[1] - expected_K).max() > 1e-2
 
 
-def test_each_layer_updates_by_each_modality_in_turn(model):
+def test_each_layer_updates_by_each_modality_in_turn_and_tokens_are_read_once(model):
     model, variables = model
     calls = []
 
     def note(next_fun, args, kwargs, context):
-        if isinstance(context.module, healnet.Update) and context.method_name == "__call__":
-            calls.append((context.module.name, args[0].shape[0]))
+        if isinstance(context.module, healnet.Update) and context.method_name != "setup":
+            calls.append((context.method_name, context.module.name, args[0].shape[0]))
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(note):
         jax.eval_shape(lambda: model.apply(variables, **batch()))
     # Four rows with EHR; three slots of X-rays.
-    assert calls == [("ehr_update", 4), ("cxr_update", 3)] * healnet.NUM_LAYERS
+    parts = (("ehr_update", 4), ("cxr_update", 3))
+    read, updates = ([(name, *part) for part in parts] for name in ("keys_and_values", "__call__"))
+    assert calls == [*read, *updates * healnet.NUM_LAYERS]

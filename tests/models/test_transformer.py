@@ -70,6 +70,16 @@ def test_packed_images_give_the_same_as_whole_sequences(layer):
     assert np.abs(image_PND[0] - expected_BCD[0, _S:]).max() > 1e-2  # the other row's image would show
 
 
+def test_the_first_token_alone_is_that_of_the_whole_layer():
+    module = transformer.Layer(hidden=16)
+    variables = module.init(jax.random.key(0), _ROW_BSD, _MASK_BS, None, None)
+    for image_PND, images in ((_IMAGE_PND, _images()), (None, None)):
+        whole_BSD, first_B1D = (
+            module.apply(variables, _ROW_BSD, _MASK_BS, image_PND, images, only)[0] for only in (False, True)
+        )
+        np.testing.assert_allclose(first_B1D, whole_BSD[:, :1], atol=1e-6)
+
+
 def test_an_empty_slot_and_masked_tokens_change_nothing(layer):
     packed, _ = layer
     other_PND, other_BSD = _IMAGE_PND.copy(), np.where(_MASK_BS[..., None], _ROW_BSD, 50.0).astype(np.float32)

@@ -1,5 +1,7 @@
 """command_line: one line for what the user can fix. tests/test_config.py runs whole commands."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,10 +101,18 @@ def test_errors_that_a_user_can_fix_are_one_line():
         line = command_line.in_one_line(error)
         assert line.startswith("error: ") and str(error) in line and command_line.status(error) == 2
     of_tensorstore = ValueError("RESOURCE_EXHAUSTED: Failed to write 87722 bytes to file 6: No space left on device")
-    for error in (KeyboardInterrupt(), OSError("No space left on device"), of_tensorstore):
+    for error in (KeyboardInterrupt(), BrokenPipeError(), OSError("No space left on device"), of_tensorstore):
         assert "rerun" in command_line.in_one_line(error, resumes=True)
         assert "rerun" not in command_line.in_one_line(error)
         assert command_line.status(error) == 1
     assert command_line.in_one_line(UserError("a is b")) == "error: a is b"
     assert command_line.in_one_line(RuntimeError("INTERNAL")) == ""
     assert [command_line.status(error) for error in (UserError(""), TryLater(""))] == [2, 1]
+
+
+def test_an_output_that_nobody_reads_ends_a_command_in_one_line():
+    program = "from medfuse_jax.runtime import command_line; command_line.run(lambda argv: print('x'))"
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    assert child.stderr.read().strip() == command_line.in_one_line(BrokenPipeError())
+    assert child.wait() == 1
