@@ -15,6 +15,7 @@ import polars as pl
 
 from data_prep.synthetic.signal import VITAL_LATENTS
 
+WAVE_SHARE, READING_SHARE = 0.8, 0.8  # of a signal's noise_sd: the height of its slow wave; the noise of each reading
 MISREAD_SHARE = 1 / 20_000  # of numeric bedside rows: a slipped decimal point
 
 
@@ -27,6 +28,10 @@ class Signal:
     patient_sd: float
     noise_sd: float
     grows: bool = False  # the shift builds up during the first 24 h
+
+    def growth(self, hours: np.ndarray) -> np.ndarray | float:
+        """Return the fraction of the shift that shows after so many hours of the stay."""
+        return 0.4 + 0.6 * np.clip(hours / 24, 0, 1) if self.grows else 1.0
 
 
 SIGNALS = {
@@ -90,9 +95,9 @@ def _read(rng, courses, name: str, at) -> np.ndarray:
     row, hours = at[0], at[1] / 60
     signal = SIGNALS[name]
     baseline, shift, period_h, phase = (part[row] for part in courses[name])
-    wave = 0.8 * np.sin(2 * np.pi * hours / period_h + phase) + 0.8 * rng.standard_normal(len(row))
-    growth = 0.4 + 0.6 * np.clip(hours / 24, 0, 1) if signal.grows else 1.0
-    return baseline + shift * growth + signal.noise_sd * wave
+    wave = WAVE_SHARE * np.sin(2 * np.pi * hours / period_h + phase)
+    noise = wave + READING_SHARE * rng.standard_normal(len(row))
+    return baseline + shift * signal.growth(hours) + signal.noise_sd * noise
 
 
 def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> np.ndarray:

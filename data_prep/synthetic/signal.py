@@ -121,7 +121,7 @@ def draw_latents(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.nda
     return rng.standard_normal((num, len(VITAL_LATENTS))), rng.standard_normal((num, len(IMAGE_LATENTS)))
 
 
-def _projection(weights: dict[str, float], names: tuple[str, ...], latents: np.ndarray) -> np.ndarray:
+def projection(weights: dict[str, float], names: tuple[str, ...], latents: np.ndarray) -> np.ndarray:
     """Return the latents' projection on the direction of the weights [N], standard normal; zeros without weights."""
     vector = np.zeros(len(names))
     for name, weight in weights.items():
@@ -129,7 +129,8 @@ def _projection(weights: dict[str, float], names: tuple[str, ...], latents: np.n
     return latents @ (vector / np.linalg.norm(vector)) if weights else np.zeros(len(latents))
 
 
-def _logit(rule: Rule, u_v: np.ndarray, u_x: np.ndarray) -> np.ndarray:
+def logit(rule: Rule, u_v: np.ndarray, u_x: np.ndarray) -> np.ndarray:
+    """Return the label's logit without its bias."""
     combine = {
         "vitals": lambda: u_v + 0 * u_x,
         "cxr": lambda: u_x + 0 * u_v,
@@ -139,9 +140,9 @@ def _logit(rule: Rule, u_v: np.ndarray, u_x: np.ndarray) -> np.ndarray:
     return SCALE * combine[rule.group]()
 
 
-def _bias(rule: Rule) -> float:
+def find_bias(rule: Rule) -> float:
     """Return the bias that gives the rule its prevalence."""
-    logit_QQ = _logit(rule, _NODES[:, None], _NODES[None, :])
+    logit_QQ = logit(rule, _NODES[:, None], _NODES[None, :])
     weight_QQ = _WEIGHTS[:, None] * _WEIGHTS[None, :]
     return brentq(lambda bias: (weight_QQ * expit(logit_QQ + bias)).sum() - rule.prevalence, -40.0, 40.0)
 
@@ -150,12 +151,12 @@ def probabilities(task: str, vitals_NV: np.ndarray, cxr_NE: np.ndarray) -> dict[
     """Return the true label probabilities, each [N, K], given 'both', 'ehr_only' and 'cxr_only' latents."""
     by_input = {"both": [], "ehr_only": [], "cxr_only": []}
     for rule in RULES[task]:
-        u_v = _projection(rule.vitals, VITAL_LATENTS, vitals_NV)
-        u_x = _projection(rule.image, IMAGE_LATENTS, cxr_NE)
-        bias = _bias(rule)
-        by_input["both"].append(expit(_logit(rule, u_v, u_x) + bias))
-        by_input["ehr_only"].append(expit(_logit(rule, u_v[:, None], _NODES[None, :]) + bias) @ _WEIGHTS)
-        by_input["cxr_only"].append(expit(_logit(rule, _NODES[None, :], u_x[:, None]) + bias) @ _WEIGHTS)
+        u_v = projection(rule.vitals, VITAL_LATENTS, vitals_NV)
+        u_x = projection(rule.image, IMAGE_LATENTS, cxr_NE)
+        bias = find_bias(rule)
+        by_input["both"].append(expit(logit(rule, u_v, u_x) + bias))
+        by_input["ehr_only"].append(expit(logit(rule, u_v[:, None], _NODES[None, :]) + bias) @ _WEIGHTS)
+        by_input["cxr_only"].append(expit(logit(rule, _NODES[None, :], u_x[:, None]) + bias) @ _WEIGHTS)
     return {name: np.stack(columns, axis=1) for name, columns in by_input.items()}
 
 

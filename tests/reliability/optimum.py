@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from reliability import seen
 from sweep_commands import ROOT
 
 from data_prep import build
@@ -53,8 +54,9 @@ RUNS = {  # name -> flags of `main` beside configs/demo.py, in the order in whic
 def expected(raw: Path, task: str, predictions: dict) -> dict:
     """Return the expected AUROC of a run's scores, and the best there is, of all stays and those with an X-ray.
 
-    predictions: as in predictions_test.npz. Of each group of labels too: signal.Rule.group. 'best' has both modalities
-    where there is an X-ray; 'best_ehr' and 'best_cxr' have one.
+    predictions: as in predictions_test.npz. Of each group of labels too: signal.Rule.group. 'best' knows the latents of
+    both modalities where there is an X-ray; 'best_ehr' and 'best_cxr' those of one. 'seen' and 'seen_ehr' know what the
+    records show of them at most (seen.py).
     """
     truth = pl.DataFrame({"stay_id": predictions["stay_id"]}).join(
         pl.read_csv(raw / "truth.csv.gz"), on="stay_id", how="left", maintain_order="left"
@@ -63,17 +65,26 @@ def expected(raw: Path, task: str, predictions: dict) -> dict:
     image = truth.select([f"image_{name}" for name in draw.IMAGE_LATENTS]).to_numpy()
     by_input = signal.probabilities(task, vitals, image)
     has_cxr_N = predictions["has_cxr"]
-    best_NK = np.where(has_cxr_N[:, None], by_input["both"], by_input["ehr_only"])
+    by_records = seen.scores(task, vitals, image, _hours(raw, predictions["stay_id"]))
+    best_NK, seen_NK = (np.where(has_cxr_N[:, None], of["both"], of["ehr_only"]) for of in (by_input, by_records))
     found = {}
     for subset, rows in (("all", np.full(len(truth), True)), ("paired", has_cxr_N), ("unpaired", ~has_cxr_N)):
         if not rows.any():
             continue
         scores = {"found": predictions["scores"], "best": best_NK, "best_ehr": by_input["ehr_only"]}
+        scores |= {"seen": seen_NK, "seen_ehr": by_records["ehr_only"]}
         if subset == "paired":
             scores["best_cxr"] = by_input["cxr_only"]
         auroc = {name: _by_group(task, by_input["both"][rows], score_NK[rows]) for name, score_NK in scores.items()}
         found[subset] = {"num_stays": int(rows.sum()), **auroc}
     return found
+
+
+def _hours(raw: Path, stay_id_N: np.ndarray) -> np.ndarray:
+    """Return the length of each stay in whole hours, rounded up."""
+    stays = pl.read_csv(raw / "mimic-iv" / "icu" / "icustays.csv.gz", columns=["stay_id", "los"])
+    of = pl.DataFrame({"stay_id": stay_id_N}).join(stays, on="stay_id", how="left", maintain_order="left")
+    return np.ceil(of["los"].to_numpy() * 24).astype(int)
 
 
 def _by_group(task: str, true_p_NK: np.ndarray, score_NK: np.ndarray) -> dict[str, float]:
