@@ -9,6 +9,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent.parent
 _MAX_MODULES = {"medfuse_jax": 16, "data_prep": 7}  # in a package's root
+_MAX_LINES = 400
 _MAX_DEPTH = 11  # of the longest chain of imports
 # What data_prep may import from medfuse_jax: definitions, the runtime, and the look of a page.
 _SHARED = ("medfuse_jax.schema", "medfuse_jax.records", "medfuse_jax.runtime", "medfuse_jax.report.html")
@@ -107,6 +108,11 @@ def test_package_roots_are_small():
     for package, limit in _MAX_MODULES.items():
         modules = [path.stem for path in (_ROOT / package).glob("*.py") if path.stem != "__init__"]
         assert len(modules) <= limit, f"{package}: {sorted(modules)}"
+
+
+def test_files_are_short():
+    lines = {name: len(path.read_text().splitlines()) for name, path in _FILES.items()}
+    assert {name: count for name, count in lines.items() if count >= _MAX_LINES} == {}
 
 
 def _pip_name(requirement: str) -> str:
