@@ -52,7 +52,8 @@ class RunLog:
         with self._path.open("a") as file:  # opened for each line: a sweep logs hundreds of runs
             file.write(files.json_line(line))
         if self._events:
-            self._events.write({f"{phase}/{key}": value for key, value in values.items()}, step)
+            # tensorboardX warns of every NaN, which the AUROC of labels without both classes is.
+            self._events.write({f"{phase}/{key}": x for key, x in finite.items() if x is not None}, step)
 
     def line(self, text: str) -> None:
         """Print a line, unless there is a bar or the log is quiet."""

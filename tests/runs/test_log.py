@@ -38,8 +38,8 @@ def test_resumed_log_drops_steps_after_the_checkpoint_and_a_partial_line(tmp_pat
     assert [(line["step"], line["train_loss"]) for line in _lines(tmp_path)] == [(5, 0.2), (10, 0.25)]
 
 
-def test_nan_is_written_as_null(tmp_path):
-    log = RunLog(tmp_path, "run", num_steps=10, quiet=True)
+def test_nan_is_written_as_null_and_not_to_tensorboard(tmp_path, caplog):
+    log = RunLog(tmp_path, "run", num_steps=10)
     log.write("val", 1, 5, val_auroc=float("nan"), val_loss=float("inf"), lr=0.5)
     log.close()
 
@@ -48,6 +48,9 @@ def test_nan_is_written_as_null(tmp_path):
 
     (line,) = (json.loads(t, parse_constant=refuse) for t in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (line["val_auroc"], line["val_loss"], line["lr"]) == (None, None, 0.5)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"val/lr" in events.read_bytes() and b"val/val_auroc" not in events.read_bytes()
+    assert not caplog.records, "nobody is warned of it in every epoch"
 
 
 def test_resume_drops_damaged_lines_atomically(tmp_path, monkeypatch):
