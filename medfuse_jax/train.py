@@ -111,9 +111,9 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress, i
             for state, loss in trained:
                 answered()
                 if losses:  # of the previous call, while this one runs
-                    shown = check_finite(losses[-1], step, config)
+                    last_loss = check_finite(losses[-1], step, config)
                     rate = (step - first) * plan.batch_size / (training_s() - begun_s)
-                    log.show(loss=f"{shown:.3f}", rate=f"{rate:.1f} {unit}/s")
+                    log.show(loss=f"{last_loss:.3f}", rate=f"{rate:.1f} {unit}/s")
                 losses.append(loss)
                 step += loss.size
                 log.step(loss.size)
