@@ -146,11 +146,11 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress, i
             state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
             log.write("val", epoch, step, val_loss=predictions.loss, **scores, **of_each)
             checkpoints.save(manager, state, progress, is_best)
-            shown = "–" if np.isnan(score) else f"{score:.4f}"
-            log.show(**{"epoch": f"{epoch}/{config.num_epochs}", measure: shown})
+            score_text = "–" if np.isnan(score) else f"{score:.4f}"
+            log.show(**{"epoch": f"{epoch}/{config.num_epochs}", measure: score_text})
             log.line(
                 f"epoch {epoch}/{config.num_epochs}  loss {train_loss:.4f}  val loss {predictions.loss:.4f}  "
-                f"val {measure} {shown}{' (best)' if is_best else ''}{f'  {rate:.1f} {unit}/s' if rate else ''}"
+                f"val {measure} {score_text}{' (best)' if is_best else ''}{f'  {rate:.1f} {unit}/s' if rate else ''}"
             )
         manager.wait_until_finished()
     hosts.wait("trained")  # the others read what the first has saved

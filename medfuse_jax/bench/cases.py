@@ -215,7 +215,7 @@ def _sweeps() -> list[Case]:
 
 def _hourly() -> list[Case]:
     """Return the cases that compare all hours of a stay in one pass with its prefixes, ours and in PyTorch."""
-    shared: dict = {"kind": "hourly", "max_buckets": 2, "num_stays": 2000, "peers": ("torch_tuned",)}
+    shared: dict = {"kind": "hourly", "num_stays": 2000, "peers": ("torch_tuned",)}
     return [Case(**shared, method="uni_ehr", num_batches=24), Case(**shared, num_batches=6, repeats=3)]
 
 
