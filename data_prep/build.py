@@ -13,6 +13,7 @@ be deleted; it saves time in a later build with other options.
 
 import dataclasses
 import hashlib
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -173,9 +174,13 @@ def _file_hash(name: str, path: str | Path | None) -> str | None:
     if path is None:
         return None
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        mode = Path(path).stat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"--{name}={path} cannot be read ({error.strerror})", field=f"--{name}", path=path) from None
+    # A pipe, also that of <(...), would be empty the second time, and a named one may wait for ever.
+    raise UserError(f"--{name}={path} is a pipe or device: give a file", field=f"--{name}", path=path)
 
 
 def _check_storetime(source: Source) -> None:

@@ -24,7 +24,7 @@ from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
-VERSION = 8  # increment when the same input gives other events
+VERSION = 9  # increment when the same input gives other events
 # Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
@@ -194,8 +194,8 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         parse.integer("subject_id"),
         parse.integer("hadm_id"),
         parse.integer("stay_id"),
-        no_hadm_id=pl.col("hadm_id").str.strip_chars().fill_null("") == "",
-        invalid_stay_id=parse.integer("stay_id").is_null() & (pl.col("stay_id").fill_null("") != ""),
+        no_hadm_id=parse.missing(pl.col("hadm_id")),
+        invalid_stay_id=parse.integer("stay_id").is_null() & ~parse.missing(pl.col("stay_id")),
         variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
         itemid=parse.integer("itemid").cast(pl.Int32),
         text=pl.col("value").str.strip_chars(),

@@ -11,13 +11,14 @@ from PIL import Image, ImageOps
 from medfuse_jax import schema
 
 DECODER = f"Pillow {PIL.__version__}"  # another version may give other pixels
-VERSION = 2  # increment when the same file gives other pixels
+VERSION = 3  # increment when the same file gives other pixels
 FORMATS = ("JPEG", "PNG", "TIFF")  # whatever the file's name; for an EPS, Pillow would start Ghostscript
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 80_000_000  # Pillow warns above 89 million
 _MODES = ("L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits
 _MODES_16 = ("I;16", "I;16L", "I;16B", "I")
 _DEPTHS = (8, 10, 12, 14, 16)  # bits of a detector
+_FULL_16_BIT = 1 << 14 - 8  # the upper 8 bits of the largest pixel, if it needs more than 14
 
 
 def decode(path: Path, image_shape: str) -> np.ndarray:
@@ -39,8 +40,9 @@ def decode(path: Path, image_shape: str) -> np.ndarray:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise OSError(f"more than {MAX_PIXELS:,} pixels")
+            is_16_bit = "16" in str(image.tile[0][3]) if image.tile else False
             image.draft("L", (size, size))
-            image = _grey(ImageOps.exif_transpose(image))
+            image = _grey(ImageOps.exif_transpose(image), is_16_bit)
     except OSError:
         raise
     except (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError, EOFError, struct.error) as error:
@@ -56,15 +58,21 @@ def decode(path: Path, image_shape: str) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def _grey(image: Image.Image) -> Image.Image:
-    """Return an 8-bit grey image; raise OSError for a kind that has no such reading."""
+def _grey(image: Image.Image, is_16_bit: bool) -> Image.Image:
+    """Return an 8-bit grey image; raise OSError for a kind that has no such reading.
+
+    is_16_bit: whether the file has 16 bits in a channel.
+    """
     if image.mode in _MODES_16:
         return _scaled(np.asarray(image))
     if image.mode not in _MODES:
         raise OSError(f"pixels of the kind {image.mode!r}")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise OSError("transparent")
-    return image.convert("L")
+    grey = image.convert("L")
+    if is_16_bit and grey.getextrema()[1] < _FULL_16_BIT:  # of colours, Pillow keeps the upper 8 bits of the 16
+        raise OSError("colours of less than 16 bits in 16 bits")
+    return grey
 
 
 def _scaled(pixels_HW: np.ndarray) -> Image.Image:

@@ -31,7 +31,7 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
         view=pl.col("ViewPosition").fill_null(""),
         time=times.study_times(metadata),
     )
-    date, clock = (pl.col(name).str.strip_chars().replace("", None) for name in ("StudyDate", "StudyTime"))
+    date, clock = (pl.when(~parse.missing(pl.col(name))).then(name) for name in ("StudyDate", "StudyTime"))
     tally = times.Tally()
     tally.add(metadata.select(pl.format("{} {}", date, clock)).to_series(), images["time"])
     tally.check(raw["metadata"].path, "StudyDate, StudyTime")

@@ -2,6 +2,14 @@
 
 import polars as pl
 
+# What stands for no value, in lower case: an empty cell, and what R, pandas, spreadsheets and databases write.
+_NO_VALUE = ("", "na", "n/a", "#n/a", "<na>", "nan", "nat", "null", "none", r"\n")
+
+
+def missing(text: pl.Expr | pl.Series) -> pl.Expr | pl.Series:
+    """Return where ids or times (text) are missing, not unreadable."""
+    return text.fill_null("").str.strip_chars().str.to_lowercase().is_in(_NO_VALUE)
+
 
 def integer(column: str) -> pl.Expr:
     """Parse a text column as int64, null if not a whole number; accept '20000000.0', as pandas writes ids."""

@@ -110,9 +110,10 @@ def fingerprints(tables: Iterable[Table], cache: Path) -> list[dict]:
 
 def _as_text(column: str, dtype: pl.DataType | None) -> pl.Expr:
     if isinstance(dtype, pl.Datetime):
-        return pl.col(column).dt.to_string("%Y-%m-%d %H:%M:%S" + ("%z" if dtype.time_zone else ""))
+        return pl.col(column).dt.to_string("%Y-%m-%d %H:%M:%S%.f" + ("%z" if dtype.time_zone else ""))
     if isinstance(dtype, pl.Duration):  # a clock time, as pandas may hold StudyTime
-        return pl.col(column).dt.total_nanoseconds().cast(pl.Time).cast(pl.String)
+        clock = pl.col(column).dt.total_nanoseconds().cast(pl.Time, strict=False).cast(pl.String)
+        return clock.fill_null(pl.col(column).dt.to_string("polars"))  # 1d 6h: not a clock time, and so unreadable
     return pl.col(column).cast(pl.String)
 
 

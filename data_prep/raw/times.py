@@ -1,7 +1,8 @@
 """Read times in the forms that databases, pandas, R and spreadsheets write them in.
 
 A time is read whole or not at all: am, pm and a zone of zero hours count, and any other text after it makes it null. A
-date alone is midnight. `1/31/2150` is read if the other values of the column show whether the month comes first.
+date alone is midnight. `1/31/2150` and `31.1.2150` are read if the other values of the column show whether the month
+comes first.
 """
 
 import dataclasses
@@ -11,14 +12,15 @@ from pathlib import Path
 import polars as pl
 
 from data_prep import progress
+from data_prep.raw import parse
 from medfuse_jax.runtime.errors import UserError
 
 MAX_UNREADABLE = 0.01
 _FORMAT = "%Y-%m-%d %H:%M:%S"  # as in MIMIC-IV
 _DATE = (
-    r"(?:(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})"
+    r"(?:(?P<year>\d{4})[-/](?P<month>\d{1,2})[-/](?P<day>\d{1,2})"
     r"|(?P<year2>\d{4})(?P<month2>\d\d)(?P<day2>\d\d)(?:\.0*)?"
-    r"|(?P<first>\d{1,2})/(?P<second>\d{1,2})/(?P<year3>\d{4}))"
+    r"|(?P<first>\d{1,2})[/.-](?P<second>\d{1,2})[/.-](?P<year3>\d{4}))"
 )
 _CLOCK = (
     r"(?P<hour>\d{1,2}):(?P<minute>[0-5]\d)(?::(?P<second_of_minute>[0-5]\d)(?P<fraction>\.\d{1,9})?)?"
@@ -78,12 +80,16 @@ def study_times(frame: pl.DataFrame) -> pl.Series:
 
     StudyTime is HHMMSS.fff written as a number, so without leading zeros (3042.1 is 00:30:42), or a clock time, also
     behind the '0 days' or the date that pandas and spreadsheets put before it. If all of many are below 1, they are
-    fractions of a day, as spreadsheets store times.
+    fractions of a day, as spreadsheets store times; if all of few are, those above 0 are unreadable.
     """
     date, clock = (_without_exponent(frame[column].str.strip_chars()) for column in ("StudyDate", "StudyTime"))
     number = clock.cast(pl.Float64, strict=False)
-    if number.n_unique() > 10 and (number.max() or 0.0) < 1:
-        clock = ((number * 86_400).round().cast(pl.Int64) * 10**9).cast(pl.Time).dt.to_string("%H:%M:%S")
+    number = number.zip_with(number.is_finite() & (number >= 0), pl.Series([None], dtype=number.dtype))
+    if (number.max() or 0.0) < 1:
+        if number.n_unique() > 10:
+            clock = ((number * 86_400).round().cast(pl.Int64) * 10**9).cast(pl.Time).dt.to_string("%H:%M:%S")
+        else:
+            clock = clock.zip_with((number == 0).fill_null(True), pl.Series([None], dtype=pl.String))
     digits = clock.str.extract(r"^(\d{1,6})(?:[.,]\d*)?$", 1).str.zfill(6)
     digits = digits.str.replace(r"^(..)(..)(..)$", "${1}:${2}:${3}")
     clock = digits.fill_null(clock.replace("", None).str.replace(r"^(?:0 days|1[89]\d\d-\d\d-\d\d)[ T]+", ""))
@@ -116,7 +122,7 @@ class Tally:
 
     def add(self, text: pl.Series, parsed: pl.Series) -> None:
         other = text.filter(parsed.is_null())
-        wrong = other.filter(other.str.strip_chars().fill_null("") != "")
+        wrong = other.filter(~parse.missing(other))
         if len(wrong) and not self.unreadable:
             self.form = form(wrong[0])
         self.given += len(text) - len(other) + len(wrong)

@@ -51,7 +51,10 @@ def read(path: str | Path, notes: list[str] | None = None) -> dict[str, np.ndarr
         raise UserError(f"{path} holds no weights", path=path)
     if notes is not None and (removed := prefix(tensors)):
         notes.append(f"names: removed {removed!r}, which a wrapper put before each")
-    return unwrapped(tensors)
+    result = unwrapped(tensors)
+    if notes is not None and (changed := set(result) - {name[len(prefix(tensors)) :] for name in tensors}):
+        notes.append(f"names: removed what wrappers of a part put into {len(changed)} of them")
+    return result
 
 
 def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -131,6 +132,15 @@ def test_wrong_options_are_refused_by_name(raw_tree, tmp_path, changes, field, n
         build.build(**arguments)
     assert (caught.value.field, caught.value.nearest) == (field, nearest)
     assert not any((tmp_path / task).exists() for task in schema.TASKS) and not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("name", ["val_ids", "phenotypes"])
+def test_a_pipe_in_place_of_a_list_or_table_is_refused(raw_tree, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match="is a pipe or device") as caught:
+            build.build(*raw_tree, tmp_path / "out", **{name: path})
+        assert caught.value.field == f"--{name}"
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(raw_tree):

@@ -87,11 +87,13 @@ def test_prefixes_of_wrappers_are_removed_in_any_nesting_and_said(torch, tmp_pat
     assert len(notes) == 1 and repr(prefix) in notes[0]
 
 
-def test_wrappers_of_a_part_of_the_model_are_removed(torch, tmp_path):
+def test_wrappers_of_a_part_of_the_model_are_removed_and_said(torch, tmp_path):
     torch.save({"a.module.b": torch.ones(1), "c._orig_mod.d": torch.ones(1), "e": torch.ones(1)}, tmp_path / "x.pth")
-    assert sorted(storage.read(tmp_path / "x.pth")) == ["a.b", "c.d", "e"]
+    notes = []
+    assert sorted(storage.read(tmp_path / "x.pth", notes)) == ["a.b", "c.d", "e"]
+    assert len(notes) == 1 and "2 of them" in notes[0]
     torch.save({"a.module.b": torch.ones(1), "a.b": torch.ones(1)}, tmp_path / "x.pth")
-    assert sorted(storage.read(tmp_path / "x.pth")) == ["a.b", "a.module.b"]
+    assert sorted(storage.read(tmp_path / "x.pth", notes)) == ["a.b", "a.module.b"] and len(notes) == 1
 
 
 @pytest.mark.parametrize("entry", ["model", "model_state_dict"])

@@ -1,6 +1,8 @@
 """X-rays' pixels, and files that cannot be decoded."""
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -85,6 +87,18 @@ def _sideways(path):
     _save(path, np.rot90(RAMP).copy(), format="JPEG", quality=95, exif=exif)
 
 
+def _colour_png(path, pixels_HW):
+    """Write a 16-bit RGB PNG, which Pillow can read and not write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = [b"\0" + row.repeat(3).astype(">u2").tobytes() for row in pixels_HW.astype(np.uint16)]
+    header = struct.pack(">IIBBBBB", *pixels_HW.shape[::-1], 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
 KINDS = {
     "JPEG": lambda path: _save(path, RAMP, format="JPEG", quality=95),
     "colour JPEG": lambda path: Image.fromarray(RAMP).convert("RGB").save(path, format="JPEG", quality=95),
@@ -94,6 +108,7 @@ KINDS = {
     "opaque PNG": lambda path: Image.fromarray(RAMP).convert("LA").save(path, format="PNG"),
     "palette PNG": lambda path: Image.fromarray(RAMP).convert("P").save(path, format="PNG"),
     "16-bit PNG": lambda path: _save(path, RAMP.astype(np.uint16) * 257, format="PNG"),
+    "16-bit colour PNG": lambda path: _colour_png(path, RAMP.astype(int) * 257),
     "12-bit PNG": lambda path: _save(path, RAMP.astype(np.uint16) * 16, format="PNG"),
     "16-bit TIFF": lambda path: _save(path, RAMP.astype(np.uint16) * 257, format="TIFF"),
     "32-bit TIFF of 16 bits": lambda path: _save(path, RAMP.astype(np.int32) * 257, format="TIFF"),
@@ -117,6 +132,7 @@ NOT_X_RAYS = {
     "float TIFF": lambda path: _save(path, RAMP.astype(np.float32) / 255, format="TIFF"),
     "negative TIFF": lambda path: _save(path, RAMP.astype(np.int32) - 100, format="TIFF"),
     "32-bit TIFF": lambda path: _save(path, RAMP.astype(np.int32) * 70_000, format="TIFF"),
+    "12-bit colour PNG": lambda path: _colour_png(path, RAMP.astype(int) * 16),  # Pillow reads it as black
     "1-bit PNG": lambda path: Image.fromarray(RAMP).convert("1").save(path, format="PNG"),
     "transparent PNG": _transparent,
     "a picture in the transparency": lambda path: Image.merge(

@@ -33,6 +33,7 @@ def test_study_times_may_lack_leading_zeros(tmp_path):
         (datetime.datetime(2150, 1, 1), datetime.timedelta(hours=15)),
         (21500101, 150000.5),
         (21500101.0, "15:00:00"),
+        (datetime.datetime(2150, 1, 1), datetime.timedelta(hours=15, seconds=0.5)),
     ],
 )
 def test_study_times_may_have_any_type_in_parquet(tmp_path, date, clock):
@@ -43,6 +44,20 @@ def test_study_times_may_have_any_type_in_parquet(tmp_path, date, clock):
     table.write_parquet(tmp_path / "mimic-cxr-2.0.0-metadata.parquet")
     found, _ = metadata.read_metadata(tables.mimic_cxr(tmp_path))
     assert found["time"].to_list() == [datetime.datetime(2150, 1, 1, 15)]
+
+
+def test_times_of_parquet_are_read_whole_or_not_at_all(tmp_path):
+    raw = _raw(tmp_path / "csv", [image(n, 1) for n in range(200)], size=(8, 8))
+    clocks = [datetime.timedelta(hours=hours) for hours in (30, -1, *[15] * 198)]
+    table = pl.read_csv(raw["metadata"].path).with_columns(StudyTime=pl.Series(clocks))
+    raw["metadata"].path.unlink()
+    table.write_parquet(tmp_path / "csv/mimic-cxr-2.0.0-metadata.parquet")
+    _, counts = metadata.read_metadata(tables.mimic_cxr(tmp_path / "csv"))
+    assert counts["X-rays without a valid time (never paired)"] == 2
+    half_past = datetime.datetime(2150, 1, 1, 1, 0, 0, 500_000)
+    pl.DataFrame({"charttime": [half_past]}).write_parquet(tmp_path / "events.parquet")
+    table = tables.Table(tmp_path / "events.parquet", "events", {"charttime": "charttime"})
+    assert table.read("charttime").select(times.time("charttime"))["charttime"].to_list() == [half_past]
 
 
 @pytest.mark.parametrize(

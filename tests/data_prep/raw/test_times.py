@@ -5,7 +5,7 @@ import datetime
 import polars as pl
 import pytest
 from build_cases import HEART_RATE, by_stay
-from raw_tables import at, chart, image, stay, write_mimic_cxr, write_mimic_iv
+from raw_tables import at, chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
 from data_prep.raw import times
@@ -33,7 +33,9 @@ MORNING, AFTERNOON = datetime.datetime(2150, 1, 31, 1, 30), datetime.datetime(21
         ("2150-01-31 01:30 am", MORNING),
         ("2150-01-31 12:00 AM", datetime.datetime(2150, 1, 31)),
         ("2150-01-31 13:30 PM", None),
+        ("2150/1/31 13:30", AFTERNOON),
         ("1/31/2150 13:30", AFTERNOON),
+        ("31.01.2150 13:30", AFTERNOON),
         ("31/1/2150 1:30 PM", AFTERNOON),
         ("1/12/2150 13:30", None),  # December or January
         ("2150-02-31", None),
@@ -83,6 +85,36 @@ def test_many_study_times_below_1_are_fractions_of_a_day():
     clocks = [str(hour / 24) for hour in range(24)]
     found = times.study_times(pl.DataFrame({"StudyDate": ["21500131"] * 24, "StudyTime": clocks}))
     assert found.dt.hour().to_list() == list(range(24))
+
+
+def test_few_study_times_below_1_are_midnight_or_unreadable():
+    assert _study_time("2150-01-31", "0.0") == datetime.datetime(2150, 1, 31)
+    assert _study_time("2150-01-31", "0.5625") is None  # 13:30 as a fraction of a day, or half a second past midnight
+
+
+def test_a_study_time_without_a_value_does_not_hide_the_others():
+    clocks = [*(str(hour / 24) for hour in range(24)), "NaN", "-0.5", "-inf", None]
+    found = times.study_times(pl.DataFrame({"StudyDate": ["21500131"] * 28, "StudyTime": clocks}))
+    assert found.dt.hour().to_list() == [*range(24), None, None, None, None]
+
+
+@pytest.mark.parametrize("nothing", ["NA", "NaT", "NULL", "#N/A"])
+def test_what_stands_for_no_time_is_missing_and_not_unreadable(tmp_path, capsys, nothing):
+    text = pl.Series(["2150-01-31", nothing, f" {nothing.lower()}", "", None, "2150-01"])
+    tally = times.Tally()
+    tally.add(text, times.read(text))
+    assert (tally.given, tally.unreadable, tally.form) == (2, 1, "9999-99")
+    stays = [stay(n, deathtime=nothing, dod=nothing) for n in range(3)]
+    charts = [chart(n, 3, HEART_RATE, "70", storetime=nothing) for n in range(3)]
+    labs = [lab(n, 3, 50931, nothing, valuenum="110", hadm_id=nothing) for n in range(3)]
+    images = [image(0, 10), image(1, 10, StudyTime=nothing)]
+    iv, cxr = write_mimic_iv(tmp_path / "iv", stays, charts, labs), write_mimic_cxr(tmp_path / "cxr", images)
+    build.build(iv, cxr, tmp_path / "out", tasks=["mortality"])
+    counts = records.manifest(tmp_path / "out", "mortality")["counts"]
+    assert not any(counts["unreadable_times"].values())
+    assert counts["event_rows"]["no hadm_id"] == {"Glucose": 3}
+    assert [record["has_cxr"] for _, record in sorted(by_stay(tmp_path / "out", "mortality").items())] == [1, 0, 0]
+    assert "1 of 2 X-rays have no valid time" in capsys.readouterr().err
 
 
 def test_the_form_of_a_value_has_none_of_its_content():
