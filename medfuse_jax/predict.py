@@ -52,7 +52,7 @@ def predict(
     Returns a dict of arrays:
         scores float32 [N, K]: probabilities; label_names str [K]
         stay_id, subject_id int64 [N]; split str [N]; labels int8 [N, K] as in the shards; age float32 [N]
-        hour float32 [N], in an hourly task, whose N counts the hours of all stays
+        hour, remaining_h float32 [N], in an hourly task, whose N counts the hours of all stays
         has_ehr, has_cxr bool [N]; dicom_id str [N], for a task on X-rays alone
     Records that the method cannot score, such as stays without an X-ray for uni_cxr, are left out.
     Raises UserError if the shards' labels, channels or time step are not the run's, or if no record can be scored.
@@ -150,7 +150,7 @@ def check_out(path: Path) -> None:
 
 
 def write(path: Path, predicted: dict[str, np.ndarray]) -> None:
-    """Write what `predict` returned as .npz, or as .csv with one row per record and one column per label's score."""
+    """Write what `predict` returned as .npz, or as .csv: a row per record (or hour), a column per label's score."""
     with files.must_write(f"--out={path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.written_whole(path) as unfinished:
@@ -174,7 +174,8 @@ def main(argv: list[str]) -> None:
     predicted = predict(options.workdir, options.data, options.split, cxr_features=options.cxr_features)
     write(out, predicted)
     num_labels = len(predicted["label_names"])
-    print(f"written: {out}, {len(predicted['scores'])} records, {num_labels} label{'s'[: num_labels != 1]}")
+    rows = "hours" if "hour" in predicted else "records"
+    print(f"written: {out}, {len(predicted['scores'])} {rows}, {num_labels} label{'s'[: num_labels != 1]}")
 
 
 if __name__ == "__main__":

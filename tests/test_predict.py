@@ -133,6 +133,19 @@ def test_x_rays_are_named(tiny_config, tmp_path, shards):
     assert found["dicom_id"].tolist() == [r["dicom_id"] for r in records.open_split(shards, "radiology", "val")]
 
 
+def test_every_hour_of_an_hourly_task_is_a_row(hourly_config, tmp_path):
+    hourly_config.method = "uni_ehr"
+    _save(hourly_config, tmp_path)
+    found = predict.predict(tmp_path, hourly_config.data.dir, "val")
+    predict.write(tmp_path / "scores.csv", found)
+    with (tmp_path / "scores.csv").open() as file:
+        rows = [(int(row["stay_id"]), float(row["hour"])) for row in csv.DictReader(file)]
+    stored = records.open_split(hourly_config.data.dir, "decompensation", "val")
+    assert rows == [(int(stay["stay_id"]), hour) for stay in stored for hour in stay["label_time_h"].tolist()]
+    remaining = [stay["los_h"] - stay["label_time_h"] for stay in stored]
+    np.testing.assert_allclose(found["remaining_h"], np.maximum(np.concatenate(remaining), 0), atol=1e-3)
+
+
 @pytest.fixture
 def finished(ehr_config, tmp_path):
     _save(ehr_config, tmp_path / "run")

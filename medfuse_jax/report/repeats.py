@@ -7,8 +7,7 @@ from html import escape
 from medfuse_jax.report import html, read_runs
 from medfuse_jax.report.read_runs import SUBSETS, Run, number, section
 
-_METRICS = ("auroc_macro", "auprc_macro", "kappa", "mad_h")
-_TITLES = {"auroc_macro": "AUROC", "auprc_macro": "AUPRC", "kappa": "Kappa", "mad_h": "Deviation, h"}
+TITLES = {"auroc_macro": "AUROC", "auprc_macro": "AUPRC", "kappa": "Kappa", "mad_h": "Deviation, h"}
 _ON = {
     "all": "all",
     "paired": "with an X-ray",
@@ -42,11 +41,17 @@ def summary(results: list[dict]) -> dict[str, dict[str, Spread]]:
     found: dict[str, dict[str, Spread]] = {}
     for subset in SUBSETS:
         of_runs = [section(result.get("subsets") or {}, subset) for result in results]
-        for name in _METRICS:
+        for name in TITLES:
             values = [scores[name] for scores in of_runs if isinstance(scores.get(name), int | float)]
             if values:
                 found.setdefault(subset, {})[name] = spread(values)
     return found
+
+
+def metrics_of(results: list[dict]) -> list[str]:
+    """Return the metrics that any of the results has on any subset, AUROC and AUPRC always."""
+    scored = {metric for by_metric in summary(results).values() for metric in by_metric}
+    return [name for name in TITLES if name in scored | {"auroc_macro", "auprc_macro"}]
 
 
 def place(result: dict) -> tuple[int | None, int | None]:
@@ -93,8 +98,9 @@ def table(named: list[tuple[str, list[dict]]]) -> str:
     if not columns:
         return ""
     columns, body = list(dict.fromkeys(columns)), ""
-    head = '<th scope="col">Test stays</th>'
-    head += "".join(f'<th scope="col" class="num">{_TITLES[metric]}</th>' for metric in columns)
+    units = {read_runs.unit(result.get("task", "")) for _, results in named for result in results}
+    head = f'<th scope="col">Test {" or ".join(sorted(units))}</th>'
+    head += "".join(f'<th scope="col" class="num">{TITLES[metric]}</th>' for metric in columns)
     for name, results, by_subset in found:
         group = escape(f"{name}, {words(results)}")
         body += f'<tr class="group"><th scope="rowgroup" colspan="{len(columns) + 1}">{group}</th></tr>'

@@ -89,7 +89,7 @@ def write(of: list[Repeat], workdir: Path) -> str:
     """Write the table and the page; return the summary as text."""
     runs = [read_runs.read_run(results.chosen_dir(workdir / repeat.name)) for repeat in of]
     tested = [run.result or {} for run in runs]
-    fields = ("auroc_macro", "auprc_macro")
+    fields = repeats.metrics_of(tested)
     rows = [["seed", "fold", "trial", "method", "learning_rate", "subset", "num_samples", *fields]]
     for repeat, run in zip(of, runs):
         for subset, scores in read_runs.comparable_subsets(run.result or {"subsets": {}}).items():
@@ -113,11 +113,13 @@ def _methods(runs: list[read_runs.Run]) -> str:
 
 def _page(title: str, of: list[Repeat], runs: list[read_runs.Run], tested: list[dict]) -> str:
     head = "".join(f'<th scope="col">{text}</th>' for text in ("Sweep", "Chosen"))
-    head += "".join(f'<th scope="col" class="num">{text}</th>' for text in ("Test stays", "AUROC", "AUPRC"))
+    fields = repeats.metrics_of(tested)
+    titles = (f"Test {read_runs.unit(runs[0].task)}", *(repeats.TITLES[name] for name in fields))
+    head += "".join(f'<th scope="col" class="num">{text}</th>' for text in titles)
     body = ""
     for repeat, run in zip(of, runs):
         scores, trial = run.scores(), int(run.folder.name)
-        shown = [number(scores.get("num_samples"), 0), *(number(scores.get(f"{m}_macro")) for m in ("auroc", "auprc"))]
+        shown = [number(scores.get("num_samples"), 0), *(number(scores.get(name)) for name in fields)]
         cells = "".join(f'<td class="num">{text}</td>' for text in shown)
         link = f'<a href="{escape(repeat.name)}/sweep.html">{escape(repeat.name)}</a>'
         body += f'<tr><th scope="row">{link}</th><td>trial {trial}</td>{cells}</tr>'

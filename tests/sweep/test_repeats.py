@@ -2,10 +2,12 @@
 
 import csv
 import dataclasses
+import json
 import time
 
 import numpy as np
 import pytest
+from example_runs import simulate, write_run
 from refusals import refused
 from sweep_cases import CONFIG_FILE, RATES
 
@@ -53,6 +55,22 @@ def test_every_fold_is_a_sweep_of_its_own_and_tests_its_own_patients(ehr_config,
         repeats.run(of, tmp_path, of[0].set(ehr_config), sweep)
     with pytest.raises(Exception, match="holds other sweeps"):
         results.claim(tmp_path, ehr_config, "digest", {"algorithm": "random", "trials": []})
+
+
+def test_an_hourly_task_has_its_own_metrics_and_counts_hours(tmp_path, monkeypatch):
+    of = repeats.plan(0, 2, 0)
+    monkeypatch.setattr(results, "chosen_dir", lambda folder: folder / "000")
+    for repeat in of:
+        folder = tmp_path / repeat.name / "000"
+        write_run(folder, "length_of_stay", "uni_ehr", simulate("length_of_stay", 50, seed=repeat.seed))
+        result = files.read_json(folder / "result.json", "") | {"seed": repeat.seed}
+        result["subsets"]["all"] |= {"kappa": 0.25 + repeat.seed / 8, "mad_h": 100.0}
+        (folder / "result.json").write_text(json.dumps(result))
+    assert "kappa 0.312 ± 0.088" in repeats.write(of, tmp_path)
+    rows = [row for row in csv.DictReader((tmp_path / "repeats.csv").open()) if row["subset"] == "all"]
+    assert [(float(row["kappa"]), float(row["mad_h"])) for row in rows] == [(0.25, 100.0), (0.375, 100.0)]
+    page = (tmp_path / "repeats.html").read_text()
+    assert page.count(">Test hours<") == page.count(">Kappa<") == 2 and ">0.375<" in page and "stays<" not in page
 
 
 def test_the_others_go_on_after_a_sweep_without_a_finished_trial(ehr_config, tmp_path, monkeypatch):
