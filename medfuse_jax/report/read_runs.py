@@ -145,9 +145,9 @@ def _run_folders(root: Path) -> list[Path]:
 
 
 def _name_and_color(runs: list[Run], root: Path) -> None:
-    """Name runs by method, plus the folder if methods repeat. Pre-training runs get the last colours."""
+    """Name runs by method and fold, plus the folder if these repeat. Pre-training runs get the last colours."""
     for run in runs:
-        run.name = title({"method": run.method, **(run.result or {})})
+        run.name = title({"method": run.method, **(run.result or {})}) + of_fold(run.result or run.config)
     names = [(run.task, run.name) for run in runs]
     for run, name in zip(runs, names):
         if names.count(name) > 1:
@@ -349,6 +349,12 @@ def title(result: dict) -> str:
             method = method.replace(usual, f"({name})") if usual in method else f"{method}, {name}"
     method += ", all X-rays" if result.get("images") == "all" else ""
     return " + ".join([method, *(Path(name).stem for name in result.get("modalities") or [])])
+
+
+def of_fold(content: dict) -> str:
+    """Return ', fold 0 of 5' for a result or config of a fold, which has test patients of its own; else ''."""
+    data = section(content, "data")
+    return f", fold {data.get('fold')} of {data['folds']}" if data.get("folds") else ""
 
 
 def against(result: dict, comparison: dict) -> str:

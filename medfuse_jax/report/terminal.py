@@ -19,9 +19,9 @@ _SUBSET_NAMES = {
 def table(results: list[dict], names: list[str] | None = None) -> str:
     """Format results (contents of result.json files) in lines of at most 100 columns, one block per task.
 
-    names: one per result; by default its method, which is ambiguous if two runs share a method.
+    names: one per result; by default its method and fold, which is ambiguous if two runs share a method.
     """
-    names = names or [read_runs.title(result) for result in results]
+    names = names or [read_runs.title(result) + read_runs.of_fold(result) for result in results]
     blocks = {}
     for name, result in zip(names, results):
         blocks.setdefault(str(result.get("task")), []).append((name, result))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from example_runs import simulate, write_run
 
-from medfuse_jax.report import pages, read_runs, repeats
+from medfuse_jax.report import pages, read_runs, repeats, terminal
 
 
 def _write(folder, seed: int, fold: int | None = None, method="uni_ehr"):
@@ -43,6 +43,14 @@ def test_the_report_joins_the_runs_of_one_experiment(written):
     assert "Over seeds and folds" in page and "4 runs: 2 seeds, 2 folds" in page
     assert repeats.summary(results)["all"]["auroc_macro"].text() in page
     assert "Over seeds and folds" not in pages.page(read_runs.find_runs([root / "s0f0", root / "other"]))
+
+
+def test_a_run_of_a_fold_is_named_after_it(written):
+    """Its test patients are others than those of a run beside it."""
+    root, results = written
+    runs = read_runs.find_runs([root / "s0f0", root / "s0f1", root / "other"])
+    assert [run.name for run in runs] == ["EHR only (LSTM), fold 0 of 2", "EHR only (LSTM), fold 1 of 2", "MedFuse"]
+    assert "EHR only (LSTM), fold 1 of 2" in terminal.table([results[1]])
 
 
 def test_runs_of_one_seed_and_fold_are_no_repetition(written):
