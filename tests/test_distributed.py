@@ -63,7 +63,6 @@ def _assert_same(workdir, expected):
     ours, theirs = (np.load(folder / "predictions_test.npz") for folder in (workdir, expected))
     np.testing.assert_array_equal(ours["stay_id"], theirs["stay_id"])
     np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=2e-4)
-    # Validation's: the training loss of an epoch that was resumed is that of its last steps alone.
     losses = [[line["val_loss"] for line in _lines(f) if line["phase"] == "val"] for f in (workdir, expected)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 

@@ -98,7 +98,7 @@ def test_a_signal_at_any_point_of_an_epoch_costs_nothing(ehr_config, tmp_path, m
     (state_a, progress_a), (state_b, progress_b) = _latest(ehr_config, whole), _latest(ehr_config, stopped)
     jax.tree.map(np.testing.assert_array_equal, state_a.params, state_b.params)
     assert progress_a == progress_b
-    keep = ("phase", "epoch", "step", "val_loss", "val_auroc", "lr")
+    keep = ("phase", "epoch", "step", "train_loss", "val_loss", "val_auroc", "lr")
     rows_a, rows_b = ([{k: line.get(k) for k in keep} for line in _lines(d)] for d in (whole, stopped))
     assert rows_a == rows_b
 

@@ -4,6 +4,7 @@ A route maps each code to CCS categories, which are the labels: the route `gem` 
 as in the released extraction.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 3  # increment if the same codes give other labels, or known_words.py turns the same words into other texts
+VERSION = 4  # increment if the same codes give other labels, or known_words.py turns the same words into other texts
 # A table has lost the leading zeros of its ICD-9 codes if more than this share of its rows lacks one. In the MIMIC-IV
 # demo no row does; 1.6 % of them would.
 _MAX_LOST_ZEROS = 0.005
 _MANY_CODES = 200  # with at least so many distinct ICD-9 codes, some must begin with a zero; the demo has 740
+_NUMBER = re.compile(r"\d{4,5}\.0*")
 # A code of either version, without its dot. The second character is a digit, so no word matches.
 CODE = r"^[A-Z0-9][0-9][A-Z0-9]{1,5}$"
 
@@ -65,10 +67,11 @@ def _read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.D
     rows = rows.select(
         parse.integer("hadm_id"),
         parse.integer("subject_id"),
-        code=pl.col("icd_code").str.strip_chars().str.replace_all(".", "", literal=True),
+        code=pl.col("icd_code").str.strip_chars().str.to_uppercase(),
         version=parse.integer("icd_version"),
     )
     _check_leading_zeros(rows.filter(version=9)["code"], raw["diagnoses_icd"].path)
+    rows = rows.with_columns(pl.col("code").str.replace_all(".", "", literal=True))
     rows = rows.join(admissions, on="hadm_id", suffix="_of_stay")
     own = rows.filter(pl.col("subject_id") == pl.col("subject_id_of_stay"))
     valid = own.filter(pl.col("code").str.contains(CODE))  # drops null too
@@ -77,7 +80,11 @@ def _read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.D
 
 def _check_leading_zeros(icd9_codes: pl.Series, path: Path) -> None:
     counts = icd9_codes.drop_nulls().alias("code").value_counts(name="rows")
-    lost = counts.filter(pl.Series([icd.lost_zero(code) for code in counts["code"]], dtype=pl.Boolean))["rows"].sum()
+    # 4019.0 is a number: in codes with a dot it follows the third digit.
+    is_lost = [
+        bool(_NUMBER.fullmatch(code)) or icd.lost_zero(code.replace(".", "")) for code in counts["code"].to_list()
+    ]
+    lost = counts.filter(pl.Series(is_lost, dtype=pl.Boolean))["rows"].sum()
     no_zero_left = len(counts) >= _MANY_CODES and not counts["code"].str.starts_with("0").any()
     if no_zero_left or lost > _MAX_LOST_ZEROS * counts["rows"].sum():
         message = (

@@ -123,6 +123,8 @@ def read_json(path: Path, what_to_do: str, kind: type = dict, must_be_sealed: bo
     type, or does not match its seal.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("a pipe or device")  # reading one may never end
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {what_to_do}", path=path) from None

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,13 @@ def test_busy_lock_is_a_user_error_and_errors_inside_the_block_are_not(tmp_path)
         pass
     with pytest.raises(BlockingIOError), files.locked(*lock):
         raise BlockingIOError
+
+
+def test_json_from_a_pipe_or_device_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", Path("/dev/null")):
+        with pytest.raises(UserError, match="a pipe or device"):
+            files.read_json(path, "give a file")
 
 
 def test_json_is_written_sorted_unless_told_otherwise_and_read_back(tmp_path):

@@ -23,14 +23,14 @@ def _labels(tmp_path, codes, table=None, num_stays=3):
 
 def test_labels_belong_to_their_admission_in_label_order(tmp_path):
     codes = [(0, "4019", 9), (0, "I2510", 10), (0, "4019", 9), (2, " I10. ", 10), (2, "U9999", 10), (2, "4019", 10)]
-    codes += [(0, text, 10) for text in ("SMITH", "I1", "i2510", "I10 HIGH STREET", "", "I251000X")]
+    codes += [(0, text, 10) for text in ("SMITH", "I1", "I10 HIGH STREET", "", "I251000X")]
     labels, label_NK, counts = _labels(tmp_path, codes)
     assert labels == [{98, 101}, set(), {98}]
     assert label_NK.dtype == np.int8 and label_NK.shape == (3, 25)
     assert label_NK[0].tolist() == [int(p.ccs in (98, 101)) for p in schema.PHENOTYPES]
     assert counts == {
         "route": "gem",
-        "rows_without_a_valid_code": 6,
+        "rows_without_a_valid_code": 5,
         "distinct_codes": {"ICD-9": 1, "ICD-10": 4},
         "distinct_codes_unmapped": {"ICD-10": 2},
         "unmapped": [["4019", 10, 1], ["U9999", 10, 1]],
@@ -101,6 +101,18 @@ def test_codes_without_their_leading_zeros_are_refused(tmp_path, capsys, lost):
     else:
         labels, _, _ = _labels(tmp_path, codes)
         assert labels[0] == {2, 98} and "gives no stay" not in capsys.readouterr().err
+
+
+def test_codes_that_were_numbers_are_refused(tmp_path):
+    """4019.0 is no code with a dot: 40190 is none, and 389.0, once 0389, is a hearing loss."""
+    with refused(field="icd_code", value=2):
+        _labels(tmp_path, [(0, "4019.0", 9), (0, "389.0", 9), (0, "25000.0", 9), (0, "V3000", 9)])
+
+
+def test_codes_may_have_a_dot_and_small_letters(tmp_path):
+    labels, _, _ = _labels(tmp_path, [(0, "038.9", 9), (1, "i10", 10), (2, "401.0", 9)])
+    assert labels == _labels(tmp_path / "as published", [(0, "0389", 9), (1, "I10", 10), (2, "4010", 9)])[0]
+    assert all(labels)
 
 
 def test_a_real_sized_table_without_any_leading_zero_is_refused(real_data, tmp_path):
