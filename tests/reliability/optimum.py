@@ -1,8 +1,11 @@
 """Train on a synthetic cohort whose best reachable AUROC is known: do runs find the planted signal, and only that?
 
-    PYTHONPATH=.:tests python -m reliability.optimum --dir=DIR [--stays=40000] [--runs=lstm,cxr,medfuse] [--json=FILE]
+    PYTHONPATH=.:tests python -m reliability.optimum --dir=DIR [--stays=40000] [--share=0.19] [--runs=lstm,cxr,medfuse]
+        [--start=DIR] [--json=FILE]
 
-Prints one line a run as it ends; rerun the command to resume. docs/evaluation.md has the result.
+Prints one line a run as it ends; rerun the command to resume. docs/evaluation.md has the result. --share: of the stays
+with an X-ray. --start: the folder of an earlier study whose lstm and cxr the runs *_on go on from. The same number of
+stays has the same series and labels for any share.
 
 A run's scores are judged by the true probabilities of the labels (data_prep/synthetic/signal.py): the expected AUROC,
 without the noise of the labels drawn. Shapes: N test stays, K labels.
@@ -22,21 +25,19 @@ from sweep_commands import ROOT
 from data_prep import build
 from data_prep.synthetic import draw, signal, tree
 
-SHARE = 0.19  # of the stays with an X-ray, as in MIMIC
+SHARE = 0.19  # as in MIMIC
 _ENCODERS = ("--config.init.ehr={dir}/runs/lstm", "--config.init.cxr={dir}/runs/cxr")
-_TUNED = (
-    *_ENCODERS,
-    *("--config.model.freeze_encoders=False", "--config.learning_rate=5e-4"),
-)
+_TRAINED = "--config.model.freeze_encoders=False"
+_TUNED = (*_ENCODERS, _TRAINED, "--config.learning_rate=5e-4")
 NO_SIGNAL = "no_signal"  # of a cohort whose phenotypes depend on nothing
 RUNS = {  # name -> flags of `main` beside configs/demo.py, in the order in which they need each other
     "lstm": (
         *("--config.method=uni_ehr", "--config.batch_size=32", "--config.learning_rate=2e-3"),
-        *("--config.model.freeze_encoders=False", "--config.num_epochs=8"),
+        *(_TRAINED, "--config.num_epochs=8"),
     ),
     "cxr": (
         *("--config.method=uni_cxr", "--config.task=radiology", "--config.learning_rate=2e-3"),
-        *("--config.model.freeze_encoders=False", "--config.num_epochs=20"),
+        *(_TRAINED, "--config.num_epochs=20"),
     ),
     "medfuse": (*_ENCODERS, "--config.num_epochs=8"),
     **{
@@ -47,8 +48,29 @@ RUNS = {  # name -> flags of `main` beside configs/demo.py, in the order in whic
         for share, epochs in ((0.0, 4), (0.18, 4), (1.0, 2))  # 16, 9 and 3 X-rays in a batch of 16
         for norm in ("batch", "frozen")
     },
+    "lstm_on": (  # from here on: each goes on from an earlier run, at a lower rate
+        *("--config.method=uni_ehr", "--config.init.model={start}/runs/lstm", "--config.batch_size=64"),
+        *(_TRAINED, "--config.learning_rate=6e-4", "--config.plateau_epochs=1", "--config.num_epochs=3"),
+    ),
+    "cxr_on": (
+        *("--config.method=uni_cxr", "--config.task=radiology", "--config.init.model={start}/runs/cxr"),
+        *(_TRAINED, "--config.batch_size=32", "--config.learning_rate=1e-3", "--config.num_epochs=3"),
+    ),
+    "fusion_on": (
+        *("--config.init.ehr={dir}/runs/lstm_on", "--config.init.cxr={dir}/runs/cxr_on"),
+        *("--config.batch_size=32", "--config.learning_rate=2e-3", "--config.num_epochs=2"),
+    ),
+    "medfuse_on": (
+        *("--config.init.model={dir}/runs/fusion_on", _TRAINED),
+        *("--config.batch_size=32", "--config.learning_rate=5e-4", "--config.num_epochs=3"),
+    ),
+    "medfuse_last": (
+        *("--config.init.model={dir}/runs/medfuse_on", _TRAINED),
+        *("--config.batch_size=32", "--config.learning_rate=1.5e-4", "--config.num_epochs=2"),
+    ),
     NO_SIGNAL: (),
 }
+OF_FINDINGS = ("cxr", "cxr_on")  # their scores are not of phenotypes
 
 
 def expected(raw: Path, task: str, predictions: dict) -> dict:
@@ -97,11 +119,14 @@ def _by_group(task: str, true_p_NK: np.ndarray, score_NK: np.ndarray) -> dict[st
     return {name: round(float(np.mean(of)), 4) for name, of in of_label.items()}
 
 
-def cohort(folder: Path, num_stays: int, scale: float) -> Path:
-    """Write and build a cohort, unless it is there; return the folder of its shards. scale: see signal.SCALE."""
+def cohort(folder: Path, num_stays: int, share: float, scale: float) -> Path:
+    """Write and build a cohort, unless it is there; return the folder of its shards.
+
+    share: of the stays with an X-ray. scale: see signal.SCALE.
+    """
     signal.SCALE = scale
     raw, shards = folder / "raw", folder / "shards"
-    tree.write(raw, num_stays=num_stays, seed=7, cxr_fraction=SHARE, images_per_stay=0.25)
+    tree.write(raw, num_stays=num_stays, seed=7, cxr_fraction=share, images_per_stay=0.25)
     tasks = ["pheno", "mortality", "radiology"]
     build.build(mimic_iv=raw / "mimic-iv", mimic_cxr=raw / "mimic-cxr", out=shards, tasks=tasks)
     return shards
@@ -125,18 +150,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--stays", type=int, default=40_000)
+    parser.add_argument("--share", type=float, default=SHARE, help="of the stays with an X-ray")
+    parser.add_argument("--start", type=Path, help="folder of an earlier study; default: --dir")
     parser.add_argument("--runs", default=",".join(RUNS), help="which runs, with commas between")
     parser.add_argument("--json", type=Path, help="where to write the result too")
     given = parser.parse_args()
     folder, scale = given.dir.absolute(), signal.SCALE
+    start = (given.start or folder).absolute()
     result = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
     for name in given.runs.split(","):
         is_empty = name == NO_SIGNAL
         of = folder / name if is_empty else folder
-        shards = cohort(of, given.stays // 4, 0.0) if is_empty else cohort(of, given.stays, scale)
+        num_stays, of_scale = (given.stays // 4, 0.0) if is_empty else (given.stays, scale)
+        shards = cohort(of, num_stays, given.share, of_scale)
         workdir = of / "runs" / name
-        train(shards, workdir, [flag.format(dir=folder) for flag in RUNS[name]])
-        if name != "cxr":
+        train(shards, workdir, [flag.format(dir=folder, start=start) for flag in RUNS[name]])
+        if name not in OF_FINDINGS:
             result[name] = judge(of / "raw", workdir)
             print(json.dumps({name: result[name]}), flush=True)
             if given.json:
