@@ -5,6 +5,7 @@ import datetime
 import polars as pl
 import pytest
 from raw_tables import image, image_path, write_mimic_cxr, write_table
+from refusals import refused
 
 from data_prep.images import metadata
 from data_prep.raw import tables, times
@@ -44,6 +45,17 @@ def test_study_times_may_have_any_type_in_parquet(tmp_path, date, clock):
     table.write_parquet(tmp_path / "mimic-cxr-2.0.0-metadata.parquet")
     found, _ = metadata.read_metadata(tables.mimic_cxr(tmp_path))
     assert found["time"].to_list() == [datetime.datetime(2150, 1, 1, 15)]
+
+
+def test_ids_that_parquet_has_rounded_are_refused(tmp_path):
+    ids = pl.DataFrame(
+        {"stay_id": pl.Series([39553978.0], dtype=pl.Float32), "valuenum": pl.Series([1.5], dtype=pl.Float32)}
+    )
+    ids.write_parquet(tmp_path / "events.parquet")
+    table = tables.Table(tmp_path / "events.parquet", "events", {name: name for name in ids.columns})
+    assert table.read("valuenum")["valuenum"].to_list() == ["1.5"]
+    with refused(path=table.path, value="stay_id"):
+        table.read("stay_id")
 
 
 def test_times_of_parquet_are_read_whole_or_not_at_all(tmp_path):
