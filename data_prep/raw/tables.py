@@ -79,10 +79,9 @@ class Table:
         frame = _scan(self.path)
         types = frame.collect_schema() if self.path.suffix == ".parquet" else {}
         for name in columns:
-            if name.endswith("id") and types.get(self.names[name]) in (pl.Float32, pl.Float16):
-                what = (
-                    f"{self.path}: column {name!r} is of type {types[self.names[name]]}, which rounds ids of 8 digits"
-                )
+            dtype = types.get(self.names[name])
+            if name.endswith("id") and dtype in (pl.Float32, pl.Float16):
+                what = f"{self.path}: column {name!r} is of type {dtype}, which rounds ids of 8 digits"
                 raise UserError(f"{what}: write it as integers", path=self.path, value=name)
         return frame.select(_as_text(self.names[name], types.get(self.names[name])).alias(name) for name in columns)
 

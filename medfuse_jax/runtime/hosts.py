@@ -143,6 +143,9 @@ def _initialize(coordinator: str | None, num_processes: int | None, process: int
 
 def _check(coordinator: str, num_processes: int, process: int) -> None:
     """Raise UserError for invalid flags, or if the first process cannot use the port."""
+    if num_processes < 1:
+        message = f"--num_processes={num_processes}: give the number of processes, at least 1"
+        raise UserError(message, field="--num_processes", value=num_processes)
     if not 0 <= process < num_processes:
         message = f"--process={process}: with --num_processes={num_processes} give 0 to {num_processes - 1}"
         raise UserError(message, field="--process", value=process)

@@ -82,6 +82,7 @@ def test_a_process_that_hangs_ends_those_that_wait_for_it():
 @pytest.mark.parametrize(
     ("coordinator", "num_processes", "process", "field"),
     [
+        ("host:1", 0, 0, "--num_processes"),
         ("host:1", 2, 2, "--process"),
         ("host", 2, 0, "--coordinator"),
         ("host:65536", 2, 0, "--coordinator"),
