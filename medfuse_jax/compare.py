@@ -26,26 +26,27 @@ from medfuse_jax.sweep import results as sweep_results
 def compare(a: str, b: str, split: str = "test", num_bootstrap: int = 1000, seed: int = 0, resample: str = "") -> dict:
     """Return the differences b - a of AUROC and average precision, macro and per label, on the stays that both score.
 
+    For labels that are ordered bins (length of stay) also of the linear kappa and the mean absolute deviation, hours.
+
     resample: what a resample draws, 'patient' or 'stay'; by default see `result.resample_by`.
 
     Returns a dict: a and b ('run', 'method', 'step', 'num_samples'), task, split, labels, resample, and differences: a
-    `metrics.compare` with its 'subset' for all common stays, for those with an X-ray and for those without.
+    `metrics.compare`, and `metrics.compare_ordinal` of ordered bins, with its 'subset' for all common stays, for those
+    with an X-ray and for those without.
     Raises UserError if the runs differ in task or labels, or have no stay in common.
     """
     check_choice("--split", split, schema.SPLITS)
     check_choice("--resample", resample, ("", *result.RESAMPLES))
     member_a, member_b = (_open(run, split, flag) for run, flag in ((a, "--a"), (b, "--b")))
     _check_comparable(member_a, member_b)
-    common = _common(member_a, member_b)
-    a_NK, b_NK = common.pop("scores_MNK")
-    resample = result.resample_by(resample, common)
-    other = {name: common[name] for name in ("stay_id", "hour") if name in common} | {"scores": a_NK}
+    of_a, of_b = _common(member_a, member_b)
+    resample = result.resample_by(resample, of_b)
     return {
         **{name: _described(member) for name, member in (("a", member_a), ("b", member_b))},
         **{field: member_a.result[field] for field in ("task", "labels")},
         "split": split,
         "resample": resample,
-        "differences": result.compare(common | {"scores": b_NK}, other, member_a.name, num_bootstrap, seed, resample),
+        "differences": result.compare(of_b, of_a, member_a.name, num_bootstrap, seed, resample),
     }
 
 
@@ -69,15 +70,17 @@ def _check_comparable(a: Member, b: Member) -> None:
         raise members_lib.error(message, a.workdir, a.result["task"], "--a")
 
 
-def _common(a: Member, b: Member) -> dict:
-    """Return the predictions on the stays that both score, in the order of stay_id; scores_MNK: [2, N, K]."""
+def _common(a: Member, b: Member) -> tuple[dict, dict]:
+    """Return the predictions of a and of b on the stays that both score, in the order of stay_id."""
     joined = members_lib.join([a, b], "--b")
     in_both_N = np.isfinite(joined["scores_MNK"]).all((0, 2))
     if not in_both_N.any():
         message = f"{a.name} and {b.name} have no stay in common: give runs scored on the same split of one build"
         raise members_lib.error(message, b.workdir, 0, "--b")
-    scores = {"scores_MNK": joined["scores_MNK"][:, in_both_N]}
-    return {name: values[in_both_N] for name, values in joined.items() if name != "scores_MNK"} | scores
+    predicted = {name: key for name, key in members_lib.PREDICTED.items() if key in joined}
+    same = {name: values[in_both_N] for name, values in joined.items() if name not in predicted.values()}
+    of_a, of_b = (same | {name: joined[key][m, in_both_N] for name, key in predicted.items()} for m in range(2))
+    return of_a, of_b
 
 
 def _described(member: Member) -> dict:

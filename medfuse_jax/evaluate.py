@@ -237,7 +237,7 @@ def _against_pretraining(config, workdir: Path, split: str, scored: dict, bootst
         staged = config_lib.stage(config, stage)
         path = Scored(split).predictions_path(workdir / f"pretrain_{stage}")
         if path.exists() and staged.task == config.task:
-            names = ("stay_id", "scores", *(["hour"] if "hour" in scored else []))
+            names = ("stay_id", "scores", *(name for name in ("hour", "predicted_h") if name in scored))
             other = result.read_predictions(path, names, "run medfuse_jax.evaluate there again")
             comparisons += result.compare(scored, other, staged.method, *bootstrap)
     return comparisons

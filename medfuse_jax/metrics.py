@@ -89,6 +89,29 @@ def ordinal(labels, scores, errors, num_bootstrap: int = 1000, seed: int = 0, gr
     labels [N, K] one-hot; scores [N, K]; errors [N]: how far, in hours, each row's likeliest bin is from the truth.
     Returns a dict: kappa (see `kappa`), mad_h (the mean of the errors), and their bounds kappa_ci, mad_h_ci.
     """
+    result = {}
+    for name, (point, boot_R) in _ordinal(labels, scores, errors, num_bootstrap, seed, groups).items():
+        result |= {name: point, f"{name}_ci": ranks.bounds(boot_R)}
+    return result
+
+
+def compare_ordinal(labels, a, b, num_bootstrap: int = 1000, seed: int = 0, groups=None) -> dict:
+    """Return `ordinal`'s metrics of b minus those of a, with paired bootstrap bounds and p-values.
+
+    a, b: (scores, errors) of the same samples in the same order; the rest is as for `ordinal`.
+    Returns a dict: kappa, mad_h, and their _ci (low, high) and _p, two-sided.
+    """
+    of_a, of_b = (_ordinal(labels, x, errors, num_bootstrap, seed, groups) for x, errors in (a, b))
+    result = {}
+    for name, (point, boot_R) in of_b.items():
+        difference_R = boot_R - of_a[name][1]
+        result |= {name: point - of_a[name][0], f"{name}_ci": ranks.bounds(difference_R)}
+        result[f"{name}_p"] = _p_value(difference_R)
+    return result
+
+
+def _ordinal(labels, scores, errors, num_bootstrap: int, seed: int, groups) -> dict[str, tuple[float, np.ndarray]]:
+    """Return kappa and mad_h, each with its values [R] on the resamples; arguments as for `ordinal`."""
     labels_NK, scores_NK = ranks.check(labels, scores)
     num_labels = labels_NK.shape[1]
     group_N = _group_numbers(groups, len(labels_NK))
@@ -97,11 +120,9 @@ def ordinal(labels, scores, errors, num_bootstrap: int = 1000, seed: int = 0, gr
     sums = np.bincount(group_N * num_labels**2 + cells_N, minlength=num_groups * num_labels**2)
     table = np.column_stack([sums.reshape(num_groups, -1), np.bincount(group_N, errors, num_groups)])
     counts = [np.asarray(c[:num_groups], np.float64).T @ table for c in _counts(num_groups, num_bootstrap, seed)]
-    result = {}
-    for name, of in (("kappa", lambda x: _kappa(x[:, :-1])), ("mad_h", lambda x: x[:, -1] / x[:, :-1].sum(1))):
-        result[name] = float(of(table.sum(0, keepdims=True))[0])
-        result[f"{name}_ci"] = ranks.bounds(of(np.concatenate(counts)))
-    return result
+    whole, drawn = table.sum(0, keepdims=True), np.concatenate(counts)
+    of = {"kappa": lambda x: _kappa(x[:, :-1]), "mad_h": lambda x: x[:, -1] / x[:, :-1].sum(1)}
+    return {name: (float(value(whole)[0]), value(drawn)) for name, value in of.items()}
 
 
 def _kappa(cells_RC: np.ndarray) -> np.ndarray:

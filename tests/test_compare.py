@@ -10,7 +10,7 @@ from example_runs import simulate, write_config, write_evaluation
 
 from medfuse_jax import compare, metrics
 from medfuse_jax import run as run_lib
-from medfuse_jax.report import terminal
+from medfuse_jax.report import read_runs, terminal
 from medfuse_jax.runs import checkpoints, workdir
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
@@ -69,6 +69,35 @@ def test_patients_are_drawn_where_one_has_several_stays(runs):
     by_stay = compare.compare(a, b, num_bootstrap=40, resample="stay")
     assert "num_groups" not in by_stay["differences"][0]
     assert by_stay["differences"][0]["auroc_macro"] == found["differences"][0]["auroc_macro"]
+
+
+def _write_hourly(folder, method, data, predicted_h):
+    """Write a finished run of length of stay with 5 hours a stay, and return its predictions."""
+    of = _write(folder, "length_of_stay", method, data)
+    place = np.arange(len(predicted_h))
+    of |= {"stay_id": place // 5, "subject_id": place // 10, "hour": 5.0 + place % 5}
+    of |= {"remaining_h": place * 2.0, "predicted_h": predicted_h}
+    np.savez(folder / "predictions_test.npz", **of)
+    return of
+
+
+def test_ordered_bins_have_differences_of_kappa_and_deviation(tmp_path):
+    data = simulate("length_of_stay", 150)
+    data["labels"] = np.eye(10, dtype=bool)[np.random.default_rng(0).integers(0, 10, 150)]
+    rng = np.random.default_rng(1)
+    a = _write_hourly(tmp_path / "a", "uni_ehr", data, rng.uniform(0, 300, 150))
+    b = _write_hourly(tmp_path / "b", "medfuse", data, rng.uniform(0, 300, 150))
+    found = compare.compare(str(tmp_path / "a"), str(tmp_path / "b"), num_bootstrap=40, seed=1)
+    assert found["resample"] == "patient"
+    scored = [(of["scores"], np.abs(of["remaining_h"] - of["predicted_h"])) for of in (a, b)]
+    expected = metrics.compare_ordinal(b["labels"], *scored, 40, 1, b["subject_id"])
+    whole = found["differences"][0]
+    for name, values in expected.items():
+        np.testing.assert_array_equal(whole[name], values, err_msg=name)
+    assert whole["mad_h"] == pytest.approx(scored[1][1].mean() - scored[0][1].mean()) and whole["mad_h"] != 0
+    text = terminal.differences(metrics.to_json(found))
+    assert f"all: linear kappa {read_runs.number(whole['kappa'], 3, True)} (" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_the_table_shows_each_label_and_fits(runs):

@@ -333,6 +333,24 @@ def test_every_resample_of_ordered_bins_equals_sklearn():
     assert result["mad_h"] == pytest.approx(errors.mean()) and result["kappa"] == metrics.kappa(labels, scores)
 
 
+def test_differences_of_ordered_bins_are_paired():
+    labels, scores_a, errors_a = _bins()
+    scores_b, errors_b = np.random.default_rng(2).permutation(scores_a), errors_a[::-1]
+    groups = np.random.default_rng(1).integers(0, 40, len(labels))
+    found = metrics.compare_ordinal(labels, (scores_a, errors_a), (scores_b, errors_b), 30, groups=groups)
+    members = [np.flatnonzero(groups == group) for group in dict.fromkeys(groups.tolist())]
+    drawn = [np.concatenate([members[g] for g in row]) for row in resamples(len(members), 30, 0)]
+    kappa = [metrics.kappa(labels[r], scores_b[r]) - metrics.kappa(labels[r], scores_a[r]) for r in drawn]
+    errors = [errors_b[r].mean() - errors_a[r].mean() for r in drawn]
+    for name, differences in (("kappa", kappa), ("mad_h", errors)):
+        np.testing.assert_allclose(found[f"{name}_ci"], np.percentile(differences, (2.5, 97.5)), atol=1e-9)
+    assert found["kappa"] == metrics.kappa(labels, scores_b) - metrics.kappa(labels, scores_a)
+    assert found["mad_h"] == pytest.approx(0, abs=1e-12) and found["mad_h_p"] > 0.05
+    assert found["kappa"] < -0.3 and found["kappa_p"] < 0.1  # the least that 30 resamples give: 2 / 31
+    same = metrics.compare_ordinal(labels, (scores_a, errors_a), (scores_a, errors_a), 30)
+    assert not same["kappa_ci"].any() and same["kappa_p"] == 1
+
+
 def test_json_round_trip():
     labels, scores = problem(60, 3)
     labels[:, 0] = 0

@@ -17,6 +17,9 @@ from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
 FIELDS = ("stay_id", "subject_id", "labels", "has_ehr", "has_cxr", "age")  # of a predictions file, beside the scores
+PREDICTED = {"scores": "scores_MNK", "predicted_h": "predicted_h_MN"}  # what members differ in -> its name in `join`
+_OF_HOURS = ("hour", "remaining_h")
+_OF_BINS = ("predicted_h",)  # of exclusive labels
 GIVE_FINISHED = "give a finished run"
 
 
@@ -70,7 +73,8 @@ def _read(workdir: Path, what: result_lib.Scored, step: int | None) -> Member | 
         return None
     hint = f"run medfuse_jax.evaluate --workdir={workdir} again"
     result = files.read_json(result_path, hint)
-    names = ("scores", *FIELDS, *(["hour"] if schema.TASKS[result["task"]].hourly else []))
+    task = schema.TASKS[result["task"]]
+    names = ("scores", *FIELDS, *(_OF_HOURS if task.hourly else ()), *(_OF_BINS if task.exclusive else ()))
     predictions = result_lib.read_predictions(path, names, hint)
     steps = {result.get("step"), predictions.pop("step")}
     is_current = len(steps) == 1 if step is None else steps == {step}
@@ -110,14 +114,16 @@ def _test_result(workdir: Path) -> dict:
 def join(members: list[Member], flag: str = "--runs") -> dict:
     """Return the predictions on every stay, or every hour of one, that any member scores.
 
-    stay_id, subject_id, labels, has_ehr, has_cxr, age and hour are as in a predictions file. scores_MNK is NaN where a
-    member does not score a stay.
+    stay_id, subject_id, labels, has_ehr, has_cxr, age, hour and remaining_h are as in a predictions file. scores_MNK,
+    and predicted_h_MN of exclusive labels, are NaN where a member does not score a stay.
     """
-    names = [name for name in members[0].predictions if name != "scores"]
+    predicted = {name: key for name, key in PREDICTED.items() if name in members[0].predictions}
+    names = [name for name in members[0].predictions if name not in predicted]
     stacked = {name: np.concatenate([member.predictions[name] for member in members]) for name in names}
     key_N, first_N = np.unique(result_lib.row_keys(stacked), return_index=True)
     joined = {name: values[first_N] for name, values in stacked.items()}
-    joined["scores_MNK"] = np.full((len(members), *joined["labels"].shape), np.nan)
+    for name, key in predicted.items():
+        joined[key] = np.full((len(members), len(key_N), *members[0].predictions[name].shape[1:]), np.nan)
     for m, member in enumerate(members):
         rows = np.searchsorted(key_N, result_lib.row_keys(member.predictions))
         differs_N = (joined["labels"][rows] != member.predictions["labels"]).any(-1)
@@ -125,7 +131,8 @@ def join(members: list[Member], flag: str = "--runs") -> dict:
             stay_id = int(member.predictions["stay_id"][differs_N][0])
             message = f"{member.name} has other labels for stay {stay_id} than {members[0].name}"
             raise error(message, member.workdir, stay_id, flag)
-        joined["scores_MNK"][m, rows] = member.predictions["scores"]
+        for name, key in predicted.items():
+            joined[key][m, rows] = member.predictions[name]
     return joined
 
 

@@ -291,15 +291,19 @@ def resampled(results: list[dict], unit: str, split: str = "test") -> str:
     return ", or ".join(named)
 
 
-def ordinal(scores: dict) -> str:
-    """Return kappa and mean absolute deviation in words, with their intervals; '' where labels are no ordered bins."""
+def ordinal(scores: dict, sign: bool = False) -> str:
+    """Return kappa and mean absolute deviation in words, with their intervals; '' where labels are no ordered bins.
+
+    sign: for differences, with their p-values where there are some.
+    """
     if "kappa" not in scores:
         return ""
-    ends = [number(end, digits) for name, digits in (("kappa", 3), ("mad_h", 1)) for end in pair(scores[f"{name}_ci"])]
-    return (
-        f"linear kappa {number(scores['kappa'])} ({ends[0]} to {ends[1]}), mean absolute deviation "
-        f"{number(scores.get('mad_h'), 1)} h ({ends[2]} to {ends[3]})"
-    )
+    words = []
+    for name, title, unit, digits in (("kappa", "linear kappa", "", 3), ("mad_h", "mean absolute deviation", " h", 1)):
+        value, low, high = (number(x, digits, sign) for x in (scores.get(name), *pair(scores[f"{name}_ci"])))
+        p = f", p {number(scores[f'{name}_p'])}" if f"{name}_p" in scores else ""
+        words.append(f"{title} {value}{unit} ({low} to {high}{p})")
+    return ", ".join(words)
 
 
 def is_outside_its_ci(scores: dict) -> bool:

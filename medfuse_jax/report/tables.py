@@ -78,8 +78,13 @@ def differences(runs: list[Run]) -> str:
 
     body = _grouped([(_subset_title(other["subset"], run.task), run, other) for run, other in pairs], 4, row)
     head = _th("Difference", "text") + _score_heads(axis, sign=True)
+    ordered = ""
+    for run, other in pairs:
+        if other["subset"] == "all" and (words := read_runs.ordinal(other, sign=True)):
+            name = f"{run.name} − {read_runs.against(run.result or {}, other)}"
+            ordered += f'<p class="note">{escape(name)}: {escape(words)}.</p>'
     return (
-        f"<h3>Differences</h3>{html.table(head, body, 'Differences between methods')}"
+        f"<h3>Differences</h3>{html.table(head, body, 'Differences between methods')}{ordered}"
         '<p class="note">Paired: both methods are scored on the same stays in the same resamples. '
         "An interval without zero indicates a difference.</p>"
     )

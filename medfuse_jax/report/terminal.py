@@ -70,9 +70,11 @@ def differences(compared: dict) -> str:
         for k, label in enumerate(compared["labels"]):
             scores = {name: whole[name][k] for name in columns}
             rows.append((label, "", str(whole["num_positive"][k]), *_values_p(scores, "")))
+    ordered = [(_SUBSET_NAMES[part["subset"]], read_runs.ordinal(part, sign=True)) for part in compared["differences"]]
     resampled = read_runs.resampled([compared], read_runs.unit(task), split)
     notes = f"Paired bootstrap: the same resamples of {resampled} for both; p two-sided, for one comparison."
     lines = [f"{read_runs.task_name(task)}, {split} split", f"a: {a}", f"b: {b}", *_align(rows)]
+    lines += [line for subset, words in ordered if words for line in textwrap.wrap(f"{subset}: {words}", _WIDTH)]
     return "\n".join([*lines, *textwrap.wrap(notes, _WIDTH)])
 
 

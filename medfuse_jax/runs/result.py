@@ -118,12 +118,12 @@ def compare(scored: dict, other: dict, against: str, num_bootstrap: int, seed: i
     order = np.argsort(ours)  # record order, as in `subsets`
     ours, theirs = ours[order], theirs[order]
     common = {name: values[ours] for name, values in scored.items()}
-    other_NK = other["scores"][theirs]
+    other = {name: other[name][theirs] for name in ("scores", "predicted_h") if name in other}
     comparisons = []
     for name, include_N in _masks(common).items():
         part = {field: values[include_N] for field, values in common.items()}
-        scores = (other_NK[include_N], part["scores"])
-        difference = metrics.compare(part["labels"], *scores, num_bootstrap, seed, _groups(part, resample))
+        before = part | {field: values[include_N] for field, values in other.items()}
+        difference = subgroups.difference(before, part, num_bootstrap, seed, _groups(part, resample))
         comparisons.append({"against": against, "subset": name, **difference})
     return comparisons
 

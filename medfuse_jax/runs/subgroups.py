@@ -23,9 +23,22 @@ def measure(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | 
     arguments = (scored["labels"], scored["scores"])
     found = metrics.evaluate(*arguments, num_bootstrap, seed, groups_N)
     if "predicted_h" in scored:
-        error_N = np.abs(scored["remaining_h"] - scored["predicted_h"])
-        found |= metrics.ordinal(*arguments, error_N, num_bootstrap, seed, groups_N)
+        found |= metrics.ordinal(*arguments, _error_h(scored), num_bootstrap, seed, groups_N)
     return found
+
+
+def difference(a: dict, b: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | None) -> dict:
+    """Return the metrics of predictions b minus those of a, on the same records, as `measure` has them."""
+    bootstrap = (num_bootstrap, seed, groups_N)
+    found = metrics.compare(b["labels"], a["scores"], b["scores"], *bootstrap)
+    if "predicted_h" in b:
+        of_a, of_b = ((scored["scores"], _error_h(scored)) for scored in (a, b))
+        found |= metrics.compare_ordinal(b["labels"], of_a, of_b, *bootstrap)
+    return found
+
+
+def _error_h(scored: dict) -> np.ndarray:
+    return np.abs(scored["remaining_h"] - scored["predicted_h"])
 
 
 def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | None) -> list[dict]:
