@@ -62,7 +62,7 @@ def places(index: Mapping[str, dict], fold: Fold, folder: Path) -> dict[str, np.
     """
     subject_id_M = np.concatenate([index[split]["subject_id"] for split in schema.SPLITS])
     if (num_patients := len(np.unique(subject_id_M))) < fold.count:
-        message = f"{_FIELD} is {fold.count}, and {folder} has only {num_patients} patients: use fewer folds"
+        message = f"{fold.count} folds of {folder}, which has only {num_patients} patients: use fewer folds"
         raise UserError(message, field=_FIELD, path=folder, value=fold.count)
     split_M = fold.split_of(subject_id_M)
     for split in schema.SPLITS:

@@ -72,12 +72,21 @@ def check_outside_shards(workdir: Path, data_dir: str) -> None:
 def check_data(workdir: Path, run) -> None:
     """Raise UserError if the run's shards are not those that the workdir was trained on."""
     path = workdir / inputs.FILE
-    if files.read_json(path, "start again in another --workdir").get("digest") == run.dataset.digest:
+    trained = files.read_json(path, "start again in another --workdir")
+    if trained.get("digest") == run.dataset.digest:
         return
     config, sources = run.config, [f"{run.config.data.dir}/{run.config.task}"]
     if run.dataset.extra:
         sources.append(f"the tables of config.model.modalities={config.model.modalities}")
     if run.dataset.cxr_features:
+        widths = len(run.dataset.cxr_statistics.mean_E), len(trained.get("cxr_features", {}).get("mean", ()))
+        if widths[0] != widths[1]:
+            what = f"{config.data.cxr_features} has {widths[0]} features an X-ray, {workdir} was trained on {widths[1]}"
+            raise UserError(
+                f"{what}: give the file that it was trained on",
+                field="config.data.cxr_features",
+                path=config.data.cxr_features,
+            )
         sources.append(f"config.data.cxr_features={config.data.cxr_features}")
     if config.data.statistics != "train":
         sources.append(f"config.data.statistics={config.data.statistics}")

@@ -23,17 +23,21 @@ from medfuse_jax.runtime.errors import TryLater, UserError, is_disk_full
 # What reading raises for .npz files that are truncated, have changed bytes or lack an array.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
 _LINE_SEAL = 8  # characters: enough against damage
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # classes of Unicode's bidirectional text
 _TRUSTED = (0,)  # users whose code needs no warning: root
 # Error numbers of filesystems without locks: a bucket mounted as a folder, NFS or Lustre with locks off.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def check_local(flag: str, path: str | Path) -> None:
-    """Raise UserError for an address such as gs://bucket/folder, and for a name with control characters."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+    """Raise UserError for an address such as gs://bucket/folder or gs:bucket, and for a name with control characters.
+
+    Control characters include those that turn the direction of the text around them, such as U+202E.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|(gs|s3|hdfs):", str(path)):
         message = f"{flag} is {path}, an address; mount it (gcsfuse, s3fs) and give that folder"
         raise UserError(message, field=flag, value=str(path))
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(path)):
+    if any(unicodedata.category(c) in ("Cc", "Cs") or unicodedata.bidirectional(c) in _TURNS for c in str(path)):
         message = f"{flag} is {str(path)!r}, a name with control characters: give another"
         raise UserError(message, field=flag, value=str(path))
 

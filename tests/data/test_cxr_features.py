@@ -349,6 +349,8 @@ def test_a_run_on_features_trains_is_scored_and_travels_with_its_file(features_c
 
     with refused(field="--cxr_features", path=file):
         predict.predict(folder, config.data.dir, cxr_features=file)  # of another width
+    with refused(field="config.data.cxr_features", path=file):
+        sources.reopen(folder, cxr_features=str(file))
     of_test = records.dicom_ids(config.data.dir, "radiology", "test")["dicom_id"].tolist()
     kept = [i for i, name in enumerate(label_of) if name in of_test]
     part = tmp_path / "test.npz"

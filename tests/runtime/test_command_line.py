@@ -48,7 +48,8 @@ def test_a_config_file_that_returns_nothing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"), [("workdir", "/"), ("out", "/tmp/.."), ("workdir", "a\nb"), ("runs", "\x1b")]
+    ("name", "folder"),
+    [("workdir", "/"), ("out", "/tmp/.."), ("workdir", "a\nb"), ("runs", "\x1b"), ("out", "a\u202eb")],
 )
 def test_the_root_and_control_characters_are_no_folder(name, folder):
     values = flags.FlagValues()
@@ -82,7 +83,8 @@ def test_a_missing_flag_file_is_one_line(monkeypatch, capsys):
 def test_an_address_is_no_folder(name):
     values = flags.FlagValues()
     flags.DEFINE_string(name, None, "A folder.", flag_values=values)
-    for folder, is_address in (("gs://bucket/x", True), ("s3:/bucket/x", True), ("a:b/c", False), ("./s3", False)):
+    addresses, folders = ("gs://bucket/x", "s3:/bucket/x", "gs:bucket/x"), ("a:b/c", "./s3", "./gs:b", "a\u200db")
+    for folder, is_address in (*((x, True) for x in addresses), *((x, False) for x in folders)):
         values([name, f"--{name}={folder}"])
         if is_address:
             with refused(field=f"--{name}", value=folder):
