@@ -128,6 +128,9 @@ def _check_folders(values: flags.FlagValues) -> None:
             if name in ("out", "workdir") and Path(values[name].value).resolve() == Path("/"):
                 message = f"--{name}={values[name].value} is the root of all folders: give one below it"
                 raise UserError(message, field=f"--{name}", value=values[name].value)
+            if name == "workdir" and Path(values[name].value).is_file():
+                message = f"--workdir={values[name].value} is a file: give a folder"
+                raise UserError(message, field="--workdir", value=values[name].value)
 
 
 def _check_config_flags(argv: list[str]) -> None:

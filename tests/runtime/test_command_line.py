@@ -93,6 +93,16 @@ def test_an_address_is_no_folder(name):
             command_line._check_folders(values)
 
 
+def test_a_file_is_no_workdir(tmp_path):
+    """Said before the synthetic cohort is built."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "A folder.", flag_values=values)
+    (tmp_path / "file").touch()
+    values(["main", f"--workdir={tmp_path / 'file'}"])
+    with refused(field="--workdir", value=str(tmp_path / "file")):
+        command_line._check_folders(values)
+
+
 def test_known_flags_pass():
     command_line._check_config_flags(["main", f"--config={_PHENO}", "--config.data.dir=x", "--workdir=y"])
     command_line._check_config_flags(["main", "--workdir=y"])
