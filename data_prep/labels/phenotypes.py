@@ -121,8 +121,10 @@ def read_table(path: str | Path) -> dict[str, dict]:
         content = yaml.load(Path(path).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as failure:
         raise error(f"cannot be read ({failure.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: bytes that are no text, 2001-02-30
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         raise error("is not a YAML file") from None
+    except ValueError:  # PyYAML reads 2001-02-30 as a date
+        raise error("has a date that does not exist: put codes in quotes") from None
     entries = content if isinstance(content, dict) else {}
     for i, (name, entry) in enumerate(entries.items(), start=1):
         valid = isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("codes"), list)

@@ -158,8 +158,8 @@ def _open(path: Path, root: Path, required: tuple[str, ...]) -> Table:
     if missing:
         has = ", ".join(column for column in required if column in names) or "none"
         message = (
-            f"{path} has no column {missing[0]!r} (of those needed it has: {has}); is its first line the header, with "
-            "all quotes closed, and is it the right table, downloaded completely?"
+            f"{path} has no column {missing[0]!r} (of those needed it has: {has}); is it the right table, "
+            "downloaded completely, in UTF-8, with commas between its columns, all quotes closed, and a header first?"
         )
         raise UserError(message, path=path, field=missing[0])
     return Table(path, str(path.relative_to(root)), names)
