@@ -55,6 +55,7 @@ _OUT = {"data_prep.build": "shards", "data_prep.images.beam": "images", "data_pr
 # The quickest case of each benchmark preset, as a pattern for --only.
 SMALLEST = {
     "cpu": "step uni_ehr",
+    "dispatch": "dispatch pmap",
     "gpu": "lstm cudnn",
     "growth": "uni_ehr B=16 4 h",
     "hourly": "hourly uni_ehr",
