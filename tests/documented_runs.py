@@ -49,6 +49,7 @@ _PLACEHOLDERS = {
     "--config.model.modalities=FILE": "--config.model.modalities=notes.py",
     "--workdir=DIR": "--workdir=runs/pheno",
     "--data_dir=NEW": "--data_dir=moved/shards",
+    "--data_dir=demo_hourly": "--data_dir=hourly",
     "--runner=...": "--runner=DirectRunner",
 }
 _OUT = {"data_prep.build": "shards", "data_prep.images.beam": "images", "data_prep.bench": "benchmark"}
