@@ -14,7 +14,7 @@ from medfuse_jax.bench.cases import Case
 from medfuse_jax.data.dataset import Dataset
 
 
-def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> list[dict]:
+def measure(case: Case, data: Dataset | None = None, say=lambda text, end="": None) -> list[dict]:
     """Return a record for each contender, in seconds an epoch. data: opened shards of decompensation.
 
     case.peers: () to leave PyTorch out.

@@ -21,7 +21,7 @@ from medfuse_jax.models.recurrence import supported
 from medfuse_jax.runtime import compilation
 
 
-def measure(case: Case, data: Dataset | None = None, say=lambda text: None) -> list[dict]:
+def measure(case: Case, data: Dataset | None = None, say=lambda text, end="": None) -> list[dict]:
     """Return one record per contender. data: opened shards, or None to make up a dataset."""
     say("reading")
     sample = cohort.sample(case, data)
@@ -50,7 +50,7 @@ def records(case: Case, sample: cohort.Sample, trainer: "Trainer", seconds: dict
 class Trainer:
     """Our training step, compiled for a case's batches. Each repeat continues from the state of the last."""
 
-    def __init__(self, case: Case, sample: cohort.Sample, say=lambda text: None):
+    def __init__(self, case: Case, sample: cohort.Sample, say=lambda text, end="": None):
         self._case, self.on = case, parallel.devices(case.num_devices)
         self.options = options = step_options(case, sample.data)
         self._step = parallel.compile_train(options, case.parallel, self.on)
