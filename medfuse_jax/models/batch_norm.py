@@ -1,6 +1,6 @@
-"""Batch normalisation over the X-rays of a batch, with the ReLU and the shortcut's sum that follow it.
+"""Batch normalisation over the X-rays of a batch, with what follows it: a ReLU, a shortcut's sum, the stem's max pool.
 
-Shapes: P X-rays, H W pixels, C channels.
+Shapes: P X-rays, H W pixels, C channels, h w pixels after the pool.
 
 Accelerators wait for memory here, so for them the gradient is written out to pass over the pixels as rarely as it can.
 Forward: one pass for both moments (in bfloat16), one for the output. Backward: one for both sums, one for the gradient.
@@ -8,10 +8,13 @@ Only the input and the output are kept for it. Over several devices, each way su
 faster.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medfuse_jax.models import max_pool
 from medfuse_jax.models.weight import weight
 
 EPSILON = 1e-5
@@ -23,11 +26,13 @@ class BatchNorm(nn.Module):
 
     Training uses the statistics of the valid X-rays on all devices of `axis_name`. Without any valid X-ray it uses the
     running statistics and leaves them unchanged. As in torch, the running variance is updated with the unbiased batch
-    variance. Scale, bias and statistics are float32. relu: end with a ReLU. ops: as the ResNet's.
+    variance. Scale, bias and statistics are float32. relu: end with a ReLU. ops: as the ResNet's. pool: end with the
+    stem's max pool and a ReLU, for GPUs.
     """
 
     relu: bool = False
     ops: str = "plain"
+    pool: bool = False
 
     @nn.compact
     def __call__(
@@ -45,12 +50,17 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, features)
         running = (mean.value, var.value)
         if not train or self.is_initializing():
-            return _output(self.relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, *running)
+            y_PHWC = _output(self.relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, *running)
+            return nn.relu(max_pool.max_pool(y_PHWC)) if self.pool else y_PHWC
         if valid_P is None:
             valid_P = jnp.ones(x_PHWC.shape[0], bool)
-        args = (x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)
-        normalise = _normalise_by_rule if self.ops in ("gpu", "tpu") else _normalise
-        y_PHWC, (mean_C, var_C, count) = normalise(self.relu, self.ops == "gpu", axis_name, *args)
+        if self.pool:
+            y_PHWC, used = _normalise_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P)
+        else:
+            args = (x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)
+            normalise = _normalise_by_rule if self.ops in ("gpu", "tpu") else _normalise
+            y_PHWC, used = normalise(self.relu, self.ops == "gpu", axis_name, *args)
+        mean_C, var_C, count = used
         if self.is_mutable_collection("batch_stats"):
             unbiased_C = var_C * count / jnp.maximum(count - 1, 1)
             mean.value = jnp.where(count > 0, _updated(mean.value, mean_C), mean.value)
@@ -77,29 +87,91 @@ def _forward(relu, is_gpu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, ru
         # Otherwise XLA computes a block's output again for the next block's sum, or writes it in float32 too.
         y_PHWC = jax.lax.optimization_barrier(y_PHWC)
     has_shortcut = None if shortcut_PHWC is None else ()  # a truth value would become an array
-    saved = (x_PHWC, y_PHWC if relu else None, has_shortcut, scale_C, mean_C, var_C, count, valid_P)
-    return (y_PHWC, (mean_C, var_C, count)), saved
+    used = (mean_C, var_C, count)
+    return (y_PHWC, used), (x_PHWC, y_PHWC if relu else None, has_shortcut, scale_C, bias_C, used, valid_P)
 
 
 def _backward(relu, is_gpu, axis_name, saved, cotangents):
-    x_PHWC, y_PHWC, has_shortcut, scale_C, mean_C, var_C, count, valid_P = saved
+    x_PHWC, y_PHWC, has_shortcut, scale_C, bias_C, used, valid_P = saved
     d_PHWC, _ = cotangents
-    if relu:
-        d_PHWC = jnp.where(y_PHWC > 0, d_PHWC, 0)
-    inverse_C = jax.lax.rsqrt(var_C + EPSILON)
-    centred_PHWC = x_PHWC.astype(jnp.float32) - mean_C
-    d_bias_C = jnp.sum(d_PHWC, axis=(0, 1, 2), dtype=jnp.float32)
-    d_scale_C = jnp.sum(d_PHWC * centred_PHWC, axis=(0, 1, 2)) * inverse_C
-    # By way of the mean and the variance, every valid pixel changes every output.
-    of_mean_C, of_var_C = _total(jnp.stack([d_bias_C, d_scale_C]), axis_name) / jnp.maximum(count, 1)
-    through_PHWC = of_mean_C + centred_PHWC * (inverse_C * of_var_C)
-    through_PHWC = jnp.where(valid_P[:, None, None, None], through_PHWC, 0)
-    d_x_PHWC = ((d_PHWC - through_PHWC) * (inverse_C * scale_C)).astype(x_PHWC.dtype)
+    if relu and is_gpu and has_shortcut is None:
+        d_scale_C, d_bias_C = _sums(_where_positive(d_PHWC, x_PHWC, scale_C, bias_C, *used), x_PHWC, *used)
+        # Otherwise XLA writes in the first pass what the second reads.
+        x_PHWC, d_PHWC = jax.lax.optimization_barrier((x_PHWC, d_PHWC))
+        d_PHWC = _where_positive(d_PHWC, x_PHWC, scale_C, bias_C, *used)
+    else:
+        d_PHWC = jnp.where(y_PHWC > 0, d_PHWC, 0) if relu else d_PHWC
+        d_scale_C, d_bias_C = _sums(d_PHWC, x_PHWC, *used)
+    d_x_PHWC = _through(d_PHWC, x_PHWC, scale_C, d_scale_C, d_bias_C, used, valid_P, axis_name)
     return d_x_PHWC, None if has_shortcut is None else d_PHWC, d_scale_C, d_bias_C, None, None
 
 
 _normalise_by_rule = jax.custom_vjp(_normalise, nondiff_argnums=(0, 1, 2))
 _normalise_by_rule.defvjp(_forward, _backward)
+
+
+def _where_positive(d_PHWC, x_PHWC, scale_C, bias_C, mean_C, var_C, count):
+    """Return the gradient where the normalised x is positive, and 0 elsewhere.
+
+    One comparison a pixel, with the x whose output is 0: anything longer, and XLA writes the mask in a pass of its own.
+    """
+    del count
+    factor_C = jax.lax.rsqrt(var_C + EPSILON) * scale_C
+    zero_C = mean_C - bias_C / factor_C
+    zero_C = jnp.where(factor_C == 0, jnp.where(bias_C > 0, -jnp.inf, jnp.inf), zero_C)
+    # Where the output falls with x, x = zero_C must count as larger, so that neither sign lets an output of 0 through.
+    zero_C = jnp.where(factor_C < 0, jnp.nextafter(zero_C, -jnp.inf), zero_C)
+    return jnp.where((x_PHWC.astype(jnp.float32) > zero_C) != (factor_C < 0), d_PHWC, 0)
+
+
+def _sums(d_PHWC, x_PHWC, mean_C, var_C, count):
+    """Return the gradients of scale and bias on this device."""
+    del count
+    d_bias_C = jnp.sum(d_PHWC, axis=(0, 1, 2), dtype=jnp.float32)
+    d_scale_C = jnp.sum(d_PHWC * (x_PHWC.astype(jnp.float32) - mean_C), axis=(0, 1, 2))
+    return d_scale_C * jax.lax.rsqrt(var_C + EPSILON), d_bias_C
+
+
+def _through(d_PHWC, x_PHWC, scale_C, d_scale_C, d_bias_C, used, valid_P, axis_name):
+    """Return the gradient of x. By way of the mean and the variance, every valid pixel changes every output."""
+    mean_C, var_C, count = used
+    inverse_C = jax.lax.rsqrt(var_C + EPSILON)
+    of_mean_C, of_var_C = _total(jnp.stack([d_bias_C, d_scale_C]), axis_name) / jnp.maximum(count, 1)
+    through_PHWC = of_mean_C + (x_PHWC.astype(jnp.float32) - mean_C) * (inverse_C * of_var_C)
+    through_PHWC = jnp.where(valid_P[:, None, None, None], through_PHWC, 0)
+    return ((d_PHWC - through_PHWC) * (inverse_C * scale_C)).astype(x_PHWC.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalise_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P):
+    """Return what `_normalise` does, after the stem's max pool and a ReLU, in an order that changes nothing.
+
+    Under one rule, as only a quarter of the pixels have a gradient: both sums then read these alone, and the pool's
+    gradient is never written at the full size.
+    """
+    return _forward_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P)[0]
+
+
+def _forward_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P):
+    used = _moments(x_PHWC, valid_P, running, axis_name)
+    y_PHWC = _output(False, x_PHWC, None, scale_C, bias_C, *used[:2])
+    y_PhwC, winner_PhwC, x_PhwC = max_pool.largest(y_PHWC, x_PHWC)
+    winner_PhwC = jnp.where(y_PhwC > 0, winner_PhwC, max_pool.NONE)
+    # Otherwise XLA writes a mask for each of the nine pixels, and chooses x by them in the gradient.
+    pooled = jax.lax.optimization_barrier((nn.relu(y_PhwC), winner_PhwC, x_PhwC))
+    return (pooled[0], used), (x_PHWC, *pooled[1:], scale_C, used, valid_P)
+
+
+def _backward_and_pool(axis_name, saved, cotangents):
+    x_PHWC, winner_PhwC, x_PhwC, scale_C, used, valid_P = saved
+    d_PhwC, _ = cotangents
+    d_scale_C, d_bias_C = _sums(jnp.where(winner_PhwC == max_pool.NONE, 0, d_PhwC), x_PhwC, *used)
+    d_PHWC = max_pool.gradient(winner_PhwC, d_PhwC, *x_PHWC.shape[1:3])
+    d_x_PHWC = _through(d_PHWC, x_PHWC, scale_C, d_scale_C, d_bias_C, used, valid_P, axis_name)
+    return d_x_PHWC, d_scale_C, d_bias_C, None, None
+
+
+_normalise_and_pool.defvjp(_forward_and_pool, _backward_and_pool)
 
 
 def _output(relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, mean_C, var_C):

@@ -10,6 +10,7 @@ largest, and the gradient is nine comparisons over whole arrays.
 import jax
 import jax.numpy as jnp
 
+NONE = 9  # a winner that is no pixel
 _MIDDLE = 1  # of a window's three rows or columns
 
 
@@ -19,26 +20,43 @@ def max_pool(x_PHWC: jax.Array) -> jax.Array:
 
     Of tied pixels, the first in row-major order gets the gradient, as in XLA and torch.
     """
-    return _forward(x_PHWC)[0]
+    return largest(x_PHWC, x_PHWC)[0]
 
 
-def _forward(x_PHWC):
+def largest(x_PHWC: jax.Array, other_PHWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return each window's maximum, which of its pixels that is (uint8, 0 to 8), and the other array's value there."""
     _, height, width, _ = x_PHWC.shape
     h, w = -(-height // 2), -(-width // 2)
     padding = ((0, 0), (1, 2 * h - height), (1, 2 * w - width), (0, 0))
-    padded_PHWC = jnp.pad(x_PHWC, padding, constant_values=-jnp.inf)
-    max_PhwC = padded_PHWC[:, : 2 * h - 1 : 2, : 2 * w - 1 : 2]
+    arrays = [jnp.pad(array, padding, constant_values=-jnp.inf) for array in (x_PHWC, other_PHWC)]
+
+    def pixel(k: int) -> list[jax.Array]:
+        row, column = divmod(k, 3)
+        return [x[:, row : row + 2 * h - 1 : 2, column : column + 2 * w - 1 : 2] for x in arrays]
+
+    max_PhwC, other_PhwC = pixel(0)
     winner_PhwC = jnp.zeros(max_PhwC.shape, jnp.uint8)
     for k in range(1, 9):
-        row, column = divmod(k, 3)
-        pixel_PhwC = padded_PHWC[:, row : row + 2 * h - 1 : 2, column : column + 2 * w - 1 : 2]
-        winner_PhwC = jnp.where(pixel_PhwC > max_PhwC, jnp.uint8(k), winner_PhwC)
-        max_PhwC = jnp.maximum(max_PhwC, pixel_PhwC)
+        x_PhwC, its_other_PhwC = pixel(k)
+        is_larger_PhwC = x_PhwC > max_PhwC
+        winner_PhwC = jnp.where(is_larger_PhwC, jnp.uint8(k), winner_PhwC)
+        other_PhwC = jnp.where(is_larger_PhwC, its_other_PhwC, other_PhwC)
+        max_PhwC = jnp.maximum(max_PhwC, x_PhwC)
+    return max_PhwC, winner_PhwC, other_PhwC
+
+
+def _forward(x_PHWC):
+    max_PhwC, winner_PhwC, _ = largest(x_PHWC, x_PHWC)
     return max_PhwC, (winner_PhwC, x_PHWC[:0, :, :, :0])  # an empty array, which only carries H and W
 
 
 def _backward(saved, d_PhwC):
     winner_PhwC, shape_HW = saved
+    return (gradient(winner_PhwC, d_PhwC, *shape_HW.shape[1:3]),)
+
+
+def gradient(winner_PhwC: jax.Array, d_PhwC: jax.Array, height: int, width: int) -> jax.Array:
+    """Return the gradient [P, height, width, C]. A window whose winner is `NONE` passes none on."""
     num_images, h, w, channels = d_PhwC.shape
 
     def gradient_of(row: int, column: int) -> jax.Array:
@@ -56,7 +74,7 @@ def _backward(saved, d_PhwC):
     parts = [[sum(gradient_of(r, c) for r in rows for c in columns) for columns in choices] for rows in choices]
     d_PhHwWC = jnp.stack([jnp.stack(columns, axis=3) for columns in parts], axis=2)
     d_PHWC = d_PhHwWC.reshape(num_images, 2 * h, 2 * w, channels)
-    return (d_PHWC[:, : shape_HW.shape[1], : shape_HW.shape[2]],)
+    return d_PHWC[:, :height, :width]
 
 
 max_pool.defvjp(_forward, _backward)

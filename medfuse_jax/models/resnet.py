@@ -45,10 +45,7 @@ def _relu_and_max_pool(ops: str, x_PHWC: jax.Array) -> jax.Array:
     """Apply a ReLU, and pool 3x3 windows with stride 2 and torch's padding."""
     if ops == "cpu":  # the pool would compute what comes before it once for each of its nine pixels
         return max_pool.max_pool(nn.relu(x_PHWC))
-    if ops == "gpu":
-        pooled_PHWC = max_pool.max_pool(x_PHWC)
-    else:
-        pooled_PHWC = nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    pooled_PHWC = nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     return nn.relu(pooled_PHWC)  # in this order, which changes nothing, its mask has a quarter of the pixels
 
 
@@ -166,7 +163,7 @@ class ResNet(nn.Module):
 
     def setup(self):
         self.stem_conv = StemConv(self.width, self.ops)
-        self.stem_norm = BatchNorm(ops=self.ops)
+        self.stem_norm = BatchNorm(ops=self.ops, pool=self.ops == "gpu")
         for i, num_blocks in enumerate(self.stage_sizes, start=1):
             for j in range(num_blocks):
                 stride = 2 if i > 1 and j == 0 else 1
@@ -176,7 +173,7 @@ class ResNet(nn.Module):
         """Turn X-rays into the input of stage 1, at a quarter of their height and width."""
         x_PHWC = self.stem_conv(image_PHWC.astype(self.dtype))
         x_PHWC = self.stem_norm(x_PHWC, train and not self.frozen_stats, valid_P, axis_name)
-        return _relu_and_max_pool(self.ops, x_PHWC)
+        return x_PHWC if self.stem_norm.pool else _relu_and_max_pool(self.ops, x_PHWC)
 
     def stage(self, i: int, x_PHWC, train: bool = False, valid_P=None, axis_name: str | None = None) -> jax.Array:
         """Apply stage i = 1..4."""

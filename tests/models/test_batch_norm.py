@@ -1,5 +1,6 @@
 """Batch normalisation: torch's statistics, over the valid X-rays of all devices; gradients as of the plain formula."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,6 +185,67 @@ def test_relu_and_shortcut_match_the_plain_formula_and_its_gradient(with_shortcu
     got, expected = gradients(ours), gradients(plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=TOLERANCE), got, expected)
     assert (np.abs(got[2]).max() > 0.1) == with_shortcut
+
+
+_SCALES = [-1.0, 0.0, -0.0, 0.0, -2.0, 1.5]  # the last two channels are constant, so that all of their outputs are 0
+
+
+def _scales_case():
+    rng = np.random.default_rng(2)
+    x_PHWC = (1 + rng.standard_normal((5, 5, 6, len(_SCALES)))).astype(np.float32)
+    x_PHWC[..., -2:] = 3
+    params = {"scale": np.array(_SCALES, np.float32), "bias": np.array([0.2, 0.3, 0.3, -0.3, 0, 0], np.float32)}
+    stats = {"mean": np.zeros(len(_SCALES), np.float32), "var": np.ones(len(_SCALES), np.float32)}
+    return x_PHWC, params, stats, rng.standard_normal(x_PHWC.shape).astype(np.float32)
+
+
+def _assert_equal_gradients(ours, plain, args, weight):
+    """Compare outputs and gradients of the two functions of (x, params), and notice a planted error."""
+    np.testing.assert_allclose(ours(*args), plain(*args), atol=TOLERANCE)
+    got, expected = (jax.grad(lambda *a, fn=fn: jnp.sum(fn(*a) * weight), (0, 1))(*args) for fn in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=TOLERANCE), got, expected)
+    flipped = jax.grad(lambda *a: jnp.sum(plain(*a) * -weight), (0, 1))(*args)
+    assert all(np.abs(x - y).max() > 0.1 for x, y in zip(flipped[1].values(), expected[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("ops", ["plain", "gpu"])
+def test_a_relu_passes_no_gradient_where_its_output_is_zero_whatever_the_scale(ops):
+    x_PHWC, params, stats, weight = _scales_case()
+
+    def ours(x_PHWC, params):
+        args = {"params": params, "batch_stats": stats}
+        return batch_norm.BatchNorm(True, ops).apply(args, x_PHWC, True, mutable=["batch_stats"])[0]
+
+    def plain(x_PHWC, params):
+        return jax.nn.relu(_plain_norm(x_PHWC, params, _VALID["all"], stats))
+
+    _assert_equal_gradients(ours, plain, (x_PHWC, params), weight)
+
+
+@pytest.mark.parametrize("which", _VALID)
+def test_normalising_and_pooling_under_one_rule_match_the_parts(which):
+    x_PHWC, params, stats, _ = _scales_case()
+    valid_P = np.array(_VALID[which])
+    weight = np.random.default_rng(3).standard_normal((5, 3, 3, len(_SCALES))).astype(np.float32)
+    norm = batch_norm.BatchNorm(ops="gpu", pool=True)
+
+    def ours(x_PHWC, params):
+        args = {"params": params, "batch_stats": stats}
+        return norm.apply(args, x_PHWC, True, valid_P, mutable=["batch_stats"])[0]
+
+    def plain(x_PHWC, params):
+        y_PHWC = _plain_norm(x_PHWC, params, valid_P, stats)
+        return jax.nn.relu(nn.max_pool(y_PHWC, (3, 3), (2, 2), ((1, 1), (1, 1))))
+
+    _assert_equal_gradients(ours, plain, (x_PHWC, params), weight)
+    variables = {"params": params, "batch_stats": stats}
+    _, updated = norm.apply(variables, x_PHWC, True, valid_P, mutable=["batch_stats"])
+    _, expected = batch_norm.BatchNorm().apply(variables, x_PHWC, True, valid_P, mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, updated, expected)
+    evaluated = jax.nn.relu(
+        nn.max_pool(batch_norm.BatchNorm().apply(variables, x_PHWC), (3, 3), (2, 2), ((1, 1), (1, 1)))
+    )
+    np.testing.assert_allclose(norm.apply(variables, x_PHWC), evaluated, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("ops", ["plain", "gpu"])

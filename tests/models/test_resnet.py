@@ -202,8 +202,9 @@ def test_the_plain_program_has_no_custom_rule(tiny):
     assert _custom_rules(net.clone(ops="cpu"), variables, image_PHWC)
 
 
-def test_both_ops_give_the_same_features_and_gradients(tiny):
-    _assert_same_as_plain(tiny, "cpu")
+@pytest.mark.parametrize("ops", ["cpu", "gpu"])
+def test_every_form_gives_the_same_features_and_gradients(tiny, ops):
+    _assert_same_as_plain(tiny, ops)
 
 
 def _assert_same_as_plain(tiny, ops: str):
