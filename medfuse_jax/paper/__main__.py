@@ -100,6 +100,8 @@ def _write_repeats(plans: list[Plan], made: list[list["Table"]]) -> None:
 
 def open_plan() -> Plan:
     """Return the plan of the flags. Raise UserError if a flag or a dataset does not fit."""
+    from medfuse_jax.runs import workdir
+
     given = flags.FLAGS
     check_choice("--preset", given.preset, PRESETS)
     is_smoke = given.preset == "smoke"
@@ -108,12 +110,14 @@ def open_plan() -> Plan:
     if given.epochs:
         fields["num_epochs"] = given.epochs
     settings = Settings(given.rates, trials, given.seed, given.search_e3, given.imagenet, fields)
-    trainings = trainings_lib.plan(given.tasks, given.methods, settings)
-    data_dir = given.data or (_smoke_data(given.tasks) if is_smoke else "")
+    tasks = trainings_lib.in_order(given.tasks)
+    trainings = trainings_lib.plan(tasks, given.methods, settings)
+    data_dir = given.data or (_smoke_data(tasks) if is_smoke else "")
     if not data_dir:
         raise UserError("--data is missing: give the folder of the shards that data_prep.build wrote", field="--data")
     settings.fields["data.dir"] = str(Path(data_dir).absolute())
-    plan = Plan(Path(given.out), settings.fields["data.dir"], tuple(given.tasks), settings, trainings)
+    workdir.check_outside_shards(Path(given.out), data_dir, "--out")
+    plan = Plan(Path(given.out), settings.fields["data.dir"], tuple(tasks), settings, trainings)
     _check_data(plan)
     return plan
 

@@ -12,7 +12,7 @@ from medfuse_jax.report import html
 OUTSIDE = "†"  # marks a number of ours outside the paper's interval
 _LATEX = str.maketrans(
     {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "†": r"$^\dagger$", "±": r"$\pm$"}
-    | {"−": "$-$", "→": r"$\to$", "–": "--"}
+    | {"<": "$<$", ">": "$>$", "−": "$-$", "→": r"$\to$", "–": "--"}
 )
 
 
@@ -62,8 +62,11 @@ def _row(cells) -> str:
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
 
 
-def csv_text(table: Table) -> str:
-    """Return one column per text and up to eight per number: value, low, high, p, spread, and the paper's three."""
+def csv_text(table: Table, notices: list[str]) -> str:
+    """Return one column per text and up to eight per number: value, low, high, p, spread, and the paper's three.
+
+    notices: sentences that every table says, in a last column; none, no column.
+    """
     fields = ("", "low", "high", "p", "sd", "paper", "paper low", "paper high")
     columns = []  # (column of the table, index into the values, head)
     for c, head in enumerate(table.head):
@@ -73,8 +76,9 @@ def csv_text(table: Table) -> str:
         ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([head for *_, head in columns])
-    writer.writerows([[_values(row[c])[i] for c, i, _ in columns] for row in table.rows])
+    said = [" ".join(notices)] if notices else []
+    writer.writerow([head for *_, head in columns] + ["notice"] * len(said))
+    writer.writerows([[_values(row[c])[i] for c, i, _ in columns] + said for row in table.rows])
     return out.getvalue()
 
 

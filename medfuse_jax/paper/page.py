@@ -38,7 +38,7 @@ def write(
         for table in tables:
             table.notes += notices
             files.write_text(folder / f"{table.name}.md", formats.markdown(table))
-            files.write_text(folder / f"{table.name}.csv", formats.csv_text(table))
+            files.write_text(folder / f"{table.name}.csv", formats.csv_text(table, notices))
             files.write_text(folder / f"{table.name}.tex", formats.latex(table))
         failed = [check for check in checks if not check.holds]
         content = {

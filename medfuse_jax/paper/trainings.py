@@ -84,13 +84,19 @@ class Settings:
     fields: dict = dataclasses.field(default_factory=dict)
 
 
+def in_order(tasks: Sequence[str]) -> list[str]:
+    """Return the tasks once each, in the order of the tables' columns. Raises UserError for an unknown one."""
+    for task in tasks:
+        check_choice("--tasks", task, TASKS)
+    return [task for task in TASKS if task in tasks]
+
+
 def plan(tasks: Sequence[str], methods: Sequence[str], settings: Settings) -> list[Training]:
     """Return the trainings of the chosen tasks and methods, and those that they start from, in an order to run them.
 
-    Raises UserError for an unknown task or method.
+    Raises UserError for an unknown task or method, or without a task.
     """
-    for task in tasks:
-        check_choice("--tasks", task, TASKS)
+    tasks = in_order(tasks)
     for method in methods:
         check_choice("--methods", method, METHODS)
     check_choice("--rates", settings.rates, RATES)

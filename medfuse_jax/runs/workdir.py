@@ -62,11 +62,11 @@ def check_outside_sweeps(workdir: Path) -> None:
                 raise UserError(f"{workdir} is inside a sweep, {parent}: choose another --workdir", path=parent)
 
 
-def check_outside_shards(workdir: Path, data_dir: str) -> None:
+def check_outside_shards(workdir: Path, data_dir: str, flag: str = "--workdir") -> None:
     """Raise UserError if the workdir is the shards' folder or inside a dataset: deleting the run would delete data."""
     shards, folder = Path(data_dir).resolve(), workdir.resolve()
     if folder == shards or any(shards / task in (folder, *folder.parents) for task in schema.TASKS):
-        raise UserError(f"{workdir} holds the shards (config.data.dir): choose another --workdir", path=shards)
+        raise UserError(f"{workdir} holds the shards: choose another {flag}", field=flag, path=shards)
 
 
 def check_data(workdir: Path, run) -> None:

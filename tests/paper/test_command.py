@@ -32,6 +32,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(shards, tmp_path):
         (["--preset=huge"], "--preset"),
         (["--tasks=sepsis", "--data=x"], "--tasks"),
         (["--folds=1", "--data=SHARDS"], "--folds"),
+        (["--out=SHARDS", "--data=SHARDS"], "another --out"),
         (["--folds=1000", "--data=SHARDS"], "patients: use fewer folds"),
     ],
 )

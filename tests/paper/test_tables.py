@@ -137,7 +137,7 @@ def test_every_format_holds_the_numbers(made, tmp_path):
     path = page.write(tmp_path, made[0], made[1], {"trainings": "293"}, [notice], synthetic=False)
     for table in made[0]:
         rows = list(csv.DictReader(io.StringIO((tmp_path / "tables" / f"{table.name}.csv").read_text())))
-        assert len(rows) == len(table.rows)
+        assert len(rows) == len(table.rows) and all(row["notice"] == notice for row in rows)
         for suffix in ("md", "tex"):
             assert notice in (tmp_path / "tables" / f"{table.name}.{suffix}").read_text()
         for head, cell in zip(table.head, table.rows[0]):
@@ -154,9 +154,11 @@ def test_every_format_holds_the_numbers(made, tmp_path):
 
 
 def test_latex_and_markdown_escape_their_special_characters():
-    table = Table("t", "50 % & more_of #1", ["a|b", "c"], [["x_y", Value(0.5, paper=published.Number(0.1, 0.2, 0.3))]])
+    table = Table(
+        "t", "50 % & more_of #1", ["a|b", "c"], [["x_y > 80", Value(0.5, paper=published.Number(0.1, 0.2, 0.3))]]
+    )
     latex = formats.latex(table)
-    assert r"50 \% \& more\_of \#1" in latex and r"x\_y & 0.500$^\dagger$ \\" in latex
+    assert r"50 \% \& more\_of \#1" in latex and r"x\_y $>$ 80 & 0.500$^\dagger$ \\" in latex
     assert "| a/b | c |" in formats.markdown(table)
 
 

@@ -76,3 +76,10 @@ def test_the_published_numbers_agree_with_each_other():
     for (_, _, _, metric), number in published._numbers().items():
         if metric.startswith(("auroc", "auprc")) and number.low is not None:
             assert number.low <= number.value <= number.high
+
+
+def test_tasks_are_planned_once_and_in_the_order_of_the_tables():
+    """Table 4 is compared with the first columns of Table 1, which are phenotyping's."""
+    given = trainings.plan(["mortality", "pheno", "mortality"], trainings.METHODS, Settings())
+    assert given == trainings.plan(["pheno", "mortality"], trainings.METHODS, Settings())
+    assert trainings.in_order(["mortality", "pheno", "pheno"]) == ["pheno", "mortality"]
