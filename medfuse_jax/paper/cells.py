@@ -7,6 +7,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from medfuse_jax import schema
 from medfuse_jax.paper import published
 from medfuse_jax.paper.scores import Evaluation, Scores, TaskResults
@@ -90,11 +92,13 @@ class Maker:
         return next(r.models[id].title for r in self.tasks if id in r.models)
 
     def row(self, of_tasks: Sequence[Scores | None], table: str = "", row: str = "") -> list:
-        """Return the cells of one row; [] if no task has scores. table, row: where the paper's numbers are."""
+        """Return the cells of one row; [] if no task has scores. table, row: where the paper's numbers are.
+
+        A task whose scores are of no stay has NaN, which is shown as a dash; see `gaps`.
+        """
         cells = []
         for r, part in zip(self.tasks, of_tasks):
-            has_any = part is not None and len(part.stay_id) > 0
-            cells += self.macro(part, (table, r.task, row)) if has_any else [""] * len(METRICS)
+            cells += [""] * len(METRICS) if part is None else self.macro(part, (table, r.task, row))
         return cells if any(cells) else []
 
     def macro(self, part: Scores, paper: tuple[str, str, str] = ("", "", ""), suffix: str = "") -> list[Value]:
@@ -113,9 +117,27 @@ class Maker:
                 cells.append(Value(d[f"{m}_macro"], d[f"{m}_macro_ci"], p=d[f"{m}_macro_p"], is_change=True))
         return cells if any(cells) else []
 
+    def gaps(self, *on: str, tasks: Sequence[str] = tuple(TASK_NAMES)) -> list[str]:
+        """Return notes on the test stays of these tasks that leave dashes. on: 'all', 'paired' or both."""
+        found = [(r, words, _tested(r, words)) for r in self.tasks if r.task in tasks and r.models for words in on]
+        return [f"{TASK_NAMES[r.task]}: {said}." for r, words, labels in found if (said := _gap(labels, words))]
+
     def missing(self) -> list[str]:
         """Return a note for every model that there is not."""
         return [f"{TASK_NAMES[r.task]}: no {id} ({why})." for r in self.tasks for id, why in r.missing.items()]
+
+
+def _tested(r: TaskResults, on: str) -> np.ndarray:
+    """Return the labels [N, K] of a task's test stays, all or those with an X-ray."""
+    tested = max((model.test for model in r.models.values()), key=lambda test: len(test.stay_id))
+    return (tested.paired if on == "paired" else tested).labels
+
+
+def _gap(labels_NK: np.ndarray, on: str) -> str:
+    """Say why test stays with these labels have no metrics; '' if they have."""
+    if not len(labels_NK):
+        return "no test stay has an X-ray" if on == "paired" else "there are no test stays"
+    return ""
 
 
 def macro_values(evaluated: dict, paper: tuple[str, str, str], suffix: str = "") -> list[Value]:

@@ -93,6 +93,11 @@ def drawn(stay_id_N: np.ndarray, share: float) -> np.ndarray:
     return folds.hash_fractions(stay_id_N) < share
 
 
+def prevalence(labels_NK: np.ndarray) -> np.ndarray:
+    """Return the share of stays with each label [K]; NaN without stays."""
+    return labels_NK.mean(0) if len(labels_NK) else np.full(labels_NK.shape[1], math.nan)
+
+
 def auroc(val: Scores) -> float:
     """Return the macro AUROC on validation stays, by which models are chosen; NaN if no label has both classes."""
     return metrics.macro(metrics.auroc(val.labels, val.scores)) if len(val.stay_id) else math.nan
@@ -120,6 +125,16 @@ def chosen_on(val: Scores, words: str) -> str:
     return f"chosen {by_loss}on {words}"
 
 
+def _unknown(of: Scores) -> dict:
+    """Return what the tables read of `metrics.evaluate` and `metrics.compare`, all NaN."""
+    found: dict = {}
+    for name in ("auroc", "auprc"):
+        nan_K = np.full(of.labels.shape[1], math.nan)
+        found |= {name: nan_K, f"{name}_p": nan_K, f"{name}_ci": np.stack([nan_K, nan_K], 1)}
+        found |= {f"{name}_macro": math.nan, f"{name}_macro_p": math.nan, f"{name}_macro_ci": (math.nan, math.nan)}
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """How to make intervals. resample: see `result.RESAMPLES`; '' for its default."""
@@ -129,12 +144,16 @@ class Evaluation:
     resample: str = ""
 
     def metrics(self, scores: Scores) -> dict:
-        """Return AUROC and average precision as `metrics.evaluate` does."""
+        """Return AUROC and average precision as `metrics.evaluate` does; NaN without stays."""
+        if not len(scores.stay_id):
+            return _unknown(scores)
         return metrics.evaluate(scores.labels, scores.scores, self.num_bootstrap, self.seed, self._groups(scores))
 
     def difference(self, ours: Scores, other: Scores) -> dict:
-        """Return ours minus the other's on the stays that both score, as `metrics.compare` does."""
+        """Return ours minus the other's on the stays that both score, as `metrics.compare` does; NaN without stays."""
         _, i, j = np.intersect1d(ours.stay_id, other.stay_id, assume_unique=True, return_indices=True)
+        if not len(i):
+            return _unknown(ours)
         labels, groups = ours.labels[i], self._groups(ours.part(i))
         return metrics.compare(labels, other.scores[j], ours.scores[i], self.num_bootstrap, self.seed, groups)
 

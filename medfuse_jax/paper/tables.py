@@ -36,8 +36,9 @@ def table_1(make: Maker) -> Table:
     for on in ("paired", "all"):
         if cells := make.differences(make.test("OPT", on), make.test("E1", on)):
             body.append([f"{OPT_TITLE} − LSTM", "partial", on, *cells])
+    notes = make.missing() + make.gaps("paired", "all")
     title = "Table 1. One modality and two, on the test stays with an X-ray (paired) and on all"
-    return Table("table_1", title, ["Model", "Training set", "Test set", *make.heads()], body, make.missing())
+    return Table("table_1", title, ["Model", "Training set", "Test set", *make.heads()], body, notes)
 
 
 def table_2(make: Maker) -> Table:
@@ -66,7 +67,8 @@ def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) 
         body.append([OPT_TITLE, *cells])
     if cells := make.row(_chosen_on_paired(make, "OPT", on), paper, "OPT"):
         body.append([f"{OPT_TITLE}, {_ON_PAIRED}", *cells])
-    notes = make.missing() + [
+    notes = make.missing() + make.gaps(on)
+    notes += [
         f"{TASK_NAMES[r.task]}: {OPT_TITLE} trained with {r.models[id].choice}."
         for r in make.tasks
         for id in ("OPT", "OPT_paired")
@@ -88,11 +90,12 @@ def _differs(r: TaskResults, id: str) -> bool:
 def table_4(make: Maker) -> Table:
     title = "Table 4. Each phenotype on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
     head = ["Phenotype", "Type", "Prevalence, train", "Prevalence, test", *BOTH_HEADS, "MedFuse is better in"]
-    table, found = Table("table_4", title, head, []), make.both("pheno")
+    table, found = Table("table_4", title, head, [], make.gaps("paired", tasks=("pheno",))), make.both("pheno")
     if found is None:
         return table
     r, tested = found
     both = [make.evaluation.metrics(part) for part in tested]
+    in_test = scores.prevalence(tested[0].labels)
 
     def paper(row: str, metric: str) -> published.Number | None:
         return published.number("table4", "pheno", row, metric)
@@ -100,7 +103,7 @@ def table_4(make: Maker) -> Table:
     for k, label in enumerate(r.labels):
         prevalence = [
             Value(float(r.train_prevalence[k]), paper=paper(label, "prevalence_train")),
-            Value(float(tested[0].labels[:, k].mean()), paper=paper(label, "prevalence_test")),
+            Value(float(in_test[k]), paper=paper(label, "prevalence_test")),
         ]
         values = [
             Value(float(of[m][k]), of[f"{m}_ci"][k], paper(label, f"{m}_{name}"))
@@ -120,7 +123,8 @@ def _better(values: list[Value]) -> str:
 
 def table_5(make: Maker) -> Table:
     title = "Table 5. Mortality by age, on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
-    table, found = Table("table_5", title, ["Age", "Deaths / stays", *BOTH_HEADS], []), make.both("mortality")
+    notes = make.gaps("paired", tasks=("mortality",))
+    table, found = Table("table_5", title, ["Age", "Deaths / stays", *BOTH_HEADS], [], notes), make.both("mortality")
     if found is None:
         return table
     _, tested = found
@@ -130,7 +134,6 @@ def table_5(make: Maker) -> Table:
         deaths, stays = int(parts[0].labels.sum()), len(parts[0].labels)
         if deaths in (0, stays):
             table.notes.append(f"{name}: {deaths} deaths of {stays} stays, so there is no AUROC.")
-            continue
         was = [published.number("table5", "mortality", name, what) for what in ("deaths", "stays")]
         paper = f" (paper {was[0].value:.0f} / {was[1].value:.0f})" if was[0] and was[1] else ""
         values = [
@@ -179,7 +182,7 @@ def table_a2(make: Maker) -> Table:
     for id in _TABLE_A2:
         if cells := make.row(make.test(id, "all"), "table_a2", id):
             body.append([make.title(id), *cells])
-    return Table("table_a2", title, ["Method", *make.heads()], body)
+    return Table("table_a2", title, ["Method", *make.heads()], body, make.gaps("all"))
 
 
 def table_a3(make: Maker) -> Table:
@@ -190,5 +193,6 @@ def table_a3(make: Maker) -> Table:
         if cells := make.row(of_tasks, "table_a3", row):
             body.append([name, *cells])
     notes = ["The ensemble takes MedFuse's score where there is an X-ray and the LSTM's where there is none."]
+    notes += make.gaps("all")
     title = f"Table A3. {OPT_TITLE} and an ensemble, on all test stays"
     return Table("table_a3", title, ["Model", *make.heads()], body, notes)

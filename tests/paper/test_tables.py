@@ -123,6 +123,41 @@ def test_a_missing_model_leaves_out_its_row_and_is_named(tasks):
     assert {t.name for t in made} == {"table_1", "table_a1"} and not checks
 
 
+def _with_test(r: TaskResults, change) -> TaskResults:
+    """Return a task whose models are scored on other test stays. change: Scores -> Scores."""
+    models = {id: dataclasses.replace(m, test=change(m.test)) for id, m in r.models.items()}
+    return dataclasses.replace(r, models=models, without_cxr=change(r.without_cxr))
+
+
+def test_no_test_stay_with_an_x_ray_is_named_and_the_rest_goes_on(tasks, tmp_path):
+    """One task has no such stay: its cells are dashes, and the other task keeps its numbers."""
+    empty = _with_test(tasks[0], lambda of: of.part(~of.has_cxr))
+    made, checks = contents.make_all(Maker([empty, tasks[1]], Evaluation(num_bootstrap=2)), _COUNTS)
+    assert all(check.holds for check in checks)
+    by_name = {t.name: t for t in made}
+    note = "Phenotyping: no test stay has an X-ray."
+    assert [t.name for t in made if note in t.notes] == _ON_PAIRED
+    of_pheno, _, of_mortality, _ = _row(by_name["table_2"], tables.OPT_TITLE)[1:]
+    assert formats.text(of_pheno) == "–" and of_pheno.paper and of_mortality.ours > 0.5
+    assert formats.text(_row(by_name["table_4"], "Average")[4]) == "–"
+    assert math.isfinite(_row(by_name["table_3"], tables.OPT_TITLE)[1].ours)  # all stays
+    assert "Mortality" in figures.chart(by_name["figure_a2"]) and "Phenotyping" not in figures.chart(
+        by_name["figure_a2"]
+    )
+    page.write(tmp_path, made, checks, {}, [], synthetic=True)
+
+
+def test_no_test_stay_with_an_x_ray_of_mortality_leaves_dashes_by_age(tasks):
+    empty = _with_test(tasks[1], lambda of: of.part(~of.has_cxr))
+    made, _ = contents.make_all(Maker([empty], Evaluation(num_bootstrap=2)), {})
+    by_name = {t.name: t for t in made}
+    assert [formats.text(row[2]) for row in by_name["table_5"].rows] == ["–"] * 4
+    assert figures.chart(by_name["figure_a2"]) == ""
+
+
+_ON_PAIRED = ["table_1", "table_2", "table_4", "figure_4", "figure_a2", "figure_a3"]
+
+
 def test_our_number_is_marked_outside_the_papers_interval_only():
     paper = published.Number(0.75, 0.72, 0.78)
     assert formats.text(Value(0.79, (0.7, 0.8), paper)) == "0.790 (0.700, 0.800)†"
