@@ -134,9 +134,15 @@ def _tested(r: TaskResults, on: str) -> np.ndarray:
 
 
 def _gap(labels_NK: np.ndarray, on: str) -> str:
-    """Say why test stays with these labels have no metrics; '' if they have."""
+    """Say which metrics of test stays with these labels are missing, and why; '' if none are."""
     if not len(labels_NK):
         return "no test stay has an X-ray" if on == "paired" else "there are no test stays"
+    stays = f"the test stays{' with an X-ray' if on == 'paired' else ''}"
+    num_constant = int((labels_NK.min(0) == labels_NK.max(0)).sum())
+    if num_constant == labels_NK.shape[1]:
+        return f"no label of {stays} has both classes, so there is no AUROC or AUPRC"
+    if num_constant:
+        return f"{num_constant} of {labels_NK.shape[1]} labels of {stays} have one class only; the means leave them out"
     return ""
 
 

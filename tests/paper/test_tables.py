@@ -155,6 +155,30 @@ def test_no_test_stay_with_an_x_ray_of_mortality_leaves_dashes_by_age(tasks):
     assert figures.chart(by_name["figure_a2"]) == ""
 
 
+def test_labels_of_one_class_in_the_test_set_are_named(tasks):
+    """Mortality has no death among all test stays; two phenotypes are always there among those with an X-ray."""
+
+    def no_death(of: Scores) -> Scores:
+        return dataclasses.replace(of, labels=np.zeros_like(of.labels))
+
+    def two_constant(of: Scores) -> Scores:
+        is_set = of.has_cxr[:, None] & (np.arange(of.labels.shape[1]) < 2)
+        return dataclasses.replace(of, labels=np.where(is_set, 1, of.labels))
+
+    make = Maker([_with_test(tasks[0], two_constant), _with_test(tasks[1], no_death)], Evaluation(num_bootstrap=2))
+    paired, every = tables.table_2(make).notes, tables.table_3(make).notes
+    assert (
+        "Phenotyping: 2 of 25 labels of the test stays with an X-ray have one class only; the means leave them out."
+        in paired
+    )
+    assert (
+        "Mortality: no label of the test stays with an X-ray has both classes, so there is no AUROC or AUPRC." in paired
+    )
+    assert "Mortality: no label of the test stays has both classes, so there is no AUROC or AUPRC." in every
+    assert not any(note.startswith("Phenotyping") and "class" in note for note in every)
+    assert set(tables.table_1(make).notes) >= {note for note in paired + every if "class" in note}
+
+
 _ON_PAIRED = ["table_1", "table_2", "table_4", "figure_4", "figure_a2", "figure_a3"]
 
 
