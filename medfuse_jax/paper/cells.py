@@ -89,7 +89,13 @@ class Maker:
         return [test and test.paired if on == "paired" else test for test in tested]
 
     def title(self, id: str) -> str:
-        return next(r.models[id].title for r in self.tasks if id in r.models)
+        """Return a model's title. Where the tasks chose other depths, it names each: DAFT, layer 3 (mortality), ..."""
+        by_task = {TASK_NAMES[r.task].lower(): r.models[id].title for r in self.tasks if id in r.models}
+        titles = list(by_task.values())
+        if len(set(titles)) == 1:
+            return titles[0]
+        name = titles[0].partition(", ")[0]
+        return ", ".join([name, *(f"{title.partition(', ')[2]} ({task})" for task, title in by_task.items())])
 
     def row(self, of_tasks: Sequence[Scores | None], table: str = "", row: str = "") -> list:
         """Return the cells of one row; [] if no task has scores. table, row: where the paper's numbers are.

@@ -182,6 +182,18 @@ def test_labels_of_one_class_in_the_test_set_are_named(tasks):
 _ON_PAIRED = ["table_1", "table_2", "table_4", "figure_4", "figure_a2", "figure_a3"]
 
 
+def test_a_row_names_the_depth_of_each_task_where_they_differ(tasks):
+    deeper = dataclasses.replace(tasks[1].models["M6_4"], id="M6")
+    other = dataclasses.replace(tasks[1], models=tasks[1].models | {"M6": deeper})
+    make = Maker([tasks[0], other], Evaluation(num_bootstrap=2))
+    name = "DAFT, layer 3 (phenotyping), layer 4 (mortality)"
+    for table in (tables.table_2(make), tables.table_a1(make)):
+        assert [row[0] for row in table.rows if row[0].startswith("DAFT")] == [name]
+        assert "MMTM, layer 3" in [row[0] for row in table.rows]
+    assert any(row[0] == f"{tables.OPT_TITLE} − {name}" for row in tables.table_2(make).rows)
+    assert make.title("M5") == "MMTM, layer 3" and Maker([other], Evaluation()).title("M6") == "DAFT, layer 4"
+
+
 def test_our_number_is_marked_outside_the_papers_interval_only():
     paper = published.Number(0.75, 0.72, 0.78)
     assert formats.text(Value(0.79, (0.7, 0.8), paper)) == "0.790 (0.700, 0.800)†"
