@@ -16,6 +16,7 @@ from medfuse_jax.paper.scores import Evaluation, Scores, TaskResults
 METRICS = ("auroc", "auprc")
 BOTH = ("lstm", "medfuse")  # the two models of Tables 4 and 5 and Figure 4, as published.csv names them
 BOTH_HEADS = [f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS]
+DIFFERENCE_HEADS = [f"MedFuse − LSTM, {m.upper()}" for m in METRICS]
 KINDS = {p.name: p.kind for p in schema.PHENOTYPES}
 TASK_NAMES = {"pheno": "Phenotyping", "mortality": "Mortality"}
 
@@ -111,16 +112,20 @@ class Maker:
         """Return the means over labels. paper: table, task and row of its numbers; suffix: of the metric's name."""
         return macro_values(self.evaluation.metrics(part), paper, suffix)
 
+    def macros_of_both(self, parts: list[Scores], paper: tuple[str, str, str]) -> list[Value]:
+        """Return the means over labels of the LSTM and of MedFuse, and their differences. parts: E1's, OPT's."""
+        lstm, medfuse = parts
+        values = [value for part, name in zip(parts, BOTH) for value in self.macro(part, paper, f"_{name}")]
+        return values + macro_differences(self.evaluation.difference(medfuse, lstm))
+
     def differences(self, ours: Sequence[Scores | None], others: Sequence[Scores | None]) -> list:
         """Return the cells of one row of paired differences, ours minus the other's; [] if no task has both."""
         cells: list = []
         for a, b in zip(ours, others):
             if a is None or b is None:
                 cells += [""] * len(METRICS)
-                continue
-            d = self.evaluation.difference(a, b)
-            for m in METRICS:
-                cells.append(Value(d[f"{m}_macro"], d[f"{m}_macro_ci"], p=d[f"{m}_macro_p"], is_change=True))
+            else:
+                cells += macro_differences(self.evaluation.difference(a, b))
         return cells if any(cells) else []
 
     def gaps(self, *on: str, tasks: Sequence[str] = tuple(TASK_NAMES)) -> list[str]:
@@ -155,5 +160,13 @@ def _gap(labels_NK: np.ndarray, on: str) -> str:
 def macro_values(evaluated: dict, paper: tuple[str, str, str], suffix: str = "") -> list[Value]:
     return [
         Value(evaluated[f"{m}_macro"], evaluated[f"{m}_macro_ci"], published.number(*paper, f"{m}{suffix}"))
+        for m in METRICS
+    ]
+
+
+def macro_differences(compared: dict) -> list[Value]:
+    """Return the differences of the means over labels. compared: as from `Evaluation.difference`."""
+    return [
+        Value(compared[f"{m}_macro"], compared[f"{m}_macro_ci"], p=compared[f"{m}_macro_p"], is_change=True)
         for m in METRICS
     ]

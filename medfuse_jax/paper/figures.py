@@ -7,7 +7,7 @@ import numpy as np
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
-from medfuse_jax.paper.cells import BOTH, BOTH_HEADS, KINDS, TASK_NAMES, Maker, Table, Value
+from medfuse_jax.paper.cells import BOTH_HEADS, DIFFERENCE_HEADS, KINDS, TASK_NAMES, Maker, Table, Value
 from medfuse_jax.report.html import CHART_STYLE, new_figure, run_color, svg
 from medfuse_jax.report.plots import draw_bounded
 
@@ -35,7 +35,7 @@ def figure_1(counts: dict[str, dict[str, tuple[int, int]]]) -> Table:
 def figure_4(make: Maker) -> Table:
     title = "Figure 4. By type of phenotype, on the test stays with an X-ray"
     notes = make.gaps("paired", tasks=("pheno",))
-    table, found = Table("figure_4", title, ["Type", *BOTH_HEADS], [], notes), make.both("pheno")
+    table, found = Table("figure_4", title, ["Type", *BOTH_HEADS, *DIFFERENCE_HEADS], [], notes), make.both("pheno")
     if found is None:
         return table
     r, tested = found
@@ -43,11 +43,8 @@ def figure_4(make: Maker) -> Table:
         columns = [k for k, label in enumerate(r.labels) if KINDS.get(label) == kind]
         if not columns:
             continue
-        cells = []
-        for paired, name in zip(tested, BOTH):
-            part = paired.part(np.ones(len(paired.stay_id), bool), columns)
-            cells += make.macro(part, ("figure4", "pheno", kind), f"_{name}")
-        table.rows.append([kind, *cells])
+        parts = [paired.part(np.ones(len(paired.stay_id), bool), columns) for paired in tested]
+        table.rows.append([kind, *make.macros_of_both(parts, ("figure4", "pheno", kind))])
     return table
 
 

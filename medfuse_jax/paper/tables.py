@@ -5,7 +5,19 @@ import math
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
-from medfuse_jax.paper.cells import BOTH, BOTH_HEADS, KINDS, METRICS, TASK_NAMES, Maker, Table, Value, macro_values
+from medfuse_jax.paper.cells import (
+    BOTH,
+    BOTH_HEADS,
+    DIFFERENCE_HEADS,
+    KINDS,
+    METRICS,
+    TASK_NAMES,
+    Maker,
+    Table,
+    Value,
+    macro_differences,
+    macro_values,
+)
 from medfuse_jax.paper.scores import Scores, TaskResults, auroc
 
 OPT_TITLE = "MedFuse (OPTIMAL)"
@@ -90,11 +102,14 @@ def _differs(r: TaskResults, id: str) -> bool:
 def table_4(make: Maker) -> Table:
     title = "Table 4. Each phenotype on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
     head = ["Phenotype", "Type", "Prevalence, train", "Prevalence, test", *BOTH_HEADS, "MedFuse is better in"]
+    head += DIFFERENCE_HEADS
     table, found = Table("table_4", title, head, [], make.gaps("paired", tasks=("pheno",))), make.both("pheno")
     if found is None:
         return table
     r, tested = found
     both = [make.evaluation.metrics(part) for part in tested]
+    table.notes.append(f"The p-values are not corrected for {len(r.labels)} comparisons.")
+    change = make.evaluation.difference(tested[1], tested[0])
     in_test = scores.prevalence(tested[0].labels)
 
     def paper(row: str, metric: str) -> published.Number | None:
@@ -110,9 +125,10 @@ def table_4(make: Maker) -> Table:
             for of, name in zip(both, BOTH)
             for m in METRICS
         ]
-        table.rows.append([label, KINDS.get(label, ""), *prevalence, *values, _better(values)])
+        changes = [Value(change[m][k], change[f"{m}_ci"][k], p=change[f"{m}_p"][k], is_change=True) for m in METRICS]
+        table.rows.append([label, KINDS.get(label, ""), *prevalence, *values, _better(values), *changes])
     means = [v for of, name in zip(both, BOTH) for v in macro_values(of, ("table4", "pheno", "Average"), f"_{name}")]
-    table.rows.append(["Average", "", "", "", *means, _better(means)])
+    table.rows.append(["Average", "", "", "", *means, _better(means), *macro_differences(change)])
     return table
 
 
@@ -124,7 +140,8 @@ def _better(values: list[Value]) -> str:
 def table_5(make: Maker) -> Table:
     title = "Table 5. Mortality by age, on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
     notes = make.gaps("paired", tasks=("mortality",))
-    table, found = Table("table_5", title, ["Age", "Deaths / stays", *BOTH_HEADS], [], notes), make.both("mortality")
+    head = ["Age", "Deaths / stays", *BOTH_HEADS, *DIFFERENCE_HEADS]
+    table, found = Table("table_5", title, head, [], notes), make.both("mortality")
     if found is None:
         return table
     _, tested = found
@@ -136,9 +153,7 @@ def table_5(make: Maker) -> Table:
             table.notes.append(f"{name}: {deaths} deaths of {stays} stays, so there is no AUROC.")
         was = [published.number("table5", "mortality", name, what) for what in ("deaths", "stays")]
         paper = f" (paper {was[0].value:.0f} / {was[1].value:.0f})" if was[0] and was[1] else ""
-        values = [
-            v for part, model in zip(parts, BOTH) for v in make.macro(part, ("table5", "mortality", name), f"_{model}")
-        ]
+        values = make.macros_of_both(parts, ("table5", "mortality", name))
         table.rows.append([name, f"{deaths} / {stays}{paper}", *values])
     return table
 
@@ -182,6 +197,10 @@ def table_a2(make: Maker) -> Table:
     for id in _TABLE_A2:
         if cells := make.row(make.test(id, "all"), "table_a2", id):
             body.append([make.title(id), *cells])
+    for kind in ("joint", "early"):
+        learnt, zeros = (make.test(f"A2_{kind}_{vector}", "all") for vector in ("learnt", "zeros"))
+        if cells := make.differences(learnt, zeros):
+            body.append([f"{kind.title()}, learnt vector − zeros", *cells])
     return Table("table_a2", title, ["Method", *make.heads()], body, make.gaps("all"))
 
 
@@ -192,6 +211,8 @@ def table_a3(make: Maker) -> Table:
     for row, name, of_tasks in (("ensemble", "Ensemble", ensemble), ("OPT", OPT_TITLE, optimal)):
         if cells := make.row(of_tasks, "table_a3", row):
             body.append([name, *cells])
+    if cells := make.differences(optimal, ensemble):
+        body.append([f"{OPT_TITLE} − Ensemble", *cells])
     notes = ["The ensemble takes MedFuse's score where there is an X-ray and the LSTM's where there is none."]
     notes += make.gaps("all")
     title = f"Table A3. {OPT_TITLE} and an ensemble, on all test stays"

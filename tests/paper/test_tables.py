@@ -91,6 +91,40 @@ def test_differences_are_paired_and_favour_the_better_model(made):
     assert difference.ours == pytest.approx(ours - lstm) and difference.low > 0 and difference.p < 0.1
 
 
+def test_tables_of_two_models_have_their_paired_differences(made, tasks):
+    by_name = {t.name: t for t in made[0]}
+    lstm, optimal = (tasks[0].models[id].test.paired for id in ("E1", "OPT"))
+    expected = metrics.compare(lstm.labels, lstm.scores, optimal.scores, 20, 0, lstm.subject_id)
+    label = _row(by_name["table_4"], tasks[0].labels[3])[-2]
+    assert (label.ours, *label.ci, label.p) == (expected["auroc"][3], *expected["auroc_ci"][3], expected["auroc_p"][3])
+    mean = _row(by_name["table_4"], "Average")[-1]
+    assert mean.ours == expected["auprc_macro"] and tuple(mean.ci) == tuple(expected["auprc_macro_ci"])
+    of_table_1 = _row(by_name["table_1"], f"{tables.OPT_TITLE} − LSTM", "partial", "paired")[4]
+    assert (mean.ours, mean.p) == (of_table_1.ours, of_table_1.p)
+    for name in ("table_4", "table_5", "figure_4"):
+        table = by_name[name]
+        assert table.head[-2:] == ["MedFuse − LSTM, AUROC", "MedFuse − LSTM, AUPRC"]
+        columns = [table.head.index(f"{model}, AUROC") for model in ("LSTM", "MedFuse")]
+        for row in table.rows:
+            before, after = (row[column].ours for column in columns)
+            assert row[-2].is_change and row[-2].ours == pytest.approx(after - before, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "first", "second"),
+    [
+        ("table_a2", "Joint, learnt vector − zeros", "Joint, learnt vector", "Joint, zeros"),
+        ("table_a2", "Early, learnt vector − zeros", "Early, learnt vector", "Early, zeros"),
+        ("table_a3", f"{tables.OPT_TITLE} − Ensemble", tables.OPT_TITLE, "Ensemble"),
+    ],
+)
+def test_the_appendix_has_paired_differences(made, table, name, first, second):
+    of = next(t for t in made[0] if t.name == table)
+    for difference, a, b in zip(_row(of, name)[1:], _row(of, first)[1:], _row(of, second)[1:]):
+        assert difference.is_change and difference.ours == pytest.approx(a.ours - b.ours)
+        assert difference.low <= difference.high and 0 < difference.p <= 1
+
+
 _OPT_AND_LSTM = ((tables.OPT_TITLE, "partial"), ("LSTM", "EHR, partial"))
 
 
@@ -167,14 +201,10 @@ def test_labels_of_one_class_in_the_test_set_are_named(tasks):
 
     make = Maker([_with_test(tasks[0], two_constant), _with_test(tasks[1], no_death)], Evaluation(num_bootstrap=2))
     paired, every = tables.table_2(make).notes, tables.table_3(make).notes
-    assert (
-        "Phenotyping: 2 of 25 labels of the test stays with an X-ray have one class only; the means leave them out."
-        in paired
-    )
-    assert (
-        "Mortality: no label of the test stays with an X-ray has both classes, so there is no AUROC or AUPRC." in paired
-    )
-    assert "Mortality: no label of the test stays has both classes, so there is no AUROC or AUPRC." in every
+    left_out = "labels of the test stays with an X-ray have one class only; the means leave them out."
+    assert f"Phenotyping: 2 of 25 {left_out}" in paired
+    for notes, stays in ((paired, "test stays with an X-ray"), (every, "test stays")):
+        assert f"Mortality: no label of the {stays} has both classes, so there is no AUROC or AUPRC." in notes
     assert not any(note.startswith("Phenotyping") and "class" in note for note in every)
     assert set(tables.table_1(make).notes) >= {note for note in paired + every if "class" in note}
 
