@@ -31,24 +31,23 @@ _TABLE_A2 = ("A2_joint_zeros", "A2_joint_learnt", "A2_early_zeros", "A2_early_le
 def table_1(make: Maker) -> Table:
     dropped = [r.without_cxr and r.without_cxr.paired for r in make.tasks]
     rows = (
-        ("lstm_paired", "LSTM", "EHR, paired", "paired", make.test("E2", "paired")),
-        ("lstm_partial", "LSTM", "EHR, partial", "paired", make.test("E1", "paired")),
-        ("medfuse_ehr", f"{OPT_TITLE}, no X-ray", "partial", "paired", dropped),
-        ("medfuse", OPT_TITLE, "partial", "paired", make.test("OPT", "paired")),
-        ("lstm_all", "LSTM", "EHR, partial", "all", make.test("E1", "all")),
-        ("medfuse_all", OPT_TITLE, "partial", "all", make.test("OPT", "all")),
+        ("lstm_paired", "LSTM", "EHR, paired", "paired", "E2"),
+        ("lstm_partial", "LSTM", "EHR, partial", "paired", "E1"),
+        ("medfuse_ehr", f"{OPT_TITLE}, no X-ray", "partial", "paired", ""),
+        ("medfuse", OPT_TITLE, "partial", "paired", "OPT"),
+        ("lstm_all", "LSTM", "EHR, partial", "all", "E1"),
+        ("medfuse_all", OPT_TITLE, "partial", "all", "OPT"),
     )
     body = []
-    for row, name, trained, on, of_tasks in rows:
-        if cells := make.row(of_tasks, "table1", row):
+    for row, name, trained, on, id in rows:
+        if cells := make.row(make.test(id, on) if id else dropped, "table1", row):
             body.append([name, trained, on, *cells])
-        of_tasks = _chosen_on_paired(make, "E1", on) if row in ("lstm_partial", "lstm_all") else []
-        if cells := make.row(of_tasks, "table1", row):
+        if cells := make.row(_chosen_on_paired(make, id, on), "table1", row):
             body.append([f"{name}, {_ON_PAIRED}", trained, on, *cells])
     for on in ("paired", "all"):
         if cells := make.differences(make.test("OPT", on), make.test("E1", on)):
             body.append([f"{OPT_TITLE} − LSTM", "partial", on, *cells])
-    notes = make.missing() + make.gaps("paired", "all")
+    notes = make.missing() + make.gaps("paired", "all") + _shares(make)
     title = "Table 1. One modality and two, on the test stays with an X-ray (paired) and on all"
     return Table("table_1", title, ["Model", "Training set", "Test set", *make.heads()], body, notes)
 
@@ -79,14 +78,18 @@ def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) 
         body.append([OPT_TITLE, *cells])
     if cells := make.row(_chosen_on_paired(make, "OPT", on), paper, "OPT"):
         body.append([f"{OPT_TITLE}, {_ON_PAIRED}", *cells])
-    notes = make.missing() + make.gaps(on)
-    notes += [
+    notes = make.missing() + make.gaps(on) + _shares(make)
+    return Table(name, title, ["Method", *make.heads()], body + differences, notes)
+
+
+def _shares(make: Maker) -> list[str]:
+    """Return notes on how MedFuse (OPTIMAL) was chosen."""
+    return [
         f"{TASK_NAMES[r.task]}: {OPT_TITLE} trained with {r.models[id].choice}."
         for r in make.tasks
         for id in ("OPT", "OPT_paired")
         if id in r.models
     ]
-    return Table(name, title, ["Method", *make.heads()], body + differences, notes)
 
 
 def _chosen_on_paired(make: Maker, id: str, on: str) -> list[Scores | None]:

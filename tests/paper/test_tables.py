@@ -212,6 +212,21 @@ def test_labels_of_one_class_in_the_test_set_are_named(tasks):
 _ON_PAIRED = ["table_1", "table_2", "table_4", "figure_4", "figure_a2", "figure_a3"]
 
 
+def test_table_1_has_both_choices_of_medfuse_optimal(tasks):
+    """The run chosen on paired validation stays is another one, with other scores."""
+    worse = dataclasses.replace(tasks[0].models["E1"], folder=Path("other"), choice="50 % of the EHR-only stays")
+    r = dataclasses.replace(tasks[0], models=tasks[0].models | {"OPT_paired": worse})
+    make = Maker([r], Evaluation(num_bootstrap=2))
+    table, name = tables.table_1(make), f"{tables.OPT_TITLE}, chosen on paired validation stays"
+    for on in ("paired", "all"):
+        value = _row(table, name, "partial", on)[3]
+        assert value.ours == _row(table, "LSTM", "EHR, partial", on)[3].ours
+        assert value.paper == _row(table, tables.OPT_TITLE, "partial", on)[3].paper is not None
+    assert f"Phenotyping: {tables.OPT_TITLE} trained with 50 % of the EHR-only stays." in table.notes
+    same = dataclasses.replace(r, models=r.models | {"OPT_paired": r.models["OPT"]})
+    assert name not in [row[0] for row in tables.table_1(Maker([same], Evaluation(num_bootstrap=2))).rows]
+
+
 def test_a_row_names_the_depth_of_each_task_where_they_differ(tasks):
     deeper = dataclasses.replace(tasks[1].models["M6_4"], id="M6")
     other = dataclasses.replace(tasks[1], models=tasks[1].models | {"M6": deeper})
