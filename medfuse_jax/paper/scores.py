@@ -43,7 +43,10 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A chosen run of one task: its test and validation scores. choice: how it was chosen, if in an unusual way."""
+    """A chosen run of one task: its test and validation scores.
+
+    choice: how it was chosen, if in an unusual way. on_paired: whether it was on the validation stays with an X-ray.
+    """
 
     id: str
     title: str
@@ -52,6 +55,13 @@ class Model:
     test: Scores
     val: Scores
     choice: str = ""
+    on_paired: bool = False
+
+    @property
+    def is_by_loss(self) -> bool:
+        """Whether the loss chose it, because no label of the validation stays has both classes."""
+        val = self.val.paired if self.on_paired else self.val
+        return len(val.stay_id) > 0 and math.isnan(auroc(val))
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
@@ -47,7 +48,7 @@ def table_1(make: Maker) -> Table:
     for on in ("paired", "all"):
         if cells := make.differences(make.test("OPT", on), make.test("E1", on)):
             body.append([f"{OPT_TITLE} − LSTM", "partial", on, *cells])
-    notes = make.missing() + make.gaps("paired", "all") + _shares(make)
+    notes = make.missing() + make.gaps("paired", "all") + _shares(make) + _by_loss(make, ("E2", "E1", "OPT"))
     title = "Table 1. One modality and two, on the test stays with an X-ray (paired) and on all"
     return Table("table_1", title, ["Model", "Training set", "Test set", *make.heads()], body, notes)
 
@@ -78,7 +79,7 @@ def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) 
         body.append([OPT_TITLE, *cells])
     if cells := make.row(_chosen_on_paired(make, "OPT", on), paper, "OPT"):
         body.append([f"{OPT_TITLE}, {_ON_PAIRED}", *cells])
-    notes = make.missing() + make.gaps(on) + _shares(make)
+    notes = make.missing() + make.gaps(on) + _shares(make) + _by_loss(make, (*ids, "OPT"))
     return Table(name, title, ["Method", *make.heads()], body + differences, notes)
 
 
@@ -182,15 +183,27 @@ def table_a1(make: Maker) -> Table:
     notes = ["Each model is chosen on the kind of validation stays that it is trained on, paired or all (partial)."]
     if any(id.endswith("_paired") for r in make.tasks for id in r.models):
         notes.append(f"A rate searched on all stays is also {_ON_PAIRED}, as the released code does.")
-    return Table("table_a1", title, head, body, notes + _by_loss(make))
+    return Table("table_a1", title, head, body, notes + _by_loss(make, _TABLE_A1))
 
 
-def _by_loss(make: Maker) -> list[str]:
-    """Return a note for each task whose validation stays have no AUROC."""
+def _by_loss(make: Maker, ids: Iterable[str]) -> list[str]:
+    """Return notes on those of these models, each under both choices, that the validation loss chose."""
+    both = [f"{id}{choice}" for id in ids for choice in ("", "_paired")]
     return [
-        f"{TASK_NAMES[r.task]}: no label of the validation stays has both classes, so the loss chose every model."
+        f"{TASK_NAMES[r.task]}: no label of the validation stays{' with an X-ray' if on_paired else ''} has both "
+        f"classes, so the loss chose {'; '.join(names)}."
         for r in make.tasks
-        if r.models and all(math.isnan(auroc(model.val)) for model in r.models.values())
+        for on_paired in (False, True)
+        if (names := _names_by_loss(r, both, on_paired))
+    ]
+
+
+def _names_by_loss(r: TaskResults, ids: Iterable[str], on_paired: bool) -> list[str]:
+    models = {id: r.models[id] for id in ids if id in r.models}
+    return [
+        model.title + (f", {_ON_PAIRED}" if id.endswith("_paired") else "")
+        for id, model in models.items()
+        if model.is_by_loss and model.on_paired == on_paired
     ]
 
 
@@ -204,7 +217,7 @@ def table_a2(make: Maker) -> Table:
         learnt, zeros = (make.test(f"A2_{kind}_{vector}", "all") for vector in ("learnt", "zeros"))
         if cells := make.differences(learnt, zeros):
             body.append([f"{kind.title()}, learnt vector − zeros", *cells])
-    return Table("table_a2", title, ["Method", *make.heads()], body, make.gaps("all"))
+    return Table("table_a2", title, ["Method", *make.heads()], body, make.gaps("all") + _by_loss(make, _TABLE_A2))
 
 
 def table_a3(make: Maker) -> Table:
@@ -217,6 +230,6 @@ def table_a3(make: Maker) -> Table:
     if cells := make.differences(optimal, ensemble):
         body.append([f"{OPT_TITLE} − Ensemble", *cells])
     notes = ["The ensemble takes MedFuse's score where there is an X-ray and the LSTM's where there is none."]
-    notes += make.gaps("all")
+    notes += make.gaps("all") + _by_loss(make, ("E1", "OPT"))
     title = f"Table A3. {OPT_TITLE} and an ensemble, on all test stays"
     return Table("table_a3", title, ["Model", *make.heads()], body, notes)
