@@ -7,7 +7,17 @@ import numpy as np
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
-from medfuse_jax.paper.cells import BOTH_HEADS, DIFFERENCE_HEADS, KINDS, TASK_NAMES, Maker, Table, Value
+from medfuse_jax.paper.cells import (
+    BOTH_HEADS,
+    DIFFERENCE_HEADS,
+    FEW,
+    KINDS,
+    TASK_NAMES,
+    Maker,
+    Table,
+    Value,
+    part_hidden,
+)
 from medfuse_jax.report.html import CHART_STYLE, new_figure, run_color, svg
 from medfuse_jax.report.plots import draw_bounded
 
@@ -23,13 +33,23 @@ def figure_1(counts: dict[str, dict[str, tuple[int, int]]]) -> Table:
         unit = schema.TASKS[task].unit
         for split, (count, paired) in by_split.items():
             cells = [
-                Value(n, paper=published.number("figure1", task, split, what), digits=0)
-                for n, what in ((count, unit), (paired, "paired"))
+                _count(n, hidden, published.number("figure1", task, split, what))
+                for n, hidden, what in (
+                    (count, FEW if count < schema.FEWEST_SHOWN else "", unit),
+                    (paired, part_hidden(paired, count), "paired"),
+                )
             ]
             body.append([f"{schema.TASKS[task].title}, {split}", unit, cells[0], "" if unit == "X-rays" else cells[1]])
     notes = ["The paper's counts are of MIMIC-IV 1.0; those of mortality are of X-rays up to the end of the stay."]
     head = ["Dataset", "Unit", "Records", "With an X-ray"]
     return Table("figure_1", "Figure 1. The splits", head, body, notes)
+
+
+def _count(count: int, hidden: str, paper: published.Number | None) -> Value | str:
+    """Return a cell with a count, or with what is shown instead of it."""
+    if not hidden:
+        return Value(count, paper=paper, digits=0)
+    return hidden + (f" (paper {paper.value:,.0f})" if paper else "")
 
 
 def figure_4(make: Maker) -> Table:

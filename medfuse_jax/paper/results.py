@@ -60,7 +60,7 @@ def gather(
     all stays is chosen twice: on all validation stays (E1, ...) and on those with an X-ray (E1_paired, ...).
     index: of the training stays. failed: id -> why.
     """
-    results = TaskResults(task, labels, index["label"].mean(0))
+    results = TaskResults(task, labels, scores.prevalence(index["label"]))
     own = [t for t in trainings if t.task == task]
     for training in own:
         if training.id in failed:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medfuse_jax import metrics
+from medfuse_jax import metrics, schema
 from medfuse_jax.data import folds
 from medfuse_jax.runs import result as result_lib
 
@@ -73,7 +73,7 @@ class TaskResults:
 
     task: str
     labels: list[str]
-    train_prevalence: np.ndarray  # [K], of the training stays
+    train_prevalence: np.ndarray  # [K], of the training stays; see `prevalence`
     models: dict[str, Model] = dataclasses.field(default_factory=dict)
     opt_by_share: dict[float, Scores] = dataclasses.field(default_factory=dict)
     without_cxr: Scores | None = None
@@ -104,8 +104,10 @@ def drawn(stay_id_N: np.ndarray, share: float) -> np.ndarray:
 
 
 def prevalence(labels_NK: np.ndarray) -> np.ndarray:
-    """Return the share of stays with each label [K]; NaN without stays."""
-    return labels_NK.mean(0) if len(labels_NK) else np.full(labels_NK.shape[1], math.nan)
+    """Return the share of stays with each label [K]; NaN where so few have, or lack, it that a count is withheld."""
+    num_K = (labels_NK == 1).sum(0)
+    is_few_K = np.minimum(num_K, len(labels_NK) - num_K) < schema.FEWEST_SHOWN
+    return np.where(is_few_K, math.nan, num_K / max(1, len(labels_NK)))
 
 
 def auroc(val: Scores) -> float:

@@ -4,22 +4,28 @@ import itertools
 import math
 from collections.abc import Iterable
 
+import numpy as np
+
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
 from medfuse_jax.paper.cells import (
     BOTH,
     BOTH_HEADS,
     DIFFERENCE_HEADS,
+    ENOUGH,
+    FEW,
     KINDS,
     METRICS,
     TASK_NAMES,
     Maker,
     Table,
     Value,
+    counts_shown,
     macro_differences,
     macro_values,
 )
 from medfuse_jax.paper.scores import Scores, TaskResults, auroc
+from medfuse_jax.runs import subgroups
 
 OPT_TITLE = "MedFuse (OPTIMAL)"
 _ON_PAIRED = "chosen on paired validation stays"
@@ -115,6 +121,9 @@ def table_4(make: Maker) -> Table:
     table.notes.append(f"The p-values are not corrected for {len(r.labels)} comparisons.")
     change = make.evaluation.difference(tested[1], tested[0])
     in_test = scores.prevalence(tested[0].labels)
+    if np.isnan([r.train_prevalence, in_test]).any():
+        why = f"fewer than {schema.FEWEST_SHOWN} stays have, or lack, the label"
+        table.notes.append(f"A prevalence is withheld where {why}.")
 
     def paper(row: str, metric: str) -> published.Number | None:
         return published.number("table4", "pheno", row, metric)
@@ -149,17 +158,29 @@ def table_5(make: Maker) -> Table:
     if found is None:
         return table
     _, tested = found
-    for low, high in schema.AGE_GROUPS:
+    groups = [[part.part((part.age >= low) & (part.age < high)) for part in tested] for low, high in schema.AGE_GROUPS]
+    withheld = []
+    for (low, high), parts, counts in zip(schema.AGE_GROUPS, groups, _deaths([lstm for lstm, _ in groups])):
         name = f"{low}-{high}" if math.isfinite(high) else f"> {low}"
-        parts = [part.part((part.age >= low) & (part.age < high)) for part in tested]
-        deaths, stays = int(parts[0].labels.sum()), len(parts[0].labels)
-        if deaths in (0, stays):
-            table.notes.append(f"{name}: {deaths} deaths of {stays} stays, so there is no AUROC.")
+        if subgroups.is_small({"labels": parts[0].labels}):
+            withheld.append(name)
+            parts = [part.part(np.zeros(len(part.stay_id), bool)) for part in parts]
         was = [published.number("table5", "mortality", name, what) for what in ("deaths", "stays")]
         paper = f" (paper {was[0].value:.0f} / {was[1].value:.0f})" if was[0] and was[1] else ""
-        values = make.macros_of_both(parts, ("table5", "mortality", name))
-        table.rows.append([name, f"{deaths} / {stays}{paper}", *values])
+        table.rows.append([name, counts + paper, *make.macros_of_both(parts, ("table5", "mortality", name))])
+    if withheld:
+        few = f"fewer than {schema.FEWEST_SHOWN} died or survived"
+        table.notes.append(f"Age {', '.join(withheld)}: {few}, so the numbers are withheld.")
     return table
+
+
+def _deaths(groups: list[Scores]) -> list[str]:
+    """Return each group's deaths and stays as text; no count of deaths or survivors below 10 can be told from them."""
+    deaths, stays = [int(of.labels.sum()) for of in groups], [len(of.labels) for of in groups]
+    if all(n - died >= schema.FEWEST_SHOWN for n, died in zip(stays, deaths)):
+        return [f"{died} / {n}" for died, n in zip(counts_shown(deaths), stays)]
+    coarse = [[FEW if n < schema.FEWEST_SHOWN else ENOUGH for n in counts] for counts in (deaths, stays)]
+    return [f"{died} / {n}" for died, n in zip(*coarse)]
 
 
 def table_a1(make: Maker) -> Table:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from example_runs import simulate
 
+from data_prep.audit import privacy
 from medfuse_jax import metrics, schema
-from medfuse_jax.paper import contents, figures, formats, page, published, scores, tables, trainings
+from medfuse_jax.paper import cells, contents, figures, formats, page, published, scores, tables, trainings
 from medfuse_jax.paper.cells import Maker, Table, Value
 from medfuse_jax.paper.scores import Evaluation, Model, Scores, TaskResults
 from medfuse_jax.paper.trainings import Settings
@@ -29,10 +30,10 @@ def _scores(data, weight_cxr, rng) -> Scores:
     return Scores(ids, ids // 2, data["labels"].astype(int), values, data["has_cxr"], data["age"])
 
 
-def _task(task: str) -> TaskResults:
+def _task(task: str, seed: int) -> TaskResults:
     rng = np.random.default_rng(1)
-    data = simulate(task, 400, seed=3)
-    results = TaskResults(task, list(schema.TASKS[task].labels), data["labels"].mean(0))
+    data = simulate(task, 400, seed)
+    results = TaskResults(task, list(schema.TASKS[task].labels), scores.prevalence(data["labels"]))
     for t in trainings.plan([task], trainings.METHODS, Settings()):
         weight = 0.0 if t.id.startswith("E") else 0.5
         test = _scores(data, weight, rng)
@@ -49,7 +50,7 @@ def _task(task: str) -> TaskResults:
 
 @pytest.fixture(scope="module")
 def tasks():
-    return [_task("pheno"), _task("mortality")]
+    return [_task("pheno", 3), _task("mortality", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,56 @@ def test_a_row_names_the_depth_of_each_task_where_they_differ(tasks):
         assert "MMTM, layer 3" in [row[0] for row in table.rows]
     assert any(row[0] == f"{tables.OPT_TITLE} − {name}" for row in tables.table_2(make).rows)
     assert make.title("M5") == "MMTM, layer 3" and Maker([other], Evaluation()).title("M6") == "DAFT, layer 4"
+
+
+def test_counts_under_ten_are_withheld_by_age(made):
+    """Of 18 patients over 80, 2 died: their deaths cannot be told from a sum either, and they have no AUROC."""
+    assert not any("withheld" in note for note in next(t for t in made[0] if t.name == "table_5").notes)
+    r = _task("mortality", 1)
+    table = tables.table_5(Maker([r], Evaluation(num_bootstrap=2)))
+    assert [row[1].partition(" (")[0] for row in table.rows] == ["≥10 / 46", "13 / 56", "14 / 45", "<10 / 18"]
+    old = _row(table, "> 80")
+    assert [formats.text(value) for value in old[2:]] == ["–"] * 6 and old[2].paper.value == 0.789
+    assert math.isfinite(_row(table, "18-40")[2].ours)
+    assert table.notes == ["Age > 80: fewer than 10 died or survived, so the numbers are withheld."]
+
+
+def test_no_count_is_given_where_few_survived():
+    """Of 14 patients over 80, 8 died."""
+    table = tables.table_5(Maker([_task("mortality", 5)], Evaluation(num_bootstrap=2)))
+    assert [row[1].partition(" (")[0] for row in table.rows] == ["≥10 / ≥10"] * 3 + ["<10 / ≥10"]
+
+
+@pytest.mark.parametrize("counts", [[9, 50, 12], [9, 8, 30], [0, 40, 41, 3], [10, 11], [3, 4], [50]])
+def test_counts_are_hidden_as_the_audit_hides_them(counts):
+    expected = privacy.cells({str(n): count for n, count in enumerate(counts)})
+    assert cells.counts_shown(counts) == [str(shown) for shown in expected.values()]
+    for count in (0, 9, 10, 40, 41, 50):
+        assert cells.part_hidden(count, 50) in (str(privacy.part(count, 50)), "")
+        assert (cells.part_hidden(count, 50) == "") == isinstance(privacy.part(count, 50), int)
+
+
+def test_figure_1_withholds_counts_under_ten():
+    figure = figures.figure_1({"pheno": {"train": (60, 7), "val": (8, 3), "test": (50, 45)}})
+    assert [row[2:] for row in figure.rows][1] == ["<10", "<10"]  # the paper gives none
+    assert _row(figure, "Phenotyping, train")[2].ours == 60
+    assert _row(figure, "Phenotyping, train")[3].startswith("<10 (paper")
+    assert _row(figure, "Phenotyping, test")[3] == "≥41"
+
+
+def test_table_4_withholds_the_prevalence_of_few_stays(tasks):
+    def rare(of: Scores) -> Scores:
+        labels = of.labels.copy()
+        labels[:, 0] = np.cumsum(of.has_cxr) <= 9  # in 9 paired stays
+        return dataclasses.replace(of, labels=labels)
+
+    table = tables.table_4(Maker([_with_test(tasks[0], rare)], Evaluation(num_bootstrap=2)))
+    assert formats.text(table.rows[0][3]) == "–" and math.isfinite(table.rows[0][4].ours)
+    assert math.isfinite(table.rows[2][3].ours)
+    assert "A prevalence is withheld where fewer than 10 stays have, or lack, the label." in table.notes
+    few, many = np.zeros((100, 1), int), np.zeros((100, 1), int)
+    few[:9], many[:10] = 1, 1
+    assert math.isnan(scores.prevalence(few)[0]) and scores.prevalence(many)[0] == 0.1
 
 
 def test_our_number_is_marked_outside_the_papers_interval_only():
