@@ -33,6 +33,13 @@ def make_all(make: Maker, counts: dict) -> tuple[list[Table], list[Check]]:
     return made, _checks({table.name: table for table in made}, make.heads())
 
 
+def describe_checks(checks: list[Check]) -> str:
+    """Return one line on how many self-checks hold, or that there was none to make."""
+    if not checks:
+        return "no self-check: no two tables have a number of the same thing"
+    return f"{sum(check.holds for check in checks)} of {len(checks)} self-checks hold"
+
+
 def _checks(made: dict[str, Table], heads: list[str]) -> list[Check]:
     opt = (tables.OPT_TITLE, "partial", "paired")
     pairs = (

@@ -143,6 +143,7 @@ def test_numbers_that_should_be_equal_and_are_not_are_named(tasks, tmp_path):
     row[1] = dataclasses.replace(row[1], ours=row[1].ours + 1e-6)
     wrong = [c for c in contents._checks({t.name: t for t in made}, Maker(tasks, Evaluation()).heads()) if not c.holds]
     assert {c.what.partition(",")[0] for c in wrong} == {"Figure A2 at 0 % and Table 2", "Figure A3 at 0 % and Table 2"}
+    assert contents.describe_checks([*wrong, contents.Check("", 1, 1)]) == f"1 of {len(wrong) + 1} self-checks hold"
     text = page.write(tmp_path, made, wrong, {}, [], synthetic=True).read_text()
     assert "These should be equal" in text and "Figure A3 at 0 %" in text
 
@@ -156,6 +157,7 @@ def test_a_missing_model_leaves_out_its_row_and_is_named(tasks):
     without = dataclasses.replace(r, models={"E1": r.models["E1"]}, without_cxr=None, opt_by_share={})
     made, checks = contents.make_all(Maker([without], Evaluation(num_bootstrap=2)), {})
     assert {t.name for t in made} == {"table_1", "table_a1"} and not checks
+    assert contents.describe_checks(checks) == "no self-check: no two tables have a number of the same thing"
 
 
 def _with_test(r: TaskResults, change) -> TaskResults:
