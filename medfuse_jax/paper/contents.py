@@ -17,7 +17,12 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        return math.isclose(self.a, self.b, rel_tol=0, abs_tol=1e-9) or (math.isnan(self.a) and math.isnan(self.b))
+        return math.isclose(self.a, self.b, rel_tol=0, abs_tol=1e-9)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether neither number is known."""
+        return math.isnan(self.a) and math.isnan(self.b)
 
 
 def make_all(make: Maker, counts: dict) -> tuple[list[Table], list[Check]]:
@@ -30,7 +35,8 @@ def make_all(make: Maker, counts: dict) -> tuple[list[Table], list[Check]]:
         *(maker(make) for maker in (tables.table_a2, tables.table_a3)),
     ]
     made = [table for table in made if table.rows]
-    return made, _checks({table.name: table for table in made}, make.heads())
+    checks = _checks({table.name: table for table in made}, make.heads())
+    return made, [check for check in checks if not check.is_empty]
 
 
 def describe_checks(checks: list[Check]) -> str:
