@@ -148,6 +148,21 @@ def test_numbers_that_should_be_equal_and_are_not_are_named(tasks, tmp_path):
     assert "These should be equal" in text and "Figure A3 at 0 %" in text
 
 
+def test_the_self_checks_hold_whatever_task_is_first(tasks):
+    """Table 4's means were compared with Table 1's first task, which is mortality for --tasks=mortality,pheno."""
+    _, checks = contents.make_all(Maker(tasks[::-1], Evaluation(num_bootstrap=2)), {})
+    assert len(checks) == 4 * 4 + 4 and all(check.holds for check in checks)
+
+
+def test_a_self_check_compares_the_numbers_of_one_task(tasks):
+    """Phenotyping has no scores without X-rays: the check of Figure A2 is made for mortality, and called so."""
+    without = dataclasses.replace(tasks[0], without_cxr=None)
+    _, checks = contents.make_all(Maker([without, tasks[1]], Evaluation(num_bootstrap=2)), {})
+    assert all(check.holds for check in checks)
+    about = [check.what.partition(", ")[2] for check in checks if check.what.startswith("Figure A2 at 0 %")]
+    assert about == ["Mortality, AUROC", "Mortality, AUPRC"]
+
+
 def test_a_missing_model_leaves_out_its_row_and_is_named(tasks):
     r = dataclasses.replace(tasks[1], models={k: v for k, v in tasks[1].models.items() if not k.startswith("M5")})
     r.missing["M5_3"] = "the disk is full"
