@@ -154,7 +154,7 @@ def _gap(labels_NK: np.ndarray, on: str) -> str:
     if num_constant == labels_NK.shape[1]:
         return f"no label of {stays} has both classes, so there is no AUROC or AUPRC"
     if num_constant:
-        return f"{num_constant} of {labels_NK.shape[1]} labels of {stays} have one class only; the means leave them out"
+        return f"the means leave out {num_constant} of {labels_NK.shape[1]} labels: one class only among {stays}"
     return ""
 
 

@@ -220,8 +220,8 @@ def test_labels_of_one_class_in_the_test_set_are_named(tasks):
 
     make = Maker([_with_test(tasks[0], two_constant), _with_test(tasks[1], no_death)], Evaluation(num_bootstrap=2))
     paired, every = tables.table_2(make).notes, tables.table_3(make).notes
-    left_out = "labels of the test stays with an X-ray have one class only; the means leave them out."
-    assert f"Phenotyping: 2 of 25 {left_out}" in paired
+    left_out = "the means leave out 2 of 25 labels: one class only among the test stays with an X-ray."
+    assert f"Phenotyping: {left_out}" in paired
     for notes, stays in ((paired, "test stays with an X-ray"), (every, "test stays")):
         assert f"Mortality: no label of the {stays} has both classes, so there is no AUROC or AUPRC." in notes
     assert not any(note.startswith("Phenotyping") and "class" in note for note in every)
