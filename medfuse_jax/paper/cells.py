@@ -7,6 +7,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from medfuse_jax import schema
 from medfuse_jax.paper import published
 from medfuse_jax.paper.scores import Evaluation, Scores, TaskResults
@@ -14,6 +16,8 @@ from medfuse_jax.paper.scores import Evaluation, Scores, TaskResults
 METRICS = ("auroc", "auprc")
 BOTH = ("lstm", "medfuse")  # the two models of Tables 4 and 5 and Figure 4, as published.csv names them
 BOTH_HEADS = [f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS]
+FEW, ENOUGH = f"<{schema.FEWEST_SHOWN}", f"≥{schema.FEWEST_SHOWN}"
+DIFFERENCE_HEADS = [f"MedFuse − LSTM, {m.upper()}" for m in METRICS]
 KINDS = {p.name: p.kind for p in schema.PHENOTYPES}
 TASK_NAMES = {"pheno": "Phenotyping", "mortality": "Mortality"}
 
@@ -87,19 +91,33 @@ class Maker:
         return [test and test.paired if on == "paired" else test for test in tested]
 
     def title(self, id: str) -> str:
-        return next(r.models[id].title for r in self.tasks if id in r.models)
+        """Return a model's title. Where the tasks chose other depths, it names each: DAFT, layer 3 (mortality), ..."""
+        by_task = {TASK_NAMES[r.task].lower(): r.models[id].title for r in self.tasks if id in r.models}
+        titles = list(by_task.values())
+        if len(set(titles)) == 1:
+            return titles[0]
+        name = titles[0].partition(", ")[0]
+        return ", ".join([name, *(f"{title.partition(', ')[2]} ({task})" for task, title in by_task.items())])
 
     def row(self, of_tasks: Sequence[Scores | None], table: str = "", row: str = "") -> list:
-        """Return the cells of one row; [] if no task has scores. table, row: where the paper's numbers are."""
+        """Return the cells of one row; [] if no task has scores. table, row: where the paper's numbers are.
+
+        A task whose scores are of no stay has NaN, which is shown as a dash; see `gaps`.
+        """
         cells = []
         for r, part in zip(self.tasks, of_tasks):
-            has_any = part is not None and len(part.stay_id) > 0
-            cells += self.macro(part, (table, r.task, row)) if has_any else [""] * len(METRICS)
+            cells += [""] * len(METRICS) if part is None else self.macro(part, (table, r.task, row))
         return cells if any(cells) else []
 
     def macro(self, part: Scores, paper: tuple[str, str, str] = ("", "", ""), suffix: str = "") -> list[Value]:
         """Return the means over labels. paper: table, task and row of its numbers; suffix: of the metric's name."""
         return macro_values(self.evaluation.metrics(part), paper, suffix)
+
+    def macros_of_both(self, parts: list[Scores], paper: tuple[str, str, str]) -> list[Value]:
+        """Return the means over labels of the LSTM and of MedFuse, and their differences. parts: E1's, OPT's."""
+        lstm, medfuse = parts
+        values = [value for part, name in zip(parts, BOTH) for value in self.macro(part, paper, f"_{name}")]
+        return values + macro_differences(self.evaluation.difference(medfuse, lstm))
 
     def differences(self, ours: Sequence[Scores | None], others: Sequence[Scores | None]) -> list:
         """Return the cells of one row of paired differences, ours minus the other's; [] if no task has both."""
@@ -107,15 +125,37 @@ class Maker:
         for a, b in zip(ours, others):
             if a is None or b is None:
                 cells += [""] * len(METRICS)
-                continue
-            d = self.evaluation.difference(a, b)
-            for m in METRICS:
-                cells.append(Value(d[f"{m}_macro"], d[f"{m}_macro_ci"], p=d[f"{m}_macro_p"], is_change=True))
+            else:
+                cells += macro_differences(self.evaluation.difference(a, b))
         return cells if any(cells) else []
+
+    def gaps(self, *on: str, tasks: Sequence[str] = tuple(TASK_NAMES)) -> list[str]:
+        """Return notes on the test stays of these tasks that leave dashes. on: 'all', 'paired' or both."""
+        found = [(r, words, _tested(r, words)) for r in self.tasks if r.task in tasks and r.models for words in on]
+        return [f"{TASK_NAMES[r.task]}: {said}." for r, words, labels in found if (said := _gap(labels, words))]
 
     def missing(self) -> list[str]:
         """Return a note for every model that there is not."""
         return [f"{TASK_NAMES[r.task]}: no {id} ({why})." for r in self.tasks for id, why in r.missing.items()]
+
+
+def _tested(r: TaskResults, on: str) -> np.ndarray:
+    """Return the labels [N, K] of a task's test stays, all or those with an X-ray."""
+    tested = max((model.test for model in r.models.values()), key=lambda test: len(test.stay_id))
+    return (tested.paired if on == "paired" else tested).labels
+
+
+def _gap(labels_NK: np.ndarray, on: str) -> str:
+    """Say which metrics of test stays with these labels are missing, and why; '' if none are."""
+    if not len(labels_NK):
+        return "no test stay has an X-ray" if on == "paired" else "there are no test stays"
+    stays = f"the test stays{' with an X-ray' if on == 'paired' else ''}"
+    num_constant = int((labels_NK.min(0) == labels_NK.max(0)).sum())
+    if num_constant == labels_NK.shape[1]:
+        return f"no label of {stays} has both classes, so there is no AUROC or AUPRC"
+    if num_constant:
+        return f"the means leave out {num_constant} of {labels_NK.shape[1]} labels: one class only among {stays}"
+    return ""
 
 
 def macro_values(evaluated: dict, paper: tuple[str, str, str], suffix: str = "") -> list[Value]:
@@ -123,3 +163,32 @@ def macro_values(evaluated: dict, paper: tuple[str, str, str], suffix: str = "")
         Value(evaluated[f"{m}_macro"], evaluated[f"{m}_macro_ci"], published.number(*paper, f"{m}{suffix}"))
         for m in METRICS
     ]
+
+
+def macro_differences(compared: dict) -> list[Value]:
+    """Return the differences of the means over labels. compared: as from `Evaluation.difference`."""
+    return [
+        Value(compared[f"{m}_macro"], compared[f"{m}_macro_ci"], p=compared[f"{m}_macro_p"], is_change=True)
+        for m in METRICS
+    ]
+
+
+def counts_shown(counts: Sequence[int]) -> list[str]:
+    """Return the counts of disjoint groups with a known sum, as text, those of few people hidden.
+
+    If the hidden ones add up to few, the next smallest is hidden too. Same rule as data_prep.audit.privacy.cells.
+    """
+    few = [count for count in counts if count < schema.FEWEST_SHOWN]
+    enough = sorted((count, n) for n, count in enumerate(counts) if count >= schema.FEWEST_SHOWN)
+    neighbour = enough[0][1] if few and enough and sum(few) < schema.FEWEST_SHOWN else None
+    return [
+        FEW if count < schema.FEWEST_SHOWN else ENOUGH if n == neighbour else str(count)
+        for n, count in enumerate(counts)
+    ]
+
+
+def part_hidden(count: int, whole: int) -> str:
+    """Return what to show instead of a count beside its total; '' to show it. Same rule as data_prep.audit.privacy."""
+    if count < schema.FEWEST_SHOWN:
+        return FEW
+    return "" if whole - count >= schema.FEWEST_SHOWN else f"≥{whole - schema.FEWEST_SHOWN + 1:,}"

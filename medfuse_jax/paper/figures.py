@@ -1,11 +1,23 @@
 """The data of Figures 1, 4 and A1 to A3 of Hayat et al. 2022, as tables, and the curves drawn from them."""
 
+import math
+
 import matplotlib as mpl
 import numpy as np
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
-from medfuse_jax.paper.cells import BOTH, BOTH_HEADS, KINDS, TASK_NAMES, Maker, Table, Value
+from medfuse_jax.paper.cells import (
+    BOTH_HEADS,
+    DIFFERENCE_HEADS,
+    FEW,
+    KINDS,
+    TASK_NAMES,
+    Maker,
+    Table,
+    Value,
+    part_hidden,
+)
 from medfuse_jax.report.html import CHART_STYLE, new_figure, run_color, svg
 from medfuse_jax.report.plots import draw_bounded
 
@@ -21,8 +33,11 @@ def figure_1(counts: dict[str, dict[str, tuple[int, int]]]) -> Table:
         unit = schema.TASKS[task].unit
         for split, (count, paired) in by_split.items():
             cells = [
-                Value(n, paper=published.number("figure1", task, split, what), digits=0)
-                for n, what in ((count, unit), (paired, "paired"))
+                _count(n, hidden, published.number("figure1", task, split, what))
+                for n, hidden, what in (
+                    (count, FEW if count < schema.FEWEST_SHOWN else "", unit),
+                    (paired, part_hidden(paired, count), "paired"),
+                )
             ]
             body.append([f"{schema.TASKS[task].title}, {split}", unit, cells[0], "" if unit == "X-rays" else cells[1]])
     notes = ["The paper's counts are of MIMIC-IV 1.0; those of mortality are of X-rays up to the end of the stay."]
@@ -30,9 +45,17 @@ def figure_1(counts: dict[str, dict[str, tuple[int, int]]]) -> Table:
     return Table("figure_1", "Figure 1. The splits", head, body, notes)
 
 
+def _count(count: int, hidden: str, paper: published.Number | None) -> Value | str:
+    """Return a cell with a count, or with what is shown instead of it."""
+    if not hidden:
+        return Value(count, paper=paper, digits=0)
+    return hidden + (f" (paper {paper.value:,.0f})" if paper else "")
+
+
 def figure_4(make: Maker) -> Table:
     title = "Figure 4. By type of phenotype, on the test stays with an X-ray"
-    table, found = Table("figure_4", title, ["Type", *BOTH_HEADS], []), make.both("pheno")
+    notes = make.gaps("paired", tasks=("pheno",))
+    table, found = Table("figure_4", title, ["Type", *BOTH_HEADS, *DIFFERENCE_HEADS], [], notes), make.both("pheno")
     if found is None:
         return table
     r, tested = found
@@ -40,11 +63,8 @@ def figure_4(make: Maker) -> Table:
         columns = [k for k, label in enumerate(r.labels) if KINDS.get(label) == kind]
         if not columns:
             continue
-        cells = []
-        for paired, name in zip(tested, BOTH):
-            part = paired.part(np.ones(len(paired.stay_id), bool), columns)
-            cells += make.macro(part, ("figure4", "pheno", kind), f"_{name}")
-        table.rows.append([kind, *cells])
+        parts = [paired.part(np.ones(len(paired.stay_id), bool), columns) for paired in tested]
+        table.rows.append([kind, *make.macros_of_both(parts, ("figure4", "pheno", kind))])
     return table
 
 
@@ -82,7 +102,7 @@ def figure_a2(make: Maker) -> Table:
         return parts
 
     title = "Figure A2. MedFuse (OPTIMAL) on the test stays with an X-ray, by the share of X-rays dropped"
-    return _curve(make, "figure_a2", title, "X-rays dropped", at)
+    return _curve(make, "figure_a2", title, "X-rays dropped", at, make.gaps("paired"))
 
 
 def figure_a3(make: Maker) -> Table:
@@ -90,12 +110,12 @@ def figure_a3(make: Maker) -> Table:
         return [of and of.part(of.has_cxr | scores.drawn(of.stay_id, share)) for of in make.test("OPT", "all")]
 
     title = "Figure A3. MedFuse (OPTIMAL) on the test stays with an X-ray and a share of the others"
-    return _curve(make, "figure_a3", title, "EHR-only stays added", at)
+    return _curve(make, "figure_a3", title, "EHR-only stays added", at, make.gaps("paired", "all"))
 
 
-def _curve(make: Maker, name: str, title: str, what: str, at) -> Table:
+def _curve(make: Maker, name: str, title: str, what: str, at, notes: list[str]) -> Table:
     rows = [[_percent(share), *cells] for share in _SHARES if (cells := make.row(at(share)))]
-    return Table(name, title, [what, *make.heads()], rows)
+    return Table(name, title, [what, *make.heads()], rows, notes)
 
 
 def _percent(share: float) -> str:
@@ -106,14 +126,19 @@ def chart(table: Table) -> str:
     """Return the AUROC curves of Figure A1, A2 or A3 with their intervals, as SVG; '' for another table."""
     if table.name not in _CURVES:
         return ""
+    curves = {head: points for head in table.head[1:] if "AUPRC" not in head and (points := _points(table, head))}
+    if not curves:
+        return ""
     with mpl.rc_context(CHART_STYLE | {"axes.grid": True}):
         axes = new_figure(_WIDTH_PX, _HEIGHT_PX).add_axes((0.14, 0.19, 0.82, 0.62))
-        for color, head in enumerate(head for head in table.head[1:] if "AUPRC" not in head):
-            column = table.head.index(head)
-            points = [(float(row[0].removesuffix("%")), row[column]) for row in table.rows]
-            drawn = [(x, value.ours, *value.drawn) for x, value in points if isinstance(value, Value)]
-            if drawn:
-                draw_bounded(axes, drawn, run_color(color), head.removesuffix(", AUROC"))
+        for color, (head, points) in enumerate(curves.items()):
+            draw_bounded(axes, points, run_color(color), head.removesuffix(", AUROC"))
         axes.set(xlabel=f"{table.head[0]}, %", ylabel="AUROC")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9, columnspacing=1)
         return svg(axes.figure, table.title)
+
+
+def _points(table: Table, head: str) -> list[tuple]:
+    """Return the (x, y, low, high) of a curve's column, without those that have no number."""
+    cells = [(float(row[0].removesuffix("%")), row[table.head.index(head)]) for row in table.rows]
+    return [(x, of.ours, *of.drawn) for x, of in cells if isinstance(of, Value) and not math.isnan(of.ours)]

@@ -60,7 +60,7 @@ def gather(
     all stays is chosen twice: on all validation stays (E1, ...) and on those with an X-ray (E1_paired, ...).
     index: of the training stays. failed: id -> why.
     """
-    results = TaskResults(task, labels, index["label"].mean(0))
+    results = TaskResults(task, labels, scores.prevalence(index["label"]))
     own = [t for t in trainings if t.task == task]
     for training in own:
         if training.id in failed:
@@ -80,7 +80,7 @@ def gather(
 def _model(training: Training, folder: Path) -> Model:
     test, val = (members.open_member(str(folder), split, evaluate.evaluate) for split in ("test", "val"))
     read = [scores.read(member.predictions) for member in (test, val)]
-    return Model(training.id, training.title, folder, rate_of(folder), read[0], read[1])
+    return Model(training.id, training.title, folder, rate_of(folder), read[0], read[1], on_paired=training.is_paired)
 
 
 def _choose_rate(results: TaskResults, training: Training, folder: Path) -> None:
@@ -95,7 +95,8 @@ def _choose_rate(results: TaskResults, training: Training, folder: Path) -> None
     best = max(vals, key=lambda path: scores.rank(vals[path]))
     model = first if best == first.folder else _model(training, best)
     choice = scores.chosen_on(vals[best], PAIRED_WORDS)
-    results.models[f"{training.id}_paired"] = dataclasses.replace(model, id=f"{training.id}_paired", choice=choice)
+    id = f"{training.id}_paired"
+    results.models[id] = dataclasses.replace(model, id=id, choice=choice, on_paired=True)
 
 
 def _val(folder: Path) -> Scores:
@@ -116,17 +117,14 @@ def _choose_share(results: TaskResults, training: Training, folder: Path) -> Non
     folders = folders_by_value(training, folder) | {1.0: m9.folder}
     for share, path in folders.items():
         results.opt_by_share[share] = _val(path)
-    for id, choose_on, words in (
-        ("OPT", lambda val: val, "all validation stays"),
-        ("OPT_paired", lambda val: val.paired, PAIRED_WORDS),
-    ):
-        vals = {share: choose_on(val) for share, val in results.opt_by_share.items()}
+    for id, on_paired, words in (("OPT", False, "all validation stays"), ("OPT_paired", True, PAIRED_WORDS)):
+        vals = {share: val.paired if on_paired else val for share, val in results.opt_by_share.items()}
         if not len(vals[1.0].stay_id):
             continue
         share = max(vals, key=lambda s: (scores.rank(vals[s]), -s))
         choice = f"{round(100 * share)} % of the EHR-only stays, {scores.chosen_on(vals[share], words)}"
         named = dataclasses.replace(training, id=id, title="MedFuse (OPTIMAL)")
-        results.models[id] = dataclasses.replace(_model(named, folders[share]), choice=choice)
+        results.models[id] = dataclasses.replace(_model(named, folders[share]), choice=choice, on_paired=on_paired)
     opt = results.models["OPT"].folder
     dropped = result_lib.Scored("test", drop_cxr=1.0)
     path = dropped.predictions_path(opt)

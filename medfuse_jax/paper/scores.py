@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medfuse_jax import metrics
+from medfuse_jax import metrics, schema
 from medfuse_jax.data import folds
 from medfuse_jax.runs import result as result_lib
 
@@ -43,7 +43,10 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A chosen run of one task: its test and validation scores. choice: how it was chosen, if in an unusual way."""
+    """A chosen run of one task: its test and validation scores.
+
+    choice: how it was chosen, if in an unusual way. on_paired: whether it was on the validation stays with an X-ray.
+    """
 
     id: str
     title: str
@@ -52,6 +55,13 @@ class Model:
     test: Scores
     val: Scores
     choice: str = ""
+    on_paired: bool = False
+
+    @property
+    def is_by_loss(self) -> bool:
+        """Whether the loss chose it, because no label of the validation stays has both classes."""
+        val = self.val.paired if self.on_paired else self.val
+        return len(val.stay_id) > 0 and math.isnan(auroc(val))
 
 
 @dataclasses.dataclass
@@ -63,7 +73,7 @@ class TaskResults:
 
     task: str
     labels: list[str]
-    train_prevalence: np.ndarray  # [K], of the training stays
+    train_prevalence: np.ndarray  # [K], of the training stays; see `prevalence`
     models: dict[str, Model] = dataclasses.field(default_factory=dict)
     opt_by_share: dict[float, Scores] = dataclasses.field(default_factory=dict)
     without_cxr: Scores | None = None
@@ -93,6 +103,13 @@ def drawn(stay_id_N: np.ndarray, share: float) -> np.ndarray:
     return folds.hash_fractions(stay_id_N) < share
 
 
+def prevalence(labels_NK: np.ndarray) -> np.ndarray:
+    """Return the share of stays with each label [K]; NaN where so few have, or lack, it that a count is withheld."""
+    num_K = (labels_NK == 1).sum(0)
+    is_few_K = np.minimum(num_K, len(labels_NK) - num_K) < schema.FEWEST_SHOWN
+    return np.where(is_few_K, math.nan, num_K / max(1, len(labels_NK)))
+
+
 def auroc(val: Scores) -> float:
     """Return the macro AUROC on validation stays, by which models are chosen; NaN if no label has both classes."""
     return metrics.macro(metrics.auroc(val.labels, val.scores)) if len(val.stay_id) else math.nan
@@ -120,6 +137,16 @@ def chosen_on(val: Scores, words: str) -> str:
     return f"chosen {by_loss}on {words}"
 
 
+def _unknown(of: Scores) -> dict:
+    """Return what the tables read of `metrics.evaluate` and `metrics.compare`, all NaN."""
+    found: dict = {}
+    for name in ("auroc", "auprc"):
+        nan_K = np.full(of.labels.shape[1], math.nan)
+        found |= {name: nan_K, f"{name}_p": nan_K, f"{name}_ci": np.stack([nan_K, nan_K], 1)}
+        found |= {f"{name}_macro": math.nan, f"{name}_macro_p": math.nan, f"{name}_macro_ci": (math.nan, math.nan)}
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """How to make intervals. resample: see `result.RESAMPLES`; '' for its default."""
@@ -129,12 +156,16 @@ class Evaluation:
     resample: str = ""
 
     def metrics(self, scores: Scores) -> dict:
-        """Return AUROC and average precision as `metrics.evaluate` does."""
+        """Return AUROC and average precision as `metrics.evaluate` does; NaN without stays."""
+        if not len(scores.stay_id):
+            return _unknown(scores)
         return metrics.evaluate(scores.labels, scores.scores, self.num_bootstrap, self.seed, self._groups(scores))
 
     def difference(self, ours: Scores, other: Scores) -> dict:
-        """Return ours minus the other's on the stays that both score, as `metrics.compare` does."""
+        """Return ours minus the other's on the stays that both score, as `metrics.compare` does; NaN without stays."""
         _, i, j = np.intersect1d(ours.stay_id, other.stay_id, assume_unique=True, return_indices=True)
+        if not len(i):
+            return _unknown(ours)
         labels, groups = ours.labels[i], self._groups(ours.part(i))
         return metrics.compare(labels, other.scores[j], ours.scores[i], self.num_bootstrap, self.seed, groups)
 

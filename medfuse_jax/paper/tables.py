@@ -2,11 +2,30 @@
 
 import itertools
 import math
+from collections.abc import Iterable
+
+import numpy as np
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
-from medfuse_jax.paper.cells import BOTH, BOTH_HEADS, KINDS, METRICS, TASK_NAMES, Maker, Table, Value, macro_values
+from medfuse_jax.paper.cells import (
+    BOTH,
+    BOTH_HEADS,
+    DIFFERENCE_HEADS,
+    ENOUGH,
+    FEW,
+    KINDS,
+    METRICS,
+    TASK_NAMES,
+    Maker,
+    Table,
+    Value,
+    counts_shown,
+    macro_differences,
+    macro_values,
+)
 from medfuse_jax.paper.scores import Scores, TaskResults, auroc
+from medfuse_jax.runs import subgroups
 
 OPT_TITLE = "MedFuse (OPTIMAL)"
 _ON_PAIRED = "chosen on paired validation stays"
@@ -19,25 +38,25 @@ _TABLE_A2 = ("A2_joint_zeros", "A2_joint_learnt", "A2_early_zeros", "A2_early_le
 def table_1(make: Maker) -> Table:
     dropped = [r.without_cxr and r.without_cxr.paired for r in make.tasks]
     rows = (
-        ("lstm_paired", "LSTM", "EHR, paired", "paired", make.test("E2", "paired")),
-        ("lstm_partial", "LSTM", "EHR, partial", "paired", make.test("E1", "paired")),
-        ("medfuse_ehr", f"{OPT_TITLE}, no X-ray", "partial", "paired", dropped),
-        ("medfuse", OPT_TITLE, "partial", "paired", make.test("OPT", "paired")),
-        ("lstm_all", "LSTM", "EHR, partial", "all", make.test("E1", "all")),
-        ("medfuse_all", OPT_TITLE, "partial", "all", make.test("OPT", "all")),
+        ("lstm_paired", "LSTM", "EHR, paired", "paired", "E2"),
+        ("lstm_partial", "LSTM", "EHR, partial", "paired", "E1"),
+        ("medfuse_ehr", f"{OPT_TITLE}, no X-ray", "partial", "paired", ""),
+        ("medfuse", OPT_TITLE, "partial", "paired", "OPT"),
+        ("lstm_all", "LSTM", "EHR, partial", "all", "E1"),
+        ("medfuse_all", OPT_TITLE, "partial", "all", "OPT"),
     )
     body = []
-    for row, name, trained, on, of_tasks in rows:
-        if cells := make.row(of_tasks, "table1", row):
+    for row, name, trained, on, id in rows:
+        if cells := make.row(make.test(id, on) if id else dropped, "table1", row):
             body.append([name, trained, on, *cells])
-        of_tasks = _chosen_on_paired(make, "E1", on) if row in ("lstm_partial", "lstm_all") else []
-        if cells := make.row(of_tasks, "table1", row):
+        if cells := make.row(_chosen_on_paired(make, id, on), "table1", row):
             body.append([f"{name}, {_ON_PAIRED}", trained, on, *cells])
     for on in ("paired", "all"):
         if cells := make.differences(make.test("OPT", on), make.test("E1", on)):
             body.append([f"{OPT_TITLE} − LSTM", "partial", on, *cells])
+    notes = make.missing() + make.gaps("paired", "all") + _shares(make) + _by_loss(make, ("E2", "E1", "OPT"))
     title = "Table 1. One modality and two, on the test stays with an X-ray (paired) and on all"
-    return Table("table_1", title, ["Model", "Training set", "Test set", *make.heads()], body, make.missing())
+    return Table("table_1", title, ["Model", "Training set", "Test set", *make.heads()], body, notes)
 
 
 def table_2(make: Maker) -> Table:
@@ -66,13 +85,18 @@ def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) 
         body.append([OPT_TITLE, *cells])
     if cells := make.row(_chosen_on_paired(make, "OPT", on), paper, "OPT"):
         body.append([f"{OPT_TITLE}, {_ON_PAIRED}", *cells])
-    notes = make.missing() + [
+    notes = make.missing() + make.gaps(on) + _shares(make) + _by_loss(make, (*ids, "OPT"))
+    return Table(name, title, ["Method", *make.heads()], body + differences, notes)
+
+
+def _shares(make: Maker) -> list[str]:
+    """Return notes on how MedFuse (OPTIMAL) was chosen."""
+    return [
         f"{TASK_NAMES[r.task]}: {OPT_TITLE} trained with {r.models[id].choice}."
         for r in make.tasks
         for id in ("OPT", "OPT_paired")
         if id in r.models
     ]
-    return Table(name, title, ["Method", *make.heads()], body + differences, notes)
 
 
 def _chosen_on_paired(make: Maker, id: str, on: str) -> list[Scores | None]:
@@ -88,11 +112,18 @@ def _differs(r: TaskResults, id: str) -> bool:
 def table_4(make: Maker) -> Table:
     title = "Table 4. Each phenotype on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
     head = ["Phenotype", "Type", "Prevalence, train", "Prevalence, test", *BOTH_HEADS, "MedFuse is better in"]
-    table, found = Table("table_4", title, head, []), make.both("pheno")
+    head += DIFFERENCE_HEADS
+    table, found = Table("table_4", title, head, [], make.gaps("paired", tasks=("pheno",))), make.both("pheno")
     if found is None:
         return table
     r, tested = found
     both = [make.evaluation.metrics(part) for part in tested]
+    table.notes.append(f"The p-values are not corrected for {len(r.labels)} comparisons.")
+    change = make.evaluation.difference(tested[1], tested[0])
+    in_test = scores.prevalence(tested[0].labels)
+    if np.isnan([r.train_prevalence, in_test]).any():
+        why = f"fewer than {schema.FEWEST_SHOWN} stays have, or lack, the label"
+        table.notes.append(f"A prevalence is withheld where {why}.")
 
     def paper(row: str, metric: str) -> published.Number | None:
         return published.number("table4", "pheno", row, metric)
@@ -100,16 +131,17 @@ def table_4(make: Maker) -> Table:
     for k, label in enumerate(r.labels):
         prevalence = [
             Value(float(r.train_prevalence[k]), paper=paper(label, "prevalence_train")),
-            Value(float(tested[0].labels[:, k].mean()), paper=paper(label, "prevalence_test")),
+            Value(float(in_test[k]), paper=paper(label, "prevalence_test")),
         ]
         values = [
             Value(float(of[m][k]), of[f"{m}_ci"][k], paper(label, f"{m}_{name}"))
             for of, name in zip(both, BOTH)
             for m in METRICS
         ]
-        table.rows.append([label, KINDS.get(label, ""), *prevalence, *values, _better(values)])
+        changes = [Value(change[m][k], change[f"{m}_ci"][k], p=change[f"{m}_p"][k], is_change=True) for m in METRICS]
+        table.rows.append([label, KINDS.get(label, ""), *prevalence, *values, _better(values), *changes])
     means = [v for of, name in zip(both, BOTH) for v in macro_values(of, ("table4", "pheno", "Average"), f"_{name}")]
-    table.rows.append(["Average", "", "", "", *means, _better(means)])
+    table.rows.append(["Average", "", "", "", *means, _better(means), *macro_differences(change)])
     return table
 
 
@@ -120,24 +152,35 @@ def _better(values: list[Value]) -> str:
 
 def table_5(make: Maker) -> Table:
     title = "Table 5. Mortality by age, on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
-    table, found = Table("table_5", title, ["Age", "Deaths / stays", *BOTH_HEADS], []), make.both("mortality")
+    notes = make.gaps("paired", tasks=("mortality",))
+    head = ["Age", "Deaths / stays", *BOTH_HEADS, *DIFFERENCE_HEADS]
+    table, found = Table("table_5", title, head, [], notes), make.both("mortality")
     if found is None:
         return table
     _, tested = found
-    for low, high in schema.AGE_GROUPS:
+    groups = [[part.part((part.age >= low) & (part.age < high)) for part in tested] for low, high in schema.AGE_GROUPS]
+    withheld = []
+    for (low, high), parts, counts in zip(schema.AGE_GROUPS, groups, _deaths([lstm for lstm, _ in groups])):
         name = f"{low}-{high}" if math.isfinite(high) else f"> {low}"
-        parts = [part.part((part.age >= low) & (part.age < high)) for part in tested]
-        deaths, stays = int(parts[0].labels.sum()), len(parts[0].labels)
-        if deaths in (0, stays):
-            table.notes.append(f"{name}: {deaths} deaths of {stays} stays, so there is no AUROC.")
-            continue
+        if subgroups.is_small({"labels": parts[0].labels}):
+            withheld.append(name)
+            parts = [part.part(np.zeros(len(part.stay_id), bool)) for part in parts]
         was = [published.number("table5", "mortality", name, what) for what in ("deaths", "stays")]
         paper = f" (paper {was[0].value:.0f} / {was[1].value:.0f})" if was[0] and was[1] else ""
-        values = [
-            v for part, model in zip(parts, BOTH) for v in make.macro(part, ("table5", "mortality", name), f"_{model}")
-        ]
-        table.rows.append([name, f"{deaths} / {stays}{paper}", *values])
+        table.rows.append([name, counts + paper, *make.macros_of_both(parts, ("table5", "mortality", name))])
+    if withheld:
+        few = f"fewer than {schema.FEWEST_SHOWN} died or survived"
+        table.notes.append(f"Age {', '.join(withheld)}: {few}, so the numbers are withheld.")
     return table
+
+
+def _deaths(groups: list[Scores]) -> list[str]:
+    """Return each group's deaths and stays as text; no count of deaths or survivors below 10 can be told from them."""
+    deaths, stays = [int(of.labels.sum()) for of in groups], [len(of.labels) for of in groups]
+    if all(n - died >= schema.FEWEST_SHOWN for n, died in zip(stays, deaths)):
+        return [f"{died} / {n}" for died, n in zip(counts_shown(deaths), stays)]
+    coarse = [[FEW if n < schema.FEWEST_SHOWN else ENOUGH for n in counts] for counts in (deaths, stays)]
+    return [f"{died} / {n}" for died, n in zip(*coarse)]
 
 
 def table_a1(make: Maker) -> Table:
@@ -161,15 +204,27 @@ def table_a1(make: Maker) -> Table:
     notes = ["Each model is chosen on the kind of validation stays that it is trained on, paired or all (partial)."]
     if any(id.endswith("_paired") for r in make.tasks for id in r.models):
         notes.append(f"A rate searched on all stays is also {_ON_PAIRED}, as the released code does.")
-    return Table("table_a1", title, head, body, notes + _by_loss(make))
+    return Table("table_a1", title, head, body, notes + _by_loss(make, _TABLE_A1))
 
 
-def _by_loss(make: Maker) -> list[str]:
-    """Return a note for each task whose validation stays have no AUROC."""
+def _by_loss(make: Maker, ids: Iterable[str]) -> list[str]:
+    """Return notes on those of these models, each under both choices, that the validation loss chose."""
+    both = [f"{id}{choice}" for id in ids for choice in ("", "_paired")]
     return [
-        f"{TASK_NAMES[r.task]}: no label of the validation stays has both classes, so the loss chose every model."
+        f"{TASK_NAMES[r.task]}: no label of the validation stays{' with an X-ray' if on_paired else ''} has both "
+        f"classes, so the loss chose {'; '.join(names)}."
         for r in make.tasks
-        if r.models and all(math.isnan(auroc(model.val)) for model in r.models.values())
+        for on_paired in (False, True)
+        if (names := _names_by_loss(r, both, on_paired))
+    ]
+
+
+def _names_by_loss(r: TaskResults, ids: Iterable[str], on_paired: bool) -> list[str]:
+    models = {id: r.models[id] for id in ids if id in r.models}
+    return [
+        model.title + (f", {_ON_PAIRED}" if id.endswith("_paired") else "")
+        for id, model in models.items()
+        if model.is_by_loss and model.on_paired == on_paired
     ]
 
 
@@ -179,7 +234,11 @@ def table_a2(make: Maker) -> Table:
     for id in _TABLE_A2:
         if cells := make.row(make.test(id, "all"), "table_a2", id):
             body.append([make.title(id), *cells])
-    return Table("table_a2", title, ["Method", *make.heads()], body)
+    for kind in ("joint", "early"):
+        learnt, zeros = (make.test(f"A2_{kind}_{vector}", "all") for vector in ("learnt", "zeros"))
+        if cells := make.differences(learnt, zeros):
+            body.append([f"{kind.title()}, learnt vector − zeros", *cells])
+    return Table("table_a2", title, ["Method", *make.heads()], body, make.gaps("all") + _by_loss(make, _TABLE_A2))
 
 
 def table_a3(make: Maker) -> Table:
@@ -189,6 +248,9 @@ def table_a3(make: Maker) -> Table:
     for row, name, of_tasks in (("ensemble", "Ensemble", ensemble), ("OPT", OPT_TITLE, optimal)):
         if cells := make.row(of_tasks, "table_a3", row):
             body.append([name, *cells])
+    if cells := make.differences(optimal, ensemble):
+        body.append([f"{OPT_TITLE} − Ensemble", *cells])
     notes = ["The ensemble takes MedFuse's score where there is an X-ray and the LSTM's where there is none."]
+    notes += make.gaps("all") + _by_loss(make, ("E1", "OPT"))
     title = f"Table A3. {OPT_TITLE} and an ensemble, on all test stays"
     return Table("table_a3", title, ["Model", *make.heads()], body, notes)

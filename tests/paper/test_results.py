@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +83,42 @@ def test_without_a_validation_auroc_the_loss_chooses_and_is_named(chosen_from, m
         found = chosen_from(dict(order), results._choose_rate)
         assert found.models["M4_paired"].folder.name == "sure"
         assert found.models["M4_paired"].choice.startswith("chosen by loss, as no label has both classes,")
+
+
+@pytest.mark.parametrize("has_all", [True, False])
+def test_tables_name_the_models_that_the_loss_chose(has_all):
+    """No paired validation stay has a positive label, and in one case no other has: E2 is chosen on the paired ones."""
+    val = _scores(np.where(_HAS_CXR, 0, _labels() * has_all), np.full(40, 0.5))
+    test = _noisy(_labels(), 1, 1)
+    found = TaskResults("mortality", list(schema.TASKS["mortality"].labels), np.array([0.5]))
+    for id, title, on_paired in (("E1", "LSTM (partial)", False), ("E2", "LSTM (paired)", True), ("M3", "Joint", True)):
+        found.models[id] = Model(id, title, Path(id), 1e-4, test, val, on_paired=on_paired)
+    found.models["E1_paired"] = dataclasses.replace(found.models["E1"], on_paired=True)
+    make = Maker([found], Evaluation(num_bootstrap=2))
+
+    def said(table) -> list[str]:
+        return [note.partition(": ")[2] for note in table.notes if "the loss chose" in note]
+
+    start = "no label of the validation stays with an X-ray has both classes, so the loss chose "
+    on_all = [] if has_all else ["no label of the validation stays has both classes, so the loss chose LSTM (partial)."]
+    both = "LSTM (paired); LSTM (partial), chosen on paired validation stays"
+    assert said(tables.table_1(make)) == [*on_all, f"{start}{both}."]
+    assert said(tables.table_a1(make)) == [*on_all, f"{start}{both}; Joint."]
+    assert said(tables.table_2(make)) == [f"{start}Joint."]
+
+
+def test_a_model_says_on_which_validation_stays_it_was_chosen(chosen_from, monkeypatch):
+    """`_model` takes it from the training; the choice on paired stays is named as such."""
+    found = chosen_from({"a": _noisy(_labels(), 1, 1)}, results._choose_rate)
+    assert found.models["M4_paired"].on_paired and not found.models["M4"].on_paired
+    monkeypatch.undo()
+    val = _noisy(_labels(), 1, 1)
+    predictions = {name: getattr(val, name) for name in scores._FIELDS}
+    member = SimpleNamespace(predictions=predictions)
+    monkeypatch.setattr(results.members, "open_member", lambda *of: member)
+    monkeypatch.setattr(results, "rate_of", lambda folder: 1e-4)
+    paired = Training("E2", "mortality", "LSTM (paired)", {"data.train_stays": "paired"})
+    assert results._model(paired, Path()).on_paired and not results._model(_TRAINING, Path()).on_paired
 
 
 def test_the_share_of_ehr_only_stays_is_chosen_by_loss_without_an_auroc(chosen_from, monkeypatch, tmp_path):
