@@ -320,7 +320,7 @@ def _make_tables(plan: Plan, failed: dict[tuple[str, str], str]) -> list["Table"
     made, checks = contents.make_all(make, _counts(plan, manifests))
     path = page.write(plan.out, made, checks, _facts(plan, manifests), *_notices(plan, manifests))
     wrong = [check for check in checks if not check.holds]
-    print(f"\n{len(made)} tables and figures; {len(checks) - len(wrong)} of {len(checks)} self-checks hold")
+    print(f"\n{len(made)} tables and figures; {contents.describe_checks(checks)}")
     print(f"written: {path}, {plan.out / 'paper.json'}, {plan.out / 'tables'}")
     if wrong:
         first = wrong[0]
