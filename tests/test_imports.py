@@ -12,7 +12,8 @@ _MAX_MODULES = {"medfuse_jax": 16, "data_prep": 7}  # in a package's root
 _MAX_LINES = 400
 _MAX_DEPTH = 11  # of the longest chain of imports
 # What data_prep may import from medfuse_jax: definitions, the runtime, and the look of a page.
-_SHARED = ("medfuse_jax.schema", "medfuse_jax.records", "medfuse_jax.runtime", "medfuse_jax.report.html")
+_SHARED = ("medfuse_jax.schema", "medfuse_jax.records", "medfuse_jax.runtime")
+_SHARED += ("medfuse_jax.report.html", "medfuse_jax.report.withheld")
 _CALLS_DATA_PREP = "medfuse_jax.data.synthetic"
 _WITHOUT_JAX = ("medfuse_jax.report.__main__", "medfuse_jax.report.html", "data_prep.build")
 _PIP_NAMES = {

@@ -1,8 +1,8 @@
 """Write the audit of a build, `audit.json` and `audit.html`, from the manifests and indexes in its output folder.
 
 Manifests hold exact counts and are as confidential as the shards. The audit is for sharing: aggregates only, no name of
-a patient, stay or X-ray, and no count below 10 (privacy.py). `write` also repeats the checks
-(cut-off times, no patient in two splits) on the written files; if one fails, so does the build.
+a patient, stay or X-ray, and no count below 10 (privacy.py, medfuse_jax/report/withheld.py). `write` also repeats the
+checks (cut-off times, no patient in two splits) on the written files; if one fails, so does the build.
 """
 
 import itertools
@@ -10,11 +10,13 @@ from pathlib import Path
 
 from data_prep import cache
 from data_prep.audit import page, privacy, published
-from data_prep.audit.privacy import cells, part, share, shown
+from data_prep.audit.privacy import share
 from data_prep.ehr import events
 from data_prep.raw.known_words import OTHER
 from data_prep.write.describe import VERSION as FACTS_VERSION
 from medfuse_jax import records, schema
+from medfuse_jax.report import withheld
+from medfuse_jax.report.withheld import cells, part, shown
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
@@ -148,7 +150,7 @@ def _splits(name: str, index: dict) -> dict:
         elif isinstance(row["records"], int):
             row["paired_share"] = share(paired, size)
         elif paired >= privacy.SMALLEST:
-            row["paired"] = privacy.ENOUGH
+            row["paired"] = withheld.ENOUGH
         rows[split] = row
     return {
         "ours": rows,
@@ -209,7 +211,7 @@ def _prevalence(positive: int, total: int, total_shown: int | str, hide: bool = 
     """Return the positives among `total` records, hidden if the total is hidden or `hide` is true."""
     positive_shown = part(positive, total)
     if positive >= privacy.SMALLEST and (hide or isinstance(total_shown, str)):
-        positive_shown = privacy.ENOUGH
+        positive_shown = withheld.ENOUGH
     known = isinstance(positive_shown, int)
     return {"positive": positive_shown, "of": total_shown, "share": share(positive, total) if known else None}
 
@@ -262,7 +264,7 @@ def _event_rows(event_rows: dict) -> dict:
         rows.pop(events.UNDATED, 0)
         row = cells({reason: n for reason, n in rows.items() if n or reason == events.KEPT})
         hidden = isinstance(row[events.KEPT], str) and clipped >= privacy.SMALLEST
-        result[variable.name] = row | {"of the kept, clipped": privacy.ENOUGH if hidden else part(clipped, kept)}
+        result[variable.name] = row | {"of the kept, clipped": withheld.ENOUGH if hidden else part(clipped, kept)}
     return result
 
 

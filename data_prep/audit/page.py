@@ -6,7 +6,7 @@ from data_prep import profiles
 from data_prep.audit import plots, privacy
 from data_prep.ehr import events
 from medfuse_jax import schema
-from medfuse_jax.report import html
+from medfuse_jax.report import html, withheld
 
 CSS = """
 h2 { margin: 3.5rem 0 0.5rem; padding-top: 1.5rem; border-top: 1px solid var(--rule); }
@@ -222,7 +222,7 @@ def _counts(content: dict) -> str:
 
 def _warning(what: str, counts: dict) -> str:
     """Return a note of the counts of 10 or more, which are too many to be typing errors; '' if there are none."""
-    large = ", ".join(f"{field} {number(n)}" for field, n in counts.items() if n != privacy.FEW)
+    large = ", ".join(f"{field} {number(n)}" for field, n in counts.items() if n != withheld.FEW)
     return f'<p class="note">{what}: {large}.</p>' if large else ""
 
 
@@ -291,7 +291,7 @@ def _variables(content: dict) -> str:
             check["hours_from_latest_event_to_cut_off"], "stays", "hours"
         ),
     }
-    if check["images"] != privacy.FEW:
+    if check["images"] != withheld.FEW:
         image_hours = check["hours_from_cxr_to_cut_off"]
         charts["From the X-ray to the cut-off"] = plots.histogram(image_hours, "X-rays", "hours")
     figures = "".join(html.figure(svg, caption) for caption, svg in charts.items())
@@ -352,7 +352,7 @@ def _sources(audit: dict) -> str:
 
 
 def _footer() -> str:
-    few, enough = escape(privacy.FEW), privacy.ENOUGH
+    few, enough = escape(withheld.FEW), withheld.ENOUGH
     return (
         f"<footer>Counts below {privacy.SMALLEST} are shown as {few}. If the rest of a table would reveal such a "
         f"count, a neighbouring one is shown as {enough}. Several tables or tasks together may reveal "

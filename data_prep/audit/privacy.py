@@ -1,34 +1,12 @@
-"""Hide every count of people below 10 in the audit, and every count that would reveal one in the same table.
+"""Hide what would reveal a count of people below 10 in the audit: shares, counts of hours, and filters' counts.
 
-A count of 0 to 9 is shown as '<10'. If the table's sum and its other counts would reveal it, one neighbouring count
-is hidden too, as '≥10'.
+Counts themselves: medfuse_jax/report/withheld.py.
 """
 
-SMALLEST = 10
-FEW, ENOUGH = f"<{SMALLEST}", f"≥{SMALLEST}"
+from medfuse_jax import schema
+from medfuse_jax.report.withheld import ENOUGH, FEW, part
 
-
-def shown(count: int) -> int | str:
-    """Return a count that stands alone, hidden if it is below 10."""
-    return count if count >= SMALLEST else FEW
-
-
-def cells(counts: dict[str, int]) -> dict[str, int | str]:
-    """Return the counts of disjoint groups with a known sum, small ones hidden.
-
-    If the hidden counts add up to less than 10, the next smallest is hidden too.
-    """
-    ordered = sorted(counts, key=lambda name: (counts[name], name))
-    few = [name for name in ordered if counts[name] < SMALLEST]
-    neighbour = ordered[len(few)] if 0 < len(few) < len(ordered) and sum(counts[n] for n in few) < SMALLEST else None
-    return {name: ENOUGH if name == neighbour else shown(count) for name, count in counts.items()}
-
-
-def part(count: int, whole: int) -> int | str:
-    """Return a count to be shown beside its total: a lower bound if the rest is below 10."""
-    if count < SMALLEST:
-        return FEW
-    return count if whole - count >= SMALLEST else f"≥{whole - SMALLEST + 1}"
+SMALLEST = schema.FEWEST_SHOWN
 
 
 def share(count: int, whole: int) -> float | None:

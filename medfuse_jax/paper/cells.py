@@ -16,7 +16,6 @@ from medfuse_jax.paper.scores import Evaluation, Scores, TaskResults
 METRICS = ("auroc", "auprc")
 BOTH = ("lstm", "medfuse")  # the two models of Tables 4 and 5 and Figure 4, as published.csv names them
 BOTH_HEADS = [f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS]
-FEW, ENOUGH = f"<{schema.FEWEST_SHOWN}", f"≥{schema.FEWEST_SHOWN}"
 DIFFERENCE_HEADS = [f"MedFuse − LSTM, {m.upper()}" for m in METRICS]
 KINDS = {p.name: p.kind for p in schema.PHENOTYPES}
 TASK_NAMES = {"pheno": "Phenotyping", "mortality": "Mortality"}
@@ -171,24 +170,3 @@ def macro_differences(compared: dict) -> list[Value]:
         Value(compared[f"{m}_macro"], compared[f"{m}_macro_ci"], p=compared[f"{m}_macro_p"], is_change=True)
         for m in METRICS
     ]
-
-
-def counts_shown(counts: Sequence[int]) -> list[str]:
-    """Return the counts of disjoint groups with a known sum, as text, those of few people hidden.
-
-    If the hidden ones add up to few, the next smallest is hidden too. Same rule as data_prep.audit.privacy.cells.
-    """
-    few = [count for count in counts if count < schema.FEWEST_SHOWN]
-    enough = sorted((count, n) for n, count in enumerate(counts) if count >= schema.FEWEST_SHOWN)
-    neighbour = enough[0][1] if few and enough and sum(few) < schema.FEWEST_SHOWN else None
-    return [
-        FEW if count < schema.FEWEST_SHOWN else ENOUGH if n == neighbour else str(count)
-        for n, count in enumerate(counts)
-    ]
-
-
-def part_hidden(count: int, whole: int) -> str:
-    """Return what to show instead of a count beside its total; '' to show it. Same rule as data_prep.audit.privacy."""
-    if count < schema.FEWEST_SHOWN:
-        return FEW
-    return "" if whole - count >= schema.FEWEST_SHOWN else f"≥{whole - schema.FEWEST_SHOWN + 1:,}"

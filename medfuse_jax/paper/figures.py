@@ -10,14 +10,13 @@ from medfuse_jax.paper import published, scores
 from medfuse_jax.paper.cells import (
     BOTH_HEADS,
     DIFFERENCE_HEADS,
-    FEW,
     KINDS,
     TASK_NAMES,
     Maker,
     Table,
     Value,
-    part_hidden,
 )
+from medfuse_jax.report import withheld
 from medfuse_jax.report.html import CHART_STYLE, new_figure, run_color, svg
 from medfuse_jax.report.plots import draw_bounded
 
@@ -33,10 +32,10 @@ def figure_1(counts: dict[str, dict[str, tuple[int, int]]]) -> Table:
         unit = schema.TASKS[task].unit
         for split, (count, paired) in by_split.items():
             cells = [
-                _count(n, hidden, published.number("figure1", task, split, what))
-                for n, hidden, what in (
-                    (count, FEW if count < schema.FEWEST_SHOWN else "", unit),
-                    (paired, part_hidden(paired, count), "paired"),
+                _count(shown, published.number("figure1", task, split, what))
+                for shown, what in (
+                    (withheld.shown(count), unit),
+                    (withheld.part(paired, count), "paired"),
                 )
             ]
             body.append([f"{schema.TASKS[task].title}, {split}", unit, cells[0], "" if unit == "X-rays" else cells[1]])
@@ -45,11 +44,11 @@ def figure_1(counts: dict[str, dict[str, tuple[int, int]]]) -> Table:
     return Table("figure_1", "Figure 1. The splits", head, body, notes)
 
 
-def _count(count: int, hidden: str, paper: published.Number | None) -> Value | str:
+def _count(shown: int | str, paper: published.Number | None) -> Value | str:
     """Return a cell with a count, or with what is shown instead of it."""
-    if not hidden:
-        return Value(count, paper=paper, digits=0)
-    return hidden + (f" (paper {paper.value:,.0f})" if paper else "")
+    if isinstance(shown, int):
+        return Value(shown, paper=paper, digits=0)
+    return shown + (f" (paper {paper.value:,.0f})" if paper else "")
 
 
 def figure_4(make: Maker) -> Table:

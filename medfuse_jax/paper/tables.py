@@ -12,19 +12,17 @@ from medfuse_jax.paper.cells import (
     BOTH,
     BOTH_HEADS,
     DIFFERENCE_HEADS,
-    ENOUGH,
-    FEW,
     KINDS,
     METRICS,
     TASK_NAMES,
     Maker,
     Table,
     Value,
-    counts_shown,
     macro_differences,
     macro_values,
 )
 from medfuse_jax.paper.scores import Scores, TaskResults, auroc
+from medfuse_jax.report import withheld
 from medfuse_jax.runs import subgroups
 
 OPT_TITLE = "MedFuse (OPTIMAL)"
@@ -178,8 +176,10 @@ def _deaths(groups: list[Scores]) -> list[str]:
     """Return each group's deaths and stays as text; no count of deaths or survivors below 10 can be told from them."""
     deaths, stays = [int(of.labels.sum()) for of in groups], [len(of.labels) for of in groups]
     if all(n - died >= schema.FEWEST_SHOWN for n, died in zip(stays, deaths)):
-        return [f"{died} / {n}" for died, n in zip(counts_shown(deaths), stays)]
-    coarse = [[FEW if n < schema.FEWEST_SHOWN else ENOUGH for n in counts] for counts in (deaths, stays)]
+        deaths_shown = withheld.cells({str(k): died for k, died in enumerate(deaths)}).values()
+        return [f"{died} / {n}" for died, n in zip(deaths_shown, stays)]
+    few, enough = withheld.FEW, withheld.ENOUGH
+    coarse = [[few if n < schema.FEWEST_SHOWN else enough for n in counts] for counts in (deaths, stays)]
     return [f"{died} / {n}" for died, n in zip(*coarse)]
 
 

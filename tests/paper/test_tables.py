@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from example_runs import simulate
 
-from data_prep.audit import privacy
 from medfuse_jax import metrics, schema
-from medfuse_jax.paper import cells, contents, figures, formats, page, published, scores, tables, trainings
+from medfuse_jax.paper import contents, figures, formats, page, published, scores, tables, trainings
 from medfuse_jax.paper.cells import Maker, Table, Value
 from medfuse_jax.paper.scores import Evaluation, Model, Scores, TaskResults
 from medfuse_jax.paper.trainings import Settings
@@ -274,15 +273,6 @@ def test_no_count_is_given_where_few_survived():
     """Of 14 patients over 80, 8 died."""
     table = tables.table_5(Maker([_task("mortality", 5)], Evaluation(num_bootstrap=2)))
     assert [row[1].partition(" (")[0] for row in table.rows] == ["≥10 / ≥10"] * 3 + ["<10 / ≥10"]
-
-
-@pytest.mark.parametrize("counts", [[9, 50, 12], [9, 8, 30], [0, 40, 41, 3], [10, 11], [3, 4], [50]])
-def test_counts_are_hidden_as_the_audit_hides_them(counts):
-    expected = privacy.cells({str(n): count for n, count in enumerate(counts)})
-    assert cells.counts_shown(counts) == [str(shown) for shown in expected.values()]
-    for count in (0, 9, 10, 40, 41, 50):
-        assert cells.part_hidden(count, 50) in (str(privacy.part(count, 50)), "")
-        assert (cells.part_hidden(count, 50) == "") == isinstance(privacy.part(count, 50), int)
 
 
 def test_figure_1_withholds_counts_under_ten():
