@@ -74,7 +74,7 @@ class Shards:
         if self.manifest.get("images") != records.ALL_IMAGES:
             raise UserError(
                 f"config.data.images is 'all', and {self.folder} holds at most the last X-ray of each stay: build it "
-                "with `python -m data_prep.build --images=all ...`, into another --out, or use 'last'",
+                "with `python -m data_prep.build --images=all ...`, into another --out, or train with 'last'",
                 field="config.data.images",
                 path=self.folder,
                 value="all",

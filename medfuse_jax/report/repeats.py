@@ -8,7 +8,7 @@ from medfuse_jax.report import html, read_runs
 from medfuse_jax.report.read_runs import SUBSETS, Run, number, section
 
 TITLES = {"auroc_macro": "AUROC", "auprc_macro": "AUPRC", "kappa": "Kappa", "mad_h": "Deviation, h"}
-_ON = {
+SUBSET_WORDS = {
     "all": "all",
     "paired": "with an X-ray",
     "unpaired": "without",
@@ -107,7 +107,7 @@ def table(named: list[tuple[str, list[dict]]]) -> str:
         for subset, by_metric in by_subset.items():
             cells = (by_metric[metric].text() if metric in by_metric else "–" for metric in columns)
             shown = "".join(f'<td class="num">{cell}</td>' for cell in cells)
-            body += f'<tr><th scope="row">{_ON[subset]}</th>{shown}</tr>'
+            body += f'<tr><th scope="row">{SUBSET_WORDS[subset]}</th>{shown}</tr>'
     has_folds = any(place(result)[1] is not None for _, results in named for result in results)
     note = f"{NOTE} {OF_FOLDS}" if has_folds else NOTE
     return html.table(head, body, "Results over seeds and folds") + f'<p class="note">{note}</p>'

@@ -28,6 +28,9 @@ def reopen(workdir: Path, devices: list[jax.Device] | None = None, data_dir: str
     workdir_lib.check_has_weights(workdir)
     if workdir_lib.is_sweep(workdir):
         raise UserError(f"{workdir} holds a sweep: give a trial, such as {workdir / 'trials' / '000'}", path=workdir)
+    if sweeps := sorted(workdir.glob("seed*/sweep.json")):
+        message = f"{workdir} holds sweeps over seeds and folds: give one of them, such as {sweeps[0].parent}"
+        raise UserError(message, path=workdir)
     path = workdir / "config.json"
     config = config_lib.load(path)
     if data_dir:

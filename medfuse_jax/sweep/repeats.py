@@ -102,7 +102,8 @@ def write(of: list[Repeat], workdir: Path) -> str:
     results.write_text(workdir / f"{FILE}.html", _page(title, of, runs, tested))
     lines = [title]
     for subset, by_metric in repeats.summary(tested).items():
-        lines.append(f"  {subset:<10}" + "  ".join(f"{name} {found.text()}" for name, found in by_metric.items()))
+        numbers = (f"{repeats.TITLES[name]} {found.text()}" for name, found in by_metric.items())
+        lines.append(f"  {repeats.SUBSET_WORDS[subset]:<14}{'  '.join(numbers)}")
     return "\n".join([*lines, f"written: {workdir / FILE}.csv, {workdir / FILE}.html"])
 
 

@@ -13,6 +13,7 @@ from sweep_cases import CONFIG_FILE, RATES
 
 from medfuse_jax import config as config_lib
 from medfuse_jax.report import read_runs
+from medfuse_jax.runs import sources
 from medfuse_jax.runtime import files
 from medfuse_jax.sweep import command, repeats, results
 
@@ -50,6 +51,9 @@ def test_every_fold_is_a_sweep_of_its_own_and_tests_its_own_patients(ehr_config,
     assert [float(row["auroc_macro"]) for row in rows if row["subset"] == "all"] == values
     assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in (tmp_path / "repeats.html").read_text()
     assert len(read_runs.find_runs([tmp_path])) == 2
+    with refused(path=tmp_path) as caught:
+        sources.reopen(tmp_path)
+    assert str(tmp_path / "seed0_fold0of2") in str(caught.value)
 
     with refused(field="config.data.folds", value=2):
         repeats.run(of, tmp_path, of[0].set(ehr_config), sweep)
@@ -66,7 +70,7 @@ def test_an_hourly_task_has_its_own_metrics_and_counts_hours(tmp_path, monkeypat
         result = files.read_json(folder / "result.json", "") | {"seed": repeat.seed}
         result["subsets"]["all"] |= {"kappa": 0.25 + repeat.seed / 8, "mad_h": 100.0}
         (folder / "result.json").write_text(json.dumps(result))
-    assert "kappa 0.312 ± 0.088" in repeats.write(of, tmp_path)
+    assert "Kappa 0.312 ± 0.088" in repeats.write(of, tmp_path)
     rows = [row for row in csv.DictReader((tmp_path / "repeats.csv").open()) if row["subset"] == "all"]
     assert [(float(row["kappa"]), float(row["mad_h"])) for row in rows] == [(0.25, 100.0), (0.375, 100.0)]
     page = (tmp_path / "repeats.html").read_text()
