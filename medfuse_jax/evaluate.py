@@ -16,7 +16,7 @@ from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
 from medfuse_jax.report import terminal
-from medfuse_jax.runs import calibration, checkpoints, predictions, result, robustness, sources
+from medfuse_jax.runs import builds, calibration, checkpoints, predictions, result, robustness, sources
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
 from medfuse_jax.runtime import command_line, compilation, files, hosts
@@ -94,6 +94,8 @@ def write_robustness(workdir: Path, data_dir: str = "", resample: str = "", cxr_
             field="--robustness",
             value=run.config.task,
         )
+    if note := builds.note(run.dataset.manifest):
+        print(note)
     state, _ = restore(run, workdir)
     scored, _ = score(run, state, "test", run.dataset.usable("test"))
     options = (run.config.eval.num_bootstrap, run.config.seed, result.resample_by(resample, scored))
@@ -186,6 +188,7 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
             "profile": manifest.get("profile"),
             "timestep_h": manifest.get("timestep_h"),
             "synthetic": bool(manifest.get("synthetic", False)),
+            **builds.unusual(manifest),
             **({"folds": config.data.folds, "fold": config.data.fold} if config.data.folds else {}),
         },
         "labels": list(run.dataset.labels),

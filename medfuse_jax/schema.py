@@ -216,6 +216,7 @@ def selected_by(task: str) -> str:
 
 
 SPLITS = ("train", "val", "test")
+IN_WINDOW, UNTIL_OUTTIME = "in_window", "until_outtime"  # of a manifest's pairing; data_prep.profiles explains them
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown
 RACE = "race"  # in the index alone, so that no model can read it from a record; absent in older shards
 # Groups of the tables' race or ethnicity, for evaluation alone: never an input. 'Unknown' is also what was not told.

@@ -84,8 +84,15 @@ def _header(runs: list[Run], title: str) -> str:
         f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items() if v not in ("", None)
     )
     lead = _lead(main) if is_single else ""
-    notice = html.synthetic_notice(sum(run.is_synthetic for run in runs), len(runs))
+    notice = notices(runs)
     return f'<header><h1>{escape(title)}</h1>{lead}{notice}<dl class="facts">{shown}</dl></header>'
+
+
+def notices(runs: list[Run]) -> str:
+    """Return what a page says of its runs' data: synthetic patients, X-rays from after the window."""
+    synthetic = html.synthetic_notice(sum(run.is_synthetic for run in runs), len(runs))
+    marked = [note for run in runs if (note := run.pairing_note)]
+    return synthetic + html.pairing_notice(len(marked), len(runs), "".join(marked[:1]))
 
 
 def _lead(main: Run) -> str:

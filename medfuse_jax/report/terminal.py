@@ -4,6 +4,7 @@ import textwrap
 
 from medfuse_jax.report import read_runs
 from medfuse_jax.report.read_runs import OUTSIDE_ITS_CI, SUBSETS, number, pair, section
+from medfuse_jax.runs import builds
 
 _WIDTH = 100
 _METRICS = ("AUROC", "AUPRC")
@@ -34,6 +35,7 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
     lines = [f"{read_runs.task_name(task)}, {split} split"]
     if any(section(result, "data").get("synthetic") for _, result in named):
         lines.append("synthetic patients: says nothing about real ones")
+    lines += _pairing_lines([(name, section(result, "data")) for name, result in named])
     rows: list[tuple[str, ...]] = [("method", read_runs.unit(task), "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
     for subset in SUBSETS:
         for name, _, subsets in results:
@@ -57,6 +59,15 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
     return "\n".join(lines)
 
 
+def _pairing_lines(named: list[tuple[str, dict]]) -> list[str]:
+    """Say which results are of unusually paired data. named: (name, what `builds.note` reads)."""
+    marked = [(name, note) for name, described in named if (note := builds.note(described))]
+    if not marked:
+        return []
+    whose = f"{', '.join(name for name, _ in marked)}: " if len(marked) < len(named) else ""
+    return textwrap.wrap(whose + marked[0][1], _WIDTH)
+
+
 def differences(compared: dict) -> str:
     """Format what `medfuse_jax.compare` found in lines of at most 100 columns: means by subset, then each label."""
     a, b = (compared[name]["run"] for name in ("a", "b"))
@@ -73,7 +84,8 @@ def differences(compared: dict) -> str:
     ordered = [(_SUBSET_NAMES[part["subset"]], read_runs.ordinal(part, sign=True)) for part in compared["differences"]]
     resampled = read_runs.resampled([compared], read_runs.unit(task), split)
     notes = f"Paired bootstrap: the same resamples of {resampled} for both; p two-sided, for one comparison."
-    lines = [f"{read_runs.task_name(task)}, {split} split", f"a: {a}", f"b: {b}", *_align(rows)]
+    lines = [f"{read_runs.task_name(task)}, {split} split", f"a: {a}", f"b: {b}"]
+    lines += [*_pairing_lines([("a", compared["a"]), ("b", compared["b"])]), *_align(rows)]
     lines += [line for subset, words in ordered if words for line in textwrap.wrap(f"{subset}: {words}", _WIDTH)]
     return "\n".join([*lines, *textwrap.wrap(notes, _WIDTH)])
 

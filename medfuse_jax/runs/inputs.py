@@ -12,6 +12,7 @@ import numpy as np
 
 from medfuse_jax.data.cxr_features import Statistics
 from medfuse_jax.data.modalities import static
+from medfuse_jax.runs import builds
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
@@ -30,6 +31,7 @@ def describe(dataset) -> dict:
         "channels": list(dataset.manifest["channels"]),
         "timestep_h": dataset.manifest.get("timestep_h"),
         "profile": dataset.manifest.get("profile"),
+        **builds.unusual(dataset.manifest),
         "mean": dataset.mean_F.tolist(),  # exact: a float32 is a float64
         "std": dataset.std_F.tolist(),
         "categories": static.categories(dataset.index["train"]) if "static" in dataset.extra else {},
