@@ -188,6 +188,7 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
             "profile": manifest.get("profile"),
             "timestep_h": manifest.get("timestep_h"),
             "synthetic": bool(manifest.get("synthetic", False)),
+            "shards": run.dataset.shards_digest,
             **builds.unusual(manifest),
             **({"folds": config.data.folds, "fold": config.data.fold} if config.data.folds else {}),
         },

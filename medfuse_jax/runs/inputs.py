@@ -16,7 +16,7 @@ from medfuse_jax.runs import builds
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-FILE = "data.json"
+FILE = builds.FILE
 _LISTS = ("labels", "channels", "mean", "std")
 _SHOWN = 3  # names in a message
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from medfuse_jax.data import folds, synthetic
 from medfuse_jax.data.shards import Shards
-from medfuse_jax.report import html, pages, read_runs, repeats, style
+from medfuse_jax.report import html, notices, read_runs, repeats, style
 from medfuse_jax.report.read_runs import method_name, number, task_name
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results
@@ -125,7 +125,7 @@ def _page(title: str, of: list[Repeat], runs: list[read_runs.Run], tested: list[
         link = f'<a href="{escape(repeat.name)}/sweep.html">{escape(repeat.name)}</a>'
         body += f'<tr><th scope="row">{link}</th><td>trial {trial}</td>{cells}</tr>'
     content = (
-        f"<header><h1>{escape(title)}</h1>{pages.notices(runs)}</header>"
+        f"<header><h1>{escape(title)}</h1>{notices.of_data(runs)}</header>"
         f"<section><h2>Mean and spread</h2>{repeats.table([(_methods(runs), tested)])}</section>"
         f"<section><h2>Each sweep</h2>{html.table(head, body, 'The chosen trial of each sweep')}</section>"
     )

@@ -1,4 +1,4 @@
-"""builds: results of unusual data say so wherever they are shown."""
+"""builds: results of unusual data say so wherever they are shown; runs of different data are named."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ import pytest
 
 from medfuse_jax import compare, evaluate, metrics, predict, records
 from medfuse_jax import run as run_lib
+from medfuse_jax.ensemble import command
 from medfuse_jax.report import pages, read_runs, terminal
 from medfuse_jax.runs import builds, checkpoints, workdir
 from medfuse_jax.runs.progress import Progress
@@ -102,3 +103,68 @@ def test_an_unfinished_run_and_a_sweep_of_such_data_are_marked(tmp_path):
         assert (_NOTE in pages.page([read_runs.read_run(folder)])) == bool(described)
         page = sweep_page.write(tmp_path, config, [trial | {"epochs": 2, "reason": ""}]).read_text()
         assert (_NOTE in page) == bool(described)
+
+
+def _trained(folder: Path, **described) -> Path:
+    (folder / "data.json").write_text(
+        json.dumps({"profile": "paper", "timestep_h": 2.0, "shards": "a" * 64} | described)
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scored", "trained", "words"),
+    [
+        ({}, {}, ""),
+        ({"dir": "moved"}, {"digest": "of other modalities"}, ""),
+        ({"profile": "strict"}, {"profile": "strict", "shards": "b" * 64}, "profile strict instead of paper"),
+        ({"timestep_h": 0.5}, {"timestep_h": 0.5}, "time steps of 0.5 h instead of 2 h"),
+        ({"pairing": "until_outtime"}, {}, "pairing until_outtime instead of in_window"),
+        ({}, {"shards": "b" * 64}, "build bbbbbbbb instead of aaaaaaaa"),
+        ({"shards": "b" * 64}, {}, "build bbbbbbbb instead of aaaaaaaa"),
+    ],
+)
+def test_runs_of_different_data_are_named(tmp_path, capsys, scored, trained, words):
+    for name, method in (("a", "uni_ehr"), ("b", "early"), ("c", "medfuse")):
+        is_other = name == "c"
+        data = {"shards": "a" * 64} | scored if is_other else {"shards": "a" * 64}
+        _trained(_write(tmp_path / name, method, **data), **(trained if is_other else {}))
+    printed = pages.write([tmp_path], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    sentence = "MedFuse was trained or scored on other data than EHR only (LSTM): "
+    for text in (printed, page):
+        assert (sentence in text and words in text) if words else "other data" not in text
+    assert page.count("was trained or scored on other data") == bool(words)
+    capsys.readouterr()
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    for found in (compare.compare(a, c, num_bootstrap=5), compare.compare(a, b, num_bootstrap=5)):
+        lines = capsys.readouterr().out.splitlines()
+        is_other = bool(words) and found["b"]["run"] == c
+        assert len(lines) == len(found["other_data"]) == is_other
+        if is_other:
+            assert (
+                lines[0].startswith(f"warning: {c} was trained or scored on other data than {a}: ")
+                and words in lines[0]
+            )
+
+
+def test_an_ensemble_of_different_data_warns_once_and_its_result_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_check_splits", lambda members: None)  # reads the shards, which are gone
+    a, b = (_trained(_write(tmp_path / name, method)) for name, method in (("a", "uni_ehr"), ("b", "medfuse")))
+    assert "other_data" not in command.ensemble([str(a), str(b)], tmp_path / "same")["data"]
+    assert capsys.readouterr().out == ""
+    c = _trained(_write(tmp_path / "c", "early", profile="strict", pairing="until_outtime"), profile="strict")
+    result = command.ensemble([str(a), str(c)], tmp_path / "other")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f"warning: {c} was trained or scored on other data than {a}: profile strict instead of paper"
+    )
+    assert result["data"]["pairing"] == "until_outtime" and result["data"]["profile"] == "paper"
+    assert line in pages.write([tmp_path / "other"], tmp_path / "out").replace("Late average: ", "")
+
+
+def test_the_head_of_a_page_names_the_data_of_all_its_runs(tmp_path):
+    _write(tmp_path / "a", "uni_ehr")
+    _write(tmp_path / "b", "medfuse", profile="strict", dir="others")
+    page = pages.page(read_runs.find_runs([tmp_path]))
+    assert "simulated_shards · profile paper · time steps of 2 h; others · profile strict · time steps of 2 h" in page
