@@ -108,6 +108,10 @@ def _open_run(
 
 def _say_of_data(workdir: Path, expected: dict, data_dir: Path, manifest: dict) -> None:
     """Print what a user of the scores should know of the shards, and of those that the run was trained on."""
+    ours, theirs = expected.get("profile"), manifest.get("profile")
+    if None not in (ours, theirs) and ours != theirs:
+        what = f"{workdir} was trained on values of the profile {ours}, and {data_dir} has those of {theirs}, which "
+        print(f"warning: {what}cleans them by other rules (python -m data_prep.build --explain)", flush=True)
     for folder, described in ((workdir, expected), (data_dir, manifest)):
         if note := builds.note(described):
             print(f"{folder}: {note}", flush=True)
