@@ -68,7 +68,7 @@ def evaluate(
         "loss": loss,
         "num_left_out": int((~include_N).sum()),  # records that the method, or the head, cannot score
         "resample": resample,
-        "subsets": result.subsets(scored, *bootstrap),
+        "subsets": result.subsets(scored, *bootstrap, schema.label_types(config.task, run.dataset.labels)),
         "subgroups": result.by_subgroup(scored, *bootstrap),
         "calibration": _calibration(workdir, what, scored, int(state.step)),
         "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored, bootstrap),

@@ -10,6 +10,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +214,16 @@ TASKS = {
 def selected_by(task: str) -> str:
     """Return the validation score that selects a task's models: 'AUROC' or 'kappa'."""
     return "kappa" if task in TASKS and TASKS[task].exclusive else "AUROC"
+
+
+def label_types(task: str, labels: Sequence[str]) -> dict[str, list[int]]:
+    """Return the places of each type's labels, 'acute', 'mixed' and 'chronic', in a phenotyping task; else {}."""
+    kinds = {p.name: p.kind for p in PHENOTYPES} if task == "pheno" else {}
+    places: dict[str, list[int]] = {kind: [] for kind in ("acute", "mixed", "chronic")}
+    for k, label in enumerate(labels):
+        if label in kinds:  # others are of a phenotype table of one's own
+            places[kinds[label]].append(k)
+    return {kind: of_kind for kind, of_kind in places.items() if of_kind}
 
 
 SPLITS = ("train", "val", "test")

@@ -109,6 +109,7 @@ def write_evaluation(
         step=100 * best_epoch,
     )
     masks = {"all": np.ones_like(has_cxr)} | ({} if has_cxr.all() else {"paired": has_cxr, "unpaired": ~has_cxr})
+    label_types = schema.label_types(task, schema.TASKS[task].labels)
     comparisons = [
         {"against": other, "subset": name}
         | metrics.compare(labels[mask], scores_of(other, data)[mask], scores[mask], num_bootstrap)
@@ -130,7 +131,10 @@ def write_evaluation(
         "data": {"dir": "simulated_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
         "labels": list(schema.TASKS[task].labels),
         "resample": "stay",
-        "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},
+        "subsets": {
+            name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap, label_types=label_types)
+            for name, mask in masks.items()
+        },
         "subgroups": subgroups.describe(_with_groups(data, labels, scores), num_bootstrap, 0, None),
         "calibration": calibration.describe(labels, scores),
         "comparisons": comparisons,

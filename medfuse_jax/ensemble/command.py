@@ -65,7 +65,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
             for m, w in zip(members, weights)
         ],
         "resample": resample,
-        "subsets": result_lib.subsets(scored, *bootstrap),
+        "subsets": result_lib.subsets(scored, *bootstrap, schema.label_types(first["task"], first["labels"])),
         "comparisons": [
             difference
             for member, name in zip(members, names)

@@ -176,7 +176,7 @@ def _run_section(run: Run, runs: list[Run], is_open: bool) -> str:
         f'<details class="run"{" open" if is_open else ""}><summary>{tables.dot(run)}'
         f'<strong>{escape(run.name)}</strong><span class="soft">{escape(what)}</span>'
         f'<span class="soft">{escape(value)}</span></summary>'
-        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.subgroups(run)}"
+        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.label_types(run)}{tables.subgroups(run)}"
         f"{robustness(run)}{attention(run)}{_provenance(run)}</details>"
     )
 

@@ -124,6 +124,27 @@ def labels(run: Run, runs: list[Run]) -> str:
     return f"<h4>Each label{coverage}</h4>{html.table(head, body, f'Labels of {run.name}')}{note}"
 
 
+def label_types(run: Run) -> str:
+    """Return the means over acute, mixed and chronic phenotypes, by subset; '' without any."""
+    found = [
+        (_subset_title(subset, run.task), kind, scores)
+        for subset, of in (read_runs.comparable_subsets(run.result) if run.result else {}).items()
+        for kind, scores in section(of, "label_types").items()
+        if isinstance(scores, dict)
+    ]
+    if not found:
+        return ""
+    axis = _axis([x for *_, s in found for x in (s.get("auroc_macro"), *pair(s.get("auroc_macro_ci")))])
+
+    def row(kind: str, scores: dict) -> str:
+        count = f'<td class="num soft">{number(scores.get("num_labels"), 0)}</td>'
+        return f'<tr><th scope="row">{escape(kind)}</th>{count}{_score_cells(_macro(scores), axis, run.color)}</tr>'
+
+    head = _th("Type", "text") + _th("Labels") + _score_heads(axis, "Mean ")
+    table = html.table(head, _grouped(found, 5, row), f"Types of labels, {run.name}")
+    return f"<h4>By type of label</h4>{table}"
+
+
 def subgroups(run: Run) -> str:
     """Return the metrics by group of patients, and the largest gap of each attribute; '' without any."""
     entries = read_runs.subgroups(run.result)

@@ -18,10 +18,15 @@ _NAMES["hour"] = "Hour of the stay"  # read by the report
 _HOURS = (0, 24, 48, 72, 120, 168, 336, math.inf)  # low < hour <= high
 
 
-def measure(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | None) -> dict:
-    """Return the metrics of predictions, and those of their order if the labels are exclusive bins of hours."""
+def measure(
+    scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | None, label_types: dict | None = None
+) -> dict:
+    """Return the metrics of predictions, and those of their order if the labels are exclusive bins of hours.
+
+    label_types: as for `metrics.evaluate`.
+    """
     arguments = (scored["labels"], scored["scores"])
-    found = metrics.evaluate(*arguments, num_bootstrap, seed, groups_N)
+    found = metrics.evaluate(*arguments, num_bootstrap, seed, groups_N, label_types)
     if "predicted_h" in scored:
         found |= metrics.ordinal(*arguments, _error_h(scored), num_bootstrap, seed, groups_N)
     return found

@@ -110,6 +110,21 @@ def test_the_tables_hold_the_results(pheno, pheno_page):
     assert rows[at][1].split()[0] == f"{difference['auroc_macro']:+.3f}".replace("-", "−")
 
 
+def test_the_means_by_type_of_label_are_shown_by_subset(pheno, mortality):
+    run = read_runs.read_run(pheno)
+    rows = Page(tables.label_types(run)).rows
+    for subset, title in (("all", "All test stays"), ("unpaired", "Test stays without an X-ray")):
+        at = rows.index([title])
+        scores = run.result["subsets"][subset]
+        for i, kind in enumerate(("acute", "mixed", "chronic"), at + 1):
+            of_kind = [k for k, p in enumerate(schema.PHENOTYPES) if p.kind == kind]
+            low, high = scores["label_types"][kind]["auroc_macro_ci"]
+            mean = np.mean([scores["auroc"][k] for k in of_kind])
+            assert rows[i][:3] == [kind, str(len(of_kind)), f"{mean:.3f} {low:.3f}–{high:.3f}"]
+    assert tables.label_types(run) in pages.page([run])
+    assert tables.label_types(read_runs.read_run(mortality)) == ""
+
+
 def test_the_page_names_tasks_methods_cohort_and_provenance(pheno_page):
     text = Page(pheno_page).text
     for part in (
