@@ -89,6 +89,14 @@ def _with_groups(data: dict, labels: np.ndarray, scores: np.ndarray) -> dict:
     return {"labels": labels, "scores": scores, "age": data["age"], "gender": sexes, "first_careunit": units}
 
 
+def _operating_points(labels: np.ndarray, scores: np.ndarray) -> dict:
+    if labels.shape[1] > 1:
+        return {}
+    label, score = labels[:, 0], scores[:, 0]
+    benefit = calibration.net_benefit(label, score)
+    return {"operating_points": calibration.operating_points(label, score), "net_benefit": benefit}
+
+
 def write_evaluation(
     workdir: Path, task: str, method: str, data: dict, best_epoch: int, against: tuple[str, ...] = (), num_bootstrap=40
 ) -> None:
@@ -136,7 +144,7 @@ def write_evaluation(
             for name, mask in masks.items()
         },
         "subgroups": subgroups.describe(_with_groups(data, labels, scores), num_bootstrap, 0, None),
-        "calibration": calibration.describe(labels, scores),
+        "calibration": calibration.describe(labels, scores) | _operating_points(labels, scores),
         "comparisons": comparisons,
         "environment": {
             "devices": PROVENANCE,

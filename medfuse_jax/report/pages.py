@@ -176,8 +176,8 @@ def _run_section(run: Run, runs: list[Run], is_open: bool) -> str:
         f'<details class="run"{" open" if is_open else ""}><summary>{tables.dot(run)}'
         f'<strong>{escape(run.name)}</strong><span class="soft">{escape(what)}</span>'
         f'<span class="soft">{escape(value)}</span></summary>'
-        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.label_types(run)}{tables.subgroups(run)}"
-        f"{robustness(run)}{attention(run)}{_provenance(run)}</details>"
+        f"{_run_charts(run)}{tables.operating_points(run)}{tables.labels(run, runs)}{tables.label_types(run)}"
+        f"{tables.subgroups(run)}{robustness(run)}{attention(run)}{_provenance(run)}</details>"
     )
 
 

@@ -21,6 +21,9 @@ _SUBSET_TITLES = {
 }
 _MAX_OTHERS = 5  # other runs' dots in a label's bar
 _CHANCE = 0.5
+_NET_BENEFIT_AT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # of the thresholds in a result
+_POINT_COLUMNS = {"threshold": "Threshold", "sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV"}
+_BENEFIT_COLUMNS = {"threshold": "Threshold", "model": "Net benefit", "everyone": "Acting on everyone"}
 
 
 def results(task: str, runs: list[Run]) -> str:
@@ -205,6 +208,42 @@ def calibration(run: Run) -> str:
             f"{number(scaled.get('brier_macro'))} and {number(scaled.get('ece_macro'))}"
         )
     return f'<p class="note">{text}.</p>'
+
+
+def operating_points(run: Run) -> str:
+    """Return what acting on the scores of a task with one label would bring; '' of other tasks or without it.
+
+    Two tables: thresholds by the sensitivity that they reach, and the net benefit.
+    """
+    of, scores = section(run.result or {}, "calibration"), run.scores()
+    if "operating_points" not in of or not scores:
+        return ""
+    title, num_positive = "<h4>Operating points</h4>", scores["num_positive"][0] or 0
+    rarer = min(num_positive, (scores.get("num_samples") or 0) - num_positive)
+    if of.get("operating_points_withheld") or rarer < schema.FEWEST_SHOWN:
+        few = f"fewer than {schema.FEWEST_SHOWN} test stays are positive, or negative"
+        return f'{title}<p class="note">Withheld: {few}.</p>'
+    points = _plain_table(of["operating_points"], _POINT_COLUMNS, "Thresholds by sensitivity")
+    at = [row for row in of.get("net_benefit") or [] if row.get("threshold") in _NET_BENEFIT_AT]
+    benefit = _plain_table(at, _BENEFIT_COLUMNS, "Net benefit by threshold")
+    return (
+        f'{title}<div class="charts"><div>{points}</div><div>{benefit}</div></div>'
+        '<p class="note">A score at or above the threshold counts as positive. The first table has the highest '
+        "thresholds that reach 80, 90 and 95 % sensitivity on the test set; PPV: positive predictive value. "
+        "Net benefit: true positives per record, less false positives weighed by the odds of the threshold "
+        "(Vickers and Elkin 2006); acting on nobody has 0.</p>"
+    )
+
+
+def _plain_table(rows: list[dict], columns: dict[str, str], caption: str) -> str:
+    """Return a table of numbers, a row each. columns: field -> heading; the first heads the row."""
+    first, *others = columns
+    body = ""
+    for row in rows:
+        cells = "".join(f'<td class="num">{number(row.get(field))}</td>' for field in others)
+        body += f'<tr><th scope="row">{number(row.get(first))}</th>{cells}</tr>'
+    head = _th(columns[first], "text") + "".join(_th(columns[field]) for field in others)
+    return html.table(head, body, caption)
 
 
 def facts(content: dict) -> str:

@@ -181,6 +181,26 @@ def test_calibration_is_drawn_and_said(mortality):
     assert "Fraction of positives" not in pages.page([run])  # too few to show
 
 
+def test_operating_points_and_net_benefit_are_shown_or_withheld(pheno, mortality):
+    run = read_runs.read_run(mortality)
+    of, rows = run.result["calibration"], Page(tables.operating_points(run)).rows
+    assert rows[0] == ["Threshold", "Sensitivity", "Specificity", "PPV"]
+    fields = ("threshold", "sensitivity", "specificity", "ppv")
+    for row, point in zip(rows[1:4], of["operating_points"], strict=True):
+        assert row == [f"{point[field]:.3f}" for field in fields]
+    assert [row[0] for row in rows[5:]] == ["0.050", "0.100", "0.200", "0.300", "0.400", "0.500"]
+    half = next(row for row in of["net_benefit"] if row["threshold"] == 0.5)
+    assert rows[-1][1:] == [read_runs.number(half[name]) for name in ("model", "everyone")]
+    text = pages.page([run])
+    assert text.index("Brier score") < text.index(tables.operating_points(run)) < text.index("By group of patients")
+    assert tables.operating_points(read_runs.read_run(pheno)) == ""  # 25 labels
+    run.result["calibration"] = {"operating_points": [], "net_benefit": [], "operating_points_withheld": True}
+    assert "Withheld: fewer than 10" in tables.operating_points(run)
+    run.result["calibration"] = of  # a result of an earlier version, with 9 positives
+    run.result["subsets"]["all"]["num_positive"] = [9]
+    assert "Withheld" in tables.operating_points(run) and "0.800" not in tables.operating_points(run)
+
+
 def test_real_patients_are_not_called_synthetic(mortality):
     run = read_runs.read_run(mortality)
     run.predictions = None

@@ -85,6 +85,17 @@ def test_runs_and_ensembles_of_phenotypes_have_means_by_type(ehr_config, tmp_pat
     assert schema.label_types("pheno", ["my own", "Shock"]) == {"acute": [1]}
 
 
+def test_operating_points_of_few_positives_are_withheld(scored):
+    of = {name: values[:, :1] if name in ("labels", "scores") else values for name, values in scored.items()}
+    shown = evaluate._operating_points(of)
+    assert len(shown["operating_points"]) == 3 and len(shown["net_benefit"]) == 19
+    assert "operating_points_withheld" not in shown
+    few = np.zeros_like(of["labels"])
+    few[:9] = 1
+    withheld = {"operating_points": [], "net_benefit": [], "operating_points_withheld": True}
+    assert evaluate._operating_points(of | {"labels": few}) == withheld
+
+
 def test_comparisons_draw_patients_or_stays(scored):
     other = {"stay_id": scored["stay_id"], "scores": scored["scores"][::-1]}
     by_patient, by_stay = (result.compare(scored, other, "other", 40, 0, resample) for resample in result.RESAMPLES)
