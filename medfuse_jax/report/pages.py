@@ -106,6 +106,8 @@ def _lead(main: Run) -> str:
     scores, unit = main.scores(), read_runs.unit(main.task)
     if not scores:
         return f'<p class="lead">{escape(f"{main.name} is not evaluated yet: {_progress(main)}.")}</p>'
+    if number(scores.get("auroc_macro")) == "–":
+        return f'<p class="lead">{escape(f"{main.name} has no AUROC on the test set.")}</p>'
     low, high = pair(scores.get("auroc_macro_ci"))
     left_out = main.result.get("num_left_out")
     text = (

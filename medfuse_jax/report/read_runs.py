@@ -316,7 +316,8 @@ def ordinal(scores: dict, sign: bool = False) -> str:
 def is_outside_its_ci(scores: dict) -> bool:
     """Return whether a mean is outside its own percentile interval, as an AUPRC with few positives can be."""
     means = ((scores.get(f"{name}_macro"), *pair(scores.get(f"{name}_macro_ci"))) for name in ("auroc", "auprc"))
-    return any(None not in values and not values[1] <= values[0] <= values[2] for values in means)
+    known = [values for values in means if all(number(value) != "–" for value in values)]  # None and NaN are missing
+    return any(not low <= mean <= high for mean, low, high in known)
 
 
 def series(lines: dict[int, dict], field: str) -> dict[int, float]:

@@ -9,16 +9,9 @@ from html import escape
 import numpy as np
 
 from medfuse_jax import schema
-from medfuse_jax.report import html, plots, read_runs
+from medfuse_jax.report import html, notices, plots, read_runs
 from medfuse_jax.report.read_runs import SUBSETS, Run, number, pair, section
 
-_SUBSET_TITLES = {
-    "all": "All test {unit}",
-    "paired": "Test {unit} with an X-ray",
-    "unpaired": "Test {unit} without an X-ray",
-    "cxr_only": "Test X-rays without time series",
-    "had_both": "Test {unit} with time series and X-ray before one was dropped",
-}
 _MAX_OTHERS = 5  # other runs' dots in a label's bar
 _CHANCE = 0.5
 _NET_BENEFIT_AT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # of the thresholds in a result
@@ -52,7 +45,9 @@ def results(task: str, runs: list[Run]) -> str:
 
     unit = read_runs.unit(task)
     head = _th("Method", "text") + _th(unit[0].upper() + unit[1:]) + _score_heads(axis, mean)
-    content = html.table(head, _grouped(rows, 5, row), "Test results with 95 % confidence intervals")
+    lacking = notices.one_class([run.result for run in scored])
+    content = "".join(f'<p class="notice">{escape(sentence)}</p>' for sentence in lacking)
+    content += html.table(head, _grouped(rows, 5, row), "Test results with 95 % confidence intervals")
     content += _ci_note(all_scores, several, read_runs.resampled([run.result for _, run, _ in rows], unit))
     if several:
         released_head = _th("Method", "text") + _score_heads(None, mean)
@@ -152,15 +147,16 @@ def subgroups(run: Run) -> str:
     """Return the metrics by group of patients, and the largest gap of each attribute; '' without any."""
     entries = read_runs.subgroups(run.result)
     shown = [group for entry in entries for group in entry["groups"] if not group.get("withheld")]
+    lines = "".join(map(_gap, entries)) + "".join(map(_withheld, entries))
+    lines = f"<ul class=note>{lines}</ul>" if lines else ""
     if not shown:
-        return ""
+        return f"<h4>By group of patients</h4>{lines}" if lines else ""
     axis = _axis([x for group in shown for x in (group.get("auroc_macro"), *pair(group.get("auroc_macro_ci")))])
-    rows, gaps = [], ""
+    rows = []
     for entry in entries:
         # Where one group's numbers are withheld, the others' counts would give its own away.
         has_counts = not any(group.get("withheld") for group in entry["groups"])
         rows += [(escape(str(entry["by"])), group, has_counts) for group in entry["groups"]]
-        gaps += _gap(entry)
 
     def row(group: dict, has_counts: bool) -> str:
         name = f'<th scope="row" class="wrap">{escape(str(group.get("name")))}</th>'
@@ -180,7 +176,7 @@ def subgroups(run: Run) -> str:
         "expected calibration error; both are better if lower.</p>"
     )
     table = html.table(head, _grouped(rows, 7, row), f"Groups of patients, {run.name}")
-    return f"<h4>By group of patients</h4>{table}{f'<ul class=note>{gaps}</ul>' if gaps else ''}{note}"
+    return f"<h4>By group of patients</h4>{table}{lines}{note}"
 
 
 def _gap(entry: dict) -> str:
@@ -193,6 +189,14 @@ def _gap(entry: dict) -> str:
         f"<li>{escape(str(entry['by']))}: AUROC differs by up to {number(gap.get('auroc_macro'))}; lowest for "
         f"{escape(str(gap.get('worst')))} (95 % CI {low}–{high}), highest for {escape(str(gap.get('best')))}.</li>"
     )
+
+
+def _withheld(entry: dict) -> str:
+    """Return that all groups of an attribute are withheld, as a list item; '' if one is shown."""
+    if any(not group.get("withheld") for group in entry["groups"]):
+        return ""
+    few = f"each group has fewer than {schema.FEWEST_SHOWN} stays, positives or negatives"
+    return f"<li>{escape(str(entry['by']))}: withheld, as {few}.</li>"
 
 
 def calibration(run: Run) -> str:
@@ -265,7 +269,7 @@ def dot(run: Run) -> str:
 
 
 def _subset_title(subset: str, task: str) -> str:
-    return _SUBSET_TITLES[subset].format(unit=read_runs.unit(task))
+    return notices.SUBSET_TITLES[subset].format(unit=read_runs.unit(task))
 
 
 def _grouped(rows: list[tuple], num_columns: int, row: Callable[..., str]) -> str:

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from medfuse_jax.report import read_runs
+from medfuse_jax.report import notices, read_runs
 from medfuse_jax.report.read_runs import OUTSIDE_ITS_CI, SUBSETS, number, pair, section
 from medfuse_jax.runs import builds
 
@@ -54,6 +54,8 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
             lines += textwrap.wrap(f"{name}: {words}", _WIDTH)
     resampled = read_runs.resampled([result for _, result in named], read_runs.unit(task), split)
     lines += textwrap.wrap(f"CI: bootstrap resamples of {resampled}", _WIDTH)
+    for sentence in notices.one_class([result for _, result in named]):
+        lines += textwrap.wrap(sentence, _WIDTH)
     if any(read_runs.is_outside_its_ci(scores) for *_, subsets in results for scores in subsets.values()):
         lines += textwrap.wrap(OUTSIDE_ITS_CI, _WIDTH)
     return "\n".join(lines)

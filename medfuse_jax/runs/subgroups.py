@@ -51,15 +51,16 @@ def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray |
 
     scored: as saved with the predictions. groups_N: what the bootstrap draws whole, or None. A group has its 'name',
     the metrics' macro values with bounds, num_samples, num_positive, brier and ece; a small one is only {'name',
-    'withheld': True}. gap: the largest difference of macro AUROC between two groups, with the 'worst' group's name and
-    its interval; None with fewer than two groups.
+    'withheld': True}. 'groups' is empty where all are small. gap: the largest difference of macro AUROC between two
+    groups, with the 'worst' group's name and its interval; None with fewer than two groups.
     """
     entries = []
     for field, title in _NAMES.items():
         if field not in scored:
             continue
-        groups = []
+        groups, is_known = [], False
         for name, include_N in _groups(field, scored[field]):
+            is_known |= bool(include_N.any())
             part = {key: values[include_N] for key, values in scored.items()}
             labels_NK, scores_NK = part["labels"], part["scores"]
             if is_small(part):
@@ -72,6 +73,8 @@ def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray |
             groups.append({"name": name} | counts | kept)
         if any(not group.get("withheld") for group in groups):
             entries.append({"by": title, "groups": groups, "gap": _gap(groups)})
+        elif is_known:
+            entries.append({"by": title, "groups": [], "gap": None})
     return entries
 
 
