@@ -121,12 +121,12 @@ PROFILES = {
 }
 
 
-IN_WINDOW, UNTIL_OUTTIME = "in_window", "until_outtime"
+IN_WINDOW, UNTIL_OUTTIME = schema.IN_WINDOW, schema.UNTIL_OUTTIME
 PAIRING = {
     IN_WINDOW: "A stay is paired with its last AP X-ray from the task's window (mortality: the first 48 h).",
     UNTIL_OUTTIME: "For comparison with the published mortality results alone: mortality stays are paired with X-rays "
     "up to the end of the stay, as in the authors' code before 2023-03-02. Such an X-ray may be later than the window, "
-    "so manifest, audit and results are marked.",
+    "so manifest, audit, and every result, page and printed table of such data are marked.",
 }
 
 

@@ -16,7 +16,7 @@ from medfuse_jax import evaluate, metrics, schema
 from medfuse_jax.ensemble import members as members_lib
 from medfuse_jax.ensemble.members import Member
 from medfuse_jax.report import terminal
-from medfuse_jax.runs import result
+from medfuse_jax.runs import builds, result
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import command_line, compilation, files
 from medfuse_jax.runtime.errors import UserError, check_choice
@@ -30,7 +30,9 @@ def compare(a: str, b: str, split: str = "test", num_bootstrap: int = 1000, seed
 
     resample: what a resample draws, 'patient' or 'stay'; by default see `result.resample_by`.
 
-    Returns a dict: a and b ('run', 'method', 'step', 'num_samples'), task, split, labels, resample, and differences: a
+    Returns a dict: a and b ('run', 'method', 'step', 'num_samples', and an
+    unusual 'pairing'), task, split, labels, resample, other_data (what differs
+    between the runs' data, in words; usually []), and differences: a
     `metrics.compare`, and `metrics.compare_ordinal` of ordered bins, with its 'subset' for all common stays, for those
     with an X-ray and for those without.
     Raises UserError if the runs differ in task or labels, or have no stay in common.
@@ -40,12 +42,16 @@ def compare(a: str, b: str, split: str = "test", num_bootstrap: int = 1000, seed
     member_a, member_b = (_open(run, split, flag) for run, flag in ((a, "--a"), (b, "--b")))
     _check_comparable(member_a, member_b)
     of_a, of_b = _common(member_a, member_b)
+    other_data = builds.differing([(m.name, builds.read(m.workdir, m.result)) for m in (member_a, member_b)])
+    for difference in other_data:
+        print(f"warning: {difference}", flush=True)
     resample = result.resample_by(resample, of_b)
     return {
         **{name: _described(member) for name, member in (("a", member_a), ("b", member_b))},
         **{field: member_a.result[field] for field in ("task", "labels")},
         "split": split,
         "resample": resample,
+        "other_data": other_data,
         "differences": result.compare(of_b, of_a, member_a.name, num_bootstrap, seed, resample),
     }
 
@@ -85,6 +91,7 @@ def _common(a: Member, b: Member) -> tuple[dict, dict]:
 
 def _described(member: Member) -> dict:
     known = {name: member.result[name] for name in ("method", "step") if name in member.result}
+    known |= builds.unusual(member.result.get("data", {}))
     return {"run": member.name, "num_samples": len(member.predictions["stay_id"])} | known
 
 

@@ -16,7 +16,7 @@ from medfuse_jax.data.dataset import Dataset
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.models import registry
 from medfuse_jax.report import terminal
-from medfuse_jax.runs import calibration, checkpoints, predictions, result, robustness, sources
+from medfuse_jax.runs import builds, calibration, checkpoints, predictions, result, robustness, sources, subgroups
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
 from medfuse_jax.runtime import command_line, compilation, files, hosts
@@ -68,7 +68,7 @@ def evaluate(
         "loss": loss,
         "num_left_out": int((~include_N).sum()),  # records that the method, or the head, cannot score
         "resample": resample,
-        "subsets": result.subsets(scored, *bootstrap),
+        "subsets": result.subsets(scored, *bootstrap, schema.label_types(config.task, run.dataset.labels)),
         "subgroups": result.by_subgroup(scored, *bootstrap),
         "calibration": _calibration(workdir, what, scored, int(state.step)),
         "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored, bootstrap),
@@ -94,6 +94,8 @@ def write_robustness(workdir: Path, data_dir: str = "", resample: str = "", cxr_
             field="--robustness",
             value=run.config.task,
         )
+    if note := builds.note(run.dataset.manifest):
+        print(note)
     state, _ = restore(run, workdir)
     scored, _ = score(run, state, "test", run.dataset.usable("test"))
     options = (run.config.eval.num_bootstrap, run.config.seed, result.resample_by(resample, scored))
@@ -186,6 +188,8 @@ def _description(run: run_lib.Run, what: Scored) -> dict:
             "profile": manifest.get("profile"),
             "timestep_h": manifest.get("timestep_h"),
             "synthetic": bool(manifest.get("synthetic", False)),
+            "shards": run.dataset.shards_digest,
+            **builds.unusual(manifest),
             **({"folds": config.data.folds, "fold": config.data.fold} if config.data.folds else {}),
         },
         "labels": list(run.dataset.labels),
@@ -224,10 +228,16 @@ def _calibration(workdir: Path, what: Scored, scored: dict, step: int) -> dict:
         scaled = calibration.describe(labels_NK, calibration.scale(scores_NK, fitted["temperature"]))
         kept = {name: scaled[name] for name in ("brier_macro", "ece_macro", "curve")}
         described["scaled"] = {"temperature": fitted["temperature"]} | kept
-    if labels_NK.shape[1] == 1:
-        described["operating_points"] = calibration.operating_points(labels_NK[:, 0], scores_NK[:, 0])
-        described["net_benefit"] = calibration.net_benefit(labels_NK[:, 0], scores_NK[:, 0])
-    return described
+    return described | (_operating_points(scored) if labels_NK.shape[1] == 1 else {})
+
+
+def _operating_points(scored: dict) -> dict:
+    """Return what acting on the scores of one label would bring; nothing of records too few to show."""
+    if subgroups.is_small(scored):
+        return {"operating_points": [], "net_benefit": [], "operating_points_withheld": True}
+    label_N, score_N = scored["labels"][:, 0], scored["scores"][:, 0]
+    points = calibration.operating_points(label_N, score_N)
+    return {"operating_points": points, "net_benefit": calibration.net_benefit(label_N, score_N)}
 
 
 def _against_pretraining(config, workdir: Path, split: str, scored: dict, bootstrap: tuple) -> list[dict]:

@@ -28,13 +28,13 @@ _DRAW_TOGETHER = 50  # resamples drawn at once: faster on a CPU than one at a ti
 _COUNTS_BYTES = 2**24  # size of one chunk of resamples: fits a CPU's last-level cache
 
 
-def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0, groups=None) -> dict:
+def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0, groups=None, label_types=None) -> dict:
     """Return AUROC and average precision per label and macro, with 95 % percentile bootstrap bounds.
 
     labels [N, K] of 0 and 1; scores [N, K], finite, higher for more likely. A resample draws N samples with
     replacement, the same for all labels. groups [N]: an id per sample, such as its patient's; a resample then draws as
     many groups as there are, each with all of its samples. A label with only one class is NaN and is left out of the
-    macro mean, of the samples and of each resample.
+    macro mean, of the samples and of each resample. label_types: name -> the places of its labels, to add their means.
 
     Returns a dict:
         auroc, auprc [K] and their bounds auroc_ci, auprc_ci [K, 2]
@@ -43,7 +43,8 @@ def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0, groups=No
         auroc_macro_ci_released, auprc_macro_ci_released (low, high): means of the labels' bounds, as the released
             MedFuse reports them
         num_samples, num_positive [K], num_bootstrap, num_bootstrap_used [K] (resamples with both classes of a label)
-        num_groups, if there are groups
+        num_groups, if there are groups; label_types, if given: name -> num_labels, and the macro means of these labels
+            with their bounds, over the same resamples
     Raises UserError for shapes that differ, labels other than 0 and 1, scores that are not finite, or no samples.
     """
     labels_NK, scores_NK = ranks.check(labels, scores)
@@ -63,7 +64,18 @@ def evaluate(labels, scores, num_bootstrap: int = 1000, seed: int = 0, groups=No
         result[f"{name}_macro_ci"] = ranks.bounds(ranks.nanmean(boot[name]))
         # MedFuse (trainers/trainer.py) reports the mean of the labels' bounds instead.
         result[f"{name}_macro_ci_released"] = ranks.nanmean(result[f"{name}_ci"].T)
+    if label_types:
+        result["label_types"] = {kind: _part(result, boot, columns) for kind, columns in label_types.items()}
     return result
+
+
+def _part(result: dict, boot: dict, columns) -> dict:
+    """Return the number of some labels, and their macro means with bounds. boot: values [R, K] on the resamples."""
+    part = {"num_labels": len(columns)}
+    for name, boot_RK in boot.items():
+        part[f"{name}_macro"] = macro(result[name][columns])
+        part[f"{name}_macro_ci"] = ranks.bounds(ranks.nanmean(boot_RK[:, columns]))
+    return part
 
 
 def auroc(labels, scores) -> np.ndarray:

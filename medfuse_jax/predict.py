@@ -24,7 +24,7 @@ from medfuse_jax.data import cxr_features as features_lib
 from medfuse_jax.data import folds
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.data.shards import Shards
-from medfuse_jax.runs import inputs
+from medfuse_jax.runs import builds, inputs
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import command_line, compilation, files
 from medfuse_jax.runtime.errors import UserError, check_choice
@@ -98,11 +98,23 @@ def _open_run(
     statistics = (expected["mean"], expected["std"])
     dataset = run_lib.open_data(config, features=features, statistics=statistics, to_train=False)
     inputs.check(expected, dataset, data_dir / config.task)
+    _say_of_data(workdir, expected, data_dir, dataset.manifest)
     # What stands for the train split's index: its categories.
     train = {name: np.array(values) for name, values in expected["categories"].items()}
     extra = {m.name: {s: m.table(part, train) for s, part in dataset.index.items()} for m in modalities}
     dataset = dataclasses.replace(dataset, extra=extra)
     return run_lib.Run(config, dataset, run_lib.step_options(config, dataset, modalities, on), on)
+
+
+def _say_of_data(workdir: Path, expected: dict, data_dir: Path, manifest: dict) -> None:
+    """Print what a user of the scores should know of the shards, and of those that the run was trained on."""
+    ours, theirs = expected.get("profile"), manifest.get("profile")
+    if None not in (ours, theirs) and ours != theirs:
+        what = f"{workdir} was trained on values of the profile {ours}, and {data_dir} has those of {theirs}, which "
+        print(f"warning: {what}cleans them by other rules (python -m data_prep.build --explain)", flush=True)
+    for folder, described in ((workdir, expected), (data_dir, manifest)):
+        if note := builds.note(described):
+            print(f"{folder}: {note}", flush=True)
 
 
 def _features(

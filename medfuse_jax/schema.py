@@ -10,6 +10,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,18 @@ def selected_by(task: str) -> str:
     return "kappa" if task in TASKS and TASKS[task].exclusive else "AUROC"
 
 
+def label_types(task: str, labels: Sequence[str]) -> dict[str, list[int]]:
+    """Return the places of each type's labels, 'acute', 'mixed' and 'chronic', in a phenotyping task; else {}."""
+    kinds = {p.name: p.kind for p in PHENOTYPES} if task == "pheno" else {}
+    places: dict[str, list[int]] = {kind: [] for kind in ("acute", "mixed", "chronic")}
+    for k, label in enumerate(labels):
+        if label in kinds:  # others are of a phenotype table of one's own
+            places[kinds[label]].append(k)
+    return {kind: of_kind for kind, of_kind in places.items() if of_kind}
+
+
 SPLITS = ("train", "val", "test")
+IN_WINDOW, UNTIL_OUTTIME = "in_window", "until_outtime"  # of a manifest's pairing; data_prep.profiles explains them
 STATIC_TEXTS = ("gender", "admission_type", "first_careunit")  # known when a stay begins; '' if unknown
 RACE = "race"  # in the index alone, so that no model can read it from a record; absent in older shards
 # Groups of the tables' race or ethnicity, for evaluation alone: never an input. 'Unknown' is also what was not told.

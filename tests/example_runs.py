@@ -89,6 +89,14 @@ def _with_groups(data: dict, labels: np.ndarray, scores: np.ndarray) -> dict:
     return {"labels": labels, "scores": scores, "age": data["age"], "gender": sexes, "first_careunit": units}
 
 
+def _operating_points(labels: np.ndarray, scores: np.ndarray) -> dict:
+    if labels.shape[1] > 1:
+        return {}
+    label, score = labels[:, 0], scores[:, 0]
+    benefit = calibration.net_benefit(label, score)
+    return {"operating_points": calibration.operating_points(label, score), "net_benefit": benefit}
+
+
 def write_evaluation(
     workdir: Path, task: str, method: str, data: dict, best_epoch: int, against: tuple[str, ...] = (), num_bootstrap=40
 ) -> None:
@@ -109,6 +117,7 @@ def write_evaluation(
         step=100 * best_epoch,
     )
     masks = {"all": np.ones_like(has_cxr)} | ({} if has_cxr.all() else {"paired": has_cxr, "unpaired": ~has_cxr})
+    label_types = schema.label_types(task, schema.TASKS[task].labels)
     comparisons = [
         {"against": other, "subset": name}
         | metrics.compare(labels[mask], scores_of(other, data)[mask], scores[mask], num_bootstrap)
@@ -130,9 +139,12 @@ def write_evaluation(
         "data": {"dir": "simulated_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
         "labels": list(schema.TASKS[task].labels),
         "resample": "stay",
-        "subsets": {name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap) for name, mask in masks.items()},
+        "subsets": {
+            name: metrics.evaluate(labels[mask], scores[mask], num_bootstrap, label_types=label_types)
+            for name, mask in masks.items()
+        },
         "subgroups": subgroups.describe(_with_groups(data, labels, scores), num_bootstrap, 0, None),
-        "calibration": calibration.describe(labels, scores),
+        "calibration": calibration.describe(labels, scores) | _operating_points(labels, scores),
         "comparisons": comparisons,
         "environment": {
             "devices": PROVENANCE,

@@ -232,6 +232,17 @@ def test_another_time_step_is_refused(finished, tmp_path, shards):
     assert (error.field, error.value) == ("--data", 1.0) and "--timestep_h=2" in str(error)
 
 
+def test_another_profile_is_scored_with_a_warning(finished, tmp_path, shards, capsys):
+    build.build(shards.parent / "raw" / "mimic-iv", None, tmp_path / "strict", tasks=["pheno"], profile="strict")
+    capsys.readouterr()
+    assert len(predict.predict(finished, tmp_path / "strict", "val")["scores"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert f"{finished} was trained on values of the profile paper" in line
+    assert f"{tmp_path / 'strict'} has those of strict" in line
+    predict.predict(finished, shards, "val")
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_run_of_an_older_version_says_what_to_do(finished, shards, ehr_config):
     path = finished / "data.json"
     path.write_text(json.dumps({"digest": json.loads(path.read_text())["digest"]}))

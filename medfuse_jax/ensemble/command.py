@@ -11,8 +11,8 @@ import numpy as np
 from medfuse_jax import evaluate, metrics, parallel, schema
 from medfuse_jax.ensemble import members as members_lib
 from medfuse_jax.ensemble.members import Member
+from medfuse_jax.runs import builds, sources
 from medfuse_jax.runs import result as result_lib
-from medfuse_jax.runs import sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError, check_choice
@@ -35,6 +35,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     members = [members_lib.open_member(run, "test", evaluate.evaluate) for run in runs]
     _check_comparable(members)
     _check_splits(members)
+    other_data = _say_other_data(members)
     if (task := members[0].result["task"]) in schema.TASKS and schema.TASKS[task].hourly:
         raise UserError(f"--runs: ensembles of the hourly task {task} are not supported", field="--runs", value=task)
     with files.must_write(f"--workdir={workdir}"):
@@ -49,7 +50,8 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
     titles = [member.title for member in members]
     names = [member.title if titles.count(member.title) == 1 else member.name for member in members]
     result = {
-        **{field: first[field] for field in ("task", "data", "labels", "seed")},
+        **{field: first[field] for field in ("task", "labels", "seed")},
+        "data": _data(members, other_data),
         "name": f"{rule} of {', '.join(runs)}",
         "method": RULES[rule],
         "split": "test",
@@ -63,7 +65,7 @@ def ensemble(runs: list[str], workdir: Path, rule: str = "average") -> dict:
             for m, w in zip(members, weights)
         ],
         "resample": resample,
-        "subsets": result_lib.subsets(scored, *bootstrap),
+        "subsets": result_lib.subsets(scored, *bootstrap, schema.label_types(first["task"], first["labels"])),
         "comparisons": [
             difference
             for member, name in zip(members, names)
@@ -129,6 +131,22 @@ def _check_splits(members: list[Member]) -> None:
                 trained,
                 num_leaked,
             )
+
+
+def _say_other_data(members: list[Member]) -> list[str]:
+    """Print one warning if members were trained or scored on different data; return it as sentences."""
+    other_data = builds.differing([(m.name, builds.read(m.workdir, m.result)) for m in members])
+    if other_data:
+        print(f"warning: {'; '.join(other_data)}", flush=True)
+    return other_data
+
+
+def _data(members: list[Member], other_data: list[str]) -> dict:
+    """Return the 'data' of the result: the first member's, an unusual pairing of any, and how members' data differ."""
+    data = dict(members[0].result["data"])
+    for member in members:
+        data |= builds.unusual(member.result["data"])
+    return data | ({"other_data": other_data} if other_data else {})
 
 
 def _trained(workdir: Path) -> list[Path]:

@@ -147,6 +147,14 @@ def synthetic_notice(num_synthetic: int, num_runs: int) -> str:
     )
 
 
+def pairing_notice(num_marked: int, num_runs: int, note: str) -> str:
+    """Return a notice that results come from X-rays after the window; '' if none do. note: the sentence on them."""
+    if not num_marked:
+        return ""
+    which = "" if num_marked == num_runs else " Some of these results come from such data."
+    return f'<p class="notice"><strong>For comparison alone.</strong> {html.escape(note)}{which}</p>'
+
+
 def run_color(color: int) -> str:
     """Return the placeholder colour for --run0, --run1, ...; colours repeat after NUM_COLORS."""
     return f"#0c000{color % NUM_COLORS}"

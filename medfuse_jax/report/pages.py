@@ -8,7 +8,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from medfuse_jax.report import html, plots, read_runs, repeats, style, tables, terminal
+from medfuse_jax.report import html, notices, plots, read_runs, repeats, style, tables, terminal
 from medfuse_jax.report.attention import attention
 from medfuse_jax.report.read_runs import HOUR, Run, number, pair, section, series, task_name
 from medfuse_jax.report.robustness import robustness
@@ -31,7 +31,10 @@ def write(runs_dirs: list[str | Path], out_dir: str | Path) -> str:
         files.write_text(path, content)
     scored = [run for run in runs if run.result]
     table = terminal.table([run.result for run in scored], [run.name for run in scored])
-    problems = "\n".join(f"warning: {problem}" for run in runs for problem in run.problems)
+    warnings = [problem for run in runs for problem in run.problems]
+    for task in dict.fromkeys(run.task for run in runs):
+        warnings += notices.other_data([run for run in runs if run.task == task])
+    problems = "\n".join(f"warning: {warning}" for warning in warnings)
     return "\n\n".join(part for part in (table, problems, f"report: {path}") if part)
 
 
@@ -67,14 +70,7 @@ def _header(runs: list[Run], title: str) -> str:
     """Return the page's header. runs: main runs before pre-training runs."""
     main, result = runs[0], runs[0].result or {}
     is_single = sum(not run.is_pretraining for run in runs) <= 1
-    data = {**section(main.config, "data"), **section(result, "data")}
-    profile, timestep_h = data.get("profile"), data.get("timestep_h")
-    sources = (
-        data.get("dir"),
-        profile and f"profile {profile}",
-        f"time steps of {timestep_h:g} h" if isinstance(timestep_h, int | float) else None,
-    )
-    facts = {"Data": " · ".join(str(x) for x in sources if x)}
+    facts = {"Data": "; ".join(dict.fromkeys(map(_source, _sources(runs, is_single))))}
     if is_single:
         facts |= {"Model selected by": result.get("selected_by"), "Seed": (main.result or main.config).get("seed")}
         facts["Finished"] = f"{main.finished_at:%-d %B %Y, %H:%M}" if main.finished_at else ""
@@ -84,8 +80,25 @@ def _header(runs: list[Run], title: str) -> str:
         f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items() if v not in ("", None)
     )
     lead = _lead(main) if is_single else ""
-    notice = html.synthetic_notice(sum(run.is_synthetic for run in runs), len(runs))
+    notice = notices.of_data(runs)
     return f'<header><h1>{escape(title)}</h1>{lead}{notice}<dl class="facts">{shown}</dl></header>'
+
+
+def _sources(runs: list[Run], is_single: bool) -> list[Run]:
+    """Return the runs whose data the head names."""
+    return runs[:1] if is_single else [run for run in runs if run.result and not run.is_pretraining] or runs[:1]
+
+
+def _source(run: Run) -> str:
+    """Return where a run's data are and how they were prepared."""
+    data = {**section(run.config, "data"), **section(run.result or {}, "data")}
+    profile, timestep_h = data.get("profile"), data.get("timestep_h")
+    known = (
+        data.get("dir"),
+        profile and f"profile {profile}",
+        f"time steps of {timestep_h:g} h" if isinstance(timestep_h, int | float) else None,
+    )
+    return " · ".join(str(x) for x in known if x)
 
 
 def _lead(main: Run) -> str:
@@ -93,6 +106,8 @@ def _lead(main: Run) -> str:
     scores, unit = main.scores(), read_runs.unit(main.task)
     if not scores:
         return f'<p class="lead">{escape(f"{main.name} is not evaluated yet: {_progress(main)}.")}</p>'
+    if number(scores.get("auroc_macro")) == "–":
+        return f'<p class="lead">{escape(f"{main.name} has no AUROC on the test set.")}</p>'
     low, high = pair(scores.get("auroc_macro_ci"))
     left_out = main.result.get("num_left_out")
     text = (
@@ -134,7 +149,7 @@ def _problems(runs: list[Run]) -> str:
 
 def _task_section(task: str, runs: list[Run], is_titled: bool) -> str:
     heading = f"Results: {task_name(task)}" if is_titled else "Results"
-    content = tables.results(task, runs) + tables.differences(runs) + _overlays(runs)
+    content = notices.of_other_data(runs) + tables.results(task, runs) + tables.differences(runs) + _overlays(runs)
     return f"<section><h2>{escape(heading)}</h2>{content}</section>" if content else ""
 
 
@@ -163,8 +178,8 @@ def _run_section(run: Run, runs: list[Run], is_open: bool) -> str:
         f'<details class="run"{" open" if is_open else ""}><summary>{tables.dot(run)}'
         f'<strong>{escape(run.name)}</strong><span class="soft">{escape(what)}</span>'
         f'<span class="soft">{escape(value)}</span></summary>'
-        f"{_run_charts(run)}{tables.labels(run, runs)}{tables.subgroups(run)}"
-        f"{robustness(run)}{attention(run)}{_provenance(run)}</details>"
+        f"{_run_charts(run)}{tables.operating_points(run)}{tables.labels(run, runs)}{tables.label_types(run)}"
+        f"{tables.subgroups(run)}{robustness(run)}{attention(run)}{_provenance(run)}</details>"
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from medfuse_jax import ranks, schema
 from medfuse_jax.models import registry
+from medfuse_jax.runs import builds
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
@@ -48,7 +49,7 @@ class Run:
     name: unique among the runs shown. train, val: the lines of metrics.jsonl by epoch.
     predictions: scores [N, K], labels bool [N, K], age [N], paired bool [N], attention: {} or time_weights [N, T],
     length [N], modality_weights [N, M], modalities [M]. problems: messages on files that could not be read. robustness:
-    the content of robustness.json (evaluate.write_robustness).
+    the content of robustness.json (evaluate.write_robustness). data: the content of data.json.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Run:
     problems: list[str]
     is_pretraining: bool
     robustness: dict = dataclasses.field(default_factory=dict)
+    data: dict = dataclasses.field(default_factory=dict)
     color: int = 0
 
     @property
@@ -83,6 +85,10 @@ class Run:
         folder = section(self.config, "data").get("dir")
         manifest = _read_json(Path(str(folder)) / self.task / "manifest.json", []) if folder else {}
         return bool(manifest.get("synthetic")) or "synthetic" in str(manifest.get("source", "")).lower()
+
+    @property
+    def pairing_note(self) -> str:
+        return builds.note(section(self.result or {}, "data")) or builds.note(self.data)
 
     @property
     def finished_at(self) -> datetime.datetime | None:
@@ -169,7 +175,8 @@ def read_run(folder: Path) -> Run:
     predictions = _read_predictions(folder / "predictions_test.npz", problems)
     robustness = _read_json(folder / "robustness.json", problems)
     is_pretraining = folder.name.startswith("pretrain_")
-    return Run(folder, "", config, result, train, val, predictions, problems, is_pretraining, robustness)
+    data = _read_json(folder / "data.json", problems)
+    return Run(folder, "", config, result, train, val, predictions, problems, is_pretraining, robustness, data)
 
 
 # Files
@@ -309,7 +316,8 @@ def ordinal(scores: dict, sign: bool = False) -> str:
 def is_outside_its_ci(scores: dict) -> bool:
     """Return whether a mean is outside its own percentile interval, as an AUPRC with few positives can be."""
     means = ((scores.get(f"{name}_macro"), *pair(scores.get(f"{name}_macro_ci"))) for name in ("auroc", "auprc"))
-    return any(None not in values and not values[1] <= values[0] <= values[2] for values in means)
+    known = [values for values in means if all(number(value) != "–" for value in values)]  # None and NaN are missing
+    return any(not low <= mean <= high for mean, low, high in known)
 
 
 def series(lines: dict[int, dict], field: str) -> dict[int, float]:

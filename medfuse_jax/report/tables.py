@@ -9,18 +9,14 @@ from html import escape
 import numpy as np
 
 from medfuse_jax import schema
-from medfuse_jax.report import html, plots, read_runs
+from medfuse_jax.report import html, notices, plots, read_runs
 from medfuse_jax.report.read_runs import SUBSETS, Run, number, pair, section
 
-_SUBSET_TITLES = {
-    "all": "All test {unit}",
-    "paired": "Test {unit} with an X-ray",
-    "unpaired": "Test {unit} without an X-ray",
-    "cxr_only": "Test X-rays without time series",
-    "had_both": "Test {unit} with time series and X-ray before one was dropped",
-}
 _MAX_OTHERS = 5  # other runs' dots in a label's bar
 _CHANCE = 0.5
+_NET_BENEFIT_AT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # of the thresholds in a result
+_POINT_COLUMNS = {"threshold": "Threshold", "sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV"}
+_BENEFIT_COLUMNS = {"threshold": "Threshold", "model": "Net benefit", "everyone": "Acting on everyone"}
 
 
 def results(task: str, runs: list[Run]) -> str:
@@ -49,7 +45,9 @@ def results(task: str, runs: list[Run]) -> str:
 
     unit = read_runs.unit(task)
     head = _th("Method", "text") + _th(unit[0].upper() + unit[1:]) + _score_heads(axis, mean)
-    content = html.table(head, _grouped(rows, 5, row), "Test results with 95 % confidence intervals")
+    lacking = notices.one_class([run.result for run in scored])
+    content = "".join(f'<p class="notice">{escape(sentence)}</p>' for sentence in lacking)
+    content += html.table(head, _grouped(rows, 5, row), "Test results with 95 % confidence intervals")
     content += _ci_note(all_scores, several, read_runs.resampled([run.result for _, run, _ in rows], unit))
     if several:
         released_head = _th("Method", "text") + _score_heads(None, mean)
@@ -124,19 +122,41 @@ def labels(run: Run, runs: list[Run]) -> str:
     return f"<h4>Each label{coverage}</h4>{html.table(head, body, f'Labels of {run.name}')}{note}"
 
 
+def label_types(run: Run) -> str:
+    """Return the means over acute, mixed and chronic phenotypes, by subset; '' without any."""
+    found = [
+        (_subset_title(subset, run.task), kind, scores)
+        for subset, of in (read_runs.comparable_subsets(run.result) if run.result else {}).items()
+        for kind, scores in section(of, "label_types").items()
+        if isinstance(scores, dict)
+    ]
+    if not found:
+        return ""
+    axis = _axis([x for *_, s in found for x in (s.get("auroc_macro"), *pair(s.get("auroc_macro_ci")))])
+
+    def row(kind: str, scores: dict) -> str:
+        count = f'<td class="num soft">{number(scores.get("num_labels"), 0)}</td>'
+        return f'<tr><th scope="row">{escape(kind)}</th>{count}{_score_cells(_macro(scores), axis, run.color)}</tr>'
+
+    head = _th("Type", "text") + _th("Labels") + _score_heads(axis, "Mean ")
+    table = html.table(head, _grouped(found, 5, row), f"Types of labels, {run.name}")
+    return f"<h4>By type of label</h4>{table}"
+
+
 def subgroups(run: Run) -> str:
     """Return the metrics by group of patients, and the largest gap of each attribute; '' without any."""
     entries = read_runs.subgroups(run.result)
     shown = [group for entry in entries for group in entry["groups"] if not group.get("withheld")]
+    lines = "".join(map(_gap, entries)) + "".join(map(_withheld, entries))
+    lines = f"<ul class=note>{lines}</ul>" if lines else ""
     if not shown:
-        return ""
+        return f"<h4>By group of patients</h4>{lines}" if lines else ""
     axis = _axis([x for group in shown for x in (group.get("auroc_macro"), *pair(group.get("auroc_macro_ci")))])
-    rows, gaps = [], ""
+    rows = []
     for entry in entries:
         # Where one group's numbers are withheld, the others' counts would give its own away.
         has_counts = not any(group.get("withheld") for group in entry["groups"])
         rows += [(escape(str(entry["by"])), group, has_counts) for group in entry["groups"]]
-        gaps += _gap(entry)
 
     def row(group: dict, has_counts: bool) -> str:
         name = f'<th scope="row" class="wrap">{escape(str(group.get("name")))}</th>'
@@ -156,7 +176,7 @@ def subgroups(run: Run) -> str:
         "expected calibration error; both are better if lower.</p>"
     )
     table = html.table(head, _grouped(rows, 7, row), f"Groups of patients, {run.name}")
-    return f"<h4>By group of patients</h4>{table}{f'<ul class=note>{gaps}</ul>' if gaps else ''}{note}"
+    return f"<h4>By group of patients</h4>{table}{lines}{note}"
 
 
 def _gap(entry: dict) -> str:
@@ -169,6 +189,14 @@ def _gap(entry: dict) -> str:
         f"<li>{escape(str(entry['by']))}: AUROC differs by up to {number(gap.get('auroc_macro'))}; lowest for "
         f"{escape(str(gap.get('worst')))} (95 % CI {low}–{high}), highest for {escape(str(gap.get('best')))}.</li>"
     )
+
+
+def _withheld(entry: dict) -> str:
+    """Return that all groups of an attribute are withheld, as a list item; '' if one is shown."""
+    if any(not group.get("withheld") for group in entry["groups"]):
+        return ""
+    few = f"each group has fewer than {schema.FEWEST_SHOWN} stays, positives or negatives"
+    return f"<li>{escape(str(entry['by']))}: withheld, as {few}.</li>"
 
 
 def calibration(run: Run) -> str:
@@ -184,6 +212,42 @@ def calibration(run: Run) -> str:
             f"{number(scaled.get('brier_macro'))} and {number(scaled.get('ece_macro'))}"
         )
     return f'<p class="note">{text}.</p>'
+
+
+def operating_points(run: Run) -> str:
+    """Return what acting on the scores of a task with one label would bring; '' of other tasks or without it.
+
+    Two tables: thresholds by the sensitivity that they reach, and the net benefit.
+    """
+    of, scores = section(run.result or {}, "calibration"), run.scores()
+    if "operating_points" not in of or not scores:
+        return ""
+    title, num_positive = "<h4>Operating points</h4>", scores["num_positive"][0] or 0
+    rarer = min(num_positive, (scores.get("num_samples") or 0) - num_positive)
+    if of.get("operating_points_withheld") or rarer < schema.FEWEST_SHOWN:
+        few = f"fewer than {schema.FEWEST_SHOWN} test stays are positive, or negative"
+        return f'{title}<p class="note">Withheld: {few}.</p>'
+    points = _plain_table(of["operating_points"], _POINT_COLUMNS, "Thresholds by sensitivity")
+    at = [row for row in of.get("net_benefit") or [] if row.get("threshold") in _NET_BENEFIT_AT]
+    benefit = _plain_table(at, _BENEFIT_COLUMNS, "Net benefit by threshold")
+    return (
+        f'{title}<div class="charts"><div>{points}</div><div>{benefit}</div></div>'
+        '<p class="note">A score at or above the threshold counts as positive. The first table has the highest '
+        "thresholds that reach 80, 90 and 95 % sensitivity on the test set; PPV: positive predictive value. "
+        "Net benefit: true positives per record, less false positives weighed by the odds of the threshold "
+        "(Vickers and Elkin 2006); acting on nobody has 0.</p>"
+    )
+
+
+def _plain_table(rows: list[dict], columns: dict[str, str], caption: str) -> str:
+    """Return a table of numbers, a row each. columns: field -> heading; the first heads the row."""
+    first, *others = columns
+    body = ""
+    for row in rows:
+        cells = "".join(f'<td class="num">{number(row.get(field))}</td>' for field in others)
+        body += f'<tr><th scope="row">{number(row.get(first))}</th>{cells}</tr>'
+    head = _th(columns[first], "text") + "".join(_th(columns[field]) for field in others)
+    return html.table(head, body, caption)
 
 
 def facts(content: dict) -> str:
@@ -205,7 +269,7 @@ def dot(run: Run) -> str:
 
 
 def _subset_title(subset: str, task: str) -> str:
-    return _SUBSET_TITLES[subset].format(unit=read_runs.unit(task))
+    return notices.SUBSET_TITLES[subset].format(unit=read_runs.unit(task))
 
 
 def _grouped(rows: list[tuple], num_columns: int, row: Callable[..., str]) -> str:

@@ -2,8 +2,9 @@
 
 import textwrap
 
-from medfuse_jax.report import read_runs
+from medfuse_jax.report import notices, read_runs
 from medfuse_jax.report.read_runs import OUTSIDE_ITS_CI, SUBSETS, number, pair, section
+from medfuse_jax.runs import builds
 
 _WIDTH = 100
 _METRICS = ("AUROC", "AUPRC")
@@ -34,6 +35,7 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
     lines = [f"{read_runs.task_name(task)}, {split} split"]
     if any(section(result, "data").get("synthetic") for _, result in named):
         lines.append("synthetic patients: says nothing about real ones")
+    lines += _pairing_lines([(name, section(result, "data")) for name, result in named])
     rows: list[tuple[str, ...]] = [("method", read_runs.unit(task), "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
     for subset in SUBSETS:
         for name, _, subsets in results:
@@ -52,9 +54,20 @@ def _block(task: str, named: list[tuple[str, dict]]) -> str:
             lines += textwrap.wrap(f"{name}: {words}", _WIDTH)
     resampled = read_runs.resampled([result for _, result in named], read_runs.unit(task), split)
     lines += textwrap.wrap(f"CI: bootstrap resamples of {resampled}", _WIDTH)
+    for sentence in notices.one_class([result for _, result in named]):
+        lines += textwrap.wrap(sentence, _WIDTH)
     if any(read_runs.is_outside_its_ci(scores) for *_, subsets in results for scores in subsets.values()):
         lines += textwrap.wrap(OUTSIDE_ITS_CI, _WIDTH)
     return "\n".join(lines)
+
+
+def _pairing_lines(named: list[tuple[str, dict]]) -> list[str]:
+    """Say which results are of unusually paired data. named: (name, what `builds.note` reads)."""
+    marked = [(name, note) for name, described in named if (note := builds.note(described))]
+    if not marked:
+        return []
+    whose = f"{', '.join(name for name, _ in marked)}: " if len(marked) < len(named) else ""
+    return textwrap.wrap(whose + marked[0][1], _WIDTH)
 
 
 def differences(compared: dict) -> str:
@@ -73,7 +86,8 @@ def differences(compared: dict) -> str:
     ordered = [(_SUBSET_NAMES[part["subset"]], read_runs.ordinal(part, sign=True)) for part in compared["differences"]]
     resampled = read_runs.resampled([compared], read_runs.unit(task), split)
     notes = f"Paired bootstrap: the same resamples of {resampled} for both; p two-sided, for one comparison."
-    lines = [f"{read_runs.task_name(task)}, {split} split", f"a: {a}", f"b: {b}", *_align(rows)]
+    lines = [f"{read_runs.task_name(task)}, {split} split", f"a: {a}", f"b: {b}"]
+    lines += [*_pairing_lines([("a", compared["a"]), ("b", compared["b"])]), *_align(rows)]
     lines += [line for subset, words in ordered if words for line in textwrap.wrap(f"{subset}: {words}", _WIDTH)]
     return "\n".join([*lines, *textwrap.wrap(notes, _WIDTH)])
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from medfuse_jax.data.cxr_features import Statistics
 from medfuse_jax.data.modalities import static
+from medfuse_jax.runs import builds
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-FILE = "data.json"
+FILE = builds.FILE
 _LISTS = ("labels", "channels", "mean", "std")
 _SHOWN = 3  # names in a message
 
@@ -30,6 +31,7 @@ def describe(dataset) -> dict:
         "channels": list(dataset.manifest["channels"]),
         "timestep_h": dataset.manifest.get("timestep_h"),
         "profile": dataset.manifest.get("profile"),
+        **builds.unusual(dataset.manifest),
         "mean": dataset.mean_F.tolist(),  # exact: a float32 is a float64
         "std": dataset.std_F.tolist(),
         "categories": static.categories(dataset.index["train"]) if "static" in dataset.extra else {},

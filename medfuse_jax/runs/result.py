@@ -95,12 +95,17 @@ def row_keys(scored: dict) -> np.ndarray:
     return scored["stay_id"] * 2**20 + np.round(scored["hour"] * 60).astype(np.int64)  # 2**20 minutes: two years
 
 
-def subsets(scored: dict, num_bootstrap: int, seed: int, resample: str) -> dict:
-    """Return metrics with bounds for all scored records and for each subset by modality. resample: see RESAMPLES."""
+def subsets(
+    scored: dict, num_bootstrap: int, seed: int, resample: str, label_types: dict[str, list[int]] | None = None
+) -> dict:
+    """Return metrics with bounds for all scored records and for each subset by modality.
+
+    resample: see RESAMPLES. label_types: see `schema.label_types`.
+    """
     evaluated = {}
     for name, include_N in _masks(scored).items():
         part = {field: values[include_N] for field, values in scored.items()}
-        evaluated[name] = subgroups.measure(part, num_bootstrap, seed, _groups(part, resample))
+        evaluated[name] = subgroups.measure(part, num_bootstrap, seed, _groups(part, resample), label_types)
     return evaluated
 
 

@@ -18,10 +18,15 @@ _NAMES["hour"] = "Hour of the stay"  # read by the report
 _HOURS = (0, 24, 48, 72, 120, 168, 336, math.inf)  # low < hour <= high
 
 
-def measure(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | None) -> dict:
-    """Return the metrics of predictions, and those of their order if the labels are exclusive bins of hours."""
+def measure(
+    scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray | None, label_types: dict | None = None
+) -> dict:
+    """Return the metrics of predictions, and those of their order if the labels are exclusive bins of hours.
+
+    label_types: as for `metrics.evaluate`.
+    """
     arguments = (scored["labels"], scored["scores"])
-    found = metrics.evaluate(*arguments, num_bootstrap, seed, groups_N)
+    found = metrics.evaluate(*arguments, num_bootstrap, seed, groups_N, label_types)
     if "predicted_h" in scored:
         found |= metrics.ordinal(*arguments, _error_h(scored), num_bootstrap, seed, groups_N)
     return found
@@ -46,15 +51,16 @@ def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray |
 
     scored: as saved with the predictions. groups_N: what the bootstrap draws whole, or None. A group has its 'name',
     the metrics' macro values with bounds, num_samples, num_positive, brier and ece; a small one is only {'name',
-    'withheld': True}. gap: the largest difference of macro AUROC between two groups, with the 'worst' group's name and
-    its interval; None with fewer than two groups.
+    'withheld': True}. 'groups' is empty where all are small. gap: the largest difference of macro AUROC between two
+    groups, with the 'worst' group's name and its interval; None with fewer than two groups.
     """
     entries = []
     for field, title in _NAMES.items():
         if field not in scored:
             continue
-        groups = []
+        groups, is_known = [], False
         for name, include_N in _groups(field, scored[field]):
+            is_known |= bool(include_N.any())
             part = {key: values[include_N] for key, values in scored.items()}
             labels_NK, scores_NK = part["labels"], part["scores"]
             if is_small(part):
@@ -67,6 +73,8 @@ def describe(scored: dict, num_bootstrap: int, seed: int, groups_N: np.ndarray |
             groups.append({"name": name} | counts | kept)
         if any(not group.get("withheld") for group in groups):
             entries.append({"by": title, "groups": groups, "gap": _gap(groups)})
+        elif is_known:
+            entries.append({"by": title, "groups": [], "gap": None})
     return entries
 
 

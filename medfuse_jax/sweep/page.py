@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from medfuse_jax.report import html, read_runs, style
+from medfuse_jax.report import html, notices, read_runs, style
 from medfuse_jax.report.html import CHART_STYLE, INK, MUTED, run_color
 from medfuse_jax.report.read_runs import method_name, number, task_name
 from medfuse_jax.sweep import results
@@ -43,7 +43,7 @@ def write(workdir: Path, config: dict, records: list[dict]) -> Path:
     charts.append(html.figure(_all_curves(curves, chosen, score), f"Validation {score} by epoch, every trial"))
     body = (
         f"<header><h1>{escape(title)}</h1>{_lead(runs, records, chosen, score)}"
-        f"{html.synthetic_notice(runs[(chosen or records[0])['trial']].is_synthetic, 1)}</header>"
+        f"{notices.of_data([runs[(chosen or records[0])['trial']]])}</header>"
         f'<div class="charts">{"".join(charts)}</div>'
         f"<section><h2>All trials</h2>{_table(records, chosen, score)}</section>"
     )

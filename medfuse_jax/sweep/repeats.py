@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from medfuse_jax.data import folds, synthetic
 from medfuse_jax.data.shards import Shards
-from medfuse_jax.report import html, read_runs, repeats, style
-from medfuse_jax.report.read_runs import method_name, number, section, task_name
+from medfuse_jax.report import html, notices, read_runs, repeats, style
+from medfuse_jax.report.read_runs import method_name, number, task_name
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results
 
@@ -100,7 +100,7 @@ def write(of: list[Repeat], workdir: Path) -> str:
     results.write_text(workdir / f"{FILE}.csv", text.getvalue())
     title = f"{task_name(runs[0].task)} with {_methods(runs)}, {repeats.words(tested)}"
     results.write_text(workdir / f"{FILE}.html", _page(title, of, runs, tested))
-    lines = [title]
+    lines = [title, *dict.fromkeys(run.pairing_note for run in runs if run.pairing_note)]
     for subset, by_metric in repeats.summary(tested).items():
         numbers = (f"{repeats.TITLES[name]} {found.text()}" for name, found in by_metric.items())
         lines.append(f"  {repeats.SUBSET_WORDS[subset]:<14}{'  '.join(numbers)}")
@@ -124,9 +124,8 @@ def _page(title: str, of: list[Repeat], runs: list[read_runs.Run], tested: list[
         cells = "".join(f'<td class="num">{text}</td>' for text in shown)
         link = f'<a href="{escape(repeat.name)}/sweep.html">{escape(repeat.name)}</a>'
         body += f'<tr><th scope="row">{link}</th><td>trial {trial}</td>{cells}</tr>'
-    synthetic = sum(bool(section(result, "data").get("synthetic")) for result in tested)
     content = (
-        f"<header><h1>{escape(title)}</h1>{html.synthetic_notice(synthetic, len(runs))}</header>"
+        f"<header><h1>{escape(title)}</h1>{notices.of_data(runs)}</header>"
         f"<section><h2>Mean and spread</h2>{repeats.table([(_methods(runs), tested)])}</section>"
         f"<section><h2>Each sweep</h2>{html.table(head, body, 'The chosen trial of each sweep')}</section>"
     )

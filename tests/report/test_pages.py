@@ -110,6 +110,21 @@ def test_the_tables_hold_the_results(pheno, pheno_page):
     assert rows[at][1].split()[0] == f"{difference['auroc_macro']:+.3f}".replace("-", "−")
 
 
+def test_the_means_by_type_of_label_are_shown_by_subset(pheno, mortality):
+    run = read_runs.read_run(pheno)
+    rows = Page(tables.label_types(run)).rows
+    for subset, title in (("all", "All test stays"), ("unpaired", "Test stays without an X-ray")):
+        at = rows.index([title])
+        scores = run.result["subsets"][subset]
+        for i, kind in enumerate(("acute", "mixed", "chronic"), at + 1):
+            of_kind = [k for k, p in enumerate(schema.PHENOTYPES) if p.kind == kind]
+            low, high = scores["label_types"][kind]["auroc_macro_ci"]
+            mean = np.mean([scores["auroc"][k] for k in of_kind])
+            assert rows[i][:3] == [kind, str(len(of_kind)), f"{mean:.3f} {low:.3f}–{high:.3f}"]
+    assert tables.label_types(run) in pages.page([run])
+    assert tables.label_types(read_runs.read_run(mortality)) == ""
+
+
 def test_the_page_names_tasks_methods_cohort_and_provenance(pheno_page):
     text = Page(pheno_page).text
     for part in (
@@ -164,6 +179,26 @@ def test_calibration_is_drawn_and_said(mortality):
     assert "with temperature 1.50, fitted on the validation set: 0.100 and 0.020" in tables.calibration(run)
     run.result["calibration"] = {"curve": [{"score": 0.5, "positive": 1.0, "num_samples": 9}, "damaged"]}
     assert "Fraction of positives" not in pages.page([run])  # too few to show
+
+
+def test_operating_points_and_net_benefit_are_shown_or_withheld(pheno, mortality):
+    run = read_runs.read_run(mortality)
+    of, rows = run.result["calibration"], Page(tables.operating_points(run)).rows
+    assert rows[0] == ["Threshold", "Sensitivity", "Specificity", "PPV"]
+    fields = ("threshold", "sensitivity", "specificity", "ppv")
+    for row, point in zip(rows[1:4], of["operating_points"], strict=True):
+        assert row == [f"{point[field]:.3f}" for field in fields]
+    assert [row[0] for row in rows[5:]] == ["0.050", "0.100", "0.200", "0.300", "0.400", "0.500"]
+    half = next(row for row in of["net_benefit"] if row["threshold"] == 0.5)
+    assert rows[-1][1:] == [read_runs.number(half[name]) for name in ("model", "everyone")]
+    text = pages.page([run])
+    assert text.index("Brier score") < text.index(tables.operating_points(run)) < text.index("By group of patients")
+    assert tables.operating_points(read_runs.read_run(pheno)) == ""  # 25 labels
+    run.result["calibration"] = {"operating_points": [], "net_benefit": [], "operating_points_withheld": True}
+    assert "Withheld: fewer than 10" in tables.operating_points(run)
+    run.result["calibration"] = of  # a result of an earlier version, with 9 positives
+    run.result["subsets"]["all"]["num_positive"] = [9]
+    assert "Withheld" in tables.operating_points(run) and "0.800" not in tables.operating_points(run)
 
 
 def test_real_patients_are_not_called_synthetic(mortality):

@@ -7,12 +7,15 @@ import damage
 import numpy as np
 import pytest
 
-from medfuse_jax import evaluate, metrics
+from medfuse_jax import evaluate, metrics, schema
 from medfuse_jax import run as run_lib
+from medfuse_jax.ensemble import command
 from medfuse_jax.report import read_runs, tables, terminal
 from medfuse_jax.runs import checkpoints, result, workdir
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
+
+_NUM_LABELS = {"acute": 13, "mixed": 5, "chronic": 7}  # Table 4 of Hayat et al. 2022
 
 
 @pytest.fixture
@@ -44,6 +47,53 @@ def test_subsets_draw_patients_or_stays(scored):
         expected = result.subsets(once, 40, 0, "stay")[name]["auroc_macro_ci"]
         np.testing.assert_allclose(part["auroc_macro_ci"], expected, atol=1e-6)
         assert np.ptp(by_stay[name]["auroc_macro_ci"]) < np.ptp(expected)
+
+
+def test_the_means_of_label_types_are_over_their_labels_and_the_same_resamples(scored):
+    types = {"acute": [0], "mixed": [], "chronic": [1, 2]}
+    one_class = np.zeros((180, 1), np.int8)  # left out of the means
+    scored |= {name: np.hstack([scored[name], one_class]) for name in ("labels", "scores")}
+    alone = result.subsets(scored, 30, 1, "patient")
+    for name, of in result.subsets(scored, 30, 1, "patient", types).items():
+        assert of.keys() - alone[name].keys() == {"label_types"} and of["label_types"].keys() == types.keys()
+        np.testing.assert_array_equal(of["auroc_macro_ci"], alone[name]["auroc_macro_ci"])
+        for kind, columns in (("acute", [0]), ("chronic", [1, 2])):
+            part = {field: v[:, columns] if field in ("labels", "scores") else v for field, v in scored.items()}
+            expected = result.subsets(part, 30, 1, "patient")[name]
+            found = of["label_types"][kind]
+            assert found["num_labels"] == len(columns)
+            for key in ("auroc_macro", "auroc_macro_ci", "auprc_macro", "auprc_macro_ci"):
+                np.testing.assert_allclose(found[key], expected[key], rtol=1e-12)
+        assert np.isnan(of["label_types"]["mixed"]["auroc_macro"])
+
+
+def test_runs_and_ensembles_of_phenotypes_have_means_by_type(ehr_config, tmp_path):
+    for seed, name in enumerate("ab"):
+        ehr_config.seed = seed
+        run = run_lib.open_run(ehr_config)
+        workdir.claim(tmp_path / name, run)
+        with contextlib.closing(checkpoints.open_manager(tmp_path / name)) as manager:
+            checkpoints.save(manager, run.fresh_state(), Progress(epoch=9, best_epoch=9), is_best=True)
+        evaluated = evaluate.evaluate(tmp_path / name)
+    both = command.ensemble([str(tmp_path / name) for name in "ab"], tmp_path / "both")
+    for found in (evaluated, both):
+        of = found["subsets"]["all"]
+        assert {kind: part["num_labels"] for kind, part in of["label_types"].items()} == _NUM_LABELS
+        acute = [k for k, p in enumerate(schema.PHENOTYPES) if p.kind == "acute"]
+        assert of["label_types"]["acute"]["auroc_macro"] == pytest.approx(np.nanmean(of["auroc"][acute]))
+    assert schema.label_types("mortality", schema.TASKS["mortality"].labels) == {}
+    assert schema.label_types("pheno", ["my own", "Shock"]) == {"acute": [1]}
+
+
+def test_operating_points_of_few_positives_are_withheld(scored):
+    of = {name: values[:, :1] if name in ("labels", "scores") else values for name, values in scored.items()}
+    shown = evaluate._operating_points(of)
+    assert len(shown["operating_points"]) == 3 and len(shown["net_benefit"]) == 19
+    assert "operating_points_withheld" not in shown
+    few = np.zeros_like(of["labels"])
+    few[:9] = 1
+    withheld = {"operating_points": [], "net_benefit": [], "operating_points_withheld": True}
+    assert evaluate._operating_points(of | {"labels": few}) == withheld
 
 
 def test_comparisons_draw_patients_or_stays(scored):

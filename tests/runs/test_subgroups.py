@@ -54,8 +54,11 @@ def test_small_groups_are_withheld_and_unknown_values_are_in_none(scored):
     assert entry["groups"][0]["num_samples"] == 350 and entry["gap"] is None
     alone = scored | {"first_careunit": np.full(400, "")}
     assert not any(e["by"] == "First care unit" for e in subgroups.describe(alone, 5, 0, None))
-    few = scored | {"labels": np.zeros_like(scored["labels"])}
-    assert subgroups.describe(few, 5, 0, None) == []  # no positive anywhere
+    few = scored | {"labels": np.zeros_like(scored["labels"])}  # no positive anywhere
+    withheld = [{"by": by, "groups": [], "gap": None} for by in ("Age", "Sex", "First care unit")]
+    assert subgroups.describe(few, 5, 0, None) == withheld
+    no_age = few | {"age": np.full(400, np.nan)}  # unknown, not withheld
+    assert [e["by"] for e in subgroups.describe(no_age, 5, 0, None)] == ["Sex", "First care unit"]
 
 
 def test_the_hours_of_few_stays_are_withheld(scored):
@@ -66,9 +69,9 @@ def test_the_hours_of_few_stays_are_withheld(scored):
         "25 to 48",
     ]
     nine_stays = hourly | {"stay_id": scored["subject_id"] % 9}
-    assert not any(e["by"] == "Hour of the stay" for e in subgroups.describe(nine_stays, 5, 0, None))
+    assert _by(nine_stays, "Hour of the stay")["groups"] == []
     few = hourly | {"labels": np.where(scored["subject_id"] < 3, 1, 0)[:, None] * scored["labels"]}
-    assert not any(e["by"] == "Hour of the stay" for e in subgroups.describe(few, 5, 0, None))
+    assert _by(few, "Hour of the stay")["groups"] == []
 
 
 def test_age_groups_are_those_of_the_paper(scored):
