@@ -306,7 +306,7 @@ def ordinal(scores: dict, sign: bool = False) -> str:
     if "kappa" not in scores:
         return ""
     words = []
-    for name, title, unit, digits in (("kappa", "linear kappa", "", 3), ("mad_h", "mean absolute deviation", " h", 1)):
+    for name, title, unit, digits in (("kappa", "linear kappa", "", 3), ("mad_h", "mean absolute deviation (lower is better)", " h", 1)):
         value, low, high = (number(x, digits, sign) for x in (scores.get(name), *pair(scores[f"{name}_ci"])))
         p = f", p {number(scores[f'{name}_p'])}" if f"{name}_p" in scores else ""
         words.append(f"{title} {value}{unit} ({low} to {high}{p})")
@@ -386,4 +386,5 @@ def number(value, digits: int = 3, sign: bool = False) -> str:
     """Format a number for a table, with a true minus sign; '–' if there is none."""
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         return "–"
+    value = round(float(value), digits) + 0.0  # never -0.0
     return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")

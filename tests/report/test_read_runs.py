@@ -170,6 +170,7 @@ def test_the_manifest_tells_synthetic_patients(tmp_path, manifest, expected):
 def test_number_and_pair():
     assert read_runs.number(0.12345) == "0.123" and read_runs.number(np.float32(0.5), 1) == "0.5"
     assert read_runs.number(-0.01, sign=True) == "−0.010" and read_runs.number(0.01, sign=True) == "+0.010"
+    assert read_runs.number(-0.0001) == "0.000" and read_runs.number(-0.0001, sign=True) == "+0.000"
     assert read_runs.number(11914, 0) == "11,914"
     assert [read_runs.number(x) for x in (None, float("nan"), "x")] == ["–"] * 3
     assert read_runs.pair(None) == (None, None) and read_runs.pair(np.array([0.1, 0.2])) == (0.1, 0.2)
