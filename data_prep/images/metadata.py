@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from data_prep import progress
-from data_prep.raw import parse, tables, times
+from data_prep.raw import invalid, parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -36,9 +36,7 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
     tally.add(metadata.select(pl.format("{} {}", date, clock)).to_series(), images["time"])
     tally.check(raw["metadata"].path, "StudyDate, StudyTime")
     counts = {"rows of metadata": len(images)}
-    images = images.drop_nulls(["dicom_id", "subject_id", "study_id"]).filter(
-        pl.col("dicom_id").str.contains(_DICOM_ID), pl.col("subject_id") > 0, pl.col("study_id") > 0
-    )
+    images = images.filter(_has_valid_ids(raw["metadata"].path, metadata, images))
     images = images.unique("dicom_id", keep="first", maintain_order=True)
     counts["X-rays with ids"] = len(images)
     counts["X-rays without a valid time (never paired)"] = untimed = images["time"].null_count()
@@ -50,8 +48,29 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
         path = raw["metadata"].path
         raise UserError(f"{path} has no valid row; download it again if it is incomplete", path=path)
     if "split" in raw:
-        counts |= _count_without_metadata(raw, images)
+        counts |= _count_without_metadata(raw, metadata)
     return images.with_columns(path=_path(raw["metadata"].path.parent, layout)).sort("dicom_id"), counts
+
+
+def _has_valid_ids(path: Path, metadata: pl.DataFrame, images: pl.DataFrame) -> pl.Series:
+    """Return which X-rays have valid ids; warn of the others, and raise UserError if they are more than 1 %.
+
+    metadata: the table's rows as text. images: the same rows, with their ids parsed.
+    """
+    valid = images.select(
+        pl.col("dicom_id").str.contains(_DICOM_ID), pl.col("subject_id") > 0, pl.col("study_id") > 0
+    ).fill_null(False)
+    for column in valid.columns:
+        invalid.check(
+            path,
+            column,
+            metadata[column].filter(~valid[column]),
+            len(valid),
+            "ids of X-rays",
+            "their X-rays are left out",
+            "a dicom_id has 1 to 64 letters, digits, '-' and '_', the other ids are whole numbers above 0",
+        )
+    return valid.select(pl.all_horizontal(pl.all())).to_series()
 
 
 def _path(root: Path, layout: str) -> pl.Expr:
@@ -71,11 +90,12 @@ def _path(root: Path, layout: str) -> pl.Expr:
     return pl.format("{}{}.{}", pl.lit(below), "dicom_id", ending)
 
 
-def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) -> dict:
+def _count_without_metadata(raw: dict[str, tables.Table], metadata: pl.DataFrame) -> dict:
     """Count the X-rays that only the split table lists, and warn about them."""
     listed = raw["split"].read("dicom_id").select(pl.col("dicom_id").str.strip_chars()).drop_nulls().unique()
     listed = listed.filter(pl.col("dicom_id").str.contains(_DICOM_ID))
-    missing = listed.join(images, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
+    present = metadata.select(pl.col("dicom_id").str.strip_chars())
+    missing = listed.join(present, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
     if missing:
         progress.say(
             f"warning: dropping {len(missing)} X-ray(s) of {raw['split'].path} without a row in "

@@ -101,6 +101,37 @@ def test_invalid_rows_are_counted(tmp_path, monkeypatch, changes, with_ids, with
     assert table["time"].drop_nulls().len() == 1 and table["dicom_id"][0] == "image-0001-00"
 
 
+@pytest.mark.parametrize(
+    ("column", "change", "form"),
+    [
+        ("dicom_id", lambda text: f"{text * 3}.dcm", "-9999-99.aaa'"),
+        ("dicom_id", lambda text: "", "the first is empty"),
+        ("dicom_id", lambda text: "\x1b[31m", "'?[99a'"),
+        ("subject_id", lambda text: f"p{text}", "'a99999999'"),
+        ("study_id", lambda text: f"s{text}", "'a99999999'"),
+        ("study_id", lambda text: "-1", "'-9'"),
+    ],
+)
+@pytest.mark.parametrize("num_bad", [1, 2])
+def test_over_one_percent_of_invalid_ids_stop_the_build(tmp_path, capsys, column, change, form, num_bad):
+    header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
+    rows = [image(n, 1) for n in range(100)]
+    _raw(tmp_path, rows[:1] + rows[-1:], size=(8, 8))
+    for row in rows[-num_bad:]:
+        row[column] = change(str(row[column]))
+    write_table(tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, rows)
+    raw = tables.mimic_cxr(tmp_path)
+    if num_bad == 2:
+        with refused(path=raw["metadata"].path, field=column, value=2) as caught:
+            metadata.read_metadata(raw)
+        assert form in str(caught.value)
+    else:
+        assert len(metadata.read_metadata(raw)[0]) == 99
+        line, *others = capsys.readouterr().err.splitlines()
+        assert len(others) == (column == "dicom_id")  # the split table lists an X-ray that has no row
+        assert line.startswith("warning: ") and f"1 of 100 ids of X-rays in column {column!r}" in line and form in line
+
+
 def test_a_metadata_table_without_valid_rows_is_reported(tmp_path):
     with pytest.raises(UserError) as raised:
         metadata.read_metadata(_raw(tmp_path, [image(1, 1) | {"study_id": ""}]))
