@@ -1,4 +1,4 @@
-"""Read each X-ray's patient, study, view, time and 14 labels from the tables of MIMIC-CXR-JPG."""
+"""Read each X-ray's patient, study, view and time from the tables of MIMIC-CXR-JPG. The labels: chexpert.py."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,6 @@ import polars as pl
 
 from data_prep import progress
 from data_prep.raw import invalid, parse, tables, times
-from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
 LAYOUTS = {
@@ -60,16 +59,9 @@ def _has_valid_ids(path: Path, metadata: pl.DataFrame, images: pl.DataFrame) -> 
     valid = images.select(
         pl.col("dicom_id").str.contains(_DICOM_ID), pl.col("subject_id") > 0, pl.col("study_id") > 0
     ).fill_null(False)
-    for column in valid.columns:
-        invalid.check(
-            path,
-            column,
-            metadata[column].filter(~valid[column]),
-            len(valid),
-            "ids of X-rays",
-            "their X-rays are left out",
-            "a dicom_id has 1 to 64 letters, digits, '-' and '_', the other ids are whole numbers above 0",
-        )
+    columns = {name: (metadata[name].filter(~valid[name]), len(valid)) for name in valid.columns}
+    remedy = "a dicom_id has 1 to 64 letters, digits, '-' and '_', the other ids are whole numbers above 0"
+    invalid.check(path, columns, "ids of X-rays", effect="their X-rays are left out", remedy=remedy)
     return valid.select(pl.all_horizontal(pl.all())).to_series()
 
 
@@ -102,23 +94,3 @@ def _count_without_metadata(raw: dict[str, tables.Table], metadata: pl.DataFrame
             f"{raw['metadata'].path}, listed in the manifests; download that table again if it is incomplete"
         )
     return {"X-rays without a metadata row": len(missing), "dicom_ids without a metadata row": missing[:100]}
-
-
-def labelled(raw: dict[str, tables.Table], images: pl.DataFrame) -> pl.DataFrame:
-    """Return the X-rays of studies with labels, and the labels."""
-    return images.join(read_labels(raw), on="study_id", maintain_order="left")
-
-
-def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
-    """Return study_id and the 14 labels (int8): 1 where positive; 0 where negative, uncertain (-1) or blank."""
-    table = raw["chexpert"]
-    for label in schema.RADIOLOGY_LABELS:
-        if label not in table.columns:
-            message = f"{table.path} has no column {label!r}, one of the 14 CheXpert labels; download it again"
-            raise UserError(message, path=table.path, field=label)
-    rows = table.read("study_id", *schema.RADIOLOGY_LABELS)
-    positive = [
-        (parse.number(name) == 1).fill_null(False).cast(pl.Int8).alias(name) for name in schema.RADIOLOGY_LABELS
-    ]
-    rows = rows.select(parse.integer("study_id"), *positive)
-    return rows.drop_nulls("study_id").unique("study_id", keep="first", maintain_order=True)

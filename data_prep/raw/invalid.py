@@ -21,14 +21,23 @@ def form(value: str | None) -> str:
     return f"the first looks like '{shown}'"
 
 
-def check(path: Path, column: str, invalid: pl.Series, given: int, what: str, effect: str, remedy: str) -> None:
-    """Warn of the `invalid` (text) of the `given` values of a table's column; raise UserError above 1 %.
+def check(path: Path, columns: dict[str, tuple[pl.Series, int]], what: str, effect: str, remedy: str) -> None:
+    """Warn of invalid values in a table's columns; raise UserError if they are more than 1 % of a column.
 
-    what, effect, remedy: what the values are, what happens to the invalid ones, and how to write them.
+    columns: name -> the invalid values (text), and how many values are given. what, effect, remedy: what the values
+    are, what happens to the invalid ones, and how to write them.
     """
-    if not len(invalid):
-        return
-    message = f"{path}: {len(invalid):,} of {given:,} {what} in column {column!r} are invalid ({form(invalid[0])})"
-    if len(invalid) > times.MAX_UNREADABLE * given:
-        raise UserError(f"{message}; that is more than 1 %: {remedy}", path=path, field=column, value=len(invalid))
-    progress.say(f"warning: {message}; {effect}")
+    found = {}
+    for column, (values, given) in columns.items():
+        if not len(values):
+            continue
+        found[column] = len(values)
+        message = f"{path}: {len(values):,} of {given:,} {what} in column {column!r} are invalid ({form(values[0])})"
+        if len(values) > times.MAX_UNREADABLE * given:
+            raise UserError(f"{message}; that is more than 1 %: {remedy}", path=path, field=column, value=len(values))
+        if len(found) == 1:
+            first = message
+    if found:
+        rest = sum(found.values()) - next(iter(found.values()))
+        others = f", and {rest:,} in other columns" if rest else ""
+        progress.say(f"warning: {first}{others}; {effect}")
