@@ -11,7 +11,7 @@ import polars as pl
 from data_prep import cache, profiles, progress
 from data_prep.ehr import cohort, discretize, events
 from data_prep.ehr.arrays import Arrays
-from data_prep.images import chexpert, pairing
+from data_prep.images import chexpert, pairing, views
 from data_prep.images import store as image_store
 from data_prep.labels import hourly, mortality, phenotypes
 from data_prep.raw import parse, tables
@@ -115,7 +115,7 @@ def image_hashes(source: Source, images: pl.DataFrame | None, names: list[str]) 
 def _of_stays(source: Source, images: pl.DataFrame) -> pl.DataFrame:
     """Return the X-rays that may be paired with a stay, for any task and options."""
     patients = source.mimic_iv["icustays"].read("subject_id").select(parse.integer("subject_id"))
-    return images.filter(pl.col("view") == "AP", pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
+    return images.filter(views.is_paired(), pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
 
 
 def make(

@@ -6,6 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from data_prep import progress
+from data_prep.images import views
 from data_prep.raw import invalid, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
@@ -27,7 +28,7 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
         pl.col("dicom_id").str.strip_chars(),
         parse.integer("subject_id"),
         parse.integer("study_id"),
-        view=pl.col("ViewPosition").fill_null(""),
+        view=views.view("ViewPosition"),
         time=times.study_times(metadata),
     )
     date, clock = (pl.when(~parse.missing(pl.col(name))).then(name) for name in ("StudyDate", "StudyTime"))
@@ -46,6 +47,7 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
     if images.is_empty():
         path = raw["metadata"].path
         raise UserError(f"{path} has no valid row; download it again if it is incomplete", path=path)
+    views.warn(raw["metadata"].path, images["view"])
     if "split" in raw:
         counts |= _count_without_metadata(raw, metadata)
     return images.with_columns(path=_path(raw["metadata"].path.parent, layout)).sort("dicom_id"), counts
