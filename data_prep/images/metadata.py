@@ -11,7 +11,7 @@ from data_prep.raw import invalid, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
 LAYOUTS = {
-    "auto": "tree if files/ contains folders p10 to p19, otherwise flat",
+    "auto": "tree if files/ contains folders p10 to p19, or if there is no files/ and no X-ray; otherwise flat",
     "tree": "files/p10/p10000032/s50414267/<dicom_id>.jpg, as published",
     "flat": "<dicom_id>.jpg or .png, all in files/ or, if there is none, in the folder itself",
 }
@@ -71,7 +71,7 @@ def _path(root: Path, layout: str) -> pl.Expr:
     """Return the path of each X-ray below `root`, whether there is a file or not."""
     files = root / "files"
     if layout == "auto":
-        layout = "tree" if next(files.glob("p*/"), None) else "flat"
+        layout = "tree" if next(files.glob("p*/"), None) or not (files.is_dir() or _has_pictures(root)) else "flat"
     if layout == "tree":
         subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
         return pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
@@ -82,6 +82,10 @@ def _path(root: Path, layout: str) -> pl.Expr:
     ]
     ending = pl.when(pl.col("dicom_id").is_in(pngs)).then(pl.lit("png")).otherwise(pl.lit("jpg"))
     return pl.format("{}{}.{}", pl.lit(below), "dicom_id", ending)
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(name.lower().endswith((".jpg", ".jpeg", ".png")) for name in os.listdir(folder))
 
 
 def _count_without_metadata(raw: dict[str, tables.Table], metadata: pl.DataFrame) -> dict:
