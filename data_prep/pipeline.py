@@ -11,7 +11,7 @@ import polars as pl
 from data_prep import cache, profiles, progress
 from data_prep.ehr import cohort, discretize, events
 from data_prep.ehr.arrays import Arrays
-from data_prep.images import metadata, pairing
+from data_prep.images import chexpert, pairing, views
 from data_prep.images import store as image_store
 from data_prep.labels import hourly, mortality, phenotypes
 from data_prep.raw import parse, tables
@@ -106,7 +106,7 @@ def image_hashes(source: Source, images: pl.DataFrame | None, names: list[str]) 
         return dict.fromkeys(names)
     hashes = {}
     for cxr_only in sorted({TASKS[name].cxr_only for name in names}):
-        used = metadata.labelled(source.mimic_cxr, images) if cxr_only else _of_stays(source, images)
+        used = chexpert.of_labelled_studies(source.mimic_cxr, images) if cxr_only else _of_stays(source, images)
         files = used.select("dicom_id", "path").iter_rows()
         hashes[cxr_only] = cache.key(images=image_store.signatures(source.cxr_root, files, source.workers))
     return {name: hashes[TASKS[name].cxr_only] for name in names}
@@ -115,7 +115,7 @@ def image_hashes(source: Source, images: pl.DataFrame | None, names: list[str]) 
 def _of_stays(source: Source, images: pl.DataFrame) -> pl.DataFrame:
     """Return the X-rays that may be paired with a stay, for any task and options."""
     patients = source.mimic_iv["icustays"].read("subject_id").select(parse.integer("subject_id"))
-    return images.filter(pl.col("view") == "AP", pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
+    return images.filter(views.is_paired(), pl.col("time").is_not_null()).join(patients, "subject_id", "semi")
 
 
 def make(
@@ -128,12 +128,15 @@ def make(
     stay_tasks = [TASKS[name] for name in inputs if not TASKS[name].cxr_only]
     if unlabelled := [task.name for task in stay_tasks if not task.hourly and task.name not in _LABELS]:
         raise AssertionError(f"data_prep.pipeline._LABELS has no labels for the task {unlabelled[0]!r}")
+    labelled = None
+    if images and any(TASKS[name].cxr_only for name in inputs):
+        labelled = chexpert.labelled(source.mimic_cxr, images[0])
     people = _read_cohort(source)
     arrays, events_dir = {}, None
     if stay_tasks:
         events_dir = _extract_events(cache_dir, source, fingerprint, people)
         arrays = {task.name: _discretize(cache_dir, source, people, task, events_dir) for task in stay_tasks}
-    store, labelled, pairs = None, None, dict.fromkeys(arrays, _NO_PAIRS)
+    store, pairs = None, dict.fromkeys(arrays, _NO_PAIRS)
     if images:
         store = image_store.ImageStore(
             cache_dir / "images",
@@ -142,8 +145,7 @@ def make(
             source.workers,
             source.allow_missing_images,
         )
-        if any(TASKS[name].cxr_only for name in inputs):
-            labelled = metadata.labelled(source.mimic_cxr, images[0])
+        if labelled is not None:
             store.add(labelled.select("dicom_id", "path").iter_rows())
         pairs = _pair_readable(source, people, arrays, images[0], store)
         if blank := store.num_blank():

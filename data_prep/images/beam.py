@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from data_prep import cache, profiles, progress
-from data_prep.images import metadata, store
+from data_prep.images import chexpert, metadata, store
 from data_prep.raw import tables
 from medfuse_jax.runtime import command_line, cores, files
 from medfuse_jax.runtime.errors import UserError
@@ -31,7 +31,7 @@ def chunk_list(mimic_cxr: Path) -> list[list[tuple[str, str]]]:
     """Return the chunks that the task 'radiology' needs: every labelled X-ray."""
     raw = tables.mimic_cxr(mimic_cxr)
     images, _ = metadata.read_metadata(raw)
-    return store.chunks(metadata.labelled(raw, images).select("dicom_id", "path").iter_rows())
+    return store.chunks(chexpert.of_labelled_studies(raw, images).select("dicom_id", "path").iter_rows())
 
 
 def decode_chunk(images: list, folder: str, root: str, image_shape: str) -> int:

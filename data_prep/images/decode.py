@@ -11,13 +11,14 @@ from PIL import Image, ImageOps
 from medfuse_jax import schema
 
 DECODER = f"Pillow {PIL.__version__}"  # another version may give other pixels
-VERSION = 3  # increment when the same file gives other pixels
+VERSION = 4  # increment when the same file gives other pixels
 FORMATS = ("JPEG", "PNG", "TIFF")  # whatever the file's name; for an EPS, Pillow would start Ghostscript
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 80_000_000  # Pillow warns above 89 million
 _MODES = ("L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits
 _MODES_16 = ("I;16", "I;16L", "I;16B", "I")
 _DEPTHS = (8, 10, 12, 14, 16)  # bits of a detector
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF's tag PhotometricInterpretation, and its value where 0 is white
 _FULL_16_BIT = 1 << 14 - 8  # the upper 8 bits of the largest pixel, if it needs more than 14
 
 
@@ -42,7 +43,8 @@ def decode(path: Path, image_shape: str) -> np.ndarray:
                 raise OSError(f"more than {MAX_PIXELS:,} pixels")
             is_16_bit = "16" in str(image.tile[0][3]) if image.tile else False
             image.draft("L", (size, size))
-            image = _grey(ImageOps.exif_transpose(image), is_16_bit)
+            white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC, _WHITE_IS_ZERO) == _WHITE_IS_ZERO
+            image = _grey(ImageOps.exif_transpose(image), is_16_bit, white_is_zero)
     except OSError:
         raise
     except (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError, EOFError, struct.error) as error:
@@ -58,13 +60,15 @@ def decode(path: Path, image_shape: str) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def _grey(image: Image.Image, is_16_bit: bool) -> Image.Image:
+def _grey(image: Image.Image, is_16_bit: bool, white_is_zero: bool) -> Image.Image:
     """Return an 8-bit grey image; raise OSError for a kind that has no such reading.
 
-    is_16_bit: whether the file has 16 bits in a channel.
+    is_16_bit: whether the file has 16 bits in a channel. white_is_zero: whether its 0 is white; of 8 bits, Pillow has
+    inverted such pixels already.
     """
     if image.mode in _MODES_16:
-        return _scaled(np.asarray(image))
+        scaled = _scaled(np.asarray(image))
+        return ImageOps.invert(scaled) if white_is_zero else scaled
     if image.mode not in _MODES:
         raise OSError(f"pixels of the kind {image.mode!r}")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:

@@ -1,4 +1,4 @@
-"""Read each X-ray's patient, study, view, time and 14 labels from the tables of MIMIC-CXR-JPG."""
+"""Read each X-ray's patient, study, view and time from the tables of MIMIC-CXR-JPG. The labels: chexpert.py."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import polars as pl
 
 from data_prep import progress
-from data_prep.raw import parse, tables, times
-from medfuse_jax import schema
+from data_prep.images import views
+from data_prep.raw import invalid, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
 LAYOUTS = {
-    "auto": "tree if files/ contains folders p10 to p19, otherwise flat",
+    "auto": "tree if files/ contains folders p10 to p19, or if there is no files/ and no X-ray; otherwise flat",
     "tree": "files/p10/p10000032/s50414267/<dicom_id>.jpg, as published",
     "flat": "<dicom_id>.jpg or .png, all in files/ or, if there is none, in the folder itself",
 }
@@ -28,7 +28,7 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
         pl.col("dicom_id").str.strip_chars(),
         parse.integer("subject_id"),
         parse.integer("study_id"),
-        view=pl.col("ViewPosition").fill_null(""),
+        view=views.view("ViewPosition"),
         time=times.study_times(metadata),
     )
     date, clock = (pl.when(~parse.missing(pl.col(name))).then(name) for name in ("StudyDate", "StudyTime"))
@@ -36,9 +36,7 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
     tally.add(metadata.select(pl.format("{} {}", date, clock)).to_series(), images["time"])
     tally.check(raw["metadata"].path, "StudyDate, StudyTime")
     counts = {"rows of metadata": len(images)}
-    images = images.drop_nulls(["dicom_id", "subject_id", "study_id"]).filter(
-        pl.col("dicom_id").str.contains(_DICOM_ID), pl.col("subject_id") > 0, pl.col("study_id") > 0
-    )
+    images = images.filter(_has_valid_ids(raw["metadata"].path, metadata, images))
     images = images.unique("dicom_id", keep="first", maintain_order=True)
     counts["X-rays with ids"] = len(images)
     counts["X-rays without a valid time (never paired)"] = untimed = images["time"].null_count()
@@ -49,16 +47,31 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
     if images.is_empty():
         path = raw["metadata"].path
         raise UserError(f"{path} has no valid row; download it again if it is incomplete", path=path)
+    views.warn(raw["metadata"].path, images["view"])
     if "split" in raw:
-        counts |= _count_without_metadata(raw, images)
+        counts |= _count_without_metadata(raw, metadata)
     return images.with_columns(path=_path(raw["metadata"].path.parent, layout)).sort("dicom_id"), counts
+
+
+def _has_valid_ids(path: Path, metadata: pl.DataFrame, images: pl.DataFrame) -> pl.Series:
+    """Return which X-rays have valid ids; warn of the others, and raise UserError if they are more than 1 %.
+
+    metadata: the table's rows as text. images: the same rows, with their ids parsed.
+    """
+    valid = images.select(
+        pl.col("dicom_id").str.contains(_DICOM_ID), pl.col("subject_id") > 0, pl.col("study_id") > 0
+    ).fill_null(False)
+    columns = {name: (metadata[name].filter(~valid[name]), len(valid)) for name in valid.columns}
+    remedy = "a dicom_id has 1 to 64 letters, digits, '-' and '_', the other ids are whole numbers above 0"
+    invalid.check(path, columns, "ids of X-rays", effect="their X-rays are left out", remedy=remedy)
+    return valid.select(pl.all_horizontal(pl.all())).to_series()
 
 
 def _path(root: Path, layout: str) -> pl.Expr:
     """Return the path of each X-ray below `root`, whether there is a file or not."""
     files = root / "files"
     if layout == "auto":
-        layout = "tree" if next(files.glob("p*/"), None) else "flat"
+        layout = "tree" if next(files.glob("p*/"), None) or not (files.is_dir() or _has_pictures(root)) else "flat"
     if layout == "tree":
         subject, study = pl.col("subject_id").cast(pl.String), pl.col("study_id").cast(pl.String)
         return pl.format("files/p{}/p{}/s{}/{}.jpg", subject.str.head(2), subject, study, "dicom_id")
@@ -71,34 +84,19 @@ def _path(root: Path, layout: str) -> pl.Expr:
     return pl.format("{}{}.{}", pl.lit(below), "dicom_id", ending)
 
 
-def _count_without_metadata(raw: dict[str, tables.Table], images: pl.DataFrame) -> dict:
+def _has_pictures(folder: Path) -> bool:
+    return any(name.lower().endswith((".jpg", ".jpeg", ".png")) for name in os.listdir(folder))
+
+
+def _count_without_metadata(raw: dict[str, tables.Table], metadata: pl.DataFrame) -> dict:
     """Count the X-rays that only the split table lists, and warn about them."""
     listed = raw["split"].read("dicom_id").select(pl.col("dicom_id").str.strip_chars()).drop_nulls().unique()
     listed = listed.filter(pl.col("dicom_id").str.contains(_DICOM_ID))
-    missing = listed.join(images, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
+    present = metadata.select(pl.col("dicom_id").str.strip_chars())
+    missing = listed.join(present, on="dicom_id", how="anti")["dicom_id"].sort().to_list()
     if missing:
         progress.say(
             f"warning: dropping {len(missing)} X-ray(s) of {raw['split'].path} without a row in "
             f"{raw['metadata'].path}, listed in the manifests; download that table again if it is incomplete"
         )
     return {"X-rays without a metadata row": len(missing), "dicom_ids without a metadata row": missing[:100]}
-
-
-def labelled(raw: dict[str, tables.Table], images: pl.DataFrame) -> pl.DataFrame:
-    """Return the X-rays of studies with labels, and the labels."""
-    return images.join(read_labels(raw), on="study_id", maintain_order="left")
-
-
-def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
-    """Return study_id and the 14 labels (int8): 1 where positive; 0 where negative, uncertain (-1) or blank."""
-    table = raw["chexpert"]
-    for label in schema.RADIOLOGY_LABELS:
-        if label not in table.columns:
-            message = f"{table.path} has no column {label!r}, one of the 14 CheXpert labels; download it again"
-            raise UserError(message, path=table.path, field=label)
-    rows = table.read("study_id", *schema.RADIOLOGY_LABELS)
-    positive = [
-        (parse.number(name) == 1).fill_null(False).cast(pl.Int8).alias(name) for name in schema.RADIOLOGY_LABELS
-    ]
-    rows = rows.select(parse.integer("study_id"), *positive)
-    return rows.drop_nulls("study_id").unique("study_id", keep="first", maintain_order=True)

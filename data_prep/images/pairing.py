@@ -4,6 +4,8 @@ import datetime
 
 import polars as pl
 
+from data_prep.images import views
+
 
 def within(stays: pl.DataFrame, images: pl.DataFrame, window_h: float | None) -> pl.DataFrame:
     """Return each stay's AP X-rays taken from `intime` to the end of its window, sorted by stay and time.
@@ -16,7 +18,7 @@ def within(stays: pl.DataFrame, images: pl.DataFrame, window_h: float | None) ->
     if window_h is not None:
         end = pl.min_horizontal(end, pl.col("intime") + datetime.timedelta(hours=window_h))
     candidates = stays.select("stay_id", "subject_id", "intime", end.alias("end")).join(
-        images.filter(pl.col("view") == "AP").select("dicom_id", "subject_id", "time"), on="subject_id"
+        images.filter(views.is_paired()).select("dicom_id", "subject_id", "time"), on="subject_id"
     )
     inside = candidates.filter(pl.col("time").is_between("intime", "end")).sort("stay_id", "time", "dicom_id")
     return inside.select("stay_id", "dicom_id", cxr_time="time")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
+from data_prep import progress
 from data_prep.raw import times
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
@@ -141,7 +142,9 @@ def reading(path: Path) -> Iterator[None]:
     except (OSError, pl.exceptions.PolarsError) as error:
         kind = "Parquet" if path.suffix == ".parquet" else "CSV"
         is_cut = "unexpected end" in str(error)
-        what = "it is truncated" if is_cut else f"it is not a complete {kind} file, or a quote in it is not closed"
+        what = "it is truncated" if is_cut else f"it is not a complete {kind} file"
+        if kind == "CSV" and not is_cut:
+            what += ", or a quote in it is not closed"
         raise UserError(
             f"{path} cannot be read: {what}; download it again and compare its SHA-256", path=path
         ) from None
@@ -174,18 +177,29 @@ def _folder(root: str | Path, flag: str) -> Path:
 def mimic_iv(root: str | Path) -> dict[str, Table]:
     """Open the MIMIC-IV tables under `root`; raise UserError for a missing table or column."""
     root = _folder(root, "mimic_iv")
-    found = {}
+    found: dict[str, Table] = {}
+    copies: list[tuple[Path, Path]] = []
     for name, (folders, required) in MIMIC_IV.items():
         candidates = [root / folder / f"{name}{end}" for folder in folders for end in _ENDINGS]
-        path = next((path for path in candidates if path.is_file()), None)
-        if path is None:
+        paths = [path for path in candidates if path.is_file()]
+        if not paths:
             message = (
                 f"{root} has no {folders[0]}/{name}.csv.gz (or .csv, .csv.zst, .parquet); --mimic_iv must be the "
                 "folder that contains icu/ and hosp/, with all tables of MIMIC-IV"
             )
             raise UserError(message, field="--mimic_iv", path=candidates[0])
-        found[name] = _open(path, root, required)
+        found[name] = _open(paths[0], root, required)
+        copies += [(paths[0], copy) for copy in paths[1:]]
+    _warn_of_copies(copies)
     return found
+
+
+def _warn_of_copies(copies: list[tuple[Path, Path]]) -> None:
+    """Warn of tables that are there twice. copies: the file that is read, and one that is not."""
+    if copies:
+        read, unread = copies[0]
+        more = f" ({len(copies) - 1} more such files are not read)" if len(copies) > 1 else ""
+        progress.say(f"warning: {read} is read, not {unread}{more}")
 
 
 def mimic_iv_version(tables: dict[str, Table]) -> str:
@@ -221,12 +235,14 @@ def _possible_versions(tables: dict[str, Table]) -> list[str]:
 def mimic_cxr(root: str | Path) -> dict[str, Table]:
     """Open the MIMIC-CXR-JPG tables under `root`: 'metadata', 'chexpert' and, if present, 'split'."""
     root = _folder(root, "mimic_cxr")
-    found = {}
+    found: dict[str, Table] = {}
+    copies: list[tuple[Path, Path]] = []
     for name, required in MIMIC_CXR.items():
-        paths = [p for end in _ENDINGS for p in sorted(root.glob(f"mimic-cxr-*-{name}{end}"), reverse=True)]
+        paths = [p for end in _ENDINGS for p in sorted(root.glob(f"mimic-cxr-[0-9]*-{name}{end}"), reverse=True)]
         paths = [p for p in paths if p.is_file()]
         if paths:
             found[name] = _open(paths[0], root, required)
+            copies += [(paths[0], copy) for copy in paths[1:]]
         elif name != "split":
             path = root / f"mimic-cxr-2.0.0-{name}.csv.gz"
             message = (
@@ -234,6 +250,7 @@ def mimic_cxr(root: str | Path) -> dict[str, Table]:
                 "folder, with its tables and files/"
             )
             raise UserError(message, field="--mimic_cxr", path=path)
+    _warn_of_copies(copies)
     return found
 
 

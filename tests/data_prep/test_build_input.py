@@ -218,6 +218,16 @@ def test_x_rays_may_lie_in_one_folder(tmp_path, folder):
         build.build(iv, cxr, tmp_path / "again", tasks=["radiology"], cxr_layout="tree")
 
 
+def test_without_x_rays_the_message_names_the_published_path(tmp_path):
+    iv, cxr = write_one_stay(tmp_path, [image(0, 5)])
+    (cxr / "files").rename(cxr / "files.old")
+    with pytest.raises(UserError, match=f"first tried: {cxr / image_path(image(0, 5))}"):
+        build.build(iv, cxr, tmp_path / "out", tasks=["radiology"])
+    (cxr / "1.png").write_bytes(b"")  # now the X-rays may lie beside it
+    with pytest.raises(UserError, match=f"first tried: {cxr / 'image-0000-00.jpg'}"):
+        build.build(iv, cxr, tmp_path / "out", tasks=["radiology"])
+
+
 def by_dicom(out):
     return {row["dicom_id"]: row["image"].tobytes() for rows in read_all(out, "radiology").values() for row in rows}
 

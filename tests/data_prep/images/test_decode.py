@@ -87,6 +87,15 @@ def _sideways(path):
     _save(path, np.rot90(RAMP).copy(), format="JPEG", quality=95, exif=exif)
 
 
+def _white_is_zero(path, pixels):
+    """Write a TIFF whose 0 is white; its tag is changed in the file, because Pillow writes no such one of 16 bits."""
+    _save(path, pixels, format="TIFF")
+    black, white = (struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0))
+    content = path.read_bytes()
+    assert content.count(black) == 1
+    path.write_bytes(content.replace(black, white))
+
+
 def _colour_png(path, pixels_HW):
     """Write a 16-bit RGB PNG, which Pillow can read and not write."""
 
@@ -111,6 +120,9 @@ KINDS = {
     "16-bit colour PNG": lambda path: _colour_png(path, RAMP.astype(int) * 257),
     "12-bit PNG": lambda path: _save(path, RAMP.astype(np.uint16) * 16, format="PNG"),
     "16-bit TIFF": lambda path: _save(path, RAMP.astype(np.uint16) * 257, format="TIFF"),
+    "8-bit TIFF in which 0 is white": lambda path: _white_is_zero(path, 255 - RAMP),
+    "16-bit TIFF in which 0 is white": lambda path: _white_is_zero(path, (255 - RAMP).astype(np.uint16) * 257),
+    "12-bit TIFF in which 0 is white": lambda path: _white_is_zero(path, (255 - RAMP).astype(np.uint16) * 16),
     "32-bit TIFF of 16 bits": lambda path: _save(path, RAMP.astype(np.int32) * 257, format="TIFF"),
 }
 

@@ -1,0 +1,48 @@
+"""Which file of a table is read, and what a damaged one is said to be."""
+
+import polars as pl
+import pytest
+from raw_tables import image, stay, write_mimic_cxr, write_mimic_iv
+from refusals import refused
+
+from data_prep.raw import tables
+
+
+def test_of_two_files_of_a_table_the_build_says_which_it_reads(tmp_path, capsys):
+    images = [image(1, 1)]
+    for gz in (True, False):
+        write_mimic_cxr(tmp_path / "cxr", images, size=(8, 8), gz=gz)
+        write_mimic_iv(tmp_path / "iv", [stay(1)], gz=gz)
+    (tmp_path / "iv/hosp/patients.csv").unlink()
+    (tmp_path / "cxr/mimic-cxr-2.0.0-chexpert.csv").unlink()
+    (tmp_path / "cxr/mimic-cxr-2.0.0-split.csv").unlink()
+    assert tables.mimic_iv(tmp_path / "iv")["admissions"].path == tmp_path / "iv/hosp/admissions.csv.gz"
+    (line,) = capsys.readouterr().err.splitlines()
+    names = [tmp_path / "iv/hosp" / name for name in ("admissions.csv.gz", "admissions.csv")]
+    assert line == f"warning: {names[0]} is read, not {names[1]} (4 more such files are not read)"
+    assert tables.mimic_cxr(tmp_path / "cxr")["metadata"].path.suffix == ".gz"
+    (line,) = capsys.readouterr().err.splitlines()
+    names = [tmp_path / "cxr" / f"mimic-cxr-2.0.0-metadata.{end}" for end in ("csv.gz", "csv")]
+    assert line == f"warning: {names[0]} is read, not {names[1]}"
+
+
+def test_lists_of_others_beside_the_tables_are_not_read(tmp_path, capsys):
+    root = write_mimic_cxr(tmp_path, [image(1, 1)], size=(8, 8), gz=False)
+    (root / "mimic-cxr-ehr-split.csv").write_text("dicom_id\n")  # of the released code
+    assert tables.mimic_cxr(root)["split"].path.name == "mimic-cxr-2.0.0-split.csv"
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_only_of_a_csv_a_quote_may_be_open(tmp_path, ending):
+    path = tmp_path / f"table{ending}"
+    if ending == ".csv":
+        path.write_text('a,b\n1,"2\n')
+    else:
+        pl.DataFrame({"a": ["1"]}).write_parquet(path)
+        path.write_bytes(path.read_bytes()[:-9])
+    table = tables.Table(path, path.name, {"a": "a"})
+    with refused(path=path) as caught:
+        table.read("a")
+    assert ("a quote in it" in str(caught.value)) == (ending == ".csv")
+    assert ("Parquet" in str(caught.value)) == (ending == ".parquet")
