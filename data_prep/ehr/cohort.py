@@ -13,7 +13,7 @@ from data_prep.profiles import PAPER, Rules
 from data_prep.raw import known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 6  # increment when the same tables give other stays, deaths or splits
+VERSION = 7  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory

@@ -24,7 +24,7 @@ from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
-VERSION = 9  # increment when the same input gives other events
+VERSION = 10  # increment when the same input gives other events
 # Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
