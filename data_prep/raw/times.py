@@ -136,8 +136,14 @@ def form(text: str) -> str:
 
 @dataclasses.dataclass
 class Tally:
-    """How many times of a column are given, how many of them cannot be read, and the form of the first of those."""
+    """How many times of a column are given, how many of them cannot be read, and the form of the first of those.
 
+    what, written, effect: for columns that hold no times.
+    """
+
+    what: str = "times"
+    written: str = "as MIMIC does, YYYY-MM-DD HH:MM:SS"
+    effect: str = "they count as missing"
     given: int = 0
     unreadable: int = 0
     form: str = ""
@@ -151,15 +157,15 @@ class Tally:
         self.unreadable += len(wrong)
 
     def check(self, path: Path, column: str) -> int:
-        """Return how many times cannot be read, with a warning; raise UserError above 1 %."""
+        """Return how many values cannot be read, with a warning; raise UserError above 1 %."""
         if not self.unreadable:
             return 0
         message = (
-            f"{path}: {self.unreadable:,} of {self.given:,} times in column {column!r} cannot be read (the first looks "
-            f"like '{self.form}')"
+            f"{path}: {self.unreadable:,} of {self.given:,} {self.what} in column {column!r} cannot be read (the first "
+            f"looks like '{self.form}')"
         )
         if self.unreadable > MAX_UNREADABLE * self.given:
-            message += "; that is more than 1 %: write them as MIMIC does, YYYY-MM-DD HH:MM:SS"
+            message += f"; that is more than 1 %: write them {self.written}"
             raise UserError(message, path=path, field=column, value=self.unreadable)
-        progress.say(f"warning: {message}; they count as missing")
+        progress.say(f"warning: {message}; {self.effect}")
         return self.unreadable
