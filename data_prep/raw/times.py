@@ -138,19 +138,20 @@ def form(text: str) -> str:
 class Tally:
     """How many times of a column are given, how many of them cannot be read, and the form of the first of those.
 
-    what, written, effect: for columns that hold no times.
+    what, written, effect: for columns that hold no times. needed: whether a missing value counts as unreadable.
     """
 
     what: str = "times"
     written: str = "as MIMIC does, YYYY-MM-DD HH:MM:SS"
     effect: str = "they count as missing"
+    needed: bool = False
     given: int = 0
     unreadable: int = 0
     form: str = ""
 
     def add(self, text: pl.Series, parsed: pl.Series) -> None:
         other = text.filter(parsed.is_null())
-        wrong = other.filter(~parse.missing(other))
+        wrong = other.fill_null("") if self.needed else other.filter(~parse.missing(other))
         if len(wrong) and not self.unreadable:
             self.form = form(wrong[0])
         self.given += len(text) - len(other) + len(wrong)
@@ -160,9 +161,10 @@ class Tally:
         """Return how many values cannot be read, with a warning; raise UserError above 1 %."""
         if not self.unreadable:
             return 0
+        first = f"looks like '{self.form}'" if self.form else "is empty"
         message = (
             f"{path}: {self.unreadable:,} of {self.given:,} {self.what} in column {column!r} cannot be read (the first "
-            f"looks like '{self.form}')"
+            f"{first})"
         )
         if self.unreadable > MAX_UNREADABLE * self.given:
             message += f"; that is more than 1 %: write them {self.written}"
