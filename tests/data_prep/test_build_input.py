@@ -72,7 +72,7 @@ def test_suspicious_input_gives_a_warning(tmp_path, capsys):
     )
     build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="released")
     printed = capsys.readouterr().err
-    assert "cohort: 1 of 2 ICU stays; removed 1 by 'no transfer between units'" in printed
+    assert "cohort: 1 of 2 ICU stays; removed 1 that fail 'no transfer between units'" in printed
     assert "labevents.csv.gz has no row of any variable" in printed and "chartevents" not in printed
     assert "--profile=released with 2 h steps" in printed and "--profile=released without --phenotypes" in printed
     build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="released", timestep_h=1)
