@@ -71,8 +71,10 @@ def build(
         None for 1 %. images: what records of phenotyping and mortality hold, of IMAGES.
     Raises UserError for bad options or input. A dataset built with other options or input is rebuilt.
     """
-    for flag, folder in (("--mimic_iv", mimic_iv), ("--mimic_cxr", mimic_cxr or ""), ("--out", out)):
-        files.check_local(flag, folder)
+    for flag, folder in (("--mimic_iv", mimic_iv), ("--mimic_cxr", mimic_cxr), ("--out", out)):
+        if folder == "":
+            raise UserError(f"{flag} is empty: give a folder", field=flag, value="")
+        files.check_local(flag, folder or "")
     rules, out = profiles.rules(profile), Path(out)
     names = _check_tasks(tasks, mimic_cxr)
     _check_out(out, names, [Path(folder) for folder in (mimic_iv, mimic_cxr) if folder])

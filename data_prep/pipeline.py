@@ -228,7 +228,7 @@ def _read_cohort(source: Source) -> Cohort:
     split_of = cohort.assign_splits(stays["subject_id"], source.val_ids, source.test_ids, source.options["seed"])
     label_NK, icd_counts = phenotypes.labels(source.mimic_iv, stays, source.phenotypes)
     dropped = [
-        f"{before['stays'] - step['stays']:,} by '{step['filter']}'"
+        f"{before['stays'] - step['stays']:,} that fail '{step['filter']}'"
         for before, step in itertools.pairwise(flow)
         if step["stays"] < before["stays"]
     ]

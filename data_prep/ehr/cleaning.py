@@ -12,6 +12,8 @@ CLASS_VARIABLES = [index for index, variable in enumerate(schema.VARIABLES) if v
 HEIGHT_INCH, TEMPERATURE_F, WEIGHT_LB = 226707, 223761, 226531  # items that are not in their variable's unit
 KG_PER_LB, CM_PER_INCH = 0.453592, 2.54
 
+NO_VALUE = "no valid value"  # a row's fate
+
 # Text of a row -> class, for texts that are not class names.
 CAPILLARY_TEXT = {"Normal <3 Seconds": "0.0", "Abnormal >3 Seconds": "1.0"}
 
@@ -48,7 +50,7 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     other = numbers.filter(pl.col("value").is_null()).with_columns(value=_parse_other_text(rules))
     numbers = pl.concat([numbers.filter(pl.col("value").is_not_null()), other]).with_columns(value=_convert(rules))
     frame = pl.concat([classes, numbers])
-    fate = pl.when(pl.col("value").is_null()).then(pl.lit("no valid value"))
+    fate = pl.when(pl.col("value").is_null()).then(pl.lit(NO_VALUE))
     if not rules.zero_size:
         fate = fate.when(_of("Height", "Weight") & (pl.col("value") == 0)).then(pl.lit("impossible value"))
     frame = frame.with_columns(fate=fate)

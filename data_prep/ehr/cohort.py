@@ -13,11 +13,13 @@ from data_prep.profiles import PAPER, Rules
 from data_prep.raw import known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 6  # increment when the same tables give other stays, deaths or splits
+VERSION = 7  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
+MAX_ROUNDED = 0.01  # the build warns if more than this share of the stays have a rounded `los`
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
 SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
+_LASTS_H = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
 _COLUMNS = (
     *("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_h"),
     *("age", "gender", "race", "admission_type", "first_careunit", "died", "death_h", "expire_flag"),
@@ -48,6 +50,7 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
         times.time("outtime"),
         los_h=parse.number("los") * 24.0,
     )
+    stays = _without_rounding(stays, raw["icustays"].path)
     stays = count("with ids", stays.drop_nulls(["subject_id", "hadm_id", "stay_id"]))
     stays = count("not a duplicate", stays.unique("stay_id", keep="first", maintain_order=True))
     stays = count("no transfer between units", stays.filter(pl.col("first_careunit") == pl.col("last_careunit")))
@@ -58,14 +61,15 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     timed = timed.filter(pl.col("los_h") > 0, pl.col("outtime") > pl.col("intime"))
     stays = count("with times and a length of stay", timed)
     # `los` decides how many time steps a stay has, `outtime` which X-rays it gets: both must agree.
-    lasts_h = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
-    agrees = (pl.col("los_h") - lasts_h).abs() <= LOS_SLACK_H
+    agrees = (pl.col("los_h") - _LASTS_H).abs() <= LOS_SLACK_H
     stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
     stays = count("of at most a year", stays.filter(pl.col("los_h") <= MAX_LOS_H))
+    _check_ages(raw["patients"])
     admissions, patients = _read_admissions(raw), read_patients(raw)
     stays = stays.join(admissions, on="hadm_id").join(patients, on="subject_id")
     stays = count("with a patient and an admission", stays)
     stays = count("with the patient's own admission", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
+    stays = count("with a readable age", stays.drop_nulls("age"))
     stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
     stays = stays.join(mortality.alive_until(admissions, patients), on="subject_id", how="left")
     if rules.after_death:
@@ -86,6 +90,32 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     stays = mortality.add_deaths(stays).with_columns(known_words.word("first_careunit"))
     known_words.warn_of_others(stays)
     return stays.sort("stay_id").select(_COLUMNS), flow
+
+
+def _without_rounding(stays: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Replace `los_h` by outtime - intime where the two differ only because the column `los` is rounded.
+
+    Its values have as many decimals as the longest of them; MIMIC-IV's have up to 16.
+    """
+    decimals = stays["los"].str.extract(r"^\s*\d+\.?(\d*)\s*$", 1).str.len_chars().max()
+    if decimals is None or decimals > 2:  # half of the third decimal is less than a minute
+        return stays
+    difference_h = (pl.col("los_h") - _LASTS_H).abs()
+    rounding_h = 24.0 * 0.5 * 10.0**-decimals + LOS_SLACK_H
+    is_rounded = (difference_h > LOS_SLACK_H) & (difference_h <= rounding_h)
+    rounded = stays.select(is_rounded.sum()).item()
+    if rounded > MAX_ROUNDED * len(stays):
+        progress.say(f"warning: {path}: 'los' of {rounded:,} stays is rounded; their length is outtime - intime")
+    return stays.with_columns(los_h=pl.when(is_rounded).then(_LASTS_H).otherwise("los_h"))
+
+
+def _check_ages(patients: tables.Table) -> None:
+    """Raise UserError if more than 1 % of the ages are missing or unreadable."""
+    text = patients.read("anchor_age")
+    written, effect = "as MIMIC does, in whole years", "their stays are left out"
+    tally = times.Tally(what="ages", written=written, effect=effect, needed=True)
+    tally.add(text["anchor_age"], text.select(parse.number("anchor_age")).to_series())
+    tally.check(patients.path, "anchor_age")
 
 
 def digest(stays: pl.DataFrame) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from data_prep import progress
-from data_prep.ehr import cleaning
+from data_prep.ehr import cleaning, readable
 from data_prep.ehr.arrays import EPSILON_H
 from data_prep.ehr.cleaning import VARIABLE
 from data_prep.profiles import Rules
@@ -24,7 +24,7 @@ from data_prep.raw import parse, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
-VERSION = 9  # increment when the same input gives other events
+VERSION = 10  # increment when the same input gives other events
 # Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
@@ -65,7 +65,7 @@ def num_buckets(num_stays: int) -> int:
 def extract(raw: dict[str, tables.Table], stays: pl.DataFrame, rules: Rules, folder: Path) -> None:
     """Write every bucket's events, `counts.json` (rows by fate and variable) and `unreadable_times.json` to `folder`.
 
-    Raises UserError if more than 1 % of a table's times cannot be read.
+    Raises UserError if more than 1 % of a column's times or ids cannot be read.
     """
     lookup = stays.with_row_index("stay").select(
         "stay",
@@ -122,22 +122,25 @@ def _batches(
         table = raw[name]
         # Laboratory rows belong to an admission; MIMIC-IV gives them no stay.
         extra = "valuenum" if name == "labevents" else "stay_id"
-        item_variable = {str(item): VARIABLE[variable] for variable, ids in items.items() for item in ids}
-        item_variable |= {f"{item}.0": variable for item, variable in item_variable.items()}  # as parse.integer accepts
+        item_variable = {item: VARIABLE[variable] for variable, ids in items.items() for item in ids}
         columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
         if rules.stored_in_time:
             columns.append("storetime")
-        wanted = table.scan(*columns).filter(pl.col("itemid").is_in(list(item_variable)))
-        num_rows = 0
+        number = pl.col("itemid").cast(pl.Int64, strict=False)  # null also for '220045.0', which is read below
+        wanted = table.scan(*columns).filter(number.is_in(list(item_variable)) | number.is_null())
+        num_rows, watch = 0, readable.Watch(table)
         tallies = {column: times.Tally() for column in ("charttime", "storetime") if column in columns}
         for batch in progress.bar(_raw_batches(table, wanted), f"events of {table.name}", "batches"):
+            batch = watch.known_items(batch, list(item_variable))
             num_rows += len(batch)
+            watch.add_ids(batch)
             text, batch = batch, batch.with_columns(times.time(column) for column in tallies)
             for column, tally in tallies.items():
                 tally.add(text[column], batch[column])
-            yield _events(batch, item_variable, rules, lookup, counts)
+            yield _events(batch, item_variable, rules, lookup, counts, watch)
         for column, tally in tallies.items():
             unreadable[f"{name}.{column}"] = tally.check(table.path, column)
+        watch.check()
         if not num_rows:
             progress.say(f"warning: {table.path} has no row of any variable; is the table complete?")
 
@@ -161,12 +164,18 @@ def _joined(frames: Iterable[pl.DataFrame], num_rows: int) -> Iterator[pl.DataFr
 
 
 def _events(
-    batch: pl.DataFrame, item_variable: dict[str, int], rules: Rules, lookup: pl.DataFrame, counts: dict
+    batch: pl.DataFrame,
+    item_variable: dict[int, int],
+    rules: Rules,
+    lookup: pl.DataFrame,
+    counts: dict,
+    watch: readable.Watch,
 ) -> pl.DataFrame:
     """Turn a batch of raw rows into events, and count every row by its fate."""
     located = _locate(batch, item_variable, lookup)
     _count(located.filter(pl.col("fate").is_not_null()), counts)
     cleaned = cleaning.clean(located.filter(pl.col("fate").is_null()), rules)
+    watch.add_values(cleaned)
     _count(cleaned.with_columns(pl.col("fate").fill_null(KEPT)), counts)
     kept = cleaned.filter(pl.col("fate").is_null())
     _count(kept.filter("clipped").with_columns(fate=pl.lit(CLIPPED)), counts)
@@ -185,7 +194,7 @@ def _count(frame: pl.DataFrame, counts: dict) -> None:
         counts.setdefault(fate, Counter())[schema.VARIABLES[variable].name] += rows
 
 
-def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataFrame) -> pl.DataFrame:
+def _locate(batch: pl.DataFrame, item_variable: dict[int, int], lookup: pl.DataFrame) -> pl.DataFrame:
     """Add each row's stay, time and variable, and its `fate`: why it belongs to no stay, or null."""
     for column in ("stay_id", "valuenum"):
         if column not in batch.columns:
@@ -197,7 +206,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[str, int], lookup: pl.DataF
         no_hadm_id=parse.missing(pl.col("hadm_id")),
         invalid_stay_id=parse.integer("stay_id").is_null() & ~parse.missing(pl.col("stay_id")),
         variable=pl.col("itemid").replace_strict(item_variable, return_dtype=pl.UInt8),
-        itemid=parse.integer("itemid").cast(pl.Int32),
+        itemid=pl.col("itemid").cast(pl.Int32),
         text=pl.col("value").str.strip_chars(),
     ).join(lookup, on="hadm_id", how="left", maintain_order="left")
     seconds = (pl.col("charttime") - pl.col("intime")).dt.total_seconds()

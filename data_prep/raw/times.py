@@ -2,10 +2,11 @@
 
 A time is read whole or not at all: am, pm and a zone of zero hours count, and any other text after it makes it null. A
 date alone is midnight. `1/31/2150` and `31.1.2150` are read if the other values of the column show whether the month
-comes first.
+comes first. A year has four digits and is 1000 or later: `50-01-31` is null, and so is R's `0050-01-31`.
 """
 
 import dataclasses
+import datetime
 import re
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from medfuse_jax.runtime.errors import UserError
 
 MAX_UNREADABLE = 0.01
 _FORMAT = "%Y-%m-%d %H:%M:%S"  # as in MIMIC-IV
+_MINUTE = "%Y-%m-%d %H:%M:00"
+# From 1000 to 9999, in microseconds since 1970.
+_FIRST_YEAR = (datetime.datetime(1000, 1, 1) - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1)
+_END_OF_YEARS = (datetime.datetime.max - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1) + 1
 _DATE = (
     r"(?:(?P<year>\d{4})[-/](?P<month>\d{1,2})[-/](?P<day>\d{1,2})"
     r"|(?P<year2>\d{4})(?P<month2>\d\d)(?P<day2>\d\d)(?:\.0*)?"
@@ -41,10 +46,26 @@ def date(column: str) -> pl.Expr:
 
 def read(text: pl.Series) -> pl.Series:
     """Return the times (datetime, us) that `text` (string) gives, null where it gives none."""
-    parsed = text.str.to_datetime(_FORMAT, time_unit="us", strict=False)
-    if parsed.null_count() == text.null_count():  # the fast path: tables as downloaded
+    if len(text) and not (text[0] or _MINUTE).endswith(":00"):
+        parsed = _read_seconds(text)
+    else:  # the fast path: the large tables as downloaded have whole minutes
+        parsed = text.str.to_datetime(_MINUTE, time_unit="us", strict=False)
+        if parsed.null_count() > text.null_count():
+            rest = (parsed.is_null() & text.is_not_null()).arg_true()
+            parsed = parsed.scatter(rest, _read_seconds(text.gather(rest)))
+    microseconds = parsed.to_physical()  # Python has no year 0, which %Y also takes
+    first, last = microseconds.min(), microseconds.max()
+    if first is None or (first >= _FIRST_YEAR and last < _END_OF_YEARS):
         return parsed
+    return parsed.set((microseconds < _FIRST_YEAR) | (microseconds >= _END_OF_YEARS), None)  # %Y takes two digits
+
+
+def _read_seconds(text: pl.Series) -> pl.Series:
+    parsed = text.str.to_datetime(_FORMAT, time_unit="us", strict=False)
+    parsed = parsed.set(text.str.ends_with("60"), None)  # %S takes 60 seconds
     other = text.filter(parsed.is_null()).drop_nulls().unique()
+    if other.is_empty():
+        return parsed
     return parsed.fill_null(text.replace_strict(other, _read_other(other), default=None, return_dtype=parsed.dtype))
 
 
@@ -82,7 +103,8 @@ def study_times(frame: pl.DataFrame) -> pl.Series:
     behind the '0 days' or the date that pandas and spreadsheets put before it. If all of many are below 1, they are
     fractions of a day, as spreadsheets store times; if all of few are, those above 0 are unreadable.
     """
-    date, clock = (_without_exponent(frame[column].str.strip_chars()) for column in ("StudyDate", "StudyTime"))
+    date = _without_exponent(frame["StudyDate"].str.strip_chars(), r"^\d\.\d{7}0*[eE]\+?0?7$")  # all of its 8 digits
+    clock = _without_exponent(frame["StudyTime"].str.strip_chars(), r"^[\d.]+[eE][+]?\d+$")
     number = clock.cast(pl.Float64, strict=False)
     number = number.zip_with(number.is_finite() & (number >= 0), pl.Series([None], dtype=number.dtype))
     if (number.max() or 0.0) < 1:
@@ -98,9 +120,9 @@ def study_times(frame: pl.DataFrame) -> pl.Series:
     return read(day.dt.to_string("%Y-%m-%d") + " " + clock).dt.truncate("1s")
 
 
-def _without_exponent(text: pl.Series) -> pl.Series:
-    """Write numbers such as 1e+05 (R for 100000) in digits."""
-    has_exponent = text.str.contains(r"^[\d.]+[eE][+]?\d+$").fill_null(False)
+def _without_exponent(text: pl.Series, pattern: str) -> pl.Series:
+    """Write numbers such as 1e+05 (R for 100000) in digits, if they match `pattern`."""
+    has_exponent = text.str.contains(pattern).fill_null(False)
     digits = (
         text.zip_with(has_exponent, pl.Series([None], dtype=pl.String)).cast(pl.Float64).cast(pl.Int64, strict=False)
     )
@@ -114,30 +136,38 @@ def form(text: str) -> str:
 
 @dataclasses.dataclass
 class Tally:
-    """How many times of a column are given, how many of them cannot be read, and the form of the first of those."""
+    """How many times of a column are given, how many of them cannot be read, and the form of the first of those.
 
+    what, written, effect: for columns that hold no times. needed: whether a missing value counts as unreadable.
+    """
+
+    what: str = "times"
+    written: str = "as MIMIC does, YYYY-MM-DD HH:MM:SS"
+    effect: str = "they count as missing"
+    needed: bool = False
     given: int = 0
     unreadable: int = 0
     form: str = ""
 
     def add(self, text: pl.Series, parsed: pl.Series) -> None:
         other = text.filter(parsed.is_null())
-        wrong = other.filter(~parse.missing(other))
+        wrong = other.fill_null("") if self.needed else other.filter(~parse.missing(other))
         if len(wrong) and not self.unreadable:
             self.form = form(wrong[0])
         self.given += len(text) - len(other) + len(wrong)
         self.unreadable += len(wrong)
 
     def check(self, path: Path, column: str) -> int:
-        """Return how many times cannot be read, with a warning; raise UserError above 1 %."""
+        """Return how many values cannot be read, with a warning; raise UserError above 1 %."""
         if not self.unreadable:
             return 0
+        first = f"looks like '{self.form}'" if self.form else "is empty"
         message = (
-            f"{path}: {self.unreadable:,} of {self.given:,} times in column {column!r} cannot be read (the first looks "
-            f"like '{self.form}')"
+            f"{path}: {self.unreadable:,} of {self.given:,} {self.what} in column {column!r} cannot be read (the first "
+            f"{first})"
         )
         if self.unreadable > MAX_UNREADABLE * self.given:
-            message += "; that is more than 1 %: write them as MIMIC does, YYYY-MM-DD HH:MM:SS"
+            message += f"; that is more than 1 %: write them {self.written}"
             raise UserError(message, path=path, field=column, value=self.unreadable)
-        progress.say(f"warning: {message}; they count as missing")
+        progress.say(f"warning: {message}; {self.effect}")
         return self.unreadable

@@ -3,6 +3,7 @@
 Other errors keep their traceback.
 """
 
+import contextlib
 import difflib
 import functools
 import os
@@ -56,7 +57,10 @@ def DEFINE_config_file(name: str, text: str) -> None:
     from ml_collections import config_flags  # late: not on the machines of benchmarks, which import this module
 
     try:
+        _check_flag_files(sys.argv[1:])
         config_flags.DEFINE_config_file(name, None, text, lock_config=True)
+    except UserError as error:
+        _end(f"error: {error}")
     except flags.Error as error:  # it reads the command line at once
         _end(f"error: {' '.join(str(error).removeprefix('ERROR:: ').split())}")
 
@@ -107,8 +111,10 @@ def _end(line: str, status: int = _USER_ERROR) -> NoReturn:
 
 def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
     try:
+        _check_flag_files(argv[1:])
         _check_config_flags(argv)
         rest = flags.FLAGS(argv, known_only=pass_on_unknown)
+        _check_not_empty(flags.FLAGS)
         _check_folders(flags.FLAGS)
     except (flags.Error, TypeError, ValueError) as error:  # ml_collections raises the last two
         _end(f"error: {' '.join(str(error).split())}")
@@ -117,6 +123,28 @@ def _parse_flags(argv: list[str], pass_on_unknown: bool) -> list[str]:
     if len(rest) > 1 and not pass_on_unknown:
         _end(f"error: unknown argument {rest[1]!r}: every option starts with --; see --help")
     return rest
+
+
+def _check_flag_files(arguments: list[str], read: tuple[str, ...] = ()) -> None:
+    """Raise UserError for a --flagfile, also one named in another, that is a pipe or device, which may never end."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, is_assigned, value = argument.strip().partition("=")
+        if name not in ("--flagfile", "-flagfile"):
+            continue
+        path = os.path.expanduser((value if is_assigned else following).strip())
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            raise UserError(f"--flagfile={path} is a pipe or device: give a file", field="--flagfile", path=path)
+        if path not in read and Path(path).is_file():
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # absl reports it
+                _check_flag_files(Path(path).read_text().splitlines(), (*read, path))
+
+
+def _check_not_empty(values: flags.FlagValues) -> None:
+    """Raise UserError for an empty folder, file or other value, unless the flag is empty by default."""
+    for name in values:
+        flag = values[name]
+        if flag.present and flag.default is None and flag.value in ("", [], [""]):
+            raise UserError(f"--{name} is empty: give a value, or leave it out", field=f"--{name}", value="")
 
 
 def _check_folders(values: flags.FlagValues) -> None:

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -70,7 +72,7 @@ def test_suspicious_input_gives_a_warning(tmp_path, capsys):
     )
     build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="released")
     printed = capsys.readouterr().err
-    assert "cohort: 1 of 2 ICU stays; removed 1 by 'no transfer between units'" in printed
+    assert "cohort: 1 of 2 ICU stays; removed 1 that fail 'no transfer between units'" in printed
     assert "labevents.csv.gz has no row of any variable" in printed and "chartevents" not in printed
     assert "--profile=released with 2 h steps" in printed and "--profile=released without --phenotypes" in printed
     build.build(iv, None, tmp_path / "out", tasks=["pheno"], profile="released", timestep_h=1)
@@ -124,6 +126,9 @@ def test_output_cannot_be_written_into_the_raw_data(tmp_path):
         ({"phenotypes": "nowhere.yaml"}, "--phenotypes", ""),
         ({"mimic_cxr": None, "tasks": ["radiology"]}, "--tasks", ""),
         ({"mimic_iv": "nowhere"}, "--mimic_iv", ""),
+        ({"mimic_iv": ""}, "--mimic_iv", ""),
+        ({"mimic_cxr": ""}, "--mimic_cxr", ""),
+        ({"out": ""}, "--out", ""),
     ],
 )
 def test_wrong_options_are_refused_by_name(raw_tree, tmp_path, changes, field, nearest):
@@ -141,6 +146,17 @@ def test_a_pipe_in_place_of_a_list_or_table_is_refused(raw_tree, tmp_path, name)
         with pytest.raises(UserError, match="is a pipe or device") as caught:
             build.build(*raw_tree, tmp_path / "out", **{name: path})
         assert caught.value.field == f"--{name}"
+
+
+@pytest.mark.parametrize("name", ["mimic_iv", "mimic_cxr", "out", "val_ids", "test_ids", "phenotypes"])
+def test_an_empty_folder_or_file_is_refused_in_one_line(raw_tree, tmp_path, name):
+    given = {"mimic_iv": raw_tree[0], "mimic_cxr": raw_tree[1], "out": tmp_path / "out"} | {name: ""}
+    arguments = [f"--{flag}={value}" for flag, value in given.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep.build", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, f"error: --{name} is empty: give a value, or leave it out\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(raw_tree):

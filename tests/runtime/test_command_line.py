@@ -1,5 +1,6 @@
 """command_line: one line for what the user can fix. tests/test_config.py runs whole commands."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,38 @@ def test_an_address_is_no_folder(name):
                 command_line._check_folders(values)
         else:
             command_line._check_folders(values)
+
+
+def test_only_a_flag_that_is_empty_by_default_may_be_empty():
+    values = flags.FlagValues()
+    flags.DEFINE_string("out", None, "A folder.", flag_values=values)
+    flags.DEFINE_list("runs", None, "Folders.", flag_values=values)
+    flags.DEFINE_string("data_dir", "", "A folder, '' for another.", flag_values=values)
+    values(["main", "--data_dir="])
+    command_line._check_not_empty(values)
+    for name in ("out", "runs"):
+        values.unparse_flags()
+        values(["main", "--out=x", "--runs=y", f"--{name}="])
+        with refused(field=f"--{name}", value=""):
+            command_line._check_not_empty(values)
+
+
+def test_a_flag_file_that_is_a_pipe_is_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "flags").write_text(f"--seed=1\n--flagfile={tmp_path / 'flags'}\n  --flagfile={tmp_path / 'pipe'}\n")
+    for arguments in (
+        ["--flagfile", f"{tmp_path / 'pipe'}"],
+        [f"-flagfile={tmp_path / 'flags'}"],
+        ["--flagfile=/dev/null"],
+    ):
+        with refused(field="--flagfile"):
+            command_line._check_flag_files(arguments)
+        monkeypatch.setattr("sys.argv", ["main", *arguments])
+        with pytest.raises(SystemExit):
+            command_line.DEFINE_config_file("config_of_that_test", "A config file.")
+        with pytest.raises(SystemExit):
+            command_line._parse_flags(["main", *arguments], pass_on_unknown=False)
+    command_line._check_flag_files([f"--flagfile={tmp_path / 'missing'}", f"--flagfile={tmp_path}"])  # absl's to say
 
 
 def test_a_file_is_no_workdir(tmp_path):

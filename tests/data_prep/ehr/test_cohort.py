@@ -10,7 +10,7 @@ from raw_tables import START, at, stay, write_mimic_iv
 from data_prep import profiles
 from data_prep.ehr import cohort
 from data_prep.labels import mortality
-from data_prep.raw import tables
+from data_prep.raw import tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -38,7 +38,7 @@ def _read(root, rows=None):
 def test_filters_keep_and_count_stays(tmp_path):
     _, stays, flow = _read(tmp_path)
     assert stays["stay_id"].to_list() == [30_000_001, 30_000_006, 30_000_009]
-    assert [step["stays"] for step in flow] == [10, 10, 10, 8, 6, 4, 4, 4, 4, 4, 3, 3]
+    assert [step["stays"] for step in flow] == [10, 10, 10, 8, 6, 4, 4, 4, 4, 4, 4, 3, 3]
     first = stays.row(0, named=True)
     assert (first["los_h"], first["age"], first["gender"], first["first_careunit"]) == (72.0, 60.0, "F", MICU)
     assert str(first["intime"]) == START
@@ -203,10 +203,45 @@ def test_the_demo_has_no_bad_stays_and_an_hour_for_every_death(real_data):
     ],
 )
 def test_stays_whose_los_is_not_outtime_minus_intime_are_dropped(tmp_path, changes, kept):
-    _, stays, flow = _read(tmp_path, [stay(0), stay(1, **changes)])
+    exact = stay(0, outtime=at(71), los=str(71 / 24))
+    _, stays, flow = _read(tmp_path, [exact, stay(1, **changes)])
     assert stays["stay_id"].to_list() == [30_000_000, 30_000_001][: 1 + kept]
     left = {step["filter"]: step["stays"] for step in flow}
     assert left["with a length of stay that is outtime - intime"] == 1 + kept
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 2])
+def test_a_rounded_los_costs_no_stay(tmp_path, capsys, decimals):
+    hours = [5.5, 7.3, 30.1, 40.77, 71.9, 100.2]
+    rows = [stay(n, outtime=at(h), los=f"{h / 24:.{decimals}f}") for n, h in enumerate(hours)]
+    wrong = stay(6, outtime=at(50), los="5")  # more than rounding
+    _, stays, flow = _read(tmp_path, [*rows, wrong])
+    assert stays["los_h"].to_list() == pytest.approx(hours, abs=cohort.LOS_SLACK_H)
+    assert {step["filter"]: step["stays"] for step in flow}["with a length of stay that is outtime - intime"] == 6
+    assert "stays is rounded; their length is outtime - intime" in capsys.readouterr().err
+
+
+def test_few_rounded_los_give_no_warning(tmp_path, capsys):
+    rows = [stay(n) for n in range(99)] + [stay(99, outtime=at(71.5), los="2.98")]
+    _, stays, _ = _read(tmp_path, rows)
+    assert len(stays) == 100 and stays["los_h"][-1] == 71.5 and "rounded" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("age", ["", "> 60", "NaN", "sixty"])
+@pytest.mark.parametrize(("unreadable", "stops"), [(2, False), (3, True)])
+def test_unreadable_ages_have_their_own_filter_and_stop_above_1_percent(tmp_path, capsys, age, unreadable, stops):
+    rows = [stay(n, **({"anchor_age": age} if n < unreadable else {})) for n in range(200)]
+    if stops:
+        with pytest.raises(UserError, match="more than 1 %: write them as MIMIC does, in whole years") as caught:
+            _read(tmp_path, rows)
+        assert (caught.value.field, caught.value.value) == ("anchor_age", 3) and "60" not in str(caught.value)
+        return
+    _, stays, flow = _read(tmp_path, rows)
+    left = {step["filter"]: step["stays"] for step in flow}
+    assert (left["with the patient's own admission"], left["with a readable age"], len(stays)) == (200, 198, 198)
+    first = f"looks like '{times.form(age)}'" if age else "is empty"
+    line = f"2 of 200 ages in column 'anchor_age' cannot be read (the first {first}); their stays are left out"
+    assert line in capsys.readouterr().err
 
 
 def test_stays_with_another_patients_admission_are_dropped(tmp_path):

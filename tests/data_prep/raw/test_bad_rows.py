@@ -88,7 +88,7 @@ BAD_STAYS = [
     ({"outtime": "2149-12-31 12:00:00"}, "with times and a length of stay"),
     ({"outtime": "2550-01-01 00:00:00", "los": "146097"}, "of at most a year"),
     ({"los": "300"}, "with a length of stay that is outtime - intime"),
-    ({"anchor_age": "old"}, "18 years or older"),
+    ({"anchor_age": "old"}, "with a readable age"),
 ]
 
 

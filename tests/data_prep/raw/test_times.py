@@ -42,11 +42,49 @@ MORNING, AFTERNOON = datetime.datetime(2150, 1, 31, 1, 30), datetime.datetime(21
         ("2150-01-31 24:00:00", None),
         ("2150-01-31 13:30:00 or so", None),
         ("31-JAN-50", None),
+        ("50-01-31 13:30:00", None),
+        ("  50-01-31 13:30:00", None),  # as long as one with four digits
+        ("50-01-31", None),
+        ("0050-01-31 13:30:00", None),  # what R makes of 50-01-31
+        ("00500131", None),
+        ("00-01-31 13:30:00", None),  # Python has no year 0
+        ("+12150-01-31 13:30:00", None),
+        ("9999-12-31 23:59:59", datetime.datetime(9999, 12, 31, 23, 59, 59)),
+        ("1/31/0050", None),
+        ("1/31/50 13:30", None),
+        ("2150-01-31 13:30:60", None),
+        ("2150-01-31 13:30: 60", None),
+        ("2150-01-31 13:30:60.5", None),
+        ("2150-01-31 1:30:60 PM", None),
+        ("1000-01-01 00:00:00", datetime.datetime(1000, 1, 1)),
         ("", None),
     ],
 )
 def test_a_time_is_read_whole_or_not_at_all(text, expected):
     assert times.read(pl.Series([text, None])).to_list() == [expected, None]
+
+
+def test_a_bad_time_among_others_is_refused_alone():
+    text = pl.Series(["2150-01-31 13:30:00", "50-01-31 13:30:00", None, "2150-01-31 13:30:60"])
+    assert times.read(text).to_list() == [AFTERNOON, None, None, None]
+
+
+@pytest.mark.parametrize("columns", [("admittime", "dischtime", "deathtime"), ("dod",), ("intime", "outtime")])
+def test_years_of_two_digits_stop_the_build(tmp_path, columns):
+    whole = stay(0, deathtime=at(70), dod="2150-01-03")
+    short = {column: whole[column].replace("2150", "00").replace("2149", "00") for column in columns}
+    iv = write_mimic_iv(tmp_path / "iv", [whole | short], [chart(0, 3, HEART_RATE, "70")])
+    with pytest.raises(UserError, match="looks like '99-99-99") as caught:
+        build.build(iv, None, tmp_path / "out", tasks=["mortality"])
+    assert caught.value.field in columns and not (tmp_path / "out/mortality").exists()
+
+
+def test_years_of_two_digits_in_events_stop_the_build(tmp_path):
+    charts = [chart(0, h, HEART_RATE, "70", charttime=at(h).removeprefix("21")) for h in range(1, 9)]
+    iv = write_mimic_iv(tmp_path / "iv", [stay(0)], charts)
+    with pytest.raises(UserError, match="looks like '99-99-99 99:99:99'") as caught:
+        build.build(iv, None, tmp_path / "out", tasks=["pheno"])
+    assert caught.value.field == "charttime"
 
 
 def test_a_column_shows_whether_the_month_comes_first():
@@ -67,13 +105,18 @@ def test_study_dates(date):
     assert _study_time(date, "133000.123") == AFTERNOON
 
 
+@pytest.mark.parametrize("date", ["2.150013e7", "2.150013e+07", "2e7", "2.15001310e8", "50-01-31", "500131"])
+def test_study_dates_that_lost_digits_are_refused(date):
+    assert _study_time(date, "133000.123") is None
+
+
 @pytest.mark.parametrize(
     ("clock", "expected"),
     [
         *((text, AFTERNOON) for text in ("133000", "133000.9", "133000,9", "1.33e+05", "13:30:00", "13:30", "1:30 PM")),
         *((text, AFTERNOON) for text in ("13:30:00.123", "0 days 13:30:00", "1900-01-01 13:30:00")),
         *((text, MORNING) for text in ("13000.0", "1:30:00")),
-        *((text, None) for text in ("", "noon", "246060.0", "-5", "1333000", "1 days 13:30:00")),
+        *((text, None) for text in ("", "noon", "246060.0", "133060", "13:30:60", "-5", "1333000", "1 days 13:30:00")),
     ],
 )
 def test_study_times(clock, expected):

@@ -1,0 +1,83 @@
+"""Ids and values of events that cannot be read stop the build or give a warning, without their content."""
+
+import pytest
+from build_cases import HEART_RATE, by_stay
+from raw_tables import chart, lab, stay, write_mimic_iv
+
+from data_prep import build
+from medfuse_jax.runtime.errors import UserError
+
+TEMPERATURE, PH, GLUCOSE = 223762, 50820, 50931
+ADVICE = "more than 1 %: write them as MIMIC does, in whole numbers"
+
+
+def _charts():
+    return [chart(0, h / 4, HEART_RATE, "70") for h in range(200)]
+
+
+def _build(root, charts, labs=()):
+    iv = write_mimic_iv(root / "iv", [stay(0)], charts, labs or [lab(0, 1, GLUCOSE, "110")], codes=[(0, "4019", 9)])
+    build.build(iv, None, root / "out", tasks=["pheno"])
+    return by_stay(root / "out", "pheno")[0]["ehr"]
+
+
+@pytest.mark.parametrize("column", ["subject_id", "hadm_id", "stay_id", "itemid"])
+@pytest.mark.parametrize(("unreadable", "stops"), [(2, False), (3, True)])
+def test_unreadable_ids_of_events_warn_and_stop_above_1_percent(tmp_path, capsys, column, unreadable, stops):
+    charts = _charts()
+    charts += [chart(0, 1, 1, "9") for _ in range(2)]  # an item that no variable has is an id too
+    for row in charts[:unreadable]:
+        row[column] = f"S{row[column]}"
+    if not stops:
+        _build(tmp_path, charts)
+        given = 202 if column == "itemid" else 200
+        line = f"2 of {given} ids in column '{column}' cannot be read (the first looks like 'a"
+        assert line in capsys.readouterr().err
+        return
+    with pytest.raises(UserError, match=ADVICE) as caught:
+        _build(tmp_path, charts)
+    assert (caught.value.field, caught.value.value) == (column, 3)
+    assert caught.value.path == tmp_path / "iv/icu/chartevents.csv.gz" and "S" not in str(caught.value).split("like")[1]
+
+
+@pytest.mark.parametrize(("written", "form"), [("H20000000", "a99999999"), ("2.0000001e+07", "9.9999999a+99")])
+def test_unreadable_admissions_of_laboratory_rows_stop_the_build(tmp_path, written, form):
+    labs = [lab(0, h, GLUCOSE, "110", hadm_id=written) for h in range(1, 9)]
+    with pytest.raises(UserError, match=ADVICE) as caught:
+        _build(tmp_path, _charts(), labs)
+    assert caught.value.field == "hadm_id" and f"'{form}'" in str(caught.value)
+
+
+def test_missing_admissions_and_text_of_laboratory_rows_are_usual(tmp_path, capsys):
+    labs = [lab(0, h, GLUCOSE, "110", hadm_id="") for h in range(1, 9)]
+    labs += [lab(0, h, GLUCOSE, "see comment", valuenum="120") for h in range(1, 9)]
+    _build(tmp_path, _charts(), labs)
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["{} ", "{}.0", " {}.", "0{}"])
+def test_items_are_known_however_the_number_is_written(tmp_path, written):
+    expected = _build(tmp_path / "a", _charts())
+    charts = [row | {"itemid": written.format(HEART_RATE)} for row in _charts()]
+    assert (_build(tmp_path / "b", charts) == expected).all()
+
+
+@pytest.mark.parametrize(("lost", "warns"), [(100, False), (101, True)])
+def test_a_variable_that_loses_more_than_half_of_its_values_is_named(tmp_path, capsys, lost, warns):
+    charts = [row | {"value": "" if n < lost else "70"} for n, row in enumerate(_charts())]
+    _build(tmp_path, charts)
+    printed = capsys.readouterr().err
+    assert (f"chartevents.csv.gz: {lost} of 200 rows of Heart Rate have no valid value" in printed) == warns
+    assert "comma" not in printed and printed.count("warning") == warns
+
+
+def test_a_decimal_comma_is_named(tmp_path, capsys):
+    charts = [*_charts(), *(chart(0, h, TEMPERATURE, "36,6") for h in range(1, 9)), chart(0, 1, TEMPERATURE, "37")]
+    labs = [lab(0, h, PH, "7,41") for h in range(1, 9)]
+    _build(tmp_path, charts, labs)
+    printed = capsys.readouterr().err
+    for table, rows, variable in (("chartevents", 9, "Temperature"), ("labevents", 8, "pH")):
+        line = (
+            f"{table}.csv.gz: 8 of {rows} rows of {variable} have no valid value and are left out; most have a decimal"
+        )
+        assert line in printed
