@@ -305,8 +305,9 @@ def ordinal(scores: dict, sign: bool = False) -> str:
     """
     if "kappa" not in scores:
         return ""
+    shown = (("kappa", "linear kappa", "", 3), ("mad_h", "mean absolute deviation (lower is better)", " h", 1))
     words = []
-    for name, title, unit, digits in (("kappa", "linear kappa", "", 3), ("mad_h", "mean absolute deviation (lower is better)", " h", 1)):
+    for name, title, unit, digits in shown:
         value, low, high = (number(x, digits, sign) for x in (scores.get(name), *pair(scores[f"{name}_ci"])))
         p = f", p {number(scores[f'{name}_p'])}" if f"{name}_p" in scores else ""
         words.append(f"{title} {value}{unit} ({low} to {high}{p})")
