@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import itertools
 import math
 from html import escape
 
@@ -137,17 +138,18 @@ def html_table(table: Table, chart: str = "") -> str:
         f'<th scope="col"{" class=num" if is_number else ""}>{escape(name)}</th>'
         for name, is_number in zip(table.head, numeric)
     )
-    body = "".join(f"<tr>{''.join(_html_cell(i, cell) for i, cell in enumerate(row))}</tr>" for row in table.rows)
+    body = "".join(f"<tr>{''.join(map(_html_cell, itertools.count(), row, numeric))}</tr>" for row in table.rows)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     drawn = f'<div class="charts">{html.figure(chart, "")}</div>' if chart else ""
     return f"<h2>{escape(table.title)}</h2>{drawn}{html.table(head, body, table.title)}{notes}"
 
 
-def _html_cell(column: int, cell) -> str:
+def _html_cell(column: int, cell, is_number: bool) -> str:
+    """Return one cell. is_number: whether its column has numbers, which are on the right."""
     if column == 0:
         return f'<th scope="row" class="wrap">{escape(str(cell))}</th>'
     if not isinstance(cell, Value):
-        return f'<td class="soft">{escape(str(cell))}</td>'
+        return f'<td class="{"num soft" if is_number else "soft"}">{escape(str(cell))}</td>'
     ours, _, rest = text(cell).partition(" ")
     paper = paper_text(cell)
     below = f'<span class="paper">paper {paper}</span>' if paper else ""
