@@ -136,7 +136,13 @@ def write_evaluation(
         "selected_by": "AUROC on all validation stays",
         "loss": 0.42,
         "num_left_out": 0,
-        "data": {"dir": "simulated_shards", "profile": "paper", "timestep_h": 2.0, "synthetic": True},
+        "data": {
+            "dir": "simulated_shards",
+            "profile": "paper",
+            "timestep_h": 2.0,
+            "synthetic": True,
+            "shards": "of one build",
+        },
         "labels": list(schema.TASKS[task].labels),
         "resample": "stay",
         "subsets": {

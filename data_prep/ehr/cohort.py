@@ -93,7 +93,7 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
 
 
 def _without_rounding(stays: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Replace `los_h` by outtime - intime where the two differ only because the column `los` is rounded.
+    """Replace `los_h` by outtime - intime where the two differ only because the column `los` is rounded, if they do.
 
     Its values have as many decimals as the longest of them; MIMIC-IV's have up to 16.
     """
@@ -102,11 +102,11 @@ def _without_rounding(stays: pl.DataFrame, path: Path) -> pl.DataFrame:
         return stays
     difference_h = (pl.col("los_h") - _LASTS_H).abs()
     rounding_h = 24.0 * 0.5 * 10.0**-decimals + LOS_SLACK_H
-    is_rounded = (difference_h > LOS_SLACK_H) & (difference_h <= rounding_h)
-    rounded = stays.select(is_rounded.sum()).item()
+    agrees = difference_h <= rounding_h
+    rounded = stays.select((agrees & (difference_h > LOS_SLACK_H)).sum()).item()
     if rounded > MAX_ROUNDED * len(stays):
         progress.say(f"warning: {path}: 'los' of {rounded:,} stays is rounded; their length is outtime - intime")
-    return stays.with_columns(los_h=pl.when(is_rounded).then(_LASTS_H).otherwise("los_h"))
+    return stays.with_columns(los_h=pl.when(agrees).then(_LASTS_H).otherwise("los_h"))
 
 
 def _check_ages(patients: tables.Table) -> None:

@@ -41,7 +41,9 @@ class Watch:
 
     def add_values(self, cleaned: pl.DataFrame) -> None:
         """Count the rows that `cleaning.clean` returned."""
-        lost = cleaned.filter(pl.col("fate") == NO_VALUE)
+        # MIMIC itself writes ___ for what it withholds; the number beside it is in valuenum, which `released` ignores.
+        withheld = pl.col("text").str.contains(r"^\s*_+\s*$").fill_null(False)
+        lost = cleaned.filter((pl.col("fate") == NO_VALUE) & ~withheld)
         commas = lost.filter(pl.col("text").str.contains(_DECIMAL_COMMA))
         for counter, rows in ((self.rows, cleaned), (self.lost, lost), (self.commas, commas)):
             counter.update(dict(rows.group_by("variable").len().iter_rows()))

@@ -212,12 +212,12 @@ def test_stays_whose_los_is_not_outtime_minus_intime_are_dropped(tmp_path, chang
 
 @pytest.mark.parametrize("decimals", [0, 1, 2])
 def test_a_rounded_los_costs_no_stay(tmp_path, capsys, decimals):
-    hours = [5.5, 7.3, 30.1, 40.77, 71.9, 100.2]
+    hours = [5.5, 7.3, 30.1, 40.77, 47.99, 71.9, 100.2]  # 47.99 h round to two days, the window of mortality
     rows = [stay(n, outtime=at(h), los=f"{h / 24:.{decimals}f}") for n, h in enumerate(hours)]
-    wrong = stay(6, outtime=at(50), los="5")  # more than rounding
+    wrong = stay(7, outtime=at(50), los="5")  # more than rounding
     _, stays, flow = _read(tmp_path, [*rows, wrong])
-    assert stays["los_h"].to_list() == pytest.approx(hours, abs=cohort.LOS_SLACK_H)
-    assert {step["filter"]: step["stays"] for step in flow}["with a length of stay that is outtime - intime"] == 6
+    assert stays["los_h"].to_list() == pytest.approx(hours, abs=1e-3)
+    assert {step["filter"]: step["stays"] for step in flow}["with a length of stay that is outtime - intime"] == 7
     assert "stays is rounded; their length is outtime - intime" in capsys.readouterr().err
 
 
