@@ -10,7 +10,7 @@ import polars as pl
 from data_prep import progress
 from data_prep.labels import mortality
 from data_prep.profiles import PAPER, Rules
-from data_prep.raw import known_words, parse, tables, times
+from data_prep.raw import invalid, known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
 VERSION = 7  # increment when the same tables give other stays, deaths or splits
@@ -42,6 +42,7 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
         return frame
 
     stays = raw["icustays"].read(*tables.MIMIC_IV["icustays"][1])
+    invalid.check_ids(raw["icustays"].path, stays, "subject_id", "hadm_id", "stay_id")
     stays = count("rows of icustays", stays).with_columns(
         parse.integer("subject_id"),
         parse.integer("hadm_id"),
@@ -129,6 +130,7 @@ def digest(stays: pl.DataFrame) -> str:
 def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
     """Return subject_id, age (anchor age, years), gender (a known word) and dod (a date at 00:00) of all patients."""
     patients = raw["patients"].read(*tables.MIMIC_IV["patients"][1])
+    invalid.check_ids(raw["patients"].path, patients, "subject_id")
     return (
         patients.select(
             parse.integer("subject_id"),
@@ -146,6 +148,7 @@ def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
     flag = [name for name in ("hospital_expire_flag",) if name in columns]
     race = [name for name in ("race", "ethnicity") if name in columns][:1]  # ethnicity in MIMIC-IV 1.0
     admissions = raw["admissions"].read(*tables.MIMIC_IV["admissions"][1], *flag, *race)
+    invalid.check_ids(raw["admissions"].path, admissions, "hadm_id", "subject_id")
     return admissions.select(
         parse.integer("hadm_id"),
         parse.integer("subject_id").alias("admitted_id"),
@@ -161,6 +164,7 @@ def _read_admissions(raw: dict[str, tables.Table]) -> pl.DataFrame:
 def _read_diagnosed(raw: dict[str, tables.Table]) -> pl.DataFrame:
     """Return subject_id, hadm_id and has_diagnosis=True of the admissions in diagnoses_icd."""
     rows = raw["diagnoses_icd"].read("subject_id", "hadm_id")
+    invalid.check_ids(raw["diagnoses_icd"].path, rows, "subject_id", "hadm_id")
     return rows.select(parse.integer("subject_id"), parse.integer("hadm_id"), has_diagnosis=True).unique()
 
 

@@ -15,7 +15,7 @@ import yaml
 from data_prep import progress
 from data_prep.labels import icd
 from data_prep.labels.icd import CCS_OF_LABEL, Route, gem_route
-from data_prep.raw import parse, tables
+from data_prep.raw import invalid, parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -63,6 +63,7 @@ def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | 
 def _read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     """Return the stays' diagnoses (row of `stays`, code, version), and how many rows were dropped."""
     rows = raw["diagnoses_icd"].read(*tables.MIMIC_IV["diagnoses_icd"][1])
+    invalid.check_ids(raw["diagnoses_icd"].path, rows, "icd_version", texts=("icd_code",))
     admissions = stays.select("hadm_id", "subject_id").with_row_index("row")
     rows = rows.select(
         parse.integer("hadm_id"),

@@ -1,0 +1,37 @@
+"""Ids that no row of a table lacks: few are warned of, many stop the build, and blank rows do not count."""
+
+import polars as pl
+import pytest
+from refusals import refused
+
+from data_prep.raw import invalid
+
+
+def _rows(num_bad: int, bad: str | None, blank_rows: int = 0) -> pl.DataFrame:
+    rows = [{"hadm_id": bad if n < num_bad else str(20_000_000 + n), "icd_code": "4019"} for n in range(1200)]
+    return pl.DataFrame([*rows, *[{"hadm_id": "", "icd_code": None}] * blank_rows])
+
+
+@pytest.mark.parametrize(("bad", "form"), [("H20000000", "a99999999"), ("", "empty"), ("2.0e+07", "9.9a+99")])
+def test_many_unreadable_ids_stop_a_build_and_few_are_warned_of(tmp_path, capsys, bad, form):
+    invalid.check_ids(tmp_path, _rows(12, bad), "hadm_id")  # 1 %
+    printed = capsys.readouterr().err
+    assert form in printed and "12 of 1,200 ids in column 'hadm_id'" in printed and "20000000" not in printed
+    with refused(path=tmp_path, field="hadm_id", value=13) as caught:
+        invalid.check_ids(tmp_path, _rows(13, bad), "hadm_id")
+    assert form in str(caught.value)
+
+
+def test_a_small_table_may_have_a_few(tmp_path, capsys):
+    invalid.check_ids(tmp_path, _rows(10, "x").head(30), "hadm_id")
+    assert "10 of 30 ids" in capsys.readouterr().err
+    with refused(path=tmp_path, field="hadm_id", value=11):
+        invalid.check_ids(tmp_path, _rows(11, "x").head(30), "hadm_id")
+
+
+def test_blank_rows_do_not_count_and_blank_codes_do(tmp_path, capsys):
+    invalid.check_ids(tmp_path, _rows(0, None, blank_rows=100), "hadm_id", texts=("icd_code",))
+    assert not capsys.readouterr().err
+    rows = _rows(0, None).with_columns(icd_code=pl.when(pl.int_range(pl.len()) < 13).then(None).otherwise("icd_code"))
+    with refused(path=tmp_path, field="icd_code", value=13):
+        invalid.check_ids(tmp_path, rows, "hadm_id", texts=("icd_code",))
