@@ -94,14 +94,15 @@ def _forward(relu, is_gpu, axis_name, x_PHWC, shortcut_PHWC, scale_C, bias_C, ru
 def _backward(relu, is_gpu, axis_name, saved, cotangents):
     x_PHWC, y_PHWC, has_shortcut, scale_C, bias_C, used, valid_P = saved
     d_PHWC, _ = cotangents
+    moments = used[:2]
     if relu and is_gpu and has_shortcut is None:
-        d_scale_C, d_bias_C = _sums(_where_positive(d_PHWC, x_PHWC, scale_C, bias_C, *used), x_PHWC, *used)
+        d_scale_C, d_bias_C = _sums(_where_positive(d_PHWC, x_PHWC, scale_C, bias_C, *moments), x_PHWC, *moments)
         # Otherwise XLA writes in the first pass what the second reads.
         x_PHWC, d_PHWC = jax.lax.optimization_barrier((x_PHWC, d_PHWC))
-        d_PHWC = _where_positive(d_PHWC, x_PHWC, scale_C, bias_C, *used)
+        d_PHWC = _where_positive(d_PHWC, x_PHWC, scale_C, bias_C, *moments)
     else:
         d_PHWC = jnp.where(y_PHWC > 0, d_PHWC, 0) if relu else d_PHWC
-        d_scale_C, d_bias_C = _sums(d_PHWC, x_PHWC, *used)
+        d_scale_C, d_bias_C = _sums(d_PHWC, x_PHWC, *moments)
     d_x_PHWC = _through(d_PHWC, x_PHWC, scale_C, d_scale_C, d_bias_C, used, valid_P, axis_name)
     return d_x_PHWC, None if has_shortcut is None else d_PHWC, d_scale_C, d_bias_C, None, None
 
@@ -110,12 +111,11 @@ _normalise_by_rule = jax.custom_vjp(_normalise, nondiff_argnums=(0, 1, 2))
 _normalise_by_rule.defvjp(_forward, _backward)
 
 
-def _where_positive(d_PHWC, x_PHWC, scale_C, bias_C, mean_C, var_C, count):
+def _where_positive(d_PHWC, x_PHWC, scale_C, bias_C, mean_C, var_C):
     """Return the gradient where the normalised x is positive, and 0 elsewhere.
 
     One comparison a pixel, with the x whose output is 0: anything longer, and XLA writes the mask in a pass of its own.
     """
-    del count
     factor_C = jax.lax.rsqrt(var_C + EPSILON) * scale_C
     zero_C = mean_C - bias_C / factor_C
     zero_C = jnp.where(factor_C == 0, jnp.where(bias_C > 0, -jnp.inf, jnp.inf), zero_C)
@@ -124,9 +124,8 @@ def _where_positive(d_PHWC, x_PHWC, scale_C, bias_C, mean_C, var_C, count):
     return jnp.where((x_PHWC.astype(jnp.float32) > zero_C) != (factor_C < 0), d_PHWC, 0)
 
 
-def _sums(d_PHWC, x_PHWC, mean_C, var_C, count):
+def _sums(d_PHWC, x_PHWC, mean_C, var_C):
     """Return the gradients of scale and bias on this device."""
-    del count
     d_bias_C = jnp.sum(d_PHWC, axis=(0, 1, 2), dtype=jnp.float32)
     d_scale_C = jnp.sum(d_PHWC * (x_PHWC.astype(jnp.float32) - mean_C), axis=(0, 1, 2))
     return d_scale_C * jax.lax.rsqrt(var_C + EPSILON), d_bias_C
@@ -165,7 +164,7 @@ def _forward_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P):
 def _backward_and_pool(axis_name, saved, cotangents):
     x_PHWC, winner_PhwC, x_PhwC, scale_C, used, valid_P = saved
     d_PhwC, _ = cotangents
-    d_scale_C, d_bias_C = _sums(jnp.where(winner_PhwC == max_pool.NONE, 0, d_PhwC), x_PhwC, *used)
+    d_scale_C, d_bias_C = _sums(jnp.where(winner_PhwC == max_pool.NONE, 0, d_PhwC), x_PhwC, *used[:2])
     d_PHWC = max_pool.gradient(winner_PhwC, d_PhwC, *x_PHWC.shape[1:3])
     d_x_PHWC = _through(d_PHWC, x_PHWC, scale_C, d_scale_C, d_bias_C, used, valid_P, axis_name)
     return d_x_PHWC, d_scale_C, d_bias_C, None, None

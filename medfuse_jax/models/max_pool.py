@@ -20,33 +20,33 @@ def max_pool(x_PHWC: jax.Array) -> jax.Array:
 
     Of tied pixels, the first in row-major order gets the gradient, as in XLA and torch.
     """
-    return largest(x_PHWC, x_PHWC)[0]
+    return largest(x_PHWC)[0]
 
 
-def largest(x_PHWC: jax.Array, other_PHWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return each window's maximum, which of its pixels that is (uint8, 0 to 8), and the other array's value there."""
+def largest(x_PHWC: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """Return each window's maximum, which of its pixels that is (uint8, 0 to 8), and the other arrays' values there."""
     _, height, width, _ = x_PHWC.shape
     h, w = -(-height // 2), -(-width // 2)
     padding = ((0, 0), (1, 2 * h - height), (1, 2 * w - width), (0, 0))
-    arrays = [jnp.pad(array, padding, constant_values=-jnp.inf) for array in (x_PHWC, other_PHWC)]
+    arrays = [jnp.pad(array, padding, constant_values=-jnp.inf) for array in (x_PHWC, *others)]
 
     def pixel(k: int) -> list[jax.Array]:
         row, column = divmod(k, 3)
         return [x[:, row : row + 2 * h - 1 : 2, column : column + 2 * w - 1 : 2] for x in arrays]
 
-    max_PhwC, other_PhwC = pixel(0)
+    max_PhwC, *of_others = pixel(0)
     winner_PhwC = jnp.zeros(max_PhwC.shape, jnp.uint8)
     for k in range(1, 9):
-        x_PhwC, its_other_PhwC = pixel(k)
+        x_PhwC, *its_others = pixel(k)
         is_larger_PhwC = x_PhwC > max_PhwC
         winner_PhwC = jnp.where(is_larger_PhwC, jnp.uint8(k), winner_PhwC)
-        other_PhwC = jnp.where(is_larger_PhwC, its_other_PhwC, other_PhwC)
+        of_others = [jnp.where(is_larger_PhwC, new, old) for new, old in zip(its_others, of_others, strict=True)]
         max_PhwC = jnp.maximum(max_PhwC, x_PhwC)
-    return max_PhwC, winner_PhwC, other_PhwC
+    return max_PhwC, winner_PhwC, *of_others
 
 
 def _forward(x_PHWC):
-    max_PhwC, winner_PhwC, _ = largest(x_PHWC, x_PHWC)
+    max_PhwC, winner_PhwC = largest(x_PHWC)
     return max_PhwC, (winner_PhwC, x_PHWC[:0, :, :, :0])  # an empty array, which only carries H and W
 
 

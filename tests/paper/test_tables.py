@@ -239,7 +239,8 @@ def test_table_1_has_both_choices_of_medfuse_optimal(tasks):
     for on in ("paired", "all"):
         value = _row(table, name, "partial", on)[3]
         assert value.ours == _row(table, "LSTM", "EHR, partial", on)[3].ours
-        assert value.paper == _row(table, tables.OPT_TITLE, "partial", on)[3].paper is not None
+        assert value.paper is not None
+        assert value.paper == _row(table, tables.OPT_TITLE, "partial", on)[3].paper
     assert f"Phenotyping: {tables.OPT_TITLE} trained with 50 % of the EHR-only stays." in table.notes
     same = dataclasses.replace(r, models=r.models | {"OPT_paired": r.models["OPT"]})
     assert name not in [row[0] for row in tables.table_1(Maker([same], Evaluation(num_bootstrap=2))).rows]
