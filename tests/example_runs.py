@@ -3,6 +3,7 @@
 Labels are seen through two noisy signals, "ehr" and "cxr". Nothing is trained: no number is a model's.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ import numpy as np
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import metrics, schema
-from medfuse_jax.runs import calibration, subgroups
+from medfuse_jax import run as run_lib
+from medfuse_jax.runs import calibration, checkpoints, subgroups
+from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import files
 
 PROVENANCE = "simulated by tests/example_runs.py"
@@ -51,6 +55,15 @@ def attention_of(data: dict, num_steps: int = 60, seed: int = 0) -> dict:
         "modality_weights": np.stack([0.2 * (1 - cxr), 0.8 * (1 - cxr), cxr], 1).astype(np.float32),
         "modalities": np.array(["static", "ehr", "cxr"]),
     }
+
+
+def save_initial_weights(config, workdir: Path, epoch: int = 1) -> run_lib.Run:
+    """Claim the workdir for a run of this config, save its initial weights as those of its best `epoch`; return it."""
+    run = run_lib.open_run(config)
+    workdir_lib.claim(workdir, run)
+    with contextlib.closing(checkpoints.open_manager(workdir)) as manager:
+        checkpoints.save(manager, run.fresh_state(), Progress(epoch=epoch, best_epoch=epoch), is_best=True)
+    return run
 
 
 def write_config(workdir: Path, task: str, method: str, **changes) -> None:

@@ -1,18 +1,14 @@
 """compare: paired differences on the common stays, printed and written; runs that do not match are refused."""
 
-import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from example_runs import simulate, write_config, write_evaluation
+from example_runs import save_initial_weights, simulate, write_config, write_evaluation
 
 from medfuse_jax import compare, metrics
-from medfuse_jax import run as run_lib
 from medfuse_jax.report import read_runs, terminal
-from medfuse_jax.runs import checkpoints, workdir
-from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -192,10 +188,7 @@ def test_missing_predictions_are_made_first(ehr_config, tmp_path):
     ehr_config.num_epochs = 1
     for seed, name in enumerate("ab"):
         ehr_config.seed = seed
-        run = run_lib.open_run(ehr_config)
-        workdir.claim(tmp_path / name, run)
-        with contextlib.closing(checkpoints.open_manager(tmp_path / name)) as manager:
-            checkpoints.save(manager, run.fresh_state(), Progress(epoch=1, best_epoch=1), is_best=True)
+        run = save_initial_weights(ehr_config, tmp_path / name)
     found = compare.compare(str(tmp_path / "a"), str(tmp_path / "b"), split="val", num_bootstrap=20)
     assert found["differences"][0]["num_samples"] == len(run.dataset.index["val"]["stay_id"])
     results = [json.loads((tmp_path / name / "result_val.json").read_text())["subsets"]["all"] for name in "ab"]

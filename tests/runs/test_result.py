@@ -1,18 +1,16 @@
 """result: what the bootstrap draws, by default and by choice; stored, and said in words."""
 
-import contextlib
 import json
 
 import damage
 import numpy as np
 import pytest
+from example_runs import save_initial_weights
 
 from medfuse_jax import evaluate, metrics, schema
-from medfuse_jax import run as run_lib
 from medfuse_jax.ensemble import command
 from medfuse_jax.report import read_runs, tables, terminal
-from medfuse_jax.runs import checkpoints, result, workdir
-from medfuse_jax.runs.progress import Progress
+from medfuse_jax.runs import result
 from medfuse_jax.runtime.errors import UserError
 
 _NUM_LABELS = {"acute": 13, "mixed": 5, "chronic": 7}  # Table 4 of Hayat et al. 2022
@@ -70,10 +68,7 @@ def test_the_means_of_label_types_are_over_their_labels_and_the_same_resamples(s
 def test_runs_and_ensembles_of_phenotypes_have_means_by_type(ehr_config, tmp_path):
     for seed, name in enumerate("ab"):
         ehr_config.seed = seed
-        run = run_lib.open_run(ehr_config)
-        workdir.claim(tmp_path / name, run)
-        with contextlib.closing(checkpoints.open_manager(tmp_path / name)) as manager:
-            checkpoints.save(manager, run.fresh_state(), Progress(epoch=9, best_epoch=9), is_best=True)
+        save_initial_weights(ehr_config, tmp_path / name, epoch=9)
         evaluated = evaluate.evaluate(tmp_path / name)
     both = command.ensemble([str(tmp_path / name) for name in "ab"], tmp_path / "both")
     for found in (evaluated, both):
@@ -117,10 +112,7 @@ def test_patients_are_drawn_by_default_where_one_has_several_stays(scored):
 
 def test_an_evaluation_stores_and_says_what_it_draws(tiny_config, tmp_path):
     tiny_config.method, tiny_config.task = "uni_cxr", "radiology"
-    run = run_lib.open_run(tiny_config)
-    workdir.claim(tmp_path, run)
-    with contextlib.closing(checkpoints.open_manager(tmp_path)) as manager:
-        checkpoints.save(manager, run.fresh_state(), Progress(epoch=1, best_epoch=1), is_best=True)
+    run = save_initial_weights(tiny_config, tmp_path)
     subject_id_N = run.dataset.index["train"]["subject_id"]
     num_patients = len(np.unique(subject_id_N))
     assert num_patients < len(subject_id_N)  # several X-rays of a patient
