@@ -13,10 +13,10 @@ from data_prep.profiles import PAPER, Rules
 from data_prep.raw import invalid, known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 7  # increment when the same tables give other stays, deaths or splits
+VERSION = 8  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS = 18
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
-MAX_ROUNDED = 0.01  # the build warns if more than this share of the stays have a rounded `los`
+MIN_ROUNDED = 0.9  # of the values of `los` have as few decimals, if the column is rounded
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
 SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
 _LASTS_H = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
@@ -60,15 +60,20 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     stays = count("one such stay in the admission", stays.filter(pl.len().over("hadm_id") == 1))
     timed = stays.drop_nulls(["los_h", "intime", "outtime"])
     timed = timed.filter(pl.col("los_h") > 0, pl.col("outtime") > pl.col("intime"))
-    stays = count("with times and a length of stay", timed)
+    lost = "have no valid intime, outtime and los"
+    stays = _warn_of_lost(raw["icustays"].path, stays, count("with times and a length of stay", timed), lost)
     # `los` decides how many time steps a stay has, `outtime` which X-rays it gets: both must agree.
     agrees = (pl.col("los_h") - _LASTS_H).abs() <= LOS_SLACK_H
-    stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
+    agreeing = count("with a length of stay that is outtime - intime", stays.filter(agrees))
+    lost = "have a los that is not outtime - intime in days"
+    stays = _warn_of_lost(raw["icustays"].path, stays, agreeing, lost)
     stays = count("of at most a year", stays.filter(pl.col("los_h") <= MAX_LOS_H))
-    _check_ages(raw["patients"])
     admissions, patients = _read_admissions(raw), read_patients(raw)
-    stays = stays.join(admissions, on="hadm_id").join(patients, on="subject_id")
-    stays = count("with a patient and an admission", stays)
+    known = count(
+        "with a patient and an admission", stays.join(admissions, on="hadm_id").join(patients, on="subject_id")
+    )
+    lost = "have no row in patients or in admissions"
+    stays = _warn_of_lost(raw["icustays"].path, stays, known, lost)
     stays = count("with the patient's own admission", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
     stays = count("with a readable age", stays.drop_nulls("age"))
     stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
@@ -94,29 +99,32 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
 
 
 def _without_rounding(stays: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Replace `los_h` by outtime - intime where the two differ only because the column `los` is rounded, if they do.
+    """Replace `los_h` by outtime - intime where the two differ only because `los` was rounded or cut off.
 
-    Its values have as many decimals as the longest of them; MIMIC-IV's have up to 16.
+    It was if nearly all of its values have two decimals or fewer; MIMIC-IV's have up to 16, and a third is about a
+    minute. Zeros at the end do not count, but for that of 2.0.
     """
-    decimals = stays["los"].str.extract(r"^\s*\d+\.?(\d*)\s*$", 1).str.len_chars().max()
-    if decimals is None or decimals > 2:  # half of the third decimal is less than a minute
+    value = stays["los"].str.strip_chars()
+    own = value.str.extract(r"^\d+\.(\d+?)0*$", 1).str.len_chars()
+    own = own.zip_with(value.str.contains(r"^\d+(\.\d+)?$"), pl.Series([99], dtype=own.dtype)).fill_null(0)
+    usual = next((n for n in range(3) if len(own) and (own <= n).mean() >= MIN_ROUNDED), None)
+    if usual is None:
         return stays
-    difference_h = (pl.col("los_h") - _LASTS_H).abs()
-    rounding_h = 24.0 * 0.5 * 10.0**-decimals + LOS_SLACK_H
-    agrees = difference_h <= rounding_h
-    rounded = stays.select((agrees & (difference_h > LOS_SLACK_H)).sum()).item()
-    if rounded > MAX_ROUNDED * len(stays):
+    late_h = pl.col("los_h") - _LASTS_H
+    unit_h = 24.0 * 10.0 ** -own.clip(usual).cast(pl.Float64)
+    rounds = late_h.is_between(-unit_h - LOS_SLACK_H, unit_h / 2 + LOS_SLACK_H) & (own <= 2)
+    rounded = stays.select((rounds & (late_h.abs() > LOS_SLACK_H)).sum()).item()
+    if rounded > invalid.MAX_SHARE * len(stays):
         progress.say(f"warning: {path}: 'los' of {rounded:,} stays is rounded; their length is outtime - intime")
-    return stays.with_columns(los_h=pl.when(agrees).then(_LASTS_H).otherwise("los_h"))
+    return stays.with_columns(los_h=pl.when(rounds).then(_LASTS_H).otherwise("los_h"))
 
 
-def _check_ages(patients: tables.Table) -> None:
-    """Raise UserError if more than 1 % of the ages are missing or unreadable."""
-    text = patients.read("anchor_age")
-    written, effect = "as MIMIC does, in whole years", "their stays are left out"
-    tally = times.Tally(what="ages", written=written, effect=effect, needed=True)
-    tally.add(text["anchor_age"], text.select(parse.number("anchor_age")).to_series())
-    tally.check(patients.path, "anchor_age")
+def _warn_of_lost(path: Path, stays: pl.DataFrame, kept: pl.DataFrame, why: str) -> pl.DataFrame:
+    """Return `kept`, with a warning if it lacks more than 1 % of `stays`. The audit counts every one."""
+    lost = len(stays) - len(kept)
+    if lost > invalid.MAX_SHARE * len(stays):
+        progress.say(f"warning: {path}: {lost:,} of {len(stays):,} stays {why}, and are left out")
+    return kept
 
 
 def digest(stays: pl.DataFrame) -> str:
@@ -131,6 +139,10 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
     """Return subject_id, age (anchor age, years), gender (a known word) and dod (a date at 00:00) of all patients."""
     patients = raw["patients"].read(*tables.MIMIC_IV["patients"][1])
     invalid.check_ids(raw["patients"].path, patients, "subject_id")
+    ages = invalid.Tally(invalid.AGES).add(
+        patients["anchor_age"], patients.select(parse.number("anchor_age").is_not_null()).to_series()
+    )
+    ages.check(raw["patients"].path, "anchor_age")
     return (
         patients.select(
             parse.integer("subject_id"),

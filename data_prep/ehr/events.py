@@ -20,11 +20,11 @@ from data_prep.ehr import cleaning, readable
 from data_prep.ehr.arrays import EPSILON_H
 from data_prep.ehr.cleaning import VARIABLE
 from data_prep.profiles import Rules
-from data_prep.raw import parse, tables, times
+from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
-VERSION = 10  # increment when the same input gives other events
+VERSION = 11  # increment when the same input gives other events
 # Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
 STAYS_PER_BUCKET = 1024
@@ -120,29 +120,20 @@ def _batches(
         if not rules.capillary_refill:
             items = {variable: ids for variable, ids in items.items() if variable != "Capillary refill rate"}
         table = raw[name]
-        # Laboratory rows belong to an admission; MIMIC-IV gives them no stay.
-        extra = "valuenum" if name == "labevents" else "stay_id"
+        # Laboratory rows belong to an admission, if to any; MIMIC-IV gives them no stay. Of chart rows without a stay,
+        # the admission decides.
+        extra, optional = ("valuenum", "hadm_id") if name == "labevents" else ("stay_id", "stay_id")
         item_variable = {item: VARIABLE[variable] for variable, ids in items.items() for item in ids}
         columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
         if rules.stored_in_time:
             columns.append("storetime")
         number = pl.col("itemid").cast(pl.Int64, strict=False)  # null also for '220045.0', which is read below
         wanted = table.scan(*columns).filter(number.is_in(list(item_variable)) | number.is_null())
-        num_rows, watch = 0, readable.Watch(table)
-        tallies = {column: times.Tally() for column in ("charttime", "storetime") if column in columns}
+        watch = readable.Watch(table, columns, optional)
         for batch in progress.bar(_raw_batches(table, wanted), f"events of {table.name}", "batches"):
             batch = watch.known_items(batch, list(item_variable))
-            num_rows += len(batch)
-            watch.add_ids(batch)
-            text, batch = batch, batch.with_columns(times.time(column) for column in tallies)
-            for column, tally in tallies.items():
-                tally.add(text[column], batch[column])
             yield _events(batch, item_variable, rules, lookup, counts, watch)
-        for column, tally in tallies.items():
-            unreadable[f"{name}.{column}"] = tally.check(table.path, column)
-        watch.check()
-        if not num_rows:
-            progress.say(f"warning: {table.path} has no row of any variable; is the table complete?")
+        unreadable |= {f"{name}.{column}": number for column, number in watch.check().items()}
 
 
 def _raw_batches(table: tables.Table, wanted: pl.LazyFrame) -> Iterator[pl.DataFrame]:

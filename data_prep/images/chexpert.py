@@ -9,6 +9,7 @@ from medfuse_jax.runtime.errors import UserError
 
 _POSITIVE = 1.0
 _NUMBERS = (_POSITIVE, 0.0, -1.0)  # positive, negative, uncertain
+_LABELS = invalid.Kind("labels", "write them as MIMIC-CXR-JPG does, 1, 0, -1 or nothing", "they count as missing")
 _WORDS = {"true": _POSITIVE, "false": 0.0}  # as pandas writes a column that it was told to read as yes or no
 
 
@@ -19,8 +20,14 @@ def of_labelled_studies(raw: dict[str, tables.Table], images: pl.DataFrame) -> p
 
 
 def labelled(raw: dict[str, tables.Table], images: pl.DataFrame) -> pl.DataFrame:
-    """Return the X-rays of studies with labels, and the labels; warn if none is positive."""
+    """Return the X-rays of studies with labels, and the labels; warn if many have none, or no label is positive."""
     found = images.join(read_labels(raw), on="study_id", maintain_order="left")
+    unlabelled = len(images) - len(found)
+    if unlabelled > invalid.MAX_SHARE * len(images):
+        progress.say(
+            f"warning: {raw['chexpert'].path} has no row for the studies of {unlabelled:,} of {len(images):,} X-rays, "
+            "which the radiology task leaves out; is the table complete?"
+        )
     if not found.select(schema.RADIOLOGY_LABELS).to_numpy().any():
         progress.say(f"warning: {raw['chexpert'].path} gives no X-ray a positive label; is the table complete?")
     return found
@@ -38,10 +45,11 @@ def read_labels(raw: dict[str, tables.Table]) -> pl.DataFrame:
             raise UserError(message, path=table.path, field=label)
     rows = table.read("study_id", *schema.RADIOLOGY_LABELS)
     parsed = rows.select(parse.integer("study_id"), *(_number(name) for name in schema.RADIOLOGY_LABELS))
-    no_study = rows["study_id"].filter(parsed["study_id"].is_null())
-    ids = {"study_id": (no_study, len(rows))}
-    invalid.check(table.path, ids, "ids", effect="these rows are left out", remedy="they are whole numbers")
-    _check(table, rows, parsed)
+    invalid.check_ids(table.path, rows, "study_id")
+    tallies = {name: invalid.Tally(_LABELS) for name in schema.RADIOLOGY_LABELS}
+    for name, tally in tallies.items():
+        tally.add(rows[name], parsed[name].is_not_null())
+    invalid.check(table.path, tallies)
     positive = ((pl.col(name) == _POSITIVE).fill_null(False).cast(pl.Int8) for name in schema.RADIOLOGY_LABELS)
     labels = parsed.select("study_id", *positive)
     return labels.drop_nulls("study_id").unique("study_id", keep="first", maintain_order=True)
@@ -52,14 +60,3 @@ def _number(column: str) -> pl.Expr:
     word = pl.col(column).str.strip_chars().str.to_lowercase().replace_strict(_WORDS, default=None)
     number = pl.coalesce(parse.number(column), word.cast(pl.Float64))
     return pl.when(number.is_in(_NUMBERS)).then(number).alias(column)
-
-
-def _check(table: tables.Table, rows: pl.DataFrame, parsed: pl.DataFrame) -> None:
-    """Warn of labels that are neither known nor missing; raise UserError if they are more than 1 % of a column."""
-    columns = {}
-    for name in schema.RADIOLOGY_LABELS:
-        unknown = rows[name].filter(parsed[name].is_null())
-        unknown = unknown.filter(~parse.missing(unknown))
-        columns[name] = unknown, len(rows) - parsed[name].null_count() + len(unknown)
-    remedy = "write them as MIMIC-CXR-JPG does, 1, 0, -1 or nothing"
-    invalid.check(table.path, columns, "labels", effect="they count as missing", remedy=remedy)

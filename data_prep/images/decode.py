@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from medfuse_jax import schema
 
 DECODER = f"Pillow {PIL.__version__}"  # another version may give other pixels
-VERSION = 4  # increment when the same file gives other pixels
+VERSION = 5  # increment when the same file gives other pixels
 FORMATS = ("JPEG", "PNG", "TIFF")  # whatever the file's name; for an EPS, Pillow would start Ghostscript
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 80_000_000  # Pillow warns above 89 million
@@ -19,6 +19,7 @@ _MODES = ("L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits
 _MODES_16 = ("I;16", "I;16L", "I;16B", "I")
 _DEPTHS = (8, 10, 12, 14, 16)  # bits of a detector
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF's tag PhotometricInterpretation, and its value where 0 is white
+_MAX_16_BIT, _MAX_14_BIT = (1 << 16) - 1, (1 << 14) - 1
 _FULL_16_BIT = 1 << 14 - 8  # the upper 8 bits of the largest pixel, if it needs more than 14
 
 
@@ -67,7 +68,10 @@ def _grey(image: Image.Image, is_16_bit: bool, white_is_zero: bool) -> Image.Ima
     inverted such pixels already.
     """
     if image.mode in _MODES_16:
-        scaled = _scaled(np.asarray(image))
+        pixels_HW = np.asarray(image)
+        if white_is_zero and pixels_HW.max() > _MAX_14_BIT:  # turned over in 16 bits, whatever the detector's depth
+            return _scaled(_MAX_16_BIT - pixels_HW.astype(np.int64))
+        scaled = _scaled(pixels_HW)
         return ImageOps.invert(scaled) if white_is_zero else scaled
     if image.mode not in _MODES:
         raise OSError(f"pixels of the kind {image.mode!r}")

@@ -16,6 +16,12 @@ LAYOUTS = {
     "flat": "<dicom_id>.jpg or .png, all in files/ or, if there is none, in the folder itself",
 }
 _DICOM_ID = r"^[A-Za-z0-9_-]{1,64}$"  # part of a path, so without '.', '/' or control characters
+_IDS = invalid.Kind(
+    "ids of X-rays",
+    "a dicom_id has 1 to 64 letters, digits, '-' and '_', the other ids are whole numbers above 0",
+    "their X-rays are left out",
+    needed=True,
+)
 
 
 def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[pl.DataFrame, dict]:
@@ -32,8 +38,8 @@ def read_metadata(raw: dict[str, tables.Table], layout: str = "auto") -> tuple[p
         time=times.study_times(metadata),
     )
     date, clock = (pl.when(~parse.missing(pl.col(name))).then(name) for name in ("StudyDate", "StudyTime"))
-    tally = times.Tally()
-    tally.add(metadata.select(pl.format("{} {}", date, clock)).to_series(), images["time"])
+    given = metadata.select(pl.format("{} {}", date, clock)).to_series()
+    tally = invalid.Tally(invalid.TIMES).add(given, images["time"].is_not_null())
     tally.check(raw["metadata"].path, "StudyDate, StudyTime")
     counts = {"rows of metadata": len(images)}
     images = images.filter(_has_valid_ids(raw["metadata"].path, metadata, images))
@@ -61,9 +67,7 @@ def _has_valid_ids(path: Path, metadata: pl.DataFrame, images: pl.DataFrame) -> 
     valid = images.select(
         pl.col("dicom_id").str.contains(_DICOM_ID), pl.col("subject_id") > 0, pl.col("study_id") > 0
     ).fill_null(False)
-    columns = {name: (metadata[name].filter(~valid[name]), len(valid)) for name in valid.columns}
-    remedy = "a dicom_id has 1 to 64 letters, digits, '-' and '_', the other ids are whole numbers above 0"
-    invalid.check(path, columns, "ids of X-rays", effect="their X-rays are left out", remedy=remedy)
+    invalid.check(path, {name: invalid.Tally(_IDS).add(metadata[name], valid[name]) for name in valid.columns})
     return valid.select(pl.all_horizontal(pl.all())).to_series()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import polars as pl
 
 from data_prep import progress
-from data_prep.raw import invalid, parse, times
+from data_prep.raw import invalid, parse
 
 _PAIRED = "AP"
 # What the view code's meaning, CID 4010 of DICOM and MIMIC-CXR-JPG's ViewCodeSequence_CodeMeaning, calls a view.
@@ -40,7 +40,7 @@ def warn(path: Path, views: pl.Series) -> None:
             f"warning: {path}: no X-ray has the view {_PAIRED}, so none is paired with a stay; {len(other):,} have "
             f"another ViewPosition{first} and {len(views) - len(given):,} have none"
         )
-    elif len(unknown) > times.MAX_UNREADABLE * len(given):
+    elif len(unknown) > invalid.MAX_SHARE * len(given):
         progress.say(
             f"warning: {path}: {len(unknown):,} of {len(given):,} X-rays have an unknown ViewPosition "
             f"({invalid.form(unknown[0])}) and are never paired with a stay; {_PAIRED} is paired"

@@ -1,59 +1,105 @@
-"""Refuse a table with many invalid values, and warn of few. Messages show the form of a value, never the value."""
+"""Refuse a table in which many values of a column are invalid, and warn of few.
 
+Messages show what a value looks like ('a' for each letter, '9' for each digit), never the value.
+"""
+
+import dataclasses
+import re
 from pathlib import Path
 
 import polars as pl
 
 from data_prep import progress
-from data_prep.raw import parse, times
+from data_prep.raw import parse
 from medfuse_jax.runtime.errors import UserError
 
+MAX_SHARE = 0.01
+_FEW = 10  # a small table may have as many, though they are more than 1 %
 _LONGEST = 40  # characters of a form
-_FEW_IDS = 10  # of a small table, in which they may be more than 1 %
+_COMPLETE = re.compile("9999-99-99(?: 99:99:99)?")
 
 
-def form(value: str | None) -> str:
-    """Return what the first invalid value looks like, for a message: 'a' for each letter, '9' for each digit."""
-    text = "".join(character if character.isprintable() else "?" for character in (value or "").strip())
-    if not text:
-        return "the first is empty"
-    # The end of a long value tells more: an image's name with .dcm behind it is too long already.
-    shown = times.form(text) if len(text) <= _LONGEST else f"...{times.form(text[3 - _LONGEST :])}"
-    return f"the first looks like '{shown}'"
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a column holds, how it is written, and what happens to invalid values; all for messages but the last two.
+
+    needed: a missing value is invalid too. few: so many do not stop a build, unless they are all.
+    """
+
+    name: str
+    written: str
+    effect: str
+    needed: bool = False
+    few: int = _FEW
+
+
+# Of times even a few stop a build where they are more than 1 %: what depends on them is dropped without a trace.
+TIMES = Kind("times", "write them as MIMIC does, YYYY-MM-DD HH:MM:SS", "they count as missing", few=0)
+GIVEN_TIMES = Kind("times", "give every row a time", "their rows are left out", needed=True)
+AGES = Kind("ages", "write them as MIMIC does, in whole years", "their stays are left out", needed=True, few=0)
+IDS = Kind("ids", "write them as MIMIC does, in whole numbers", "their rows are left out", needed=True)
+OPTIONAL_IDS = dataclasses.replace(IDS, needed=False)
+
+
+@dataclasses.dataclass
+class Tally:
+    """How many values of a column are given, how many of them are invalid, and what the first of those looks like."""
+
+    kind: Kind
+    given: int = 0
+    invalid: int = 0
+    first: str = ""
+
+    def add(self, text: pl.Series, valid: pl.Series) -> "Tally":
+        """Count the values of `text`; valid: true for those that are, aligned with it."""
+        other = text.filter(~valid)
+        wrong = other.fill_null("") if self.kind.needed else other.filter(~parse.missing(other))
+        if len(wrong) and not self.invalid:
+            self.first = form(wrong[0])
+        self.given += len(text) - len(other) + len(wrong)
+        self.invalid += len(wrong)
+        return self
+
+    def check(self, path: Path, column: str) -> int:
+        """Return how many values are invalid, with a warning; raise UserError if they are many."""
+        check(path, {column: self})
+        return self.invalid
+
+
+def check(path: Path, tallies: dict[str, Tally]) -> None:
+    """Warn in one line of the invalid values in a table's columns; raise UserError if more than 1 % of one are."""
+    found = {column: tally for column, tally in tallies.items() if tally.invalid}
+    messages = []
+    for column, tally in found.items():
+        kind = tally.kind
+        messages.append(
+            f"{path}: {tally.invalid:,} of {tally.given:,} {kind.name} in column {column!r} are invalid ({tally.first})"
+        )
+        is_many = tally.invalid > kind.few or tally.invalid == tally.given
+        if is_many and tally.invalid > MAX_SHARE * tally.given:
+            message = f"{messages[-1]}; that is more than 1 %: {kind.written}"
+            raise UserError(message, path=path, field=column, value=tally.invalid)
+    if messages:
+        first, *rest = found.values()
+        others = f", and {sum(tally.invalid for tally in rest):,} in other columns" if rest else ""
+        progress.say(f"warning: {messages[0]}{others}; {first.kind.effect}")
 
 
 def check_ids(path: Path, rows: pl.DataFrame, *names: str, texts: tuple[str, ...] = ()) -> None:
-    """Check, as `check` does, ids that no row of a table lacks: numbers (`names`) and texts. Blank rows do not count.
-
-    rows: text.
-    """
-    given = rows.filter(~pl.all_horizontal(parse.missing(pl.col(column)) for column in rows.columns))
-    numbers = given.select(parse.integer(name) for name in names)
-    columns = {name: (given[name].filter(numbers[name].is_null()), len(given)) for name in names}
-    columns |= {name: (given[name].filter(parse.missing(given[name])), len(given)) for name in texts}
-    remedy = "write them as MIMIC does; ids are whole numbers"
-    check(path, columns, "ids", effect="their rows are left out", remedy=remedy, few=_FEW_IDS)
+    """Check ids that no row of a table lacks: numbers (`names`) and texts. rows: text."""
+    numbers = rows.select(parse.integer(name) for name in names)
+    tallies = {name: Tally(IDS).add(rows[name], numbers[name].is_not_null()) for name in names}
+    tallies |= {name: Tally(IDS).add(rows[name], ~parse.missing(rows[name])) for name in texts}
+    check(path, tallies)
 
 
-def check(
-    path: Path, columns: dict[str, tuple[pl.Series, int]], what: str, effect: str, remedy: str, few: int = 0
-) -> None:
-    """Warn of invalid values in a table's columns; raise UserError if they are more than 1 % of a column.
-
-    columns: name -> the invalid values (text), and how many values are given. what, effect, remedy: what the values
-    are, what happens to the invalid ones, and how to write them. few: so many never stop a build.
-    """
-    found = {}
-    for column, (values, given) in columns.items():
-        if not len(values):
-            continue
-        found[column] = len(values)
-        message = f"{path}: {len(values):,} of {given:,} {what} in column {column!r} are invalid ({form(values[0])})"
-        if len(values) > max(few, times.MAX_UNREADABLE * given):
-            raise UserError(f"{message}; that is more than 1 %: {remedy}", path=path, field=column, value=len(values))
-        if len(found) == 1:
-            first = message
-    if found:
-        rest = sum(found.values()) - next(iter(found.values()))
-        others = f", and {rest:,} in other columns" if rest else ""
-        progress.say(f"warning: {first}{others}; {effect}")
+def form(value: str | None) -> str:
+    """Return what a value looks like, as a message says it of the first invalid one."""
+    text = "".join(character if character.isprintable() else "?" for character in (value or "").strip())
+    if not text:
+        return "the first is empty"
+    shown = " ".join(re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", text)).split())
+    if _COMPLETE.fullmatch(shown):
+        return f"the first looks like '{shown}', but there is no such date or hour"
+    # The end of a long value tells more: an image's name with .dcm behind it is too long already.
+    return f"the first looks like '{shown if len(shown) <= _LONGEST else '...' + shown[3 - _LONGEST :]}'"

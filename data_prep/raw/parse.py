@@ -2,8 +2,8 @@
 
 import polars as pl
 
-# What stands for no value, in lower case: an empty cell, and what R, pandas, spreadsheets and databases write.
-_NO_VALUE = ("", "na", "n/a", "#n/a", "<na>", "nan", "nat", "null", "none", r"\n")
+# What stands for no value, in lower case: an empty cell, and what R, pandas, SAS, spreadsheets and databases write.
+_NO_VALUE = ("", "na", "n/a", "#n/a", "<na>", "nan", "nat", "null", "(null)", "[null]", "none", ".", r"\n")
 
 
 def missing(text: pl.Expr | pl.Series) -> pl.Expr | pl.Series:

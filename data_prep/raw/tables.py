@@ -14,7 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from data_prep import progress
-from data_prep.raw import times
+from data_prep.raw import invalid, parse, times
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
@@ -81,15 +81,24 @@ class Table:
         types = frame.collect_schema() if self.path.suffix == ".parquet" else {}
         for name in columns:
             dtype = types.get(self.names[name])
-            if name.endswith("id") and dtype in (pl.Float32, pl.Float16):
+            rounds = dtype == pl.Float16 or (dtype == pl.Float32 and name != "itemid")  # itemids have 6 digits
+            if name.endswith("id") and rounds:
                 what = f"{self.path}: column {name!r} is of type {dtype}, which rounds ids of 8 digits"
                 raise UserError(f"{what}: write it as integers", path=self.path, value=name)
         return frame.select(_as_text(self.names[name], types.get(self.names[name])).alias(name) for name in columns)
 
     def read(self, *columns: str) -> pl.DataFrame:
-        """Read `columns` as text; raise UserError if the file is damaged."""
+        """Read `columns` as text, without the rows that are blank in all; raise UserError if the file is damaged."""
         with reading(self.path):
-            return self.scan(*columns).collect(engine="streaming")
+            return without_blank_rows(self.scan(*columns).collect(engine="streaming"))
+
+
+def without_blank_rows(frame: pl.DataFrame) -> pl.DataFrame:
+    """Drop the rows of which no column (text) has a value, such as a spreadsheet leaves below a table."""
+    candidates = parse.missing(frame.to_series(0))
+    if not candidates.any():  # the fast path: tables as downloaded
+        return frame
+    return frame.filter(~pl.all_horizontal(parse.missing(pl.col(name)) for name in frame.columns))
 
 
 def fingerprints(tables: Iterable[Table], cache: Path) -> list[dict]:
@@ -286,7 +295,6 @@ def count_unreadable_times(raw: dict[str, Table]) -> dict[str, int]:
     for name, columns in _TIMES.items():
         table = raw[name].read(*columns)
         for column in columns:
-            tally = times.Tally()
-            tally.add(table[column], table.select(times.time(column)).to_series())
+            tally = invalid.Tally(invalid.TIMES).add(table[column], times.read(table[column]).is_not_null())
             counts[f"{name}.{column}"] = tally.check(raw[name].path, column)
     return counts

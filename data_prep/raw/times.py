@@ -5,18 +5,10 @@ date alone is midnight. `1/31/2150` and `31.1.2150` are read if the other values
 comes first. A year has four digits and is 1000 or later: `50-01-31` is null, and so is R's `0050-01-31`.
 """
 
-import dataclasses
 import datetime
-import re
-from pathlib import Path
 
 import polars as pl
 
-from data_prep import progress
-from data_prep.raw import parse
-from medfuse_jax.runtime.errors import UserError
-
-MAX_UNREADABLE = 0.01
 _FORMAT = "%Y-%m-%d %H:%M:%S"  # as in MIMIC-IV
 _MINUTE = "%Y-%m-%d %H:%M:00"
 # From 1000 to 9999, in microseconds since 1970.
@@ -127,47 +119,3 @@ def _without_exponent(text: pl.Series, pattern: str) -> pl.Series:
         text.zip_with(has_exponent, pl.Series([None], dtype=pl.String)).cast(pl.Float64).cast(pl.Int64, strict=False)
     )
     return digits.cast(pl.String).fill_null(text)
-
-
-def form(text: str) -> str:
-    """Return what a value looks like without its content: 'a' for each letter, '9' for each digit."""
-    return " ".join(re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", text)).split())[:40]
-
-
-@dataclasses.dataclass
-class Tally:
-    """How many times of a column are given, how many of them cannot be read, and the form of the first of those.
-
-    what, written, effect: for columns that hold no times. needed: whether a missing value counts as unreadable.
-    """
-
-    what: str = "times"
-    written: str = "as MIMIC does, YYYY-MM-DD HH:MM:SS"
-    effect: str = "they count as missing"
-    needed: bool = False
-    given: int = 0
-    unreadable: int = 0
-    form: str = ""
-
-    def add(self, text: pl.Series, parsed: pl.Series) -> None:
-        other = text.filter(parsed.is_null())
-        wrong = other.fill_null("") if self.needed else other.filter(~parse.missing(other))
-        if len(wrong) and not self.unreadable:
-            self.form = form(wrong[0])
-        self.given += len(text) - len(other) + len(wrong)
-        self.unreadable += len(wrong)
-
-    def check(self, path: Path, column: str) -> int:
-        """Return how many values cannot be read, with a warning; raise UserError above 1 %."""
-        if not self.unreadable:
-            return 0
-        first = f"looks like '{self.form}'" if self.form else "is empty"
-        message = (
-            f"{path}: {self.unreadable:,} of {self.given:,} {self.what} in column {column!r} cannot be read (the first "
-            f"{first})"
-        )
-        if self.unreadable > MAX_UNREADABLE * self.given:
-            message += f"; that is more than 1 %: write them {self.written}"
-            raise UserError(message, path=path, field=column, value=self.unreadable)
-        progress.say(f"warning: {message}; {self.effect}")
-        return self.unreadable

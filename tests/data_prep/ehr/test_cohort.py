@@ -10,7 +10,7 @@ from raw_tables import START, at, stay, write_mimic_iv
 from data_prep import profiles
 from data_prep.ehr import cohort
 from data_prep.labels import mortality
-from data_prep.raw import tables, times
+from data_prep.raw import invalid, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -210,14 +210,30 @@ def test_stays_whose_los_is_not_outtime_minus_intime_are_dropped(tmp_path, chang
     assert left["with a length of stay that is outtime - intime"] == 1 + kept
 
 
-@pytest.mark.parametrize("decimals", [0, 1, 2])
-def test_a_rounded_los_costs_no_stay(tmp_path, capsys, decimals):
-    hours = [5.5, 7.3, 30.1, 40.77, 47.99, 71.9, 100.2]  # 47.99 h round to two days, the window of mortality
-    rows = [stay(n, outtime=at(h), los=f"{h / 24:.{decimals}f}") for n, h in enumerate(hours)]
-    wrong = stay(7, outtime=at(50), los="5")  # more than rounding
+def _cut(days, decimals):
+    return str(int(days * 10**decimals) / 10**decimals)
+
+
+ROUNDED = {
+    **{f"{n} decimals": lambda days, n=n: f"{days:.{n}f}" for n in (0, 1, 2)},
+    "cut to one decimal": lambda days: _cut(days, 1),
+    "cut to two decimals": lambda days: _cut(days, 2),
+    "zeros at the end": lambda days: f"{days:.1f}00000",
+    "without zeros": lambda days: f"{days:.2f}".rstrip("0").rstrip("."),
+}
+
+
+@pytest.mark.parametrize("written", ROUNDED)
+def test_a_rounded_los_costs_no_stay(tmp_path, capsys, written):
+    hours = [5.5, 7.3, 30.1, 40.77, 47.99, 71.9, *range(100, 106)]  # 47.99 h round to two days, the window of mortality
+    rows = [stay(n, outtime=at(h), los=ROUNDED[written](h / 24)) for n, h in enumerate(hours)]
+    hours.append(61.3)
+    rows.append(stay(len(rows), outtime=at(61.3), los=str(61.3 / 24)))  # one that is not rounded
+    wrong = stay(len(rows), outtime=at(50), los="5")  # more than rounding
     _, stays, flow = _read(tmp_path, [*rows, wrong])
     assert stays["los_h"].to_list() == pytest.approx(hours, abs=1e-3)
-    assert {step["filter"]: step["stays"] for step in flow}["with a length of stay that is outtime - intime"] == 7
+    left = {step["filter"]: step["stays"] for step in flow}
+    assert left["with a length of stay that is outtime - intime"] == len(rows)
     assert "stays is rounded; their length is outtime - intime" in capsys.readouterr().err
 
 
@@ -225,6 +241,29 @@ def test_few_rounded_los_give_no_warning(tmp_path, capsys):
     rows = [stay(n) for n in range(99)] + [stay(99, outtime=at(71.5), los="2.98")]
     _, stays, _ = _read(tmp_path, rows)
     assert len(stays) == 100 and stays["los_h"][-1] == 71.5 and "rounded" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"los": "72.0"}, "a los that is not outtime - intime"),  # hours
+        ({"outtime": ""}, "no valid intime, outtime and los"),
+        ({"los": ""}, "no valid intime, outtime and los"),
+    ],
+)
+@pytest.mark.parametrize("lost", [1, 2])
+def test_stays_without_a_valid_length_give_a_warning_above_1_percent(tmp_path, capsys, changes, why, lost):
+    rows = [stay(n, **(changes if n < lost else {})) for n in range(100)]
+    assert len(_read(tmp_path, rows)[1]) == 100 - lost
+    assert (f"2 of 100 stays have {why}" in capsys.readouterr().err) == (lost == 2)
+
+
+def test_stays_without_an_admission_give_a_warning(tmp_path, capsys):
+    root = write_mimic_iv(tmp_path, [stay(n) for n in range(10)])
+    path = root / "hosp/admissions.csv.gz"
+    path.write_bytes(gzip.compress(b"".join(gzip.decompress(path.read_bytes()).splitlines(keepends=True)[:-1])))
+    assert len(cohort.read_stays(tables.mimic_iv(root))[0]) == 9
+    assert "1 of 10 stays have no row in patients or in admissions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("age", ["", "> 60", "NaN", "sixty"])
@@ -239,8 +278,7 @@ def test_unreadable_ages_have_their_own_filter_and_stop_above_1_percent(tmp_path
     _, stays, flow = _read(tmp_path, rows)
     left = {step["filter"]: step["stays"] for step in flow}
     assert (left["with the patient's own admission"], left["with a readable age"], len(stays)) == (200, 198, 198)
-    first = f"looks like '{times.form(age)}'" if age else "is empty"
-    line = f"2 of 200 ages in column 'anchor_age' cannot be read (the first {first}); their stays are left out"
+    line = f"2 of 200 ages in column 'anchor_age' are invalid ({invalid.form(age)}); their stays are left out"
     assert line in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from raw_tables import chart, lab, stay, write_mimic_iv
 
 from data_prep import profiles
 from data_prep.ehr import cleaning, cohort, events
-from data_prep.raw import tables, times
+from data_prep.raw import invalid, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -88,7 +88,7 @@ def test_each_profile_cleans_values_its_own_way(tmp_path, profile, column):
 
 
 def test_rows_outside_their_stay_are_dropped_and_every_row_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(times, "MAX_UNREADABLE", 0.1)
+    monkeypatch.setattr(invalid, "MAX_SHARE", 0.5)
     charts = [
         chart(1, 5, HEART_RATE, "80"),
         chart(1, 0, HEART_RATE, "81"),

@@ -3,6 +3,7 @@
 import pytest
 from build_cases import HEART_RATE, by_stay
 from raw_tables import chart, lab, stay, write_mimic_iv
+from refusals import refused
 
 from data_prep import build
 from medfuse_jax.runtime.errors import UserError
@@ -12,7 +13,7 @@ ADVICE = "more than 1 %: write them as MIMIC does, in whole numbers"
 
 
 def _charts():
-    return [chart(0, h / 4, HEART_RATE, "70") for h in range(200)]
+    return [chart(0, h / 20, HEART_RATE, "70") for h in range(1000)]
 
 
 def _build(root, charts, labs=()):
@@ -22,7 +23,7 @@ def _build(root, charts, labs=()):
 
 
 @pytest.mark.parametrize("column", ["subject_id", "hadm_id", "stay_id", "itemid"])
-@pytest.mark.parametrize(("unreadable", "stops"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("unreadable", "stops"), [(10, False), (11, True)])
 def test_unreadable_ids_of_events_warn_and_stop_above_1_percent(tmp_path, capsys, column, unreadable, stops):
     charts = _charts()
     charts += [chart(0, 1, 1, "9") for _ in range(2)]  # an item that no variable has is an id too
@@ -30,13 +31,13 @@ def test_unreadable_ids_of_events_warn_and_stop_above_1_percent(tmp_path, capsys
         row[column] = f"S{row[column]}"
     if not stops:
         _build(tmp_path, charts)
-        given = 202 if column == "itemid" else 200
-        line = f"2 of {given} ids in column '{column}' cannot be read (the first looks like 'a"
+        given = "1,002" if column == "itemid" else "1,000"
+        line = f"10 of {given} ids in column '{column}' are invalid (the first looks like 'a"
         assert line in capsys.readouterr().err
         return
     with pytest.raises(UserError, match=ADVICE) as caught:
         _build(tmp_path, charts)
-    assert (caught.value.field, caught.value.value) == (column, 3)
+    assert (caught.value.field, caught.value.value) == (column, 11)
     assert caught.value.path == tmp_path / "iv/icu/chartevents.csv.gz" and "S" not in str(caught.value).split("like")[1]
 
 
@@ -55,6 +56,26 @@ def test_missing_admissions_and_text_of_laboratory_rows_are_usual(tmp_path, caps
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("column", ["subject_id", "hadm_id", "charttime", "itemid"])
+@pytest.mark.parametrize(("blank", "stops"), [(10, False), (11, True)])
+def test_what_no_event_lacks_may_be_missing_in_few(tmp_path, capsys, column, blank, stops):
+    charts = _charts() + [dict.fromkeys(chart(0, 1, 1, "9"), "") for _ in range(50)]  # rows without any value
+    for row in charts[:blank]:
+        row[column] = ""
+    if stops:
+        with refused(field=column, value=11, path=tmp_path / "iv/icu/chartevents.csv.gz"):
+            _build(tmp_path, charts)
+        return
+    _build(tmp_path, charts)
+    printed = capsys.readouterr().err
+    assert printed.count("warning") == 1 and f"in column '{column}' are invalid (the first is empty)" in printed
+
+
+def test_laboratory_rows_of_which_none_has_an_admission_give_a_warning(tmp_path, capsys):
+    _build(tmp_path, _charts(), [lab(0, h, GLUCOSE, "110", hadm_id="") for h in range(1, 9)])
+    assert "labevents.csv.gz: 8 of 8 rows have no hadm_id" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("written", ["{} ", "{}.0", " {}.", "0{}"])
 def test_items_are_known_however_the_number_is_written(tmp_path, written):
     expected = _build(tmp_path / "a", _charts())
@@ -62,12 +83,12 @@ def test_items_are_known_however_the_number_is_written(tmp_path, written):
     assert (_build(tmp_path / "b", charts) == expected).all()
 
 
-@pytest.mark.parametrize(("lost", "warns"), [(100, False), (101, True)])
+@pytest.mark.parametrize(("lost", "warns"), [(500, False), (501, True)])
 def test_a_variable_that_loses_more_than_half_of_its_values_is_named(tmp_path, capsys, lost, warns):
     charts = [row | {"value": "" if n < lost else "70"} for n, row in enumerate(_charts())]
     _build(tmp_path, charts)
     printed = capsys.readouterr().err
-    assert (f"chartevents.csv.gz: {lost} of 200 rows of Heart Rate have no valid value" in printed) == warns
+    assert (f"chartevents.csv.gz: {lost} of 1,000 rows of Heart Rate have no valid value" in printed) == warns
     assert "comma" not in printed and printed.count("warning") == warns
 
 
@@ -85,6 +106,6 @@ def test_a_decimal_comma_is_named(tmp_path, capsys):
 
 def test_values_that_mimic_itself_withholds_are_no_loss(tmp_path, capsys):
     """The demo's laboratory has ___ for most glucose values, with the number in valuenum, which `released` ignores."""
-    charts = [row | {"value": "___" if n < 150 else "70"} for n, row in enumerate(_charts())]
+    charts = [row | {"value": "___" if n < 750 else "70"} for n, row in enumerate(_charts())]
     _build(tmp_path, charts)
     assert "warning" not in capsys.readouterr().err

@@ -57,10 +57,10 @@ def test_labels_may_have_any_type_in_parquet(tmp_path, dtype):
     [("positive", "aaaaaaaa"), ("1,0", "9,9"), ("2", "9"), ("0.5", "9.9"), ("\u22121", "\u22129"), ("yes 7", "aaa 9")],
 )
 def test_over_one_percent_of_unknown_labels_stop_the_build(tmp_path, capsys, value, form):
-    raw = _raw(tmp_path, _rows(["1.0"] * 98 + [""] * 50 + [value] * 2))
-    with refused(path=raw["chexpert"].path, field="Edema", value=2) as caught:
+    raw = _raw(tmp_path, _rows(["1.0"] * 89 + [""] * 50 + [value] * 11))
+    with refused(path=raw["chexpert"].path, field="Edema", value=11) as caught:
         chexpert.read_labels(raw)
-    assert "2 of 100 labels" in str(caught.value) and f"'{form}'" in str(caught.value)
+    assert "11 of 100 labels" in str(caught.value) and f"'{form}'" in str(caught.value)
     assert "positive" not in str(caught.value)
     raw = _raw(tmp_path, _rows(["1.0"] * 99 + [value]) + _rows([value] + ["0.0"] * 99, "Fracture"))
     assert chexpert.read_labels(raw)["Edema"].sum() == 99
@@ -82,6 +82,22 @@ def test_labels_of_which_none_is_positive_give_a_warning(tmp_path, capsys, value
     assert len(chexpert.labelled(raw, images)) == len(chexpert.of_labelled_studies(raw, images)) == 1
     printed = capsys.readouterr().err
     assert ("chexpert.csv.gz gives no X-ray a positive label" in printed) == (value == "-1.0")
+
+
+@pytest.mark.parametrize("column", ["study_id", "Edema"])
+def test_rows_without_any_value_do_not_count(tmp_path, capsys, column):
+    rows = _rows(["1.0"] * 20)
+    blank = [dict.fromkeys(rows[0], "")] * 15
+    assert len(chexpert.read_labels(_raw(tmp_path, rows + blank))) == 20
+    assert "invalid" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_x_rays_of_studies_that_the_table_lacks_give_a_warning(tmp_path, capsys, lost):
+    raw = _raw(tmp_path, _rows(["1.0"]))
+    images = pl.DataFrame({"study_id": [50_000_100] * (100 - lost) + [1] * lost})
+    assert len(chexpert.labelled(raw, images)) == 100 - lost
+    assert ("the studies of 2 of 100 X-rays" in capsys.readouterr().err) == (lost == 2)
 
 
 def test_a_missing_column_is_reported(tmp_path):

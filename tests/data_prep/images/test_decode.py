@@ -123,6 +123,9 @@ KINDS = {
     "8-bit TIFF in which 0 is white": lambda path: _white_is_zero(path, 255 - RAMP),
     "16-bit TIFF in which 0 is white": lambda path: _white_is_zero(path, (255 - RAMP).astype(np.uint16) * 257),
     "12-bit TIFF in which 0 is white": lambda path: _white_is_zero(path, (255 - RAMP).astype(np.uint16) * 16),
+    "12 bits at the upper end of a 16-bit TIFF in which 0 is white": lambda path: _white_is_zero(
+        path, 65535 - RAMP.astype(np.uint16) * 16
+    ),
     "32-bit TIFF of 16 bits": lambda path: _save(path, RAMP.astype(np.int32) * 257, format="TIFF"),
 }
 

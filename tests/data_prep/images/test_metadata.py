@@ -8,7 +8,7 @@ from raw_tables import image, image_path, write_mimic_cxr, write_table
 from refusals import refused
 
 from data_prep.images import metadata
-from data_prep.raw import tables, times
+from data_prep.raw import invalid, tables, times
 from medfuse_jax import schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -86,7 +86,7 @@ def test_times_of_parquet_are_read_whole_or_not_at_all(tmp_path):
     ],
 )
 def test_invalid_rows_are_counted(tmp_path, monkeypatch, changes, with_ids, without_time):
-    monkeypatch.setattr(times, "MAX_UNREADABLE", 0.5)
+    monkeypatch.setattr(invalid, "MAX_SHARE", 0.5)
     write_table(
         tmp_path / "mimic-cxr-2.0.0-chexpert.csv", "subject_id,study_id," + ",".join(schema.RADIOLOGY_LABELS), []
     )
@@ -112,7 +112,7 @@ def test_invalid_rows_are_counted(tmp_path, monkeypatch, changes, with_ids, with
         ("study_id", lambda text: "-1", "'-9'"),
     ],
 )
-@pytest.mark.parametrize("num_bad", [1, 2])
+@pytest.mark.parametrize("num_bad", [1, 11])
 def test_over_one_percent_of_invalid_ids_stop_the_build(tmp_path, capsys, column, change, form, num_bad):
     header = "dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime"
     rows = [image(n, 1) for n in range(100)]
@@ -121,8 +121,8 @@ def test_over_one_percent_of_invalid_ids_stop_the_build(tmp_path, capsys, column
         row[column] = change(str(row[column]))
     write_table(tmp_path / "mimic-cxr-2.0.0-metadata.csv", header, rows)
     raw = tables.mimic_cxr(tmp_path)
-    if num_bad == 2:
-        with refused(path=raw["metadata"].path, field=column, value=2) as caught:
+    if num_bad == 11:
+        with refused(path=raw["metadata"].path, field=column, value=11) as caught:
             metadata.read_metadata(raw)
         assert form in str(caught.value)
     else:

@@ -17,7 +17,7 @@ from raw_tables import at, chart, image, lab, stay, write_mimic_cxr, write_mimic
 from data_prep import build
 from data_prep.ehr import cohort
 from data_prep.labels import phenotypes
-from data_prep.raw import tables, times
+from data_prep.raw import invalid, tables
 from medfuse_jax import records
 from medfuse_jax.runtime.errors import UserError
 
@@ -71,7 +71,7 @@ BAD_EVENTS = [
 
 
 def test_invalid_event_rows_are_counted_and_dropped(tmp_path, expected, monkeypatch):
-    monkeypatch.setattr(times, "MAX_UNREADABLE", 0.1)
+    monkeypatch.setattr(invalid, "MAX_SHARE", 0.2)
     # Each has its own hour and value, so that none can hide another.
     bad = [chart(0, 5 + i, HEART_RATE, str(100 + i)) | changes for i, (changes, _) in enumerate(BAD_EVENTS)]
     actual, counts = _build(tmp_path, [stay(0), stay(1)], [*_charts(), *bad])
@@ -93,7 +93,7 @@ BAD_STAYS = [
 
 
 def test_invalid_stays_are_counted_and_dropped(tmp_path, expected, monkeypatch):
-    monkeypatch.setattr(times, "MAX_UNREADABLE", 0.1)
+    monkeypatch.setattr(invalid, "MAX_SHARE", 0.2)
     bad = [stay(2 + i, **changes) for i, (changes, _) in enumerate(BAD_STAYS)]
     actual, counts = _build(tmp_path, [stay(0), stay(1), *bad], _charts(range(2 + len(bad))))
     _assert_equal(actual, expected)

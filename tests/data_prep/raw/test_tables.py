@@ -46,3 +46,9 @@ def test_only_of_a_csv_a_quote_may_be_open(tmp_path, ending):
         table.read("a")
     assert ("a quote in it" in str(caught.value)) == (ending == ".csv")
     assert ("Parquet" in str(caught.value)) == (ending == ".parquet")
+
+
+def test_item_ids_of_six_digits_may_be_of_32_bit_floats(tmp_path):
+    path = tmp_path / "chartevents.parquet"
+    pl.DataFrame({"itemid": pl.Series([220_045], dtype=pl.Float32)}).write_parquet(path)
+    assert tables.Table(path, path.name, {"itemid": "itemid"}).read("itemid")["itemid"].to_list() == ["220045.0"]

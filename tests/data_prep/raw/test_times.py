@@ -8,7 +8,7 @@ from build_cases import HEART_RATE, by_stay
 from raw_tables import at, chart, image, lab, stay, write_mimic_cxr, write_mimic_iv
 
 from data_prep import build
-from data_prep.raw import times
+from data_prep.raw import invalid, times
 from medfuse_jax import records, schema
 from medfuse_jax.runtime.errors import UserError
 
@@ -141,12 +141,11 @@ def test_a_study_time_without_a_value_does_not_hide_the_others():
     assert found.dt.hour().to_list() == [*range(24), None, None, None, None]
 
 
-@pytest.mark.parametrize("nothing", ["NA", "NaT", "NULL", "#N/A"])
+@pytest.mark.parametrize("nothing", ["NA", "NaT", "NULL", "#N/A", "(null)", "."])
 def test_what_stands_for_no_time_is_missing_and_not_unreadable(tmp_path, capsys, nothing):
     text = pl.Series(["2150-01-31", nothing, f" {nothing.lower()}", "", None, "2150-01"])
-    tally = times.Tally()
-    tally.add(text, times.read(text))
-    assert (tally.given, tally.unreadable, tally.form) == (2, 1, "9999-99")
+    tally = invalid.Tally(invalid.TIMES).add(text, times.read(text).is_not_null())
+    assert (tally.given, tally.invalid, tally.first) == (2, 1, "the first looks like '9999-99'")
     stays = [stay(n, deathtime=nothing, dod=nothing) for n in range(3)]
     charts = [chart(n, 3, HEART_RATE, "70", storetime=nothing) for n in range(3)]
     labs = [lab(n, 3, 50931, nothing, valuenum="110", hadm_id=nothing) for n in range(3)]
@@ -158,10 +157,6 @@ def test_what_stands_for_no_time_is_missing_and_not_unreadable(tmp_path, capsys,
     assert counts["event_rows"]["no hadm_id"] == {"Glucose": 3}
     assert [record["has_cxr"] for _, record in sorted(by_stay(tmp_path / "out", "mortality").items())] == [1, 0, 0]
     assert "1 of 2 X-rays have no valid time" in capsys.readouterr().err
-
-
-def test_the_form_of_a_value_has_none_of_its_content():
-    assert times.form("2150-13-45 Müller\n 9h") == "9999-99-99 aaaaaa 9a"
 
 
 def test_x_rays_are_paired_whatever_wrote_their_dates(tmp_path, capsys):
