@@ -24,14 +24,17 @@ FILE_LIST = "entry.json"
 
 
 def key(**parts: object) -> str:
-    """Return a hash of named values, as JSON; a value that JSON cannot hold is hashed as its text."""
+    """Return a hash of named values, serialised as JSON, or as str() where JSON cannot hold them."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def private(out: Path) -> Iterator[Path]:
-    """Create `out` and its cache with access for the owner only, and lock out other builds."""
+    """Create `out` and its cache, readable by the owner only, and lock them against other builds.
+
+    Raise TryLater if the disk is full.
+    """
     busy = f"another build is writing to --out={out}; wait for it, or use another folder"
     old_umask = os.umask(0o077)
     try:

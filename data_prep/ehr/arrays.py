@@ -14,7 +14,7 @@ EPSILON_H = 1e-6  # tolerance at both ends of a stay and at time-step edges, as 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """A task's arrays. `discretize.write_arrays` describes row, bucket, start, length and first_step, int64 [N]."""
+    """A task's arrays. See `discretize.write_arrays` for row, bucket, start, length and first_step, int64 [N]."""
 
     folder: Path
     row: np.ndarray
@@ -23,10 +23,10 @@ class Arrays:
     length: np.ndarray
     first_step: np.ndarray
     num_long_enough: int
-    num_died: int  # of these, stays whose patient dies before the end of the window
-    num_stored_late: int  # events of a stay's period that were stored after its end
+    num_died: int  # of those, stays whose patient dies before the end of the window
+    num_stored_late: int  # events measured during a stay's period but stored after it
     num_duplicates: int  # events dropped because another has the same time, item and value
-    # Only the bucket read last, so that memory does not fill with pages that were read before.
+    # Holds only the latest bucket, so that pages of earlier ones do not fill memory.
     _open: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod

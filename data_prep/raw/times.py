@@ -1,6 +1,6 @@
 """Read times in the forms that databases, pandas, R and spreadsheets write them in.
 
-A time is read whole or not at all: am, pm and a zone of zero hours count, and any other text after it makes it null. A
+A time is read whole or not at all: am, pm and a zero UTC offset are read; other text after it makes it null. A
 date alone is midnight. `1/31/2150` and `31.1.2150` are read if the other values of the column show whether the month
 comes first. A year has four digits and is 1000 or later: `50-01-31` is null, and so is R's `0050-01-31`.
 """
@@ -27,29 +27,30 @@ _TIME = rf"^\s*{_DATE}(?:(?:T|\s+){_CLOCK})?\s*$"
 
 
 def time(column: str) -> pl.Expr:
-    """Parse a text column of times, else null."""
+    """Parse a text column of times; those that cannot be read become null."""
     return pl.col(column).map_batches(read, return_dtype=pl.Datetime("us"))
 
 
 def date(column: str) -> pl.Expr:
-    """Parse a text column of dates as datetimes at 00:00, else null; ignore a time after the date."""
+    """Parse a text column of dates as datetimes at 00:00, ignoring a time of day; null if unreadable."""
     return time(column).dt.truncate("1d")
 
 
 def read(text: pl.Series) -> pl.Series:
     """Return the times (datetime, us) that `text` (string) gives, null where it gives none."""
-    if len(text) and not (text[0] or _MINUTE).endswith(":00"):
+    if len(text) and text[0] and not text[0].endswith(":00"):
         parsed = _read_seconds(text)
     else:  # the fast path: the large tables as downloaded have whole minutes
         parsed = text.str.to_datetime(_MINUTE, time_unit="us", strict=False)
         if parsed.null_count() > text.null_count():
             rest = (parsed.is_null() & text.is_not_null()).arg_true()
             parsed = parsed.scatter(rest, _read_seconds(text.gather(rest)))
-    microseconds = parsed.to_physical()  # Python has no year 0, which %Y also takes
+    # %Y also reads year 0 and years of two digits. Compare integers, because Python's datetime has no year 0.
+    microseconds = parsed.to_physical()
     first, last = microseconds.min(), microseconds.max()
     if first is None or (first >= _FIRST_YEAR and last < _END_OF_YEARS):
         return parsed
-    return parsed.set((microseconds < _FIRST_YEAR) | (microseconds >= _END_OF_YEARS), None)  # %Y takes two digits
+    return parsed.set((microseconds < _FIRST_YEAR) | (microseconds >= _END_OF_YEARS), None)
 
 
 def _read_seconds(text: pl.Series) -> pl.Series:
@@ -65,7 +66,7 @@ def _read_other(text: pl.Series) -> pl.Series:
     found = text.str.extract_groups(_TIME).struct.unnest()
     number = pl.col("first", "second").cast(pl.Int64)
     day_first, month_first = found.select(number.max() > 12).fill_null(False).row(0)
-    known = pl.lit(day_first != month_first)  # else nothing tells which comes first, or the column has both
+    known = pl.lit(day_first != month_first)  # otherwise the order is unclear, or the column mixes both
     month, day = ("second", "first") if day_first else ("first", "second")
     hour, half = pl.col("hour").cast(pl.Int64), pl.col("half").str.slice(0, 1).str.to_lowercase()
     hour = (
@@ -91,11 +92,12 @@ def _read_other(text: pl.Series) -> pl.Series:
 def study_times(frame: pl.DataFrame) -> pl.Series:
     """Return the times of `StudyDate` and `StudyTime` (text) to the second, null where one is missing or unreadable.
 
-    StudyTime is HHMMSS.fff written as a number, so without leading zeros (3042.1 is 00:30:42), or a clock time, also
-    behind the '0 days' or the date that pandas and spreadsheets put before it. If all of many are below 1, they are
-    fractions of a day, as spreadsheets store times; if all of few are, those above 0 are unreadable.
+    StudyTime is HHMMSS.fff written as a number, so without leading zeros (3042.1 is 00:30:42), or a clock time, which
+    may follow the '0 days' that pandas adds or the date that spreadsheets add. If all values are below 1, they are
+    fractions of a day, as spreadsheets store times; with at most 10 distinct values, those above 0 are unreadable.
     """
-    date = _without_exponent(frame["StudyDate"].str.strip_chars(), r"^\d\.\d{7}0*[eE]\+?0?7$")  # all of its 8 digits
+    date_text = frame["StudyDate"].str.strip_chars()
+    date = _without_exponent(date_text, r"^\d\.\d{7}0*[eE]\+?0?7$")  # only if the float kept all 8 digits
     clock = _without_exponent(frame["StudyTime"].str.strip_chars(), r"^[\d.]+[eE][+]?\d+$")
     number = clock.cast(pl.Float64, strict=False)
     number = number.zip_with(number.is_finite() & (number >= 0), pl.Series([None], dtype=number.dtype))
@@ -108,7 +110,8 @@ def study_times(frame: pl.DataFrame) -> pl.Series:
     digits = digits.str.replace(r"^(..)(..)(..)$", "${1}:${2}:${3}")
     clock = digits.fill_null(clock.replace("", None).str.replace(r"^(?:0 days|1[89]\d\d-\d\d-\d\d)[ T]+", ""))
     day = read(date)
-    day = day.zip_with(day == day.dt.truncate("1d"), pl.Series([None], dtype=day.dtype))  # no second clock time
+    # A StudyDate with a clock time of its own is unreadable: StudyTime may contradict it.
+    day = day.zip_with(day == day.dt.truncate("1d"), pl.Series([None], dtype=day.dtype))
     return read(day.dt.to_string("%Y-%m-%d") + " " + clock).dt.truncate("1s")
 
 

@@ -1,8 +1,8 @@
 """Schematic chest radiographs that show six latents.
 
-A latent sets sizes, shapes, brightness or texture, never a position or a side: what it draws survives downscaling to
-64 px, flips, rotation, scaling and shifts. Body coordinates: x to the right, y down, the middle of the chest at (0, 0),
-the short side of an X-ray from -1 to 1.
+A latent sets sizes, shapes, brightness or texture, never a position or a side, so that it stays visible after
+downscaling to 64 px, flips, rotation, scaling and shifts. Body coordinates: x to the right, y down, the middle of the
+chest at (0, 0), the short side of an X-ray from -1 to 1.
 
 `python -m data_prep.synthetic.draw FOLDER SEED` draws the X-rays that cxr.py lists on its standard input. It imports
 little, so that it starts at once.
@@ -50,19 +50,19 @@ def _inside(distance: np.ndarray, edge: float) -> np.ndarray:
 
 
 def _part(x, y, left: float, right: float, top: float = -np.inf, bottom: float = np.inf) -> Part:
-    """Return the part of the drawing that holds a rectangle of the body: nothing is painted outside it."""
+    """Return the smallest part of the drawing that covers a rectangle of the body, to paint only there."""
     margin = 0.01  # for rounding
     ends_y, ends_x = y[:, [0, -1]], x[[0, -1]]  # both coordinates are linear
     rows = np.flatnonzero((ends_y.max(1) > top - margin) & (ends_y.min(1) < bottom + margin))
     columns = np.flatnonzero((ends_x.max(0) > left - margin) & (ends_x.min(0) < right + margin))
     if not len(rows) or not len(columns):
-        rows = columns = np.array([0])
+        rows = columns = np.array([0])  # off the drawing: any one pixel, where the shape has no opacity
     window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     return window, x[window].copy(), y[window].copy()  # operations on copies are twice as fast as on views
 
 
 def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return what np.hypot does, in two thirds of the time."""
+    """Return np.hypot(x, y), in two thirds of its time."""
     return np.sqrt(np.square(x, dtype=np.float64) + np.square(y, dtype=np.float64)).astype(np.float32)
 
 

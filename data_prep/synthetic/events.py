@@ -1,8 +1,8 @@
 """Bedside and laboratory events of synthetic stays, driven by their vital latents.
 
 Each latent shifts the level of one or two variables for the whole stay (for blood pressure and awareness the shift
-builds up during the first day), over a patient's own baseline and noise. The rows have the quirks of the real tables:
-several items per variable, mixed units, texts, gaps, rows outside the stay, wrong values.
+builds up during the first day), on top of the patient's own baseline and noise. The rows have the quirks of the real
+tables: several items per variable, mixed units, texts, gaps, rows outside the stay, wrong values.
 
 `stays` is the frame of `cohort.draw_stays`; `at` [2, R]: the row of the stay in that frame, minutes since its intime.
 """
@@ -15,7 +15,8 @@ import polars as pl
 
 from data_prep.synthetic.signal import VITAL_LATENTS
 
-WAVE_SHARE, READING_SHARE = 0.8, 0.8  # of a signal's noise_sd: the height of its slow wave; the noise of each reading
+WAVE_SHARE = 0.8  # amplitude of a signal's slow wave, as a fraction of its noise_sd
+READING_SHARE = 0.8  # standard deviation of each reading around it, as a fraction of noise_sd
 MISREAD_SHARE = 1 / 20_000  # of numeric bedside rows: a slipped decimal point
 
 
@@ -101,13 +102,13 @@ def _read(rng, courses, name: str, at) -> np.ndarray:
 
 
 def _hourly(rng: np.random.Generator, los_h: np.ndarray) -> np.ndarray:
-    """Return charting times: about one an hour, most at the same minute of the hour."""
+    """Return charting times [2, R]: about one an hour, most of a stay's at the same minute past the hour."""
     count = np.ceil(los_h).astype(int)
     row = np.repeat(np.arange(len(los_h)), count)
     hour = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     offset = rng.integers(1, 59, len(los_h))[row]
-    late = np.where(rng.random(len(row)) < 0.3, rng.integers(0, 59, len(row)), offset)
-    minute = np.minimum(hour * 60 + late, (los_h[row] * 60).astype(int) - 1)
+    past_hour = np.where(rng.random(len(row)) < 0.3, rng.integers(0, 59, len(row)), offset)
+    minute = np.minimum(hour * 60 + past_hour, (los_h[row] * 60).astype(int) - 1)
     first, last = hour == 0, hour == count[row] - 1
     minute = np.where(first & (rng.random(len(row)) < 0.05), -20, minute)  # charted before arrival ...
     return np.stack([row, np.where(last & (rng.random(len(row)) < 0.05), minute + 90, minute)])  # ... and after leaving
@@ -150,7 +151,7 @@ def _of(at, stays_mask: np.ndarray):
 
 
 def _vitals(rng, add, read, hourly, ventilated) -> None:
-    """Add rows of heart, breathing, oxygen and temperature, by `add(item, at, values, digits, unit)`."""
+    """Add heart rate, breathing, oxygen and temperature with `add(item, at, values, digits, unit)`."""
     num = len(ventilated)
     at = _some(rng, hourly, 0.97)
     add(220045, at, read("heart_rate", at), 0, "bpm")
@@ -180,7 +181,7 @@ def _vitals(rng, add, read, hourly, ventilated) -> None:
 
 
 def _pressures(rng, add, read, hourly, num: int) -> None:
-    """Add blood pressure by cuff, arterial line (two sets of items), hand and balloon pump."""
+    """Add blood pressure from the cuff, the arterial line (two sets of items), manual readings and a balloon pump."""
     arterial = rng.random(num) < 0.45
     second_line = rng.random(num) < 0.1
     at_cuff = _some(rng, hourly, np.where(arterial, 0.3, 0.95)[hourly[0]])
@@ -204,7 +205,7 @@ def _pressures(rng, add, read, hourly, num: int) -> None:
 
 
 def _bedside_labs(rng, add, read, hourly, num: int) -> None:
-    """Add glucose and pH of the bedside chart."""
+    """Add the bedside chart's glucose and pH."""
     for item, hours, share, unit in ((225664, 6, 0.7, None), (220621, 12, 0.9, "mg/dL"), (226537, 8, 0.1, "mg/dL")):
         at = _of(_every(hourly, hours), rng.random(num) < share)
         add(item, at, np.exp(read("log_glucose", at)), 0, unit)

@@ -6,14 +6,14 @@ standard normal. A label is Bernoulli(p) with
     p = sigmoid(bias + SCALE * c),   u_v = a unit vector . vital latents,   u_x = a unit vector . image latents
     c = u_v             the vitals alone decide                ("vitals")
     c = u_x             the X-ray alone decides                ("cxr")
-    c = (u_v+u_x)/2^½   each modality shows half               ("sum")
+    c = (u_v+u_x)/2^½   each modality contributes half         ("sum")
     c ~ min(u_v, u_x)   both must be high                      ("and")
 
-So the best scores are known: p with both modalities, E[p | vital latents] without an X-ray. They know the latents. The
-records show a little less of them (events.Signal.patient_sd, cxr.IMAGE_NOISE): about 0.01 of AUROC.
+The best possible score is therefore known: p with both modalities, E[p | vital latents] without an X-ray. It is
+computed from the latents; the noise of the records (events.Signal.patient_sd, cxr.IMAGE_NOISE) costs about 0.01 AUROC.
 
-With a planted change (tree.write), the label of the phenotype CHANGED says whether the effusion grew from the first to
-the last X-ray of the stay. It depends on nothing else, so that only the two X-rays together show it.
+With a planted change (tree.write), the label of the phenotype CHANGED is whether the effusion grew from the first to
+the last X-ray of the stay. It depends on nothing else, so only the two X-rays together reveal it.
 
 Shapes: N stays, V vital latents, E image latents, K labels, Q quadrature nodes.
 """
@@ -38,7 +38,7 @@ VITAL_LATENTS = (
     "acidosis",
     "coma",
 )
-SCALE = 2.5  # standard deviation of a logit: a best AUROC of about 0.9 at these prevalences
+SCALE = 2.5  # standard deviation of a logit; gives a best AUROC of about 0.9 at these prevalences
 _MIN_MEAN, _MIN_STD = -1 / np.sqrt(np.pi), np.sqrt(1 - 1 / np.pi)  # of the smaller of two standard normals
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
@@ -133,7 +133,7 @@ def projection(weights: dict[str, float], names: tuple[str, ...], latents: np.nd
 def logit(rule: Rule, u_v: np.ndarray, u_x: np.ndarray) -> np.ndarray:
     """Return the label's logit without its bias."""
     combine = {
-        "vitals": lambda: u_v + 0 * u_x,
+        "vitals": lambda: u_v + 0 * u_x,  # in the broadcast shape of both
         "cxr": lambda: u_x + 0 * u_v,
         "sum": lambda: (u_v + u_x) / np.sqrt(2),
         "and": lambda: (np.minimum(u_v, u_x) - _MIN_MEAN) / _MIN_STD,
@@ -168,15 +168,16 @@ def expected_auroc(true_p: np.ndarray, score: np.ndarray) -> float:
     """
     label = np.repeat([1, 0], len(true_p))
     weight = np.concatenate([true_p, 1 - true_p])
+    # Rounding makes scores tie that are equal but for floating-point error.
     return float(roc_auc_score(label, np.tile(score.round(12), 2), sample_weight=weight))
 
 
 def best_auroc(task: str, by_input: dict[str, np.ndarray], has_cxr_N: np.ndarray) -> dict:
     """Return the best expected AUROC on these stays, per label and macro.
 
-    by_input: from `probabilities`. has_cxr_N: bool, the stays with an X-ray. In the result, 'all' is of every stay,
-    where the score of 'both' is that of 'ehr_only' if there is no X-ray, and 'paired' of the stays with an X-ray. A
-    score is None with fewer than two stays.
+    by_input: from `probabilities`. has_cxr_N: bool, the stays with an X-ray. The result has 'all' (every stay) and
+    'paired' (those with an X-ray). In 'all', 'both' uses the 'ehr_only' score of stays without an X-ray. A score is
+    None with fewer than two stays.
     """
     available = np.where(has_cxr_N[:, None], by_input["both"], by_input["ehr_only"])
     scores = {

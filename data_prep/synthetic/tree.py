@@ -1,6 +1,7 @@
 """Write a synthetic MIMIC-IV and MIMIC-CXR with a planted signal of known strength (signal.py).
 
-python -m data_prep.synthetic --out=DIR [--stays=1000] [--seed=0] [--cxr_fraction=0.19] [--change]
+python -m data_prep.synthetic --out=DIR [--stays=1000] [--seed=0] [--cxr_fraction=0.19]
+                              [--images_per_stay=1.5] [--change]
 
 DIR then holds
     mimic-iv/{hosp,icu}/*.csv.gz   tables in the format of MIMIC-IV 2.2
@@ -29,7 +30,7 @@ from medfuse_jax.runtime.errors import UserError
 MIN_STAYS = 10
 VERSION = 2  # increment when the same arguments give other bytes
 REPORT = "best_auroc.json"
-IMAGES_PER_PROCESS = 100  # at least; a process takes as long to start as it does to draw 40
+IMAGES_PER_PROCESS = 100  # or more: starting a process takes as long as drawing 40
 MORTALITY_WINDOW_H = schema.TASKS["mortality"].window_h
 
 
@@ -54,8 +55,10 @@ def _written_before(out_dir: Path, settings: dict) -> dict | None:
         report = files.read_json(out_dir / REPORT, "give another --out")
     except UserError:
         report = {}
+    # "change" is in the settings only when it is on.
     if any(report.get(name) != settings.get(name) for name in {*settings, "change"}):
-        raise UserError(f"{out_dir} has other content; give another --out, or remove it", field="--out", path=out_dir)
+        message = f"{out_dir} is not empty and does not hold this cohort; delete it, or give another --out"
+        raise UserError(message, field="--out", path=out_dir)
     return report
 
 
@@ -105,6 +108,7 @@ def _truth(stays: pl.DataFrame, planted: dict, in_stay: np.ndarray, in_48h: np.n
 
 def _write_all(folder: Path, settings: dict, workers: int | None) -> dict:
     num_stays, seed = settings["num_stays"], settings["seed"]
+    # Each part draws from its own stream, (seed, number), so that one does not shift another's; 3 is in draw.main.
     rng = np.random.default_rng((seed, 1))
     stays, planted = cohort.draw_stays(rng, num_stays)
     grew_N = signal.plant_change(np.random.default_rng((seed, 4)), planted) if settings.get("change") else None
@@ -139,12 +143,14 @@ def write(
 
     num_stays: ICU stays that pass the cohort filters (others are added for the filters to drop); cxr_fraction: fraction
     of them with an AP X-ray during the stay; images_per_stay: X-rays per stay, including those of patients without a
-    stay; workers: processes that draw X-rays; change: every stay with an X-ray has two or more, and a phenotype is
-    whether the effusion grew between them (signal.py).
-    The same arguments give the same bytes, for any `workers`; if `out_dir`
-    holds that cohort already, nothing is written. Raise UserError for a value out of range, or if the folder has other
-    content.
-    The report, also best_auroc.json: the settings, and for each task `signal.best_auroc` and the labels' prevalence.
+    stay; workers: processes that draw X-rays; change: give every stay with an X-ray at least two, and make one
+    phenotype depend on whether the effusion grew between them (signal.py).
+
+    The same arguments give the same bytes, whatever `workers` is. If `out_dir` already holds that cohort, write
+    nothing. Raise UserError for a value out of range, or if the folder holds anything else.
+
+    The report, also written to best_auroc.json, has the settings and, for each task, `signal.best_auroc` and the
+    prevalence of each label.
     """
     out_dir = Path(out_dir).resolve()
     settings = {"num_stays": num_stays, "seed": seed, "cxr_fraction": cxr_fraction, "images_per_stay": images_per_stay}

@@ -1,4 +1,4 @@
-"""DrFuse: shared and distinct features of each modality, weighed for each label (Yao et al. 2024, arXiv 2403.06197).
+"""DrFuse: shared and distinct features of each modality, weighted per label (Yao et al. 2024, arXiv 2403.06197).
 
 Shapes: B rows, D feature width, K label, R representations: distinct EHR, shared, distinct X-ray.
 """
@@ -41,10 +41,10 @@ def cosine(a_BD: jax.Array, b_BD: jax.Array) -> jax.Array:
 
 
 def ranking_loss(outputs: dict, label_BK: jax.Array) -> jax.Array:
-    """Return each row's mean loss over labels and pairs of representations whose attention is in the wrong order [B].
+    """Return each row's margin loss on the order of its attention [B], averaged over labels and pairs.
 
-    The representation whose own classifier is better at a label should have more attention there, by a margin. Which
-    one is better is a fact, not something to train: it gets no gradient.
+    Of two representations, the one whose own classifier has the lower loss on a label should get more attention there,
+    by a margin. No gradient reaches those classifiers from here.
     """
     logits = (outputs[name] for name in ("ehr_only_logits", "shared_only_logits", "cxr_only_logits"))
     bce_BKR = jnp.stack([optax.sigmoid_binary_cross_entropy(x_BK, label_BK) for x_BK in logits], axis=-1)
@@ -57,16 +57,16 @@ def ranking_loss(outputs: dict, label_BK: jax.Array) -> jax.Array:
 
 
 class DrFuse(ProjectedModel):
-    """Disentangled features of both modalities, and attention over them by a query for each label.
+    """Disentangled features of both modalities, with attention over them by one query per label.
 
-    The shared features of both modalities are probabilities, as log-odds. A row with both gets the log-odds of their
-    mean; a row that lacks a modality gets the shared features of the other, and its attention leaves out the distinct
-    features that it lacks. Losses beside the main one: three classifiers on one representation each; the divergence of
-    the shared features of rows with both; the cosine of shared and distinct features; and the order of the attention.
+    Shared features are log-odds of probabilities. A row with both modalities gets the log-odds of their mean
+    probability. A row that lacks one gets the other's shared features, and its attention masks the missing distinct
+    features. Losses beside the main one: a classifier on each representation; the divergence between the shared
+    features, in rows with both; the cosine between shared and distinct features; and the order of the attention.
 
-    Ours: both branches of a modality read the features of one encoder, the LSTM's or the ResNet's as in all methods
-    (in the paper, they leave the modality's encoder inside it). Each label's query is a learnt vector. All losses have
-    weight 1 by default, and the ranking's margin is 0.1.
+    Differs from the paper: both branches of a modality read the output of its encoder (there, they split off inside
+    the encoder), and each label's query is a learnt vector. Our choices: all losses have weight 1 by default, and the
+    ranking margin is 0.1.
 
     Further outputs: 'ehr_only_logits', 'shared_only_logits', 'cxr_only_logits' [B, K], 'attention' [B, K, R].
     """
@@ -90,7 +90,7 @@ class DrFuse(ProjectedModel):
             setattr(self, name, TwoLayers(self.fusion_hidden))
         self.query = self.param("query", nn.initializers.normal(0.02), (self.num_labels, self.ehr_hidden))
         self.key, self.value = linear(self.ehr_hidden), linear(self.ehr_hidden)
-        # A classifier for each label, as each has features of its own.
+        # One linear classifier per label, because attention gives each label its own features.
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.num_labels, self.ehr_hidden))
         self.bias = self.param("bias", nn.initializers.zeros_init(), (self.num_labels,))
         self.ehr_classifier = linear(self.num_labels)
@@ -102,9 +102,9 @@ class DrFuse(ProjectedModel):
         has_ehr_B, has_cxr_B = batch.has_ehr_B, batch.has_cxr_B
         ehr_shared_BD, cxr_shared_BD = self.ehr_shared(ehr_BD), self.cxr_shared(cxr_BD)
         ehr_distinct_BD, cxr_distinct_BD = self.ehr_distinct(ehr_BD), self.cxr_distinct(cxr_BD)
-        one_BD = jnp.where(has_ehr_B[:, None], ehr_shared_BD, cxr_shared_BD)
+        only_BD = jnp.where(has_ehr_B[:, None], ehr_shared_BD, cxr_shared_BD)
         has_both_B1 = (has_ehr_B & has_cxr_B)[:, None]
-        shared_BD = jnp.where(has_both_B1, log_odds_of_mean(ehr_shared_BD, cxr_shared_BD), one_BD)
+        shared_BD = jnp.where(has_both_B1, log_odds_of_mean(ehr_shared_BD, cxr_shared_BD), only_BD)
 
         token_BRD = jnp.stack([ehr_distinct_BD, shared_BD, cxr_distinct_BD], axis=1)
         mask_BR = jnp.stack([has_ehr_B, has_ehr_B | has_cxr_B, has_cxr_B], axis=1)

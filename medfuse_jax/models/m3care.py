@@ -33,9 +33,8 @@ class Bank(nn.Module):
         stored = {name: self.variable("batch_stats", name, jnp.zeros, shape) for name, shape in shapes.items()}
         before = {name: variable.value for name, variable in stored.items()}
         if batch.train and not self.is_initializing():
-            row_id_B = jnp.arange(batch.num_rows) if batch.dropout_rows_B is None else batch.dropout_rows_B
             new = {"ehr": ehr_BD, "cxr": cxr_BD, "filled": jnp.ones(batch.num_rows)}
-            new, has_both_B, row_id_B = jax.lax.stop_gradient((new, has_both_B, row_id_B))
+            new, has_both_B, row_id_B = jax.lax.stop_gradient((new, has_both_B, batch.row_id_B))
             if batch.axis_name is not None:
                 gathered = jax.lax.all_gather((new, has_both_B, row_id_B), batch.axis_name, tiled=True)
                 new, has_both_B, row_id_B = gathered

@@ -62,6 +62,11 @@ class Inputs:
     hour_step_BH: jax.Array | None = None
 
     @property
+    def row_id_B(self) -> jax.Array:
+        """The number of each row in the whole batch: what a row draws must not depend on the device it is on."""
+        return jnp.arange(len(self.length_B)) if self.dropout_rows_B is None else self.dropout_rows_B
+
+    @property
     def num_rows(self) -> int:
         return len(self.length_B) if self.hour_step_BH is None else self.hour_step_BH.size
 
@@ -234,9 +239,8 @@ class Model(nn.Module):
 
     def drop_by_hour(self, feature_BHD: jax.Array, batch: Inputs) -> jax.Array:
         """Apply dropout to the EHR features of each hour; return them by row [R, D]."""
-        num_rows, num_hours, width = feature_BHD.shape
-        rows_B = jnp.arange(num_rows) if batch.dropout_rows_B is None else batch.dropout_rows_B
-        row_R = (rows_B[:, None] * MAX_HOURS + jnp.arange(num_hours)).reshape(-1)
+        _, num_hours, width = feature_BHD.shape
+        row_R = (batch.row_id_B[:, None] * MAX_HOURS + jnp.arange(num_hours)).reshape(-1)
         return self.ehr_encoder.drop(feature_BHD.reshape(-1, width), batch.train, row_R)
 
     def encode_images(self, batch: Inputs) -> jax.Array:

@@ -55,7 +55,7 @@ _PARAMETERS = {
 
 
 def _inputs(batch: dict) -> dict:
-    return {**batch, "dropout_rows": np.arange(len(batch["length"]))}
+    return {"dropout_rows": np.arange(len(batch["length"])), **batch}
 
 
 @functools.cache
@@ -83,11 +83,12 @@ def _functions(method: str, **options):
     gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
 
     @fast_jit
-    def train(variables, batch):
-        gradients, (outputs, stats) = gradient(
-            variables["params"], batch["ehr"], batch["image"], variables, _inputs(batch)
-        )
+    def step(variables, batch):
+        gradients, (outputs, stats) = gradient(variables["params"], batch["ehr"], batch["image"], variables, batch)
         return {"outputs": outputs, "stats": stats, "gradients": gradients}
+
+    def train(variables, batch):
+        return step(variables, _inputs(batch))
 
     @fast_jit
     def evaluate(variables, batch):
@@ -206,6 +207,17 @@ def test_an_x_ray_changes_only_its_own_row(method):
     for after in (changed, removed):
         moved_B = np.abs(evaluate(variables, after)["logits"] - base).max(axis=1)
         assert moved_B[2] > 1e-6 and moved_B[[0, 1, 3]].max() == 0
+
+
+@pytest.mark.parametrize(("method", "options"), [*((m, {}) for m in _WITH_EHR), ("medfuse", _TRANSFORMER)])
+def test_random_numbers_follow_a_row_to_another_place_in_the_batch(method, options):
+    """Otherwise two devices, or another order of the rows, would draw other dropout."""
+    variables, train, _ = _functions(method, **options)
+    rows, order = batch(), np.array([2, 0, 3, 1])
+    moved = {**rows, "ehr": rows["ehr"][order], "length": rows["length"][order], "dropout_rows": order}
+    moved["image_row"] = np.argsort(order)[rows["image_row"]]
+    expected, found = (train(variables, each)["outputs"]["logits"] for each in (rows, moved))
+    _assert_same(found, expected[order], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", _WITH_IMAGE)
