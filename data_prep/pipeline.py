@@ -289,8 +289,14 @@ def _pair_readable(
         paired = {dicom_id for frame in pairs.values() for dicom_id in frame["dicom_id"]}
         missing = [(dicom_id, path_of[dicom_id]) for dicom_id in paired if dicom_id not in store]
         if not missing:
-            return pairs
+            break
         store.add(missing)
+    if pairs and not paired and not (candidates := images.filter(views.is_paired())).is_empty():
+        progress.say(
+            f"warning: no stay has an X-ray: none of the {len(candidates):,} AP X-rays was taken during a stay of its "
+            "patient; are the patients and times of both datasets of one release?"
+        )
+    return pairs
 
 
 def _train_statistics(people: Cohort, arrays: Arrays | None) -> tuple[list[float], list[float]]:

@@ -12,7 +12,7 @@ CLASS_VARIABLES = [index for index, variable in enumerate(schema.VARIABLES) if v
 HEIGHT_INCH, TEMPERATURE_F, WEIGHT_LB = 226707, 223761, 226531  # items that are not in their variable's unit
 KG_PER_LB, CM_PER_INCH = 0.453592, 2.54
 
-NO_VALUE = "no valid value"  # a row's fate
+NO_VALUE, IMPOSSIBLE = "no valid value", "impossible value"  # fates of a row
 
 # Text of a row -> class, for texts that are not class names.
 CAPILLARY_TEXT = {"Normal <3 Seconds": "0.0", "Abnormal >3 Seconds": "1.0"}
@@ -52,7 +52,7 @@ def clean(frame: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     frame = pl.concat([classes, numbers])
     fate = pl.when(pl.col("value").is_null()).then(pl.lit(NO_VALUE))
     if not rules.zero_size:
-        fate = fate.when(_of("Height", "Weight") & (pl.col("value") == 0)).then(pl.lit("impossible value"))
+        fate = fate.when(_of("Height", "Weight") & (pl.col("value") == 0)).then(pl.lit(IMPOSSIBLE))
     frame = frame.with_columns(fate=fate)
     return _clip(frame) if rules.ranges else frame.with_columns(clipped=pl.lit(False))
 
@@ -123,7 +123,7 @@ def _clip(frame: pl.DataFrame) -> pl.DataFrame:
     impossible = ((value < pl.col("drop_low")) | (value > pl.col("drop_high"))).fill_null(False)
     outside = ((value < pl.col("low")) | (value > pl.col("high"))).fill_null(False)
     return frame.with_columns(
-        fate=pl.when(impossible).then(pl.lit("impossible value")).otherwise("fate"),
+        fate=pl.when(impossible).then(pl.lit(IMPOSSIBLE)).otherwise("fate"),
         clipped=outside & ~impossible,
         value=pl.when(outside).then(value.clip("low", "high")).otherwise(value),
     ).drop(limits)

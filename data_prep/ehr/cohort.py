@@ -14,7 +14,9 @@ from data_prep.raw import invalid, known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
 VERSION = 8  # increment when the same tables give other stays, deaths or splits
-MIN_AGE_YEARS = 18
+MIN_AGE_YEARS, _MAX_AGE_YEARS = 18, 120  # MIMIC-IV gives 91 to everyone over 89; a larger number is a year
+_MANY_STAYS = 50  # of which some patient dies: in the MIMIC-IV demo 9 of 112
+_MAX_UNLIKE_FLAG = 0.05
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
 MIN_ROUNDED = 0.9  # of the values of `los` have as few decimals, if the column is rounded
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
@@ -54,7 +56,7 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     stays = _without_rounding(stays, raw["icustays"].path)
     stays = count("with ids", stays.drop_nulls(["subject_id", "hadm_id", "stay_id"]))
     stays = count("not a duplicate", stays.unique("stay_id", keep="first", maintain_order=True))
-    stays = count("no transfer between units", stays.filter(pl.col("first_careunit") == pl.col("last_careunit")))
+    stays = count("no transfer between units", stays.filter(_unit("first_careunit") == _unit("last_careunit")))
     # This follows the removal of transfers, as in the benchmark (extract_subjects of arXiv 1703.07771). It precedes the
     # check of times, because an admission has two stays even if the end of one was never recorded.
     stays = count("one such stay in the admission", stays.filter(pl.len().over("hadm_id") == 1))
@@ -86,6 +88,7 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     diagnosed = _read_diagnosed(raw)
     stays = stays.join(diagnosed, on=["subject_id", "hadm_id"], how="left")
     stays = stays.with_columns(pl.col("has_diagnosis").fill_null(False))
+    _warn_of_undiagnosed(raw["diagnoses_icd"].path, stays)
     if not rules.undiagnosed and len(diagnosed):  # an empty table, of which the build warns, would leave no stay
         stays = count("with a diagnosis", stays.filter("has_diagnosis"))
     if stays.is_empty():
@@ -94,8 +97,32 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
         message = f"{path}: no stay is left after the filter {emptied_by!r}; are the tables complete?"
         raise UserError(message, path=path, value=emptied_by)
     stays = mortality.add_deaths(stays).with_columns(known_words.word("first_careunit"))
+    _warn_of_deaths(raw["admissions"].path, stays)
     known_words.warn_of_others(stays)
     return stays.sort("stay_id").select(_COLUMNS), flow
+
+
+def _unit(column: str) -> pl.Expr:
+    return pl.col(column).str.strip_chars().str.to_lowercase()
+
+
+def _warn_of_undiagnosed(path: Path, stays: pl.DataFrame) -> None:
+    undiagnosed = int((~stays["has_diagnosis"]).sum())
+    if invalid.MAX_SHARE * len(stays) < undiagnosed < len(stays):  # if all, the labels give a warning
+        progress.say(
+            f"warning: {path}: {undiagnosed:,} of {len(stays):,} stays have no diagnosis; is the table complete?"
+        )
+
+
+def _warn_of_deaths(path: Path, stays: pl.DataFrame) -> None:
+    if len(stays) >= _MANY_STAYS and not stays["died"].any():
+        progress.say(f"warning: {path}: no patient dies in hospital, so mortality has no positive label")
+    unlike = int((stays["expire_flag"] != stays["died"]).sum())
+    if unlike > max(10, _MAX_UNLIKE_FLAG * len(stays)):
+        progress.say(
+            f"warning: {path}: {unlike:,} of {len(stays):,} stays die by deathtime and dod but not by "
+            "hospital_expire_flag, or the other way round; the flag is not used"
+        )
 
 
 def _without_rounding(stays: pl.DataFrame, path: Path) -> pl.DataFrame:
@@ -139,14 +166,13 @@ def read_patients(raw: dict[str, tables.Table]) -> pl.DataFrame:
     """Return subject_id, age (anchor age, years), gender (a known word) and dod (a date at 00:00) of all patients."""
     patients = raw["patients"].read(*tables.MIMIC_IV["patients"][1])
     invalid.check_ids(raw["patients"].path, patients, "subject_id")
-    ages = invalid.Tally(invalid.AGES).add(
-        patients["anchor_age"], patients.select(parse.number("anchor_age").is_not_null()).to_series()
-    )
+    age = pl.when(parse.number("anchor_age").is_between(0, _MAX_AGE_YEARS)).then(parse.number("anchor_age"))
+    ages = invalid.Tally(invalid.AGES).add(patients["anchor_age"], patients.select(age.is_not_null()).to_series())
     ages.check(raw["patients"].path, "anchor_age")
     return (
         patients.select(
             parse.integer("subject_id"),
-            age=parse.number("anchor_age").cast(pl.Float32),
+            age=age.cast(pl.Float32),
             gender=known_words.word("gender"),
             dod=times.date("dod"),
         )

@@ -20,7 +20,7 @@ from data_prep.ehr import cleaning, readable
 from data_prep.ehr.arrays import EPSILON_H
 from data_prep.ehr.cleaning import VARIABLE
 from data_prep.profiles import Rules
-from data_prep.raw import parse, tables
+from data_prep.raw import invalid, parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
@@ -127,13 +127,25 @@ def _batches(
         columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]
         if rules.stored_in_time:
             columns.append("storetime")
+        compared = ["valuenum"] if name == "chartevents" and "valuenum" in table.columns else []
         number = pl.col("itemid").cast(pl.Int64, strict=False)  # null also for '220045.0', which is read below
-        wanted = table.scan(*columns).filter(number.is_in(list(item_variable)) | number.is_null())
+        wanted = table.scan(*columns, *compared, with_is_long=True).filter(
+            number.is_in(list(item_variable)) | number.is_null() | pl.col("is_long")
+        )
         watch = readable.Watch(table, columns, optional)
         for batch in progress.bar(_raw_batches(table, wanted), f"events of {table.name}", "batches"):
             batch = watch.known_items(batch, list(item_variable))
+            if "valuenum" in batch.columns:
+                watch.compare_numbers(batch)
+            batch = batch.drop(compared)
             yield _events(batch, item_variable, rules, lookup, counts, watch)
-        unreadable |= {f"{name}.{column}": number for column, number in watch.check().items()}
+        unreadable.update({f"{name}.{column}": number for column, number in watch.check().items()})
+        unused = len(lookup) - len(watch.stays)
+        if name == "chartevents" and unused > invalid.MAX_SHARE * len(lookup):
+            progress.say(
+                f"warning: {table.path} has no row that can be used for {unused:,} of {len(lookup):,} stays; is it "
+                "complete, and are all tables of one version?"
+            )
 
 
 def _raw_batches(table: tables.Table, wanted: pl.LazyFrame) -> Iterator[pl.DataFrame]:

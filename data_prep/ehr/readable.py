@@ -1,17 +1,23 @@
-"""Watch whether an events table's ids, times and values can be read: stop the build or warn where many cannot."""
+"""Watch whether an events table is what its ids, times and values say: stop the build or warn where much is not."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 import polars as pl
 
 from data_prep import progress
-from data_prep.ehr.cleaning import NO_VALUE
+from data_prep.ehr.cleaning import IMPOSSIBLE, NO_VALUE, VARIABLE
 from data_prep.raw import invalid, parse, tables, times
 from medfuse_jax import schema
 
 _IDS = ("subject_id", "hadm_id", "stay_id")
 _TIMES = ("charttime", "storetime")
 _DECIMAL_COMMA = r"^[+-]?\d+,\d+$"
+_MAX_LOST = 0.1  # of a variable's rows without a valid value; 6 % of the glucose in the MIMIC-IV demo's labevents
+_MAX_IMPOSSIBLE = 0.1  # of a variable's rows that are outside its range; 3.5 % of the demo's pH
+_MAX_OTHER_NUMBER = 0.05  # of the rows whose value is not valuenum
+_FEW = 10  # so many rows give no warning, unless they are most
+_EYE_SCORE = "Glascow coma scale eye opening"
 
 
 class Watch:
@@ -27,12 +33,18 @@ class Watch:
         self.tallies = {name: invalid.Tally(kind) for name, kind in kinds.items() if name in columns}
         self.timed = invalid.Tally(invalid.GIVEN_TIMES)
         self.num_rows = 0  # of known items
+        self.num_long = self.num_midnight = self.num_numbers = self.num_other_numbers = 0
         self.rows: Counter = Counter()  # by variable
         self.lost: Counter = Counter()  # of those: without a valid value
         self.commas: Counter = Counter()  # of those: with a decimal comma
+        self.empty: Counter = Counter()  # of the lost: without any text
+        self.impossible: Counter = Counter()  # outside the range of the variable: dropped or clipped
+        self.stays: set[int] = set()  # those with a row that is kept
 
     def known_items(self, batch: pl.DataFrame, items: list[int]) -> pl.DataFrame:
         """Return the rows (text) of `items`, with itemid as int64 and the times read; count what cannot be."""
+        self.num_long += batch["is_long"].sum()
+        batch = batch.drop("is_long")
         number = batch.select(parse.integer("itemid")).to_series()
         if number.null_count():
             batch = tables.without_blank_rows(batch)
@@ -47,8 +59,16 @@ class Watch:
             if name in text.columns:
                 self.tallies[name].add(text[name], batch[name].is_not_null())
         self.timed.add(text["charttime"], ~parse.missing(text["charttime"]))
+        self.num_midnight += (batch["charttime"] == batch["charttime"].dt.truncate("1d")).sum()
         self.num_rows += len(batch)
         return batch
+
+    def compare_numbers(self, batch: pl.DataFrame) -> None:
+        """Count how often `value` is another number than `valuenum`, both text."""
+        numbers = batch.select(parse.number("value"), parse.number("valuenum")).drop_nulls()
+        difference = (numbers["value"] - numbers["valuenum"]).abs()
+        self.num_numbers += len(numbers)
+        self.num_other_numbers += (difference > 1e-3 * numbers["value"].abs()).sum()
 
     def add_values(self, cleaned: pl.DataFrame) -> None:
         """Count the rows that `cleaning.clean` returned."""
@@ -56,43 +76,70 @@ class Watch:
         withheld = pl.col("text").str.contains(r"^\s*_+\s*$").fill_null(False)
         lost = cleaned.filter((pl.col("fate") == NO_VALUE) & ~withheld)
         commas = lost.filter(pl.col("text").str.contains(_DECIMAL_COMMA))
-        for counter, rows in ((self.rows, cleaned), (self.lost, lost), (self.commas, commas)):
+        empty = lost.filter(parse.missing(pl.col("text")))
+        impossible = cleaned.filter((pl.col("fate") == IMPOSSIBLE) | pl.col("clipped"))
+        found = (self.rows, cleaned), (self.lost, lost), (self.commas, commas), (self.empty, empty)
+        for counter, rows in (*found, (self.impossible, impossible)):
             counter.update(dict(rows.group_by("variable").len().iter_rows()))
+        self.stays.update(cleaned.filter(pl.col("fate").is_null())["stay"].unique())
 
     def check(self) -> dict[str, int]:
         """Return how many times of each column are invalid; warn of what is lost.
 
-        Raises UserError if more than 1 % of a column's ids or times are invalid, among the rows of known items.
+        Raises UserError if more than 1 % of a column's ids or times are invalid, among the rows of known items, or if a
+        cell holds rows.
         """
+        path = self.table.path
+        if self.num_long:
+            self.table.check_hidden_rows()
         itemids = self.tallies["itemid"]
         if itemids.invalid:  # of all of the table's, not of those that passed its filter
-            with tables.reading(self.table.path):
+            with tables.reading(path):
                 itemids.given = self.table.scan("itemid").select(pl.len()).collect(engine="streaming").item()
         for name, tally in self.tallies.items():
-            tally.check(self.table.path, name)
-        self.timed.check(self.table.path, "charttime")
-        self._warn_of_missing_admissions()
-        self._warn_of_values()
-        if not self.num_rows:
-            progress.say(f"warning: {self.table.path} has no row of any variable; is the table complete?")
+            tally.check(path, name)
+        self.timed.check(path, "charttime")
+        for message in self._warnings():
+            progress.say(f"warning: {path}{message}")
         return {name: self.tallies[name].invalid for name in _TIMES if name in self.tallies}
 
-    def _warn_of_missing_admissions(self) -> None:
+    def _warnings(self) -> Iterator[str]:
+        if not self.num_rows:
+            yield " has no row of any variable; is the table complete?"
+            return
         given = self.tallies["hadm_id"].given
-        if "hadm_id" in self.optional and given <= invalid.MAX_SHARE * self.num_rows > 0:
-            progress.say(
-                f"warning: {self.table.path}: {self.num_rows - given:,} of {self.num_rows:,} rows have no hadm_id and "
-                "are left out; is the column complete?"
+        if "hadm_id" in self.optional and given <= invalid.MAX_SHARE * self.num_rows:
+            lost = f"{self.num_rows - given:,} of {self.num_rows:,} rows"
+            yield f": {lost} have no hadm_id and are left out; is the column complete?"
+        if self.num_rows > _FEW and self.num_midnight > self.num_rows / 2:
+            yield f": {self.num_midnight:,} of {self.num_rows:,} times are at midnight; were they saved as dates?"
+        if self.num_other_numbers > max(_FEW, _MAX_OTHER_NUMBER * self.num_numbers):
+            rows = f"{self.num_other_numbers:,} of {self.num_numbers:,} rows"
+            yield f": value is not valuenum in {rows}; are the columns in place, and is the decimal mark a point?"
+        yield from self._warnings_of_values()
+
+    def _warnings_of_values(self) -> Iterator[str]:
+        names, rows, lost = self._many(self.lost, _MAX_LOST)
+        if names:
+            hint = ""
+            if sum(self.commas.values()) > lost / 2:
+                hint = "; most have a decimal comma: write 36.6, not 36,6"
+            elif self.empty[VARIABLE[_EYE_SCORE]] > self.lost[VARIABLE[_EYE_SCORE]] / 2:
+                hint = "; the eye score None is a class, which pandas reads as missing unless keep_default_na=False"
+            yield f": {lost:,} of {rows:,} rows of {names} have no valid value and are left out{hint}"
+        names, rows, impossible = self._many(self.impossible, _MAX_IMPOSSIBLE)
+        if names:
+            yield (
+                f": {impossible:,} of {rows:,} rows of {names} are impossible values, and are left out or clipped; are "
+                "they in MIMIC's units?"
             )
 
-    def _warn_of_values(self) -> None:
-        most = [variable for variable, rows in sorted(self.rows.items()) if self.lost[variable] > rows / 2]
-        if not most:
-            return
-        rows, lost, commas = (sum(counter[v] for v in most) for counter in (self.rows, self.lost, self.commas))
-        names = ", ".join(schema.VARIABLES[variable].name for variable in most)
-        hint = "; most have a decimal comma: write 36.6, not 36,6" if commas > lost / 2 else ""
-        progress.say(
-            f"warning: {self.table.path}: {lost:,} of {rows:,} rows of {names} have no valid value and are left "
-            f"out{hint}"
-        )
+    def _many(self, counter: Counter, share: float) -> tuple[str, int, int]:
+        """Return the names of variables of which `counter` has many rows, all of their rows, and those counted."""
+        many = [
+            variable
+            for variable, rows in sorted(self.rows.items())
+            if counter[variable] > rows / 2 or counter[variable] > max(_FEW, share * rows)
+        ]
+        names = ", ".join(schema.VARIABLES[variable].name for variable in many)
+        return names, sum(self.rows[v] for v in many), sum(counter[v] for v in many)

@@ -176,12 +176,22 @@ class ImageStore:
             missing = [dicom_id for dicom_id in bad if self.unreadable[dicom_id] is None]
             first = (missing or bad)[0]
             path = self._root / self._requested[first]
+            hint = "" if not missing else _hint(path)
             message = (
                 f"{len(missing):,} of {len(self._requested):,} X-rays are missing and {len(bad) - len(missing):,} are "
-                f"unreadable, more than {100 * self._max_unreadable:g} % (first tried: {path}); download them again "
-                "and rerun the command, or accept them with --allow_missing_images=PART"
+                f"unreadable, more than {100 * self._max_unreadable:g} % (first tried: {path}{hint}); download them "
+                "again and rerun the command, or accept them with --allow_missing_images=PART"
             )
             raise UserError(message, field="--allow_missing_images", path=path, value=first)
+
+
+def _hint(path: Path) -> str:
+    """Return what may be wrong where a file is missing, for the text behind its path."""
+    if not path.parent.is_dir():
+        return ", whose folder is missing: see --cxr_layout"
+    if any(other.stem.lower() == path.stem.lower() for other in path.parent.iterdir()):
+        return ", whose folder has a file of that name in another writing: rename such files"
+    return ""
 
 
 def signature(path: str | Path) -> Signature:

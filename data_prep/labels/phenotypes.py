@@ -27,6 +27,7 @@ _MANY_CODES = 200  # with at least so many distinct ICD-9 codes, some must begin
 _NUMBER = re.compile(r"\d{4,5}\.0*")
 # A code of either version, without its dot. The second character is a digit, so no word matches.
 CODE = r"^[A-Z0-9][0-9][A-Z0-9]{1,5}$"
+_FIRST = {9: r"^[0-9EV]", 10: r"^[A-Z]"}  # what a code of each version begins with
 
 
 def labels(raw: dict[str, tables.Table], stays: pl.DataFrame, table_path: str | Path | None) -> tuple[np.ndarray, dict]:
@@ -75,8 +76,21 @@ def _read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.D
     rows = rows.with_columns(pl.col("code").str.replace_all(".", "", literal=True))
     rows = rows.join(admissions, on="hadm_id", suffix="_of_stay")
     own = rows.filter(pl.col("subject_id") == pl.col("subject_id_of_stay"))
-    valid = own.filter(pl.col("code").str.contains(CODE))  # drops null too
+    is_code = pl.col("code").str.contains(CODE).fill_null(False)
+    _warn_of_wrong_codes(own.with_columns(is_code=is_code), raw["diagnoses_icd"].path)
+    valid = own.filter(is_code)
     return valid, {"rows_of_another_patient": len(rows) - len(own), "rows_without_a_valid_code": len(own) - len(valid)}
+
+
+def _warn_of_wrong_codes(rows: pl.DataFrame, path: Path) -> None:
+    """Warn of codes that are none, or not of their version. rows: code, version and is_code."""
+    starts = [pl.col("version").eq(version) & pl.col("code").str.contains(start) for version, start in _FIRST.items()]
+    wrong = rows.filter(~(pl.col("is_code") & pl.any_horizontal(starts).fill_null(False)))["code"]
+    if len(wrong) > invalid.MAX_SHARE * len(rows):
+        progress.say(
+            f"warning: {path}: {len(wrong):,} of {len(rows):,} diagnoses have no valid code of their icd_version "
+            f"({invalid.form(wrong[0])}) and give no label"
+        )
 
 
 def _check_leading_zeros(icd9_codes: pl.Series, path: Path) -> None:

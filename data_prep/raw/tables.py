@@ -48,6 +48,7 @@ _KNOWN = {
     name.lower(): name
     for name in (*_OPTIONAL, *(n for _, names in MIMIC_IV.values() for n in names), *sum(MIMIC_CXR.values(), ()))
 }
+_LONG_ROW_BYTES = 1000  # the longest row of the demo's chartevents has 380
 _ENDINGS = (".csv.gz", ".csv", ".csv.zst", ".parquet")  # the first that exists is read
 _TIMES = {
     "icustays": ("intime", "outtime"),
@@ -75,8 +76,12 @@ class Table:
         """The known columns that the table has."""
         return tuple(self.names)
 
-    def scan(self, *columns: str) -> pl.LazyFrame:
-        """Scan `columns` lazily, as text. Collect inside `reading(path)`."""
+    def scan(self, *columns: str, with_is_long: bool = False) -> pl.LazyFrame:
+        """Scan `columns` lazily, as text. Collect inside `reading(path)`.
+
+        with_is_long: add the column `is_long`: whether the row may hide others, see `check_hidden_rows`. It takes a
+            third more time; but polars counts the rows between lone quotes only if it parses all columns.
+        """
         frame = _scan(self.path)
         types = frame.collect_schema() if self.path.suffix == ".parquet" else {}
         for name in columns:
@@ -85,12 +90,36 @@ class Table:
             if name.endswith("id") and rounds:
                 what = f"{self.path}: column {name!r} is of type {dtype}, which rounds ids of 8 digits"
                 raise UserError(f"{what}: write it as integers", path=self.path, value=name)
-        return frame.select(_as_text(self.names[name], types.get(self.names[name])).alias(name) for name in columns)
+        selected = [_as_text(self.names[name], types.get(self.names[name])).alias(name) for name in columns]
+        if with_is_long:
+            is_long = pl.lit(False) if types else pl.sum_horizontal(pl.all().str.len_bytes()) > _LONG_ROW_BYTES
+            selected.append(is_long.alias("is_long"))
+        return frame.select(selected)
 
     def read(self, *columns: str) -> pl.DataFrame:
         """Read `columns` as text, without the rows that are blank in all; raise UserError if the file is damaged."""
         with reading(self.path):
-            return without_blank_rows(self.scan(*columns).collect(engine="streaming"))
+            frame = self.scan(*columns, with_is_long=True).collect(engine="streaming")
+        if frame["is_long"].any():
+            self.check_hidden_rows()
+        return without_blank_rows(frame.drop("is_long"))
+
+    def check_hidden_rows(self) -> None:
+        """Raise UserError if a cell holds rows: of two quotes in cells that are not quoted, all that is between them.
+
+        A row has as many commas as the table, and no space in its first columns, as text in lines may have.
+        """
+        frame = _scan(self.path)
+        num_commas = len(frame.collect_schema().names()) - 1
+        row = rf"\n(?:[^\n, ]*,){{{min(3, num_commas)}}}(?:[^\n,]*,){{{max(0, num_commas - 3)}}}"
+        with reading(self.path):
+            hidden = frame.select(pl.all().str.count_matches(row)).sum().collect(engine="streaming")
+        if num_hidden := hidden.fill_null(0).sum_horizontal().item():
+            message = (
+                f"{self.path}: {num_hidden:,} rows would be lost, because they are between two quotes in cells without "
+                'quotes around them, such as 3" long: write the table again with its text in quotes'
+            )
+            raise UserError(message, path=self.path, value=num_hidden)
 
 
 def without_blank_rows(frame: pl.DataFrame) -> pl.DataFrame:

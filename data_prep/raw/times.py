@@ -95,6 +95,7 @@ def study_times(frame: pl.DataFrame) -> pl.Series:
     StudyTime is HHMMSS.fff written as a number, so without leading zeros (3042.1 is 00:30:42), or a clock time, which
     may follow the '0 days' that pandas adds or the date that spreadsheets add. If all values are below 1, they are
     fractions of a day, as spreadsheets store times; with at most 10 distinct values, those above 0 are unreadable.
+    So are more than 10 distinct numbers below 2400: they are HHMM, or all of the first 24 minutes of a day.
     """
     date_text = frame["StudyDate"].str.strip_chars()
     date = _without_exponent(date_text, r"^\d\.\d{7}0*[eE]\+?0?7$")  # only if the float kept all 8 digits
@@ -106,6 +107,8 @@ def study_times(frame: pl.DataFrame) -> pl.Series:
             clock = ((number * 86_400).round().cast(pl.Int64) * 10**9).cast(pl.Time).dt.to_string("%H:%M:%S")
         else:
             clock = clock.zip_with((number == 0).fill_null(True), pl.Series([None], dtype=pl.String))
+    elif number.max() < 2400 and number.n_unique() > 10:
+        clock = clock.zip_with(number.is_null(), pl.Series([None], dtype=pl.String))
     digits = clock.str.extract(r"^(\d{1,6})(?:[.,]\d*)?$", 1).str.zfill(6)
     digits = digits.str.replace(r"^(..)(..)(..)$", "${1}:${2}:${3}")
     clock = digits.fill_null(clock.replace("", None).str.replace(r"^(?:0 days|1[89]\d\d-\d\d-\d\d)[ T]+", ""))

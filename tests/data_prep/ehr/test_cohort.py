@@ -240,7 +240,7 @@ def test_a_rounded_los_costs_no_stay(tmp_path, capsys, written):
 def test_few_rounded_los_give_no_warning(tmp_path, capsys):
     rows = [stay(n) for n in range(99)] + [stay(99, outtime=at(71.5), los="2.98")]
     _, stays, _ = _read(tmp_path, rows)
-    assert len(stays) == 100 and stays["los_h"][-1] == 71.5 and "rounded" not in capsys.readouterr().err
+    assert len(stays) == 100 and stays["los_h"][-1] == 71.5 and "is rounded" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,28 @@ def test_stays_without_an_admission_give_a_warning(tmp_path, capsys):
     assert "1 of 10 stays have no row in patients or in admissions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("age", ["", "> 60", "NaN", "sixty"])
+@pytest.mark.parametrize("num_stays", [49, 50])
+def test_a_cohort_without_deaths_gives_a_warning(tmp_path, capsys, num_stays):
+    _read(tmp_path, [stay(n, hospital_expire_flag=int(n < 11)) for n in range(num_stays)])
+    printed = capsys.readouterr().err
+    assert ("no patient dies in hospital" in printed) == (num_stays == 50)
+    assert f"11 of {num_stays} stays die by deathtime and dod but not by hospital_expire_flag" in printed
+
+
+@pytest.mark.parametrize("diagnosed", [0, 97, 99])
+def test_stays_without_a_diagnosis_give_a_warning(tmp_path, capsys, diagnosed):
+    root = write_mimic_iv(tmp_path, [stay(n) for n in range(100)], codes=[(n, "4019", 9) for n in range(diagnosed)])
+    cohort.read_stays(tables.mimic_iv(root))
+    assert ("3 of 100 stays have no diagnosis" in capsys.readouterr().err) == (diagnosed == 97)
+
+
+def test_units_are_compared_without_case_and_blanks(tmp_path):
+    unit = stay(0)["first_careunit"]
+    rows = [stay(0, last_careunit=f"{unit} "), stay(1, last_careunit=unit.lower()), stay(2, last_careunit="Other")]
+    assert len(_read(tmp_path, rows)[1]) == 2
+
+
+@pytest.mark.parametrize("age", ["", "> 60", "NaN", "sixty", "2064", "-1"])
 @pytest.mark.parametrize(("unreadable", "stops"), [(2, False), (3, True)])
 def test_unreadable_ages_have_their_own_filter_and_stop_above_1_percent(tmp_path, capsys, age, unreadable, stops):
     rows = [stay(n, **({"anchor_age": age} if n < unreadable else {})) for n in range(200)]

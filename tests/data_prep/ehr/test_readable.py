@@ -1,4 +1,6 @@
-"""Ids and values of events that cannot be read stop the build or give a warning, without their content."""
+"""Ids, times and values of events that cannot be read stop the build or give a warning, without their content."""
+
+import gzip
 
 import pytest
 from build_cases import HEART_RATE, by_stay
@@ -8,7 +10,7 @@ from refusals import refused
 from data_prep import build
 from medfuse_jax.runtime.errors import UserError
 
-TEMPERATURE, PH, GLUCOSE = 223762, 50820, 50931
+TEMPERATURE, PH, GLUCOSE, EYES = 223762, 50820, 50931, 220739
 ADVICE = "more than 1 %: write them as MIMIC does, in whole numbers"
 
 
@@ -83,13 +85,63 @@ def test_items_are_known_however_the_number_is_written(tmp_path, written):
     assert (_build(tmp_path / "b", charts) == expected).all()
 
 
-@pytest.mark.parametrize(("lost", "warns"), [(500, False), (501, True)])
-def test_a_variable_that_loses_more_than_half_of_its_values_is_named(tmp_path, capsys, lost, warns):
+@pytest.mark.parametrize(("lost", "warns"), [(100, False), (101, True)])
+def test_a_variable_that_loses_more_than_10_percent_of_its_values_is_named(tmp_path, capsys, lost, warns):
     charts = [row | {"value": "" if n < lost else "70"} for n, row in enumerate(_charts())]
     _build(tmp_path, charts)
     printed = capsys.readouterr().err
     assert (f"chartevents.csv.gz: {lost} of 1,000 rows of Heart Rate have no valid value" in printed) == warns
     assert "comma" not in printed and printed.count("warning") == warns
+
+
+@pytest.mark.parametrize(("lost", "warns"), [(100, False), (101, True)])
+def test_a_variable_of_impossible_values_is_named(tmp_path, capsys, lost, warns):
+    charts = [row | {"value": "999" if n < lost else "70"} for n, row in enumerate(_charts())]
+    _build(tmp_path, charts)
+    assert (f"{lost} of 1,000 rows of Heart Rate are impossible values" in capsys.readouterr().err) == warns
+
+
+def test_eye_scores_that_pandas_lost_are_named(tmp_path, capsys):
+    eyes = [chart(0, n / 20, EYES, "" if n < 400 else "Spontaneously") for n in range(1000)]
+    _build(tmp_path, _charts() + eyes)
+    printed = capsys.readouterr().err
+    assert "400 of 1,000 rows of Glascow coma scale eye opening" in printed and "keep_default_na" in printed
+
+
+@pytest.mark.parametrize(("moved", "warns"), [(50, False), (51, True)])
+def test_values_that_are_not_valuenum_are_named(tmp_path, capsys, moved, warns):
+    """As of a decimal comma in a cell without quotes, which cuts a value in two."""
+    moved_row = {"value": "98", "valuenum": "6"}
+    _build(tmp_path, [row | (moved_row if n < moved else {}) for n, row in enumerate(_charts())])
+    assert (f"value is not valuenum in {moved} of 1,000 rows" in capsys.readouterr().err) == warns
+
+
+def test_times_saved_as_dates_are_named(tmp_path, capsys):
+    _build(tmp_path, [row | {"charttime": row["charttime"][:10]} for row in _charts()])
+    assert "1,000 of 1,000 times are at midnight" in capsys.readouterr().err
+
+
+def test_stays_without_chart_rows_are_named(tmp_path, capsys):
+    stays, labs = [stay(n) for n in range(3)], [lab(n, 1, GLUCOSE, "110") for n in range(3)]
+    codes = [(n, "4019", 9) for n in range(3)]
+    iv = write_mimic_iv(tmp_path / "iv", stays, [chart(n, 1, HEART_RATE, "70") for n in range(2)], labs, codes=codes)
+    build.build(iv, None, tmp_path / "out", tasks=["pheno"])
+    printed = capsys.readouterr().err
+    assert "chartevents.csv.gz has no row that can be used for 1 of 3 stays" in printed
+    assert printed.count("warning") == 1
+
+
+@pytest.mark.parametrize(("first", "hidden"), [(b'70"', None), (b'"70', 400)])
+def test_rows_between_two_lone_quotes_stop_the_build(tmp_path, first, hidden):
+    """In a cell that begins with a quote they become one cell; else polars loses them, unless it reads all columns."""
+    iv = write_mimic_iv(tmp_path / "iv", [stay(0)], _charts(), codes=[(0, "4019", 9)])
+    path = iv / "icu/chartevents.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    for n, cell in ((100, first), (501, b'70"')):
+        lines[n] = lines[n].replace(b",70", b"," + cell, 1)
+    path.write_bytes(gzip.compress(b"".join(lines)))
+    with refused(path=path, value=hidden):
+        build.build(iv, None, tmp_path / "out", tasks=["pheno"])
 
 
 def test_a_decimal_comma_is_named(tmp_path, capsys):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from raw_tables import image, image_path, write_mimic_cxr
+from refusals import refused
 
 from data_prep.images import decode as decoding
 from data_prep.images import store as store_module
@@ -127,6 +128,20 @@ def test_unusable_chunks_are_removed(tmp_path, monkeypatch):
     store.remove_unusable()
     assert len(crop & set((tmp_path / "images").glob("*.npy"))) == 1
     assert len(list((tmp_path / "images").glob("*.npy"))) == 2
+
+
+@pytest.mark.parametrize(("change", "says"), [("upper", "in another writing"), ("folder", "--cxr_layout"), ("", "")])
+def test_where_an_x_ray_is_missing_the_error_says_what_is_there(tmp_path, change, says):
+    row = image(0, 1)
+    root = write_mimic_cxr(tmp_path / "cxr", [row])
+    path = root / image_path(row)
+    if change == "folder":
+        path.parent.rename(path.parent.with_name("other"))
+    else:
+        path.rename(path.with_suffix(".JPG") if change else path.with_name("another.jpg"))
+    with refused(path=path, value=row["dicom_id"]) as caught:
+        _store(root, tmp_path / "images").add(_jobs([row]))
+    assert says in str(caught.value) and ("whose folder" in str(caught.value)) == bool(change)
 
 
 def test_blank_images_are_counted(tmp_path):

@@ -39,6 +39,13 @@ def test_labels_belong_to_their_admission_in_label_order(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("code", "version"), [("414 9", 9), ("I10", 9), ("4019", 10), ("250-00", 9), ("4019", 8)])
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_codes_that_are_not_of_their_version_give_a_warning(tmp_path, capsys, code, version, wrong):
+    _labels(tmp_path, [(0, "4019", 9)] * (100 - wrong) + [(0, code, version)] * wrong)
+    assert ("2 of 100 diagnoses have no valid code" in capsys.readouterr().err) == (wrong == 2)
+
+
 def _table(**changes):
     table = {p.name: {"id": p.ccs, "type": p.kind, "use_in_benchmark": True, "codes": []} for p in schema.PHENOTYPES}
     table["Shock"]["codes"] = ["R571", 78551]

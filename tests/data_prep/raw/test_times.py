@@ -130,6 +130,13 @@ def test_many_study_times_below_1_are_fractions_of_a_day():
     assert found.dt.hour().to_list() == list(range(24))
 
 
+@pytest.mark.parametrize(("clocks", "read"), [(range(100, 2300, 100), 0), (range(100, 2500, 100), 24), ([1034], 1)])
+def test_many_study_times_of_four_digits_are_not_taken_for_minutes_and_seconds(clocks, read):
+    clocks = list(map(str, clocks))
+    found = times.study_times(pl.DataFrame({"StudyDate": ["21500131"] * len(clocks), "StudyTime": clocks}))
+    assert found.drop_nulls().len() == read
+
+
 def test_few_study_times_below_1_are_midnight_or_unreadable():
     assert _study_time("2150-01-31", "0.0") == datetime.datetime(2150, 1, 31)
     assert _study_time("2150-01-31", "0.5625") is None  # 13:30 as a fraction of a day, or half a second past midnight
@@ -157,6 +164,14 @@ def test_what_stands_for_no_time_is_missing_and_not_unreadable(tmp_path, capsys,
     assert counts["event_rows"]["no hadm_id"] == {"Glucose": 3}
     assert [record["has_cxr"] for _, record in sorted(by_stay(tmp_path / "out", "mortality").items())] == [1, 0, 0]
     assert "1 of 2 X-rays have no valid time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"StudyDate": "20500101"}, {"subject_id": 19_000_000}, {}])
+def test_x_rays_of_which_none_belongs_to_a_stay_give_a_warning(tmp_path, capsys, change):
+    images = [image(n, 10, **change) for n in range(3)]
+    iv = write_mimic_iv(tmp_path / "iv", [stay(n) for n in range(3)], [chart(n, 3, HEART_RATE, "70") for n in range(3)])
+    build.build(iv, write_mimic_cxr(tmp_path / "cxr", images), tmp_path / "out", tasks=["pheno"])
+    assert ("none of the 3 AP X-rays was taken during a stay" in capsys.readouterr().err) == bool(change)
 
 
 def test_x_rays_are_paired_whatever_wrote_their_dates(tmp_path, capsys):
