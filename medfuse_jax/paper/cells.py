@@ -17,6 +17,7 @@ METRICS = ("auroc", "auprc")
 BOTH = ("lstm", "medfuse")  # the two models of Tables 4 and 5 and Figure 4, as published.csv names them
 BOTH_HEADS = [f"{model}, {m.upper()}" for model in ("LSTM", "MedFuse") for m in METRICS]
 DIFFERENCE_HEADS = [f"MedFuse − LSTM, {m.upper()}" for m in METRICS]
+ON_PAIRED = "chosen on paired validation stays"  # after the title of a model: its second choice
 KINDS = {p.name: p.kind for p in schema.PHENOTYPES}
 TASK_NAMES = {"pheno": "Phenotyping", "mortality": "Mortality"}
 
@@ -85,9 +86,15 @@ class Maker:
         return [f"{TASK_NAMES[r.task]}, {m.upper()}" for r in self.tasks for m in METRICS]
 
     def test(self, id: str, on: str) -> list[Scores | None]:
-        """Return a model's test scores for each task. on: 'all' stays, or those 'paired' with an X-ray."""
-        tested = [r.models[id].test if id in r.models else None for r in self.tasks]
-        return [test and test.paired if on == "paired" else test for test in tested]
+        """Return a model's test scores for each task.
+
+        on: 'all' stays, those 'paired' with an X-ray, or these with the X-rays 'dropped'.
+        """
+        models = [r.models.get(id) for r in self.tasks]
+        if on == "dropped":
+            return [model.without_cxr.paired if model and model.without_cxr else None for model in models]
+        tested = [model.test if model else None for model in models]
+        return [test and test.paired for test in tested] if on == "paired" else tested
 
     def title(self, id: str) -> str:
         """Return a model's title. Where the tasks chose other depths, it names each: DAFT, layer 3 (mortality), ..."""
@@ -133,9 +140,28 @@ class Maker:
         found = [(r, words, _tested(r, words)) for r in self.tasks if r.task in tasks and r.models for words in on]
         return [f"{TASK_NAMES[r.task]}: {said}." for r, words, labels in found if (said := _gap(labels, words))]
 
+    def by_loss(self, *ids: str, tasks: Sequence[str] = tuple(TASK_NAMES)) -> list[str]:
+        """Return notes on those of these models of these tasks that the validation loss chose."""
+        return [
+            f"{TASK_NAMES[r.task]}: no label of the validation stays{' with an X-ray' if on_paired else ''} has both "
+            f"classes, so the loss chose {'; '.join(titles)}."
+            for r in self.tasks
+            for on_paired in (False, True)
+            if r.task in tasks and (titles := _titles_by_loss(r, ids, on_paired))
+        ]
+
     def missing(self) -> list[str]:
         """Return a note for every model that there is not."""
         return [f"{TASK_NAMES[r.task]}: no {id} ({why})." for r in self.tasks for id, why in r.missing.items()]
+
+
+def _titles_by_loss(r: TaskResults, ids: Sequence[str], on_paired: bool) -> list[str]:
+    models = {id: r.models[id] for id in ids if id in r.models}
+    return [
+        model.title + (f", {ON_PAIRED}" if id.endswith("_paired") else "")
+        for id, model in models.items()
+        if model.is_by_loss and model.on_paired == on_paired
+    ]
 
 
 def _tested(r: TaskResults, on: str) -> np.ndarray:

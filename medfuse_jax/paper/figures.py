@@ -53,7 +53,7 @@ def _count(shown: int | str, paper: published.Number | None) -> Value | str:
 
 def figure_4(make: Maker) -> Table:
     title = "Figure 4. By type of phenotype, on the test stays with an X-ray"
-    notes = make.gaps("paired", tasks=("pheno",))
+    notes = make.gaps("paired", tasks=("pheno",)) + make.by_loss("E1", "OPT", tasks=("pheno",))
     table, found = Table("figure_4", title, ["Type", *BOTH_HEADS, *DIFFERENCE_HEADS], [], notes), make.both("pheno")
     if found is None:
         return table
@@ -91,14 +91,8 @@ _ON = ("all stays", "stays with an X-ray")
 
 def figure_a2(make: Maker) -> Table:
     def at(share: float) -> list:
-        parts = []
-        for r, with_cxr in zip(make.tasks, make.test("OPT", "paired")):
-            if with_cxr is None or r.without_cxr is None:
-                parts.append(None)
-            else:
-                dropped_N = scores.drawn(with_cxr.stay_id, share)
-                parts.append(scores.combine(with_cxr, r.without_cxr.paired, dropped_N))
-        return parts
+        both = zip(make.test("OPT", "paired"), make.test("OPT", "dropped"))
+        return [a and b and scores.combine(a, b, scores.drawn(a.stay_id, share)) for a, b in both]
 
     title = "Figure A2. MedFuse (OPTIMAL) on the test stays with an X-ray, by the share of X-rays dropped"
     return _curve(make, "figure_a2", title, "X-rays dropped", at, make.gaps("paired"))
@@ -114,7 +108,7 @@ def figure_a3(make: Maker) -> Table:
 
 def _curve(make: Maker, name: str, title: str, what: str, at, notes: list[str]) -> Table:
     rows = [[_percent(share), *cells] for share in _SHARES if (cells := make.row(at(share)))]
-    return Table(name, title, [what, *make.heads()], rows, notes)
+    return Table(name, title, [what, *make.heads()], rows, notes + make.by_loss("OPT"))
 
 
 def _percent(share: float) -> str:

@@ -124,10 +124,18 @@ def _choose_share(results: TaskResults, training: Training, folder: Path) -> Non
         share = max(vals, key=lambda s: (scores.rank(vals[s]), -s))
         choice = f"{round(100 * share)} % of the EHR-only stays, {scores.chosen_on(vals[share], words)}"
         named = dataclasses.replace(training, id=id, title="MedFuse (OPTIMAL)")
-        results.models[id] = dataclasses.replace(_model(named, folders[share]), choice=choice, on_paired=on_paired)
-    opt = results.models["OPT"].folder
+        results.models[id] = dataclasses.replace(
+            _model(named, folders[share]),
+            choice=choice,
+            on_paired=on_paired,
+            without_cxr=_without_cxr(folders[share]),
+        )
+
+
+def _without_cxr(folder: Path) -> Scores:
+    """Return a run's scores of the test stays without any X-ray."""
     dropped = result_lib.Scored("test", drop_cxr=1.0)
-    path = dropped.predictions_path(opt)
+    path = dropped.predictions_path(folder)
     if not path.exists():
-        evaluate.evaluate(opt, dropped)
-    results.without_cxr = scores.read_dropped(path)
+        evaluate.evaluate(folder, dropped)
+    return scores.read_dropped(path)

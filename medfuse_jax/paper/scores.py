@@ -46,6 +46,7 @@ class Model:
     """A chosen run of one task: its test and validation scores.
 
     choice: how it was chosen, if in an unusual way. on_paired: whether it was on the validation stays with an X-ray.
+    without_cxr: its scores of the test stays without any X-ray, of MedFuse (OPTIMAL).
     """
 
     id: str
@@ -56,6 +57,7 @@ class Model:
     val: Scores
     choice: str = ""
     on_paired: bool = False
+    without_cxr: Scores | None = None
 
     @property
     def is_by_loss(self) -> bool:
@@ -68,7 +70,7 @@ class Model:
 class TaskResults:
     """The models of one task. opt_by_share: validation scores by the share of EHR-only stays, 1.0 included.
 
-    without_cxr: OPT's scores of the test stays without any X-ray. missing: id -> why there is no such model.
+    missing: id -> why there is no such model.
     """
 
     task: str
@@ -76,7 +78,6 @@ class TaskResults:
     train_prevalence: np.ndarray  # [K], of the training stays; see `prevalence`
     models: dict[str, Model] = dataclasses.field(default_factory=dict)
     opt_by_share: dict[float, Scores] = dataclasses.field(default_factory=dict)
-    without_cxr: Scores | None = None
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from medfuse_jax.paper.cells import (
     DIFFERENCE_HEADS,
     KINDS,
     METRICS,
+    ON_PAIRED,
     TASK_NAMES,
     Maker,
     Table,
@@ -26,7 +27,6 @@ from medfuse_jax.report import withheld
 from medfuse_jax.runs import subgroups
 
 OPT_TITLE = "MedFuse (OPTIMAL)"
-_ON_PAIRED = "chosen on paired validation stays"
 _TABLE_2 = ("M1", "M2", "M3", "M4", "M5", "M6", "M7", "M8", "M9")
 _TABLE_3 = ("M2", "M4", "M9")
 _TABLE_A1 = ("E2", "E1", "M2", "M1", "M4", "M3", "M5", "M6", "M7", "M8", "M9")
@@ -34,21 +34,21 @@ _TABLE_A2 = ("A2_joint_zeros", "A2_joint_learnt", "A2_early_zeros", "A2_early_le
 
 
 def table_1(make: Maker) -> Table:
-    dropped = [r.without_cxr and r.without_cxr.paired for r in make.tasks]
     rows = (
         ("lstm_paired", "LSTM", "EHR, paired", "paired", "E2"),
         ("lstm_partial", "LSTM", "EHR, partial", "paired", "E1"),
-        ("medfuse_ehr", f"{OPT_TITLE}, no X-ray", "partial", "paired", ""),
+        ("medfuse_ehr", f"{OPT_TITLE}, no X-ray", "partial", "dropped", "OPT"),
         ("medfuse", OPT_TITLE, "partial", "paired", "OPT"),
         ("lstm_all", "LSTM", "EHR, partial", "all", "E1"),
         ("medfuse_all", OPT_TITLE, "partial", "all", "OPT"),
     )
     body = []
     for row, name, trained, on, id in rows:
-        if cells := make.row(make.test(id, on) if id else dropped, "table1", row):
-            body.append([name, trained, on, *cells])
+        shown = "paired" if on == "dropped" else on
+        if cells := make.row(make.test(id, on), "table1", row):
+            body.append([name, trained, shown, *cells])
         if cells := make.row(_chosen_on_paired(make, id, on), "table1", row):
-            body.append([f"{name}, {_ON_PAIRED}", trained, on, *cells])
+            body.append([f"{name}, {ON_PAIRED}", trained, shown, *cells])
     for on in ("paired", "all"):
         if cells := make.differences(make.test("OPT", on), make.test("E1", on)):
             body.append([f"{OPT_TITLE} − LSTM", "partial", on, *cells])
@@ -76,13 +76,13 @@ def _methods(make: Maker, name: str, title: str, ids: tuple[str, ...], on: str) 
         if cells := make.row(of_tasks, paper, id):
             body.append([make.title(id), *cells])
         if cells := make.row(_chosen_on_paired(make, id, on), paper, id):
-            body.append([f"{make.title(id)}, {_ON_PAIRED}", *cells])
+            body.append([f"{make.title(id)}, {ON_PAIRED}", *cells])
         if cells := make.differences(optimal, of_tasks):
             differences.append([f"{OPT_TITLE} − {make.title(id)}", *cells])
     if cells := make.row(optimal, paper, "OPT"):
         body.append([OPT_TITLE, *cells])
     if cells := make.row(_chosen_on_paired(make, "OPT", on), paper, "OPT"):
-        body.append([f"{OPT_TITLE}, {_ON_PAIRED}", *cells])
+        body.append([f"{OPT_TITLE}, {ON_PAIRED}", *cells])
     notes = make.missing() + make.gaps(on) + _shares(make) + _by_loss(make, (*ids, "OPT"))
     return Table(name, title, ["Method", *make.heads()], body + differences, notes)
 
@@ -111,7 +111,8 @@ def table_4(make: Maker) -> Table:
     title = "Table 4. Each phenotype on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
     head = ["Phenotype", "Type", "Prevalence, train", "Prevalence, test", *BOTH_HEADS, "MedFuse is better in"]
     head += DIFFERENCE_HEADS
-    table, found = Table("table_4", title, head, [], make.gaps("paired", tasks=("pheno",))), make.both("pheno")
+    notes = make.gaps("paired", tasks=("pheno",)) + make.by_loss("E1", "OPT", tasks=("pheno",))
+    table, found = Table("table_4", title, head, [], notes), make.both("pheno")
     if found is None:
         return table
     r, tested = found
@@ -150,7 +151,7 @@ def _better(values: list[Value]) -> str:
 
 def table_5(make: Maker) -> Table:
     title = "Table 5. Mortality by age, on the test stays with an X-ray: LSTM (partial) and MedFuse (OPTIMAL)"
-    notes = make.gaps("paired", tasks=("mortality",))
+    notes = make.gaps("paired", tasks=("mortality",)) + make.by_loss("E1", "OPT", tasks=("mortality",))
     head = ["Age", "Deaths / stays", *BOTH_HEADS, *DIFFERENCE_HEADS]
     table, found = Table("table_5", title, head, [], notes), make.both("mortality")
     if found is None:
@@ -199,33 +200,17 @@ def table_a1(make: Maker) -> Table:
             else:
                 cells += [""] * 3
         if any(cells):
-            also = f", {_ON_PAIRED}" if id.endswith("_paired") else ""
+            also = f", {ON_PAIRED}" if id.endswith("_paired") else ""
             body.append([make.title(id) + also, *cells])
     notes = ["Each model is chosen on the kind of validation stays that it is trained on, paired or all (partial)."]
     if any(id.endswith("_paired") for r in make.tasks for id in r.models):
-        notes.append(f"A rate searched on all stays is also {_ON_PAIRED}, as the released code does.")
+        notes.append(f"A rate searched on all stays is also {ON_PAIRED}, as the released code does.")
     return Table("table_a1", title, head, body, notes + _by_loss(make, _TABLE_A1))
 
 
 def _by_loss(make: Maker, ids: Iterable[str]) -> list[str]:
-    """Return notes on those of these models, each under both choices, that the validation loss chose."""
-    both = [f"{id}{choice}" for id in ids for choice in ("", "_paired")]
-    return [
-        f"{TASK_NAMES[r.task]}: no label of the validation stays{' with an X-ray' if on_paired else ''} has both "
-        f"classes, so the loss chose {'; '.join(names)}."
-        for r in make.tasks
-        for on_paired in (False, True)
-        if (names := _names_by_loss(r, both, on_paired))
-    ]
-
-
-def _names_by_loss(r: TaskResults, ids: Iterable[str], on_paired: bool) -> list[str]:
-    models = {id: r.models[id] for id in ids if id in r.models}
-    return [
-        model.title + (f", {_ON_PAIRED}" if id.endswith("_paired") else "")
-        for id, model in models.items()
-        if model.is_by_loss and model.on_paired == on_paired
-    ]
+    """Return the notes of `Maker.by_loss` on these models, each under both choices."""
+    return make.by_loss(*(f"{id}{choice}" for id in ids for choice in ("", "_paired")))
 
 
 def table_a2(make: Maker) -> Table:
@@ -251,6 +236,6 @@ def table_a3(make: Maker) -> Table:
     if cells := make.differences(optimal, ensemble):
         body.append([f"{OPT_TITLE} − Ensemble", *cells])
     notes = ["The ensemble takes MedFuse's score where there is an X-ray and the LSTM's where there is none."]
-    notes += make.gaps("all") + _by_loss(make, ("E1", "OPT"))
+    notes += make.gaps("all") + make.by_loss("E1", "OPT")
     title = f"Table A3. {OPT_TITLE} and an ensemble, on all test stays"
     return Table("table_a3", title, ["Model", *make.heads()], body, notes)

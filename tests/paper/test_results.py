@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medfuse_jax import schema
-from medfuse_jax.paper import results, scores, tables
+from medfuse_jax.paper import contents, results, scores, tables
 from medfuse_jax.paper.cells import Maker
 from medfuse_jax.paper.scores import Evaluation, Model, Scores, TaskResults
 from medfuse_jax.paper.trainings import SHARES, Training
@@ -21,6 +21,11 @@ _HAS_CXR = np.arange(40) < 16
 def _scores(labels, values, has_cxr=_HAS_CXR) -> Scores:
     ids = np.arange(len(labels))
     return Scores(ids, ids, np.array(labels)[:, None], np.array(values)[:, None], has_cxr, np.full(len(ids), 50.0))
+
+
+def _with_labels(of: Scores, num: int) -> Scores:
+    """Repeat the one label."""
+    return dataclasses.replace(of, labels=np.tile(of.labels, num), scores=np.tile(of.scores, num))
 
 
 def _labels(seed: int = 0) -> np.ndarray:
@@ -107,6 +112,29 @@ def test_tables_name_the_models_that_the_loss_chose(has_all):
     assert said(tables.table_2(make)) == [f"{start}Joint."]
 
 
+@pytest.mark.parametrize(("task", "own"), [("pheno", ("table_4", "figure_4")), ("mortality", ("table_5",))])
+def test_every_table_and_figure_of_medfuse_optimal_names_it_if_the_loss_chose_it(task, own):
+    """No validation stay has a label. A table with the choice on all validation stays alone does not name the other."""
+    names = schema.TASKS[task].labels
+    test, val = (_with_labels(of, len(names)) for of in (_noisy(_labels(), 1, 1), _scores([0] * 40, [0.1] * 40)))
+    found = TaskResults(task, list(names), np.full(len(names), 0.5), opt_by_share={1.0: val})
+    for id, title in (("E1", "LSTM (partial)"), ("OPT", tables.OPT_TITLE)):
+        choice = scores.chosen_on(val, "all validation stays")
+        found.models[id] = Model(id, title, Path(id), 1e-4, test, val, choice, without_cxr=test)
+    found.models["OPT_paired"] = dataclasses.replace(found.models["OPT"], folder=Path("other"), on_paired=True)
+    by_name = {table.name: table for table in contents.make_all(Maker([found], Evaluation(num_bootstrap=2)), {})[0]}
+
+    def said(name: str) -> list[str]:
+        parted = [note.partition("the loss chose ") for note in by_name[name].notes]
+        return [models for _, is_said, models in parted if is_said]
+
+    both = f"LSTM (partial); {tables.OPT_TITLE}."
+    assert [said(name) for name in (*own, "table_a3")] == [[both]] * (len(own) + 1)
+    assert said("figure_a2") == said("figure_a3") == [f"{tables.OPT_TITLE}."]
+    assert said("table_1") == [both, f"{tables.OPT_TITLE}, chosen on paired validation stays."]
+    assert any("chosen by loss" in note for note in by_name["figure_a1"].notes)
+
+
 def test_a_model_says_on_which_validation_stays_it_was_chosen(chosen_from, monkeypatch):
     """`_model` takes it from the training; the choice on paired stays is named as such."""
     found = chosen_from({"a": _noisy(_labels(), 1, 1)}, results._choose_rate)
@@ -128,12 +156,15 @@ def test_the_share_of_ehr_only_stays_is_chosen_by_loss_without_an_auroc(chosen_f
     folders = {share: tmp_path / f"{share:g}" for share in SHARES}
     monkeypatch.setattr(results, "folders_by_value", lambda training, folder: dict(folders))
     dropped = dataclasses.replace(by_name["0.3"])
-    monkeypatch.setattr(results.evaluate, "evaluate", lambda *of: None)
+    evaluated = []
+    monkeypatch.setattr(results.evaluate, "evaluate", lambda *of: evaluated.append(of))
     monkeypatch.setattr(scores, "read_dropped", lambda path: dropped)
     found = chosen_from(by_name | {"m9": _scores(np.zeros(40, int), np.full(40, 0.9))}, results._choose_share, training)
     for id in ("OPT", "OPT_paired"):
         assert found.models[id].folder.name == "0.3"
         assert "30 % of the EHR-only stays, chosen by loss" in found.models[id].choice
+        assert found.models[id].without_cxr is dropped
+    assert {(folder.name, what.drop_cxr) for folder, what in evaluated} == {("0.3", 1.0)}
 
 
 def test_no_paired_validation_stay_leaves_one_choice(chosen_from):

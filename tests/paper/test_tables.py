@@ -39,10 +39,11 @@ def _task(task: str, seed: int) -> TaskResults:
         results.models[t.id] = Model(t.id, t.title, Path(t.id), 1e-4, test, test)
     for id in ("M5", "M6"):
         results.models[id] = results.models[f"{id}_3"]
-    opt = dataclasses.replace(results.models["OPT"], choice="20 % of the EHR-only stays")
-    results.models |= {"OPT": opt, "OPT_paired": dataclasses.replace(opt, folder=Path("other"))}
     without = _scores(data | {"cxr": np.zeros_like(data["cxr"])}, 0.5, rng)
-    results.without_cxr = scores.combine(opt.test, without, opt.test.has_cxr)
+    test = results.models["OPT"].test
+    dropped = scores.combine(test, without, test.has_cxr)
+    opt = dataclasses.replace(results.models["OPT"], choice="20 % of the EHR-only stays", without_cxr=dropped)
+    results.models |= {"OPT": opt, "OPT_paired": dataclasses.replace(opt, folder=Path("other"))}
     results.opt_by_share = {share: opt.test for share in (0.0, 0.1, 1.0)}
     return results
 
@@ -155,7 +156,8 @@ def test_the_self_checks_hold_whatever_task_is_first(tasks):
 
 def test_a_self_check_compares_the_numbers_of_one_task(tasks):
     """Phenotyping has no scores without X-rays: the check of Figure A2 is made for mortality, and called so."""
-    without = dataclasses.replace(tasks[0], without_cxr=None)
+    opt = dataclasses.replace(tasks[0].models["OPT"], without_cxr=None)
+    without = dataclasses.replace(tasks[0], models=tasks[0].models | {"OPT": opt})
     _, checks = contents.make_all(Maker([without, tasks[1]], Evaluation(num_bootstrap=2)), {})
     assert all(check.holds for check in checks)
     about = [check.what.partition(", ")[2] for check in checks if check.what.startswith("Figure A2 at 0 %")]
@@ -168,7 +170,7 @@ def test_a_missing_model_leaves_out_its_row_and_is_named(tasks):
     table = tables.table_2(Maker([r], Evaluation(num_bootstrap=2)))
     assert not any(str(row[0]).startswith("MMTM") for row in table.rows)
     assert "Mortality: no M5_3 (the disk is full)." in table.notes
-    without = dataclasses.replace(r, models={"E1": r.models["E1"]}, without_cxr=None, opt_by_share={})
+    without = dataclasses.replace(r, models={"E1": r.models["E1"]}, opt_by_share={})
     made, checks = contents.make_all(Maker([without], Evaluation(num_bootstrap=2)), {})
     assert {t.name for t in made} == {"table_1", "table_a1"} and not checks
     assert contents.describe_checks(checks) == "no self-check: no two tables have a number of the same thing"
@@ -176,8 +178,11 @@ def test_a_missing_model_leaves_out_its_row_and_is_named(tasks):
 
 def _with_test(r: TaskResults, change) -> TaskResults:
     """Return a task whose models are scored on other test stays. change: Scores -> Scores."""
-    models = {id: dataclasses.replace(m, test=change(m.test)) for id, m in r.models.items()}
-    return dataclasses.replace(r, models=models, without_cxr=change(r.without_cxr))
+    models = {
+        id: dataclasses.replace(m, test=change(m.test), without_cxr=m.without_cxr and change(m.without_cxr))
+        for id, m in r.models.items()
+    }
+    return dataclasses.replace(r, models=models)
 
 
 def test_no_test_stay_with_an_x_ray_is_named_and_the_rest_goes_on(tasks, tmp_path):
@@ -232,7 +237,8 @@ _ON_PAIRED = ["table_1", "table_2", "table_4", "figure_4", "figure_a2", "figure_
 
 def test_table_1_has_both_choices_of_medfuse_optimal(tasks):
     """The run chosen on paired validation stays is another one, with other scores."""
-    worse = dataclasses.replace(tasks[0].models["E1"], folder=Path("other"), choice="50 % of the EHR-only stays")
+    e1, opt = tasks[0].models["E1"], tasks[0].models["OPT"]
+    worse = dataclasses.replace(e1, folder=Path("other"), choice="50 % of the EHR-only stays", without_cxr=opt.test)
     r = dataclasses.replace(tasks[0], models=tasks[0].models | {"OPT_paired": worse})
     make = Maker([r], Evaluation(num_bootstrap=2))
     table, name = tables.table_1(make), f"{tables.OPT_TITLE}, chosen on paired validation stays"
@@ -241,6 +247,10 @@ def test_table_1_has_both_choices_of_medfuse_optimal(tasks):
         assert value.ours == _row(table, "LSTM", "EHR, partial", on)[3].ours
         assert value.paper is not None
         assert value.paper == _row(table, tables.OPT_TITLE, "partial", on)[3].paper
+    dropped = f"{tables.OPT_TITLE}, no X-ray"
+    alone = _row(table, f"{dropped}, chosen on paired validation stays", "partial", "paired")[3]
+    assert alone.ours == _row(table, tables.OPT_TITLE, "partial", "paired")[3].ours  # opt.test's, as set above
+    assert alone.paper and alone.paper == _row(table, dropped, "partial", "paired")[3].paper
     assert f"Phenotyping: {tables.OPT_TITLE} trained with 50 % of the EHR-only stays." in table.notes
     same = dataclasses.replace(r, models=r.models | {"OPT_paired": r.models["OPT"]})
     assert name not in [row[0] for row in tables.table_1(Maker([same], Evaluation(num_bootstrap=2))).rows]
