@@ -22,6 +22,8 @@ from medfuse_jax.runs.result import Scored
 from medfuse_jax.runtime import command_line, compilation, files, hosts
 from medfuse_jax.runtime.errors import UserError, check_choice
 
+_TEMPERATURE = "temperature.json"  # of a run whose training fitted none
+
 
 def evaluate(
     workdir: Path,
@@ -70,7 +72,7 @@ def evaluate(
         "resample": resample,
         "subsets": result.subsets(scored, *bootstrap, schema.label_types(config.task, run.dataset.labels)),
         "subgroups": result.by_subgroup(scored, *bootstrap),
-        "calibration": _calibration(workdir, what, scored, int(state.step)),
+        "calibration": _calibration(workdir, what, scored, int(state.step), progress),
         "comparisons": [] if what.dropped else _against_pretraining(config, workdir, what.split, scored, bootstrap),
         "environment": result.environment(run.devices),
     }
@@ -212,22 +214,35 @@ def _with_head(run: run_lib.Run, what: Scored) -> tuple[run_lib.Run, np.ndarray]
     return dataclasses.replace(run, options=options, dataset=dataset), dataset.usable(what.split)
 
 
-def _calibration(workdir: Path, what: Scored, scored: dict, step: int) -> dict:
-    """Return the scores' calibration, and with the temperature that was fitted on the validation records, if it was.
+def temperature(workdir: Path, step: int, progress: Progress) -> float | None:
+    """Return the temperature of a run's best checkpoint, which has this step and progress; None if it has none.
 
-    Scoring the validation split as it is fits it and stores it with the run.
+    Training fits it. For older runs and imported weights, scoring the validation split does (`_calibration`).
+    """
+    if progress.temperature is not None:
+        return progress.temperature
+    path = workdir / _TEMPERATURE
+    fitted = files.read_json(path, "delete it") if path.exists() else {}
+    return fitted["temperature"] if fitted.get("step") == step else None  # otherwise of other weights
+
+
+def _calibration(workdir: Path, what: Scored, scored: dict, step: int, progress: Progress) -> dict:
+    """Return the scores' calibration, and that at the run's temperature, if it has one.
+
+    Scoring the validation split as it is fits and stores the temperature of a run whose training did not.
     """
     labels_NK, scores_NK = scored["labels"], scored["scores"]
     described = calibration.describe(labels_NK, scores_NK, scored["stay_id"] if "hour" in scored else None)
-    path = workdir / "temperature.json"
-    if what == Scored("val") and hosts.is_first() and "predicted_h" not in scored:  # exclusive labels share a softmax
-        fitted = {"step": step, "temperature": calibration.fit_temperature(labels_NK, scores_NK)}
-        files.write_json(path, files.sealed(fitted))
-    fitted = files.read_json(path, "delete it") if path.exists() and not what.head else {}
-    if fitted.get("step") == step:  # of these weights
-        scaled = calibration.describe(labels_NK, calibration.scale(scores_NK, fitted["temperature"]))
+    is_unfitted = progress.temperature is None and "predicted_h" not in scored  # exclusive labels share a softmax
+    if what == Scored("val") and is_unfitted and hosts.is_first():
+        fitted = calibration.fit_temperature(labels_NK, scores_NK)
+        if fitted is not None:
+            files.write_json(workdir / _TEMPERATURE, files.sealed({"step": step, "temperature": fitted}))
+    found = None if what.head else temperature(workdir, step, progress)
+    if found is not None:
+        scaled = calibration.describe(labels_NK, calibration.scale(scores_NK, found))
         kept = {name: scaled[name] for name in ("brier_macro", "ece_macro", "curve")}
-        described["scaled"] = {"temperature": fitted["temperature"]} | kept
+        described["scaled"] = {"temperature": found} | kept
     return described | (_operating_points(scored) if labels_NK.shape[1] == 1 else {})
 
 

@@ -24,8 +24,9 @@ from medfuse_jax.data import cxr_features as features_lib
 from medfuse_jax.data import folds
 from medfuse_jax.data.modalities import loading
 from medfuse_jax.data.shards import Shards
-from medfuse_jax.runs import builds, inputs
+from medfuse_jax.runs import builds, calibration, inputs
 from medfuse_jax.runs import workdir as workdir_lib
+from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import command_line, compilation, files
 from medfuse_jax.runtime.errors import UserError, check_choice
 from medfuse_jax.sweep import results as sweep_results
@@ -41,13 +42,14 @@ def predict(
     split: str = "test",
     devices: list[jax.Device] | None = None,
     cxr_features: Path | str = "",
+    calibrated: bool = False,
 ) -> dict[str, np.ndarray]:
     """Score the records of a dataset with a run's best checkpoint; return arrays in record order.
 
     workdir: of a run, or of a sweep, which stands for its chosen trial. data_dir: the folder that holds the run's task.
     split: train, val or test, or 'all' for the three after one another. devices: by default all of this process.
     cxr_features: a file with the features of the X-rays that are scored, for a run on precomputed features; by default
-    the run's own file.
+    the run's own file. calibrated: whether to scale the scores by the run's temperature (docs/evaluation.md).
 
     Returns a dict of arrays:
         scores float32 [N, K]: probabilities; label_names str [K]
@@ -55,7 +57,8 @@ def predict(
         hour, remaining_h float32 [N], in an hourly task, whose N counts the hours of all stays
         has_ehr, has_cxr bool [N]; dicom_id str [N], for a task on X-rays alone
     Records that the method cannot score, such as stays without an X-ray for uni_cxr, are left out.
-    Raises UserError if the shards' labels, channels or time step are not the run's, or if no record can be scored.
+    Raises UserError if the shards' labels, channels or time step are not the run's, if no record can be scored, or if
+    calibrated scores are asked of a run without a temperature.
     """
     check_choice("--split", split, (*schema.SPLITS, ALL))
     folder = Path(workdir)
@@ -68,10 +71,25 @@ def predict(
         place = Path(data_dir) / run.config.task
         message = f"{place} has no record that the method {run.config.method} can score"
         raise UserError(message, field="--data", path=place)
-    state, _ = evaluate.restore(run, folder)
+    state, progress = evaluate.restore(run, folder)
+    temperature = _temperature(run, folder, int(state.step), progress) if calibrated else None
     parts = [_score(run, state, s) for s in splits]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if temperature is not None:
+        found["scores"] = calibration.scale(found["scores"], temperature).astype(np.float32)
     return found | {"label_names": np.array(run.dataset.labels)}
+
+
+def _temperature(run: run_lib.Run, workdir: Path, step: int, progress: Progress) -> float:
+    """Return the run's temperature; raise UserError if it has none."""
+    found = evaluate.temperature(workdir, step, progress)
+    if found is not None:
+        return found
+    if run.dataset.task.exclusive:
+        why = f"the labels of {run.config.task} exclude one another: leave --calibrated out"
+    else:
+        why = f"fit it with medfuse_jax.evaluate --workdir={workdir} --split=val, on stays some of which have a label"
+    raise UserError(f"{workdir} has no temperature: {why}", field="--calibrated", path=workdir)
 
 
 def _open_run(
@@ -183,7 +201,8 @@ def main(argv: list[str]) -> None:
     out = Path(options.out)
     check_out(out)
     compilation.configure()
-    predicted = predict(options.workdir, options.data, options.split, cxr_features=options.cxr_features)
+    more = {"cxr_features": options.cxr_features, "calibrated": options.calibrated}
+    predicted = predict(options.workdir, options.data, options.split, **more)
     write(out, predicted)
     num_labels = len(predicted["label_names"])
     rows = "hours" if "hour" in predicted else "records"
@@ -196,4 +215,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "File to write: .npz or .csv.", required=True)
     flags.DEFINE_string("cxr_features", "", "Precomputed features of these X-rays; default: the file of the run.")
     flags.DEFINE_string("split", ALL, "train, val, test, or all of them.")
+    flags.DEFINE_bool("calibrated", False, "Scale the scores by the run's temperature (docs/evaluation.md).")
     command_line.run(main)

@@ -143,6 +143,8 @@ def _loop(run: run_lib.Run, workdir: Path, manager, state, progress: Progress, i
             settle()
             score, scores = predictions_lib.selecting(run, predictions)
             is_best = progress.update(epoch, predictions.loss, score, config.plateau_epochs)
+            if is_best:
+                progress.temperature = predictions_lib.temperature(run, predictions)
             state = state.replace(learning_rate=parallel.replicate(np.float32(progress.learning_rate), run.devices))
             log.write("val", epoch, step, val_loss=predictions.loss, **scores, **of_each)
             checkpoints.save(manager, state, progress, is_best)

@@ -102,6 +102,13 @@ def _with_groups(data: dict, labels: np.ndarray, scores: np.ndarray) -> dict:
     return {"labels": labels, "scores": scores, "age": data["age"], "gender": sexes, "first_careunit": units}
 
 
+def _calibration(labels: np.ndarray, scores: np.ndarray) -> dict:
+    temperature = calibration.fit_temperature(labels, scores)
+    scaled = calibration.describe(labels, calibration.scale(scores, temperature))
+    scaled = {"temperature": temperature} | {name: scaled[name] for name in ("brier_macro", "ece_macro", "curve")}
+    return calibration.describe(labels, scores) | {"scaled": scaled} | _operating_points(labels, scores)
+
+
 def _operating_points(labels: np.ndarray, scores: np.ndarray) -> dict:
     if labels.shape[1] > 1:
         return {}
@@ -163,7 +170,7 @@ def write_evaluation(
             for name, mask in masks.items()
         },
         "subgroups": subgroups.describe(_with_groups(data, labels, scores), num_bootstrap, 0, None),
-        "calibration": calibration.describe(labels, scores) | _operating_points(labels, scores),
+        "calibration": _calibration(labels, scores),
         "comparisons": comparisons,
         "environment": {
             "devices": PROVENANCE,

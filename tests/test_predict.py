@@ -15,7 +15,7 @@ from data_prep import build
 from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, predict, records
 from medfuse_jax import run as run_lib
-from medfuse_jax.runs import checkpoints, workdir
+from medfuse_jax.runs import calibration, checkpoints, workdir
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runs.result import Scored
 from medfuse_jax.runtime.errors import UserError
@@ -152,6 +152,31 @@ def finished(ehr_config, tmp_path):
     return tmp_path / "run"
 
 
+def test_calibrated_scores_are_at_the_runs_temperature(finished, shards):
+    """Training has fitted none, as in older versions: scoring the validation split does."""
+    error = _refused(finished, shards, calibrated=True)
+    assert (error.field, error.path) == ("--calibrated", finished)
+    assert "scaled" not in evaluate.evaluate(finished)["calibration"]
+    evaluate.evaluate(finished, Scored("val"))
+    plain, found = (predict.predict(finished, shards, calibrated=calibrated) for calibrated in (False, True))
+    temperature = evaluate.evaluate(finished)["calibration"]["scaled"]["temperature"]
+    np.testing.assert_allclose(found["scores"], calibration.scale(plain["scores"], temperature), rtol=1e-6)
+    assert found["scores"].dtype == np.float32 and np.abs(found["scores"] - plain["scores"]).max() > 0.01
+    run = run_lib.open_run(config_lib.load(finished / "config.json"))
+    with contextlib.closing(checkpoints.open_manager(finished)) as manager:
+        progress = Progress(epoch=2, best_epoch=2, temperature=3.0)
+        checkpoints.save(manager, run.fresh_state().replace(step=np.int32(5)), progress, is_best=True)
+    plain, found = (predict.predict(finished, shards, calibrated=calibrated) for calibrated in (False, True))
+    np.testing.assert_allclose(found["scores"], calibration.scale(plain["scores"], 3.0), rtol=1e-6)
+
+
+def test_labels_that_exclude_one_another_have_no_temperature(hourly_config, tmp_path):
+    hourly_config.task, hourly_config.method = "length_of_stay", "uni_ehr"
+    _save(hourly_config, tmp_path)
+    error = _refused(tmp_path, hourly_config.data.dir, calibrated=True)
+    assert (error.field, error.path) == ("--calibrated", tmp_path) and "exclude one another" in str(error)
+
+
 @pytest.mark.parametrize("name", ["new/scores.npz", "scores.csv"])
 def test_files_hold_the_scores(finished, tmp_path, shards, name):
     predicted = predict.predict(finished, shards, "val")
@@ -207,9 +232,9 @@ def test_the_splits_of_another_build_are_said_not_to_be_the_folds(tiny_config, o
         assert bool(scored[-1].config.data.folds) != is_said
 
 
-def _refused(folder, data_dir, split="test"):
+def _refused(folder, data_dir, split="test", **options):
     with pytest.raises(UserError) as error:
-        predict.predict(folder, data_dir, split)
+        predict.predict(folder, data_dir, split, **options)
     assert "\n" not in str(error.value)
     return error.value
 

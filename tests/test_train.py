@@ -19,7 +19,7 @@ from medfuse_jax import evaluate, feed, metrics, parallel, records, schema, trai
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import missing
 from medfuse_jax.report import pages, read_runs
-from medfuse_jax.runs import alone, checkpoints, predictions, preflight, result
+from medfuse_jax.runs import alone, calibration, checkpoints, predictions, preflight, result
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runs.progress import Progress
 from medfuse_jax.runtime import compilation, hosts, watchdog
@@ -275,6 +275,24 @@ def test_the_whole_evaluation_scores_every_test_stay_once(tiny_config, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["num_params"] == result["num_params"] > 1000
 
 
+def test_a_finished_run_has_the_temperature_of_its_selected_epoch(ehr_config, tmp_path, monkeypatch):
+    """The first of three epochs is made the best. Scoring the validation split again fits no other temperature."""
+    ehr_config.num_epochs = 3
+    aurocs = iter([0.6, 0.5, 0.4])
+    monkeypatch.setattr(predictions, "selecting", lambda *of: (value := next(aurocs), {"val_auroc": value}))
+    scaled = evaluate.evaluate(_train(ehr_config, tmp_path))["calibration"]["scaled"]
+    assert _latest(ehr_config, tmp_path)[1].temperature == scaled["temperature"]
+    assert json.loads((tmp_path / "result.json").read_text())["calibration"]["scaled"] == scaled
+    of_val = evaluate.evaluate(tmp_path, result.Scored("val"))
+    assert of_val["best_epoch"] == 1 and of_val["calibration"]["scaled"]["temperature"] == scaled["temperature"]
+    val, test = (np.load(tmp_path / f"predictions_{split}.npz") for split in ("val", "test"))
+    expected = calibration.fit_temperature(val["labels"], val["scores"])
+    assert scaled["temperature"] == pytest.approx(expected, rel=1e-4) and abs(expected - 1) > 0.01
+    described = calibration.describe(test["labels"], calibration.scale(test["scores"], expected))
+    assert scaled["ece_macro"] == pytest.approx(described["ece_macro"], abs=1e-4)
+    assert not (tmp_path / "temperature.json").exists()
+
+
 def test_every_hour_is_scored_once(hourly_config, tmp_path):
     """Also that a shorter batch, of other stays and hours, changes no score, and that a prediction has its hour."""
     hourly_config.task, hourly_config.method, hourly_config.num_epochs = "length_of_stay", "uni_ehr", 1
@@ -296,6 +314,7 @@ def test_every_hour_is_scored_once(hourly_config, tmp_path):
     (by_hour,) = (entry for entry in result["subgroups"] if entry["by"] == "Hour of the stay")
     assert by_hour["groups"][0]["num_samples"] == (found["hour"] <= 24).sum() and "kappa" in by_hour["groups"][0]
     assert all(bin["num_stays"] <= len(rows) for bin in result["calibration"]["curve"])
+    assert "scaled" not in result["calibration"]  # its labels exclude one another
     (line,) = (line for line in _lines(tmp_path) if line["phase"] == "val")
     assert {"val_auroc", "val_kappa"} <= line.keys()
     assert result["selected_by"].startswith("kappa")

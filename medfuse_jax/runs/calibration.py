@@ -57,8 +57,13 @@ def _ece(count_C: np.ndarray, score_C: np.ndarray, positive_C: np.ndarray) -> fl
     return float(np.abs(score_C - positive_C).sum() / count_C.sum())
 
 
-def fit_temperature(labels_NK: np.ndarray, scores_NK: np.ndarray) -> float:
-    """Return the temperature whose scaled scores have the lowest binary cross-entropy (Guo et al. 2017)."""
+def fit_temperature(labels_NK: np.ndarray, scores_NK: np.ndarray) -> float | None:
+    """Return the temperature whose scaled scores have the lowest binary cross-entropy (Guo et al. 2017).
+
+    None if no label has both classes: the lowest then lies at 0.
+    """
+    if (labels_NK == labels_NK[:1]).all():
+        return None
     logit_NK = _logit(scores_NK)
 
     def loss(log_temperature: float) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 
 from medfuse_jax import metrics
 from medfuse_jax.data import plan as plan_lib
+from medfuse_jax.runs import calibration
 from medfuse_jax.runtime import hosts, watchdog
 
 
@@ -37,6 +38,13 @@ def selecting(run, predictions: Predictions) -> tuple[float, dict]:
     if run.dataset.task.exclusive:
         logged["val_kappa"] = metrics.kappa(labels_NK, scores_NK)
     return logged["val_kappa" if run.dataset.task.exclusive else "val_auroc"], logged
+
+
+def temperature(run, predictions: Predictions) -> float | None:
+    """Return the temperature that calibrates these scores; None if there is none to fit (docs/evaluation.md)."""
+    if run.dataset.task.exclusive:  # one softmax over all labels
+        return None
+    return calibration.fit_temperature(predictions.label_NK, predictions.score_NK)
 
 
 def predict(run, eval_fn: Callable, state, split: str, include_N: np.ndarray) -> Predictions:

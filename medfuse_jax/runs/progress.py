@@ -18,6 +18,7 @@ class Progress:
 
     best_epoch: the selected epoch, 0 for none yet. best_auroc: its validation AUROC, or kappa
     (`predictions.selecting`). selected_loss: its validation loss, if that selected it because there is no AUROC.
+    temperature: of its validation scores (`predictions.temperature`), None if it has none.
     loss_sum, num_steps: of the epoch in progress.
     """
 
@@ -28,6 +29,7 @@ class Progress:
     best_loss: float = math.inf
     epochs_since_best_loss: int = 0
     selected_loss: float = math.inf
+    temperature: float | None = None
     loss_sum: float = 0.0
     num_steps: int = 0
 

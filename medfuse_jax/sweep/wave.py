@@ -254,7 +254,8 @@ def _validate(program: Program, trials: list[RunningTrial], stacks, epoch: int, 
             t.failure = str(error)
             continue
         t.log.write("val", epoch, t.step, val_loss=predictions.loss, **scores)
-        t.progress.update(epoch, predictions.loss, score, run.config.plateau_epochs)
+        if t.progress.update(epoch, predictions.loss, score, run.config.plateau_epochs):
+            t.progress.temperature = predictions_lib.temperature(run, predictions)
     running = [t for t in trials if not t.failure]
     if not running:
         return

@@ -42,6 +42,15 @@ def test_the_fitted_temperature_undoes_one(calibrated, temperature):
     np.testing.assert_array_equal(np.argsort(calibration.scale(scores, temperature)[:, 0]), np.argsort(scores[:, 0]))
 
 
+def test_no_temperature_is_fitted_without_both_classes(calibrated):
+    labels, scores = calibrated
+    assert calibration.fit_temperature(np.zeros_like(labels), scores) is None
+    assert calibration.fit_temperature(np.ones_like(labels), scores) is None
+    one = np.column_stack([labels[:, 0], np.zeros(len(labels))])
+    assert calibration.fit_temperature(one[:, :1], scores[:, :1]) == pytest.approx(1, rel=0.05)
+    assert calibration.fit_temperature(one, scores) > 0
+
+
 def test_operating_points_reach_their_sensitivity_with_the_highest_threshold(calibrated):
     label, score = (x[:, 0] for x in calibrated)
     for point, wanted in zip(calibration.operating_points(label, score), (0.8, 0.9, 0.95)):

@@ -19,7 +19,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import evaluate, records, train
 from medfuse_jax import run as run_lib
 from medfuse_jax.data import device_store
-from medfuse_jax.runs import sources
+from medfuse_jax.runs import checkpoints, sources
 from medfuse_jax.runs import workdir as workdir_lib
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import command, groups, leases, results
@@ -59,6 +59,10 @@ def test_the_best_trial_is_chosen_on_validation_and_tested_once(finished):
     assert config_lib.difference(best, config_lib.load(chosen / "config.json")) == ""
     page = (folder / "sweep.html").read_text()
     assert f"trial {rows[0]['trial']}: {aurocs[0]:.3f}" in page
+    reached = [checkpoints.reached(results.trial_dir(folder, n))[1] for n in range(3)]
+    scaled = json.loads((chosen / "result.json").read_text())["calibration"]["scaled"]
+    assert scaled["temperature"] == reached[int(chosen.name)].temperature
+    assert all(progress.temperature > 0 for progress in reached)
     costs = json.loads((folder / "costs.json").read_text())
     assert (costs["trials"], costs["steps"]) == (3, len(run_lib.open_run(config).train_plan(epoch=1)))
     assert costs["compile_s"] > 0 and costs["train_s"] > 0
@@ -368,6 +372,7 @@ def test_without_a_validation_auroc_the_loss_chooses_and_is_named(ehr_config, tm
     folder = results.chosen_dir(tmp_path / "sweep")
     lines = [line["val_loss"] for line in read_lines(folder) if line["phase"] == "val"]
     assert losses[0] == pytest.approx(min(lines), abs=1e-6)
-    assert json.loads((folder / "result.json").read_text())["selected_by"].startswith("loss")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["selected_by"].startswith("loss") and "scaled" not in result["calibration"]
     assert "validation loss 0." in (tmp_path / "sweep" / "best_config.py").read_text()
     assert "validation loss by epoch" in (tmp_path / "sweep" / "sweep.html").read_text().lower()
