@@ -4,6 +4,7 @@ import math
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 
 from medfuse_jax import schema
 from medfuse_jax.paper import published, scores
@@ -11,13 +12,14 @@ from medfuse_jax.paper.cells import (
     BOTH_HEADS,
     DIFFERENCE_HEADS,
     KINDS,
+    METRICS,
     TASK_NAMES,
     Maker,
     Table,
     Value,
 )
 from medfuse_jax.report import withheld
-from medfuse_jax.report.html import CHART_STYLE, new_figure, run_color, svg
+from medfuse_jax.report.html import CHART_STYLE, MUTED, new_figure, run_color, svg
 from medfuse_jax.report.plots import draw_bounded
 
 _SHARES = tuple(round(0.1 * n, 1) for n in range(11))
@@ -115,20 +117,63 @@ def _percent(share: float) -> str:
     return f"{round(100 * share)} %"
 
 
-def chart(table: Table) -> str:
-    """Return the AUROC curves of Figure A1, A2 or A3 with their intervals, as SVG; '' for another table."""
-    if table.name not in _CURVES:
+def charts(table: Table) -> list[tuple[str, str]]:
+    """Return the caption and SVG of each chart of a table: the paper's figures, with our intervals."""
+    if table.name == "figure_4":
+        drawn = [(m.upper(), _types(table, m.upper())) for m in METRICS]
+    else:
+        drawn = [("AUROC", _curves(table))] if table.name in _CURVES else []
+    values = [cell for row in table.rows for cell in row if isinstance(cell, Value)]
+    has_spread = any(not math.isnan(value.spread) for value in values)
+    bounds = "± standard deviation" if has_spread else "with 95 % interval"
+    return [(f"{metric}, {bounds}", chart) for metric, chart in drawn if chart]
+
+
+def _types(table: Table, metric: str) -> str:
+    """Draw one metric of both models by type of phenotype, and the paper's as a line; '' without a number."""
+    models = {name: [row[table.head.index(f"{name}, {metric}")] for row in table.rows] for name in ("LSTM", "MedFuse")}
+    if all(math.isnan(value.ours) for values in models.values() for value in values):
         return ""
+    with mpl.rc_context(CHART_STYLE | {"axes.grid": True, "axes.grid.axis": "y"}):
+        axes = _axes(metric)
+        papers = []
+        for color, (name, values) in enumerate(models.items()):
+            place = np.arange(len(values)) + 0.24 * color - 0.12
+            low, high = np.array([value.drawn for value in values]).T
+            axes.vlines(place, low, high, color=run_color(color), alpha=0.4, linewidth=5)
+            axes.plot(place, [value.ours for value in values], "o", color=run_color(color), label=name)
+            papers += [(x, value.paper.value) for x, value in zip(place, values) if value.paper]
+        if papers:
+            x, y = np.array(papers).T
+            axes.hlines(y, x - 0.1, x + 0.1, color=MUTED, linewidth=1.5, label="paper")
+        axes.set_xticks(range(len(table.rows)), [row[0] for row in table.rows])
+        axes.set(xlim=(-0.5, len(table.rows) - 0.5))
+        return _finished(axes, f"{table.title}, {metric}", 3)
+
+
+def _curves(table: Table) -> str:
+    """Draw the AUROC of Figure A1, A2 or A3, which is what the paper draws; '' without a number."""
     curves = {head: points for head in table.head[1:] if "AUPRC" not in head and (points := _points(table, head))}
     if not curves:
         return ""
     with mpl.rc_context(CHART_STYLE | {"axes.grid": True}):
-        axes = new_figure(_WIDTH_PX, _HEIGHT_PX).add_axes((0.14, 0.19, 0.82, 0.62))
+        axes = _axes("AUROC")
         for color, (head, points) in enumerate(curves.items()):
             draw_bounded(axes, points, run_color(color), head.removesuffix(", AUROC"))
-        axes.set(xlabel=f"{table.head[0]}, %", ylabel="AUROC")
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9, columnspacing=1)
-        return svg(axes.figure, table.title)
+        axes.set(xlabel=f"{table.head[0]}, %")
+        return _finished(axes, table.title, 2)
+
+
+def _axes(metric: str) -> Axes:
+    axes = new_figure(_WIDTH_PX, _HEIGHT_PX).add_axes((0.14, 0.17, 0.82, 0.67))
+    axes.set(ylabel=metric)
+    return axes
+
+
+def _finished(axes: Axes, title: str, columns: int) -> str:
+    look = {"frameon": False, "fontsize": 9, "columnspacing": 1}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=columns, **look)
+    return svg(axes.figure, title)
 
 
 def _points(table: Table, head: str) -> list[tuple]:

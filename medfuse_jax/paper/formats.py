@@ -3,8 +3,8 @@
 import csv
 import dataclasses
 import io
-import itertools
 import math
+from collections.abc import Sequence
 from html import escape
 
 from medfuse_jax.paper.cells import Table, Value
@@ -25,8 +25,12 @@ def text(value: Value) -> str:
     if not math.isnan(value.spread):
         shown += f" ± {_number(value.spread, dataclasses.replace(value, is_change=False))}"
     if not math.isnan(value.p):
-        shown += f", p {'< 0.001' if value.p < 0.001 else f'{value.p:.3f}'}"
+        shown += f", {_p_text(value)}"
     return shown + (OUTSIDE if value.is_outside else "")
+
+
+def _p_text(value: Value) -> str:
+    return f"p {'< 0.001' if value.p < 0.001 else f'{value.p:.3f}'}"
 
 
 def paper_text(value: Value) -> str:
@@ -131,28 +135,41 @@ def json_object(table: Table) -> dict:
     return {"name": table.name, "title": table.title, "head": table.head, "rows": rows, "notes": table.notes}
 
 
-def html_table(table: Table, chart: str = "") -> str:
-    """Return a heading, the chart (SVG) if there is one, the table and its notes."""
+def html_table(table: Table, charts: Sequence[tuple[str, str]] = ()) -> str:
+    """Return a heading, the charts (caption and SVG of each), the table and its notes.
+
+    On a phone the texts that name a row beside its first cell are below that cell, and not in columns of their own.
+    """
     numeric = [any(isinstance(row[c], Value) for row in table.rows) for c in range(len(table.head))]
-    head = "".join(
-        f'<th scope="col"{" class=num" if is_number else ""}>{escape(name)}</th>'
-        for name, is_number in zip(table.head, numeric)
-    )
-    body = "".join(f"<tr>{''.join(map(_html_cell, itertools.count(), row, numeric))}</tr>" for row in table.rows)
+    num_keys = numeric.index(True) if True in numeric else 1  # columns of texts before the first number
+    css = ["num" if is_number else "key" if 0 < c < num_keys else "text" for c, is_number in enumerate(numeric)]
+    head = "".join(f'<th scope="col" class="{of}">{_html_text(name)}</th>' for of, name in zip(css, table.head))
+    body = "".join(_html_row(row, css, num_keys) for row in table.rows)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-    drawn = f'<div class="charts">{html.figure(chart, "")}</div>' if chart else ""
-    return f"<h2>{escape(table.title)}</h2>{drawn}{html.table(head, body, table.title)}{notes}"
+    drawn = "".join(html.figure(chart, caption) for caption, chart in charts)
+    drawn = f'<div class="charts">{drawn}</div>' if drawn else ""
+    return f"<h2>{_html_text(table.title)}</h2>{drawn}{html.table(head, body, table.title)}{notes}"
 
 
-def _html_cell(column: int, cell, is_number: bool) -> str:
-    """Return one cell. is_number: whether its column has numbers, which are on the right."""
-    if column == 0:
-        return f'<th scope="row" class="wrap">{escape(str(cell))}</th>'
+def _html_text(words: str) -> str:
+    return escape(words).replace("X-ray", "X\u2011ray")  # which no line may end within
+
+
+def _html_row(row: list, css: list[str], num_keys: int) -> str:
+    keys = " · ".join(filter(None, map(str, row[1:num_keys])))
+    below = f'<span class="keys">{escape(keys)}</span>' if keys else ""
+    name = f'<th scope="row" class="wrap">{_html_text(str(row[0]))}{below}</th>'
+    return f"<tr>{name}{''.join(map(_html_cell, row[1:], css[1:]))}</tr>"
+
+
+def _html_cell(cell, css: str) -> str:
+    """Return one cell. css: the class of its column."""
     if not isinstance(cell, Value):
-        return f'<td class="{"num soft" if is_number else "soft"}">{escape(str(cell))}</td>'
-    ours, _, rest = text(cell).partition(" ")
-    paper = paper_text(cell)
-    below = f'<span class="paper">paper {paper}</span>' if paper else ""
-    css = "num outside" if cell.is_outside else "num"
+        return f'<td class="{css} soft">{escape(str(cell))}</td>'
+    ours, _, rest = text(dataclasses.replace(cell, p=math.nan)).partition(" ")
+    paper, _, bounds = paper_text(cell).partition(" ")
+    parts = ["" if math.isnan(cell.p) else _p_text(cell), f"paper {paper}" if paper else "", bounds]
+    below = " ".join(f"<span>{escape(part)}</span>" for part in parts if part)
+    below = f'<span class="below">{below}</span>' if below else ""
     interval = f' <span class="ci">{escape(rest)}</span>' if rest else ""
-    return f'<td class="{css}">{escape(ours)}{interval}{below}</td>'
+    return f'<td class="{css}{" outside" if cell.is_outside else ""}">{escape(ours)}{interval}{below}</td>'

@@ -13,14 +13,25 @@ from medfuse_jax.runtime import files
 _CSS = (
     style.CSS
     + """
-td { vertical-align: top; }
+main { max-width: 78rem; }
+thead th { white-space: normal; }
+tbody th, td { vertical-align: top; }
+thead th:first-child, tbody th[scope="row"] { position: sticky; left: 0; background: var(--paper); z-index: 1; }
 td.num { white-space: nowrap; }
-.paper { display: block; color: var(--muted); font-size: 0.75rem; }
+.below { display: block; color: var(--muted); font-size: 0.75rem; }
+.below span { white-space: nowrap; }
+.keys { display: none; color: var(--muted); font-size: 0.6875rem; }
 .outside { font-weight: 650; }
-.outside .ci, .outside .paper { font-weight: 400; }
+.outside .ci, .outside .below { font-weight: 400; }
 nav { font-size: 0.875rem; margin: 0 0 1.5rem; }
 nav a { margin-right: 0.9rem; color: inherit; white-space: nowrap; }
-@media (max-width: 40rem) { .paper { white-space: normal; max-width: 7rem; margin-left: auto; font-size: 0.6875rem; } }
+.charts { margin: 1rem 0 1.5rem; }
+@media (max-width: 40rem) {
+  .below { white-space: normal; max-width: 7rem; margin-left: auto; font-size: 0.6875rem; }
+  tbody .wrap { min-width: 7.5rem; }
+  .key { display: none; }
+  .keys { display: block; }
+}
 """
 )
 
@@ -68,7 +79,7 @@ def _page(tables: list[Table], failed: list[Check], facts: dict, notices: list[s
         f'<dl class="facts">{shown}</dl><nav>{links}</nav></header>',
     ]
     for table in tables:
-        parts.append(f'<section id="{table.name}">{formats.html_table(table, figures.chart(table))}</section>')
+        parts.append(f'<section id="{table.name}">{formats.html_table(table, figures.charts(table))}</section>')
     now = datetime.datetime.now().astimezone()
     parts.append(f"<footer>Written by medfuse_jax.paper on {now:%-d %B %Y at %H:%M %Z}.</footer>")
     return html.document(title, "".join(parts), _CSS)

@@ -198,9 +198,8 @@ def test_no_test_stay_with_an_x_ray_is_named_and_the_rest_goes_on(tasks, tmp_pat
     assert formats.text(of_pheno) == "–" and of_pheno.paper and of_mortality.ours > 0.5
     assert formats.text(_row(by_name["table_4"], "Average")[4]) == "–"
     assert math.isfinite(_row(by_name["table_3"], tables.OPT_TITLE)[1].ours)  # all stays
-    assert "Mortality" in figures.chart(by_name["figure_a2"]) and "Phenotyping" not in figures.chart(
-        by_name["figure_a2"]
-    )
+    ((_, drawn),) = figures.charts(by_name["figure_a2"])
+    assert "Mortality" in drawn and "Phenotyping" not in drawn
     page.write(tmp_path, made, checks, {}, [], synthetic=True)
 
 
@@ -209,7 +208,7 @@ def test_no_test_stay_with_an_x_ray_of_mortality_leaves_dashes_by_age(tasks):
     made, _ = contents.make_all(Maker([empty], Evaluation(num_bootstrap=2)), {})
     by_name = {t.name: t for t in made}
     assert [formats.text(row[2]) for row in by_name["table_5"].rows] == ["–"] * 4
-    assert figures.chart(by_name["figure_a2"]) == ""
+    assert figures.charts(by_name["figure_a2"]) == []
 
 
 def test_labels_of_one_class_in_the_test_set_are_named(tasks):
@@ -336,7 +335,19 @@ def test_every_format_holds_the_numbers(made, tmp_path):
     assert [t["name"] for t in content["tables"]] == [t.name for t in made[0]]
     text = path.read_text()
     assert "<script" not in text and "http" not in text.replace("http://www.w3.org", "")
-    assert text.count("<svg") == 3 and text.count("<table") == len(made[0])
+    assert text.count("<svg") == 5 and text.count("<table") == len(made[0])
+
+
+def test_on_a_phone_a_row_is_named_in_one_cell():
+    """The texts before the first number are in columns and, for phones, below the first cell."""
+    change = Value(0.5, (0.1, 0.9), p=0.0123, is_change=True)
+    rows = [["A", "on <all>", change, "x"], ["B", "", Value(0.25, paper=published.Number(0.5, 0.4, 0.6)), "y"]]
+    text = formats.html_table(Table("t", "Title", ["name", "stays", "number", "more"], rows))
+    assert text.count('class="key"') + text.count('class="key soft"') == 3  # the head and two rows, of one column
+    assert text.count('<span class="keys">on &lt;all&gt;</span>') == text.count('class="keys"') == 1
+    assert '+0.500 <span class="ci">(+0.100, +0.900)</span><span class="below"><span>p 0.012</span></span>' in text
+    assert '0.250†<span class="below"><span>paper 0.500</span> <span>(0.400, 0.600)</span></span>' in text
+    assert '<td class="num outside">' in text
 
 
 def test_latex_and_markdown_escape_their_special_characters():
@@ -356,4 +367,6 @@ def test_figure_4_is_the_mean_over_the_labels_of_a_type(made, tasks):
     for kind in ("acute", "mixed", "chronic"):
         expected = np.mean([a for a, k in zip(aurocs, kinds) if k == kind])
         assert _row(figure, kind)[1].ours == pytest.approx(expected)
-    assert figures.chart(figure) == ""
+    drawn = figures.charts(figure)
+    assert [caption.partition(",")[0] for caption, _ in drawn] == ["AUROC", "AUPRC"]
+    assert all(word in chart for _, chart in drawn for word in ("acute", "chronic", "LSTM", "MedFuse", "paper"))
