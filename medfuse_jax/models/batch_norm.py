@@ -27,7 +27,7 @@ class BatchNorm(nn.Module):
     Training uses the statistics of the valid X-rays on all devices of `axis_name`. Without any valid X-ray it uses the
     running statistics and leaves them unchanged. As in torch, the running variance is updated with the unbiased batch
     variance. Scale, bias and statistics are float32. relu: end with a ReLU. ops: as the ResNet's. pool: end with the
-    stem's max pool and a ReLU, for GPUs.
+    stem's max pool and a ReLU, for GPUs and TPUs.
     """
 
     relu: bool = False
@@ -51,11 +51,13 @@ class BatchNorm(nn.Module):
         running = (mean.value, var.value)
         if not train or self.is_initializing():
             y_PHWC = _output(self.relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, *running)
-            return nn.relu(max_pool.max_pool(y_PHWC)) if self.pool else y_PHWC
+            pool = max_pool.max_pool if self.ops == "gpu" else max_pool.plain
+            return nn.relu(pool(y_PHWC)) if self.pool else y_PHWC
         if valid_P is None:
             valid_P = jnp.ones(x_PHWC.shape[0], bool)
         if self.pool:
-            y_PHWC, used = _normalise_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P)
+            args = (x_PHWC, scale_C, bias_C, running, valid_P)
+            y_PHWC, used = _normalise_and_pool(self.ops == "gpu", axis_name, *args)
         else:
             args = (x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)
             normalise = _normalise_by_rule if self.ops in ("gpu", "tpu") else _normalise
@@ -141,36 +143,50 @@ def _through(d_PHWC, x_PHWC, scale_C, d_scale_C, d_bias_C, used, valid_P, axis_n
     return ((d_PHWC - through_PHWC) * (inverse_C * scale_C)).astype(x_PHWC.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalise_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P):
-    """Return what `_normalise` does, after the stem's max pool and a ReLU, in an order that changes nothing.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise_and_pool(is_gpu, axis_name, x_PHWC, scale_C, bias_C, running, valid_P):
+    """Return what `_normalise` does, then the stem's max pool and a ReLU.
 
-    Under one rule, as only a quarter of the pixels have a gradient: both sums then read these alone, and the pool's
-    gradient is never written at the full size.
+    The pool comes first, of -x where the scale is negative, which changes no output: only a quarter of the pixels are
+    then normalised, and summed for the gradient. Where the scale is 0, all pixels of a window tie, and its largest x
+    counts in the scale's gradient.
     """
-    return _forward_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P)[0]
+    return _forward_and_pool(is_gpu, axis_name, x_PHWC, scale_C, bias_C, running, valid_P)[0]
 
 
-def _forward_and_pool(axis_name, x_PHWC, scale_C, bias_C, running, valid_P):
+def _forward_and_pool(is_gpu, axis_name, x_PHWC, scale_C, bias_C, running, valid_P):
     used = _moments(x_PHWC, valid_P, running, axis_name)
-    y_PHWC = _output(False, x_PHWC, None, scale_C, bias_C, *used[:2])
-    y_PhwC, winner_PhwC, x_PhwC = max_pool.largest(y_PHWC, x_PHWC)
-    winner_PhwC = jnp.where(y_PhwC > 0, winner_PhwC, max_pool.NONE)
-    # Otherwise XLA writes a mask for each of the nine pixels, and chooses x by them in the gradient.
-    pooled = jax.lax.optimization_barrier((nn.relu(y_PhwC), winner_PhwC, x_PhwC))
-    return (pooled[0], used), (x_PHWC, *pooled[1:], scale_C, used, valid_P)
+    signed_PHWC = x_PHWC * _sign(scale_C, x_PHWC.dtype)
+    x_PhwC, winner_PhwC = max_pool.largest(signed_PHWC) if is_gpu else (max_pool.plain(signed_PHWC), None)
+    x_PhwC *= _sign(scale_C, x_PHWC.dtype)
+    y_PhwC = _output(True, x_PhwC, None, scale_C, bias_C, *used[:2])
+    if is_gpu:
+        winner_PhwC = jnp.where(y_PhwC > 0, winner_PhwC, max_pool.NONE)
+        # Otherwise XLA writes a mask for each of the nine pixels of a window.
+        y_PhwC, winner_PhwC, x_PhwC = jax.lax.optimization_barrier((y_PhwC, winner_PhwC, x_PhwC))
+    return (y_PhwC, used), (x_PHWC, winner_PhwC, x_PhwC, scale_C, bias_C, used, valid_P)
 
 
-def _backward_and_pool(axis_name, saved, cotangents):
-    x_PHWC, winner_PhwC, x_PhwC, scale_C, used, valid_P = saved
+def _backward_and_pool(is_gpu, axis_name, saved, cotangents):
+    x_PHWC, winner_PhwC, x_PhwC, scale_C, bias_C, used, valid_P = saved
     d_PhwC, _ = cotangents
-    d_scale_C, d_bias_C = _sums(jnp.where(winner_PhwC == max_pool.NONE, 0, d_PhwC), x_PhwC, *used[:2])
-    d_PHWC = max_pool.gradient(winner_PhwC, d_PhwC, *x_PHWC.shape[1:3])
+    if is_gpu:  # the winners are read anyway
+        positive_PhwC = jnp.where(winner_PhwC == max_pool.NONE, 0, d_PhwC)
+        d_PHWC = max_pool.gradient(winner_PhwC, d_PhwC, *x_PHWC.shape[1:3])
+    else:
+        positive_PhwC = _where_positive(d_PhwC, x_PhwC, scale_C, bias_C, *used[:2])
+        _, gradient_of_pool = jax.vjp(max_pool.plain, x_PHWC * _sign(scale_C, x_PHWC.dtype))
+        (d_PHWC,) = gradient_of_pool(positive_PhwC)
+    d_scale_C, d_bias_C = _sums(positive_PhwC, x_PhwC, *used[:2])
     d_x_PHWC = _through(d_PHWC, x_PHWC, scale_C, d_scale_C, d_bias_C, used, valid_P, axis_name)
     return d_x_PHWC, d_scale_C, d_bias_C, None, None
 
 
 _normalise_and_pool.defvjp(_forward_and_pool, _backward_and_pool)
+
+
+def _sign(scale_C, dtype):
+    return jnp.where(scale_C < 0, -1, 1).astype(dtype)
 
 
 def _output(relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, mean_C, var_C):

@@ -7,11 +7,17 @@ and a GPU computes the pool again in float32 with indices. Here the forward pass
 largest, and the gradient is nine comparisons over whole arrays.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 NONE = 9  # a winner that is no pixel
 _MIDDLE = 1  # of a window's three rows or columns
+
+
+def plain(x_PHWC: jax.Array) -> jax.Array:
+    """Return the same as `max_pool`, with XLA's own gradient."""
+    return nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 @jax.custom_vjp
@@ -23,26 +29,24 @@ def max_pool(x_PHWC: jax.Array) -> jax.Array:
     return largest(x_PHWC)[0]
 
 
-def largest(x_PHWC: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    """Return each window's maximum, which of its pixels that is (uint8, 0 to 8), and the other arrays' values there."""
+def largest(x_PHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return each window's maximum and which of its pixels that is, uint8, 0 to 8."""
     _, height, width, _ = x_PHWC.shape
     h, w = -(-height // 2), -(-width // 2)
     padding = ((0, 0), (1, 2 * h - height), (1, 2 * w - width), (0, 0))
-    arrays = [jnp.pad(array, padding, constant_values=-jnp.inf) for array in (x_PHWC, *others)]
+    padded = jnp.pad(x_PHWC, padding, constant_values=-jnp.inf)
 
-    def pixel(k: int) -> list[jax.Array]:
+    def pixel(k: int) -> jax.Array:
         row, column = divmod(k, 3)
-        return [x[:, row : row + 2 * h - 1 : 2, column : column + 2 * w - 1 : 2] for x in arrays]
+        return padded[:, row : row + 2 * h - 1 : 2, column : column + 2 * w - 1 : 2]
 
-    max_PhwC, *of_others = pixel(0)
+    max_PhwC = pixel(0)
     winner_PhwC = jnp.zeros(max_PhwC.shape, jnp.uint8)
     for k in range(1, 9):
-        x_PhwC, *its_others = pixel(k)
-        is_larger_PhwC = x_PhwC > max_PhwC
-        winner_PhwC = jnp.where(is_larger_PhwC, jnp.uint8(k), winner_PhwC)
-        of_others = [jnp.where(is_larger_PhwC, new, old) for new, old in zip(its_others, of_others, strict=True)]
+        x_PhwC = pixel(k)
+        winner_PhwC = jnp.where(x_PhwC > max_PhwC, jnp.uint8(k), winner_PhwC)
         max_PhwC = jnp.maximum(max_PhwC, x_PhwC)
-    return max_PhwC, winner_PhwC, *of_others
+    return max_PhwC, winner_PhwC
 
 
 def _forward(x_PHWC):

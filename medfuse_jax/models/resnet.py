@@ -45,8 +45,7 @@ def _relu_and_max_pool(ops: str, x_PHWC: jax.Array) -> jax.Array:
     """Apply a ReLU, and pool 3x3 windows with stride 2 and torch's padding."""
     if ops == "cpu":  # the pool would compute what comes before it once for each of its nine pixels
         return max_pool.max_pool(nn.relu(x_PHWC))
-    pooled_PHWC = nn.max_pool(x_PHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    return nn.relu(pooled_PHWC)  # in this order, which changes nothing, its mask has a quarter of the pixels
+    return nn.relu(max_pool.plain(x_PHWC))  # in this order, which changes nothing, its mask has a quarter of the pixels
 
 
 class Conv(nn.Module):
@@ -60,7 +59,11 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x_PHWC: jax.Array) -> jax.Array:
         shape = (self.size_px, self.size_px, x_PHWC.shape[-1], self.features)
-        return _conv(self.ops, x_PHWC, weight(self, "kernel", _conv_init, shape), self.stride, self.size_px // 2)
+        stride = self.stride
+        if self.size_px == 1 and self.ops == "gpu":
+            # cuDNN would write the gradient of every pixel, though only those that the stride visits have one.
+            x_PHWC, stride = x_PHWC[:, ::stride, ::stride], 1
+        return _conv(self.ops, x_PHWC, weight(self, "kernel", _conv_init, shape), stride, self.size_px // 2)
 
 
 class StemConv(nn.Module):
@@ -163,7 +166,7 @@ class ResNet(nn.Module):
 
     def setup(self):
         self.stem_conv = StemConv(self.width, self.ops)
-        self.stem_norm = BatchNorm(ops=self.ops, pool=self.ops == "gpu")
+        self.stem_norm = BatchNorm(ops=self.ops, pool=self.ops in ("gpu", "tpu"))
         for i, num_blocks in enumerate(self.stage_sizes, start=1):
             for j in range(num_blocks):
                 stride = 2 if i > 1 and j == 0 else 1

@@ -76,13 +76,14 @@ def _norm_loss(norm, x_PHWC, params):
     return jnp.sum(jnp.sin(norm(x_PHWC, params)) * weight)
 
 
-def _plain_norm(x_PHWC, params, valid_P, stats):
-    """Normalise by the moments of the valid X-rays, written plainly."""
+def _plain_norm(x_PHWC, params, valid_P, stats, pixels=None):
+    """Normalise x, or other pixels, by the moments of the valid X-rays of x, written plainly."""
     valid = np.asarray(valid_P)
     mean_C, var_C = stats["mean"], stats["var"]
     if valid.any():
         mean_C, var_C = x_PHWC[valid].mean((0, 1, 2)), x_PHWC[valid].var((0, 1, 2))
-    return (x_PHWC - mean_C) / jnp.sqrt(var_C + batch_norm.EPSILON) * params["scale"] + params["bias"]
+    pixels = x_PHWC if pixels is None else pixels
+    return (pixels - mean_C) / jnp.sqrt(var_C + batch_norm.EPSILON) * params["scale"] + params["bias"]
 
 
 @pytest.mark.parametrize("ops", ["plain", "gpu"])
@@ -222,29 +223,34 @@ def test_a_relu_passes_no_gradient_where_its_output_is_zero_whatever_the_scale(o
     _assert_equal_gradients(ours, plain, (x_PHWC, params), weight)
 
 
+@pytest.mark.parametrize("ops", ["gpu", "tpu"])
 @pytest.mark.parametrize("which", _VALID)
-def test_normalising_and_pooling_under_one_rule_match_the_parts(which):
+def test_normalising_and_pooling_under_one_rule_match_the_parts(which, ops):
     x_PHWC, params, stats, _ = _scales_case()
     valid_P = np.array(_VALID[which])
     weight = np.random.default_rng(3).standard_normal((5, 3, 3, len(_SCALES))).astype(np.float32)
-    norm = batch_norm.BatchNorm(ops="gpu", pool=True)
+    norm = batch_norm.BatchNorm(ops=ops, pool=True)
 
     def ours(x_PHWC, params):
         args = {"params": params, "batch_stats": stats}
         return norm.apply(args, x_PHWC, True, valid_P, mutable=["batch_stats"])[0]
 
-    def plain(x_PHWC, params):
-        y_PHWC = _plain_norm(x_PHWC, params, valid_P, stats)
-        return jax.nn.relu(nn.max_pool(y_PHWC, (3, 3), (2, 2), ((1, 1), (1, 1))))
+    def pool(x_PHWC):
+        return nn.max_pool(x_PHWC, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
+    def plain(x_PHWC, params):
+        # In this order, as pixels whose scale is 0 tie after it, and any of them may count in the scale's gradient.
+        sign_C = jnp.where(params["scale"] < 0, -1, 1)
+        return jax.nn.relu(_plain_norm(x_PHWC, params, valid_P, stats, pool(x_PHWC * sign_C) * sign_C))
+
+    normalised_first = jax.nn.relu(pool(_plain_norm(x_PHWC, params, valid_P, stats)))
+    np.testing.assert_allclose(ours(x_PHWC, params), normalised_first, atol=TOLERANCE)
     _assert_equal_gradients(ours, plain, (x_PHWC, params), weight)
     variables = {"params": params, "batch_stats": stats}
     _, updated = norm.apply(variables, x_PHWC, True, valid_P, mutable=["batch_stats"])
     _, expected = batch_norm.BatchNorm().apply(variables, x_PHWC, True, valid_P, mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, updated, expected)
-    evaluated = jax.nn.relu(
-        nn.max_pool(batch_norm.BatchNorm().apply(variables, x_PHWC), (3, 3), (2, 2), ((1, 1), (1, 1)))
-    )
+    evaluated = jax.nn.relu(pool(batch_norm.BatchNorm().apply(variables, x_PHWC)))
     np.testing.assert_allclose(norm.apply(variables, x_PHWC), evaluated, atol=TOLERANCE)
 
 

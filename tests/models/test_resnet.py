@@ -93,7 +93,7 @@ def test_shapes_and_stages(tiny):
     assert set(variables["params"]) >= {"stem_conv", "stem_norm", "stage1_block0", "stage2_block1", "stage4_block0"}
 
 
-@pytest.mark.parametrize("ops", ["plain", "cpu", "gpu"])
+@pytest.mark.parametrize("ops", ["plain", "cpu", "gpu", "tpu"])
 def test_the_stem_pools_as_torch_does(ops):
     net = resnet.ResNet(width=1, ops=ops)
     kernel = np.zeros((7, 7, 3, 1), np.float32)
@@ -202,7 +202,7 @@ def test_the_plain_program_has_no_custom_rule(tiny):
     assert _custom_rules(net.clone(ops="cpu"), variables, image_PHWC)
 
 
-@pytest.mark.parametrize("ops", ["cpu", "gpu"])
+@pytest.mark.parametrize("ops", ["cpu", "gpu", "tpu"])
 def test_every_form_gives_the_same_features_and_gradients(tiny, ops):
     _assert_same_as_plain(tiny, ops)
 
