@@ -48,20 +48,19 @@ class BatchNorm(nn.Module):
         bias_C = weight(self, "bias", nn.initializers.zeros_init(), features)
         mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         var = self.variable("batch_stats", "var", jnp.ones, features)
-        running = (mean.value, var.value)
+        running, is_gpu = (mean.value, var.value), self.ops == "gpu"
         if not train or self.is_initializing():
             y_PHWC = _output(self.relu, x_PHWC, shortcut_PHWC, scale_C, bias_C, *running)
-            pool = max_pool.max_pool if self.ops == "gpu" else max_pool.plain
+            pool = max_pool.max_pool if is_gpu else max_pool.plain
             return nn.relu(pool(y_PHWC)) if self.pool else y_PHWC
         if valid_P is None:
             valid_P = jnp.ones(x_PHWC.shape[0], bool)
         if self.pool:
-            args = (x_PHWC, scale_C, bias_C, running, valid_P)
-            y_PHWC, used = _normalise_and_pool(self.ops == "gpu", axis_name, *args)
+            y_PHWC, used = _normalise_and_pool(is_gpu, axis_name, x_PHWC, scale_C, bias_C, running, valid_P)
         else:
             args = (x_PHWC, shortcut_PHWC, scale_C, bias_C, running, valid_P)
             normalise = _normalise_by_rule if self.ops in ("gpu", "tpu") else _normalise
-            y_PHWC, used = normalise(self.relu, self.ops == "gpu", axis_name, *args)
+            y_PHWC, used = normalise(self.relu, is_gpu, axis_name, *args)
         mean_C, var_C, count = used
         if self.is_mutable_collection("batch_stats"):
             unbiased_C = var_C * count / jnp.maximum(count - 1, 1)
