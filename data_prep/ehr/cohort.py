@@ -260,7 +260,8 @@ def read_id_list(path: str | Path) -> set[int]:
         match = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(row[start:]))
         if not match:
             message = (
-                f"{path} row {i + 1} is not subject_id or subject_id,0/1; other columns need a header to skip them"
+                f"{path} row {i + 1} is not subject_id or subject_id,0/1; remove other columns, or put them before "
+                "subject_id and add a header"
             )
             raise UserError(message, path=path, row=i + 1, value=",".join(row))
         if match[2] != "0":

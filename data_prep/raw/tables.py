@@ -221,6 +221,8 @@ def mimic_iv(root: str | Path) -> dict[str, Table]:
         candidates = [root / folder / f"{name}{end}" for folder in folders for end in _ENDINGS]
         paths = [path for path in candidates if path.is_file()]
         if not paths:
+            if folder := next((path for path in candidates if path.is_dir()), None):
+                raise UserError(f"{folder} is a folder; write the table to one file", field="--mimic_iv", path=folder)
             message = (
                 f"{root} has no {folders[0]}/{name}.csv.gz (or .csv, .csv.zst, .parquet); --mimic_iv must be the "
                 "folder that contains icu/ and hosp/, with all tables of MIMIC-IV"

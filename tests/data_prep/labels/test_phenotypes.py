@@ -122,6 +122,11 @@ def test_codes_may_have_a_dot_and_small_letters(tmp_path):
     assert all(labels)
 
 
+def test_codes_in_another_writing_have_not_lost_their_zeros(tmp_path, capsys):
+    labels, _, _ = _labels(tmp_path, [(0, f"ICD9:{code}", 9) for code in range(4000, 4300)])
+    assert labels[0] == set() and "300 of 300 diagnoses have no valid code" in capsys.readouterr().err
+
+
 def test_a_real_sized_table_without_any_leading_zero_is_refused(real_data, tmp_path):
     """Only codes that exist in both forms, so that no single one shows the loss."""
     diagnoses = pl.read_csv(real_data / "mimic-iv-demo-2.2/hosp/diagnoses_icd.csv.gz", infer_schema=False)

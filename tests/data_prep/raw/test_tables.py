@@ -48,6 +48,14 @@ def test_only_of_a_csv_a_quote_may_be_open(tmp_path, ending):
     assert ("Parquet" in str(caught.value)) == (ending == ".parquet")
 
 
+def test_a_table_that_is_a_folder_of_parts_is_named(tmp_path):
+    root = write_mimic_iv(tmp_path, [stay(0)])
+    (root / "icu/chartevents.csv.gz").unlink()
+    (root / "icu/chartevents.parquet").mkdir()
+    with refused(path=root / "icu/chartevents.parquet", field="--mimic_iv"):
+        tables.mimic_iv(root)
+
+
 def test_item_ids_of_six_digits_may_be_of_32_bit_floats(tmp_path):
     path = tmp_path / "chartevents.parquet"
     pl.DataFrame({"itemid": pl.Series([220_045], dtype=pl.Float32)}).write_parquet(path)
