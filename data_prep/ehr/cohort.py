@@ -118,7 +118,7 @@ def _warn_of_deaths(path: Path, stays: pl.DataFrame) -> None:
     if len(stays) >= _MANY_STAYS and not stays["died"].any():
         progress.say(f"warning: {path}: no patient dies in hospital, so mortality has no positive label")
     unlike = int((stays["expire_flag"] != stays["died"]).sum())
-    if unlike > max(10, _MAX_UNLIKE_FLAG * len(stays)):
+    if unlike > max(invalid.FEW, _MAX_UNLIKE_FLAG * len(stays)):
         progress.say(
             f"warning: {path}: {unlike:,} of {len(stays):,} stays die by deathtime and dod but not by "
             "hospital_expire_flag, or the other way round; the flag is not used"

@@ -16,7 +16,6 @@ _DECIMAL_COMMA = r"^[+-]?\d+,\d+$"
 _MAX_LOST = 0.1  # of a variable's rows without a valid value; 6 % of the glucose in the MIMIC-IV demo's labevents
 _MAX_IMPOSSIBLE = 0.1  # of a variable's rows that are outside its range; 3.5 % of the demo's pH
 _MAX_OTHER_NUMBER = 0.05  # of the rows whose value is not valuenum
-_FEW = 10  # so many rows give no warning, unless they are most
 _EYE_SCORE = "Glascow coma scale eye opening"
 
 
@@ -111,9 +110,9 @@ class Watch:
         if "hadm_id" in self.optional and given <= invalid.MAX_SHARE * self.num_rows:
             lost = f"{self.num_rows - given:,} of {self.num_rows:,} rows"
             yield f": {lost} have no hadm_id and are left out; is the column complete?"
-        if self.num_rows > _FEW and self.num_midnight > self.num_rows / 2:
+        if self.num_rows > invalid.FEW and self.num_midnight > self.num_rows / 2:
             yield f": {self.num_midnight:,} of {self.num_rows:,} times are at midnight; were they saved as dates?"
-        if self.num_other_numbers > max(_FEW, _MAX_OTHER_NUMBER * self.num_numbers):
+        if self.num_other_numbers > max(invalid.FEW, _MAX_OTHER_NUMBER * self.num_numbers):
             rows = f"{self.num_other_numbers:,} of {self.num_numbers:,} rows"
             yield f": value is not valuenum in {rows}; are the columns in place, and is the decimal mark a point?"
         yield from self._warnings_of_values()
@@ -124,7 +123,7 @@ class Watch:
             hint = ""
             if sum(self.commas.values()) > lost / 2:
                 hint = "; most have a decimal comma: write 36.6, not 36,6"
-            elif self.empty[VARIABLE[_EYE_SCORE]] > self.lost[VARIABLE[_EYE_SCORE]] / 2:
+            elif _EYE_SCORE in names and self.empty[VARIABLE[_EYE_SCORE]] > self.lost[VARIABLE[_EYE_SCORE]] / 2:
                 hint = "; the eye score None is a class, which pandas reads as missing unless keep_default_na=False"
             yield f": {lost:,} of {rows:,} rows of {names} have no valid value and are left out{hint}"
         names, rows, impossible = self._many(self.impossible, _MAX_IMPOSSIBLE)
@@ -135,11 +134,14 @@ class Watch:
             )
 
     def _many(self, counter: Counter, share: float) -> tuple[str, int, int]:
-        """Return the names of variables of which `counter` has many rows, all of their rows, and those counted."""
+        """Return the names of variables of which `counter` has many rows, all of their rows, and those counted.
+
+        Up to ten rows are few, unless they are most of the variable's.
+        """
         many = [
             variable
             for variable, rows in sorted(self.rows.items())
-            if counter[variable] > rows / 2 or counter[variable] > max(_FEW, share * rows)
+            if counter[variable] > rows / 2 or counter[variable] > max(invalid.FEW, share * rows)
         ]
         names = ", ".join(schema.VARIABLES[variable].name for variable in many)
         return names, sum(self.rows[v] for v in many), sum(counter[v] for v in many)

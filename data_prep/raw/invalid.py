@@ -14,7 +14,7 @@ from data_prep.raw import parse
 from medfuse_jax.runtime.errors import UserError
 
 MAX_SHARE = 0.01
-_FEW = 10  # a small table may have as many, though they are more than 1 %
+FEW = 10  # a small table may have as many, though they are more than 1 %
 _LONGEST = 40  # characters of a form
 _COMPLETE = re.compile("9999-99-99(?: 99:99:99)?")
 
@@ -30,7 +30,7 @@ class Kind:
     written: str
     effect: str
     needed: bool = False
-    few: int = _FEW
+    few: int = FEW
 
 
 # Of times even a few stop a build where they are more than 1 %: what depends on them is dropped without a trace.
