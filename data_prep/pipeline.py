@@ -291,10 +291,11 @@ def _pair_readable(
         if not missing:
             break
         store.add(missing)
-    if pairs and not paired and not (candidates := images.filter(views.is_paired())).is_empty():
+    candidates = images.filter(views.is_paired())
+    if pairs and not paired and not store.unreadable and len(candidates):
         progress.say(
-            f"warning: no stay has an X-ray: none of the {len(candidates):,} AP X-rays was taken during a stay of its "
-            "patient; are the patients and times of both datasets of one release?"
+            f"warning: no stay has an X-ray: none of the {len(candidates):,} AP X-rays was taken in a task's window of "
+            "its patient's stay; do both datasets have the same patients and dates?"
         )
     return pairs
 

@@ -22,7 +22,7 @@ from medfuse_jax.runs.result import Scored
 from medfuse_jax.runtime import command_line, compilation, files, hosts
 from medfuse_jax.runtime.errors import UserError, check_choice
 
-_TEMPERATURE = "temperature.json"  # of a run whose training fitted none
+_TEMPERATURE = "temperature.json"  # holds the temperature of a run whose training did not fit one
 
 
 def evaluate(

@@ -88,7 +88,7 @@ def _temperature(run: run_lib.Run, workdir: Path, step: int, progress: Progress)
     if run.dataset.task.exclusive:
         why = f"the labels of {run.config.task} exclude one another: leave --calibrated out"
     else:
-        why = f"fit it with medfuse_jax.evaluate --workdir={workdir} --split=val, on stays some of which have a label"
+        why = f"medfuse_jax.evaluate --workdir={workdir} --split=val fits it, if a label has both classes there"
     raise UserError(f"{workdir} has no temperature: {why}", field="--calibrated", path=workdir)
 
 

@@ -15,10 +15,10 @@ from medfuse_jax.runtime.errors import UserError
 
 VERSION = 8  # increment when the same tables give other stays, deaths or splits
 MIN_AGE_YEARS, _MAX_AGE_YEARS = 18, 120  # MIMIC-IV gives 91 to everyone over 89; a larger number is a year
-_MANY_STAYS = 50  # of which some patient dies: in the MIMIC-IV demo 9 of 112
+_MANY_STAYS = 50  # a cohort this large should have a death; the MIMIC-IV demo has 9 in 112 stays
 _MAX_UNLIKE_FLAG = 0.05
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
-MIN_ROUNDED = 0.9  # of the values of `los` have as few decimals, if the column is rounded
+MIN_ROUNDED = 0.9  # a column `los` is rounded to so many decimals if this fraction of its values has no more
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
 SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
 _LASTS_H = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
@@ -62,20 +62,18 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     stays = count("one such stay in the admission", stays.filter(pl.len().over("hadm_id") == 1))
     timed = stays.drop_nulls(["los_h", "intime", "outtime"])
     timed = timed.filter(pl.col("los_h") > 0, pl.col("outtime") > pl.col("intime"))
-    lost = "have no valid intime, outtime and los"
-    stays = _warn_of_lost(raw["icustays"].path, stays, count("with times and a length of stay", timed), lost)
+    lost = "lack a valid intime, outtime or los, or end before they begin"
+    _warn_of_lost(raw["icustays"].path, stays, timed, lost)
+    stays = count("with times and a length of stay", timed)
     # `los` decides how many time steps a stay has, `outtime` which X-rays it gets: both must agree.
     agrees = (pl.col("los_h") - _LASTS_H).abs() <= LOS_SLACK_H
-    agreeing = count("with a length of stay that is outtime - intime", stays.filter(agrees))
-    lost = "have a los that is not outtime - intime in days"
-    stays = _warn_of_lost(raw["icustays"].path, stays, agreeing, lost)
+    _warn_of_lost(raw["icustays"].path, stays, stays.filter(agrees), "have a los that is not outtime - intime in days")
+    stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
     stays = count("of at most a year", stays.filter(pl.col("los_h") <= MAX_LOS_H))
     admissions, patients = _read_admissions(raw), read_patients(raw)
-    known = count(
-        "with a patient and an admission", stays.join(admissions, on="hadm_id").join(patients, on="subject_id")
-    )
-    lost = "have no row in patients or in admissions"
-    stays = _warn_of_lost(raw["icustays"].path, stays, known, lost)
+    known = stays.join(admissions, on="hadm_id").join(patients, on="subject_id")
+    _warn_of_lost(raw["icustays"].path, stays, known, "have no row in patients or in admissions")
+    stays = count("with a patient and an admission", known)
     stays = count("with the patient's own admission", stays.filter(pl.col("subject_id") == pl.col("admitted_id")))
     stays = count("with a readable age", stays.drop_nulls("age"))
     stays = count(f"{MIN_AGE_YEARS} years or older", stays.filter(pl.col("age") >= MIN_AGE_YEARS))
@@ -120,16 +118,16 @@ def _warn_of_deaths(path: Path, stays: pl.DataFrame) -> None:
     unlike = int((stays["expire_flag"] != stays["died"]).sum())
     if unlike > max(invalid.FEW, _MAX_UNLIKE_FLAG * len(stays)):
         progress.say(
-            f"warning: {path}: {unlike:,} of {len(stays):,} stays die by deathtime and dod but not by "
-            "hospital_expire_flag, or the other way round; the flag is not used"
+            f"warning: {path}: {unlike:,} of {len(stays):,} stays have a hospital_expire_flag that disagrees with "
+            "deathtime and dod; the flag is not used"
         )
 
 
 def _without_rounding(stays: pl.DataFrame, path: Path) -> pl.DataFrame:
     """Replace `los_h` by outtime - intime where the two differ only because `los` was rounded or cut off.
 
-    It was if nearly all of its values have two decimals or fewer; MIMIC-IV's have up to 16, and a third is about a
-    minute. Zeros at the end do not count, but for that of 2.0.
+    It counts as rounded if nearly all of its values have at most two decimals. MIMIC-IV's have up to 16; from three on,
+    rounding costs less than a minute. Trailing zeros do not count, except the one in 2.0.
     """
     value = stays["los"].str.strip_chars()
     own = value.str.extract(r"^\d+\.(\d+?)0*$", 1).str.len_chars()
@@ -146,12 +144,11 @@ def _without_rounding(stays: pl.DataFrame, path: Path) -> pl.DataFrame:
     return stays.with_columns(los_h=pl.when(rounds).then(_LASTS_H).otherwise("los_h"))
 
 
-def _warn_of_lost(path: Path, stays: pl.DataFrame, kept: pl.DataFrame, why: str) -> pl.DataFrame:
-    """Return `kept`, with a warning if it lacks more than 1 % of `stays`. The audit counts every one."""
+def _warn_of_lost(path: Path, stays: pl.DataFrame, kept: pl.DataFrame, why: str) -> None:
+    """Warn if `kept` lacks more than 1 % of `stays`. The audit counts every one."""
     lost = len(stays) - len(kept)
     if lost > invalid.MAX_SHARE * len(stays):
         progress.say(f"warning: {path}: {lost:,} of {len(stays):,} stays {why}, and are left out")
-    return kept
 
 
 def digest(stays: pl.DataFrame) -> str:

@@ -120,8 +120,8 @@ def _batches(
         if not rules.capillary_refill:
             items = {variable: ids for variable, ids in items.items() if variable != "Capillary refill rate"}
         table = raw[name]
-        # Laboratory rows belong to an admission, if to any; MIMIC-IV gives them no stay. Of chart rows without a stay,
-        # the admission decides.
+        # Laboratory rows have no stay, and may have no admission. A chart row without a stay_id is placed by its
+        # admission.
         extra, optional = ("valuenum", "hadm_id") if name == "labevents" else ("stay_id", "stay_id")
         item_variable = {item: VARIABLE[variable] for variable, ids in items.items() for item in ids}
         columns = ["subject_id", "hadm_id", "charttime", "itemid", "value", extra]

@@ -1,4 +1,4 @@
-"""Watch whether an events table is what its ids, times and values say: stop the build or warn where much is not."""
+"""Check the ids, times and values of an events table: stop the build or warn if many are missing or invalid."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,9 +13,12 @@ from medfuse_jax import schema
 _IDS = ("subject_id", "hadm_id", "stay_id")
 _TIMES = ("charttime", "storetime")
 _DECIMAL_COMMA = r"^[+-]?\d+,\d+$"
-_MAX_LOST = 0.1  # of a variable's rows without a valid value; 6 % of the glucose in the MIMIC-IV demo's labevents
-_MAX_IMPOSSIBLE = 0.1  # of a variable's rows that are outside its range; 3.5 % of the demo's pH
-_MAX_OTHER_NUMBER = 0.05  # of the rows whose value is not valuenum
+# Glucose and pH of urine and other fluids: texts such as NEG, and a pH below that of blood.
+_OTHER_FLUIDS = (51478, 51491, 51094, 50831)
+# The largest fraction of a variable's rows, those of other fluids apart, that gives no warning:
+_MAX_LOST = 0.1  # without a valid value; in the MIMIC-IV demo none
+_MAX_IMPOSSIBLE = 0.1  # outside its range; in the demo at most 0.2 %
+_MAX_OTHER_NUMBER = 0.05  # of all rows: whose value is not valuenum
 _EYE_SCORE = "Glascow coma scale eye opening"
 
 
@@ -71,6 +74,8 @@ class Watch:
 
     def add_values(self, cleaned: pl.DataFrame) -> None:
         """Count the rows that `cleaning.clean` returned."""
+        self.stays.update(cleaned.filter(pl.col("fate").is_null())["stay"].unique())
+        cleaned = cleaned.filter(~pl.col("itemid").is_in(_OTHER_FLUIDS))
         # MIMIC itself writes ___ for what it withholds; the number beside it is in valuenum, which `released` ignores.
         withheld = pl.col("text").str.contains(r"^\s*_+\s*$").fill_null(False)
         lost = cleaned.filter((pl.col("fate") == NO_VALUE) & ~withheld)
@@ -80,7 +85,6 @@ class Watch:
         found = (self.rows, cleaned), (self.lost, lost), (self.commas, commas), (self.empty, empty)
         for counter, rows in (*found, (self.impossible, impossible)):
             counter.update(dict(rows.group_by("variable").len().iter_rows()))
-        self.stays.update(cleaned.filter(pl.col("fate").is_null())["stay"].unique())
 
     def check(self) -> dict[str, int]:
         """Return how many times of each column are invalid; warn of what is lost.
@@ -92,21 +96,21 @@ class Watch:
         if self.num_long:
             self.table.check_hidden_rows()
         itemids = self.tallies["itemid"]
-        if itemids.invalid:  # of all of the table's, not of those that passed its filter
+        if itemids.num_invalid:  # of all of the table's, not of those that passed its filter
             with tables.reading(path):
-                itemids.given = self.table.scan("itemid").select(pl.len()).collect(engine="streaming").item()
+                itemids.num_given = self.table.scan("itemid").select(pl.len()).collect(engine="streaming").item()
         for name, tally in self.tallies.items():
             tally.check(path, name)
         self.timed.check(path, "charttime")
         for message in self._warnings():
             progress.say(f"warning: {path}{message}")
-        return {name: self.tallies[name].invalid for name in _TIMES if name in self.tallies}
+        return {name: self.tallies[name].num_invalid for name in _TIMES if name in self.tallies}
 
     def _warnings(self) -> Iterator[str]:
         if not self.num_rows:
             yield " has no row of any variable; is the table complete?"
             return
-        given = self.tallies["hadm_id"].given
+        given = self.tallies["hadm_id"].num_given
         if "hadm_id" in self.optional and given <= invalid.MAX_SHARE * self.num_rows:
             lost = f"{self.num_rows - given:,} of {self.num_rows:,} rows"
             yield f": {lost} have no hadm_id and are left out; is the column complete?"
@@ -136,7 +140,7 @@ class Watch:
     def _many(self, counter: Counter, share: float) -> tuple[str, int, int]:
         """Return the names of variables of which `counter` has many rows, all of their rows, and those counted.
 
-        Up to ten rows are few, unless they are most of the variable's.
+        Ten rows or fewer are not many, unless they are more than half of the variable's.
         """
         many = [
             variable

@@ -187,10 +187,14 @@ class ImageStore:
 
 def _hint(path: Path) -> str:
     """Return what may be wrong where a file is missing, for the text behind its path."""
-    if not path.parent.is_dir():
-        return ", whose folder is missing: see --cxr_layout"
-    if any(other.stem.lower() == path.stem.lower() for other in path.parent.iterdir()):
-        return ", whose folder has a file of that name in another writing: rename such files"
+    if path.is_symlink():
+        return ", a link to a file that is missing"
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ", whose folder cannot be read: see --cxr_layout"
+    if any(Path(name).stem.lower() == path.stem.lower() for name in names):
+        return "; its folder has that name with letters of another case or another ending: rename such files"
     return ""
 
 

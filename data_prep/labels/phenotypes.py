@@ -83,13 +83,13 @@ def _read_codes(raw: dict[str, tables.Table], stays: pl.DataFrame) -> tuple[pl.D
 
 
 def _warn_of_wrong_codes(rows: pl.DataFrame, path: Path) -> None:
-    """Warn of codes that are none, or not of their version. rows: code, version and is_code."""
+    """Warn of invalid codes, and of codes that do not fit their version. rows: code, version and is_code."""
     starts = [pl.col("version").eq(version) & pl.col("code").str.contains(start) for version, start in _FIRST.items()]
     wrong = rows.filter(~(pl.col("is_code") & pl.any_horizontal(starts).fill_null(False)))["code"]
     if len(wrong) > invalid.MAX_SHARE * len(rows):
         progress.say(
             f"warning: {path}: {len(wrong):,} of {len(rows):,} diagnoses have no valid code of their icd_version "
-            f"({invalid.form(wrong[0])}) and give no label"
+            f"({invalid.form(wrong[0])}); are icd_code and icd_version of the same rows?"
         )
 
 

@@ -16,14 +16,14 @@ from medfuse_jax.runtime.errors import UserError
 MAX_SHARE = 0.01
 FEW = 10  # a small table may have as many, though they are more than 1 %
 _LONGEST = 40  # characters of a form
-_COMPLETE = re.compile("9999-99-99(?: 99:99:99)?")
+_COMPLETE = re.compile("'9999-99-99(?: 99:99:99)?'$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a column holds, how it is written, and what happens to invalid values; all for messages but the last two.
+    """The kind of values in a column, for messages: their name, how to write them, what happens to invalid ones.
 
-    needed: a missing value is invalid too. few: so many do not stop a build, unless they are all.
+    needed: a missing value is invalid too. few: up to this many invalid values do not stop a build, unless all are.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Kind:
     few: int = FEW
 
 
-# Of times even a few stop a build where they are more than 1 %: what depends on them is dropped without a trace.
+# Even a few invalid times stop a build if they are more than 1 %: what depends on them would be dropped silently.
 TIMES = Kind("times", "write them as MIMIC does, YYYY-MM-DD HH:MM:SS", "they count as missing", few=0)
 GIVEN_TIMES = Kind("times", "give every row a time", "their rows are left out", needed=True)
 AGES = Kind("ages", "write them as MIMIC does, in whole years", "their stays are left out", needed=True, few=0)
@@ -46,42 +46,43 @@ class Tally:
     """How many values of a column are given, how many of them are invalid, and what the first of those looks like."""
 
     kind: Kind
-    given: int = 0
-    invalid: int = 0
+    num_given: int = 0
+    num_invalid: int = 0
     first: str = ""
 
     def add(self, text: pl.Series, valid: pl.Series) -> "Tally":
         """Count the values of `text`; valid: true for those that are, aligned with it."""
         other = text.filter(~valid)
         wrong = other.fill_null("") if self.kind.needed else other.filter(~parse.missing(other))
-        if len(wrong) and not self.invalid:
+        if len(wrong) and not self.num_invalid:
             self.first = form(wrong[0])
-        self.given += len(text) - len(other) + len(wrong)
-        self.invalid += len(wrong)
+            if self.kind.name == TIMES.name and _COMPLETE.search(self.first):
+                self.first += ", but not of a date from the year 1000 on, or not of an hour"
+        self.num_given += len(text) - len(other) + len(wrong)
+        self.num_invalid += len(wrong)
         return self
 
     def check(self, path: Path, column: str) -> int:
         """Return how many values are invalid, with a warning; raise UserError if they are many."""
         check(path, {column: self})
-        return self.invalid
+        return self.num_invalid
 
 
 def check(path: Path, tallies: dict[str, Tally]) -> None:
     """Warn in one line of the invalid values in a table's columns; raise UserError if more than 1 % of one are."""
-    found = {column: tally for column, tally in tallies.items() if tally.invalid}
+    found = {column: tally for column, tally in tallies.items() if tally.num_invalid}
     messages = []
     for column, tally in found.items():
         kind = tally.kind
-        messages.append(
-            f"{path}: {tally.invalid:,} of {tally.given:,} {kind.name} in column {column!r} are invalid ({tally.first})"
-        )
-        is_many = tally.invalid > kind.few or tally.invalid == tally.given
-        if is_many and tally.invalid > MAX_SHARE * tally.given:
+        share = f"{tally.num_invalid:,} of {tally.num_given:,}"
+        messages.append(f"{path}: {share} {kind.name} in column {column!r} are invalid ({tally.first})")
+        is_many = tally.num_invalid > kind.few or tally.num_invalid == tally.num_given
+        if is_many and tally.num_invalid > MAX_SHARE * tally.num_given:
             message = f"{messages[-1]}; that is more than 1 %: {kind.written}"
-            raise UserError(message, path=path, field=column, value=tally.invalid)
+            raise UserError(message, path=path, field=column, value=tally.num_invalid)
     if messages:
         first, *rest = found.values()
-        others = f", and {sum(tally.invalid for tally in rest):,} in other columns" if rest else ""
+        others = f", and {sum(tally.num_invalid for tally in rest):,} in other columns" if rest else ""
         progress.say(f"warning: {messages[0]}{others}; {first.kind.effect}")
 
 
@@ -99,7 +100,5 @@ def form(value: str | None) -> str:
     if not text:
         return "the first is empty"
     shown = " ".join(re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", text)).split())
-    if _COMPLETE.fullmatch(shown):
-        return f"the first looks like '{shown}', but there is no such date or hour"
     # The end of a long value tells more: an image's name with .dcm behind it is too long already.
     return f"the first looks like '{shown if len(shown) <= _LONGEST else '...' + shown[3 - _LONGEST :]}'"

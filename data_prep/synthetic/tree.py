@@ -57,7 +57,7 @@ def _written_before(out_dir: Path, settings: dict) -> dict | None:
         report = {}
     # "change" is in the settings only when it is on.
     if any(report.get(name) != settings.get(name) for name in {*settings, "change"}):
-        message = f"{out_dir} is not empty and does not hold this cohort; delete it, or give another --out"
+        message = f"{out_dir} is not empty and does not hold this cohort; give another --out"
         raise UserError(message, field="--out", path=out_dir)
     return report
 

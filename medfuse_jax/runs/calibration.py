@@ -60,7 +60,7 @@ def _ece(count_C: np.ndarray, score_C: np.ndarray, positive_C: np.ndarray) -> fl
 def fit_temperature(labels_NK: np.ndarray, scores_NK: np.ndarray) -> float | None:
     """Return the temperature whose scaled scores have the lowest binary cross-entropy (Guo et al. 2017).
 
-    None if no label has both classes: the lowest then lies at 0.
+    None if no label has both classes: the best temperature would then approach 0.
     """
     if (labels_NK == labels_NK[:1]).all():
         return None

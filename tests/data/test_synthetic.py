@@ -12,6 +12,6 @@ def test_an_error_of_the_build_names_what_the_user_can_set(tmp_path, monkeypatch
     raw = tmp_path / "medfuse_jax" / f"synthetic_{tree.VERSION}_60_0.2" / "raw"
     raw.mkdir(parents=True)
     (raw / "other").touch()
-    with pytest.raises(UserError, match=r"delete it, or give another --out \(.*XDG_CACHE_HOME") as caught:
+    with pytest.raises(UserError, match=r"give another --out \(.*XDG_CACHE_HOME") as caught:
         synthetic.build(60, 0.2, ["pheno"])
     assert caught.value.path == raw

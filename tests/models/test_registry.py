@@ -216,6 +216,8 @@ def test_random_numbers_follow_a_row_to_another_place_in_the_batch(method, optio
     rows, order = batch(), np.array([2, 0, 3, 1])
     moved = {**rows, "ehr": rows["ehr"][order], "length": rows["length"][order], "dropout_rows": order}
     moved["image_row"] = np.argsort(order)[rows["image_row"]]
+    inputs = Inputs(None, None, rows["length"], None, dropout_rows_B=order)
+    np.testing.assert_array_equal(inputs.row_id_B, order)  # which M3Care and hourly tasks read
     expected, found = (train(variables, each)["outputs"]["logits"] for each in (rows, moved))
     _assert_same(found, expected[order], rtol=1e-5, atol=1e-5)
 

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--between_s", default="120,240", help="least,most seconds from a start to its end: 120,240")
+    parser.add_argument("--between_s", default="120,240", help="shortest,longest seconds from a start to its end")
     parser.add_argument("--stays", type=int, default=400, help="of the synthetic cohort")
     parser.add_argument("--width", type=int, default=8, help="of the LSTMs, and twice the width of the ResNet")
     parser.add_argument("--save_every", type=int, default=0, help="config.checkpoint_every_steps")

@@ -246,16 +246,16 @@ def test_few_rounded_los_give_no_warning(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"los": "72.0"}, "a los that is not outtime - intime"),  # hours
-        ({"outtime": ""}, "no valid intime, outtime and los"),
-        ({"los": ""}, "no valid intime, outtime and los"),
+        ({"los": "72.0"}, "have a los that is not outtime - intime"),  # hours
+        ({"outtime": ""}, "lack a valid intime, outtime or los"),
+        ({"los": ""}, "lack a valid intime, outtime or los"),
     ],
 )
 @pytest.mark.parametrize("lost", [1, 2])
 def test_stays_without_a_valid_length_give_a_warning_above_1_percent(tmp_path, capsys, changes, why, lost):
     rows = [stay(n, **(changes if n < lost else {})) for n in range(100)]
     assert len(_read(tmp_path, rows)[1]) == 100 - lost
-    assert (f"2 of 100 stays have {why}" in capsys.readouterr().err) == (lost == 2)
+    assert (f"2 of 100 stays {why}" in capsys.readouterr().err) == (lost == 2)
 
 
 def test_stays_without_an_admission_give_a_warning(tmp_path, capsys):
@@ -271,7 +271,7 @@ def test_a_cohort_without_deaths_gives_a_warning(tmp_path, capsys, num_stays):
     _read(tmp_path, [stay(n, hospital_expire_flag=int(n < 11)) for n in range(num_stays)])
     printed = capsys.readouterr().err
     assert ("no patient dies in hospital" in printed) == (num_stays == 50)
-    assert f"11 of {num_stays} stays die by deathtime and dod but not by hospital_expire_flag" in printed
+    assert f"11 of {num_stays} stays have a hospital_expire_flag that disagrees" in printed
 
 
 @pytest.mark.parametrize("diagnosed", [0, 97, 99])
@@ -294,7 +294,8 @@ def test_unreadable_ages_have_their_own_filter_and_stop_above_1_percent(tmp_path
     if stops:
         with pytest.raises(UserError, match="more than 1 %: write them as MIMIC does, in whole years") as caught:
             _read(tmp_path, rows)
-        assert (caught.value.field, caught.value.value) == ("anchor_age", 3) and "60" not in str(caught.value)
+        assert (caught.value.field, caught.value.value) == ("anchor_age", 3)
+        assert "60" not in str(caught.value).replace(str(tmp_path), "")
         return
     _, stays, flow = _read(tmp_path, rows)
     left = {step["filter"]: step["stays"] for step in flow}

@@ -130,7 +130,9 @@ def test_unusable_chunks_are_removed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "images").glob("*.npy"))) == 2
 
 
-@pytest.mark.parametrize(("change", "says"), [("upper", "in another writing"), ("folder", "--cxr_layout"), ("", "")])
+@pytest.mark.parametrize(
+    ("change", "says"), [("upper", "of another case"), ("folder", "--cxr_layout"), ("link", "a link"), ("", "")]
+)
 def test_where_an_x_ray_is_missing_the_error_says_what_is_there(tmp_path, change, says):
     row = image(0, 1)
     root = write_mimic_cxr(tmp_path / "cxr", [row])
@@ -138,10 +140,12 @@ def test_where_an_x_ray_is_missing_the_error_says_what_is_there(tmp_path, change
     if change == "folder":
         path.parent.rename(path.parent.with_name("other"))
     else:
-        path.rename(path.with_suffix(".JPG") if change else path.with_name("another.jpg"))
+        path.rename(path.with_suffix(".JPG") if change == "upper" else path.with_name("another.jpg"))
+    if change == "link":
+        path.symlink_to("annexed.jpg")
     with refused(path=path, value=row["dicom_id"]) as caught:
         _store(root, tmp_path / "images").add(_jobs([row]))
-    assert says in str(caught.value) and ("whose folder" in str(caught.value)) == bool(change)
+    assert says in str(caught.value) and (f"{path.name});" in str(caught.value)) == (change == "")
 
 
 def test_blank_images_are_counted(tmp_path):

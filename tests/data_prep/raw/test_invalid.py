@@ -35,7 +35,9 @@ def test_few_unreadable_times_of_a_small_table_stop_the_build(tmp_path):
     tally.add(pl.Series(["2150-01-31"] * 98 + ["2150-13-01 10:00:00"] * 2), pl.Series([True] * 98 + [False] * 2))
     with refused(path=tmp_path, field="intime", value=2) as caught:
         tally.check(tmp_path, "intime")
-    assert "no such date or hour" in str(caught.value)
+    assert "'9999-99-99 99:99:99', but not of a date" in str(caught.value)
+    ids = invalid.Tally(invalid.IDS).add(pl.Series(["2150-13-01 10:00:00"]), pl.Series([False]))
+    assert ids.first == "the first looks like '9999-99-99 99:99:99'"  # in another column than its own
 
 
 def test_the_form_of_a_value_has_none_of_its_content():

@@ -1,5 +1,7 @@
 """Which file of a table is read, and what a damaged one is said to be."""
 
+import gzip
+
 import polars as pl
 import pytest
 from raw_tables import image, stay, write_mimic_cxr, write_mimic_iv
@@ -46,6 +48,19 @@ def test_only_of_a_csv_a_quote_may_be_open(tmp_path, ending):
         table.read("a")
     assert ("a quote in it" in str(caught.value)) == (ending == ".csv")
     assert ("Parquet" in str(caught.value)) == (ending == ".parquet")
+
+
+def test_rows_of_admissions_between_two_lone_quotes_are_refused(tmp_path):
+    root = write_mimic_iv(tmp_path, [stay(n) for n in range(100)])
+    path = root / "hosp/admissions.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    cells = lines[20].split(b",")
+    lines[20] = b",".join([*cells[:5], b'"' + cells[5], *cells[6:]])
+    cells = lines[60].split(b",")
+    lines[60] = b",".join([*cells[:5], cells[5] + b'"', *cells[6:]])
+    path.write_bytes(gzip.compress(b"".join(lines)))
+    with refused(path=path, value=39):
+        tables.mimic_iv(root)["admissions"].read("hadm_id")
 
 
 def test_a_table_that_is_a_folder_of_parts_is_named(tmp_path):

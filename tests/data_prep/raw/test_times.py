@@ -1,6 +1,7 @@
 """Times in the forms that databases, pandas, R and spreadsheets write; what cannot be read whole is refused."""
 
 import datetime
+import shutil
 
 import polars as pl
 import pytest
@@ -152,7 +153,7 @@ def test_a_study_time_without_a_value_does_not_hide_the_others():
 def test_what_stands_for_no_time_is_missing_and_not_unreadable(tmp_path, capsys, nothing):
     text = pl.Series(["2150-01-31", nothing, f" {nothing.lower()}", "", None, "2150-01"])
     tally = invalid.Tally(invalid.TIMES).add(text, times.read(text).is_not_null())
-    assert (tally.given, tally.invalid, tally.first) == (2, 1, "the first looks like '9999-99'")
+    assert (tally.num_given, tally.num_invalid, tally.first) == (2, 1, "the first looks like '9999-99'")
     stays = [stay(n, deathtime=nothing, dod=nothing) for n in range(3)]
     charts = [chart(n, 3, HEART_RATE, "70", storetime=nothing) for n in range(3)]
     labs = [lab(n, 3, 50931, nothing, valuenum="110", hadm_id=nothing) for n in range(3)]
@@ -166,12 +167,17 @@ def test_what_stands_for_no_time_is_missing_and_not_unreadable(tmp_path, capsys,
     assert "1 of 2 X-rays have no valid time" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"StudyDate": "20500101"}, {"subject_id": 19_000_000}, {}])
+@pytest.mark.parametrize("change", [{"StudyDate": "20500101"}, {"subject_id": 19_000_000}, {}, "missing"])
 def test_x_rays_of_which_none_belongs_to_a_stay_give_a_warning(tmp_path, capsys, change):
-    images = [image(n, 10, **change) for n in range(3)]
+    is_missing = change == "missing"
+    images = [image(n, 10, **({} if is_missing else change)) for n in range(3)]
     iv = write_mimic_iv(tmp_path / "iv", [stay(n) for n in range(3)], [chart(n, 3, HEART_RATE, "70") for n in range(3)])
-    build.build(iv, write_mimic_cxr(tmp_path / "cxr", images), tmp_path / "out", tasks=["pheno"])
-    assert ("none of the 3 AP X-rays was taken during a stay" in capsys.readouterr().err) == bool(change)
+    cxr = write_mimic_cxr(tmp_path / "cxr", images)
+    if is_missing:  # the X-rays were taken during stays
+        shutil.rmtree(cxr / "files")
+    build.build(iv, cxr, tmp_path / "out", tasks=["pheno"], allow_missing_images=1.0 if is_missing else None)
+    says_none = "none of the 3 AP X-rays was taken in a task's window" in capsys.readouterr().err
+    assert says_none == (bool(change) and not is_missing)
 
 
 def test_x_rays_are_paired_whatever_wrote_their_dates(tmp_path, capsys):
