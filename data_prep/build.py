@@ -65,7 +65,7 @@ def build(
 
     mimic_iv, mimic_cxr: the folders as downloaded; without mimic_cxr no stay has an X-ray, and the task 'radiology' is
         left out. profile: see profiles.py. timestep_h: hours per time step. val_ids, test_ids: lists of patients
-        (cohort.read_id_list), or None to split by a hash of `subject_id` and `seed`. phenotypes: a phenotype table.
+        (splits.read_id_list), or None to split by a hash of `subject_id` and `seed`. phenotypes: a phenotype table.
         workers: threads that decode X-rays; the output does not depend on it. pairing: see profiles.PAIRING.
         cxr_layout: see metadata.LAYOUTS. allow_missing_images: share of the X-rays that may be missing or unreadable;
         None for 1 %. images: what records of phenotyping and mortality hold, of IMAGES.

@@ -10,6 +10,7 @@ import polars as pl
 
 from data_prep import cache, profiles, progress
 from data_prep.ehr import cohort, discretize, events
+from data_prep.ehr import splits as splits_lib
 from data_prep.ehr.arrays import Arrays
 from data_prep.images import chexpert, pairing, views
 from data_prep.images import store as image_store
@@ -225,7 +226,7 @@ def _stay_task(
 def _read_cohort(source: Source) -> Cohort:
     unreadable = tables.count_unreadable_times(source.mimic_iv)
     stays, flow = cohort.read_stays(source.mimic_iv, source.rules)
-    split_of = cohort.assign_splits(stays["subject_id"], source.val_ids, source.test_ids, source.options["seed"])
+    split_of = splits_lib.assign(stays["subject_id"], source.val_ids, source.test_ids, source.options["seed"])
     label_NK, icd_counts = phenotypes.labels(source.mimic_iv, stays, source.phenotypes)
     dropped = [
         f"{before['stays'] - step['stays']:,} that fail '{step['filter']}'"

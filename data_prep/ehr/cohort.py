@@ -1,8 +1,6 @@
-"""Select the ICU stays of the cohort, and assign each patient to a split."""
+"""Select the ICU stays of the cohort."""
 
-import csv
 import hashlib
-import re
 from pathlib import Path
 
 import polars as pl
@@ -13,14 +11,13 @@ from data_prep.profiles import PAPER, Rules
 from data_prep.raw import invalid, known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 8  # increment when the same tables give other stays, deaths or splits
+VERSION = 8  # increment when the same tables give other stays or deaths, or other splits
 MIN_AGE_YEARS, _MAX_AGE_YEARS = 18, 120  # MIMIC-IV gives 91 to everyone over 89; a larger number is a year
 _MANY_STAYS = 50  # a cohort this large should have a death; the MIMIC-IV demo has 9 in 112 stays
 _MAX_UNLIKE_FLAG = 0.05
 LOS_SLACK_H = 1 / 60  # `los` is outtime - intime in days; in the MIMIC-IV demo they differ by 6e-14 h at most
 MIN_ROUNDED = 0.9  # a column `los` is rounded to so many decimals if this fraction of its values has no more
 MAX_LOS_H = 366 * 24.0  # a longer stay has a wrong date, and its time steps would fill the memory
-SPLIT_SHARES = {"test": 0.2, "val": 0.1}  # of the patients; the rest are for training (paper, section 4.1.2)
 _LASTS_H = (pl.col("outtime") - pl.col("intime")).dt.total_seconds() / 3600.0
 _COLUMNS = (
     *("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_h"),
@@ -66,9 +63,9 @@ def read_stays(raw: dict[str, tables.Table], rules: Rules = PAPER) -> tuple[pl.D
     _warn_of_lost(raw["icustays"].path, stays, timed, lost)
     stays = count("with times and a length of stay", timed)
     # `los` decides how many time steps a stay has, `outtime` which X-rays it gets: both must agree.
-    agrees = (pl.col("los_h") - _LASTS_H).abs() <= LOS_SLACK_H
-    _warn_of_lost(raw["icustays"].path, stays, stays.filter(agrees), "have a los that is not outtime - intime in days")
-    stays = count("with a length of stay that is outtime - intime", stays.filter(agrees))
+    agreeing = stays.filter((pl.col("los_h") - _LASTS_H).abs() <= LOS_SLACK_H)
+    _warn_of_lost(raw["icustays"].path, stays, agreeing, "have a los that is not outtime - intime in days")
+    stays = count("with a length of stay that is outtime - intime", agreeing)
     stays = count("of at most a year", stays.filter(pl.col("los_h") <= MAX_LOS_H))
     admissions, patients = _read_admissions(raw), read_patients(raw)
     known = stays.join(admissions, on="hadm_id").join(patients, on="subject_id")
@@ -201,66 +198,3 @@ def _read_diagnosed(raw: dict[str, tables.Table]) -> pl.DataFrame:
     rows = raw["diagnoses_icd"].read("subject_id", "hadm_id")
     invalid.check_ids(raw["diagnoses_icd"].path, rows, "subject_id", "hadm_id")
     return rows.select(parse.integer("subject_id"), parse.integer("hadm_id"), has_diagnosis=True).unique()
-
-
-def assign_splits(
-    subjects: pl.Series, val_ids: str | Path | None = None, test_ids: str | Path | None = None, seed: int = 0
-) -> dict[int, str]:
-    """Map subject_id to 'train', 'val' or 'test': by the lists if given, else by a seeded hash."""
-    subjects = sorted(set(subjects.to_list()))
-    if (val_ids is None) != (test_ids is None):
-        missing = "--val_ids" if val_ids is None else "--test_ids"
-        raise UserError(f"{missing} is missing; give both --val_ids and --test_ids, or neither", field=missing)
-    if val_ids is None:
-        return {subject: _hashed_split(subject, seed) for subject in subjects}
-    val, test = read_id_list(val_ids), read_id_list(test_ids)
-    if both := val & test:
-        message = f"{len(both)} patients are in both {val_ids} and {test_ids}; a patient belongs to one split"
-        raise UserError(message, path=val_ids, value=min(both))
-    for path, members in ((val_ids, val), (test_ids, test)):
-        if not members & set(subjects):
-            progress.say(f"warning: none of the {len(members)} patients in {path} is in the cohort")
-    if not (val | test) & set(subjects):
-        raise UserError(
-            f"{val_ids} and {test_ids} name no patient of the cohort; are they lists of subject_id?", path=val_ids
-        )
-    return dict.fromkeys(subjects, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
-
-
-def _hashed_split(subject_id: int, seed: int) -> str:
-    digest = hashlib.sha256(f"{seed}:{subject_id}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < SPLIT_SHARES["test"]:
-        return "test"
-    return "val" if position < SPLIT_SHARES["test"] + SPLIT_SHARES["val"] else "train"
-
-
-def read_id_list(path: str | Path) -> set[int]:
-    """Read a list of patients: rows `subject_id` or `subject_id,0/1` (1: in the split), with or without a header.
-
-    With a header, the index column of pandas or R may precede them. Raises UserError, which quotes no row.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problem = getattr(error, "strerror", None) or "it is not a CSV file in UTF-8"
-        raise UserError(f"the list {path} cannot be read ({problem})", path=path) from None
-    first = next((i for i, row in enumerate(rows) if any(row)), 0)
-    header = [cell.lower() for cell in rows[first]] if rows else []
-    start = header.index("subject_id") if "subject_id" in header else 0
-    members = set()
-    for i, row in enumerate(rows):
-        if not any(row) or (i == first and "subject_id" in header):
-            continue
-        # pandas may write 1.0
-        match = re.fullmatch(r"([0-9]+)(?:\.0*)?(?:,([01])(?:\.0*)?)?", ",".join(row[start:]))
-        if not match:
-            message = (
-                f"{path} row {i + 1} is not subject_id or subject_id,0/1; remove other columns, or put them before "
-                "subject_id and add a header"
-            )
-            raise UserError(message, path=path, row=i + 1, value=",".join(row))
-        if match[2] != "0":
-            members.add(int(match[1]))
-    return members

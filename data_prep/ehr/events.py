@@ -20,7 +20,7 @@ from data_prep.ehr import cleaning, readable
 from data_prep.ehr.arrays import EPSILON_H
 from data_prep.ehr.cleaning import VARIABLE
 from data_prep.profiles import Rules
-from data_prep.raw import invalid, parse, tables
+from data_prep.raw import parse, tables
 from medfuse_jax import schema
 from medfuse_jax.runtime import files
 
@@ -132,7 +132,8 @@ def _batches(
         wanted = table.scan(*columns, *compared, with_is_long=True).filter(
             number.is_in(list(item_variable)) | number.is_null() | pl.col("is_long")
         )
-        watch = readable.Watch(table, columns, optional)
+        # Stays may have no laboratory row.
+        watch = readable.Watch(table, columns, optional, num_stays=len(lookup) if name == "chartevents" else 0)
         for batch in progress.bar(_raw_batches(table, wanted), f"events of {table.name}", "batches"):
             batch = watch.known_items(batch, list(item_variable))
             if "valuenum" in batch.columns:
@@ -140,12 +141,6 @@ def _batches(
             batch = batch.drop(compared)
             yield _events(batch, item_variable, rules, lookup, counts, watch)
         unreadable.update({f"{name}.{column}": number for column, number in watch.check().items()})
-        unused = len(lookup) - len(watch.stays)
-        if name == "chartevents" and unused > invalid.MAX_SHARE * len(lookup):
-            progress.say(
-                f"warning: {table.path} has no row that can be used for {unused:,} of {len(lookup):,} stays; is it "
-                "complete, and are all tables of one version?"
-            )
 
 
 def _raw_batches(table: tables.Table, wanted: pl.LazyFrame) -> Iterator[pl.DataFrame]:

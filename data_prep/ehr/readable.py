@@ -25,11 +25,12 @@ _EYE_SCORE = "Glascow coma scale eye opening"
 class Watch:
     """Counts of one table's ids, times and values that are missing or cannot be read.
 
-    columns: those that are read. optional: those of ids that rows may lack.
+    columns: those that are read. optional: those of ids that rows may lack. num_stays: the stays that should have a
+    row.
     """
 
-    def __init__(self, table: tables.Table, columns: list[str], *optional: str):
-        self.table, self.optional = table, optional
+    def __init__(self, table: tables.Table, columns: list[str], *optional: str, num_stays: int = 0):
+        self.table, self.optional, self.num_stays = table, optional, num_stays
         kinds = dict.fromkeys(("itemid", *_IDS), invalid.IDS) | dict.fromkeys(_TIMES, invalid.TIMES)
         kinds |= dict.fromkeys(optional, invalid.OPTIONAL_IDS)
         self.tallies = {name: invalid.Tally(kind) for name, kind in kinds.items() if name in columns}
@@ -120,6 +121,12 @@ class Watch:
             rows = f"{self.num_other_numbers:,} of {self.num_numbers:,} rows"
             yield f": value is not valuenum in {rows}; are the columns in place, and is the decimal mark a point?"
         yield from self._warnings_of_values()
+        unused = self.num_stays - len(self.stays)
+        if unused > invalid.MAX_SHARE * self.num_stays:
+            yield (
+                f" has no row that can be used for {unused:,} of {self.num_stays:,} stays; is it complete, and are all "
+                "tables of one version?"
+            )
 
     def _warnings_of_values(self) -> Iterator[str]:
         names, rows, lost = self._many(self.lost, _MAX_LOST)

@@ -7,7 +7,7 @@ from build_cases import write_tree
 from raw_tables import HEADERS
 
 from data_prep import build
-from data_prep.ehr import cohort
+from data_prep.ehr import splits
 from medfuse_jax.runtime.errors import UserError
 
 MARKER = "MARKER"
@@ -62,5 +62,5 @@ def test_no_message_quotes_a_row_of_a_table(tmp_path, capsys, change):
 def test_no_message_quotes_a_row_of_a_list(tmp_path):
     (tmp_path / "val.csv").write_text(f"{MARKER}\n")
     with pytest.raises(UserError) as caught:
-        cohort.read_id_list(tmp_path / "val.csv")
+        splits.read_id_list(tmp_path / "val.csv")
     assert caught.value.row == 1 and MARKER not in str(caught.value)
