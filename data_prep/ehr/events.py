@@ -27,6 +27,7 @@ from medfuse_jax.runtime import files
 VERSION = 11  # increment when the same input gives other events
 # Fates of kept rows; every other fate is a reason to drop a row.
 KEPT, CLIPPED, UNDATED = "kept", "clipped (and kept)", "stored at no known time (and kept)"
+_OUTSIDE = "before or after the stay"
 STAYS_PER_BUCKET = 1024
 ROWS_PER_BATCH = 200_000
 ROWS_PER_WRITE = 1_000_000
@@ -172,6 +173,8 @@ def _events(
     """Turn a batch of raw rows into events, and count every row by its fate."""
     located = _locate(batch, item_variable, lookup)
     _count(located.filter(pl.col("fate").is_not_null()), counts)
+    outside = located["fate"] == _OUTSIDE
+    watch.add_placed(int((outside | located["fate"].is_null()).sum()), int(outside.sum()))
     cleaned = cleaning.clean(located.filter(pl.col("fate").is_null()), rules)
     watch.add_values(cleaned)
     _count(cleaned.with_columns(pl.col("fate").fill_null(KEPT)), counts)
@@ -222,7 +225,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[int, int], lookup: pl.DataF
         (pl.col("stay_id") != pl.col("own_stay_id"), "another stay"),  # without a stay_id, the admission decides
         (seconds.is_null(), "no valid time"),
         # time_s is an int32: a time outside its range would be null.
-        (outside | ~seconds.is_between(_INT32.min, _INT32.max), "before or after the stay"),
+        (outside | ~seconds.is_between(_INT32.min, _INT32.max), _OUTSIDE),
         (pl.col("charttime") > pl.col("alive_until"), "after death"),
     )
     return frame.select(

@@ -50,3 +50,9 @@ def test_over_one_percent_of_unknown_views_give_a_warning(capsys, tmp_path, num_
     assert ("2 of 100 X-rays have an unknown ViewPosition (the first looks like 'aaaaaaa 9')" in printed) == (
         num_unknown == 2
     )
+
+
+@pytest.mark.parametrize("num_blank", [10, 11])
+def test_many_x_rays_without_a_view_give_a_warning(capsys, tmp_path, num_blank):
+    views.warn(tmp_path, pl.Series(["AP"] * (100 - num_blank) + [""] * num_blank))
+    assert ("11 of 100 X-rays have no ViewPosition" in capsys.readouterr().err) == (num_blank == 11)
