@@ -8,7 +8,7 @@ import pytest
 from example_runs import save_initial_weights, simulate, write_config, write_evaluation
 
 from medfuse_jax import compare, metrics
-from medfuse_jax.report import read_runs, terminal
+from medfuse_jax.report import terminal, wording
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -92,7 +92,7 @@ def test_ordered_bins_have_differences_of_kappa_and_deviation(tmp_path):
         np.testing.assert_array_equal(whole[name], values, err_msg=name)
     assert whole["mad_h"] == pytest.approx(scored[1][1].mean() - scored[0][1].mean()) and whole["mad_h"] != 0
     text = terminal.differences(metrics.to_json(found))
-    assert f"all: linear kappa {read_runs.number(whole['kappa'], 3, True)} (" in text
+    assert f"all: linear kappa {wording.number(whole['kappa'], 3, True)} (" in text
     assert max(map(len, text.splitlines())) <= 100
 
 

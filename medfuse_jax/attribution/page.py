@@ -12,7 +12,7 @@ from medfuse_jax import schema
 from medfuse_jax.attribution.result import Attribution
 from medfuse_jax.report import html, style
 from medfuse_jax.report.html import CHART_STYLE
-from medfuse_jax.report.read_runs import method_name, number, task_name
+from medfuse_jax.report.wording import method_name, number, task_name
 
 _WIDTH_PX, _ROW_PX, _IMAGE_PX = 640, 18, 300
 _COLORS = "RdBu_r"  # red: towards the label; blue: away from it

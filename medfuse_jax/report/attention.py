@@ -8,7 +8,9 @@ from html import escape
 import numpy as np
 
 from medfuse_jax.report import html, plots
-from medfuse_jax.report.read_runs import Run, number, section
+from medfuse_jax.report.read_fields import section
+from medfuse_jax.report.read_runs import Run
+from medfuse_jax.report.wording import number
 
 MODALITY_NAMES = {"ehr": "time series", "cxr": "X-ray", "earlier_cxr": "earlier X-rays"}
 _NUM_EXAMPLES = 6

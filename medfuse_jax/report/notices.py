@@ -3,8 +3,9 @@
 from html import escape
 
 from medfuse_jax import schema
-from medfuse_jax.report import html, read_runs
-from medfuse_jax.report.read_runs import Run, section
+from medfuse_jax.report import html, read_fields, wording
+from medfuse_jax.report.read_fields import section
+from medfuse_jax.report.read_runs import Run
 from medfuse_jax.runs import builds
 
 SUBSET_TITLES = {
@@ -43,9 +44,9 @@ def one_class(results: list[dict]) -> list[str]:
     """Return a sentence on each test set, or part of one, that has no AUROC because no label has both classes."""
     found = []
     for result in results:
-        for subset, scores in read_runs.comparable_subsets(result).items():
+        for subset, scores in read_fields.comparable_subsets(result).items():
             if why := _lacks(scores):
-                title = SUBSET_TITLES[subset].format(unit=read_runs.unit(str(result.get("task"))))
+                title = SUBSET_TITLES[subset].format(unit=wording.unit(str(result.get("task"))))
                 split = str(result.get("split", "test"))
                 title = title.replace("test", split).replace("Test", split.capitalize())
                 found.append(f"{title}: {why}, so there is no AUROC and no AUPRC.")

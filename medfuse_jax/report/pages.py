@@ -8,10 +8,12 @@ import json
 from html import escape
 from pathlib import Path
 
-from medfuse_jax.report import html, notices, plots, read_runs, repeats, style, tables, terminal
+from medfuse_jax.report import html, notices, plots, read_fields, read_runs, repeats, style, tables, terminal, wording
 from medfuse_jax.report.attention import attention
-from medfuse_jax.report.read_runs import HOUR, Run, number, pair, section, series, task_name
+from medfuse_jax.report.read_fields import HOUR, pair, section, series
+from medfuse_jax.report.read_runs import Run
 from medfuse_jax.report.robustness import robustness
+from medfuse_jax.report.wording import number, task_name
 from medfuse_jax.runtime import files
 
 _MAX_OVERLAID = 5  # runs in one chart
@@ -61,7 +63,7 @@ def _main_first(runs: list[Run]) -> list[Run]:
 
 def _title(runs: list[Run]) -> str:
     main = [run for run in runs if not run.is_pretraining] or runs
-    methods = list(dict.fromkeys(read_runs.title(run.result or {"method": run.method}) for run in main))
+    methods = list(dict.fromkeys(wording.title(run.result or {"method": run.method}) for run in main))
     tasks = " and ".join(dict.fromkeys(task_name(run.task) for run in main))
     return f"{tasks} with {methods[0]}" if len(methods) == 1 else f"{tasks} by {len(methods)} methods"
 
@@ -103,7 +105,7 @@ def _source(run: Run) -> str:
 
 def _lead(main: Run) -> str:
     """Return the result in a sentence or two, for a page on one run."""
-    scores, unit = main.scores(), read_runs.unit(main.task)
+    scores, unit = main.scores(), wording.unit(main.task)
     if not scores:
         return f'<p class="lead">{escape(f"{main.name} is not evaluated yet: {_progress(main)}.")}</p>'
     if number(scores.get("auroc_macro")) == "–":
@@ -116,13 +118,13 @@ def _lead(main: Run) -> str:
         f"on {number(scores.get('num_samples'), 0)} test {unit}"
         f"{f'; it cannot score the other {number(left_out, 0)}' if left_out else ''}."
     )
-    if words := read_runs.ordinal(scores):
+    if words := wording.ordinal(scores):
         text += f" It has {words}."
     for other in main.result.get("comparisons") or []:
         low, high = pair(other.get("auroc_macro_ci"))
         if other.get("subset") == "all" and low is not None and high is not None:
             text += (
-                f" The difference from {read_runs.against(main.result, other)} on the same {unit} is "
+                f" The difference from {wording.against(main.result, other)} on the same {unit} is "
                 f"{number(other.get('auroc_macro'), sign=True)} "
                 f"({number(low, sign=True)} to {number(high, sign=True)})"
             )
@@ -155,13 +157,13 @@ def _task_section(task: str, runs: list[Run], is_titled: bool) -> str:
 
 def _overlays(runs: list[Run]) -> str:
     """Draw the mean curves of one task's runs that score all records; '' if there are fewer than two."""
-    comparable = [run for run in _main_first(runs) if run.predictions and read_runs.scores_all(run.result)]
+    comparable = [run for run in _main_first(runs) if run.predictions and read_fields.scores_all(run.result)]
     shown = comparable[:_MAX_OVERLAID]
     if len(shown) < 2:
         return ""
     curves = [(run.name, run.color, run.predictions["labels"], run.predictions["scores"]) for run in shown]
     suffix = ", mean of the labels" if shown[0].predictions["labels"].shape[1] > 1 else ""
-    suffix += f", all test {read_runs.unit(shown[0].task)}"
+    suffix += f", all test {wording.unit(shown[0].task)}"
     suffix += f"; the first {len(shown)} runs" if len(shown) < len(comparable) else ""
     charts = [
         html.figure(plots.overlay(kind, curves), name + suffix)
@@ -200,7 +202,7 @@ def _run_charts(run: Run) -> str:
         charts.append(html.figure(plots.curves("PR", *args), "Precision\u2013recall on the test set"))
     if reliability := plots.reliability(section(run.result or {}, "calibration").get("curve"), run.color):
         charts.append(html.figure(reliability, "Reliability on the test set, all labels together"))
-    for entry in read_runs.subgroups(run.result):
+    for entry in read_fields.subgroups(run.result):
         if entry.get("by") == HOUR and (chart := plots.by_hour(entry["groups"], run.color)):
             charts.append(html.figure(chart, "Score on the test set by hour of the stay"))
     return f'<div class="charts">{"".join(charts)}</div>{tables.calibration(run)}' if charts else ""

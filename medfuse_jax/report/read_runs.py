@@ -6,36 +6,16 @@ folders inside its workdir.
 
 import dataclasses
 import datetime
-import math
-import numbers
 import os
 from pathlib import Path
 
-import numpy as np
-
 from medfuse_jax import ranks, schema
-from medfuse_jax.models import registry
+from medfuse_jax.report.read_fields import section, series
+from medfuse_jax.report.wording import of_fold, title
 from medfuse_jax.runs import builds
 from medfuse_jax.runtime import files
 from medfuse_jax.runtime.errors import UserError
 
-_ENSEMBLE_NAMES = {
-    "late_average": "Late average",
-    "weighted_average": "Weighted average",
-    "ensemble": "Ensemble, by X-ray",
-}
-# Fields of a result, for encoders that are not the paper's: value -> name.
-ENCODERS = {
-    "ehr_encoder": {"transformer": "transformer"},
-    "cxr_encoder": {"resnet50": "ResNet-50", "features": "precomputed features"},
-}
-_USUAL = {"ehr_encoder": "LSTM", "cxr_encoder": "ResNet"}  # as methods' titles call them
-SUBSETS = ("all", "paired", "unpaired", "cxr_only", "had_both")
-OUTSIDE_ITS_CI = (
-    "A value lies outside its own interval. With few positives, resamples that repeat them score higher, so such an "
-    "interval is unreliable."
-)
-HOUR = "Hour of the stay"  # the name of a result's subgroups by hour
 _PER_LABEL = ("auroc", "auprc", "auroc_ci", "auprc_ci", "num_positive")
 _ATTENTION_NDIM = {"time_weights": 2, "length": 1, "modality_weights": 2, "modalities": 1}
 _OF_RUNS = {"result.json", "metrics.jsonl", "data.json"}  # the last is all that a run has that failed in epoch 1
@@ -179,9 +159,6 @@ def read_run(folder: Path) -> Run:
     return Run(folder, "", config, result, train, val, predictions, problems, is_pretraining, robustness, data)
 
 
-# Files
-
-
 def _read_json(path: Path, problems: list[str]) -> dict:
     """Read a JSON object; return {} if the file is missing or damaged. Add damage to `problems`."""
     if not path.exists():
@@ -252,140 +229,3 @@ def _is_attention(arrays: dict, num_stays: int) -> bool:
         return False
     is_padded = arrays["length"].max(initial=0) <= arrays["time_weights"].shape[1]
     return bool(is_padded and arrays["modalities"].shape == arrays["modality_weights"].shape[1:])
-
-
-# Results
-
-
-def scores_all(result: dict | None) -> bool:
-    """Return whether a run scores every record of its split, so that its 'all' is comparable across runs."""
-    return not (result or {}).get("num_left_out")
-
-
-def comparable_subsets(result: dict) -> dict[str, dict]:
-    """Return scores by subset, without 'all' if the run cannot score all records and has another subset."""
-    subsets = {name: section(result["subsets"], name) for name in SUBSETS}
-    subsets = {name: scores for name, scores in subsets.items() if scores}
-    if not scores_all(result) and len(subsets) > 1:
-        subsets.pop("all", None)
-    return subsets
-
-
-def comparisons(result: dict) -> list[dict]:
-    """Return differences from other runs on known subsets; on 'all' only if both runs score all records."""
-    num_all = section(result["subsets"], "all").get("num_samples")
-    known = [other for other in result.get("comparisons") or [] if other.get("subset") in SUBSETS]
-    return [
-        other
-        for other in known
-        if other["subset"] != "all" or (scores_all(result) and other.get("num_samples") == num_all)
-    ]
-
-
-def subgroups(result: dict | None) -> list[dict]:
-    """Return a result's entries by group of patients, without damaged ones."""
-    entries = (result or {}).get("subgroups")
-    known = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
-    known = [e for e in known if isinstance(e.get("groups"), list)]
-    return [e for e in known if all(isinstance(group, dict) for group in e["groups"])]
-
-
-def resampled(results: list[dict], unit: str, split: str = "test") -> str:
-    """Return what the results' intervals resample, in words: patients, records, or 'the test set' if not recorded."""
-    stays = "stays, each with all of its hours" if unit == "hours" else unit
-    words = {"patient": f"{split} patients, each with all of their {unit}", "stay": f"{split} {stays}"}
-    named = dict.fromkeys(words.get(str(result.get("resample")), f"the {split} set") for result in results)
-    return ", or ".join(named)
-
-
-def ordinal(scores: dict, sign: bool = False) -> str:
-    """Return kappa and mean absolute deviation in words, with their intervals; '' where labels are no ordered bins.
-
-    sign: for differences, with their p-values where there are some.
-    """
-    if "kappa" not in scores:
-        return ""
-    shown = (("kappa", "linear kappa", "", 3), ("mad_h", "mean absolute deviation (lower is better)", " h", 1))
-    words = []
-    for name, title, unit, digits in shown:
-        value, low, high = (number(x, digits, sign) for x in (scores.get(name), *pair(scores[f"{name}_ci"])))
-        p = f", p {number(scores[f'{name}_p'])}" if f"{name}_p" in scores else ""
-        words.append(f"{title} {value}{unit} ({low} to {high}{p})")
-    return ", ".join(words)
-
-
-def is_outside_its_ci(scores: dict) -> bool:
-    """Return whether a mean is outside its own percentile interval, as an AUPRC with few positives can be."""
-    means = ((scores.get(f"{name}_macro"), *pair(scores.get(f"{name}_macro_ci"))) for name in ("auroc", "auprc"))
-    known = [values for values in means if all(number(value) != "–" for value in values)]  # None and NaN are missing
-    return any(not low <= mean <= high for mean, low, high in known)
-
-
-def series(lines: dict[int, dict], field: str) -> dict[int, float]:
-    """Return one field by epoch, without missing and non-finite values."""
-    values = {epoch: line.get(field) for epoch, line in sorted(lines.items())}
-    return {epoch: v for epoch, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
-
-
-def section(content: dict, name: str) -> dict:
-    """Return a nested object of a config or a result; {} if missing."""
-    value = content.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def pair(ends) -> tuple:
-    """Return (low, high) of an interval; (None, None) if there is none."""
-    return tuple(ends) if isinstance(ends, list | tuple | np.ndarray) and len(ends) == 2 else (None, None)
-
-
-# Display
-
-
-def method_name(method) -> str:
-    """Return a method's display name; an unknown method's name as it is."""
-    row = registry.METHODS.get(method)
-    return row.title if row else _ENSEMBLE_NAMES.get(method, str(method))
-
-
-def task_name(task) -> str:
-    """Return a task's display name; an unknown task's name as it is."""
-    return schema.TASKS[task].title if task in schema.TASKS else str(task)
-
-
-def title(result: dict) -> str:
-    """Return the display name of a result's method, with unusual encoders, whether it reads all X-rays, and further
-    modalities."""
-    method = method_name(result.get("method"))
-    for field, names in ENCODERS.items():
-        if name := names.get(result.get(field) or ""):
-            usual = f"({_USUAL[field]})"
-            method = method.replace(usual, f"({name})") if usual in method else f"{method}, {name}"
-    method += ", all X-rays" if result.get("images") == "all" else ""
-    return " + ".join([method, *(Path(name).stem for name in result.get("modalities") or [])])
-
-
-def of_fold(content: dict) -> str:
-    """Return ', fold 0 of 5' for a result or config of a fold, which has test patients of its own; else ''."""
-    data = section(content, "data")
-    return f", fold {data.get('fold')} of {data['folds']}" if data.get("folds") else ""
-
-
-def against(result: dict, comparison: dict) -> str:
-    """Return the display name of the run that a result is compared with: a stage of the same run, or another method."""
-    method = comparison.get("against")
-    return title({"method": method} | {f: result.get(f) for f in ENCODERS if f == f"{str(method)[4:]}_encoder"})
-
-
-def unit(task: str) -> str:
-    """Return what the task's scores are of: 'stays' (also for an unknown task), their 'hours', or 'X-rays'."""
-    if task not in schema.TASKS:
-        return "stays"
-    return "hours" if schema.TASKS[task].hourly else schema.TASKS[task].unit
-
-
-def number(value, digits: int = 3, sign: bool = False) -> str:
-    """Format a number for a table, with a true minus sign; '–' if there is none."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        return "–"
-    value = round(float(value), digits) + 0.0  # never -0.0
-    return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")

@@ -4,8 +4,10 @@ import dataclasses
 import statistics
 from html import escape
 
-from medfuse_jax.report import html, read_runs
-from medfuse_jax.report.read_runs import SUBSETS, Run, number, section
+from medfuse_jax.report import html, wording
+from medfuse_jax.report.read_fields import SUBSETS, section
+from medfuse_jax.report.read_runs import Run
+from medfuse_jax.report.wording import number
 
 TITLES = {"auroc_macro": "AUROC", "auprc_macro": "AUPRC", "kappa": "Kappa", "mad_h": "Deviation, h"}
 SUBSET_WORDS = {
@@ -71,7 +73,7 @@ def groups(runs: list[Run]) -> list[list[Run]]:
             key = (
                 run.task,
                 run.result.get("name"),
-                read_runs.title(run.result),
+                wording.title(run.result),
                 section(run.result, "data").get("folds"),
             )
             by_key.setdefault(key, []).append(run)
@@ -98,7 +100,7 @@ def table(named: list[tuple[str, list[dict]]]) -> str:
     if not columns:
         return ""
     columns, body = list(dict.fromkeys(columns)), ""
-    units = {read_runs.unit(result.get("task", "")) for _, results in named for result in results}
+    units = {wording.unit(result.get("task", "")) for _, results in named for result in results}
     head = f'<th scope="col">Test {" or ".join(sorted(units))}</th>'
     head += "".join(f'<th scope="col" class="num">{TITLES[metric]}</th>' for metric in columns)
     for name, results, by_subset in found:
@@ -115,6 +117,6 @@ def table(named: list[tuple[str, list[dict]]]) -> str:
 
 def section_of(runs: list[Run]) -> str:
     """Return the report's section on repeated runs; '' if none is repeated."""
-    named = [(read_runs.title(of[0].result or {}), [run.result or {} for run in of]) for of in groups(runs)]
+    named = [(wording.title(of[0].result or {}), [run.result or {} for run in of]) for of in groups(runs)]
     content = table(named)
     return f"<section><h2>Over seeds and folds</h2>{content}</section>" if content else ""

@@ -3,7 +3,9 @@
 import matplotlib as mpl
 
 from medfuse_jax.report import html, plots
-from medfuse_jax.report.read_runs import Run, pair, unit
+from medfuse_jax.report.read_fields import pair
+from medfuse_jax.report.read_runs import Run
+from medfuse_jax.report.wording import unit
 
 _CAPTIONS = {
     "cxr_dropped": ("AUROC by share of X-rays dropped, {unit} with an X-ray", "X-rays dropped"),

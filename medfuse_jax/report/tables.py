@@ -9,8 +9,10 @@ from html import escape
 import numpy as np
 
 from medfuse_jax import schema
-from medfuse_jax.report import html, notices, plots, read_runs
-from medfuse_jax.report.read_runs import SUBSETS, Run, number, pair, section
+from medfuse_jax.report import html, notices, plots, read_fields, wording
+from medfuse_jax.report.read_fields import SUBSETS, pair, section
+from medfuse_jax.report.read_runs import Run
+from medfuse_jax.report.wording import number
 
 _MAX_OTHERS = 5  # other runs' dots in a label's bar
 _CHANCE = 0.5
@@ -22,7 +24,7 @@ _BENEFIT_COLUMNS = {"threshold": "Threshold", "model": "Net benefit", "everyone"
 def results(task: str, runs: list[Run]) -> str:
     """Return a table with one row per subset and run; '' if no run has a result."""
     scored = [run for run in runs if run.result]
-    subsets = [(run, read_runs.comparable_subsets(run.result)) for run in scored]
+    subsets = [(run, read_fields.comparable_subsets(run.result)) for run in scored]
     rows = [(_subset_title(s, task), run, by_name[s]) for s in SUBSETS for run, by_name in subsets if s in by_name]
     if not rows:
         return ""
@@ -43,12 +45,12 @@ def results(task: str, runs: list[Run]) -> str:
     def released_row(run: Run, scores: dict) -> str:
         return f"{opening(run)}{_score_cells(_macro(scores, '_released'))}</tr>"
 
-    unit = read_runs.unit(task)
+    unit = wording.unit(task)
     head = _th("Method", "text") + _th(unit[0].upper() + unit[1:]) + _score_heads(axis, mean)
     lacking = notices.one_class([run.result for run in scored])
     content = "".join(f'<p class="notice">{escape(sentence)}</p>' for sentence in lacking)
     content += html.table(head, _grouped(rows, 5, row), "Test results with 95 % confidence intervals")
-    content += _ci_note(all_scores, several, read_runs.resampled([run.result for _, run, _ in rows], unit))
+    content += _ci_note(all_scores, several, wording.resampled([run.result for _, run, _ in rows], unit))
     if several:
         released_head = _th("Method", "text") + _score_heads(None, mean)
         content += (
@@ -63,14 +65,14 @@ def results(task: str, runs: list[Run]) -> str:
 
 def differences(runs: list[Run]) -> str:
     """Return a table of the paired comparisons in the runs' results; '' if there are none."""
-    pairs = [(run, other) for run in runs if run.result for other in read_runs.comparisons(run.result)]
+    pairs = [(run, other) for run in runs if run.result for other in read_fields.comparisons(run.result)]
     if not pairs:
         return ""
     pairs.sort(key=lambda row: SUBSETS.index(row[1]["subset"]))
     axis = _axis([x for _, s in pairs for x in (0.0, s.get("auroc_macro"), *pair(s.get("auroc_macro_ci")))], step=0.02)
 
     def row(run: Run, other: dict) -> str:
-        name = f"{run.name} − {read_runs.against(run.result or {}, other)}"
+        name = f"{run.name} − {wording.against(run.result or {}, other)}"
         cells = _score_cells(_macro(other), axis, run.color, reference=0.0, sign=True)
         return f"<tr>{_run_head(run, name)}{cells}</tr>"
 
@@ -78,8 +80,8 @@ def differences(runs: list[Run]) -> str:
     head = _th("Difference", "text") + _score_heads(axis, sign=True)
     ordered = ""
     for run, other in pairs:
-        if other["subset"] == "all" and (words := read_runs.ordinal(other, sign=True)):
-            name = f"{run.name} − {read_runs.against(run.result or {}, other)}"
+        if other["subset"] == "all" and (words := wording.ordinal(other, sign=True)):
+            name = f"{run.name} − {wording.against(run.result or {}, other)}"
             ordered += f'<p class="note">{escape(name)}: {escape(words)}.</p>'
     return (
         f"<h3>Differences</h3>{html.table(head, body, 'Differences between methods')}{ordered}"
@@ -116,9 +118,9 @@ def labels(run: Run, runs: list[Run]) -> str:
     legend = "".join(f"<span>{dot(other)}{escape(other.name)}</span>" for other in others)
     note = f'<p class="note legend">Small dots: {legend}</p>' if others else ""
     coverage = ""
-    if not read_runs.scores_all(run.result):
+    if not read_fields.scores_all(run.result):
         total = (count or 0) + run.result["num_left_out"]
-        coverage = f", on the {number(count, 0)} of {number(total, 0)} test {read_runs.unit(run.task)} it can score"
+        coverage = f", on the {number(count, 0)} of {number(total, 0)} test {wording.unit(run.task)} it can score"
     return f"<h4>Each label{coverage}</h4>{html.table(head, body, f'Labels of {run.name}')}{note}"
 
 
@@ -126,7 +128,7 @@ def label_types(run: Run) -> str:
     """Return the means over acute, mixed and chronic phenotypes, by subset; '' without any."""
     found = [
         (_subset_title(subset, run.task), kind, scores)
-        for subset, of in (read_runs.comparable_subsets(run.result) if run.result else {}).items()
+        for subset, of in (read_fields.comparable_subsets(run.result) if run.result else {}).items()
         for kind, scores in section(of, "label_types").items()
         if isinstance(scores, dict)
     ]
@@ -145,7 +147,7 @@ def label_types(run: Run) -> str:
 
 def subgroups(run: Run) -> str:
     """Return the metrics by group of patients, and the largest gap of each attribute; '' without any."""
-    entries = read_runs.subgroups(run.result)
+    entries = read_fields.subgroups(run.result)
     shown = [group for entry in entries for group in entry["groups"] if not group.get("withheld")]
     lines = "".join(map(_gap, entries)) + "".join(map(_withheld, entries))
     lines = f"<ul class=note>{lines}</ul>" if lines else ""
@@ -167,7 +169,7 @@ def subgroups(run: Run) -> str:
         errors = "".join(f'<td class="num wide">{number(group.get(key))}</td>' for key in ("brier", "ece"))
         return f"<tr>{name}{cells}{_score_cells(_macro(group), axis, run.color)}{errors}</tr>"
 
-    unit = read_runs.unit(run.task)
+    unit = wording.unit(run.task)
     head = _th("Group", "text") + _th(unit[0].upper() + unit[1:]) + _th("Positives") + _score_heads(axis)
     head += _th("Brier", "num wide") + _th("ECE", "num wide")
     note = (
@@ -269,7 +271,7 @@ def dot(run: Run) -> str:
 
 
 def _subset_title(subset: str, task: str) -> str:
-    return notices.SUBSET_TITLES[subset].format(unit=read_runs.unit(task))
+    return notices.SUBSET_TITLES[subset].format(unit=wording.unit(task))
 
 
 def _grouped(rows: list[tuple], num_columns: int, row: Callable[..., str]) -> str:
@@ -291,7 +293,7 @@ def _macro(scores: dict, ci_suffix: str = "") -> list:
 def _ci_note(scores: list[dict], several: bool, resampled: str) -> str:
     count = f"{scores[0]['num_bootstrap']:,} " if isinstance(scores[0].get("num_bootstrap"), int) else ""
     of = " of the mean over labels" if several else ""
-    warning = f" {read_runs.OUTSIDE_ITS_CI}" if any(map(read_runs.is_outside_its_ci, scores)) else ""
+    warning = f" {wording.OUTSIDE_ITS_CI}" if any(map(read_fields.is_outside_its_ci, scores)) else ""
     return (
         f'<p class="note">95 % CI: confidence interval{of}, the 2.5th to 97.5th percentile of '
         f"{count}bootstrap resamples of {resampled}.{warning}</p>"

@@ -2,8 +2,9 @@
 
 import textwrap
 
-from medfuse_jax.report import notices, read_runs
-from medfuse_jax.report.read_runs import OUTSIDE_ITS_CI, SUBSETS, number, pair, section
+from medfuse_jax.report import notices, read_fields, wording
+from medfuse_jax.report.read_fields import SUBSETS, pair, section
+from medfuse_jax.report.wording import OUTSIDE_ITS_CI, number
 from medfuse_jax.runs import builds
 
 _WIDTH = 100
@@ -22,7 +23,7 @@ def table(results: list[dict], names: list[str] | None = None) -> str:
 
     names: one per result; by default its method and fold, which is ambiguous if two runs share a method.
     """
-    names = names or [read_runs.title(result) + read_runs.of_fold(result) for result in results]
+    names = names or [wording.title(result) + wording.of_fold(result) for result in results]
     blocks = {}
     for name, result in zip(names, results):
         blocks.setdefault(str(result.get("task")), []).append((name, result))
@@ -30,33 +31,33 @@ def table(results: list[dict], names: list[str] | None = None) -> str:
 
 
 def _block(task: str, named: list[tuple[str, dict]]) -> str:
-    results = [(name, result, read_runs.comparable_subsets(result)) for name, result in named]
+    results = [(name, result, read_fields.comparable_subsets(result)) for name, result in named]
     split = named[0][1].get("split", "test")
-    lines = [f"{read_runs.task_name(task)}, {split} split"]
+    lines = [f"{wording.task_name(task)}, {split} split"]
     if any(section(result, "data").get("synthetic") for _, result in named):
         lines.append("synthetic patients: says nothing about real ones")
     lines += _pairing_lines([(name, section(result, "data")) for name, result in named])
-    rows: list[tuple[str, ...]] = [("method", read_runs.unit(task), "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
+    rows: list[tuple[str, ...]] = [("method", wording.unit(task), "", "AUROC [95 % CI]", "AUPRC [95 % CI]")]
     for subset in SUBSETS:
         for name, _, subsets in results:
             if scores := subsets.get(subset):
                 rows.append((name, _SUBSET_NAMES[subset], str(scores.get("num_samples", "")), *_values(scores)))
     differences = [
-        (f"{name} − {read_runs.against(result, scores)}", _SUBSET_NAMES[scores["subset"]], "", *_values(scores, True))
+        (f"{name} − {wording.against(result, scores)}", _SUBSET_NAMES[scores["subset"]], "", *_values(scores, True))
         for name, result in named
-        for scores in read_runs.comparisons(result)
+        for scores in read_fields.comparisons(result)
     ]
     if differences:
         rows += [("difference, paired bootstrap", "", "", "", ""), *differences]
     lines += _align(rows)
     for name, _, subsets in results:
-        if words := read_runs.ordinal(subsets.get("all", {})):
+        if words := wording.ordinal(subsets.get("all", {})):
             lines += textwrap.wrap(f"{name}: {words}", _WIDTH)
-    resampled = read_runs.resampled([result for _, result in named], read_runs.unit(task), split)
+    resampled = wording.resampled([result for _, result in named], wording.unit(task), split)
     lines += textwrap.wrap(f"CI: bootstrap resamples of {resampled}", _WIDTH)
     for sentence in notices.one_class([result for _, result in named]):
         lines += textwrap.wrap(sentence, _WIDTH)
-    if any(read_runs.is_outside_its_ci(scores) for *_, subsets in results for scores in subsets.values()):
+    if any(read_fields.is_outside_its_ci(scores) for *_, subsets in results for scores in subsets.values()):
         lines += textwrap.wrap(OUTSIDE_ITS_CI, _WIDTH)
     return "\n".join(lines)
 
@@ -74,7 +75,7 @@ def differences(compared: dict) -> str:
     """Format what `medfuse_jax.compare` found in lines of at most 100 columns: means by subset, then each label."""
     a, b = (compared[name]["run"] for name in ("a", "b"))
     task, split = compared["task"], compared["split"]
-    rows: list[tuple[str, ...]] = [("b − a", read_runs.unit(task), "n/pos.", *[f"{n} [95 % CI] p" for n in _METRICS])]
+    rows: list[tuple[str, ...]] = [("b − a", wording.unit(task), "n/pos.", *[f"{n} [95 % CI] p" for n in _METRICS])]
     for part in compared["differences"]:
         rows.append(("mean", _SUBSET_NAMES[part["subset"]], str(part["num_samples"]), *_values_p(part, "_macro")))
     whole = next((part for part in compared["differences"] if part["subset"] == "all"), {})
@@ -83,10 +84,10 @@ def differences(compared: dict) -> str:
         for k, label in enumerate(compared["labels"]):
             scores = {name: whole[name][k] for name in columns}
             rows.append((label, "", str(whole["num_positive"][k]), *_values_p(scores, "")))
-    ordered = [(_SUBSET_NAMES[part["subset"]], read_runs.ordinal(part, sign=True)) for part in compared["differences"]]
-    resampled = read_runs.resampled([compared], read_runs.unit(task), split)
+    ordered = [(_SUBSET_NAMES[part["subset"]], wording.ordinal(part, sign=True)) for part in compared["differences"]]
+    resampled = wording.resampled([compared], wording.unit(task), split)
     notes = f"Paired bootstrap: the same resamples of {resampled} for both; p two-sided, for one comparison."
-    lines = [f"{read_runs.task_name(task)}, {split} split", f"a: {a}", f"b: {b}"]
+    lines = [f"{wording.task_name(task)}, {split} split", f"a: {a}", f"b: {b}"]
     lines += [*_pairing_lines([("a", compared["a"]), ("b", compared["b"])]), *_align(rows)]
     lines += [line for subset, words in ordered if words for line in textwrap.wrap(f"{subset}: {words}", _WIDTH)]
     return "\n".join([*lines, *textwrap.wrap(notes, _WIDTH)])

@@ -8,9 +8,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from medfuse_jax.report import html, notices, read_runs, style
+from medfuse_jax.report import html, notices, read_fields, read_runs, style
 from medfuse_jax.report.html import CHART_STYLE, INK, MUTED, run_color
-from medfuse_jax.report.read_runs import method_name, number, task_name
+from medfuse_jax.report.wording import method_name, number, task_name
 from medfuse_jax.sweep import results
 
 _STYLE = CHART_STYLE | {"axes.grid": True}
@@ -39,7 +39,7 @@ def write(workdir: Path, config: dict, records: list[dict]) -> Path:
         for field in _varied_fields(records)
     ]
     runs = {r["trial"]: read_runs.read_run(results.trial_dir(workdir, r["trial"])) for r in records}
-    curves = {trial: read_runs.series(run.val, f"val_{score.lower()}") for trial, run in runs.items()}
+    curves = {trial: read_fields.series(run.val, f"val_{score.lower()}") for trial, run in runs.items()}
     charts.append(html.figure(_all_curves(curves, chosen, score), f"Validation {score} by epoch, every trial"))
     body = (
         f"<header><h1>{escape(title)}</h1>{_lead(runs, records, chosen, score)}"
@@ -68,7 +68,7 @@ def _lead(runs: dict[int, read_runs.Run], records: list[dict], chosen: dict | No
         f"{number(results.score_of(chosen))} at epoch {chosen['best_epoch']}."
     )
     if scores := runs[chosen["trial"]].scores():
-        low, high = read_runs.pair(scores.get("auroc_macro_ci"))
+        low, high = read_fields.pair(scores.get("auroc_macro_ci"))
         text += (
             f" Its test AUROC is {number(scores.get('auroc_macro'))} (95 % confidence interval {number(low)} to "
             f"{number(high)})."

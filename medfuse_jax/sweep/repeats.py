@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from medfuse_jax.data import folds, synthetic
 from medfuse_jax.data.shards import Shards
-from medfuse_jax.report import html, notices, read_runs, repeats, style
-from medfuse_jax.report.read_runs import method_name, number, task_name
+from medfuse_jax.report import html, notices, read_fields, read_runs, repeats, style, wording
+from medfuse_jax.report.wording import method_name, number, task_name
 from medfuse_jax.runtime.errors import UserError
 from medfuse_jax.sweep import results
 
@@ -92,7 +92,7 @@ def write(of: list[Repeat], workdir: Path) -> str:
     fields = repeats.metrics_of(tested)
     rows = [["seed", "fold", "trial", "method", "learning_rate", "subset", "num_samples", *fields]]
     for repeat, run in zip(of, runs):
-        for subset, scores in read_runs.comparable_subsets(run.result or {"subsets": {}}).items():
+        for subset, scores in read_fields.comparable_subsets(run.result or {"subsets": {}}).items():
             facts = [repeat.seed, repeat.fold if repeat.folds else "", int(run.folder.name), run.method]
             rows.append([*facts, run.config["learning_rate"], subset, scores["num_samples"], *map(scores.get, fields)])
     text = io.StringIO()
@@ -115,7 +115,7 @@ def _methods(runs: list[read_runs.Run]) -> str:
 def _page(title: str, of: list[Repeat], runs: list[read_runs.Run], tested: list[dict]) -> str:
     head = "".join(f'<th scope="col">{text}</th>' for text in ("Sweep", "Chosen"))
     fields = repeats.metrics_of(tested)
-    titles = (f"Test {read_runs.unit(runs[0].task)}", *(repeats.TITLES[name] for name in fields))
+    titles = (f"Test {wording.unit(runs[0].task)}", *(repeats.TITLES[name] for name in fields))
     head += "".join(f'<th scope="col" class="num">{text}</th>' for text in titles)
     body = ""
     for repeat, run in zip(of, runs):

@@ -23,7 +23,7 @@ from medfuse_jax import config as config_lib
 from medfuse_jax import schema
 from medfuse_jax.models import registry, resnet
 from medfuse_jax.models.model import Inputs, ProjectedModel, init_variables, linear
-from medfuse_jax.report import read_runs
+from medfuse_jax.report import wording
 from medfuse_jax.runtime.errors import UserError
 
 _WITH_IMAGE = tuple(m for m in DISTINCT_METHODS if m != "uni_ehr")
@@ -127,10 +127,8 @@ def test_every_method_reads_the_wider_features_of_a_resnet_50(method):
 
 
 def test_the_config_offers_every_encoder():
-    unusual = {
-        name: {*config_lib.FIELDS[f"model.{name}"].choices} - {"lstm", "resnet34"} for name in read_runs.ENCODERS
-    }
-    assert {name: set(shown) for name, shown in read_runs.ENCODERS.items()} == unusual
+    unusual = {name: {*config_lib.FIELDS[f"model.{name}"].choices} - {"lstm", "resnet34"} for name in wording.ENCODERS}
+    assert {name: set(shown) for name, shown in wording.ENCODERS.items()} == unusual
     assert {*resnet.BLOCKS, "features"} == set(config_lib.FIELDS["model.cxr_encoder"].choices)
 
 
@@ -421,6 +419,6 @@ def test_a_new_method_is_one_class_and_one_row(monkeypatch):
     assert (
         value > 0
         and np.any(gradient["params"]["projection"]["kernel"])
-        and read_runs.method_name("sum") == "Sum of features"
+        and wording.method_name("sum") == "Sum of features"
     )
     assert "sum" in registry.with_field("frozen_encoders")

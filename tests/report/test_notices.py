@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medfuse_jax import metrics
-from medfuse_jax.report import notices, pages, read_runs, tables, terminal
+from medfuse_jax.report import notices, pages, read_fields, read_runs, tables, terminal, wording
 
 
 def _scores(label) -> dict:
@@ -39,7 +39,7 @@ def test_a_test_set_with_one_class_is_named_once(tmp_path, subsets, sentence):
     assert notices.one_class([result, result]) == ([sentence] if sentence else [])
     printed = " ".join(terminal.table([result, result], ["a", "b"]).split())  # before it is JSON: with NaN, not None
     assert printed.count(_NONE) == bool(sentence) and sentence in printed
-    assert read_runs.OUTSIDE_ITS_CI not in printed
+    assert wording.OUTSIDE_ITS_CI not in printed
     example_runs.write_config(tmp_path / "run", "mortality", "uni_ehr")
     (tmp_path / "run" / "result.json").write_text(json.dumps(metrics.to_json(result)))
     page = pages.page(read_runs.find_runs([tmp_path]))
@@ -56,9 +56,9 @@ def test_no_label_of_several_with_both_classes_is_said_and_one_is_enough():
 
 
 def test_nan_is_not_outside_its_interval():
-    assert not read_runs.is_outside_its_ci(_scores([0] * 12))
+    assert not read_fields.is_outside_its_ci(_scores([0] * 12))
     outside = {"auroc_macro": 0.9, "auroc_macro_ci": (0.5, 0.8), "auprc_macro": float("nan")}
-    assert read_runs.is_outside_its_ci(outside)
+    assert read_fields.is_outside_its_ci(outside)
 
 
 def test_an_attribute_whose_groups_are_all_withheld_is_named(tmp_path):

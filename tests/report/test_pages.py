@@ -15,7 +15,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from medfuse_jax import metrics, schema
-from medfuse_jax.report import pages, read_runs, tables, terminal
+from medfuse_jax.report import pages, read_runs, tables, terminal, wording
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -192,7 +192,7 @@ def test_operating_points_and_net_benefit_are_shown_or_withheld(pheno, mortality
         assert row == [f"{point[field]:.3f}" for field in fields]
     assert [row[0] for row in rows[5:]] == ["0.050", "0.100", "0.200", "0.300", "0.400", "0.500"]
     half = next(row for row in of["net_benefit"] if row["threshold"] == 0.5)
-    assert rows[-1][1:] == [read_runs.number(half[name]) for name in ("model", "everyone")]
+    assert rows[-1][1:] == [wording.number(half[name]) for name in ("model", "everyone")]
     text = pages.page([run])
     assert text.index("Brier score") < text.index(tables.operating_points(run)) < text.index("By group of patients")
     assert tables.operating_points(read_runs.read_run(pheno)) == ""  # 25 labels
@@ -329,8 +329,8 @@ def test_a_value_outside_its_own_interval_is_explained(mortality):
         subsets["all"] |= {"auprc_macro": 0.5, "auprc_macro_ci": [0.3, 0.6]}
         subsets["paired"] |= {"auprc_macro": 0.4, "auprc_macro_ci": [low, 0.6]}
         subsets["unpaired"] |= {"auprc_macro": None, "auprc_macro_ci": [None, None]}
-        assert (read_runs.OUTSIDE_ITS_CI in " ".join(terminal.table([run.result]).split())) == is_outside
-        assert (read_runs.OUTSIDE_ITS_CI in tables.results("mortality", [run])) == is_outside
+        assert (wording.OUTSIDE_ITS_CI in " ".join(terminal.table([run.result]).split())) == is_outside
+        assert (wording.OUTSIDE_ITS_CI in tables.results("mortality", [run])) == is_outside
 
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path):

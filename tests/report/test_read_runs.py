@@ -6,7 +6,7 @@ import example_runs
 import numpy as np
 import pytest
 
-from medfuse_jax.report import pages, read_runs
+from medfuse_jax.report import pages, read_fields, read_runs
 from medfuse_jax.runtime.errors import UserError
 
 
@@ -99,47 +99,18 @@ def test_names_are_unique_across_folders(tmp_path):
     assert [run.name for run in runs] == ["MedFuse (a/one)", "MedFuse (b/two)"]
 
 
-def test_a_title_names_further_modalities():
-    assert (
-        read_runs.title({"method": "medfuse", "modalities": ["static", "mine/notes.py"]}) == "MedFuse + static + notes"
-    )
-
-
-@pytest.mark.parametrize(
-    ("result", "title"),
-    [
-        ({"method": "uni_ehr", "ehr_encoder": "transformer"}, "EHR only (transformer)"),
-        ({"method": "uni_cxr", "cxr_encoder": "resnet50"}, "X-ray only (ResNet-50)"),
-        (
-            {"method": "medfuse", "ehr_encoder": "transformer", "cxr_encoder": "resnet50"},
-            "MedFuse, transformer, ResNet-50",
-        ),
-        ({"method": "medfuse", "ehr_encoder": "lstm"}, "MedFuse"),
-    ],
-)
-def test_a_title_names_unusual_encoders(result, title):
-    assert read_runs.title(result) == title
-
-
-def test_the_stage_that_a_run_is_compared_with_has_the_runs_encoder():
-    result = {"method": "medfuse", "ehr_encoder": "transformer", "cxr_encoder": "resnet50"}
-    names = [read_runs.against(result, {"against": method}) for method in ("uni_ehr", "uni_cxr", "joint")]
-    assert names == ["EHR only (transformer)", "X-ray only (ResNet-50)", "Joint fusion"]
-    assert read_runs.against({"method": "medfuse"}, {"against": "uni_ehr"}) == "EHR only (LSTM)"
-
-
 def test_series_drop_nan(tmp_path):
     lines = [{"phase": "val", "epoch": e, "step": e, "val_auroc": v} for e, v in enumerate((0.5, float("nan"), None))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_runs.read_run(tmp_path)
-    assert read_runs.series(run.val, "val_auroc") == {0: 0.5} and not run.problems
+    assert read_fields.series(run.val, "val_auroc") == {0: 0.5} and not run.problems
 
 
 def test_an_epoch_written_twice_counts_once(tmp_path):
     folder = unfinished(tmp_path / "run", 2)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "train", "epoch": 2, "step": 9, "train_loss": 0.25}\n')
-    assert read_runs.series(read_runs.read_run(folder).train, "train_loss")[2] == 0.25
+    assert read_fields.series(read_runs.read_run(folder).train, "train_loss")[2] == 0.25
 
 
 def test_runs_are_found_at_any_depth_pretraining_first(tmp_path):
@@ -167,10 +138,5 @@ def test_the_manifest_tells_synthetic_patients(tmp_path, manifest, expected):
     assert read_runs.read_run(tmp_path).is_synthetic is expected
 
 
-def test_number_and_pair():
-    assert read_runs.number(0.12345) == "0.123" and read_runs.number(np.float32(0.5), 1) == "0.5"
-    assert read_runs.number(-0.01, sign=True) == "−0.010" and read_runs.number(0.01, sign=True) == "+0.010"
-    assert read_runs.number(-0.0001) == "0.000" and read_runs.number(-0.0001, sign=True) == "+0.000"
-    assert read_runs.number(11914, 0) == "11,914"
-    assert [read_runs.number(x) for x in (None, float("nan"), "x")] == ["–"] * 3
-    assert read_runs.pair(None) == (None, None) and read_runs.pair(np.array([0.1, 0.2])) == (0.1, 0.2)
+def test_an_interval_that_is_missing_is_two_nones():
+    assert read_fields.pair(None) == (None, None) and read_fields.pair(np.array([0.1, 0.2])) == (0.1, 0.2)
