@@ -11,7 +11,7 @@ from data_prep.profiles import PAPER, Rules
 from data_prep.raw import invalid, known_words, parse, tables, times
 from medfuse_jax.runtime.errors import UserError
 
-VERSION = 8  # increment when the same tables give other stays or deaths, or other splits
+VERSION = 8  # increment when the same tables give other stays, deaths or splits (splits.py)
 MIN_AGE_YEARS, _MAX_AGE_YEARS = 18, 120  # MIMIC-IV gives 91 to everyone over 89; a larger number is a year
 _MANY_STAYS = 50  # a cohort this large should have a death; the MIMIC-IV demo has 9 in 112 stays
 _MAX_UNLIKE_FLAG = 0.05

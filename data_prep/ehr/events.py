@@ -173,9 +173,9 @@ def _events(
     """Turn a batch of raw rows into events, and count every row by its fate."""
     located = _locate(batch, item_variable, lookup)
     _count(located.filter(pl.col("fate").is_not_null()), counts)
-    outside = located["fate"] == _OUTSIDE
-    watch.add_placed(int((outside | located["fate"].is_null()).sum()), int(outside.sum()))
-    cleaned = cleaning.clean(located.filter(pl.col("fate").is_null()), rules)
+    named = located.filter("names_stay")["fate"]
+    watch.add_named(num_inside=named.null_count(), num_outside=(named == _OUTSIDE).sum())
+    cleaned = cleaning.clean(located.filter(pl.col("fate").is_null()).drop("names_stay"), rules)
     watch.add_values(cleaned)
     _count(cleaned.with_columns(pl.col("fate").fill_null(KEPT)), counts)
     kept = cleaned.filter(pl.col("fate").is_null())
@@ -196,7 +196,10 @@ def _count(frame: pl.DataFrame, counts: dict) -> None:
 
 
 def _locate(batch: pl.DataFrame, item_variable: dict[int, int], lookup: pl.DataFrame) -> pl.DataFrame:
-    """Add each row's stay, time and variable, and its `fate`: why it belongs to no stay, or null."""
+    """Add each row's stay, time and variable, and its `fate`: why it belongs to no stay, or null.
+
+    `names_stay` says whether a row has a stay_id.
+    """
     for column in ("stay_id", "valuenum"):
         if column not in batch.columns:
             batch = batch.with_columns(pl.lit(None, pl.String).alias(column))
@@ -235,6 +238,7 @@ def _locate(batch: pl.DataFrame, item_variable: dict[int, int], lookup: pl.DataF
         "text",
         "valuenum",
         time_s=seconds.cast(pl.Int32, strict=False),
+        names_stay=pl.col("stay_id").is_not_null(),
         stored_s=stored.clip(_INT32.min, _INT32.max).cast(pl.Int32),
         fate=pl.coalesce(pl.when(condition).then(pl.lit(reason)) for condition, reason in reasons),
     )

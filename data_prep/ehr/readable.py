@@ -18,16 +18,17 @@ _OTHER_FLUIDS = (51478, 51491, 51094, 50831)
 # The largest fraction of a variable's rows, those of other fluids apart, that gives no warning:
 _MAX_LOST = 0.1  # without a valid value; in the MIMIC-IV demo none
 _MAX_IMPOSSIBLE = 0.1  # outside its range; in the demo at most 0.2 %
-_MAX_OTHER_NUMBER = 0.05  # of all rows: whose value is not valuenum
-_MAX_OUTSIDE = 0.03  # of rows with a stay_id: outside of that stay; in the demo 0.6 %, with a clock 5 h late 3.6 %
+# The same of all rows:
+_MAX_OTHER_NUMBER = 0.05  # whose value is not valuenum
+_MAX_OUTSIDE = 0.02  # with a stay_id, but before or after that stay; in the demo 0.6 %, and 3.0 % if four hours late
 _EYE_SCORE = "Glascow coma scale eye opening"
 
 
 class Watch:
-    """Counts of one table's ids, times and values that are missing or cannot be read.
+    """Counts of one table's ids, times and values that are missing or invalid, and of the stays that have rows.
 
-    columns: those that are read. optional: those of ids that rows may lack. num_stays: the stays that should have a
-    row.
+    columns: those that are read. optional: those of ids that rows may lack. num_stays: how many stays should have a
+    row; 0 if none has to.
     """
 
     def __init__(self, table: tables.Table, columns: list[str], *optional: str, num_stays: int = 0):
@@ -38,7 +39,7 @@ class Watch:
         self.timed = invalid.Tally(invalid.GIVEN_TIMES)
         self.num_rows = 0  # of known items
         self.num_long = self.num_midnight = self.num_numbers = self.num_other_numbers = 0
-        self.num_placed = self.num_outside = 0  # rows of a stay of the cohort; of those, before or after it
+        self.num_inside = self.num_outside = 0  # rows with the stay_id of a stay: within it, or before or after it
         self.rows: Counter = Counter()  # by variable
         self.lost: Counter = Counter()  # of those: without a valid value
         self.commas: Counter = Counter()  # of those: with a decimal comma
@@ -75,10 +76,10 @@ class Watch:
         self.num_numbers += len(numbers)
         self.num_other_numbers += (difference > 1e-3 * numbers["value"].abs()).sum()
 
-    def add_placed(self, placed: int, outside: int) -> None:
-        """Count rows of a stay of the cohort, and those of them whose time is before or after it."""
-        self.num_placed += placed
-        self.num_outside += outside
+    def add_named(self, num_inside: int, num_outside: int) -> None:
+        """Count rows with the stay_id of a stay of the cohort: those within the stay, and those before or after it."""
+        self.num_inside += num_inside
+        self.num_outside += num_outside
 
     def add_values(self, cleaned: pl.DataFrame) -> None:
         """Count the rows that `cleaning.clean` returned."""
@@ -127,9 +128,9 @@ class Watch:
         if self.num_other_numbers > max(invalid.FEW, _MAX_OTHER_NUMBER * self.num_numbers):
             rows = f"{self.num_other_numbers:,} of {self.num_numbers:,} rows"
             yield f": value is not valuenum in {rows}; are the columns in place, and is the decimal mark a point?"
-        has_stay_ids = "stay_id" in self.tallies and self.tallies["stay_id"].num_given > self.num_rows / 2
-        if has_stay_ids and self.num_outside > max(invalid.FEW, _MAX_OUTSIDE * self.num_placed):
-            rows = f"{self.num_outside:,} of {self.num_placed:,} rows"
+        num_named = self.num_inside + self.num_outside
+        if self.num_outside > max(invalid.FEW, _MAX_OUTSIDE * num_named):
+            rows = f"{self.num_outside:,} of {num_named:,} rows"
             yield f": {rows} are before or after the stay that they name; are the times of all tables in one time zone?"
         yield from self._warnings_of_values()
         unused = self.num_stays - len(self.stays)

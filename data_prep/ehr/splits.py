@@ -1,4 +1,7 @@
-"""Assign each patient to a split, by lists or by a hash."""
+"""Assign each patient to a split, by lists or by a hash.
+
+Increment cohort.VERSION when the same patients get other splits.
+"""
 
 import csv
 import hashlib

@@ -49,5 +49,6 @@ def warn(path: Path, views: pl.Series) -> None:
         )
     if len(other) < len(given) and blank > max(invalid.FEW, _MAX_BLANK * len(views)):
         progress.say(
-            f"warning: {path}: {blank:,} of {len(views):,} X-rays have no ViewPosition and are never paired with a stay"
+            f"warning: {path}: {blank:,} of {len(views):,} X-rays have no ViewPosition and are never paired with a "
+            "stay; is the column complete?"
         )

@@ -1,4 +1,4 @@
-"""What a result or config says, read with care: it may lack fields, or have damaged ones. Never imports jax."""
+"""Read fields of results, configs and metrics that may be missing or damaged. Never imports jax."""
 
 import math
 import numbers

@@ -1,4 +1,4 @@
-"""Names and numbers as reports show them. Never imports jax."""
+"""Names, numbers and phrases as reports show them. Never imports jax."""
 
 from pathlib import Path
 

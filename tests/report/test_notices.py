@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medfuse_jax import metrics
-from medfuse_jax.report import notices, pages, read_fields, read_runs, tables, terminal, wording
+from medfuse_jax.report import notices, pages, read_runs, tables, terminal, wording
 
 
 def _scores(label) -> dict:
@@ -53,12 +53,6 @@ def test_no_label_of_several_with_both_classes_is_said_and_one_is_enough():
     assert notices.one_class([result]) == [f"All val stays: no label has both classes among 20, {_NONE}"]
     labels[3, 1] = 1
     assert notices.one_class([_result(all=metrics.evaluate(labels, scores, 10))]) == []
-
-
-def test_nan_is_not_outside_its_interval():
-    assert not read_fields.is_outside_its_ci(_scores([0] * 12))
-    outside = {"auroc_macro": 0.9, "auroc_macro_ci": (0.5, 0.8), "auprc_macro": float("nan")}
-    assert read_fields.is_outside_its_ci(outside)
 
 
 def test_an_attribute_whose_groups_are_all_withheld_is_named(tmp_path):

@@ -136,7 +136,3 @@ def test_the_manifest_tells_synthetic_patients(tmp_path, manifest, expected):
     (tmp_path / "shards" / "pheno").mkdir(parents=True)
     (tmp_path / "shards" / "pheno" / "manifest.json").write_text(json.dumps(manifest))
     assert read_runs.read_run(tmp_path).is_synthetic is expected
-
-
-def test_an_interval_that_is_missing_is_two_nones():
-    assert read_fields.pair(None) == (None, None) and read_fields.pair(np.array([0.1, 0.2])) == (0.1, 0.2)

@@ -52,7 +52,14 @@ def test_over_one_percent_of_unknown_views_give_a_warning(capsys, tmp_path, num_
     )
 
 
-@pytest.mark.parametrize("num_blank", [10, 11])
-def test_many_x_rays_without_a_view_give_a_warning(capsys, tmp_path, num_blank):
-    views.warn(tmp_path, pl.Series(["AP"] * (100 - num_blank) + [""] * num_blank))
-    assert ("11 of 100 X-rays have no ViewPosition" in capsys.readouterr().err) == (num_blank == 11)
+@pytest.mark.parametrize(("num_blank", "num_images"), [(10, 20), (11, 20), (100, 1000), (101, 1000)])
+def test_over_ten_percent_without_a_view_give_a_warning(capsys, tmp_path, num_blank, num_images):
+    views.warn(tmp_path, pl.Series(["AP"] * (num_images - num_blank) + [""] * num_blank))
+    line = f"{num_blank:,} of {num_images:,} X-rays have no ViewPosition"
+    assert (line in capsys.readouterr().err) == (num_blank in (11, 101))
+
+
+def test_without_ap_blank_views_are_named_once(capsys, tmp_path):
+    views.warn(tmp_path, pl.Series(["PA"] * 20 + [""] * 20))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no X-ray has the view AP" in line and "20 have none" in line
