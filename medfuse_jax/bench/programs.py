@@ -76,6 +76,9 @@ class Step:
         program = self.make(list(sharding.mesh.devices.flat if named else sharding.device_set))
         return program.jitted.trace(*program.args)
 
+    def lower(self, *args) -> jax.stages.Lowered:
+        return self.trace(*args).lower()
+
 
 def step(on: list[jax.Device], sizes: Sizes) -> Program:
     """Return the training step over some devices."""

@@ -86,6 +86,11 @@ def test_arguments_on_one_device_make_a_program_for_that_device():
     assert "tensor<1x4x5x76xf32>" in lowered.as_text()  # all rows of the batch
 
 
+def test_the_step_lowers_as_a_jitted_function_does():
+    jitted, args = compiled.train_step("cpu", "uni_ehr", **_SMALL)
+    assert jitted.lower(*args).as_text() == jitted.trace(*args).lower().as_text()
+
+
 def test_figures_of_a_program_that_fits_and_of_one_that_does_not():
     target = compilers.open_target("cpu")
     case = compiled.Case("", programs.step, programs.Sizes(**_SMALL), "host")
