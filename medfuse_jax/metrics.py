@@ -237,6 +237,10 @@ def _group_numbers(groups, num_samples: int) -> np.ndarray:
 
 
 def _keys(num_bootstrap: int, seed: int) -> jax.Array:
+    for name, value in (("num_bootstrap", num_bootstrap), ("seed", seed)):
+        if not isinstance(value, int | np.integer) or not -(2**63) <= value < 2**63:
+            raise UserError(f"{name} is {value!r}; it must be a whole number of 64 bits", field=name, value=value)
+    num_bootstrap = int(num_bootstrap)  # also True, which jax would refuse
     if num_bootstrap < 1:
         raise UserError(
             f"num_bootstrap is {num_bootstrap}; it must be at least 1", field="num_bootstrap", value=num_bootstrap

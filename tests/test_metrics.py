@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from refusals import refused
 from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score
 
 from medfuse_jax import metrics, ranks
@@ -289,6 +290,15 @@ def test_bad_input_is_one_clear_line(change, field, value):
         with pytest.raises(UserError) as error:
             call(labels, scores)
         assert (error.value.field, error.value.value) == (field, value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_bootstrap", 2.5), ("num_bootstrap", "7"), ("seed", 2**63), ("seed", 1.5), ("seed", None)]
+)
+def test_a_number_that_is_not_whole_is_one_clear_line(field, value):
+    labels, scores = problem(10, 2)
+    with refused(field=field, value=value):
+        metrics.evaluate(labels, scores, **{field: value})
 
 
 def test_bad_input_of_compare_names_the_model():
