@@ -6,6 +6,7 @@ Importing this module imports no model, jax or flax: a row's class is imported w
 import dataclasses
 import importlib
 import inspect
+import numbers
 from typing import Any
 
 from medfuse_jax.runtime.errors import UserError, check_choice
@@ -96,6 +97,6 @@ def build(method: str, num_labels: int, **options) -> Any:
     allowed = [name for name in inspect.signature(row.model_class).parameters if name not in ("parent", "name")]
     for option in options:
         check_choice(f"option of method {method}", option, allowed)
-    if num_labels < 1:
-        raise UserError(f"num_labels is {num_labels}; give at least 1", field="num_labels")
+    if not isinstance(num_labels, numbers.Integral) or num_labels < 1:
+        raise UserError(f"num_labels is {num_labels!r}; give a whole number of at least 1", field="num_labels")
     return row.model_class(num_labels=num_labels, **{**row.fields, **options})

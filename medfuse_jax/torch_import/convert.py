@@ -32,6 +32,10 @@ def load(state_dict: Mapping[str, np.ndarray], method: str, num_labels: int, **o
     other than the released ones. Raises UserError for an unknown or missing name, a wrong shape or number of labels,
     or a value that is not finite.
     """
+    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
+        kind = type(state_dict).__name__
+        what = f"the state dict is a {kind}, not arrays by name: pass what torch_import.read(FILE) returns"
+        raise UserError(what, field="state_dict", value=kind)
     model = registry.build(method, num_labels, **options)
     return model, fill(model, method, state_dict)
 
@@ -174,8 +178,17 @@ def _listed(names: list[str]) -> str:
 def _to_flax(row: Row, state_dict, shape: tuple[int, ...]) -> jax.Array:
     axes = LAYOUTS[row.kind]
     expected = tuple(shape[axes.index(axis)] for axis in range(len(axes)))
-    values = [_checked(name, np.asarray(state_dict[name]), expected, row) for name in row.names]
+    values = [_checked(name, _array(name, state_dict[name]), expected, row) for name in row.names]
     return jnp.asarray(functools.reduce(np.add, values).transpose(axes))
+
+
+def _array(name: str, value) -> np.ndarray:
+    """Return one entry as an array. Raise UserError if numpy cannot make one, as of a bfloat16 tensor."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"{name} is not a numpy array ({' '.join(str(error).split())}): pass tensor.detach().float().numpy()"
+        raise UserError(what, field=name, value=type(value).__name__) from None
 
 
 def _checked(name: str, value: np.ndarray, expected: tuple[int, ...], row: Row) -> np.ndarray:

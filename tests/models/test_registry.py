@@ -18,6 +18,7 @@ from model_cases import (
     shapes,
     tiny_model,
 )
+from refusals import refused
 
 from medfuse_jax import config as config_lib
 from medfuse_jax import schema
@@ -383,8 +384,9 @@ def test_a_wrong_method_option_or_label_count_is_named():
         registry.build("medfuze", 3)
     with pytest.raises(UserError, match=r"'resnet_widht'.*Did you mean 'resnet_width'"):
         registry.build("medfuse", 3, resnet_widht=3)
-    with pytest.raises(UserError, match="num_labels is 0"):
-        registry.build("medfuse", 0)
+    for number in (0, 2.0, "3", None):
+        with refused(field="num_labels"):
+            registry.build("medfuse", number)
 
 
 def test_lengths_may_come_as_floats():

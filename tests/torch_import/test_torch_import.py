@@ -18,6 +18,7 @@ from model_cases import (
     reference_shapes,
     reference_state_dict,
 )
+from refusals import refused
 
 from medfuse_jax import torch_import
 from medfuse_jax.models import batch_norm, ehr_encoder, registry, resnet
@@ -208,6 +209,19 @@ def test_wrong_value_names_its_entry(name, value, problem):
     error = _refused(_load_tiny, {**_tiny_state_dict(), name: value})
     assert (error.field, error.value) == (name, problem)
     assert ("25 labels" in str(error)) == (name == _HEAD)
+
+
+@pytest.mark.parametrize("state_dict", ["model.pth.tar", None, [("a", 1)], {1: np.zeros(3)}])
+def test_what_is_no_state_dict_is_one_clear_line(state_dict):
+    with refused(field="state_dict"):
+        torch_import.load(state_dict, "uni_ehr", NUM_LABELS)
+
+
+def test_a_tensor_that_numpy_cannot_read_is_named():
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.zeros(NUM_LABELS, dtype=torch.bfloat16), torch.zeros(NUM_LABELS, requires_grad=True)):
+        with refused(field="lstm_fused_cls.0.bias", value="Tensor"):
+            _load_tiny(_tiny_state_dict() | {"lstm_fused_cls.0.bias": tensor})
 
 
 def test_missing_and_unknown_names_are_listed():
