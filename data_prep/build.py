@@ -50,7 +50,7 @@ def build(
     out: str | Path,
     profile: str = "paper",
     timestep_h: float = 2.0,
-    tasks: Sequence[str] = DEFAULT_TASKS,
+    tasks: str | Sequence[str] = DEFAULT_TASKS,
     val_ids: str | Path | None = None,
     test_ids: str | Path | None = None,
     phenotypes: str | Path | None = None,
@@ -129,8 +129,10 @@ def _outdated(out: Path, source: Source, fingerprint: dict, image_hashes: dict) 
     return inputs
 
 
-def _check_tasks(names: Sequence[str], mimic_cxr: str | Path | None) -> list[str]:
+def _check_tasks(names: str | Sequence[str], mimic_cxr: str | Path | None) -> list[str]:
     """Return the tasks to build; without X-rays, leave out those whose records are X-rays."""
+    if isinstance(names, str):  # as the command's flag; else its letters would be the tasks
+        names = names.split(",")
     for name in names:
         check_choice("--tasks", name, TASKS)
     if mimic_cxr is None and any(TASKS[name].cxr_only for name in names):

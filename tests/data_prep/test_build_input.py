@@ -26,6 +26,14 @@ def test_the_shortest_and_longest_steps_build(tmp_path, timestep_h):
     assert len(record["ehr"]) == round(48 / timestep_h)
 
 
+def test_tasks_may_be_one_text_as_in_the_command(tmp_path):
+    build.build(*write_one_stay(tmp_path), tmp_path / "out", tasks="pheno,mortality")
+    assert [records.manifest(tmp_path / "out", task)["task"] for task in ("pheno", "mortality")] == [
+        "pheno",
+        "mortality",
+    ]
+
+
 def test_a_table_may_be_a_symbolic_link(tmp_path):
     tree = write_one_stay(tmp_path)
     with tempfile.NamedTemporaryFile(dir="/tmp", suffix=".csv.gz") as elsewhere:  # only one folder above it
