@@ -48,7 +48,7 @@ def load(path: Path) -> ConfigDict:
 
     A field that it lacks gets its default (`with_defaults`).
     """
-    content = files.read_json(path, f"{path.parent} is not the workdir of a run, or was damaged: use another --workdir")
+    content = files.read_json(path, f"{path.parent} is not the workdir of a run, or was damaged: give another one")
     config = with_defaults(_lists_to_tuples(content))
     try:
         validate(config)
