@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from medfuse_jax import metrics
 from medfuse_jax.report import read_fields
 
 NAN = float("nan")
@@ -20,6 +21,11 @@ def test_pair_reads_an_interval_or_returns_two_nones():
 def test_a_mean_that_is_missing_is_not_outside_its_interval(auroc, ci, outside):
     scores = {"auroc_macro": auroc, "auroc_macro_ci": ci, "auprc_macro": NAN}
     assert read_fields.is_outside_its_ci(scores) == outside
+
+
+def test_an_evaluation_of_one_class_is_not_outside_its_interval():
+    scores = metrics.evaluate(np.zeros((12, 1), int), np.linspace(0.1, 0.9, 12)[:, None], 10)
+    assert not read_fields.is_outside_its_ci(scores)
 
 
 def test_all_is_left_out_where_not_all_records_are_scored():
